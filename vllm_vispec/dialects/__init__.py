@@ -1,0 +1,29 @@
+"""How foreign ViSpec heads are read. Importing this package registers every dialect."""
+
+from vllm_vispec.dialects.automodel import AUTOMODEL
+from vllm_vispec.dialects.base import DIALECTS, Dialect, get_dialect, register_dialect
+from vllm_vispec.dialects.canonical import CANONICAL
+from vllm_vispec.dialects.load import (
+    HeadInfo,
+    inspect_head,
+    iter_canonical_tensors,
+    resolve_head,
+)
+from vllm_vispec.dialects.reference import REFERENCE
+from vllm_vispec.dialects.target import check_against_target
+
+# Detection asks in this order: the most explicit layout first.
+for _dialect in (CANONICAL, AUTOMODEL, REFERENCE):
+    register_dialect(_dialect)
+
+__all__ = [
+    "DIALECTS",
+    "Dialect",
+    "HeadInfo",
+    "check_against_target",
+    "get_dialect",
+    "inspect_head",
+    "iter_canonical_tensors",
+    "register_dialect",
+    "resolve_head",
+]

@@ -1,0 +1,67 @@
+"""NeMo Automodel's export: `img_adaptor.*`, `vispec_num_query_tokens`, norms by flag."""
+
+from __future__ import annotations
+
+from vllm_vispec.dialects import fields
+from vllm_vispec.dialects.base import Dialect, RawConfig, Shapes
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.head_config import HeadConfig
+
+
+def _detect(config: RawConfig, shapes: Shapes) -> bool:
+    architectures = config.get("architectures") or ()
+    return "VispecDraftModel" in architectures or any(n.startswith("img_adaptor.") for n in shapes)
+
+
+def _query_tokens(config: RawConfig, shapes: Shapes) -> int:
+    found = fields.query_tokens(shapes, "img_adaptor.query")
+    stated = config.get("vispec_num_query_tokens", found)
+    if stated != found:
+        raise ViSpecError(
+            f"vispec_num_query_tokens in the head's config.json is {stated!r}, but "
+            f"'img_adaptor.query' holds {found}: set it to {found}"
+        )
+    return found
+
+
+def _head_config(config: RawConfig, shapes: Shapes) -> HeadConfig:
+    text = fields.text_fields(config)
+    fields.check_activation(text)
+    # Early exports have both norms and no flags; later ones state that they follow the reference
+    # (no norms), and may still carry the unused weights. Without a flag the tensors decide.
+    has_input_norm = "layers.0.input_layernorm.weight" in shapes
+    skip_input_norm = fields.flag(text, "draft_skip_first_input_norm", not has_input_norm)
+    final_norm = fields.flag(text, "draft_apply_final_norm", "norm.weight" in shapes)
+    return HeadConfig(
+        dialect="automodel",
+        target_model_type=str(config.get("model_type", "")).removesuffix("_text"),
+        **fields.attention_sizes(text),
+        vocab_size=fields.vocab_size(text, shapes, "embed_tokens.weight"),
+        max_position_embeddings=text.get("max_position_embeddings", 2048),
+        rope_theta=fields.rope_theta(text),
+        rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+        num_query_tokens=_query_tokens(text, shapes),
+        qkv_bias=fields.flag(text, "qkv_bias", fields.flag(text, "attention_bias", False)),
+        fc_bias=fields.flag(text, "fc_bias", "fc.bias" in shapes),
+        layer0_input_norm=not skip_input_norm,
+        final_norm=final_norm,
+        has_embed_tokens="embed_tokens.weight" in shapes,
+    )
+
+
+AUTOMODEL = Dialect(
+    name="automodel",
+    summary="NeMo Automodel exports (img_adaptor.*, vispec_num_query_tokens)",
+    keys={
+        "embed_tokens.weight": "embed_tokens.weight",
+        "fc.*": "fc.*",
+        "img_fc.*": "img_fc.*",
+        "img_adaptor.*": "img_adaptor.*",
+        "layers.0.*": "layer.*",
+        "norm.weight": "norm.weight",
+    },
+    detect=_detect,
+    head_config=_head_config,
+    ignored=("*.rotary_emb.*",),
+    switched_off=("layer.input_layernorm.weight", "norm.weight"),
+)

@@ -1,0 +1,30 @@
+"""Our own layout: explicit flags under "vispec" in config.json, canonical tensor names."""
+
+from __future__ import annotations
+
+from vllm_vispec.dialects.base import Dialect, RawConfig, Shapes
+from vllm_vispec.head_config import HeadConfig
+
+
+def _detect(config: RawConfig, shapes: Shapes) -> bool:
+    return isinstance(config.get("vispec"), dict)
+
+
+def _head_config(config: RawConfig, shapes: Shapes) -> HeadConfig:
+    return HeadConfig.from_config_json(config)
+
+
+CANONICAL = Dialect(
+    name="canonical",
+    summary="folders written by `vispec convert` and by our training",
+    keys={
+        "embed_tokens.weight": "embed_tokens.weight",
+        "fc.*": "fc.*",
+        "img_fc.*": "img_fc.*",
+        "img_adaptor.*": "img_adaptor.*",
+        "layer.*": "layer.*",
+        "norm.weight": "norm.weight",
+    },
+    detect=_detect,
+    head_config=_head_config,
+)

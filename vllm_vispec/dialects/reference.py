@@ -1,0 +1,50 @@
+"""The layout of the published heads (KangJialiang/ViSpec): `imadpt.*`, no input or final norm."""
+
+from __future__ import annotations
+
+from vllm_vispec.dialects import fields
+from vllm_vispec.dialects.base import Dialect, RawConfig, Shapes
+from vllm_vispec.head_config import HeadConfig
+
+
+def _detect(config: RawConfig, shapes: Shapes) -> bool:
+    return any(name.startswith("imadpt.") for name in shapes)
+
+
+def _head_config(config: RawConfig, shapes: Shapes) -> HeadConfig:
+    # The config is a copy of the target's: its architecture and model_type name the target, and
+    # everything about the draft that is not a text-model field has to be inferred.
+    text = fields.text_fields(config)
+    fields.check_activation(text)
+    return HeadConfig(
+        dialect="reference",
+        target_model_type=str(config.get("model_type", "")),
+        **fields.attention_sizes(text),
+        vocab_size=fields.vocab_size(text, shapes, "embed_tokens.weight"),
+        max_position_embeddings=text.get("max_position_embeddings", 2048),
+        rope_theta=fields.rope_theta(text),
+        rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+        num_query_tokens=fields.query_tokens(shapes, "imadpt.q"),
+        qkv_bias=fields.flag(text, "qkv_bias", False),
+        fc_bias=fields.flag(text, "bias", True),
+        layer0_input_norm=False,
+        final_norm=False,
+        has_embed_tokens="embed_tokens.weight" in shapes,
+    )
+
+
+REFERENCE = Dialect(
+    name="reference",
+    summary="published heads of KangJialiang/ViSpec (imadpt.*, no input norm, no final norm)",
+    keys={
+        "embed_tokens.weight": "embed_tokens.weight",
+        "fc.*": "fc.*",
+        "img_fc.*": "img_fc.*",
+        "imadpt.q": "img_adaptor.query",
+        "imadpt.*": "img_adaptor.*",
+        "layers.0.*": "layer.*",
+    },
+    detect=_detect,
+    head_config=_head_config,
+    ignored=("*.rotary_emb.*",),
+)

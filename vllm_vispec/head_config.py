@@ -1,0 +1,269 @@
+"""`HeadConfig`: everything the engine has to know about a ViSpec head, with explicit flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from vllm_vispec.errors import ViSpecError
+
+ARCHITECTURE = "EagleViSpecForCausalLM"
+FORMAT_VERSION = 1
+
+# What vLLM reads from the flat part of config.json; the rest lives in the "vispec" section.
+_LLAMA_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+_VISPEC_FIELDS = (
+    "target_model_type",
+    "num_query_tokens",
+    "qkv_bias",
+    "fc_bias",
+    "layer0_input_norm",
+    "final_norm",
+    "global_feature",
+    "compress",
+    "has_embed_tokens",
+)
+_POSITIVE = (*(f for f in _LLAMA_FIELDS if f != "rms_norm_eps"), "num_query_tokens")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The shape and the flags of one ViSpec head.
+
+    Attributes:
+        dialect: name of the dialect the head was read as.
+        target_model_type: `model_type` of the target it was trained for ("" if not stated).
+        num_query_tokens: learned queries of the image adaptor. `num_query_tokens - 1` rows stand
+            for an image in the draft, the last one is the global feature.
+        qkv_bias: bias on q/k/v of the layer and on k/v of the adaptor.
+        fc_bias: bias on `fc` and `img_fc`.
+        layer0_input_norm: the decoder layer norms its input before attention.
+        final_norm: the layer's output is normed before lm_head and before the next step.
+        global_feature: text rows get the global feature of the image before them.
+        compress: an image is replaced by its adaptor rows.
+        has_embed_tokens: the head ships its own embedding table (else the target's is used).
+
+    Raises:
+        ViSpecError: a value is impossible; the message names it.
+    """
+
+    dialect: str
+    target_model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float
+    num_query_tokens: int
+    qkv_bias: bool
+    fc_bias: bool
+    layer0_input_norm: bool
+    final_norm: bool
+    global_feature: bool = True
+    compress: bool = True
+    has_embed_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            _require_positive_int(name, getattr(self, name))
+        for name in ("rope_theta", "rms_norm_eps"):
+            _require_positive_number(name, getattr(self, name))
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ViSpecError(
+                f"num_key_value_heads={self.num_key_value_heads} of the head does not divide "
+                f"num_attention_heads={self.num_attention_heads}: correct the head's config.json"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ViSpecError(
+                f"num_attention_heads={self.num_attention_heads} of the head does not divide "
+                f"hidden_size={self.hidden_size}, which the image adaptor needs: correct the "
+                "head's config.json"
+            )
+        if self.head_dim % 2:
+            raise ViSpecError(
+                f"head_dim={self.head_dim} of the head is odd, RoPE needs an even one: correct "
+                "the head's config.json"
+            )
+
+    @property
+    def adaptor_head_dim(self) -> int:
+        """Width of an adaptor head: always hidden_size / heads, whatever `head_dim` says."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rows_per_image(self) -> int:
+        """Draft rows that stand for one image (a run may be too short to hold them all)."""
+        return self.num_query_tokens - 1
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of every tensor such a head consists of."""
+        d, f, v = self.hidden_size, self.intermediate_size, self.vocab_size
+        q_out = self.num_attention_heads * self.head_dim
+        kv_out = self.num_key_value_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "fc.weight": (d, 2 * d),
+            "img_fc.weight": (d, 2 * d),
+            "img_adaptor.query": (
+                self.num_query_tokens,
+                self.num_attention_heads,
+                self.adaptor_head_dim,
+            ),
+            "img_adaptor.k_proj.weight": (d, d),
+            "img_adaptor.v_proj.weight": (d, d),
+            "img_adaptor.o_proj.weight": (d, d),
+            "layer.self_attn.q_proj.weight": (q_out, d),
+            "layer.self_attn.k_proj.weight": (kv_out, d),
+            "layer.self_attn.v_proj.weight": (kv_out, d),
+            "layer.self_attn.o_proj.weight": (d, q_out),
+            "layer.mlp.gate_proj.weight": (f, d),
+            "layer.mlp.up_proj.weight": (f, d),
+            "layer.mlp.down_proj.weight": (d, f),
+            "layer.post_attention_layernorm.weight": (d,),
+        }
+        optional: list[tuple[bool, dict[str, tuple[int, ...]]]] = [
+            (self.has_embed_tokens, {"embed_tokens.weight": (v, d)}),
+            (self.fc_bias, {"fc.bias": (d,), "img_fc.bias": (d,)}),
+            (
+                self.qkv_bias,
+                {
+                    "img_adaptor.k_proj.bias": (d,),
+                    "img_adaptor.v_proj.bias": (d,),
+                    "layer.self_attn.q_proj.bias": (q_out,),
+                    "layer.self_attn.k_proj.bias": (kv_out,),
+                    "layer.self_attn.v_proj.bias": (kv_out,),
+                },
+            ),
+            (self.layer0_input_norm, {"layer.input_layernorm.weight": (d,)}),
+            (self.final_norm, {"norm.weight": (d,)}),
+        ]
+        for wanted, extra in optional:
+            if wanted:
+                shapes.update(extra)
+        return shapes
+
+    def to_llama_config_dict(self) -> dict[str, Any]:
+        """Keyword arguments of a plain transformers `LlamaConfig` that describes the head to vLLM.
+
+        `attention_bias` stays False on purpose: vLLM's Llama layer would take it for o_proj too.
+        The separate key `qkv_bias` gives q/k/v a bias and leaves o_proj without one. No rope
+        scaling and no M-RoPE section: the draft uses plain 1-D RoPE for every target.
+        """
+        return {
+            "architectures": [ARCHITECTURE],
+            "model_type": "llama",
+            **{name: getattr(self, name) for name in _LLAMA_FIELDS},
+            "num_hidden_layers": 1,
+            "hidden_act": "silu",
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "qkv_bias": self.qkv_bias,
+            "vispec": self.vispec_section(),
+        }
+
+    def vispec_section(self) -> dict[str, Any]:
+        """The explicit flags, as they stand under "vispec" in config.json."""
+        section: dict[str, Any] = {"format_version": FORMAT_VERSION, "source_dialect": self.dialect}
+        section.update({name: getattr(self, name) for name in _VISPEC_FIELDS})
+        return section
+
+    def to_config_json(self, dtype: str | None = None) -> dict[str, Any]:
+        """Content of a canonical folder's config.json; `dtype` is e.g. "bfloat16".
+
+        `rope_theta` is written next to `rope_parameters` for readers older than transformers 5.
+        """
+        content = self.to_llama_config_dict()
+        content["rope_theta"] = self.rope_theta
+        if dtype is not None:
+            content["dtype"] = dtype
+        return content
+
+    @classmethod
+    def from_config_json(cls, content: Mapping[str, Any]) -> HeadConfig:
+        """Read a canonical config.json (also the dict form of a config made from it).
+
+        Raises:
+            ViSpecError: a field is missing, unknown or impossible.
+        """
+        section = content.get("vispec")
+        if not isinstance(section, Mapping):
+            raise ViSpecError(
+                'the head\'s config.json has no "vispec" section: write the folder with '
+                "`vispec convert`"
+            )
+        _check_version(section)
+        values: dict[str, Any] = {"dialect": "canonical", "rope_theta": _rope_theta(content)}
+        for names, source, where in (
+            (_LLAMA_FIELDS, content, "config.json"),
+            (_VISPEC_FIELDS, section, 'the "vispec" section of config.json'),
+        ):
+            for name in names:
+                if name not in source:
+                    raise ViSpecError(
+                        f"{where} of the head lacks {name!r}: write the folder again with "
+                        "`vispec convert`"
+                    )
+                values[name] = source[name]
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return asdict(self)
+
+    def with_dialect(self, dialect: str) -> HeadConfig:
+        """The same head, said to come from another dialect."""
+        return replace(self, dialect=dialect)
+
+
+FIELD_NAMES = tuple(field.name for field in fields(HeadConfig))
+
+
+def _check_version(section: Mapping[str, Any]) -> None:
+    version = section.get("format_version", FORMAT_VERSION)
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise ViSpecError(
+            f"the head's vispec.format_version is {version!r}, this release reads up to "
+            f"{FORMAT_VERSION}: upgrade vllm-vispec"
+        )
+
+
+def _rope_theta(content: Mapping[str, Any]) -> Any:
+    parameters = content.get("rope_parameters")
+    if isinstance(parameters, Mapping) and "rope_theta" in parameters:
+        return parameters["rope_theta"]
+    if "rope_theta" in content:
+        return content["rope_theta"]
+    raise ViSpecError(
+        "config.json of the head lacks 'rope_theta': write the folder again with `vispec convert`"
+    )
+
+
+def _require_positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ViSpecError(
+            f"{name} of the head is {value!r}, it must be an integer of at least 1: correct the "
+            "head's config.json or its weights"
+        )
+
+
+def _require_positive_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ViSpecError(
+            f"{name} of the head is {value!r}, it must be a positive number: correct the head's "
+            "config.json"
+        )
