@@ -1,0 +1,170 @@
+"""The vision adaptor inside the engine, and the table of rows it fills.
+
+Shapes: Q num_query_tokens, N embeddings of one item, D hidden size, H heads, h head size,
+S table slots, R = S * Q + 1 row codes, T tokens in the batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vllm_vispec.engine.layout import RowCodes
+from vllm_vispec.head_config import HeadConfig
+
+# Added to a hole's keys through the padded head channels; a power of two is exact in every dtype.
+MASK_CHANNEL = 64.0
+
+
+@dataclass(frozen=True)
+class AdaptorPartial:
+    """Attention of the queries over part of a run, mergeable with the rest of it.
+
+    Attributes:
+        log_weight: float32 ``[Q, H]``, log-sum-exp of the scores.
+        value: float32 ``[Q, H, h]``, the softmax-weighted values.
+    """
+
+    log_weight: torch.Tensor
+    value: torch.Tensor
+
+
+def merge_partials(partials: Sequence[AdaptorPartial]) -> torch.Tensor:
+    """Combine partials into the attention over all their embeddings, float32 ``[Q, H, h]``."""
+    if len(partials) == 1:
+        return partials[0].value
+    log_weight_PQH = torch.stack([partial.log_weight for partial in partials])
+    share_PQH = log_weight_PQH.softmax(dim=0)
+    value_PQHh = torch.stack([partial.value for partial in partials])
+    return (share_PQH.unsqueeze(-1) * value_PQHh).sum(dim=0)
+
+
+class RowTable(nn.Module):
+    """Static buffers the draft reads, one code per token and what each code stands for.
+
+    A draft row's layer input is ``keep * fc(embedding, hidden) + offset``: text rows keep and add
+    the constant their image's global feature contributes, compact tokens and holes replace.
+
+    Args:
+        codes: Numbering of the rows.
+        hidden_size: D.
+        max_num_tokens: Longest batch, in tokens.
+    """
+
+    def __init__(self, codes: RowCodes, hidden_size: int, max_num_tokens: int) -> None:
+        super().__init__()
+        self.codes = codes
+        dtype = torch.get_default_dtype()
+        self.row_codes: torch.Tensor
+        self.offset: torch.Tensor
+        self.keep: torch.Tensor
+        self.key_mask: torch.Tensor
+        buffers = {
+            "row_codes": torch.zeros(max_num_tokens, dtype=torch.int32),
+            "offset": torch.zeros(codes.size, hidden_size, dtype=dtype),
+            "keep": torch.zeros(codes.size, 1, dtype=dtype),
+            "key_mask": torch.zeros(codes.size, 1, 1, dtype=dtype),
+        }
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
+        self.keep[: codes.hole : codes.num_query_tokens] = 1.0
+        self.key_mask[codes.hole] = -MASK_CHANNEL
+
+    def mix(self, fused_TD: torch.Tensor) -> torch.Tensor:
+        """Return the layer input ``[T, D]`` given the fused text input of every row."""
+        code_T = self.row_codes[: fused_TD.shape[0]]
+        return torch.addcmul(self.offset[code_T], fused_TD, self.keep[code_T])
+
+    def key_mask_of(self, num_tokens: int) -> torch.Tensor:
+        """Return what the padded key channels hold, ``[T, 1, 1]``: 0, or very low in a hole."""
+        return self.key_mask[self.row_codes[:num_tokens]]
+
+
+class TextFusion(nn.Module):
+    """``fc(cat(e, img_fc(cat(h, g))))`` with everything that depends on the image taken out.
+
+    With ``fc = [F_e | F_h]`` and ``img_fc = [W_h | W_g]`` (reference 4.5), the layer input is
+    ``F_e e + (F_h W_h) h + F_h (W_g g + b_img) + b_fc``.  The last two terms are one vector per
+    image, kept in the row table, so a draft step costs what plain EAGLE's costs.  Products are
+    formed in float32.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size, 2 * hidden_size), requires_grad=False)
+        self.global_weight = nn.Parameter(
+            torch.zeros(hidden_size, hidden_size), requires_grad=False
+        )
+        self.bias = nn.Parameter(torch.zeros(hidden_size), requires_grad=False)
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take ``fc.*`` and, where the head has one, ``img_fc.*`` in canonical names."""
+        fc_D2D = weights["fc.weight"].float()
+        hidden_size = fc_D2D.shape[0]
+        bias_D = weights.get("fc.bias", fc_D2D.new_zeros(hidden_size)).float()
+        on_embedding_DD, on_hidden_DD = fc_D2D.split(hidden_size, dim=1)
+        if "img_fc.weight" in weights:
+            w_hidden_DD, w_global_DD = weights["img_fc.weight"].float().split(hidden_size, dim=1)
+            bias_D = bias_D + on_hidden_DD @ weights.get("img_fc.bias", bias_D * 0).float()
+            self.global_weight.copy_(on_hidden_DD @ w_global_DD)
+            on_hidden_DD = on_hidden_DD @ w_hidden_DD
+        self.weight.copy_(torch.cat((on_embedding_DD, on_hidden_DD), dim=1))
+        self.bias.copy_(bias_D)
+
+    def forward(self, embedding_TD: torch.Tensor, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """Return the part of the layer input that depends on the token, ``[T, D]``."""
+        return F.linear(torch.cat((embedding_TD, hidden_TD), dim=-1), self.weight)
+
+    def offset(self, global_D: torch.Tensor) -> torch.Tensor:
+        """Return the part that depends on the global image feature, ``[D]``."""
+        return F.linear(global_D, self.global_weight, self.bias)
+
+
+class ImageAdaptor(nn.Module):
+    """Learned queries over one image's embeddings (reference 4.14); fills the row table.
+
+    Replicated on every tensor-parallel rank: it runs once per image and is small.
+    """
+
+    def __init__(self, head: HeadConfig, fusion: TextFusion, table: RowTable) -> None:
+        super().__init__()
+        size, self.num_heads = head.hidden_size, head.num_attention_heads
+        self.hidden_size, self.head_dim = size, size // head.num_attention_heads
+        self.num_query_tokens = head.num_query_tokens
+        shape = (head.num_query_tokens, self.num_heads, self.head_dim)
+        self.query = nn.Parameter(torch.zeros(shape), requires_grad=False)
+        self.k_proj = nn.Linear(size, size, bias=head.qkv_bias)
+        self.v_proj = nn.Linear(size, size, bias=head.qkv_bias)
+        self.o_proj = nn.Linear(size, size, bias=False)
+        self.requires_grad_(False)
+        # In a tuple: both are the draft model's children, not this module's.
+        self._targets = (fusion, table)
+
+    @torch.inference_mode()
+    def partial(self, embeddings: torch.Tensor) -> AdaptorPartial:
+        """Attend over ``[N, >= D]`` embeddings; columns beyond D (deepstack) are ignored."""
+        embeds_ND = embeddings[:, : self.hidden_size].to(self.query.dtype)
+        heads = (-1, self.num_heads, self.head_dim)
+        k_NHh = self.k_proj(embeds_ND).view(heads).float()
+        v_NHh = self.v_proj(embeds_ND).view(heads).float()
+        score_QHN = torch.einsum("qhd,nhd->qhn", self.query.float(), k_NHh) * self.head_dim**-0.5
+        value_QHh = torch.einsum("qhn,nhd->qhd", score_QHN.softmax(dim=-1), v_NHh)
+        return AdaptorPartial(score_QHN.logsumexp(dim=-1), value_QHh)
+
+    @torch.inference_mode()
+    def store(self, slot: int, value_QHh: torch.Tensor) -> None:
+        """Project the merged attention and write the slot's rows of the table."""
+        fusion, table = self._targets
+        rows_QD = self.o_proj(value_QHh.flatten(1).to(self.o_proj.weight.dtype))
+        first = table.codes.text(slot)
+        table.offset[first] = fusion.offset(rows_QD[-1])
+        table.offset[first + 1 : first + self.num_query_tokens] = rows_QD[:-1]
+
+    @torch.inference_mode()
+    def store_no_image(self) -> None:
+        """Write slot 0: text before the first image sees a global feature of zeros (4.4)."""
+        fusion, table = self._targets
+        table.offset[table.codes.text(0)] = fusion.offset(table.offset.new_zeros(self.hidden_size))

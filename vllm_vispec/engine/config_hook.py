@@ -1,0 +1,136 @@
+"""Teaches vLLM's configuration about ViSpec heads.
+
+Inside vLLM the method stays ``eagle``: that is what the draft is, and every feature that asks for
+EAGLE keeps working.  The draft is told apart by its registered architecture alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
+from vllm.transformers_utils import config as vllm_config_module
+
+from vllm_vispec.dialects import HeadInfo, inspect_head, resolve_head
+from vllm_vispec.engine.guards import check_settings, check_target
+from vllm_vispec.engine.options import EngineOptions
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.head_config import ARCHITECTURE
+
+logger = init_logger(__name__)
+
+METHOD = "vispec"
+_MARK = "_vispec_wrapped"
+
+
+def install() -> None:
+    """Wrap ``EngineArgs.create_speculative_config`` once."""
+    _wrap(_create_speculative_config)
+
+
+def install_refusal(problem: str) -> None:
+    """Make ``"method": "vispec"`` fail with ``problem``; everything else is vLLM's."""
+
+    def refuse(args: EngineArgs, original: Any, *call_args: Any) -> SpeculativeConfig | None:
+        if (args.speculative_config or {}).get("method") == METHOD:
+            raise ViSpecError(problem)
+        return original(args, *call_args)
+
+    _wrap(refuse)
+
+
+def _wrap(replacement: Any) -> None:
+    original = EngineArgs.create_speculative_config
+    if hasattr(original, _MARK):
+        return
+
+    @wraps(original)
+    def create_speculative_config(
+        self: EngineArgs,
+        target_model_config: ModelConfig,
+        target_parallel_config: ParallelConfig,
+    ) -> SpeculativeConfig | None:
+        return replacement(self, original, target_model_config, target_parallel_config)
+
+    setattr(create_speculative_config, _MARK, True)
+    EngineArgs.create_speculative_config = create_speculative_config
+
+
+def _create_speculative_config(
+    args: EngineArgs, original: Any, target: ModelConfig, parallel: ParallelConfig
+) -> SpeculativeConfig | None:
+    settings = {
+        key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()
+    }
+    info = _find_head(settings)
+    if info is None:
+        return original(args, target, parallel)
+    options = EngineOptions.pop_from(settings).with_dialect(info.dialect)
+    check_settings(settings, parallel)
+    check_target(info.config, target, parallel)
+    settings.update(method="eagle", model=str(info.folder))
+    logger.info(
+        "ViSpec head %s: %s dialect, %d query tokens, %d draft tokens per round",
+        info.folder,
+        info.dialect,
+        info.config.num_query_tokens,
+        settings["num_speculative_tokens"],
+    )
+    given, args.speculative_config = args.speculative_config, settings
+    try:
+        with _reading_head(info, options):
+            return original(args, target, parallel)
+    finally:
+        # The caller's dictionary stays as it was given.
+        args.speculative_config = given
+
+
+def _find_head(settings: dict[str, Any]) -> HeadInfo | None:
+    """Return the ViSpec head the settings ask for, None if they ask for something else."""
+    method, model = settings.get("method"), settings.get("model")
+    if method == METHOD:
+        if not isinstance(model, str) or not model:
+            raise ViSpecError(
+                'speculative config: "model" is missing; give the folder or hub id of a ViSpec head'
+            )
+        return inspect_head(resolve_head(model, settings.get("revision")))
+    if method != "eagle" or not isinstance(model, str) or not Path(model).is_dir():
+        return None
+    try:
+        return inspect_head(model)
+    except ViSpecError:
+        # Some other EAGLE head; vLLM will judge it.
+        return None
+
+
+@contextmanager
+def _reading_head(info: HeadInfo, options: EngineOptions) -> Iterator[None]:
+    """While active, vLLM's ``hf`` config parser reads the head's folder our way."""
+    parsers = vllm_config_module._CONFIG_FORMAT_TO_CONFIG_PARSER
+    original = parsers["hf"]
+    parsers["hf"] = _head_parser(original, info, options)
+    try:
+        yield
+    finally:
+        parsers["hf"] = original
+
+
+def _head_parser(base: type, info: HeadInfo, options: EngineOptions) -> type:
+    """Return a parser that knows one folder and leaves all others to ``base``."""
+
+    class HeadConfigParser(base):
+        def parse(self, model: Any, *args: Any, **kwargs: Any) -> tuple[dict, Any]:
+            if str(model) != str(info.folder):
+                return super().parse(model, *args, **kwargs)
+            from transformers import LlamaConfig
+
+            content = info.config.to_llama_config_dict() | options.to_section()
+            config = LlamaConfig(**content)
+            config.architectures = [ARCHITECTURE]
+            return content, config
+
+    return HeadConfigParser

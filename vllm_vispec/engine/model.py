@@ -1,0 +1,145 @@
+"""The ViSpec draft as a vLLM model.
+
+vLLM's registry names this class lazily and fingerprints this file, so it stays small.  Only the
+layer input differs from vLLM's own EAGLE draft; sharing of embeddings and lm_head, the logits and
+the decoder layer are vLLM's.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.llama import LlamaDecoderLayer
+from vllm.model_executor.models.llama_eagle import EagleLlamaForCausalLM
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    get_draft_quant_config,
+    maybe_prefix,
+)
+
+from vllm_vispec.dialects import get_dialect
+from vllm_vispec.engine.adaptor import ImageAdaptor, RowTable, TextFusion
+from vllm_vispec.engine.attention import HoleMaskedAttention
+from vllm_vispec.engine.layout import RowCodes
+from vllm_vispec.engine.options import EngineOptions
+from vllm_vispec.head_config import HeadConfig
+
+
+class ViSpecDecoderLayer(LlamaDecoderLayer):
+    """vLLM's Llama layer with hole-masked attention and an optional input norm."""
+
+    def __init__(self, vllm_config: VllmConfig, head: HeadConfig, rows: RowTable, prefix: str):
+        super().__init__(
+            vllm_config,
+            prefix=prefix,
+            config=draft_hf_config(vllm_config),
+            attn_layer_type=partial(HoleMaskedAttention, rows=rows),
+        )
+        if not head.layer0_input_norm:
+            self.input_layernorm = nn.Identity()
+
+    def get_quant_config(self, vllm_config: VllmConfig) -> QuantizationConfig | None:
+        """Use the draft's quantization, not the target's."""
+        return get_draft_quant_config(vllm_config)
+
+
+@support_torch_compile
+class ViSpecModel(nn.Module):
+    """Embedding, fusion, row table and the one decoder layer."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layer_id: int = 0) -> None:
+        super().__init__()
+        self.config = draft_hf_config(vllm_config)
+        head = HeadConfig.from_config_json(self.config.to_dict())
+        options = EngineOptions.from_hf_config(self.config)
+        codes = RowCodes(options.image_table_size + 1, head.num_query_tokens)
+        self.embed_tokens = VocabParallelEmbedding(
+            head.vocab_size, head.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens")
+        )
+        self.rows = RowTable(
+            codes, head.hidden_size, vllm_config.scheduler_config.max_num_batched_tokens
+        )
+        self.fusion = TextFusion(head.hidden_size)
+        self.adaptor = ImageAdaptor(head, self.fusion, self.rows)
+        layer_prefix = maybe_prefix(prefix, f"layers.{layer_id}")
+        self.layers = nn.ModuleList(
+            [ViSpecDecoderLayer(vllm_config, head, self.rows, layer_prefix)]
+        )
+        self.norm = (
+            RMSNorm(head.hidden_size, eps=head.rms_norm_eps) if head.final_norm else nn.Identity()
+        )
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return token embeddings ``[T, D]``."""
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run one draft pass; returns the hidden states for lm_head and for the next step."""
+        fused = self.fusion(self.embed_tokens(input_ids), hidden_states)
+        hidden_states = self.rows.mix(fused)
+        residual = None
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        hidden_states = self.norm(hidden_states + residual)
+        return hidden_states, hidden_states
+
+
+class EagleViSpecForCausalLM(EagleLlamaForCausalLM):
+    """Registered architecture; the prefix ``Eagle`` keeps vLLM's configuration from renaming it."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        nn.Module.__init__(self)
+        self.config = draft_hf_config(vllm_config)
+        self.model = ViSpecModel(
+            vllm_config=vllm_config,
+            prefix=maybe_prefix(prefix, "model"),
+            layer_id=vllm_config.model_config.get_num_layers(vllm_config.parallel_config),
+        )
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        # Read by vLLM when it decides what to share with the target.
+        self.has_own_embed_tokens = False
+        self.has_own_lm_head = False
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load a head in whichever dialect its files are written."""
+        dialect = get_dialect(EngineOptions.from_hf_config(self.config).dialect)
+        canonical: dict[str, torch.Tensor] = {}
+        for name, tensor in weights:
+            canonical_name = dialect.canonical_name(name)
+            if canonical_name is not None and not dialect.is_ignored(name):
+                canonical[canonical_name] = tensor
+        fusion_names = [name for name in canonical if name.startswith(("fc.", "img_fc."))]
+        self.model.fusion.load({name: canonical.pop(name) for name in fusion_names})
+        self.has_own_embed_tokens = "embed_tokens.weight" in canonical
+        AutoWeightsLoader(self.model).load_weights(canonical.items(), mapper=CANONICAL_TO_VLLM)
+        self.model.adaptor.store_no_image()
+
+
+CANONICAL_TO_VLLM = WeightsMapper(
+    orig_to_new_prefix={"layer.": "layers.0.", "img_adaptor.": "adaptor."},
+    # Qualified, since the adaptor has projections of the same names.
+    orig_to_new_stacked={
+        ".self_attn.q_proj": (".self_attn.qkv_proj", "q"),
+        ".self_attn.k_proj": (".self_attn.qkv_proj", "k"),
+        ".self_attn.v_proj": (".self_attn.qkv_proj", "v"),
+        ".mlp.gate_proj": (".mlp.gate_up_proj", 0),
+        ".mlp.up_proj": (".mlp.gate_up_proj", 1),
+    },
+)
+
+
+def draft_hf_config(vllm_config: VllmConfig) -> Any:
+    """Return the draft's transformers configuration."""
+    assert vllm_config.speculative_config is not None
+    return vllm_config.speculative_config.draft_model_config.hf_config

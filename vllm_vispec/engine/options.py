@@ -1,0 +1,58 @@
+"""Settings of the plugin itself, given next to vLLM's in ``--speculative-config``.
+
+They travel to the workers inside the draft's configuration, because vLLM's own speculative
+configuration admits no unknown keys.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from vllm_vispec.errors import ViSpecError
+
+SECTION = "vispec_engine"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Plugin settings.
+
+    Attributes:
+        image_table_size: Images whose adaptor output is kept on the device, least recently used
+            first out.  One image takes ``num_query_tokens * hidden_size`` elements.
+        dialect: Whose tensor names the head's files use; found by inspection, not set by users.
+
+    Raises:
+        ViSpecError: If a value is out of range.
+    """
+
+    image_table_size: int = 1024
+    dialect: str = "canonical"
+
+    def __post_init__(self) -> None:
+        size = self.image_table_size
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= 1_000_000:
+            raise ViSpecError(
+                f"speculative config: image_table_size={size!r} must be an integer between 1 and "
+                "1000000; leave it out for the default of 1024"
+            )
+
+    @classmethod
+    def pop_from(cls, speculative: dict[str, Any]) -> "EngineOptions":
+        """Take the plugin's keys out of a speculative config."""
+        names = {option.name for option in fields(cls)} - {"dialect"}
+        return cls(**{name: speculative.pop(name) for name in names & speculative.keys()})
+
+    def with_dialect(self, dialect: str) -> "EngineOptions":
+        """Return a copy that names the head's dialect."""
+        return replace(self, dialect=dialect)
+
+    def to_section(self) -> dict[str, Any]:
+        """Return the entry to put into the draft's configuration."""
+        return {SECTION: asdict(self)}
+
+    @classmethod
+    def from_hf_config(cls, hf_config: Any) -> "EngineOptions":
+        """Read the settings back in a worker; defaults where the head came without any."""
+        section: Mapping[str, Any] = getattr(hf_config, SECTION, None) or {}
+        return cls(**section)

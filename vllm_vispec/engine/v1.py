@@ -1,0 +1,84 @@
+"""ViSpec on the V1 model runner, which is also the CPU's."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.v1.spec_decode.eagle import EagleProposer
+
+from vllm_vispec.engine.draft_rows import DraftRows, RequestRows
+from vllm_vispec.engine.resets import clear_with
+
+
+class ViSpecProposer(EagleProposer):
+    """vLLM's EAGLE proposer plus row codes and plain 1-D positions."""
+
+    draft_rows: DraftRows
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
+        super().__init__(vllm_config, device, runner)
+        self._runner = runner
+        self._first_draft_rows: torch.Tensor | None = None
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the head; the row table is allocated here, before memory is profiled."""
+        super().load_model(target_model)
+        self.draft_rows = DraftRows(self.model, self.max_batch_size)
+        clear_with(self._runner, "reset_encoder_cache", self.draft_rows.clear)
+
+    def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> Any:
+        """Fill row codes and positions after vLLM has laid out the first draft pass."""
+        num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
+        starts = metadata.query_start_loc_cpu.tolist()
+        self.draft_rows.fill(self._requests(starts), self._runner.encoder_cache)
+        self.positions[:num_tokens] = _sequence_positions(metadata, num_tokens)
+        self._first_draft_rows = token_indices
+        return num_tokens, token_indices, metadata
+
+    def _requests(self, starts: list[int]) -> list[RequestRows]:
+        batch, states = self._runner.input_batch, self._runner.requests
+        return [
+            RequestRows(
+                request_id=request_id,
+                features=states[request_id].mm_features,
+                first_row=int(batch.num_computed_tokens_cpu[index]),
+                num_rows=starts[index + 1] - starts[index],
+            )
+            for index, request_id in enumerate(batch.req_ids)
+        ]
+
+    def _update_positions_dependent_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        """Before the first one-token step, keep each request's last code."""
+        if self._first_draft_rows is not None:
+            self.draft_rows.gather(self._first_draft_rows)
+            self._first_draft_rows = None
+        return super()._update_positions_dependent_metadata(*args, **kwargs)
+
+    def prepare_next_token_ids_padded(self, *args: Any, **kwargs: Any) -> Any:
+        """Give an unfinished prompt the token that follows its chunk.
+
+        vLLM hands every such request its last prompt token, which leaves one wrong row per chunk
+        border in the draft's cache.  Host state is exact for unfinished prompts.
+        """
+        next_token_ids, counts = super().prepare_next_token_ids_padded(*args, **kwargs)
+        batch, states = self._runner.input_batch, self._runner.requests
+        unfinished = self._runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+        if unfinished:
+            seq_lens = self._runner.optimistic_seq_lens_cpu
+            tokens = [states[batch.req_ids[i]].get_token_id(int(seq_lens[i])) for i in unfinished]
+            next_token_ids[unfinished] = torch.tensor(
+                tokens, dtype=next_token_ids.dtype, device=next_token_ids.device
+            )
+        return next_token_ids, counts
+
+
+def _sequence_positions(metadata: Any, num_tokens: int) -> torch.Tensor:
+    """Return plain positions ``[T]``; the target's may be M-RoPE, the draft's never are (4.7).
+
+    Computed from sequence lengths on the device, which are right under asynchronous scheduling.
+    """
+    starts = metadata.query_start_loc
+    token = torch.arange(num_tokens, device=starts.device, dtype=starts.dtype)
+    request = torch.bucketize(token, starts[1:], right=True)
+    return token - starts[1:][request] + metadata.seq_lens[request]

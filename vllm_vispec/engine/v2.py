@@ -1,0 +1,56 @@
+"""ViSpec on the V2 model runner, vLLM's default on GPUs."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+
+from vllm_vispec.engine.draft_rows import DraftRows, RequestRows
+from vllm_vispec.engine.resets import clear_with
+
+
+class ViSpecSpeculator(EagleSpeculator):
+    """vLLM's EAGLE speculator plus row codes; positions are 1-D here already."""
+
+    draft_rows: DraftRows
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the head; all buffers exist before any graph is captured."""
+        super().load_model(target_model)
+        self.draft_rows = DraftRows(self.model, self.max_num_reqs)
+
+    def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
+        """Learn where the vision tower's output is kept."""
+        super().set_attn(model_state, *args, **kwargs)
+        if model_state.encoder_cache is not None:
+            clear_with(model_state.encoder_cache, "reset_encoder_cache", self.draft_rows.clear)
+
+    def propose(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Fill the row codes, then draft as EAGLE does."""
+        encoder_cache = getattr(getattr(self, "model_state", None), "encoder_cache", None)
+        if encoder_cache is not None:
+            requests = _requests(input_batch, encoder_cache.mm_features)
+            self.draft_rows.fill(requests, encoder_cache.encoder_outputs)
+        return super().propose(input_batch, *args, **kwargs)
+
+    def on_prefill_end(self, num_reqs: int) -> None:
+        """Keep each request's last code for the one-token steps; outside any graph."""
+        super().on_prefill_end(num_reqs)
+        self.draft_rows.gather(self.last_token_indices[:num_reqs])
+
+
+def _requests(input_batch: InputBatch, features: dict[str, Any]) -> list[RequestRows]:
+    starts = input_batch.query_start_loc_np[: input_batch.num_reqs + 1].tolist()
+    computed = input_batch.num_computed_tokens_np[: input_batch.num_reqs].tolist()
+    return [
+        RequestRows(
+            request_id=request_id,
+            # Dummy batches invent request ids.
+            features=features.get(request_id, ()),
+            first_row=computed[index],
+            num_rows=starts[index + 1] - starts[index],
+        )
+        for index, request_id in enumerate(input_batch.req_ids[: input_batch.num_reqs])
+    ]

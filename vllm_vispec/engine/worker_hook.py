@@ -1,0 +1,70 @@
+"""Puts our proposers in place of vLLM's EAGLE classes, in workers that serve a ViSpec head.
+
+vLLM's runners test the drafter's class by name, so the class is chosen in ``__new__`` rather than
+by replacing the name.  Installed when a worker is built: earlier the proposers must not be imported
+(they would initialise the device in a parent process), later the runner exists already.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from vllm_vispec.head_config import ARCHITECTURE
+
+_MARK = "_vispec_wrapped"
+
+
+def install() -> None:
+    """Wrap ``WorkerBase.__init__`` once."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    original = WorkerBase.__init__
+    if hasattr(original, _MARK):
+        return
+
+    @wraps(original)
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        if uses_vispec(vllm_config):
+            _install_proposers()
+        original(self, vllm_config, *args, **kwargs)
+
+    setattr(init, _MARK, True)
+    WorkerBase.__init__ = init
+
+
+def uses_vispec(vllm_config: Any) -> bool:
+    """Whether the engine's draft is a ViSpec head."""
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    return draft is not None and ARCHITECTURE in (draft.hf_config.architectures or ())
+
+
+def _install_proposers() -> None:
+    from vllm.v1.spec_decode.eagle import EagleProposer
+    from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+
+    _choose_in_new(EagleProposer, _v1_proposer)
+    _choose_in_new(EagleSpeculator, _v2_speculator)
+
+
+def _v1_proposer() -> type:
+    from vllm_vispec.engine.v1 import ViSpecProposer
+
+    return ViSpecProposer
+
+
+def _v2_speculator() -> type:
+    from vllm_vispec.engine.v2 import ViSpecSpeculator
+
+    return ViSpecSpeculator
+
+
+def _choose_in_new(base: type, load_ours: Callable[[], type]) -> None:
+    """Make ``base(vllm_config, ...)`` build our subclass when the draft is a ViSpec head."""
+    if "__new__" in vars(base):
+        return
+
+    def new(cls: type, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = load_ours() if cls is base and uses_vispec(vllm_config) else cls
+        return object.__new__(chosen)
+
+    base.__new__ = new  # type: ignore[assignment]

@@ -1,0 +1,326 @@
+"""The one table of places where ViSpec touches vLLM.
+
+Each entry names what is touched, the shape it must have, and why.  Entries are checked against
+vLLM's *source text*, so checking imports nothing and costs a few tens of milliseconds; that is
+how every process can verify all of them when the plugin loads.
+"""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+VERSIONS = ("0.32", "0.33")
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One thing in vLLM that ViSpec calls, overrides or reads.
+
+    Attributes:
+        module: Dotted module, e.g. ``vllm.engine.arg_utils``.
+        symbol: ``name``, ``Class``, ``Class.method`` or, with ``self.`` inside, an attribute that
+            the class must set.
+        parameters: Parameters that must exist, in this order, ``self`` left out.  Others may
+            follow or stand between.
+        use: ``wraps``, ``overrides``, ``subclasses``, ``calls`` or ``reads``.
+        reason: Why it is touched.
+        versions: vLLM releases it was verified on.
+    """
+
+    module: str
+    symbol: str
+    parameters: tuple[str, ...]
+    use: str
+    reason: str
+    versions: tuple[str, ...] = VERSIONS
+
+    @property
+    def name(self) -> str:
+        """``module:symbol``, as shown to users."""
+        return f"{self.module}:{self.symbol}"
+
+
+@dataclass(frozen=True)
+class SeamState:
+    """What a check found."""
+
+    seam: Seam
+    ok: bool
+    detail: str
+
+    @property
+    def name(self) -> str:
+        """The seam's name."""
+        return self.seam.name
+
+    @property
+    def reason(self) -> str:
+        """Why the seam exists."""
+        return self.seam.reason
+
+
+_V1_BASE = "vllm.v1.spec_decode.llm_base_proposer"
+_V2_AR = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator"
+
+SEAMS: tuple[Seam, ...] = (
+    Seam(
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_speculative_config",
+        ("target_model_config", "target_parallel_config"),
+        "wraps",
+        'accepts "method": "vispec", checks the head against the target',
+    ),
+    Seam(
+        "vllm.transformers_utils.config",
+        "_CONFIG_FORMAT_TO_CONFIG_PARSER",
+        (),
+        "wraps",
+        "reads a head's config.json, which calls itself a VLM; swapped only while a head is read",
+    ),
+    Seam(
+        "vllm.transformers_utils.config",
+        "HFConfigParser.parse",
+        ("model", "trust_remote_code", "revision"),
+        "overrides",
+        "returns the head's configuration as a plain LlamaConfig",
+    ),
+    Seam(
+        "vllm.v1.worker.worker_base",
+        "WorkerBase.__init__",
+        ("vllm_config",),
+        "wraps",
+        "first moment in a worker at which the configuration is known and no runner exists",
+    ),
+    Seam(
+        "vllm.v1.spec_decode.eagle",
+        "EagleProposer.__init__",
+        ("vllm_config", "device", "runner"),
+        "subclasses",
+        "V1 runner: EagleProposer(...) builds a ViSpecProposer when the draft is ours",
+    ),
+    Seam(
+        _V1_BASE,
+        "SpecDecodeBaseProposer.set_inputs_first_pass",
+        ("target_token_ids", "next_token_ids", "target_positions", "cad"),
+        "overrides",
+        "V1: row codes and 1-D positions for the first draft pass",
+    ),
+    Seam(
+        _V1_BASE,
+        "SpecDecodeBaseProposer._update_positions_dependent_metadata",
+        ("positions", "common_attn_metadata", "batch_size", "input_batch_size"),
+        "overrides",
+        "V1: keep one row code per request for the one-token steps",
+    ),
+    Seam(
+        _V1_BASE,
+        "SpecDecodeBaseProposer.prepare_next_token_ids_padded",
+        ("sampled_token_ids", "requests", "gpu_input_batch", "discard_request_mask"),
+        "overrides",
+        "V1: right next token at the border of a prompt chunk",
+    ),
+    Seam(
+        _V1_BASE,
+        "SpecDecodeBaseProposer.load_model",
+        ("target_model",),
+        "overrides",
+        "V1: row table is allocated with the head",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.self.encoder_cache",
+        (),
+        "reads",
+        "V1: vision-tower output by item hash",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.self.optimistic_seq_lens_cpu",
+        (),
+        "reads",
+        "V1: end of a prompt chunk",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.self.discard_request_mask",
+        (),
+        "reads",
+        "V1: which prompts are unfinished",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.reset_encoder_cache",
+        (),
+        "wraps",
+        "V1: image rows are dropped with the encoder cache (one object only)",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.spec_decode.eagle.speculator",
+        "EagleSpeculator.load_draft_model",
+        ("target_model", "target_attn_layer_names"),
+        "subclasses",
+        "V2 runner: EagleSpeculator(...) builds a ViSpecSpeculator when the draft is ours",
+    ),
+    Seam(
+        _V2_AR,
+        "TargetDependentARSpeculator.propose",
+        ("input_batch",),
+        "overrides",
+        "V2: row codes for the batch",
+    ),
+    Seam(
+        _V2_AR,
+        "TargetDependentARSpeculator.on_prefill_end",
+        ("num_reqs",),
+        "overrides",
+        "V2: keep one row code per request for the one-token steps",
+    ),
+    Seam(
+        _V2_AR,
+        "TargetDependentARSpeculator.self.last_token_indices",
+        (),
+        "reads",
+        "V2: which token of each request is drafted from",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.spec_decode.speculator",
+        "DraftModelSpeculator.set_attn",
+        ("model_state",),
+        "overrides",
+        "V2: finds the encoder cache",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.mm.encoder_cache",
+        "EncoderCache.self.mm_features",
+        (),
+        "reads",
+        "V2: where a request's images lie",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.mm.encoder_cache",
+        "EncoderCache.self.encoder_outputs",
+        (),
+        "reads",
+        "V2: vision-tower output by item hash",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.mm.encoder_cache",
+        "EncoderCache.reset_encoder_cache",
+        (),
+        "wraps",
+        "V2: image rows are dropped with the encoder cache (one object only)",
+    ),
+    Seam(
+        "vllm.multimodal.inputs",
+        "PlaceholderRange.extract_embeds_range",
+        (),
+        "calls",
+        "which prompt positions hold vision embeddings",
+    ),
+    Seam(
+        "vllm.model_executor.models.llama",
+        "LlamaDecoderLayer.__init__",
+        ("vllm_config", "prefix", "config", "attn_layer_type"),
+        "subclasses",
+        "the draft's decoder layer takes our attention",
+    ),
+    Seam(
+        "vllm.model_executor.models.llama_eagle",
+        "EagleLlamaForCausalLM.forward",
+        ("input_ids", "positions", "hidden_states"),
+        "subclasses",
+        "the draft model's interface",
+    ),
+    Seam(
+        "vllm.v1.attention.selector",
+        "get_attn_backend",
+        ("head_size", "dtype", "kv_cache_dtype", "attn_type"),
+        "calls",
+        "finds a backend for the padded head size",
+    ),
+)
+
+
+def check_seams(seams: tuple[Seam, ...] = SEAMS) -> list[SeamState]:
+    """Check every seam against the installed vLLM."""
+    return [_check(seam) for seam in seams]
+
+
+def first_broken(seams: tuple[Seam, ...] = SEAMS) -> SeamState | None:
+    """Return the first seam that does not fit, or None."""
+    return next((state for state in check_seams(seams) if not state.ok), None)
+
+
+def _check(seam: Seam) -> SeamState:
+    tree = _parse(seam.module)
+    if tree is None:
+        return SeamState(seam, False, f"module {seam.module} not found")
+    found = _find(tree, seam.symbol)
+    if found is None:
+        return SeamState(seam, False, f"{seam.symbol} not found in {seam.module}")
+    names = _parameter_names(found)
+    missing = [name for name in seam.parameters if name not in names]
+    if missing:
+        return SeamState(seam, False, f"{seam.symbol} has no parameter {missing[0]!r}")
+    positions = [names.index(name) for name in seam.parameters]
+    if positions != sorted(positions):
+        return SeamState(seam, False, f"{seam.symbol} has its parameters in another order")
+    return SeamState(seam, True, "as expected")
+
+
+@lru_cache(maxsize=64)
+def _parse(module: str) -> ast.Module | None:
+    root = find_spec("vllm")
+    if root is None or not root.submodule_search_locations:
+        return None
+    relative = module.split(".")[1:]
+    for folder in root.submodule_search_locations:
+        path = Path(folder, *relative).with_suffix(".py")
+        if path.is_file():
+            return ast.parse(path.read_text(encoding="utf-8"))
+    return None
+
+
+def _find(tree: ast.Module, symbol: str) -> ast.AST | None:
+    owner, _, attribute = symbol.partition(".self.")
+    if attribute:
+        scope = _find(tree, owner)
+        return None if scope is None else _find_attribute(scope, attribute)
+    scope = tree
+    for name in symbol.split("."):
+        scope = next((node for node in _definitions(scope) if _name_of(node) == name), None)
+        if scope is None:
+            return None
+    return scope
+
+
+def _definitions(scope: ast.AST) -> Iterator[ast.AST]:
+    return iter(getattr(scope, "body", ()))
+
+
+def _name_of(node: ast.AST) -> str | None:
+    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return node.name
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return node.target.id
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        return node.targets[0].id
+    return None
+
+
+def _find_attribute(scope: ast.AST, name: str) -> ast.AST | None:
+    for node in ast.walk(scope):
+        stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        if stored and node.attr == name:  # type: ignore[attr-defined]
+            return node
+    return None
+
+
+def _parameter_names(node: ast.AST) -> list[str]:
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return []
+    arguments = node.args
+    return [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
