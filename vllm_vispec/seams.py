@@ -5,12 +5,9 @@ vLLM's *source text*, so checking imports nothing and costs a few tens of millis
 how every process can verify all of them when the plugin loads.
 """
 
-import ast
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
+
+from vllm_vispec.seam_source import find_symbol, parameter_names, parse_module
 
 VERSIONS = ("0.32", "0.33")
 
@@ -255,13 +252,13 @@ def first_broken(seams: tuple[Seam, ...] = SEAMS) -> SeamState | None:
 
 
 def _check(seam: Seam) -> SeamState:
-    tree = _parse(seam.module)
+    tree = parse_module(seam.module)
     if tree is None:
         return SeamState(seam, False, f"module {seam.module} not found")
-    found = _find(tree, seam.symbol)
+    found = find_symbol(tree, seam.symbol)
     if found is None:
         return SeamState(seam, False, f"{seam.symbol} not found in {seam.module}")
-    names = _parameter_names(found)
+    names = parameter_names(found)
     missing = [name for name in seam.parameters if name not in names]
     if missing:
         return SeamState(seam, False, f"{seam.symbol} has no parameter {missing[0]!r}")
@@ -269,58 +266,3 @@ def _check(seam: Seam) -> SeamState:
     if positions != sorted(positions):
         return SeamState(seam, False, f"{seam.symbol} has its parameters in another order")
     return SeamState(seam, True, "as expected")
-
-
-@lru_cache(maxsize=64)
-def _parse(module: str) -> ast.Module | None:
-    root = find_spec("vllm")
-    if root is None or not root.submodule_search_locations:
-        return None
-    relative = module.split(".")[1:]
-    for folder in root.submodule_search_locations:
-        path = Path(folder, *relative).with_suffix(".py")
-        if path.is_file():
-            return ast.parse(path.read_text(encoding="utf-8"))
-    return None
-
-
-def _find(tree: ast.Module, symbol: str) -> ast.AST | None:
-    owner, _, attribute = symbol.partition(".self.")
-    if attribute:
-        scope = _find(tree, owner)
-        return None if scope is None else _find_attribute(scope, attribute)
-    scope = tree
-    for name in symbol.split("."):
-        scope = next((node for node in _definitions(scope) if _name_of(node) == name), None)
-        if scope is None:
-            return None
-    return scope
-
-
-def _definitions(scope: ast.AST) -> Iterator[ast.AST]:
-    return iter(getattr(scope, "body", ()))
-
-
-def _name_of(node: ast.AST) -> str | None:
-    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        return node.name
-    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-        return node.target.id
-    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-        return node.targets[0].id
-    return None
-
-
-def _find_attribute(scope: ast.AST, name: str) -> ast.AST | None:
-    for node in ast.walk(scope):
-        stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-        if stored and node.attr == name:  # type: ignore[attr-defined]
-            return node
-    return None
-
-
-def _parameter_names(node: ast.AST) -> list[str]:
-    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return []
-    arguments = node.args
-    return [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]

@@ -23,6 +23,8 @@ class ViSpecProposer(EagleProposer):
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; the row table is allocated here, before memory is profiled."""
+        # The draft reads image features itself; vLLM would warn that it gets none.
+        self.supports_mm_inputs = False
         super().load_model(target_model)
         self.draft_rows = DraftRows(self.model, self.max_batch_size)
         clear_with(self._runner, "reset_encoder_cache", self.draft_rows.clear)

@@ -4,11 +4,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from vllm_vispec.engine.draft_rows import DraftRows, RequestRows
 from vllm_vispec.engine.resets import clear_with
+
+logger = init_logger(__name__)
 
 
 class ViSpecSpeculator(EagleSpeculator):
@@ -19,6 +22,7 @@ class ViSpecSpeculator(EagleSpeculator):
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; all buffers exist before any graph is captured."""
         super().load_model(target_model)
+        logger.info("ViSpec reads image features itself; vLLM's notice above does not apply to it.")
         self.draft_rows = DraftRows(self.model, self.max_num_reqs)
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,85 @@
+"""The seams table: complete, checked, and a mismatch disables ViSpec with one clear error."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from vllm_vispec import plugin, seams
+from vllm_vispec.seams import SEAMS, Seam, check_seams, first_broken
+
+PACKAGE = Path(plugin.__file__).parent
+
+
+def test_every_seam_fits_the_installed_vllm() -> None:
+    assert [state.name for state in check_seams() if not state.ok] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"symbol": "EngineArgs.renamed"}, "EngineArgs.renamed not found"),
+        ({"symbol": "Renamed.create"}, "Renamed.create not found"),
+        ({"module": "vllm.engine.moved"}, "module vllm.engine.moved not found"),
+        ({"parameters": ("target_model_config", "surprise")}, "no parameter 'surprise'"),
+        (
+            {"parameters": ("target_parallel_config", "target_model_config")},
+            "parameters in another order",
+        ),
+        ({"symbol": "EngineArgs.self.never_set"}, "EngineArgs.self.never_set not found"),
+    ],
+)
+def test_a_changed_seam_is_found(change: dict[str, object], said: str) -> None:
+    seam = dataclasses.replace(SEAMS[0], **change)  # type: ignore[arg-type]
+    broken = first_broken((seam,))
+    assert broken is not None
+    assert said in broken.detail
+
+
+def test_a_broken_seam_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Seam("vllm.engine.arg_utils", "EngineArgs.gone", (), "wraps", "test")
+    monkeypatch.setattr(seams, "SEAMS", (broken,))
+    monkeypatch.setattr(seams, "first_broken", lambda: first_broken((broken,)))
+    problem = plugin.find_problem()
+    assert problem is not None
+    assert "vllm.engine.arg_utils:EngineArgs.gone" in problem
+    assert "install vLLM 0.32 to 0.33" in problem
+    assert "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"),
+    [("0.31.2", True), ("0.32.0", False), ("0.33.1+cpu", False), ("0.40.0", False), ("dev", False)],
+)
+def test_versions(version: str, refused: bool) -> None:
+    problem = plugin.version_problem(version)
+    assert (problem is not None) == refused
+    if problem:
+        assert "install vLLM 0.32 to 0.33" in problem
+
+
+def test_a_newer_version_warns(caplog: pytest.LogCaptureFixture) -> None:
+    plugin.logger.propagate = True
+    with caplog.at_level("WARNING", logger=plugin.logger.name):
+        plugin.version_problem("0.40.0")
+    assert "was tested with vLLM 0.32 to 0.33, this is 0.40.0" in caplog.text
+
+
+def test_every_override_of_a_vllm_class_stands_in_the_table() -> None:
+    """Methods of our proposers that vLLM's classes have too must be listed."""
+    listed = {seam.symbol.split(".")[-1] for seam in SEAMS}
+    for name in ("v1.py", "v2.py"):
+        text = (PACKAGE / "engine" / name).read_text()
+        overridden = set(re.findall(r"super\(\)\.(\w+)\(", text)) - {"__init__"}
+        assert overridden <= listed, name
+
+
+def test_every_assignment_to_vllm_stands_in_the_table() -> None:
+    """Whatever the package assigns on a vLLM class is listed as wrapped or subclassed."""
+    listed = {seam.symbol for seam in SEAMS if seam.use in ("wraps", "subclasses")}
+    assigned = set()
+    for path in PACKAGE.rglob("*.py"):
+        assigned |= set(re.findall(r"^\s+([A-Z]\w+\.\w+) = ", path.read_text(), re.MULTILINE))
+    assert assigned == {"EngineArgs.create_speculative_config", "WorkerBase.__init__"}
+    assert assigned <= listed

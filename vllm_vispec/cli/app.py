@@ -1,0 +1,88 @@
+"""The `vispec` command line: `convert` and `doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from vllm_vispec.errors import ViSpecError
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    name="vispec",
+    help="Tools for ViSpec heads in vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or hub id of a head, any dialect.")],
+    destination: Annotated[Path, typer.Argument(help="Canonical folder to write.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; default: as stored.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Target named in the model card; default: by its sizes.")
+    ] = None,
+    drop_embed_tokens: Annotated[
+        bool, typer.Option(help="Leave out the embedding table; the target's is used.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing canonical folder.")] = False,
+) -> None:
+    """Write a head of any dialect as a canonical folder."""
+    from vllm_vispec.dialects.convert import convert_head, guess_target, serve_command
+
+    info = _or_exit(
+        lambda: convert_head(
+            source,
+            destination,
+            dtype=dtype,
+            target=target,
+            drop_embed_tokens=drop_embed_tokens,
+            overwrite=overwrite,
+        )
+    )
+    section = info.config.vispec_section()
+    typer.echo(f"wrote {info.folder} ({info.dtype}, {section['num_query_tokens']} query tokens)")
+    typer.echo(f"serve it with: {serve_command(target or guess_target(info.config), info.folder)}")
+
+
+@app.command()
+def doctor(
+    head: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a head to look at, too.")
+    ] = None,
+) -> None:
+    """Print versions, the runner that will be used, the state of every seam, a head's needs."""
+    from vllm_vispec.cli.doctor import head_lines, run_checks
+
+    report = run_checks()
+    for line in report.lines:
+        typer.echo(line)
+    if head is not None:
+        typer.echo("")
+        for line in _or_exit(lambda: head_lines(head)):
+            typer.echo(line)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _or_exit(action: Callable[[], T]) -> T:
+    """Run it; a user error becomes one line on stderr and exit code 1."""
+    try:
+        return action()
+    except ViSpecError as error:
+        typer.echo(f"vispec: {error}", err=True)
+        raise typer.Exit(1) from error

@@ -1,0 +1,146 @@
+"""What `vispec doctor` finds out. Everything heavy is imported on use."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import platform
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+
+from vllm_vispec import __version__
+
+_RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Report:
+    """Lines to print, and whether ViSpec can work here."""
+
+    lines: tuple[str, ...]
+    ok: bool
+
+
+def run_checks() -> Report:
+    """Versions, runner and seams of this environment."""
+    lines = [f"{'vllm-vispec':14} {__version__}", f"{'python':14} {platform.python_version()}"]
+    for package in ("torch", "transformers"):
+        lines.append(f"{package:14} {_version(package)}")
+    if importlib.util.find_spec("vllm") is None:
+        lines.append(f"{'vllm':14} not installed: install vLLM ({supported_range()})")
+        return Report(tuple(lines), ok=False)
+    vllm_line, version_ok = _vllm_line()
+    lines += [vllm_line, f"{'runner':14} {runner_line()}"]
+    seam_lines, seams_ok = _seam_lines()
+    return Report((*lines, "", *seam_lines), ok=version_ok and seams_ok)
+
+
+def supported_range() -> str:
+    """The vLLM versions this release was tested with, e.g. "0.32 to 0.33"."""
+    from vllm_vispec.plugin import MAX_VERSION, MIN_VERSION
+
+    low, high = (".".join(map(str, bound)) for bound in (MIN_VERSION, MAX_VERSION))
+    return f"{low} to {high}"
+
+
+def runner_line() -> str:
+    """Which model runner vLLM will use here, and who decides."""
+    stated = os.environ.get(_RUNNER_VARIABLE)
+    why = f"{_RUNNER_VARIABLE}={stated}" if stated else "default of this platform"
+    # Only doctor's own lines are wanted, not what vLLM logs on the way.
+    logging.disable(logging.WARNING)
+    try:
+        from vllm.config import VllmConfig
+
+        chosen = "V2" if VllmConfig().use_v2_model_runner else "V1"
+    # vLLM refuses a runner that cannot work here; other failures are not ours to tell apart.
+    except Exception as error:
+        return f"none: vLLM's default configuration fails here ({why}): {_first_reason(error)}"
+    finally:
+        logging.disable(logging.NOTSET)
+    return f"{chosen} ({why})"
+
+
+def head_lines(head: str) -> list[str]:
+    """What a head is and what it needs.
+
+    Raises:
+        ViSpecError: it is no usable head.
+    """
+    from vllm_vispec.dialects import DIALECTS, inspect_head
+    from vllm_vispec.dialects.convert import guess_target, serve_command
+
+    info = inspect_head(head)
+    config = info.config
+    elements = sum(prod(shape) for shape in info.shapes.values())
+    size = elements * _DTYPE_BYTES[info.dtype] / _MIB
+    facts = {
+        "head": head,
+        "dialect": f"{info.dialect}: {DIALECTS[info.dialect].summary}",
+        "target type": config.target_model_type or "not stated",
+        "hidden size": f"{config.hidden_size} (the target's must be the same)",
+        "vocabulary": f"{config.vocab_size} (the target's must be the same)",
+        "query tokens": f"{config.num_query_tokens} ({config.rows_per_image} rows per image)",
+        "attention": f"{config.num_attention_heads} heads, {config.num_key_value_heads} KV heads, "
+        f"head size {config.head_dim}, RoPE base {config.rope_theta:g}",
+        "positions": f"up to {config.max_position_embeddings}",
+        "norms": f"input {_yes(config.layer0_input_norm)}, final {_yes(config.final_norm)}",
+        "biases": f"q/k/v {_yes(config.qkv_bias)}, fc {_yes(config.fc_bias)}",
+        "embeddings": "its own" if config.has_embed_tokens else "the target's",
+        "weights": f"{size:.1f} MiB as {info.dtype} in {len(info.files)} file(s)",
+        "serve with": serve_command(guess_target(config), head),
+    }
+    return [f"{name:14} {value}" for name, value in facts.items()]
+
+
+def _vllm_line() -> tuple[str, bool]:
+    from vllm_vispec.plugin import MAX_VERSION, installed_version, version_problem
+
+    found = installed_version()
+    problem = version_problem(found)
+    if problem is not None:
+        return f"{'vllm':14} {found}: refused, {problem}", False
+    state = "supported"
+    numbers = found.split(".")[:2]
+    if all(part.isdigit() for part in numbers) and tuple(map(int, numbers)) > MAX_VERSION:
+        state = "newer than tested"
+    return f"{'vllm':14} {found} ({state}; tested: {supported_range()})", True
+
+
+def _seam_lines() -> tuple[list[str], bool]:
+    from vllm_vispec.seams import check_seams
+
+    states = check_seams()
+    broken = [state for state in states if not state.ok]
+    lines = [f"{'seams':14} {len(states) - len(broken)} of {len(states)} fit"]
+    for state in states:
+        mark = "ok  " if state.ok else "FAIL"
+        lines.append(f"  {mark} {state.name}: {state.reason if state.ok else state.detail}")
+    if broken:
+        lines.append(
+            f"ViSpec is disabled here: install vLLM {supported_range()} or a newer vllm-vispec"
+        )
+    return lines, not broken
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _first_reason(error: Exception) -> str:
+    """The telling line of an error; pydantic's stands behind "Value error, "."""
+    found = re.search(r"Value error, (.*?)(?: \[type=|$)", str(error), re.MULTILINE)
+    lines = str(error).splitlines() or [type(error).__name__]
+    return found.group(1) if found else lines[0]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
