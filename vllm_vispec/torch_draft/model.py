@@ -130,8 +130,6 @@ class ViSpecDraft(nn.Module):
         next_embed_D: Tensor,
         hidden_LD: Tensor,
         runs: Sequence[Run] = (),
-        *,
-        first_token_lost: bool = False,
     ) -> Prefill:
         """Draft prefill of one prompt.
 
@@ -140,14 +138,12 @@ class ViSpecDraft(nn.Module):
             next_embed_D: draft embedding of the first token the target sampled.
             hidden_LD: the target's hidden states after its final norm.
             runs: image runs [start, end) in prompt indices.
-            first_token_lost: see `rows`.
         """
         plan = plan_rows(
             len(prompt_embeds_LD),
             runs,
             self.config.num_query_tokens,
             compress=self.config.compress,
-            first_token_lost=first_token_lost,
         )
         adaptor_RQD = self._adapt(prompt_embeds_LD, plan)
         shifted_LD = torch.cat((prompt_embeds_LD[1:], next_embed_D[None]))

@@ -4,13 +4,12 @@ Terms: prompt tokens 0..L-1; row p pairs hidden state p with the embedding of to
 run [a, b) covers prompt tokens a..b-1, hence rows a-1..b-2 (the one-token shift). Of these rows
 only the last `num_query_tokens - 1` are kept, filled by the adaptor, at their own positions.
 
-Corners that the reference does not define, and what is done here:
+Corners, and what is done here:
 
 * A run with fewer rows than `num_query_tokens - 1` keeps all its rows and fills them with the LAST
   adaptor rows that fit. (The reference lets positions spill into the text before, or fails.)
-* A run at the very start has no row for its first token, because row -1 does not exist. The
-  adaptor still sees the whole image here. The reference loses the first embedding: it sees one
-  token less. `first_token_lost=True` gives the reference's numbers.
+* A run at the very start has no row for its first token, because row -1 does not exist. As in the
+  reference, the adaptor does not see that token either.
 * Runs that touch are one run, as in the reference: one adaptor call, one global feature.
 """
 
@@ -79,7 +78,6 @@ def plan_rows(
     num_query_tokens: int,
     *,
     compress: bool = True,
-    first_token_lost: bool = False,
 ) -> RowPlan:
     """Lay out the compact rows of a prompt of `length` tokens.
 
@@ -88,11 +86,8 @@ def plan_rows(
         runs: image runs [start, end) in prompt indices.
         num_query_tokens: adaptor outputs per run; the last one is the global feature.
         compress: False keeps every image row as a text row (global features still apply).
-        first_token_lost: see the module docstring.
     """
-    merged = merge_runs(runs, length)
-    if first_token_lost:
-        merged = [(max(start, 1), end) for start, end in merged if end > 1]
+    merged = [(max(start, 1), end) for start, end in merge_runs(runs, length) if end > 1]
     positions: list[int] = []
     run_of_row: list[int] = []
     adaptor_row: list[int] = []

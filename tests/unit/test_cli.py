@@ -1,0 +1,92 @@
+"""The `vispec` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.unit.heads import write_head
+from vllm_vispec import seams
+from vllm_vispec.cli import doctor
+from vllm_vispec.cli.app import app
+from vllm_vispec.dialects import inspect_head
+from vllm_vispec.dialects.convert import guess_target, serve_command
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building vLLM's default configuration takes seconds; one test does it."""
+    monkeypatch.setattr(doctor, "runner_line", lambda: "V1 (stub)")
+
+
+def test_convert(tmp_path: Path) -> None:
+    write_head(tmp_path / "in")
+    arguments = ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--dtype", "float16"]
+    result = RUNNER.invoke(app, [*arguments, "--target", "my/target"])
+    assert result.exit_code == 0, result.output
+    assert "serve it with: vllm serve my/target" in result.output
+    assert inspect_head(tmp_path / "out").dtype == "F16"
+    again = RUNNER.invoke(app, arguments)
+    assert again.exit_code == 1
+    assert again.stderr.startswith("vispec: destination")
+    assert again.stderr.count("\n") == 1
+
+
+def test_doctor_prints_everything(tmp_path: Path) -> None:
+    write_head(tmp_path, "automodel")
+    result = RUNNER.invoke(app, ["doctor", "--head", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    for expected in (
+        "vllm-vispec",
+        "python",
+        "torch",
+        "transformers",
+        "tested: 0.32 to 0.33",
+        "V1 (stub)",
+        f"{len(seams.SEAMS)} of {len(seams.SEAMS)} fit",
+        "automodel: NeMo Automodel",
+        "3 (2 rows per image)",
+        f'"model":"{tmp_path}"',
+    ):
+        assert expected in result.output
+
+
+def test_doctor_fails_with_a_broken_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = seams.Seam("vllm.engine.arg_utils", "NoSuchThing", (), "calls", "a test")
+    monkeypatch.setattr(seams, "check_seams", lambda: [seams._check(gone)])
+    result = RUNNER.invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "FAIL vllm.engine.arg_utils:NoSuchThing" in result.output
+    assert "ViSpec is disabled here: install vLLM 0.32 to 0.33" in result.output
+
+
+@pytest.mark.parametrize(
+    ("version", "code", "text"),
+    [("0.31.2", 1, "refused"), ("0.33.1", 0, "(supported"), ("0.34.0", 0, "newer than tested")],
+)
+def test_doctor_judges_the_version(
+    monkeypatch: pytest.MonkeyPatch, version: str, code: int, text: str
+) -> None:
+    monkeypatch.setattr("vllm_vispec.plugin.installed_version", lambda: version)
+    result = RUNNER.invoke(app, ["doctor"])
+    assert result.exit_code == code
+    assert text in result.output
+
+
+def test_doctor_with_a_bad_head(tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["doctor", "--head", str(tmp_path / "none")])
+    assert result.exit_code == 1
+    assert "does not exist" in result.stderr
+
+
+def test_known_targets(tmp_path: Path) -> None:
+    write_head(tmp_path, hidden_size=64, num_attention_heads=4, head_dim=16)
+    assert guess_target(inspect_head(tmp_path).config) == "TARGET"
+    assert serve_command("T", "H", 3) == (
+        "vllm serve T --speculative-config "
+        '\'{"method":"vispec","model":"H","num_speculative_tokens":3}\''
+    )
