@@ -1,0 +1,46 @@
+# `make demo` and `make test` work on a bare machine with Python 3.11; both can be repeated.
+# Variables: PYTHON (interpreter to build with), VENV, VISPEC_STACK=cpu|gpu, PYTEST_ARGS.
+PYTHON ?= python3.11
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest
+PYTEST_ARGS ?=
+MAKEFLAGS += --no-print-directory
+export VLLM_NO_USAGE_STATS ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-all lint format bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: ## create .venv and install everything (a no-op when nothing changed)
+	@PYTHON="$(PYTHON)" VENV="$(abspath $(VENV))" bash tests/cpu_stack/setup_env.sh
+
+demo: setup ## serve the tiny VLM with and without ViSpec on real images
+	@$(PY) -m examples.demo
+
+test: setup lint ## lint and the default tests (under 12 minutes on 2 cores)
+	@$(PYTEST) $(PYTEST_ARGS)
+
+test-slow: setup ## the long matrix: vLLM 0.33, and everything marked slow
+	@$(PYTEST) -m "slow or overlay" $(PYTEST_ARGS)
+
+test-all: setup lint ## every test
+	@$(PYTEST) -m "" $(PYTEST_ARGS)
+
+lint: setup ## ruff and mypy
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --check --quiet . || { echo "lint: run 'make format'" >&2; exit 1; }
+	@$(PY) -m mypy --no-error-summary
+
+format: setup ## rewrite files as ruff wants them
+	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format --quiet .
+
+bench: setup ## compare the speed with plain vLLM and with vLLM's EAGLE
+	@$(PY) -m benchmarks
+
+clean: ## remove caches and the virtual environment
+	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
