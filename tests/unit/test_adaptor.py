@@ -94,8 +94,10 @@ def test_table_keeps_the_recent_and_evicts_the_oldest() -> None:
     embeds = {name: torch.randn(4, 64) for name in "abc"}
     runs = {name: run_of(FeatureSlice(name, 0, 4)) for name in "abc"}
     slots = {name: table.slot_of(runs[name], embeds) for name in "ab"}
+    table.begin_step()
     assert table.slot_of(runs["a"], {}) == slots["a"]
     assert table.slot_of(runs["c"], embeds) == slots["b"]
+    assert table.slot_of(runs["b"], embeds) is None  # this batch already needs both slots
     assert table.stats.evicted == 1
     table.clear()
     assert table.slot_of(runs["a"], {}) is None

@@ -67,6 +67,7 @@ class DraftRows:
         """
         total = sum(request.num_rows for request in requests)
         codes_T = np.zeros(total, dtype=np.int32)
+        self.table.begin_step()
         begin = 0
         for request in requests:
             end = begin + request.num_rows

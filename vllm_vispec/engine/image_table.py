@@ -46,6 +46,7 @@ class ImageTable:
         self._slots: OrderedDict[RunKey, int] = OrderedDict()
         self._partials: OrderedDict[FeatureSlice, AdaptorPartial] = OrderedDict()
         self._max_partials = num_slots
+        self._in_use: set[int] = set()
         self.stats = TableStats()
 
     def clear(self) -> None:
@@ -54,8 +55,14 @@ class ImageTable:
         self._slots.clear()
         self._partials.clear()
 
+    def begin_step(self) -> None:
+        """Start a batch: slots handed out from now on stay until the next call."""
+        self._in_use.clear()
+
     def slot_of(self, run: ImageRun, embeddings: Mapping[str, torch.Tensor]) -> int | None:
         """Return the run's slot, computing its rows if the embeddings are at hand.
+
+        None if they are not, or if this batch already needs every slot.
 
         Args:
             run: The run, identified by the slices of vision-tower output it consists of.
@@ -66,13 +73,21 @@ class ImageTable:
         if slot is not None:
             self._slots.move_to_end(run.parts)
             self.stats.hits += 1
-            return slot
+        else:
+            slot = self._compute(run, embeddings)
+        if slot is not None:
+            self._in_use.add(slot)
+        return slot
+
+    def _compute(self, run: ImageRun, embeddings: Mapping[str, torch.Tensor]) -> int | None:
         partials = [self._partial(part, embeddings) for part in run.parts]
         available = [partial for partial in partials if partial is not None]
         if len(available) < len(partials):
             return None
-        self.stats.computed += 1
         slot = self._take_slot()
+        if slot is None:
+            return None
+        self.stats.computed += 1
         self._adaptor.store(slot, merge_partials(available))
         self._slots[run.parts] = slot
         return slot
@@ -89,12 +104,16 @@ class ImageTable:
                 run.parts[0].identifier,
             )
 
-    def _take_slot(self) -> int:
+    def _take_slot(self) -> int | None:
+        """A free slot, else the least recently used one that this batch does not need."""
         if self._free:
             return self._free.pop()
-        _, slot = self._slots.popitem(last=False)
-        self.stats.evicted += 1
-        return slot
+        for key, slot in self._slots.items():
+            if slot not in self._in_use:
+                del self._slots[key]
+                self.stats.evicted += 1
+                return slot
+        return None
 
     def _partial(
         self, part: FeatureSlice, embeddings: Mapping[str, torch.Tensor]

@@ -28,9 +28,20 @@ class PlaceholderLike(Protocol):
 class FeatureLike(Protocol):
     """The part of vLLM's ``MultiModalFeatureSpec`` that is read here."""
 
-    modality: str
-    identifier: str
-    mm_position: PlaceholderLike
+    @property
+    def modality(self) -> str:
+        """Such as ``image``."""
+        ...
+
+    @property
+    def identifier(self) -> str:
+        """Hash of the item's content."""
+        ...
+
+    @property
+    def mm_position(self) -> PlaceholderLike:
+        """Where it lies in the prompt."""
+        ...
 
 
 @dataclass(frozen=True)
