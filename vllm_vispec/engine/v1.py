@@ -34,7 +34,9 @@ class ViSpecProposer(EagleProposer):
         num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
         starts = metadata.query_start_loc_cpu.tolist()
         self.draft_rows.fill(self._requests(starts), self._runner.encoder_cache)
-        self.positions[:num_tokens] = _sequence_positions(metadata, num_tokens)
+        if self.vllm_config.model_config.uses_mrope:
+            token_index = self.arange[:num_tokens]
+            self.positions[:num_tokens] = _sequence_positions(metadata, token_index)
         self._first_draft_rows = token_indices
         return num_tokens, token_indices, metadata
 
@@ -75,12 +77,11 @@ class ViSpecProposer(EagleProposer):
         return next_token_ids, counts
 
 
-def _sequence_positions(metadata: Any, num_tokens: int) -> torch.Tensor:
-    """Return plain positions ``[T]``; the target's may be M-RoPE, the draft's never are (4.7).
+def _sequence_positions(metadata: Any, token_index: torch.Tensor) -> torch.Tensor:
+    """Return plain positions ``[T]`` where the target's are M-RoPE; the draft's never are (4.7).
 
     Computed from sequence lengths on the device, which are right under asynchronous scheduling.
     """
-    starts = metadata.query_start_loc
-    token = torch.arange(num_tokens, device=starts.device, dtype=starts.dtype)
-    request = torch.bucketize(token, starts[1:], right=True)
-    return token - starts[1:][request] + metadata.seq_lens[request]
+    ends = metadata.query_start_loc[1:]
+    request = torch.bucketize(token_index, ends, right=True)
+    return token_index + (metadata.seq_lens - ends)[request]

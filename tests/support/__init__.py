@@ -1,0 +1,1 @@
+"""Helpers of the engine tests: tiny models, golden cases, engine life cycle, child processes."""

@@ -1,0 +1,47 @@
+"""Jobs that serve golden cases in a child process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from tests.support import engine, golden, head_padding
+
+
+def serve_cases(
+    cases_dir: str, work_dir: str, speculative: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Serve every case below ``cases_dir`` and yield each :class:`engine.Completion` as JSON data.
+
+    One engine per (target, draft, K) pair; the cases of a pair run one after another, so that their
+    rounds are those of a single request. A case or pair that fails yields its ``error``.
+    """
+    head_padding.install()
+    ordered = sorted(golden.load_cases(Path(cases_dir)), key=lambda case: (case.pair, case.name))
+    for (target, draft, drafts), group in groupby(ordered, key=lambda case: case.pair):
+        cases = list(group)
+        model = golden.materialise_target(target, Path(work_dir) / target.name)
+        options = engine.EngineOptions(
+            model=str(model),
+            draft=str(draft) if speculative else None,
+            num_draft_tokens=drafts,
+            prefix_caching=False,
+            enable_mm_embeds=True,
+        )
+        yield from _serve_pair(options, cases, model)
+
+
+def _serve_pair(
+    options: engine.EngineOptions, cases: list[golden.GoldenCase], model: Path
+) -> Iterator[dict[str, Any]]:
+    pending = [case.name for case in cases]
+    try:
+        with engine.engine(options) as llm:
+            for case in cases:
+                params = engine.greedy(len(case.greedy_ids))
+                found = engine.generate(llm, [golden.engine_prompt(case, model)], params)[0]
+                yield {"name": pending.pop(0)} | found.to_json()
+    except Exception as error:
+        yield from ({"name": name, "error": repr(error)} for name in pending)

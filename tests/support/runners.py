@@ -1,0 +1,63 @@
+"""The engine variants that tests run: V1 and V2 runner, installed vLLM and the 0.33 overlay."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pytest
+
+V1_ENV = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+V2_ENV = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One variant: its name, the environment of its child process, and whether it is an overlay."""
+
+    name: str
+    variables: Mapping[str, str]
+    overlay: bool = False
+
+    def env(self) -> dict[str, str]:
+        """Return the environment to add (the overlay folder is built on first use)."""
+        variables = dict(self.variables)
+        if self.overlay:
+            variables["PYTHONPATH"] = overlay_folder()
+        return variables
+
+
+def overlay_folder() -> str:
+    """Return the folder of the 0.33 overlay: ``VISPEC_VLLM_OVERLAY`` or a freshly built one."""
+    given = os.environ.get("VISPEC_VLLM_OVERLAY")
+    if given:
+        return given
+    from tests.cpu_stack.overlay import build
+
+    return str(build())
+
+
+RUNNERS: Mapping[str, Runner] = {
+    runner.name: runner
+    for runner in (
+        Runner("v1", V1_ENV),
+        Runner("v2", V2_ENV),
+        Runner("v1-overlay", V1_ENV, overlay=True),
+        Runner("v2-overlay", V2_ENV, overlay=True),
+    )
+}
+
+
+def runner_params() -> list[pytest.ParameterSet]:
+    """Return the runners as pytest parameters with their markers (for fixtures and tests)."""
+    return [pytest.param(runner, id=name, marks=_marks(runner)) for name, runner in RUNNERS.items()]
+
+
+def _marks(runner: Runner) -> list[pytest.MarkDecorator]:
+    marks = [pytest.mark.engine]
+    if runner.variables is V2_ENV:
+        marks.append(pytest.mark.v2)
+    if runner.overlay:
+        marks.append(pytest.mark.overlay)
+    return marks

@@ -1,0 +1,31 @@
+"""A folder of tiny targets and heads, each built once per test session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tests.support.tiny_heads import HeadSpec, build_head
+from tests.support.tiny_models import build_target
+
+
+@dataclass(frozen=True)
+class TinyStore:
+    """Builds on first use below ``root``; safe to share between tests and child processes."""
+
+    root: Path
+
+    def target(self, kind: str, seed: int = 0) -> Path:
+        """Return the folder of the tiny target of family ``kind``."""
+        return build_target(kind, self.root / f"{kind}-{seed}", seed)
+
+    def head(self, spec: HeadSpec, target_seed: int = 0) -> Path:
+        """Return the folder of the head ``spec`` for the target of the same family."""
+        parts = (spec.kind, spec.dialect, spec.num_q, spec.qkv_bias, spec.noise, spec.seed)
+        name = "head-" + "-".join(str(part) for part in (*parts, target_seed))
+        return build_head(spec, self.target(spec.kind, target_seed), self.root / name)
+
+    def pair(self, kind: str, **changes: object) -> tuple[str, str]:
+        """Return target and head folders as strings, ready for :class:`EngineOptions`."""
+        spec = replace(HeadSpec(kind), **changes)  # type: ignore[arg-type]
+        return str(self.target(kind)), str(self.head(spec))
