@@ -1,0 +1,1 @@
+"""Speed measurements; each prints both sides of one run and writes JSON."""

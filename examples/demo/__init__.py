@@ -1,0 +1,1 @@
+"""`make demo`: the tiny VLM answers held-out images with plain vLLM and with ViSpec."""

@@ -1,0 +1,107 @@
+"""The engine process of a comparison: reads requests on stdin, writes answers to stdout.
+
+Started by :class:`examples.demo.side.Side`. The engine lives in this very process and works only
+while it is asked, so two of these can wait beside each other without disturbing a measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import IO, Any
+
+from examples.demo.job import Answer, Job
+from examples.tiny_vlm.samples import DemoSample, demo_samples
+
+
+class Engine:
+    """A running ``vllm.LLM`` and the samples of its job."""
+
+    def __init__(self, job: Job) -> None:
+        import torch
+        from vllm import LLM
+
+        on_gpu = torch.cuda.is_available()
+        self.job = job
+        self.samples = list(demo_samples(job.per_family, job.families or None))
+        self.llm: Any = LLM(**job.llm_kwargs(), enforce_eager=not on_gpu)
+
+    def reply(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer one sample, alone in its batch."""
+        return asdict(self.answer(request["sample"]))
+
+    def answer(self, index: int) -> Answer:
+        """Answer a sample greedily and time it."""
+        from vllm import SamplingParams
+
+        messages = chat_messages(self.samples[index])
+        params = SamplingParams(temperature=0.0, max_tokens=self.job.max_tokens)
+        begin = time.perf_counter()
+        output = self.llm.chat([messages], params, use_tqdm=False)[0]
+        wall_seconds = time.perf_counter() - begin
+        sequence, stats = output.outputs[0], output.metrics
+        rounds = sequence.spec_decode_metrics
+        return Answer(
+            token_ids=tuple(sequence.token_ids),
+            pieces=tuple(self._pieces(sequence.token_ids)),
+            accepted_draft=tuple(rounds.per_step_accepted) if rounds else (),
+            decode_seconds=stats.last_token_ts - stats.first_token_ts,
+            wall_seconds=wall_seconds,
+        )
+
+    def _pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Split the text at the tokens; half a character waits for its other half."""
+        tokenizer = self.llm.get_tokenizer()
+        pieces, done = [], ""
+        for end in range(1, len(token_ids) + 1):
+            text = tokenizer.decode(token_ids[:end], skip_special_tokens=True)
+            waits = text.endswith("\ufffd") and end < len(token_ids)
+            pieces.append("" if waits else text[len(done) :])
+            done = done if waits else text
+        return pieces
+
+
+def chat_messages(sample: DemoSample) -> list[dict[str, Any]]:
+    """Return the sample's messages with its images in place."""
+    images = iter(sample.images)
+    return [
+        message | {"content": [_content(part, images) for part in message["content"]]}
+        for message in sample.messages
+    ]
+
+
+def _content(part: dict[str, Any], images: Any) -> dict[str, Any]:
+    if part["type"] != "image":
+        return part
+    return {"type": "image_pil", "image_pil": next(images)}
+
+
+def serve(make_engine: Callable[[Job], Any]) -> None:
+    """Build the engine of the first line, then answer line by line until stdin ends."""
+    replies = _take_stdout()
+    begin = time.perf_counter()
+    engine = make_engine(Job.from_json(json.loads(sys.stdin.readline())))
+    _write(replies, {"ready": time.perf_counter() - begin})
+    for line in sys.stdin:
+        _write(replies, engine.reply(json.loads(line)))
+    engine.llm.llm_engine.engine_core.shutdown()
+
+
+def _take_stdout() -> IO[str]:
+    """Keep stdout for replies; whatever else prints there goes to stderr."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return replies
+
+
+def _write(replies: IO[str], content: dict[str, Any]) -> None:
+    replies.write(json.dumps(content) + "\n")
+    replies.flush()
+
+
+if __name__ == "__main__":
+    serve(Engine)

@@ -1,0 +1,52 @@
+"""Describe an image with a ViSpec head, in this process: `python -m examples.offline_generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from examples.pair import (
+    DEFAULT_DRAFT_MODEL,
+    DEFAULT_DRAFT_TOKENS,
+    DEFAULT_MODEL,
+    DraftOption,
+    DraftTokensOption,
+    ModelOption,
+    Pair,
+    prepare_environment,
+)
+from examples.pictures import load_picture
+
+
+def main(
+    model: ModelOption = DEFAULT_MODEL,
+    draft_model: DraftOption = DEFAULT_DRAFT_MODEL,
+    num_speculative_tokens: DraftTokensOption = DEFAULT_DRAFT_TOKENS,
+    image: Annotated[Path | None, typer.Option(help="Image file; default: a drawn scene.")] = None,
+    question: Annotated[str, typer.Option()] = "Describe the picture.",
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+) -> None:
+    """Answer one question about one image."""
+    pair = Pair(model, draft_model, num_speculative_tokens)
+    prepare_environment()
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        **pair.llm_kwargs(), per_request_spec_decode_metrics="summary", disable_log_stats=False
+    )
+    content = [
+        {"type": "image_pil", "image_pil": load_picture(image)},
+        {"type": "text", "text": question},
+    ]
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    answer = llm.chat([{"role": "user", "content": content}], params)[0].outputs[0]
+    print(answer.text)
+    if answer.spec_decode_metrics is not None:
+        rounds = answer.spec_decode_metrics.to_dict()
+        print(f"tokens_per_round: {rounds['mean_acceptance_length']:.2f}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,89 @@
+"""What the examples share: the tiny pair of checkpoints and how to serve it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+CHECKPOINTS = Path(__file__).resolve().parent / "tiny_vlm" / "checkpoints"
+DEFAULT_MODEL = str(CHECKPOINTS / "target")
+DEFAULT_DRAFT_MODEL = str(CHECKPOINTS / "vispec_head")
+DEFAULT_DRAFT_TOKENS = 5
+MAX_MODEL_LEN = 1024
+
+ModelOption = Annotated[str, typer.Option("--model", help="Target: a folder or hub id.")]
+DraftOption = Annotated[str, typer.Option("--draft-model", help="ViSpec head: a folder or hub id.")]
+DraftTokensOption = Annotated[
+    int, typer.Option("--num-speculative-tokens", min=1, help="Draft tokens per round (K).")
+]
+
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # Read by vLLM's CPU backend only: cache in GiB, and no claim on all cores.
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+class PairError(SystemExit):
+    """A missing checkpoint; ends the program with one line and status 2."""
+
+    def __init__(self, message: str) -> None:
+        typer.echo(f"error: {message}", err=True)
+        super().__init__(2)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A target and its ViSpec head.
+
+    Raises:
+        PairError: A local folder does not exist.
+    """
+
+    model: str = DEFAULT_MODEL
+    draft_model: str = DEFAULT_DRAFT_MODEL
+    num_speculative_tokens: int = DEFAULT_DRAFT_TOKENS
+
+    def __post_init__(self) -> None:
+        _check(self.model, "--model")
+        _check(self.draft_model, "--draft-model")
+
+    def speculative_config(self) -> dict[str, Any]:
+        """Return what goes into vLLM's ``speculative_config``."""
+        return {
+            "method": "vispec",
+            "model": self.draft_model,
+            "num_speculative_tokens": self.num_speculative_tokens,
+        }
+
+    def llm_kwargs(self) -> dict[str, Any]:
+        """Return keyword arguments for ``vllm.LLM``."""
+        return {
+            "model": self.model,
+            "speculative_config": self.speculative_config(),
+            "max_model_len": MAX_MODEL_LEN,
+            "max_num_batched_tokens": MAX_MODEL_LEN,
+            "enforce_eager": True,
+        }
+
+
+def prepare_environment() -> None:
+    """Set defaults that suit a small machine; call it before vLLM is imported."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def _check(model: str, option: str) -> None:
+    is_local = Path(model).is_absolute() or model.startswith(("./", "../", "~"))
+    if not is_local or (Path(model).expanduser() / "config.json").is_file():
+        return
+    remedy = f"give {option} a folder or hub id"
+    if Path(model).parent == CHECKPOINTS:
+        remedy = f"train the tiny pair (see examples/tiny_vlm/README.md) or {remedy}"
+    raise PairError(f"no checkpoint at {model}: {remedy}")

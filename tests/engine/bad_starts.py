@@ -1,0 +1,259 @@
+"""Settings that must be refused at start, and a job that tries them all in one process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from tests.support import engine
+from tests.support.tiny_configs import HEAD_DIM, HIDDEN, VOCAB
+from tests.support.tiny_heads import HeadSpec
+from tests.support.tiny_store import TinyStore
+from tests.unit.heads import edit_config, edit_tensors, write_config, write_head
+
+Spoil = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class BadStart:
+    """One refused start.
+
+    Attributes:
+        message: Regular expression that the error matches.
+        spoil: Changes a copy of a good head.
+        spec: Changes to the speculative config; None removes a key.
+        engine: Further engine arguments.
+        target: ``vision`` or ``text``.
+        error: Name of the exception's class.
+    """
+
+    message: str
+    spoil: Spoil | None = None
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    target: str = "vision"
+    error: str = "ViSpecError"
+
+
+def _weights(folder: Path) -> Path:
+    return folder / "model.safetensors"
+
+
+def _truncate(folder: Path) -> None:
+    data = _weights(folder).read_bytes()
+    _weights(folder).write_bytes(data[: len(data) // 2])
+
+
+def _pickle_only(folder: Path) -> None:
+    _weights(folder).rename(folder / "pytorch_model.bin")
+
+
+def _drop(name: str) -> Spoil:
+    def spoil(folder: Path) -> None:
+        edit_tensors(folder, lambda tensors: tensors.__delitem__(name))
+
+    return spoil
+
+
+def _add(name: str) -> Spoil:
+    def spoil(folder: Path) -> None:
+        import torch
+
+        edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(4)}))
+
+    return spoil
+
+
+def _rewrite(**changes: Any) -> Spoil:
+    """Replace the head by one with other sizes."""
+    sizes = {
+        "hidden_size": HIDDEN,
+        "head_dim": HEAD_DIM,
+        "vocab_size": VOCAB,
+        "intermediate_size": 48,
+    }
+
+    def spoil(folder: Path) -> None:
+        write_head(folder, "reference", **(sizes | changes))
+
+    return spoil
+
+
+def _only(tensors: Mapping[str, tuple[int, ...]], architecture: str) -> Spoil:
+    """Replace the head by other weights."""
+
+    def spoil(folder: Path) -> None:
+        import torch
+        from safetensors.torch import save_file
+
+        save_file({name: torch.zeros(size) for name, size in tensors.items()}, _weights(folder))
+        write_config(folder, {"architectures": [architecture]})
+
+    return spoil
+
+
+COUNT = r"num_speculative_tokens={} must be an integer between 1 and \d+; 3 to 6 suits"
+EAGLE = {"fc.weight": (HIDDEN, 2 * HIDDEN), "layers.0.mlp.up_proj.weight": (48, HIDDEN)}
+EAGLE3 = {"fc.weight": (HIDDEN, 3 * HIDDEN), "d2t": (8,)}
+
+BAD_STARTS: Mapping[str, BadStart] = {
+    "missing folder": BadStart(
+        "head folder '/nowhere/head' does not exist.*give", spec={"model": "/nowhere/head"}
+    ),
+    "no model": BadStart('"model" is missing; give the folder', spec={"model": None}),
+    "empty model": BadStart('"model" is missing; give the folder', spec={"model": ""}),
+    "no config": BadStart(
+        r"config\.json is missing", lambda folder: (folder / "config.json").unlink()
+    ),
+    "truncated weights": BadStart("truncated or corrupt.*download or export", _truncate),
+    "pickle only": BadStart(
+        "only pickle weights.*convert them to safetensors",
+        _pickle_only,
+    ),
+    "missing tensor": BadStart(r"lacks 1 tensor\(s\): fc\.weight.*export", _drop("fc.weight")),
+    "extra tensor": BadStart(r"account for: lm_head\.weight.*remove", _add("lm_head.weight")),
+    "config of another head": BadStart(
+        r"has shape .*config\.json asks for.*use the config\.json",
+        lambda folder: edit_config(folder, intermediate_size=7),
+    ),
+    "wrong hidden size": BadStart(
+        rf"hidden_size of the head is 64.*is {HIDDEN}: use the head that was trained",
+        _rewrite(hidden_size=64, head_dim=16),
+    ),
+    "wrong vocabulary": BadStart(
+        rf"vocab_size of the head is 999.*is {VOCAB}: use the head that was trained",
+        _rewrite(vocab_size=999),
+    ),
+    "EAGLE head": BadStart(
+        'text-only EAGLE head.*"method":"eagle"', _only(EAGLE, "LlamaForCausalLM")
+    ),
+    "EAGLE-3 head": BadStart(
+        'EAGLE-3 head.*"method":"eagle3"', _only(EAGLE3, "LlamaForCausalLMEagle3")
+    ),
+    "unknown dialect": BadStart("unknown dialect.*expected one of.*give", _only({"w": (2,)}, "X")),
+    "K missing": BadStart(COUNT.format("None"), spec={"num_speculative_tokens": None}),
+    "K is 0": BadStart(COUNT.format("0"), spec={"num_speculative_tokens": 0}),
+    "K is -1": BadStart(COUNT.format("-1"), spec={"num_speculative_tokens": -1}),
+    "K is 100": BadStart(COUNT.format("100"), spec={"num_speculative_tokens": 100}),
+    "K is a word": BadStart(COUNT.format("'four'"), spec={"num_speculative_tokens": "four"}),
+    "K is true": BadStart(COUNT.format("True"), spec={"num_speculative_tokens": True}),
+    "K is 2.5": BadStart(COUNT.format(r"2\.5"), spec={"num_speculative_tokens": 2.5}),
+    "text-only target": BadStart("takes no images; ViSpec needs a vision-language", target="text"),
+    "no image table": BadStart(
+        "image_table_size=0 must be an integer.*leave it out", spec={"image_table_size": 0}
+    ),
+    "parallel drafting": BadStart(
+        "parallel_drafting does not work with ViSpec.*leave it out",
+        spec={"parallel_drafting": True},
+    ),
+    "other vocabularies": BadStart(
+        "use_heterogeneous_vocab does not work.*leave it out",
+        spec={"use_heterogeneous_vocab": True},
+    ),
+    "draft TP differs": BadStart(
+        "draft_tensor_parallel_size=2 must equal the target's 1; leave it out",
+        spec={"draft_tensor_parallel_size": 2},
+    ),
+    "TP does not divide": BadStart(
+        "tensor_parallel_size=3 does not divide the head's 4.*choose one",
+        engine={"tensor_parallel_size": 3},
+    ),
+    "pipeline parallel": BadStart(
+        "pipeline_parallel_size=2 does not work with ViSpec.*set it to 1",
+        engine={"pipeline_parallel_size": 2},
+    ),
+    "unknown key": BadStart("no_such_key", spec={"no_such_key": 1}, error="ValidationError"),
+}
+
+
+class Attempts:
+    """Tries starts with the tiny target; engines are configured, never built."""
+
+    def __init__(self, folder: Path) -> None:
+        store = TinyStore(folder / "tiny")
+        self._folder = folder
+        self._head = store.head(HeadSpec("qwen2_5_vl"))
+        vision = store.target("qwen2_5_vl")
+        self._targets = {"vision": vision, "text": text_target(folder / "text", vision)}
+
+    def attempt(self, case: BadStart, name: str = "head") -> dict[str, str]:
+        """Return the class and the message of the error, both empty without one."""
+        from vllm.engine.arg_utils import EngineArgs
+
+        head = self._folder / name.replace(" ", "-")
+        shutil.copytree(self._head, head)
+        if case.spoil is not None:
+            case.spoil(head)
+        spec: dict[str, Any] = {"method": "vispec", "model": str(head), "num_speculative_tokens": 3}
+        spec |= case.spec
+        try:
+            EngineArgs(
+                model=str(self._targets[case.target]),
+                speculative_config={k: v for k, v in spec.items() if v is not None},
+                **case.engine,
+            ).create_engine_config()
+        except Exception as error:
+            return {"error": type(error).__name__, "message": str(error)}
+        return {"error": "", "message": ""}
+
+
+def text_target(folder: Path, vision: Path) -> Path:
+    """Write the configuration of a text-only target; weights are not needed to refuse it."""
+    shutil.copytree(vision, folder, ignore=shutil.ignore_patterns("*.safetensors", "*processor*"))
+    text = json.loads((vision / "config.json").read_text())["text_config"]
+    text |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    write_config(folder, text)
+    return folder
+
+
+def try_all(folder: str) -> Iterator[dict[str, str]]:
+    """Try a good start, all bad ones, and vLLM versions that do not fit (in a child process)."""
+    engine.register_plugin()
+    attempts = Attempts(Path(folder))
+    good = BadStart("")
+    yield {"name": "good"} | attempts.attempt(good, "good")
+    for name, case in BAD_STARTS.items():
+        yield {"name": name} | attempts.attempt(case, name)
+    with _registered_anew("installed_version", lambda: "0.31.2"):
+        yield {"name": "old vLLM"} | attempts.attempt(good, "old")
+    broken = SimpleNamespace(name="EagleProposer.propose", detail="missing argument 'x'")
+    with _registered_anew("find_problem", _problem_of(broken)):
+        yield {"name": "broken seam"} | attempts.attempt(good, "seam")
+    yield {"name": "good again"} | attempts.attempt(good, "again")
+
+
+def _problem_of(broken: Any) -> Callable[[], str | None]:
+    from vllm_vispec import plugin
+
+    find_problem = plugin.find_problem
+
+    def find() -> str | None:
+        with mock.patch("vllm_vispec.seams.first_broken", return_value=broken):
+            return find_problem()
+
+    return find
+
+
+@contextmanager
+def _registered_anew(name: str, replacement: Callable[[], str | None]) -> Iterator[None]:
+    """Register the plugin as in a fresh process in which ``plugin.<name>`` says something else."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_vispec import plugin
+
+    installed = EngineArgs.create_speculative_config
+    EngineArgs.create_speculative_config = installed.__wrapped__
+    try:
+        with mock.patch.object(plugin, name, replacement):
+            plugin.register()
+        yield
+    finally:
+        EngineArgs.create_speculative_config = installed

@@ -1,0 +1,153 @@
+"""A request's drafts do not depend on what else goes on: they equal those of a cold single run.
+
+Compared are the accepted tokens of every round and the logits behind every draft (relative to the
+request's largest logit). Two exceptions:
+
+* A preempted request that resumes recomputes its cache and emits one token without a draft round,
+  so its rounds begin elsewhere from there on. Where rounds begin at the same token, logits agree.
+* When an image's rows are gone and its tokens are a prefix hit, there is nothing to draft from: the
+  miss is counted, output stays right and logits are far off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tests.engine.setups import Served, outputs, params, serve, setup
+from tests.support.child import run_in_subprocess
+from tests.support.runners import RUNNERS, Runner
+from tests.support.tiny_store import TinyStore
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+
+KIND = "qwen2_5_vl"
+TOLERANCE = 1e-4
+Situations = dict[str, dict[str, Any]]
+
+CHUNKS: Mapping[str, Any] = {"max_num_batched_tokens": 24, "max_num_seqs": 3}
+ROOMY: Mapping[str, Any] = {
+    "name": "roomy",
+    "options": {},
+    "situations": ["together", "prefix_hit", "table_only", "aborted_neighbours", "true_miss"],
+}
+SETUPS: Mapping[str, list[Mapping[str, Any]]] = {
+    "v1": [
+        ROOMY,
+        {"name": "chunks", "options": CHUNKS, "situations": ["chunked", "together"]},
+        {"name": "blocks", "options": {"num_blocks": 9}, "situations": ["together"]},
+        {"name": "async", "options": {"async_scheduling": True}, "situations": ["together"]},
+    ],
+    "v2": [
+        {"name": "roomy", "options": {}, "situations": ["prefix_hit", "true_miss"]},
+        {"name": "chunks", "options": CHUNKS, "situations": ["together"]},
+        {"name": "blocks", "options": {"num_blocks": 9}, "situations": ["together"]},
+    ],
+}
+EQUAL = [
+    "roomy-together",
+    "roomy-prefix_hit",
+    "roomy-table_only",
+    "roomy-aborted_neighbours",
+    "chunks-chunked",
+    "chunks-together",
+    "async-together",
+]
+
+
+@pytest.fixture(scope="module", params=params("v1", "v2", "v1-overlay", slow=["v2"]))
+def found(request: pytest.FixtureRequest, tiny: TinyStore) -> Situations:
+    """Every situation of one runner, compared with cold single runs."""
+    runner: Runner = request.param
+    target, head = tiny.pair(KIND)
+    kwargs = {
+        "kind": KIND,
+        "options": {"model": target, "draft": head},
+        "setups": SETUPS[runner.name.split("-")[0]],
+        "count": 8,
+    }
+    items = run_in_subprocess(
+        "tests.engine.acceptance_jobs:compare", kwargs, runner.env(), timeout=1500
+    )
+    return {item["situation"]: item for item in items}
+
+
+def _situation(found: Situations, name: str) -> dict[str, Any]:
+    if name not in found:
+        pytest.skip("not among this runner's situations")
+    return found[name]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_drafts_equal_a_cold_single_run(found: Situations, name: str) -> None:
+    requests = _situation(found, name)["requests"]
+    assert len(requests) >= 8
+    for request, row in requests.items():
+        assert row["same_ids"], request
+        assert row["accepted"] == row["cold_accepted"], request
+        assert row["shared"] == row["cold_keys"] > 0, request
+        assert row["gap"] < TOLERANCE, request
+
+
+def test_situations_arose(found: Situations) -> None:
+    """Hits, splits and aborts really happened; the table was not asked in vain."""
+    hits = found["roomy-prefix_hit"]
+    assert sum(row["cached"] > 0 for row in hits["requests"].values()) >= 3
+    assert found["chunks-together"]["spy"]["split_images"] > 0
+    assert all(found[name]["table"]["misses"] == 0 for name in EQUAL if name in found)
+
+
+def test_encoder_cache_cleared_but_rows_survive(found: Situations) -> None:
+    served = _situation(found, "roomy-table_only")
+    assert served["requests"]["deep-0"]["cached"] > 0
+    assert served["table"]["hits"] > 0
+
+
+def test_preempted_requests(found: Situations) -> None:
+    """Exception 1: rounds move, the logits of rounds at the same token do not."""
+    served = found["blocks-together"]
+    preempted = set(served["spy"]["preempted"])
+    assert preempted
+    for request, row in served["requests"].items():
+        assert row["same_ids"], request
+        assert row["gap"] < TOLERANCE, request
+        if request in preempted:
+            assert row["shared"] >= 0.5 * row["cold_keys"], request
+        else:
+            assert row["accepted"] == row["cold_accepted"], request
+
+
+def test_true_miss(found: Situations) -> None:
+    """Exception 2; it also shows that the comparison of logits sees a wrong row."""
+    served = found["roomy-true_miss"]
+    assert served["table"]["misses"] > 0
+    assert all(row["same_ids"] for row in served["requests"].values())
+    for request in ("deep-0", "deep-1", "cut-0"):
+        assert served["requests"][request]["cached"] > 0
+        assert served["requests"][request]["gap"] > 100 * TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def eviction(tiny: TinyStore) -> Served:
+    """Three images per request with a table of two, beside plain vLLM."""
+    target, head = tiny.pair(KIND)
+    config = {
+        "method": "vispec",
+        "model": head,
+        "num_speculative_tokens": 5,
+        "image_table_size": 2,
+    }
+    base = {"model": target, "max_model_len": 256, "max_num_batched_tokens": 96}
+    small = base | {"draft": head, "extra": {"speculative_config": config}}
+    scenarios = {"mixed": {"count": 16}}
+    setups = [setup("plain", KIND, base, scenarios), setup("spec", KIND, small, scenarios)]
+    return serve(RUNNERS["v1"], setups)
+
+
+def test_table_smaller_than_a_request(eviction: Served) -> None:
+    """Evicted rows cost acceptance at most; the output is plain vLLM's."""
+    plain, spec = eviction["plain", "mixed"], eviction["spec", "mixed"]
+    assert outputs(plain) == outputs(spec)
+    assert spec["table"]["evicted"] > 0

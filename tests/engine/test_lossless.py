@@ -1,0 +1,166 @@
+"""With a ViSpec head, greedy decoding gives what plain vLLM gives with the same settings.
+
+Every engine serves the same requests twice in one process, without and with speculation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tests.engine.setups import (
+    FEW_BLOCKS,
+    SMALL,
+    Served,
+    mean_accepted,
+    outputs,
+    params,
+    serve,
+    setup,
+)
+from tests.support.runners import RUNNERS, Runner
+from tests.support.tiny_store import TinyStore
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+
+KIND = "qwen2_5_vl"
+V1_SMALL: Mapping[str, Any] = {"mixed": {}, "prefix": {}, "abort": {}, "features": {}, "edge": {}}
+BUSY: Mapping[str, Any] = {"busy": {"run": "mixed", "count": 20, "max_tokens": 40}}
+
+
+def _pairs(
+    tiny: TinyStore, small: Mapping[str, Any], busy: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the setups of both engines, each without and with the head."""
+    target, head = tiny.pair(KIND)
+    return [
+        setup(f"{name}-{kind}", KIND, options | {"model": target, "draft": draft}, scenarios)
+        for name, options, scenarios in (
+            ("small", dict(SMALL), small),
+            ("blocks", dict(FEW_BLOCKS), busy),
+        )
+        for kind, draft in (("plain", None), ("spec", head))
+    ]
+
+
+@pytest.fixture(scope="module")
+def v1(tiny: TinyStore) -> Served:
+    """Everything that V1 serves; async scheduling and other numbers of query tokens at the end."""
+    target = str(tiny.target(KIND))
+    setups = _pairs(tiny, V1_SMALL, BUSY)
+    scenarios = {"mixed": {"count": 32}}
+    for num_q in (1, 4):
+        options = dict(SMALL) | {"model": target, "draft": tiny.pair(KIND, num_q=num_q)[1]}
+        setups.append(setup(f"q{num_q}", KIND, options, scenarios))
+    target, head = tiny.pair(KIND)
+    options = {"model": target, "draft": head, "async_scheduling": True}
+    setups.append(
+        setup("small-async", KIND, dict(SMALL) | options, {"mixed": {}, "prefix": {}, "abort": {}})
+    )
+    setups.append(setup("blocks-async", KIND, dict(FEW_BLOCKS) | options, BUSY))
+    return serve(RUNNERS["v1"], setups)
+
+
+def _assert_same(plain: Mapping[str, Any], speculative: Mapping[str, Any]) -> None:
+    """Same outputs, and the drafts took part."""
+    expected, found = outputs(plain), outputs(speculative)
+    wrong = {
+        name: (expected[name], found.get(name)) for name in found if expected[name] != found[name]
+    }
+    assert not wrong
+    assert speculative["metrics"]["vllm:spec_decode_num_drafts"] > 0
+
+
+@pytest.mark.parametrize("scenario", V1_SMALL)
+def test_v1_small_budget(v1: Served, scenario: str) -> None:
+    plain, spec = v1["small-plain", scenario], v1["small-spec", scenario]
+    assert set(outputs(plain)) == set(outputs(spec))
+    _assert_same(plain, spec)
+
+
+def test_v1_images_were_split(v1: Served) -> None:
+    """64 requests of every kind; chunk borders cut images."""
+    served = v1["small-spec", "mixed"]
+    assert len(served["results"]) == 64
+    assert served["spy"]["split_images"] >= 10
+    assert 0.2 < mean_accepted(served) < 5
+
+
+def test_v1_prefix_hits_cut_an_image(v1: Served) -> None:
+    served = v1["small-spec", "prefix"]
+    assert served["metrics"]["vllm:prefix_cache_hits"] > 0
+    assert served["spy"]["hits_inside_image"] > 0
+
+
+@pytest.mark.parametrize("mode", ["spec", "async"])
+def test_v1_preemption(v1: Served, mode: str) -> None:
+    plain, spec = v1["blocks-plain", "busy"], v1[f"blocks-{mode}", "busy"]
+    _assert_same(plain, spec)
+    assert spec["metrics"]["vllm:num_preemptions"] > 0
+    assert spec["spy"]["preempted"]
+
+
+@pytest.mark.parametrize("num_q", [1, 4])
+def test_v1_query_tokens(v1: Served, num_q: int) -> None:
+    _assert_same(v1["small-plain", "mixed"], v1[f"q{num_q}", "mixed"])
+    assert mean_accepted(v1[f"q{num_q}", "mixed"]) > 0.2
+
+
+@pytest.mark.parametrize("scenario", ["mixed", "prefix", "abort"])
+def test_v1_async_scheduling(v1: Served, scenario: str) -> None:
+    """vLLM switches it off on CPU; the tests switch it back on, and two steps are in flight."""
+    served = v1["small-async", scenario]
+    assert served["spy"]["in_flight"] == 2
+    _assert_same(v1["small-plain", scenario], served)
+
+
+def test_v1_logprobs(v1: Served) -> None:
+    """Log probabilities of the chosen and the best tokens agree within 1e-4."""
+    plain, spec = (v1[f"small-{mode}", "features"]["results"] for mode in ("plain", "spec"))
+    for name in (name for name in plain if name.startswith("logprobs")):
+        rows = list(zip(plain[name][0]["logprobs"], spec[name][0]["logprobs"], strict=True))
+        assert len(rows) == 48
+        for expected, found in rows:
+            assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_v1_features_took_effect(v1: Served) -> None:
+    """The grammar shaped the text, stop strings ended it and ``n`` gave three sequences."""
+    found = v1["small-spec", "features"]["results"]
+    parsed = [json.loads(found[f"json-{i}"][0]["text"]) for i in range(3)]
+    assert all({"color", "count", "solid"} == set(item) for item in parsed)
+    assert all(found[f"stop-{i}"][0]["finish_reason"] == "stop" for i in range(3))
+    assert all(len(found[f"n-{i}"]) == 3 for i in range(3))
+
+
+def test_v1_edge_of_the_model_length(v1: Served) -> None:
+    found = v1["small-spec", "edge"]["results"]
+    for name, (sequence,) in found.items():
+        assert len(sequence["token_ids"]) == int(name.split("-")[1])
+        assert sequence["finish_reason"] == "length"
+
+
+@pytest.fixture(scope="module", params=params("v2", "v1-overlay", "v2-overlay"))
+def other(request: pytest.FixtureRequest, tiny: TinyStore) -> Served:
+    """The shorter list of the other runners."""
+    runner: Runner = request.param
+    small = {"mixed": {"count": 64, "max_tokens": 6}, "prefix": {}}
+    busy = {"busy": {"run": "mixed", "count": 10, "max_tokens": 40}}
+    return serve(runner, _pairs(tiny, small, busy))
+
+
+@pytest.mark.parametrize(
+    ("engine", "scenario"), [("small", "mixed"), ("small", "prefix"), ("blocks", "busy")]
+)
+def test_other_runners(other: Served, engine: str, scenario: str) -> None:
+    plain, spec = other[f"{engine}-plain", scenario], other[f"{engine}-spec", scenario]
+    _assert_same(plain, spec)
+    checks = {
+        "mixed": spec["spy"]["split_images"] >= 10,
+        "prefix": spec["spy"]["hits_inside_image"] > 0,
+        "busy": spec["metrics"]["vllm:num_preemptions"] > 0,
+    }
+    assert checks[scenario]

@@ -1,0 +1,127 @@
+"""Each supported family with real images; both spellings of the method; every dialect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.setups import Served, accepted, mean_accepted, outputs, params, serve, setup
+from tests.support.runners import RUNNERS
+from tests.support.tiny_configs import FAMILIES
+from tests.support.tiny_heads import HeadSpec
+from tests.support.tiny_store import TinyStore
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+
+OPTIONS: dict[str, Any] = {
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+}
+NUM_DRAFT_TOKENS = 5
+V2_KINDS = ("qwen2_5_vl", "qwen3_vl")
+
+
+def _family(tiny: TinyStore, kind: str, count: int) -> list[dict[str, Any]]:
+    target, head = tiny.pair(kind)
+    return [
+        setup(
+            f"{kind}-{name}",
+            kind,
+            OPTIONS | {"model": target, "draft": draft},
+            {"mixed": {"count": count, "max_tokens": 16}},
+        )
+        for name, draft in (("plain", None), ("spec", head))
+    ]
+
+
+def _assert_served(served: Served, kind: str) -> None:
+    plain, spec = served[f"{kind}-plain", "mixed"], served[f"{kind}-spec", "mixed"]
+    assert outputs(plain) == outputs(spec)
+    assert 0 < mean_accepted(spec) < NUM_DRAFT_TOKENS
+    assert spec["table"]["computed"] > 0
+    assert spec["table"]["misses"] == 0
+
+
+@pytest.fixture(scope="module")
+def v1(tiny: TinyStore) -> Served:
+    """All families, each without and with its head."""
+    setups = [item for kind in FAMILIES for item in _family(tiny, kind, 16)]
+    return serve(RUNNERS["v1"], setups)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_v1_family(v1: Served, kind: str) -> None:
+    _assert_served(v1, kind)
+
+
+@pytest.fixture(scope="module", params=params("v2", "v1-overlay", slow=["v2"]))
+def other(request: pytest.FixtureRequest, tiny: TinyStore) -> Served:
+    """Two families with the other runners."""
+    setups = [item for kind in V2_KINDS for item in _family(tiny, kind, 8)]
+    return serve(request.param, setups)
+
+
+@pytest.mark.parametrize("kind", V2_KINDS)
+def test_other_runners_family(other: Served, kind: str) -> None:
+    _assert_served(other, kind)
+
+
+@pytest.fixture(scope="module")
+def spellings(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """One target with one head in two dialects, converted ones and as ``method: eagle``."""
+    from vllm_vispec.dialects.convert import convert_head
+
+    kind, folder = "qwen2_5_vl", tmp_path_factory.mktemp("converted")
+    heads = {
+        dialect: tiny.head(HeadSpec(kind, dialect=dialect))
+        for dialect in ("reference", "automodel")
+    }
+    for dialect, head in list(heads.items()):
+        convert_head(head, folder / dialect)
+        heads[f"{dialect}-canonical"] = folder / dialect
+    runs: dict[str, tuple[Path, str]] = {name: (head, "vispec") for name, head in heads.items()}
+    runs |= {f"{name}-eagle": (head, "eagle") for name, head in heads.items()}
+    del runs["automodel-canonical-eagle"]
+    target = str(tiny.target(kind))
+    return serve(
+        RUNNERS["v1"],
+        [
+            setup(
+                name,
+                kind,
+                OPTIONS | {"model": target, "draft": str(head), "method": method},
+                {"mixed": {"count": 8, "max_tokens": 24}},
+            )
+            for name, (head, method) in runs.items()
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("reference-canonical", "reference"),
+        ("reference-eagle", "reference"),
+        ("reference-canonical-eagle", "reference"),
+        ("automodel-canonical", "automodel"),
+        ("automodel-eagle", "automodel"),
+    ],
+)
+def test_same_drafts_however_the_head_is_written(
+    spellings: Served, name: str, reference: str
+) -> None:
+    """Converted heads and the other spelling of the method: round for round the same."""
+    one, other = spellings[name, "mixed"], spellings[reference, "mixed"]
+    assert accepted(one) == accepted(other)
+    assert outputs(one) == outputs(other)
+    assert mean_accepted(one) > 0
+
+
+def test_dialects_differ(spellings: Served) -> None:
+    """The Automodel head has norms of its own: same text, other drafts."""
+    one, other = spellings["reference", "mixed"], spellings["automodel", "mixed"]
+    assert outputs(one) == outputs(other)
+    assert accepted(one) != accepted(other)
