@@ -43,8 +43,8 @@ class Judge:
         inside = encoded.answer.astype(int)
         return encoded.ids[: int(np.flatnonzero(np.diff(inside) == 1)[-1]) + 1]
 
-    def answers(self, samples: list[Sample], blank: bool) -> list[str]:
-        """Greedy answers as text."""
+    def token_answers(self, samples: list[Sample], blank: bool) -> list[list[int]]:
+        """Greedy answers as token ids."""
         images = [
             Canvas().image if blank else s.canvas.image for s in samples if s.canvas is not None
         ]
@@ -52,7 +52,11 @@ class Judge:
         if images:
             patches = torch.from_numpy(np.stack([patches_of(i) for i in images])).bfloat16()
         prompts = [self.prompt(s) for s in samples]
-        rows = generate(self.target, prompts, patches, self.special)
+        return generate(self.target, prompts, patches, self.special)
+
+    def answers(self, samples: list[Sample], blank: bool) -> list[str]:
+        """Greedy answers as text."""
+        rows = self.token_answers(samples, blank)
         return [self.tokenizer.decode(row, skip_special_tokens=False) for row in rows]
 
 

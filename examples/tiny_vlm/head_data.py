@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .batching import collate
-from .dataset import Sample, encode, make_sample
+from .dataset import Encoded, Sample, encode, make_sample
 from .draft import Rows
 from .model import Target
 
@@ -44,11 +44,15 @@ class HeadBatch:
 
 
 @torch.inference_mode()
-def observe(target: Target, tokenizer: Tokenizer, samples: Sequence[Sample]) -> list[Record]:
-    """Run the target; keep dialogues whose reference is exactly its greedy answer."""
+def observe(
+    target: Target,
+    tokenizer: Tokenizer,
+    items: Sequence[tuple[Sample, Encoded]],
+    only_greedy: bool = True,
+) -> list[Record]:
+    """Run the target; by default keep dialogues whose answer is exactly its greedy one."""
     image, pad = (tokenizer.token_to_id(t) for t in ("<|image_pad|>", "<|endoftext|>"))
-    items = [(s, encode(s, tokenizer)) for s in samples]
-    batch = collate(items, image, pad)
+    batch = collate(list(items), image, pad)
     visual = target.visual(batch.patches) if batch.patches is not None else None
     x = target.embed(batch.ids, visual, batch.image_mask)
     hidden = target.hidden_states(x, batch.positions)
@@ -59,7 +63,7 @@ def observe(target: Target, tokenizer: Tokenizer, samples: Sequence[Sample]) -> 
         n, has_image = len(encoded.ids), sample.canvas is not None
         picture = visual[seen].clone() if has_image and visual is not None else None
         seen += has_image
-        if not greedy[row]:
+        if only_greedy and not greedy[row]:
             continue
         start = int((encoded.ids == image).argmax()) if has_image else -1
         ids, answer = torch.from_numpy(encoded.ids), torch.from_numpy(encoded.answer)
@@ -75,9 +79,10 @@ def collect(
     pool = 8 * batch
     for begin in tqdm(range(start, start + count, pool), desc=f"observe {split}", mininterval=5):
         drawn = [make_sample(split, i) for i in range(begin, min(begin + pool, start + count))]
-        drawn.sort(key=lambda s: len(encode(s, tokenizer).ids))
+        items = [(s, encode(s, tokenizer)) for s in drawn]
+        items.sort(key=lambda item: len(item[1].ids))
         for i in range(0, len(drawn), batch):
-            records += observe(target, tokenizer, drawn[i : i + batch])
+            records += observe(target, tokenizer, items[i : i + batch])
     return records
 
 

@@ -40,6 +40,7 @@ def build(source: Path, target: Path, head: Path) -> None:
     layer = {
         f"layers.0.{name}": tensor.clone()
         for name, tensor in model.model.layers[0].state_dict().items()
+        if name != "input_layernorm.weight"  # EAGLE's layer has none
     }
     tensors = layer | {"fc.weight": torch.cat([torch.eye(HIDDEN), noise], dim=1)}
     tensors["embed_tokens.weight"] = embedding.detach().clone()
