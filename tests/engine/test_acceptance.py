@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from tests.engine.setups import Served, outputs, params, serve, setup
+from tests.engine.setups import params
 from tests.support.child import run_in_subprocess
-from tests.support.runners import RUNNERS, Runner
+from tests.support.runners import Runner
 from tests.support.tiny_store import TinyStore
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
@@ -127,27 +127,3 @@ def test_true_miss(found: Situations) -> None:
     for request in ("deep-0", "deep-1", "cut-0"):
         assert served["requests"][request]["cached"] > 0
         assert served["requests"][request]["gap"] > 100 * TOLERANCE
-
-
-@pytest.fixture(scope="module")
-def eviction(tiny: TinyStore) -> Served:
-    """Three images per request with a table of two, beside plain vLLM."""
-    target, head = tiny.pair(KIND)
-    config = {
-        "method": "vispec",
-        "model": head,
-        "num_speculative_tokens": 5,
-        "image_table_size": 2,
-    }
-    base = {"model": target, "max_model_len": 256, "max_num_batched_tokens": 96}
-    small = base | {"draft": head, "extra": {"speculative_config": config}}
-    scenarios = {"mixed": {"count": 16}}
-    setups = [setup("plain", KIND, base, scenarios), setup("spec", KIND, small, scenarios)]
-    return serve(RUNNERS["v1"], setups)
-
-
-def test_table_smaller_than_a_request(eviction: Served) -> None:
-    """Evicted rows cost acceptance at most; the output is plain vLLM's."""
-    plain, spec = eviction["plain", "mixed"], eviction["spec", "mixed"]
-    assert outputs(plain) == outputs(spec)
-    assert spec["table"]["evicted"] > 0

@@ -17,11 +17,10 @@ from tests.engine.setups import (
     Served,
     mean_accepted,
     outputs,
-    params,
     serve,
     setup,
 )
-from tests.support.runners import RUNNERS, Runner
+from tests.support.runners import RUNNERS
 from tests.support.tiny_store import TinyStore
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
@@ -56,6 +55,10 @@ def v1(tiny: TinyStore) -> Served:
         options = dict(SMALL) | {"model": target, "draft": tiny.pair(KIND, num_q=num_q)[1]}
         setups.append(setup(f"q{num_q}", KIND, options, scenarios))
     target, head = tiny.pair(KIND)
+    config = {"method": "vispec", "model": head, "num_speculative_tokens": 5}
+    extra = SMALL["extra"] | {"speculative_config": config | {"image_table_size": 2}}
+    evicting = dict(SMALL) | {"model": target, "draft": head, "extra": extra}
+    setups.append(setup("evicting", KIND, evicting, {"mixed": {}}))
     options = {"model": target, "draft": head, "async_scheduling": True}
     setups.append(
         setup("small-async", KIND, dict(SMALL) | options, {"mixed": {}, "prefix": {}, "abort": {}})
@@ -143,23 +146,46 @@ def test_v1_edge_of_the_model_length(v1: Served) -> None:
         assert sequence["finish_reason"] == "length"
 
 
-@pytest.fixture(scope="module", params=params("v2", "v1-overlay", "v2-overlay"))
+def test_v1_table_smaller_than_a_request(v1: Served) -> None:
+    """Three images and two slots: evicted rows cost acceptance at most."""
+    served = v1["evicting", "mixed"]
+    _assert_same(v1["small-plain", "mixed"], served)
+    assert served["table"]["evicted"] > 0
+
+
+FULL: Mapping[str, tuple[str, list[pytest.MarkDecorator]]] = {
+    "v2-full": ("v2", [pytest.mark.v2, pytest.mark.slow]),
+    "v1-overlay": ("v1-overlay", [pytest.mark.overlay]),
+    "v2-overlay": ("v2-overlay", [pytest.mark.v2, pytest.mark.overlay]),
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("v2", False), id="v2", marks=pytest.mark.v2),
+        *(pytest.param((name, True), id=id_, marks=marks) for id_, (name, marks) in FULL.items()),
+    ],
+)
 def other(request: pytest.FixtureRequest, tiny: TinyStore) -> Served:
-    """The shorter list of the other runners."""
-    runner: Runner = request.param
-    small = {"mixed": {"count": 64, "max_tokens": 6}, "prefix": {}}
+    """The shorter lists of the other runners; V2 by default without the long one."""
+    name, full = request.param
+    mixed = {"count": 64 if full else 16, "max_tokens": 6}
     busy = {"busy": {"run": "mixed", "count": 10, "max_tokens": 40}}
-    return serve(runner, _pairs(tiny, small, busy))
+    pairs = _pairs(tiny, {"mixed": mixed, "prefix": {}}, busy)
+    return serve(RUNNERS[name], pairs if full else pairs[:2])
 
 
 @pytest.mark.parametrize(
     ("engine", "scenario"), [("small", "mixed"), ("small", "prefix"), ("blocks", "busy")]
 )
 def test_other_runners(other: Served, engine: str, scenario: str) -> None:
+    if (f"{engine}-spec", scenario) not in other:
+        pytest.skip("in the full list, marked slow")
     plain, spec = other[f"{engine}-plain", scenario], other[f"{engine}-spec", scenario]
     _assert_same(plain, spec)
     checks = {
-        "mixed": spec["spy"]["split_images"] >= 10,
+        "mixed": spec["spy"]["split_images"] >= 3,
         "prefix": spec["spy"]["hits_inside_image"] > 0,
         "busy": spec["metrics"]["vllm:num_preemptions"] > 0,
     }

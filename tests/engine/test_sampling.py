@@ -35,7 +35,7 @@ LOGIT_FACTOR = 0.7
 Sampled = dict[str, dict[str, Any]]
 
 
-@pytest.fixture(scope="module", params=params("v1", "v2", slow=["v2"]))
+@pytest.fixture(scope="module", params=params("v1", "v2", slow=["v1", "v2"]))
 def sampled(
     request: pytest.FixtureRequest, tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory
 ) -> Sampled:

@@ -95,6 +95,7 @@ def spellings(
     return {item["name"]: item for item in items}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reference"),
     [
@@ -118,6 +119,7 @@ def test_same_drafts_however_the_head_is_written(
         assert row == pytest.approx(other["drafts"][key], rel=1e-5, abs=1e-4), key
 
 
+@pytest.mark.slow
 def test_dialects_differ(spellings: dict[str, dict[str, Any]]) -> None:
     """The Automodel head has norms of its own: same text, other logits behind the drafts."""
     one, other = spellings["reference"], spellings["automodel"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +21,24 @@ WRAPPED = [
 OPTIONS = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64}
 
 
-def _serve(options: dict[str, Any], plugins: str, **kwargs: Any) -> list[Any]:
+def _serve(runs: list[dict[str, Any]], plugins: str) -> list[dict[str, Any]]:
     env = RUNNERS["v1"].env() | {"VLLM_PLUGINS": plugins}
-    kwargs = {"kind": KIND, "options": options} | kwargs
-    return run_in_subprocess("tests.engine.unused_jobs:serve", kwargs, env)
+    return run_in_subprocess("tests.engine.unused_jobs:serve", {"kind": KIND, "runs": runs}, env)
+
+
+@pytest.fixture(scope="module")
+def served(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """A plain engine without and with the plugin; a text-only target with a plain EAGLE head."""
+    folder = tmp_path_factory.mktemp("eagle")
+    eagle_pair.build(tiny.target(eagle_pair.KIND), folder / "target", folder / "head")
+    plain = OPTIONS | {"model": str(tiny.target(KIND))}
+    text = OPTIONS | {"model": str(folder / "target")}
+    eagle = text | {"draft": str(folder / "head"), "method": "eagle"}
+    (without,) = _serve([plain], "none")
+    names = ("with", "text", "eagle")
+    return {"without": without} | dict(
+        zip(names, _serve([plain, text, eagle], "vispec"), strict=True)
+    )
 
 
 def test_loading_wraps_two_functions_and_adds_one_architecture() -> None:
@@ -37,38 +50,24 @@ def test_loading_wraps_two_functions_and_adds_one_architecture() -> None:
     assert found["second"] == []
 
 
-def test_plain_engine_is_the_same_with_and_without(tiny: TinyStore) -> None:
-    options = OPTIONS | {"model": str(tiny.target(KIND))}
-    (with_looks, with_outputs), (without_looks, without_outputs) = (
-        _serve(options, plugins) for plugins in ("vispec", "none")
-    )
-    assert with_outputs == without_outputs
-    assert with_looks["wrapped"] == [True, True]
-    assert without_looks["wrapped"] == [False, False]
-    for looks in (with_looks, without_looks):
-        assert not looks["own_new"]
-        assert looks["engine_modules"] == []
+def test_plain_engine_is_the_same_with_and_without(served: dict[str, dict[str, Any]]) -> None:
+    assert served["with"]["outputs"] == served["without"]["outputs"]
+    assert served["with"]["wrapped"] == [True, True]
+    assert served["without"]["wrapped"] == [False, False]
+    for name in ("with", "without"):
+        assert not served[name]["own_new"]
+        assert served[name]["engine_modules"] == []
 
 
-@pytest.fixture(scope="module")
-def text_pair(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A text-only target and a plain EAGLE head."""
-    folder = tmp_path_factory.mktemp("eagle")
-    eagle_pair.build(tiny.target(eagle_pair.KIND), folder / "target", folder / "head")
-    return folder / "target", folder / "head"
-
-
-def test_plain_eagle_head_is_not_touched(text_pair: tuple[Path, Path]) -> None:
-    target, head = text_pair
-    options = OPTIONS | {"model": str(target)}
-    eagle = options | {"draft": str(head), "method": "eagle"}
-    _, expected = _serve(options, "vispec", speculative=True)
-    looks, found = _serve(eagle, "vispec", speculative=True)
-    assert looks["drafter"] == "EagleProposer"
-    assert not looks["own_new"]
-    assert looks["engine_modules"] == []
-    assert {k: v[0]["token_ids"] for k, v in found.items()} == {
-        k: v[0]["token_ids"] for k, v in expected.items()
-    }
-    rounds = [n for sequences in found.values() for n in sequences[0]["accepted_draft"]]
-    assert 0 < sum(rounds) / len(rounds) < 5
+def test_plain_eagle_head_is_not_touched(served: dict[str, dict[str, Any]]) -> None:
+    eagle, text = served["eagle"], served["text"]
+    assert eagle["drafter"] == "EagleProposer"
+    assert not eagle["own_new"]
+    assert eagle["engine_modules"] == []
+    ids = [
+        {name: items[0]["token_ids"] for name, items in run["outputs"].items()}
+        for run in (eagle, text)
+    ]
+    assert ids[0] == ids[1]
+    rounds = [n for items in eagle["outputs"].values() for n in items[0]["accepted_draft"]]
+    assert sum(rounds) > 0

@@ -75,15 +75,17 @@ def register_twice() -> dict[str, Any]:
     }
 
 
-def serve(kind: str, options: dict[str, Any], speculative: bool = False) -> Iterator[Any]:
-    """Serve a mixed batch and report the outputs and how the engine looks."""
-    with engine.engine(engine.EngineOptions(**options)) as llm:
-        yield _looks(llm)
-        yield as_json(drive(llm, mixed_requests(kind, 16) if not speculative else _texts(kind)))
+def serve(kind: str, runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Serve the text requests of a mixed batch, for ``kind``'s own target all of it.
 
-
-def _texts(kind: str) -> list[Any]:
-    return [item for item in mixed_requests(kind, 24) if not item.images]
+    Yields the outputs and how each engine looks.
+    """
+    requests = mixed_requests(kind, 16)
+    for options in runs:
+        with engine.engine(engine.EngineOptions(**options)) as llm:
+            takes_images = llm.llm_engine.model_config.is_multimodal_model
+            chosen = [item for item in requests if takes_images or not item.images]
+            yield _looks(llm) | {"outputs": as_json(drive(llm, chosen))}
 
 
 def _looks(llm: Any) -> dict[str, Any]:

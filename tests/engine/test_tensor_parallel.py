@@ -1,0 +1,49 @@
+"""Two tensor-parallel workers (processes, gloo): lossless, and drafts like those of one worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.engine.setups import accepted, mean_accepted, outputs
+from tests.support.child import run_in_subprocess
+from tests.support.runners import RUNNERS
+from tests.support.tiny_store import TinyStore
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+KIND = "qwen2_5_vl"
+COUNT = 16
+TWO_WORKERS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+
+@pytest.fixture(scope="module")
+def served(tiny: TinyStore) -> dict[str, dict[str, Any]]:
+    """Two workers without and with the head, one worker with it."""
+    target, head = tiny.pair(KIND)
+    base: dict[str, Any] = {
+        "model": target,
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+    }
+    runs = {
+        "plain": base | {"extra": TWO_WORKERS},
+        "spec": base | {"extra": TWO_WORKERS, "draft": head},
+        "one worker": base | {"draft": head},
+    }
+    kwargs = {"kind": KIND, "runs": runs, "count": COUNT}
+    items = run_in_subprocess("tests.engine.parallel_jobs:serve", kwargs, RUNNERS["v1"].env(), 1500)
+    return {item["name"]: item for item in items}
+
+
+def test_lossless(served: dict[str, dict[str, Any]]) -> None:
+    assert len(served["plain"]["results"]) == COUNT
+    assert outputs(served["plain"]) == outputs(served["spec"])
+    assert served["spec"]["metrics"]["vllm:spec_decode_num_drafts"] > 0
+
+
+def test_drafts_equal_those_of_one_worker(served: dict[str, dict[str, Any]]) -> None:
+    assert accepted(served["spec"]) == accepted(served["one worker"])
+    assert mean_accepted(served["spec"]) > 0.2
