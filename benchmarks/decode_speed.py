@@ -36,7 +36,8 @@ from examples.pair import (
 )
 from examples.tiny_vlm.samples import demo_samples
 
-DEFAULT_DRAFT_TOKENS = (2, 3, 4, 5, 6, 7, 8)
+DEFAULT_DRAFT_TOKENS = (2, 3, 4, 5, 6, 7, 8, 10, 12)
+TABLE_WIDTH = 130
 DEFAULT_OUTPUT = Path("benchmarks/results/decode_speed.json")
 WARM_UP_SAMPLES = 2
 
@@ -135,7 +136,7 @@ def to_table(results: Sequence[Result]) -> Table:
 def main(
     model: ModelOption = DEFAULT_MODEL,
     draft_model: DraftOption = DEFAULT_DRAFT_MODEL,
-    k: Annotated[list[int] | None, typer.Option(min=1, help="K; repeat. Default 2 to 8.")] = None,
+    k: Annotated[list[int] | None, typer.Option(min=1, help="K; repeat. Default 2 to 12.")] = None,
     repetitions: Annotated[int, typer.Option(min=1)] = 3,
     per_family: Annotated[int, typer.Option(min=1, help="Images per task family.")] = 1,
     family: Annotated[list[str] | None, typer.Option(help="Only these task families.")] = None,
@@ -158,7 +159,7 @@ def main(
     machine = describe_machine()
     results = sweep(job, k or DEFAULT_DRAFT_TOKENS, repetitions, threads, logs)
     best = max(results, key=lambda result: result.summary.decode_speedup)
-    Console().print(to_table(results))
+    Console(width=TABLE_WIDTH).print(to_table(results))
     print(f"best K: {best.num_draft_tokens}")
     print(f"tokens_per_round: {best.summary.tokens_per_round:.2f}")
     print(f"decode_speedup: {best.summary.decode_speedup:.2f}")

@@ -54,7 +54,7 @@ class RoundProbe:
         rounds = []
         for start, stop in pairwise(starts):
             # The first round is the prefill, the last has no end; both are no decoding rounds.
-            parts = _parts(spans[start:stop], num_draft_tokens)
+            parts = split_round(spans[start:stop], num_draft_tokens)
             if start != starts[0] and parts is not None:
                 parts["round"] = spans[stop].begin - spans[start].begin
                 busy = ("propose", "target_model", "target_logits")
@@ -99,8 +99,8 @@ def wall_time() -> float:
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": wall_time, "cpu": time.thread_time}
 
 
-def _parts(spans: list[Span], num_draft_tokens: int) -> dict[str, float] | None:
-    """Split one round: a pass or step ends when its logits are there."""
+def split_round(spans: list[Span], num_draft_tokens: int) -> dict[str, float] | None:
+    """Split one round, None if it is incomplete; a pass or step ends when its logits are there."""
     named: dict[str, list[Span]] = {}
     for span in spans:
         named.setdefault(span.name, []).append(span)

@@ -30,6 +30,7 @@ from examples.pair import (
     DraftTokensOption,
     ModelOption,
     Pair,
+    has_gpu,
     prepare_environment,
 )
 from examples.pictures import load_picture, to_data_url
@@ -39,7 +40,7 @@ SERVED_NAME = "vispec-demo"
 
 def serve_arguments(pair: Pair, port: int) -> list[str]:
     """Return what follows ``vllm`` on the command line."""
-    return [
+    arguments = [
         "serve",
         pair.model,
         "--speculative-config",
@@ -53,6 +54,7 @@ def serve_arguments(pair: Pair, port: int) -> list[str]:
         "--port",
         str(port),
     ]
+    return arguments if has_gpu() else [*arguments, "--enforce-eager"]
 
 
 @contextmanager

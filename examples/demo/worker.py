@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import IO, Any
 
 from examples.demo.job import Answer, Job
+from examples.pair import has_gpu
 from examples.tiny_vlm.samples import DemoSample, demo_samples
 
 
@@ -22,13 +23,11 @@ class Engine:
     """A running ``vllm.LLM`` and the samples of its job."""
 
     def __init__(self, job: Job) -> None:
-        import torch
         from vllm import LLM
 
-        on_gpu = torch.cuda.is_available()
         self.job = job
         self.samples = list(demo_samples(job.per_family, job.families or None))
-        self.llm: Any = LLM(**job.llm_kwargs(), enforce_eager=not on_gpu)
+        self.llm: Any = LLM(**job.llm_kwargs(), enforce_eager=not has_gpu())
 
     def reply(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answer one sample, alone in its batch."""

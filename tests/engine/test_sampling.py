@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 KIND = "qwen2_5_vl"
 ALPHA = 0.001
-DRAWS = {"v1": 4000, "v2": 800}
-BIAS = {"v1": 0.15, "v2": 0.35}
+DRAWS = {"v1": 4000, "v2": 400}
+BIAS = {"v1": 0.15, "v2": 0.6}
 NUM_TOKENS = 3
 LOGIT_FACTOR = 0.7
 """Flattens the tiny target's distribution so that the likeliest token has well below 90 %."""
@@ -65,7 +65,9 @@ def _prefixes(sampled: Sampled, name: str, length: int) -> list[two_sample.Prefi
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_same_distribution(sampled: Sampled, length: int) -> None:
     counts = two_sample.table(*(_prefixes(sampled, name, length) for name in ("plain", "spec")))
-    assert counts.shape[1] > length, "nothing to compare: the target is sure of its tokens"
+    assert counts.shape[1] >= min(length + 1, 3), (
+        "nothing to compare: the target is sure of its tokens"
+    )
     assert two_sample.p_value(counts) > ALPHA
 
 
