@@ -65,7 +65,7 @@ class RowTable(nn.Module):
             "row_codes": torch.zeros(max_num_tokens, dtype=torch.int32),
             "offset": torch.zeros(codes.size, hidden_size, dtype=dtype),
             "keep": torch.zeros(codes.size, 1, dtype=dtype),
-            "key_mask": torch.zeros(codes.size, 1, 1, dtype=dtype),
+            "key_mask": torch.zeros(codes.size, 1, dtype=dtype),
         }
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
@@ -75,11 +75,13 @@ class RowTable(nn.Module):
     def mix(self, fused_TD: torch.Tensor) -> torch.Tensor:
         """Return the layer input ``[T, D]`` given the fused text input of every row."""
         code_T = self.row_codes[: fused_TD.shape[0]]
-        return torch.addcmul(self.offset[code_T], fused_TD, self.keep[code_T])
+        # Embedding is the gather with the least overhead, and takes int32.
+        offset_TD = F.embedding(code_T, self.offset)
+        return torch.addcmul(offset_TD, fused_TD, F.embedding(code_T, self.keep))
 
     def key_mask_of(self, num_tokens: int) -> torch.Tensor:
-        """Return what the padded key channels hold, ``[T, 1, 1]``: 0, or very low in a hole."""
-        return self.key_mask[self.row_codes[:num_tokens]]
+        """Return what the padded key channels hold, ``[T, 1]``: 0, or very low in a hole."""
+        return F.embedding(self.row_codes[:num_tokens], self.key_mask)
 
 
 class TextFusion(nn.Module):

@@ -1,11 +1,13 @@
 """The draft's attention: vLLM's own backends, with some rows of the cache made invisible.
 
 Dropping an image's tokens while the rest keep their positions equals masking them.  The draft
-keeps the target's slots, one per token, and the layer's head is a few channels wider than its
-weights: every query holds a constant there, a hole's key holds the negative of it, all other keys
-hold zero.  A hole's softmax weight is then exactly zero on any backend, cached, paged or captured.
+keeps the target's slots, one per token, and the layer's head is a few channels wider than the
+head's weights: every query holds a constant there, a hole's key holds the negative of it, all other
+keys hold zero.  A hole's softmax weight is then exactly zero on any backend, cached, paged or
+captured.  The projections are padded when weights are loaded, so a pass only adds the keys' mask.
 
-Shapes: T tokens, H heads, K key/value heads, h head size, P padded head size.
+Shapes: T tokens, D hidden size, H heads, K key/value heads, h head size, P padded head size,
+E = H * h or K * h.
 """
 
 import torch
@@ -86,60 +88,76 @@ class HoleMaskedAttention(nn.Module):
         super().__init__()
         tp_size = get_tensor_model_parallel_world_size()
         self.rows = rows
-        self.head_dim = getattr(config, "head_dim", None) or hidden_size // num_heads
+        head_dim = getattr(config, "head_dim", None) or hidden_size // num_heads
+        kv_cache_dtype = cache_config.cache_dtype if cache_config else "auto"
+        padded_size = padded_head_size(head_dim, kv_cache_dtype)
         self.num_heads = num_heads // tp_size
         self.num_kv_heads = max(1, num_kv_heads // tp_size)
-        self.q_size = self.num_heads * self.head_dim
-        self.kv_size = self.num_kv_heads * self.head_dim
+        self.head_dim, self.padded_size = head_dim, padded_size
+        self.q_size, self.kv_size = self.num_heads * padded_size, self.num_kv_heads * padded_size
         self.qkv_proj = QKVParallelLinear(
             hidden_size,
-            self.head_dim,
+            padded_size,
             num_heads,
             num_kv_heads,
-            bias=bias,
+            bias=True,  # holds the queries' constant
             quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",
         )
         self.o_proj = RowParallelLinear(
-            num_heads * self.head_dim,
+            num_heads * padded_size,
             hidden_size,
             bias=bias_o_proj,
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
+        rope_parameters = dict(getattr(config, "rope_parameters", None) or {})
         self.rotary_emb = get_rope(
-            self.head_dim,
+            padded_size,
             max_position=max_position_embeddings,
-            rope_parameters=getattr(config, "rope_parameters", None),
+            rope_parameters=rope_parameters | {"rope_dim": head_dim},
             is_neox_style=True,
         )
-        kv_cache_dtype = cache_config.cache_dtype if cache_config else "auto"
-        padded_size = padded_head_size(self.head_dim, kv_cache_dtype)
-        self.num_extra = padded_size - self.head_dim
         self.attn = Attention(
             self.num_heads,
             padded_size,
-            self.head_dim**-0.5,
+            head_dim**-0.5,
             num_kv_heads=self.num_kv_heads,
             cache_config=cache_config,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
             attn_type=attn_type,
         )
+        channels_KP = torch.zeros(self.num_kv_heads, padded_size)
+        channels_KP[:, head_dim:] = 1.0
+        self.key_channels: torch.Tensor
+        self.register_buffer("key_channels", channels_KP.view(1, -1), persistent=False)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """Attend over the visible rows; ``[T, D]`` in, ``[T, D]`` out."""
-        num_tokens = hidden_states.shape[0]
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
-        mask_T11 = self.rows.key_mask_of(num_tokens)
-        mask_TKm = mask_T11.expand(-1, self.num_kv_heads, self.num_extra)
-        pad = (0, self.num_extra)
-        q_THP = F.pad(q.view(num_tokens, self.num_heads, self.head_dim), pad, value=MASK_CHANNEL)
-        k_TKP = torch.cat((k.view(num_tokens, self.num_kv_heads, self.head_dim), mask_TKm), dim=-1)
-        v_TKP = F.pad(v.view(num_tokens, self.num_kv_heads, self.head_dim), pad)
-        out = self.attn(q_THP.flatten(1), k_TKP.flatten(1), v_TKP.flatten(1))
-        out_THh = out.view(num_tokens, self.num_heads, -1)[..., : self.head_dim]
-        output, _ = self.o_proj(out_THh.reshape(num_tokens, self.q_size))
+        k = torch.addcmul(k, self.rows.key_mask_of(hidden_states.shape[0]), self.key_channels)
+        output, _ = self.o_proj(self.attn(q, k, v))
         return output
+
+    def pad_weights(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the layer's projections widened from ``h`` to ``P`` channels a head.
+
+        Args:
+            weights: ``{q,k,v,o}_proj.weight`` and, where the head has them, ``{q,k,v}_proj.bias``.
+        """
+        extra = self.padded_size - self.head_dim
+        padded: dict[str, torch.Tensor] = {}
+        for name, fill in (("q_proj", MASK_CHANNEL), ("k_proj", 0.0), ("v_proj", 0.0)):
+            weight_ED = weights[f"{name}.weight"]
+            bias_E = weights.get(f"{name}.bias", weight_ED.new_zeros(weight_ED.shape[0]))
+            bias_Hh = bias_E.view(-1, self.head_dim)
+            weight_HhD = weight_ED.view(-1, self.head_dim, weight_ED.shape[1])
+            padded[f"{name}.weight"] = F.pad(weight_HhD, (0, 0, 0, extra)).flatten(0, 1)
+            padded[f"{name}.bias"] = F.pad(bias_Hh, (0, extra), value=fill).flatten()
+        out_DE = weights["o_proj.weight"]
+        out_DHh = out_DE.view(out_DE.shape[0], -1, self.head_dim)
+        padded["o_proj.weight"] = F.pad(out_DHh, (0, extra)).flatten(1)
+        return padded

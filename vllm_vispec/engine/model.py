@@ -121,9 +121,16 @@ class EagleViSpecForCausalLM(EagleLlamaForCausalLM):
                 canonical[canonical_name] = tensor
         fusion_names = [name for name in canonical if name.startswith(("fc.", "img_fc."))]
         self.model.fusion.load({name: canonical.pop(name) for name in fusion_names})
+        canonical |= self._pad_attention(canonical)
         self.has_own_embed_tokens = "embed_tokens.weight" in canonical
         AutoWeightsLoader(self.model).load_weights(canonical.items(), mapper=CANONICAL_TO_VLLM)
         self.model.adaptor.store_no_image()
+
+    def _pad_attention(self, canonical: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        prefix = "layer.self_attn."
+        weights = {k[len(prefix) :]: v for k, v in canonical.items() if k.startswith(prefix)}
+        padded = self.model.layers[0].self_attn.pad_weights(weights)
+        return {prefix + name: weight for name, weight in padded.items()}
 
 
 CANONICAL_TO_VLLM = WeightsMapper(
