@@ -155,6 +155,13 @@ SEAMS: tuple[Seam, ...] = (
         "V1: image rows are dropped with the encoder cache (one object only)",
     ),
     Seam(
+        "vllm.v1.sample.rejection_sampler",
+        "expand_batch_to_tokens",
+        ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+        "wraps",
+        "V1 on CPU only: vLLM's CPU kernel leaves the temperatures of sampled requests unset",
+    ),
+    Seam(
         "vllm.v1.worker.gpu.spec_decode.eagle.speculator",
         "EagleSpeculator.load_draft_model",
         ("target_model", "target_attn_layer_names"),

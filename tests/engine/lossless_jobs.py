@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tests.engine import cpu_sampling
 from tests.engine.spies import watch
 from tests.engine.workloads import (
     Request,
@@ -42,7 +41,6 @@ def serve(setups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     and ``scenarios``: labels with keyword arguments, among them ``run``, a name in
     :data:`SCENARIOS` (default: the label).
     """
-    cpu_sampling.mend()
     for setup in setups:
         with engine.engine(engine.EngineOptions(**setup["options"])) as llm:
             for scenario, kwargs in setup["scenarios"].items():

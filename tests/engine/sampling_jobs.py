@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.engine import cpu_sampling
 from tests.engine.workloads import Request, drive, image_text, words
 from tests.support import engine
 
@@ -35,7 +34,6 @@ def sample(
     """
     import torch
 
-    cpu_sampling.mend()
     for index, setup in enumerate(setups):
         with engine.engine(engine.EngineOptions(**setup["options"])) as llm:
             torch.manual_seed(1000 + index)

@@ -39,9 +39,14 @@ def uses_vispec(vllm_config: Any) -> bool:
 
 
 def _install_proposers() -> None:
+    from vllm.platforms import current_platform
     from vllm.v1.spec_decode.eagle import EagleProposer
     from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
+    from vllm_vispec.engine import cpu_sampling
+
+    if current_platform.is_cpu():
+        cpu_sampling.install()
     _choose_in_new(EagleProposer, _v1_proposer)
     _choose_in_new(EagleSpeculator, _v2_speculator)
 
