@@ -6,7 +6,7 @@ Every engine serves the same requests twice in one process, without and with spe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -176,17 +176,15 @@ def other(request: pytest.FixtureRequest, tiny: TinyStore) -> Served:
     return serve(RUNNERS[name], pairs if full else pairs[:2])
 
 
-@pytest.mark.parametrize(
-    ("engine", "scenario"), [("small", "mixed"), ("small", "prefix"), ("blocks", "busy")]
-)
-def test_other_runners(other: Served, engine: str, scenario: str) -> None:
-    if (f"{engine}-spec", scenario) not in other:
-        pytest.skip("in the full list, marked slow")
-    plain, spec = other[f"{engine}-plain", scenario], other[f"{engine}-spec", scenario]
-    _assert_same(plain, spec)
-    checks = {
-        "mixed": spec["spy"]["split_images"] >= 3,
-        "prefix": spec["spy"]["hits_inside_image"] > 0,
-        "busy": spec["metrics"]["vllm:num_preemptions"] > 0,
+def test_other_runners(other: Served) -> None:
+    checks: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+        "mixed": lambda spec: spec["spy"]["split_images"] >= 3,
+        "prefix": lambda spec: spec["spy"]["hits_inside_image"] > 0,
+        "busy": lambda spec: spec["metrics"]["vllm:num_preemptions"] > 0,
     }
-    assert checks[scenario]
+    served = [(engine, scenario) for engine, scenario in other if engine.endswith("-spec")]
+    assert {"mixed", "prefix"} <= {scenario for _, scenario in served}
+    for engine, scenario in served:
+        spec = other[engine, scenario]
+        _assert_same(other[engine.replace("-spec", "-plain"), scenario], spec)
+        assert checks[scenario](spec), scenario
