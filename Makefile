@@ -3,7 +3,9 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 PY := $(VENV)/bin/python
-PYTEST := $(PY) -m pytest
+# Engines are single-threaded here: two files at a time, each file's engines shared by its tests.
+WORKERS ?= 2
+PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadfile
 PYTEST_ARGS ?=
 MAKEFLAGS += --no-print-directory
 export VLLM_NO_USAGE_STATS ?= 1

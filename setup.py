@@ -43,7 +43,7 @@ setup(
         "train": ["pillow", "tqdm"],
         "bench": BENCH,
         "ray": ["ray"],
-        "dev": [*BENCH, "mypy", "pytest", "pytest-timeout", "ruff"],
+        "dev": [*BENCH, "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },
     entry_points={
         "console_scripts": ["vispec = vllm_vispec.cli.app:main"],
