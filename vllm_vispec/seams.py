@@ -103,7 +103,21 @@ SEAMS: tuple[Seam, ...] = (
         "SpecDecodeBaseProposer.set_inputs_first_pass",
         ("target_token_ids", "next_token_ids", "target_positions", "cad"),
         "overrides",
-        "V1: row codes and 1-D positions for the first draft pass",
+        "V1: row codes for the first draft pass",
+    ),
+    Seam(
+        _V1_BASE,
+        "SpecDecodeBaseProposer._set_positions",
+        ("num_tokens", "positions"),
+        "overrides",
+        "V1: plain positions for the draft of an M-RoPE target",
+    ),
+    Seam(
+        _V1_BASE,
+        "SpecDecodeBaseProposer.prepare_inputs",
+        ("common_attn_metadata", "sampled_token_ids", "num_draft_tokens"),
+        "overrides",
+        "V1: which tokens stay when disable_padded_drafter_batch drops the rejected ones",
     ),
     Seam(
         _V1_BASE,
@@ -132,6 +146,13 @@ SEAMS: tuple[Seam, ...] = (
         (),
         "reads",
         "V1: vision-tower output by item hash",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.self.positions",
+        (),
+        "reads",
+        "V1: plain position of every token in the batch",
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",

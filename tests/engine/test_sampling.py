@@ -1,12 +1,12 @@
 """At temperature 1, tokens have the distribution of plain sampling.
 
 Two samples of ``DRAWS`` continuations of one prompt, drawn with and without speculation, are
-compared by a G-test over their first one, two and three tokens (rare prefixes pooled). Tokens after
-the first come from the verification of drafts. Each test has ``ALPHA`` as its chance of a false
-alarm; the draws are seeded, so a result does not change from run to run. Power: a verifier that
-lets a share ``BIAS`` of its decisions fall on the likeliest token is found with a probability of at
-least 95 %, which ``test_power`` measures on simulated counts. Both depend on the runner: V2 under
-the interpreter is slow.
+compared by a G-test over their first one, two and three tokens (rare prefixes in a few pools).
+Tokens after the first come from the verification of drafts. Each test has ``ALPHA`` as its chance
+of a false alarm; the draws are seeded, so a result does not change from run to run. Power: a
+verifier that lets a share ``BIAS`` of its decisions fall on the likeliest token is found with a
+probability of at least 95 %, which ``test_power`` measures on simulated counts. Both depend on the
+runner: V2 under the interpreter is slow.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def _prefixes(sampled: Sampled, name: str, length: int) -> list[two_sample.Prefi
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_same_distribution(sampled: Sampled, length: int) -> None:
     counts = two_sample.table(*(_prefixes(sampled, name, length) for name in ("plain", "spec")))
-    assert counts.shape[1] >= min(length + 1, 3), (
+    filled = (counts.sum(axis=0) >= 2 * two_sample.MIN_EXPECTED).sum()
+    # The first token involves no draft, and one token takes nearly all of its probability.
+    assert filled >= (1 if length == 1 else 3), (
         "nothing to compare: the target is sure of its tokens"
     )
     assert two_sample.p_value(counts) > ALPHA

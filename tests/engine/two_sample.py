@@ -10,17 +10,27 @@ from scipy.stats import chi2
 
 Prefix = tuple[int, ...]
 MIN_EXPECTED = 10
-"""Prefixes with fewer expected occurrences per sample are pooled into one cell."""
+"""Prefixes with fewer expected occurrences per sample are pooled."""
+MAX_POOLS = 4
+"""Most cells that rare prefixes are spread over, by the sum of their tokens."""
 
 
 def table(one: Sequence[Prefix], other: Sequence[Prefix]) -> np.ndarray:
-    """Return counts [2, cells] of the frequent prefixes of both samples; the last cell pools."""
-    counts = [Counter(one), Counter(other)]
-    total = counts[0] + counts[1]
+    """Return counts [2, cells]: a cell for each frequent prefix, then the pools of the rare ones.
+
+    Which pool a prefix falls into depends on the prefix alone, so two samples of one distribution
+    fill the pools alike. Without them long prefixes, nearly all rare, would not be compared.
+    """
+    total = Counter(one) + Counter(other)
     frequent = [prefix for prefix, count in total.items() if count >= 2 * MIN_EXPECTED]
-    rows = [[count[prefix] for prefix in frequent] for count in counts]
-    rest = [sum(count.values()) - sum(row) for count, row in zip(counts, rows, strict=True)]
-    return np.array([[*row, pooled] for row, pooled in zip(rows, rest, strict=True)])
+    cells = {prefix: index for index, prefix in enumerate(frequent)}
+    num_rare = total.total() - sum(total[prefix] for prefix in frequent)
+    pools = min(max(num_rare // (4 * MIN_EXPECTED), 1), MAX_POOLS)
+    counts = np.zeros((2, len(cells) + pools), dtype=int)
+    for row, sample in zip(counts, (one, other), strict=True):
+        for prefix in sample:
+            row[cells.get(prefix, len(cells) + sum(prefix) % pools)] += 1
+    return counts
 
 
 def p_value(counts: np.ndarray) -> float:

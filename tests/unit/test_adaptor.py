@@ -59,8 +59,8 @@ def test_rows_match_the_plain_module(query_tokens: int) -> None:
     compact = parts.rows.offset[first + 1 : first + query_tokens]
     torch.testing.assert_close(compact, rows[:-1], **TOLERANCE)
     for code, wanted in ((first, expected), (parts.codes.text(0), no_image)):
-        parts.rows.row_codes[:5] = code
-        torch.testing.assert_close(parts.rows.mix(parts.fusion(e, h)), wanted, **TOLERANCE)
+        parts.rows.set_batch(torch.full((5,), code, dtype=torch.int32))
+        torch.testing.assert_close(parts.rows.mix(parts.fusion.fuse(e, h)), wanted, **TOLERANCE)
 
 
 def test_partials_merge_to_attention_over_everything() -> None:
@@ -81,12 +81,14 @@ def test_deepstack_columns_are_ignored() -> None:
 
 def test_compact_rows_and_holes_replace_the_text_input() -> None:
     parts = Parts(head_folder(2))
-    parts.rows.row_codes[:3] = torch.tensor([1, parts.codes.hole, 0], dtype=torch.int32)
+    parts.rows.set_batch(torch.tensor([1, parts.codes.hole, 0], dtype=torch.int32))
     fused = torch.randn(3, 64)
     mixed = parts.rows.mix(fused)
     torch.testing.assert_close(mixed[0], parts.rows.offset[1])
     torch.testing.assert_close(mixed[1], torch.zeros(64))
     assert parts.rows.key_mask_of(3).flatten().tolist() == [0.0, -64.0, 0.0]
+    parts.rows.keep_rows(torch.tensor([1]))
+    assert parts.rows.key_mask_of(1).tolist() == [[-64.0]]
 
 
 def test_table_keeps_the_recent_and_evicts_the_oldest() -> None:

@@ -42,46 +42,68 @@ def merge_partials(partials: Sequence[AdaptorPartial]) -> torch.Tensor:
 
 
 class RowTable(nn.Module):
-    """Static buffers the draft reads, one code per token and what each code stands for.
+    """Static buffers the draft reads: what each row code stands for, and the rows of the batch.
 
     A draft row's layer input is ``keep * fc(embedding, hidden) + offset``: text rows keep and add
-    the constant their image's global feature contributes, compact tokens and holes replace.
+    the constant their image's global feature contributes, compact tokens and holes replace. The
+    batch's rows are gathered once a round, before the first pass, so that a pass only slices.
 
     Args:
-        codes: Numbering of the rows.
+        codes: Numbering of the table's entries.
         hidden_size: D.
-        max_num_tokens: Longest batch, in tokens.
+        max_num_tokens: Longest batch, in tokens; the batch's buffers are about as large as vLLM's
+            own buffer of hidden states.
     """
 
     def __init__(self, codes: RowCodes, hidden_size: int, max_num_tokens: int) -> None:
         super().__init__()
         self.codes = codes
-        dtype = torch.get_default_dtype()
         self.row_codes: torch.Tensor
         self.offset: torch.Tensor
         self.keep: torch.Tensor
         self.key_mask: torch.Tensor
-        buffers = {
-            "row_codes": torch.zeros(max_num_tokens, dtype=torch.int32),
-            "offset": torch.zeros(codes.size, hidden_size, dtype=dtype),
-            "keep": torch.zeros(codes.size, 1, dtype=dtype),
-            "key_mask": torch.zeros(codes.size, 1, dtype=dtype),
-        }
-        for name, buffer in buffers.items():
-            self.register_buffer(name, buffer, persistent=False)
+        self.batch_offset: torch.Tensor
+        self.batch_keep: torch.Tensor
+        self.batch_key_mask: torch.Tensor
+        codes_T = torch.zeros(max_num_tokens, dtype=torch.int32)
+        self.register_buffer("row_codes", codes_T, persistent=False)
+        dtype = torch.get_default_dtype()
+        for name, width in (("offset", hidden_size), ("keep", 1), ("key_mask", 1)):
+            for prefix, height in (("", codes.size), ("batch_", max_num_tokens)):
+                buffer = torch.zeros(height, width, dtype=dtype)
+                self.register_buffer(prefix + name, buffer, persistent=False)
         self.keep[: codes.hole : codes.num_query_tokens] = 1.0
         self.key_mask[codes.hole] = -MASK_CHANNEL
 
+    def set_batch(self, codes_T: torch.Tensor) -> None:
+        """Take the codes, int32 ``[T]`` on the host, of the tokens of the next first pass."""
+        num_tokens = codes_T.shape[0]
+        code_T = self.row_codes[:num_tokens]
+        code_T.copy_(codes_T, non_blocking=True)
+        for table, batch in self._pairs():
+            torch.index_select(table, 0, code_T, out=batch[:num_tokens])
+
+    def keep_rows(self, token_indices: torch.Tensor) -> None:
+        """Keep one row for each request, given its index in the batch, for the draft steps."""
+        for _, batch in self._pairs():
+            batch[: token_indices.shape[0]] = batch[token_indices]
+
     def mix(self, fused_TD: torch.Tensor) -> torch.Tensor:
         """Return the layer input ``[T, D]`` given the fused text input of every row."""
-        code_T = self.row_codes[: fused_TD.shape[0]]
-        # Embedding is the gather with the least overhead, and takes int32.
-        offset_TD = F.embedding(code_T, self.offset)
-        return torch.addcmul(offset_TD, fused_TD, F.embedding(code_T, self.keep))
+        num_tokens = fused_TD.shape[0]
+        keep_T1 = self.batch_keep[:num_tokens]
+        return torch.addcmul(self.batch_offset[:num_tokens], fused_TD, keep_T1)
 
     def key_mask_of(self, num_tokens: int) -> torch.Tensor:
         """Return what the padded key channels hold, ``[T, 1]``: 0, or very low in a hole."""
-        return F.embedding(self.row_codes[:num_tokens], self.key_mask)
+        return self.batch_key_mask[:num_tokens]
+
+    def _pairs(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        return (
+            (self.offset, self.batch_offset),
+            (self.keep, self.batch_keep),
+            (self.key_mask, self.batch_key_mask),
+        )
 
 
 class TextFusion(nn.Module):
@@ -116,7 +138,7 @@ class TextFusion(nn.Module):
         self.weight.copy_(torch.cat((on_embedding_DD, on_hidden_DD), dim=1))
         self.bias.copy_(bias_D)
 
-    def forward(self, embedding_TD: torch.Tensor, hidden_TD: torch.Tensor) -> torch.Tensor:
+    def fuse(self, embedding_TD: torch.Tensor, hidden_TD: torch.Tensor) -> torch.Tensor:
         """Return the part of the layer input that depends on the token, ``[T, D]``."""
         return F.linear(torch.cat((embedding_TD, hidden_TD), dim=-1), self.weight)
 

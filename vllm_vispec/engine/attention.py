@@ -138,7 +138,7 @@ class HoleMaskedAttention(nn.Module):
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
-        k = torch.addcmul(k, self.rows.key_mask_of(hidden_states.shape[0]), self.key_channels)
+        k = k.addcmul_(self.rows.key_mask_of(hidden_states.shape[0]), self.key_channels)
         output, _ = self.o_proj(self.attn(q, k, v))
         return output
 

@@ -1,7 +1,7 @@
 """Keeps the draft's row codes in step with the batch; shared by both proposers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +18,7 @@ from vllm_vispec.engine.layout import (
 from vllm_vispec.engine.model import EagleViSpecForCausalLM
 
 
-@dataclass(frozen=True)
-class RequestRows:
+class RequestRows(NamedTuple):
     """One request's part of the batch.
 
     Attributes:
@@ -36,10 +35,25 @@ class RequestRows:
     num_rows: int
 
 
+class _HeldRows(NamedTuple):
+    """The batch buffer begins with ``count`` rows of one ``code``.
+
+    ``written`` counts the table entries computed until then: a later one may be the code's.
+    """
+
+    code: int
+    count: int
+    written: int
+
+    def covers(self, wanted: "_HeldRows") -> bool:
+        same = self.code == wanted.code and self.written == wanted.written
+        return same and self.count >= wanted.count
+
+
 class DraftRows:
     """Writes, once per step, which table row every token of the batch uses.
 
-    Host work is O(requests) plus one numpy fill of the batch; one asynchronous copy to the
+    Host work is O(requests) plus one numpy fill of the batch; at most one asynchronous copy to the
     device, nothing is read back.
 
     Args:
@@ -53,10 +67,12 @@ class DraftRows:
         self._layouts: dict[str, tuple[Sequence[FeatureLike], RequestLayout]] = {}
         self._max_layouts = 4 * max_num_requests
         self._warned: set[tuple[str, ImageRun]] = set()
+        self._held: _HeldRows | None = None
 
     def clear(self) -> None:
         """Forget all images, e.g. after new weights."""
         self.table.clear()
+        self._held = None
 
     def fill(self, requests: Sequence[RequestRows], embeddings: Mapping[str, torch.Tensor]) -> None:
         """Set the codes of a batch, requests in batch order.
@@ -65,21 +81,48 @@ class DraftRows:
             requests: All requests of the batch.
             embeddings: Vision-tower output by item hash, whatever is at hand in this step.
         """
-        total = sum(request.num_rows for request in requests)
-        codes_T = np.zeros(total, dtype=np.int32)
         self.table.begin_step()
+        codes = [self._single_code(request, embeddings) for request in requests]
+        total = sum(request.num_rows for request in requests)
+        if codes and codes[0] is not None and codes.count(codes[0]) == len(codes):
+            self._set_uniform(codes[0], total)
+            return
+        codes_T = np.empty(total, dtype=np.int32)
         begin = 0
-        for request in requests:
-            end = begin + request.num_rows
-            if request.features:
-                self._fill_request(request, embeddings, codes_T[begin:end])
-            begin = end
+        for request, code in zip(requests, codes, strict=True):
+            rows = codes_T[begin : begin + request.num_rows]
+            if code is None:
+                self._fill_request(request, embeddings, rows)
+            else:
+                rows[:] = code
+            begin += request.num_rows
+        self._held = None
         self._upload(codes_T)
 
     def gather(self, token_indices: torch.Tensor) -> None:
-        """Keep only the codes of the given tokens, one per request, for the draft steps."""
-        codes = self._rows.row_codes
-        codes[: token_indices.shape[0]] = codes[token_indices]
+        """Keep only the rows of the given tokens, one per request, for the draft steps."""
+        if self._held is None:
+            self._rows.keep_rows(token_indices)
+
+    def _single_code(
+        self, request: RequestRows, embeddings: Mapping[str, torch.Tensor]
+    ) -> int | None:
+        """Return the code of all the request's rows where they have one, behind its images."""
+        layout = self._layout(request) if request.features else None
+        if layout is None or not layout.runs:
+            return self._rows.codes.text(0)
+        if request.first_row < layout.stop_row:
+            return None
+        return self._rows.codes.text(self._slot_of(request, layout.runs[-1], embeddings) or 0)
+
+    def _slot_of(
+        self, request: RequestRows, run: ImageRun, embeddings: Mapping[str, torch.Tensor]
+    ) -> int | None:
+        slot = self.table.slot_of(run, embeddings)
+        # A run that ends later is looked up again; its first rows are holes either way.
+        if slot is None and run.text_row < request.first_row + request.num_rows:
+            self._note_miss(request.request_id, run)
+        return slot
 
     def _fill_request(
         self,
@@ -87,17 +130,10 @@ class DraftRows:
         embeddings: Mapping[str, torch.Tensor],
         out: np.ndarray,
     ) -> None:
-        layout = self._layout(request)
-        stop_row = request.first_row + request.num_rows
-
         def slot_of(run: ImageRun) -> int | None:
-            slot = self.table.slot_of(run, embeddings)
-            # A run that ends later is looked up again; its first rows are holes either way.
-            if slot is None and run.text_row < stop_row:
-                self._note_miss(request.request_id, run)
-            return slot
+            return self._slot_of(request, run, embeddings)
 
-        write_row_codes(layout, self._rows.codes, slot_of, request.first_row, out)
+        write_row_codes(self._layout(request), self._rows.codes, slot_of, request.first_row, out)
 
     def _note_miss(self, request_id: str, run: ImageRun) -> None:
         """Count a missing image once per request, not once per step."""
@@ -118,10 +154,19 @@ class DraftRows:
         self._layouts[request.request_id] = (request.features, layout)
         return layout
 
+    def _set_uniform(self, code: int, count: int) -> None:
+        """Set a batch whose tokens all have one code, unless the device holds it already.
+
+        So it is with one request that decodes, and with any number of requests without images.
+        """
+        wanted = _HeldRows(code, count, self.table.stats.computed)
+        if self._held is None or not self._held.covers(wanted):
+            self._upload(np.full(count, code, dtype=np.int32))
+            self._held = wanted
+
     def _upload(self, codes_T: np.ndarray) -> None:
         host = torch.from_numpy(codes_T)
-        target = self._rows.row_codes[: host.shape[0]]
-        if target.is_cuda:
-            # The caching host allocator keeps the block until this copy has run.
+        if self._rows.row_codes.is_cuda:
+            # The caching host allocator keeps the block until the copy has run.
             host = host.pin_memory()
-        target.copy_(host, non_blocking=True)
+        self._rows.set_batch(host)

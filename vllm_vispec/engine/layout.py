@@ -86,6 +86,11 @@ class RequestLayout:
     def _first_rows(self) -> tuple[int, ...]:
         return tuple(run.first_row for run in self.runs)
 
+    @cached_property
+    def stop_row(self) -> int:
+        """First draft row behind all images, from which on every row has one code."""
+        return self.runs[-1].text_row if self.runs else 0
+
     def runs_within(self, first_row: int, stop_row: int) -> tuple[ImageRun, ...]:
         """Return the runs that decide rows ``[first_row, stop_row)``, in prompt order.
 

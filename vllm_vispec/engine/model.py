@@ -25,6 +25,7 @@ from vllm.model_executor.models.utils import (
     get_draft_quant_config,
     maybe_prefix,
 )
+from vllm.platforms import current_platform
 
 from vllm_vispec.dialects import get_dialect
 from vllm_vispec.engine.adaptor import ImageAdaptor, RowTable, TextFusion
@@ -32,6 +33,24 @@ from vllm_vispec.engine.attention import HoleMaskedAttention
 from vllm_vispec.engine.layout import RowCodes
 from vllm_vispec.engine.options import EngineOptions
 from vllm_vispec.head_config import HeadConfig
+
+
+class DraftRMSNorm(RMSNorm):
+    """vLLM's norm; on CPU with vLLM's kernel, where vLLM 0.32 and 0.33 run a chain of torch ops.
+
+    A draft is one layer, so that chain would be a tenth of a draft step.
+    """
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        """Norm ``[T, D]``; with a residual, norm the sum and return it too, both in place."""
+        if not current_platform.is_cpu():
+            return super().forward(x, residual)
+        if residual is None:
+            out = torch.empty_like(x)
+            torch.ops._C.rms_norm(out, x, self.weight, self.variance_epsilon)
+            return out
+        torch.ops._C.fused_add_rms_norm(x, residual, self.weight, self.variance_epsilon)
+        return x, residual
 
 
 class ViSpecDecoderLayer(LlamaDecoderLayer):
@@ -44,8 +63,11 @@ class ViSpecDecoderLayer(LlamaDecoderLayer):
             config=draft_hf_config(vllm_config),
             attn_layer_type=partial(HoleMaskedAttention, rows=rows),
         )
-        if not head.layer0_input_norm:
-            self.input_layernorm = nn.Identity()
+        size, eps = head.hidden_size, head.rms_norm_eps
+        self.input_layernorm = (
+            DraftRMSNorm(size, eps=eps) if head.layer0_input_norm else nn.Identity()
+        )
+        self.post_attention_layernorm = DraftRMSNorm(size, eps=eps)
 
     def get_quant_config(self, vllm_config: VllmConfig) -> QuantizationConfig | None:
         """Use the draft's quantization, not the target's."""
@@ -74,9 +96,7 @@ class ViSpecModel(nn.Module):
         self.layers = nn.ModuleList(
             [ViSpecDecoderLayer(vllm_config, head, self.rows, layer_prefix)]
         )
-        self.norm = (
-            RMSNorm(head.hidden_size, eps=head.rms_norm_eps) if head.final_norm else nn.Identity()
-        )
+        self.norm = RMSNorm(head.hidden_size, eps=head.rms_norm_eps) if head.final_norm else None
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return token embeddings ``[T, D]``."""
@@ -86,12 +106,14 @@ class ViSpecModel(nn.Module):
         self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one draft pass; returns the hidden states for lm_head and for the next step."""
-        fused = self.fusion(self.embed_tokens(input_ids), hidden_states)
+        fused = self.fusion.fuse(self.embed_tokens(input_ids), hidden_states)
         hidden_states = self.rows.mix(fused)
         residual = None
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual)
-        hidden_states = self.norm(hidden_states + residual)
+        hidden_states = hidden_states + residual
+        if self.norm is not None:
+            hidden_states = self.norm(hidden_states)
         return hidden_states, hidden_states
 
 

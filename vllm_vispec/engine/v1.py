@@ -20,6 +20,7 @@ class ViSpecProposer(EagleProposer):
         super().__init__(vllm_config, device, runner)
         self._runner = runner
         self._first_draft_rows: torch.Tensor | None = None
+        self._kept_tokens: torch.Tensor | None = None
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; the row table is allocated here, before memory is profiled."""
@@ -30,15 +31,29 @@ class ViSpecProposer(EagleProposer):
         clear_with(self._runner, "reset_encoder_cache", self.draft_rows.clear)
 
     def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> Any:
-        """Fill row codes and positions after vLLM has laid out the first draft pass."""
+        """Fill row codes after vLLM has laid out the first draft pass."""
         num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
         starts = metadata.query_start_loc_cpu.tolist()
         self.draft_rows.fill(self._requests(starts), self._runner.encoder_cache)
-        if self.vllm_config.model_config.uses_mrope:
-            token_index = self.arange[:num_tokens]
-            self.positions[:num_tokens] = _sequence_positions(metadata, token_index)
+        self._kept_tokens = None
         self._first_draft_rows = token_indices
         return num_tokens, token_indices, metadata
+
+    def prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Remember which tokens stay where rejected ones are dropped (unpadded batches only)."""
+        metadata, self._kept_tokens = super().prepare_inputs(*args, **kwargs)
+        return metadata, self._kept_tokens
+
+    def _set_positions(self, num_tokens: int, positions: torch.Tensor) -> None:
+        """Take plain positions ``[T]`` where the target's are M-RoPE; the draft's never are (4.7).
+
+        The runner keeps them on the device for its slot mapping, right under asynchronous
+        scheduling too.
+        """
+        if self.vllm_config.model_config.uses_mrope:
+            kept = slice(num_tokens) if self._kept_tokens is None else self._kept_tokens
+            positions = self._runner.positions[kept]
+        self.positions[:num_tokens] = positions
 
     def _requests(self, starts: list[int]) -> list[RequestRows]:
         batch, states = self._runner.input_batch, self._runner.requests
@@ -75,13 +90,3 @@ class ViSpecProposer(EagleProposer):
                 tokens, dtype=next_token_ids.dtype, device=next_token_ids.device
             )
         return next_token_ids, counts
-
-
-def _sequence_positions(metadata: Any, token_index: torch.Tensor) -> torch.Tensor:
-    """Return plain positions ``[T]`` where the target's are M-RoPE; the draft's never are (4.7).
-
-    Computed from sequence lengths on the device, which are right under asynchronous scheduling.
-    """
-    ends = metadata.query_start_loc[1:]
-    request = torch.bucketize(token_index, ends, right=True)
-    return token_index + (metadata.seq_lens - ends)[request]
