@@ -36,18 +36,18 @@ class RequestRows(NamedTuple):
 
 
 class _HeldRows(NamedTuple):
-    """The batch buffer begins with ``count`` rows of one ``code``.
+    """The batch buffer begins with ``num_rows`` rows of one ``code``.
 
     ``written`` counts the table entries computed until then: a later one may be the code's.
     """
 
     code: int
-    count: int
+    num_rows: int
     written: int
 
     def covers(self, wanted: "_HeldRows") -> bool:
         same = self.code == wanted.code and self.written == wanted.written
-        return same and self.count >= wanted.count
+        return same and self.num_rows >= wanted.num_rows
 
 
 class DraftRows:
