@@ -40,9 +40,9 @@ setup(
     package_data={"vllm_vispec": ["py.typed"]},
     install_requires=INSTALL_REQUIRES,
     extras_require={
-        "train": ["pillow", "tqdm"],
+        "train": ["matplotlib", "pillow", "pyyaml", "tqdm"],
         "bench": BENCH,
-        "ray": ["ray"],
+        "ray": ["ray[data,train]"],
         "dev": [*BENCH, "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },
     entry_points={

@@ -7,8 +7,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.head_checks import require_flag, require_positive_int, require_positive_number
 
 ARCHITECTURE = "EagleViSpecForCausalLM"
+# A draft that takes the image tokens' embeddings in.
+EMBEDS_ARCHITECTURE = "EagleViSpecEmbedsForCausalLM"
+ARCHITECTURES = (ARCHITECTURE, EMBEDS_ARCHITECTURE)
 FORMAT_VERSION = 1
 
 # What vLLM reads from the flat part of config.json; the rest lives in the "vispec" section.
@@ -33,6 +37,7 @@ _VISPEC_FIELDS = (
     "compress",
     "has_embed_tokens",
 )
+_FLAGS = _VISPEC_FIELDS[2:]
 _POSITIVE = (*(f for f in _LLAMA_FIELDS if f != "rms_norm_eps"), "num_query_tokens")
 
 
@@ -43,14 +48,17 @@ class HeadConfig:
     Attributes:
         dialect: name of the dialect the head was read as.
         target_model_type: `model_type` of the target it was trained for ("" if not stated).
-        num_query_tokens: learned queries of the image adaptor. `num_query_tokens - 1` rows stand
-            for an image in the draft, the last one is the global feature.
+        num_query_tokens: learned queries of the image adaptor. With `compress`,
+            `num_query_tokens - 1` rows stand for an image in the draft; with `global_feature`, the
+            last one is that feature. Without an influence where the head has no adaptor.
         qkv_bias: bias on q/k/v of the layer and on k/v of the adaptor.
         fc_bias: bias on `fc` and `img_fc`.
         layer0_input_norm: the decoder layer norms its input before attention.
         final_norm: the layer's output is normed before lm_head and before the next step.
-        global_feature: text rows get the global feature of the image before them.
-        compress: an image is replaced by its adaptor rows.
+        global_feature: text rows get the global feature of the image before them; without it
+            there is no `img_fc` and the layer reads fc([embedding, hidden]).
+        compress: an image is replaced by its adaptor rows; without it every image token keeps
+            its row, a text row that reads the token's own image embedding.
         has_embed_tokens: the head ships its own embedding table (else the target's is used).
 
     Raises:
@@ -79,15 +87,17 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
-            _require_positive_int(name, getattr(self, name))
+            require_positive_int(name, getattr(self, name))
         for name in ("rope_theta", "rms_norm_eps"):
-            _require_positive_number(name, getattr(self, name))
+            require_positive_number(name, getattr(self, name))
+        for name in _FLAGS:
+            require_flag(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ViSpecError(
                 f"num_key_value_heads={self.num_key_value_heads} of the head does not divide "
                 f"num_attention_heads={self.num_attention_heads}: correct the head's config.json"
             )
-        if self.hidden_size % self.num_attention_heads:
+        if self.has_adaptor and self.hidden_size % self.num_attention_heads:
             raise ViSpecError(
                 f"num_attention_heads={self.num_attention_heads} of the head does not divide "
                 f"hidden_size={self.hidden_size}, which the image adaptor needs: correct the "
@@ -105,26 +115,61 @@ class HeadConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def rows_per_image(self) -> int:
-        """Draft rows that stand for one image (a run may be too short to hold them all)."""
-        return self.num_query_tokens - 1
+    def rows_per_image(self) -> int | None:
+        """Adaptor rows that stand for one image (a run may be too short to hold them all).
+
+        None without compression: an image has as many rows as tokens.
+        """
+        return self.num_query_tokens - 1 if self.compress else None
+
+    @property
+    def has_adaptor(self) -> bool:
+        """Whether there is an image adaptor: something has to use its output."""
+        return self.compress or self.global_feature
+
+    @property
+    def has_img_fc(self) -> bool:
+        """Whether `img_fc` fuses a global feature into the hidden state."""
+        return self.global_feature
+
+    @property
+    def architecture(self) -> str:
+        """Name under which vLLM knows the draft's model class."""
+        return ARCHITECTURE if self.compress else EMBEDS_ARCHITECTURE
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of every tensor such a head consists of."""
-        d, f, v = self.hidden_size, self.intermediate_size, self.vocab_size
-        q_out = self.num_attention_heads * self.head_dim
-        kv_out = self.num_key_value_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {
-            "fc.weight": (d, 2 * d),
-            "img_fc.weight": (d, 2 * d),
-            "img_adaptor.query": (
-                self.num_query_tokens,
-                self.num_attention_heads,
-                self.adaptor_head_dim,
-            ),
+        d = self.hidden_size
+        adaptor_bias = {"img_adaptor.k_proj.bias": (d,), "img_adaptor.v_proj.bias": (d,)}
+        shapes: dict[str, tuple[int, ...]] = {"fc.weight": (d, 2 * d), **self._layer_shapes()}
+        optional: list[tuple[bool, Mapping[str, tuple[int, ...]]]] = [
+            (self.has_embed_tokens, {"embed_tokens.weight": (self.vocab_size, d)}),
+            (self.fc_bias, {"fc.bias": (d,)}),
+            (self.has_img_fc, {"img_fc.weight": (d, 2 * d)}),
+            (self.has_img_fc and self.fc_bias, {"img_fc.bias": (d,)}),
+            (self.has_adaptor, self._adaptor_shapes()),
+            (self.has_adaptor and self.qkv_bias, adaptor_bias),
+            (self.final_norm, {"norm.weight": (d,)}),
+        ]
+        for wanted, extra in optional:
+            if wanted:
+                shapes.update(extra)
+        return shapes
+
+    def _adaptor_shapes(self) -> dict[str, tuple[int, ...]]:
+        d, heads = self.hidden_size, self.num_attention_heads
+        return {
+            "img_adaptor.query": (self.num_query_tokens, heads, self.adaptor_head_dim),
             "img_adaptor.k_proj.weight": (d, d),
             "img_adaptor.v_proj.weight": (d, d),
             "img_adaptor.o_proj.weight": (d, d),
+        }
+
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        d, f = self.hidden_size, self.intermediate_size
+        q_out = self.num_attention_heads * self.head_dim
+        kv_out = self.num_key_value_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
             "layer.self_attn.q_proj.weight": (q_out, d),
             "layer.self_attn.k_proj.weight": (kv_out, d),
             "layer.self_attn.v_proj.weight": (kv_out, d),
@@ -134,25 +179,12 @@ class HeadConfig:
             "layer.mlp.down_proj.weight": (d, f),
             "layer.post_attention_layernorm.weight": (d,),
         }
-        optional: list[tuple[bool, dict[str, tuple[int, ...]]]] = [
-            (self.has_embed_tokens, {"embed_tokens.weight": (v, d)}),
-            (self.fc_bias, {"fc.bias": (d,), "img_fc.bias": (d,)}),
-            (
-                self.qkv_bias,
-                {
-                    "img_adaptor.k_proj.bias": (d,),
-                    "img_adaptor.v_proj.bias": (d,),
-                    "layer.self_attn.q_proj.bias": (q_out,),
-                    "layer.self_attn.k_proj.bias": (kv_out,),
-                    "layer.self_attn.v_proj.bias": (kv_out,),
-                },
-            ),
-            (self.layer0_input_norm, {"layer.input_layernorm.weight": (d,)}),
-            (self.final_norm, {"norm.weight": (d,)}),
-        ]
-        for wanted, extra in optional:
-            if wanted:
-                shapes.update(extra)
+        if self.qkv_bias:
+            shapes["layer.self_attn.q_proj.bias"] = (q_out,)
+            shapes["layer.self_attn.k_proj.bias"] = (kv_out,)
+            shapes["layer.self_attn.v_proj.bias"] = (kv_out,)
+        if self.layer0_input_norm:
+            shapes["layer.input_layernorm.weight"] = (d,)
         return shapes
 
     def to_llama_config_dict(self) -> dict[str, Any]:
@@ -163,7 +195,7 @@ class HeadConfig:
         scaling and no M-RoPE section: the draft uses plain 1-D RoPE for every target.
         """
         return {
-            "architectures": [ARCHITECTURE],
+            "architectures": [self.architecture],
             "model_type": "llama",
             **{name: getattr(self, name) for name in _LLAMA_FIELDS},
             "num_hidden_layers": 1,
@@ -251,19 +283,3 @@ def _rope_theta(content: Mapping[str, Any]) -> Any:
     raise ViSpecError(
         "config.json of the head lacks 'rope_theta': write the folder again with `vispec convert`"
     )
-
-
-def _require_positive_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ViSpecError(
-            f"{name} of the head is {value!r}, it must be an integer of at least 1: correct the "
-            "head's config.json or its weights"
-        )
-
-
-def _require_positive_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ViSpecError(
-            f"{name} of the head is {value!r}, it must be a positive number: correct the head's "
-            "config.json"
-        )

@@ -13,15 +13,16 @@ MIN_VERSION, MAX_VERSION = (0, 32), (0, 33)
 
 def register() -> None:
     """Make vLLM accept ViSpec heads.  Idempotent; changes nothing until one is used."""
-    from vllm_vispec.engine import config_hook, worker_hook
+    from vllm_vispec.engine import config_hook, self_serving, worker_hook
 
     problem = find_problem()
     if problem is not None:
         logger.error("ViSpec is disabled: %s", problem)
         config_hook.install_refusal(problem)
         return
-    _register_draft_architecture()
+    _register_draft_architectures()
     config_hook.install()
+    self_serving.install()
     worker_hook.install()
 
 
@@ -69,10 +70,17 @@ def _supported() -> str:
     return f"{low} to {high}"
 
 
-def _register_draft_architecture() -> None:
+def _register_draft_architectures() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
-    from vllm_vispec.head_config import ARCHITECTURE
+    from vllm_vispec.head_config import ARCHITECTURE, EMBEDS_ARCHITECTURE
 
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, f"vllm_vispec.engine.model:{ARCHITECTURE}")
+    known = ModelRegistry.get_supported_archs()
+    for module, architecture in (
+        ("model", ARCHITECTURE),
+        ("embeds_model", EMBEDS_ARCHITECTURE),
+    ):
+        if architecture not in known:
+            ModelRegistry.register_model(
+                architecture, f"vllm_vispec.engine.{module}:{architecture}"
+            )

@@ -145,7 +145,7 @@ def compare(
                 stats = {key: value - before[key] for key, value in table_stats(llm).items()}
                 yield {
                     "situation": f"{setup['name']}-{name}",
-                    "requests": _compare(cold_results, cold_logits, results, bench.logits()),
+                    "requests": compare_results(cold_results, cold_logits, results, bench.logits()),
                     "spy": spy.to_json(),
                     "table": stats,
                 }
@@ -166,7 +166,7 @@ def table_stats(llm: LLM) -> dict[str, int]:
     return dict(vars(draft_logits.drafter(llm).draft_rows.table.stats))
 
 
-def _compare(
+def compare_results(
     cold: Results,
     cold_logits: Mapping[str, Logits],
     found: Results,

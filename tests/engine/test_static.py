@@ -13,7 +13,7 @@ import pytest
 
 from tests.engine.setups import params
 from tests.support.child import run_in_subprocess
-from tests.support.runners import Runner
+from tests.support.runners import RUNNERS, Runner
 from tests.support.tiny_store import TinyStore
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
@@ -23,11 +23,22 @@ NUM_REQUESTS = 4
 Batches = dict[str, dict[str, Any]]
 
 
-@pytest.fixture(scope="module", params=params("v1", "v2", "v2-overlay"))
+UNCOMPRESSED = {"compress": False, "dialect": "canonical"}
+HEADS = [
+    *(
+        pytest.param((p.values[0], {}), id=p.id, marks=p.marks)
+        for p in params("v1", "v2", "v2-overlay")
+    ),
+    pytest.param((RUNNERS["v1"], UNCOMPRESSED), id="v1-no_compress", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=HEADS)
 def recorded(request: pytest.FixtureRequest, tiny: TinyStore) -> Batches:
     """Operators of every draft pass, by batch."""
-    runner: Runner = request.param
-    target, head = tiny.pair(KIND)
+    runner: Runner
+    runner, changes = request.param
+    target, head = tiny.pair(KIND, **changes)
     options = {
         "model": target,
         "draft": head,

@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 KIND = "qwen2_5_vl"
 WRAPPED = [
     "vllm.engine.arg_utils.EngineArgs.create_speculative_config",
+    "vllm.engine.arg_utils.maybe_override_with_speculators",
     "vllm.v1.worker.worker_base.WorkerBase.__init__",
 ]
 OPTIONS = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64}
@@ -41,10 +42,10 @@ def served(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     )
 
 
-def test_loading_wraps_two_functions_and_adds_one_architecture() -> None:
+def test_loading_wraps_three_functions_and_adds_two_architectures() -> None:
     """Every attribute of every loaded vLLM module and class is the same object as before."""
     (found,) = run_in_subprocess("tests.engine.unused_jobs:register_twice", env=RUNNERS["v1"].env())
-    assert found["added"] == ["EagleViSpecForCausalLM"]
+    assert found["added"] == ["EagleViSpecEmbedsForCausalLM", "EagleViSpecForCausalLM"]
     assert found["parsers_same"]
     assert found["first"] == WRAPPED
     assert found["second"] == []

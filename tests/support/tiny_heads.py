@@ -1,4 +1,7 @@
-"""Random ViSpec heads for the tiny targets, in the reference and the Automodel layout."""
+"""Random ViSpec heads for the tiny targets, in every layout.
+
+Heads without compression or global feature exist in the canonical layout only.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,8 @@ class HeadSpec:
     qkv_bias: bool = True
     noise: float = 0.6
     seed: int = 0
+    compress: bool = True
+    global_feature: bool = True
 
 
 def build_head(spec: HeadSpec, target: Path, folder: Path) -> Path:
@@ -81,6 +86,12 @@ def _tensors(spec: HeadSpec, embedding: torch.Tensor) -> Tensors:
             tensors[f"{owner}.{name}_proj.weight"] = normal(HIDDEN, HIDDEN, scale=unit)
             if spec.qkv_bias:
                 tensors[f"{owner}.{name}_proj.bias"] = normal(HIDDEN, scale=0.1)
+    for prefix, wanted in (
+        ("imadpt.", spec.compress or spec.global_feature),
+        ("img_fc.", spec.global_feature),
+    ):
+        if not wanted:
+            tensors = {name: row for name, row in tensors.items() if not name.startswith(prefix)}
     if spec.dialect == "automodel":
         tensors["layers.0.input_layernorm.weight"] = 1 + normal(HIDDEN, scale=0.1)
         tensors["norm.weight"] = 1 + normal(HIDDEN, scale=0.1)
@@ -132,10 +143,45 @@ def _automodel_name(name: str) -> str:
     return name.replace("imadpt.", "img_adaptor.")
 
 
+def _canonical_config(spec: HeadSpec, family: Family) -> dict[str, Any]:
+    from vllm_vispec.head_config import HeadConfig
+
+    head = HeadConfig(
+        dialect="canonical",
+        target_model_type=spec.kind,
+        hidden_size=HIDDEN,
+        intermediate_size=MLP,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        head_dim=HIDDEN // HEADS,
+        vocab_size=VOCAB,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_theta=family.rope_theta,
+        rms_norm_eps=family.rms_norm_eps,
+        num_query_tokens=spec.num_q,
+        qkv_bias=spec.qkv_bias,
+        fc_bias=True,
+        layer0_input_norm=False,
+        final_norm=False,
+        global_feature=spec.global_feature,
+        compress=spec.compress,
+    )
+    return head.to_config_json("float32")
+
+
+def _canonical_name(name: str) -> str:
+    from vllm_vispec.dialects import get_dialect
+
+    found = get_dialect("reference").canonical_name(name)
+    assert found is not None, name
+    return found
+
+
 Rename = Callable[[str], str]
 ConfigWriter = Callable[[HeadSpec, Family], dict[str, Any]]
 
 DIALECTS: Mapping[str, tuple[Rename, ConfigWriter]] = {
     "reference": (str, _reference_config),
     "automodel": (_automodel_name, _automodel_config),
+    "canonical": (_canonical_name, _canonical_config),
 }

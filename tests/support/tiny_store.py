@@ -22,7 +22,8 @@ class TinyStore:
     def head(self, spec: HeadSpec, target_seed: int = 0) -> Path:
         """Return the folder of the head ``spec`` for the target of the same family."""
         parts = (spec.kind, spec.dialect, spec.num_q, spec.qkv_bias, spec.noise, spec.seed)
-        name = "head-" + "-".join(str(part) for part in (*parts, target_seed))
+        flags = (spec.compress, spec.global_feature)
+        name = "head-" + "-".join(str(part) for part in (*parts, *flags, target_seed))
         return build_head(spec, self.target(spec.kind, target_seed), self.root / name)
 
     def pair(self, kind: str, **changes: object) -> tuple[str, str]:

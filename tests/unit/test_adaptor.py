@@ -35,7 +35,7 @@ class Parts:
         self.adaptor.load_state_dict(
             {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
         )
-        self.adaptor.store_no_image()
+        self.rows.set_no_image(self.fusion)
         self.table = ImageTable(self.adaptor, num_slots)
 
 

@@ -84,9 +84,11 @@ def test_every_assignment_to_vllm_stands_in_the_table() -> None:
         assigned |= set(re.findall(r"^\s+([A-Z]\w+\.\w+) = ", text, re.MULTILINE))
         # Functions of a vLLM module.
         assigned |= set(re.findall(r"^\s+rejection_sampler\.(\w+) = ", text, re.MULTILINE))
+        assigned |= set(re.findall(r"^\s+arg_utils\.(\w+) = ", text, re.MULTILINE))
     assert assigned == {
         "EngineArgs.create_speculative_config",
         "WorkerBase.__init__",
         "expand_batch_to_tokens",
+        "maybe_override_with_speculators",
     }
     assert assigned <= listed

@@ -24,25 +24,29 @@ app = typer.Typer(
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or hub id of a head, any dialect.")],
-    destination: Annotated[Path, typer.Argument(help="Canonical folder to write.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    dialect: Annotated[
+        str, typer.Option(help="canonical, or reference or automodel for their authors' tools.")
+    ] = "canonical",
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; default: as stored.")
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Target named in the model card; default: by its sizes.")
+        str | None, typer.Option(help="Target, hub id or folder; a canonical head then finds it.")
     ] = None,
     drop_embed_tokens: Annotated[
         bool, typer.Option(help="Leave out the embedding table; the target's is used.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing canonical folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a folder written by vispec.")] = False,
 ) -> None:
-    """Write a head of any dialect as a canonical folder."""
+    """Write a head of any dialect as a canonical folder (or back, with --dialect)."""
     from vllm_vispec.dialects.convert import convert_head, guess_target, serve_command
 
     info = _or_exit(
         lambda: convert_head(
             source,
             destination,
+            dialect=dialect,
             dtype=dtype,
             target=target,
             drop_embed_tokens=drop_embed_tokens,

@@ -73,10 +73,11 @@ def head_lines(head: str) -> list[str]:
         ViSpecError: it is no usable head.
     """
     from vllm_vispec.dialects import DIALECTS, inspect_head
-    from vllm_vispec.dialects.convert import guess_target, serve_command
+    from vllm_vispec.dialects.card import guess_target, serve_command
+    from vllm_vispec.dialects.speculators import serving_of_folder
 
     info = inspect_head(head)
-    config = info.config
+    config, serving = info.config, serving_of_folder(info.folder)
     elements = sum(prod(shape) for shape in info.shapes.values())
     size = elements * _DTYPE_BYTES[info.dtype] / _MIB
     facts = {
@@ -85,7 +86,11 @@ def head_lines(head: str) -> list[str]:
         "target type": config.target_model_type or "not stated",
         "hidden size": f"{config.hidden_size} (the target's must be the same)",
         "vocabulary": f"{config.vocab_size} (the target's must be the same)",
-        "query tokens": f"{config.num_query_tokens} ({config.rows_per_image} rows per image)",
+        "kind": f"images compressed {_yes(config.compress)}, "
+        f"global feature {_yes(config.global_feature)}",
+        "query tokens": f"{config.num_query_tokens} ({config.rows_per_image} rows per image)"
+        if config.compress
+        else "no image is compressed",
         "attention": f"{config.num_attention_heads} heads, {config.num_key_value_heads} KV heads, "
         f"head size {config.head_dim}, RoPE base {config.rope_theta:g}",
         "positions": f"up to {config.max_position_embeddings}",
@@ -93,7 +98,9 @@ def head_lines(head: str) -> list[str]:
         "biases": f"q/k/v {_yes(config.qkv_bias)}, fc {_yes(config.fc_bias)}",
         "embeddings": "its own" if config.has_embed_tokens else "the target's",
         "weights": f"{size:.1f} MiB as {info.dtype} in {len(info.files)} file(s)",
-        "serve with": serve_command(guess_target(config), head),
+        "serve with": f"vllm serve {head} (target: {serving.target})"
+        if serving
+        else serve_command(guess_target(config), head),
     }
     return [f"{name:14} {value}" for name, value in facts.items()]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm_vispec.dialects import fields
 from vllm_vispec.dialects.base import Dialect, RawConfig, Shapes
 from vllm_vispec.errors import ViSpecError
@@ -49,6 +51,19 @@ def _head_config(config: RawConfig, shapes: Shapes) -> HeadConfig:
     )
 
 
+def _write_config(head: HeadConfig, dtype: str) -> dict[str, Any]:
+    return {
+        **fields.target_like_config(head, dtype),
+        "architectures": ["VispecDraftModel"],
+        "head_dim": head.head_dim,
+        "draft_num_hidden_layers": 1,
+        "vispec_num_query_tokens": head.num_query_tokens,
+        "fc_bias": head.fc_bias,
+        "draft_skip_first_input_norm": not head.layer0_input_norm,
+        "draft_apply_final_norm": head.final_norm,
+    }
+
+
 AUTOMODEL = Dialect(
     name="automodel",
     summary="NeMo Automodel exports (img_adaptor.*, vispec_num_query_tokens)",
@@ -62,6 +77,8 @@ AUTOMODEL = Dialect(
     },
     detect=_detect,
     head_config=_head_config,
+    write_config=_write_config,
+    fixed={"compress": True, "global_feature": True},
     ignored=("*.rotary_emb.*",),
     switched_off=("layer.input_layernorm.weight", "norm.weight"),
 )

@@ -9,7 +9,7 @@ function that recognises it. To add one, write a module like `reference.py` and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,6 +18,10 @@ from vllm_vispec.head_config import HeadConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 RawConfig = Mapping[str, Any]
+
+
+def _no_writer(head: HeadConfig, dtype: str) -> dict[str, Any]:
+    raise ViSpecError("heads of this dialect are only read: write the canonical dialect")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Dialect:
         head_config: makes the `HeadConfig`; raises `ViSpecError` on values that cannot be.
         ignored: patterns of tensor names that carry nothing we need.
         switched_off: canonical names that may be present although the flags do not use them.
+        write_config: makes the config.json of a head, given the dtype of its weights.
+        fixed: flags of `HeadConfig` that every head of the dialect has.
     """
 
     name: str
@@ -40,6 +46,8 @@ class Dialect:
     keys: Mapping[str, str]
     detect: Callable[[RawConfig, Shapes], bool]
     head_config: Callable[[RawConfig, Shapes], HeadConfig]
+    write_config: Callable[[HeadConfig, str], dict[str, Any]] = field(default=_no_writer)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     switched_off: tuple[str, ...] = ()
 
@@ -53,13 +61,26 @@ class Dialect:
         return None
 
     def source_name(self, canonical_name: str) -> str:
-        """Their name of one of our tensors (for error messages)."""
+        """Their name of one of our tensors."""
         for template, ours in self.keys.items():
             if ours == canonical_name:
                 return template
             if ours.endswith("*") and canonical_name.startswith(ours[:-1]):
                 return template[:-1] + canonical_name[len(ours) - 1 :]
         return canonical_name
+
+    def check_expressible(self, head: HeadConfig) -> None:
+        """Refuse to write a head of a kind that the dialect does not know.
+
+        Raises:
+            ViSpecError: names the flag.
+        """
+        for name, value in self.fixed.items():
+            if getattr(head, name) != value:
+                raise ViSpecError(
+                    f"the {self.name} dialect knows only heads with {name}={value}, this one has "
+                    f"{name}={getattr(head, name)}: write it in the canonical dialect"
+                )
 
     def is_ignored(self, source_name: str) -> bool:
         """Whether a tensor is known and of no use."""

@@ -27,4 +27,5 @@ CANONICAL = Dialect(
     },
     detect=_detect,
     head_config=_head_config,
+    write_config=lambda head, dtype: head.to_config_json(dtype),
 )

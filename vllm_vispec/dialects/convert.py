@@ -1,182 +1,143 @@
-"""Writing a head of any dialect as our canonical folder."""
+"""Writing a head of any dialect in ours, and back in those that were published."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from vllm_vispec import __version__
+from vllm_vispec.dialects.base import Dialect, get_dialect
+from vllm_vispec.dialects.card import DEFAULT_NUM_TOKENS, guess_target, model_card, serve_command
+from vllm_vispec.dialects.files import resolve_head
+from vllm_vispec.dialects.folder import (
+    CARD,
+    CONFIG,
+    PROVENANCE,
+    check_dtype,
+    new_head_folder,
+    write_json,
+    write_weights,
+)
 from vllm_vispec.dialects.load import HeadInfo, inspect_head, iter_canonical_tensors
+from vllm_vispec.dialects.speculators import (
+    Serving,
+    locate_target,
+    serving_of_folder,
+    speculators_fields,
+)
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.head_config import HeadConfig
 
-DEFAULT_NUM_TOKENS = 4
-DTYPES = ("float32", "float16", "bfloat16")
+__all__ = ["convert_head", "guess_target", "serve_command"]
+
 _STORED_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-# (model_type, hidden_size) -> the public target of that shape.
-_KNOWN_TARGETS = {
-    ("qwen2_5_vl", 2048): "Qwen/Qwen2.5-VL-3B-Instruct",
-    ("qwen2_5_vl", 3584): "Qwen/Qwen2.5-VL-7B-Instruct",
-    ("llava", 4096): "llava-hf/llava-1.5-7b-hf",
-    ("llava", 5120): "llava-hf/llava-1.5-13b-hf",
-    ("llava_next", 4096): "llava-hf/llava-v1.6-vicuna-7b-hf",
-    ("llava_next", 5120): "llava-hf/llava-v1.6-vicuna-13b-hf",
-}
-_MARKER = "config.json"
-
-
-def guess_target(config: HeadConfig) -> str:
-    """The public target such a head belongs to, or the placeholder "TARGET"."""
-    return _KNOWN_TARGETS.get((config.target_model_type, config.hidden_size), "TARGET")
-
-
-def serve_command(target: str, head: str | Path, num_tokens: int = DEFAULT_NUM_TOKENS) -> str:
-    """The command that serves a target with a head."""
-    speculative = json.dumps(
-        {"method": "vispec", "model": str(head), "num_speculative_tokens": num_tokens},
-        separators=(",", ":"),
-    )
-    return f"vllm serve {target} --speculative-config '{speculative}'"
 
 
 def convert_head(
     source: str | Path,
     destination: str | Path,
     *,
+    dialect: str = "canonical",
     dtype: str | None = None,
     target: str | None = None,
     drop_embed_tokens: bool = False,
     overwrite: bool = False,
 ) -> HeadInfo:
-    """Write `source` (a folder of any dialect) as a canonical folder.
+    """Write `source` (a folder or hub id of any dialect) as a folder of `dialect`.
 
     The folder appears whole or not at all: it is written beside the destination and renamed.
 
     Args:
+        dialect: canonical, or a published one, to use a head with its authors' tools.
         dtype: float32, float16 or bfloat16; None keeps the stored one.
-        target: named in the model card; None = guess from the head's sizes.
+        target: hub id or folder. Named in the model card and, in a canonical folder, in
+            config.json, so that `vllm serve FOLDER` finds it. None = as the source says, else the
+            card's is guessed from the head's sizes.
         drop_embed_tokens: leave the embedding table out, vLLM then uses the target's.
-        overwrite: replace an existing canonical or empty folder.
+        overwrite: replace an empty folder or one written here.
 
     Returns:
         What `inspect_head` says about the folder written.
 
     Raises:
-        ViSpecError: the source is no usable head, or the destination is taken.
+        ViSpecError: the source is no usable head, the dialect cannot express it, or the
+            destination is taken.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ViSpecError(f"--dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
-    info = inspect_head(source)
+    if dtype is not None:
+        check_dtype(dtype, "--dtype")
+    writer = get_dialect(dialect)
+    info = inspect_head(resolve_head(source))
     destination = Path(destination).expanduser().absolute()
-    _check_destination(destination, info.folder, overwrite)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    try:
-        config = info.config
-        if drop_embed_tokens:
-            config = replace(config, has_embed_tokens=False)
-        stored = dtype or _STORED_DTYPES[info.dtype]
-        _write_weights(info, config, stored, scratch)
-        _write_texts(config, stored, target or guess_target(config), destination, scratch)
-        inspect_head(scratch)  # never put a folder in place that would not load
-        _swap_in(scratch, destination)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    config = info.config
+    if drop_embed_tokens:
+        config = replace(config, has_embed_tokens=False)
+    writer.check_expressible(config)
+    stored = dtype or _STORED_DTYPES[info.dtype]
+    with new_head_folder(destination, overwrite=overwrite, source=info.folder) as scratch:
+        _write_weights(info, config, writer, stored, scratch)
+        _write_texts(info, config, writer, stored, target, destination, scratch)
+        _check_same(writer, config, scratch)
     return inspect_head(destination)
 
 
-def _check_destination(destination: Path, source: Path, overwrite: bool) -> None:
-    if not destination.exists():
-        return
-    if destination.resolve() == source.resolve():
-        raise ViSpecError(f"destination {destination} is the source: choose another folder")
-    if not overwrite:
-        raise ViSpecError(f"destination {destination} exists: choose another or add --overwrite")
-    # --overwrite deletes the folder, so it must look like one that we wrote.
-    if not destination.is_dir():
-        raise ViSpecError(f"destination {destination} is a file: choose a folder")
-    if any(destination.iterdir()) and not _is_canonical(destination):
-        raise ViSpecError(
-            f"destination {destination} is no canonical head, --overwrite would delete its files: "
-            "choose another folder"
-        )
-
-
-def _is_canonical(folder: Path) -> bool:
-    try:
-        return "vispec" in json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def _write_weights(info: HeadInfo, config: HeadConfig, dtype: str, folder: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    torch_dtype = getattr(torch, dtype)
+def _write_weights(
+    info: HeadInfo, config: HeadConfig, writer: Dialect, dtype: str, folder: Path
+) -> None:
     wanted = config.tensor_shapes()
-    tensors = {
-        name: tensor.to(torch_dtype).contiguous()
+    tensors = (
+        (writer.source_name(name), tensor)
         for name, tensor in iter_canonical_tensors(info.folder)
         if name in wanted
-    }
-    file = folder / "model.safetensors"
-    save_file(tensors, file, metadata={"format": "pt"})
-    # Temporary folders and safetensors files are private; servers often run as another user.
-    folder.chmod(0o755)
-    file.chmod(0o644)
+    )
+    write_weights(folder, tensors, dtype)
 
 
 def _write_texts(
-    config: HeadConfig, dtype: str, target: str, destination: Path, folder: Path
+    info: HeadInfo,
+    config: HeadConfig,
+    writer: Dialect,
+    dtype: str,
+    target: str | None,
+    destination: Path,
+    folder: Path,
 ) -> None:
-    content = json.dumps(config.to_config_json(dtype), indent=2) + "\n"
-    (folder / _MARKER).write_text(content, encoding="utf-8")
-    (folder / "README.md").write_text(
-        model_card(config, dtype, target, destination), encoding="utf-8"
+    serving = _serving(info, target)
+    content: dict[str, Any] = writer.write_config(config, dtype)
+    num_tokens = serving.num_tokens if serving else DEFAULT_NUM_TOKENS
+    names_target = serving is not None and writer.name == "canonical"
+    if serving is not None and names_target:
+        content |= speculators_fields(config, serving.target, destination, num_tokens)
+    write_json(folder / CONFIG, content)
+    card = model_card(
+        config,
+        dtype,
+        serving.target if serving else guess_target(config),
+        destination,
+        num_tokens=num_tokens,
+        names_target=names_target,
     )
+    (folder / CARD).write_text(card, encoding="utf-8")
+    if (info.folder / PROVENANCE).is_file():
+        shutil.copyfile(info.folder / PROVENANCE, folder / PROVENANCE)
 
 
-def _swap_in(scratch: Path, destination: Path) -> None:
-    """Rename, moving an old folder aside first so that a crash loses nothing."""
-    if not destination.exists():
-        scratch.rename(destination)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old.", dir=destination.parent))
-    destination.rename(old / destination.name)
-    try:
-        scratch.rename(destination)
-    except OSError:
-        (old / destination.name).rename(destination)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+def _serving(info: HeadInfo, target: str | None) -> Serving | None:
+    """The target that was given, else the one the source names."""
+    stated = serving_of_folder(info.folder)
+    if target is not None:
+        return Serving(target, stated.num_tokens if stated else DEFAULT_NUM_TOKENS)
+    if stated is None:
+        return None
+    return replace(stated, target=locate_target(stated.target, info.folder))
 
 
-def model_card(config: HeadConfig, dtype: str, target: str, folder: Path) -> str:
-    """Markdown text that says what the head is and how to serve it."""
-    rows = {
-        "target type": config.target_model_type or "not stated",
-        "hidden size": config.hidden_size,
-        "vocabulary": config.vocab_size,
-        "query tokens": f"{config.num_query_tokens} ({config.rows_per_image} draft rows per image)",
-        "layer input norm / final norm": f"{config.layer0_input_norm} / {config.final_norm}",
-        "own embedding table": config.has_embed_tokens,
-        "dtype": dtype,
-        "converted from": f"{config.dialect} dialect, by vllm-vispec {__version__}",
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"""# ViSpec head
-
-A draft head for speculative decoding of a vision-language model in vLLM (needs `vllm-vispec`).
-
-    {serve_command(target, folder)}
-
-| | |
-|---|---|
-{table}
-"""
+def _check_same(writer: Dialect, config: HeadConfig, folder: Path) -> None:
+    """What was written is read as the same head."""
+    found, wanted = inspect_head(folder).config.as_dict(), config.as_dict()
+    lost = [name for name in wanted if name != "dialect" and found[name] != wanted[name]]
+    if lost:
+        pairs = ", ".join(f"{name}={wanted[name]!r}" for name in lost)
+        raise ViSpecError(
+            f"the {writer.name} dialect cannot express {pairs}: use the canonical dialect"
+        )

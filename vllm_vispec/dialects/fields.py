@@ -7,7 +7,26 @@ from typing import Any, TypedDict
 
 from vllm_vispec.dialects.base import RawConfig, Shapes
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.head_config import HeadConfig
 
+_WRITTEN = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "qkv_bias",
+)
+_TARGET_CLASSES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+}
 _PLAIN_ROPE = (None, "default", "mrope")
 
 
@@ -154,3 +173,26 @@ def check_activation(config: RawConfig) -> None:
             f"hidden_act of the head is {activation!r}: only 'silu' is supported, train the head "
             "with it"
         )
+
+
+def target_like_config(head: HeadConfig, dtype: str) -> dict[str, Any]:
+    """A flat config.json of one layer in the style of the target's, as published heads carry it.
+
+    Args:
+        dtype: of the weights, e.g. "bfloat16".
+    """
+    config: dict[str, Any] = {
+        "model_type": head.target_model_type,
+        **{name: getattr(head, name) for name in _WRITTEN},
+        "num_hidden_layers": 1,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    if head.target_model_type in _TARGET_CLASSES:
+        config["architectures"] = [_TARGET_CLASSES[head.target_model_type]]
+    if head.head_dim * head.num_attention_heads != head.hidden_size:
+        config["head_dim"] = head.head_dim
+    return config

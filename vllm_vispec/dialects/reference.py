@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm_vispec.dialects import fields
 from vllm_vispec.dialects.base import Dialect, RawConfig, Shapes
 from vllm_vispec.head_config import HeadConfig
@@ -33,6 +35,11 @@ def _head_config(config: RawConfig, shapes: Shapes) -> HeadConfig:
     )
 
 
+def _write_config(head: HeadConfig, dtype: str) -> dict[str, Any]:
+    # num_q stands in the shape of the queries only.
+    return {**fields.target_like_config(head, dtype), "bias": head.fc_bias}
+
+
 REFERENCE = Dialect(
     name="reference",
     summary="published heads of KangJialiang/ViSpec (imadpt.*, no input norm, no final norm)",
@@ -46,5 +53,12 @@ REFERENCE = Dialect(
     },
     detect=_detect,
     head_config=_head_config,
+    write_config=_write_config,
+    fixed={
+        "compress": True,
+        "global_feature": True,
+        "layer0_input_norm": False,
+        "final_norm": False,
+    },
     ignored=("*.rotary_emb.*",),
 )

@@ -83,6 +83,12 @@ class RowTable(nn.Module):
         for table, batch in self._pairs():
             torch.index_select(table, 0, code_T, out=batch[:num_tokens])
 
+    @torch.inference_mode()
+    def set_no_image(self, fusion: "TextFusion") -> None:
+        """Write slot 0: text before the first image sees a global feature of zeros (4.4)."""
+        code = self.codes.text(0)
+        self.offset[code] = fusion.offset(torch.zeros_like(self.offset[code]))
+
     def keep_rows(self, token_indices: torch.Tensor) -> None:
         """Keep one row for each request, given its index in the batch, for the draft steps."""
         for _, batch in self._pairs():
@@ -186,9 +192,3 @@ class ImageAdaptor(nn.Module):
         first = table.codes.text(slot)
         table.offset[first] = fusion.offset(rows_QD[-1])
         table.offset[first + 1 : first + self.num_query_tokens] = rows_QD[:-1]
-
-    @torch.inference_mode()
-    def store_no_image(self) -> None:
-        """Write slot 0: text before the first image sees a global feature of zeros (4.4)."""
-        fusion, table = self._targets
-        table.offset[table.codes.text(0)] = fusion.offset(table.offset.new_zeros(self.hidden_size))

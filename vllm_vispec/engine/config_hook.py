@@ -19,7 +19,6 @@ from vllm_vispec.dialects import HeadInfo, inspect_head, resolve_head
 from vllm_vispec.engine.guards import check_settings, check_target
 from vllm_vispec.engine.options import EngineOptions
 from vllm_vispec.errors import ViSpecError
-from vllm_vispec.head_config import ARCHITECTURE
 
 logger = init_logger(__name__)
 
@@ -130,7 +129,7 @@ def _head_parser(base: type, info: HeadInfo, options: EngineOptions) -> type:
 
             content = info.config.to_llama_config_dict() | options.to_section()
             config = LlamaConfig(**content)
-            config.architectures = [ARCHITECTURE]
+            config.architectures = [info.config.architecture]
             return content, config
 
     return HeadConfigParser

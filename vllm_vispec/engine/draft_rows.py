@@ -12,8 +12,7 @@ from vllm_vispec.engine.layout import (
     FeatureLike,
     ImageRun,
     RequestLayout,
-    build_layout,
-    write_row_codes,
+    row_rules,
 )
 from vllm_vispec.engine.model import EagleViSpecForCausalLM
 
@@ -62,7 +61,9 @@ class DraftRows:
     """
 
     def __init__(self, model: EagleViSpecForCausalLM, max_num_requests: int) -> None:
+        head = model.model.head
         self._rows: RowTable = model.model.rows
+        self._rules = row_rules(head.compress, head.global_feature)
         self.table = ImageTable(model.model.adaptor, self._rows.codes.num_slots)
         self._layouts: dict[str, tuple[Sequence[FeatureLike], RequestLayout]] = {}
         self._max_layouts = 4 * max_num_requests
@@ -133,7 +134,8 @@ class DraftRows:
         def slot_of(run: ImageRun) -> int | None:
             return self._slot_of(request, run, embeddings)
 
-        write_row_codes(self._layout(request), self._rows.codes, slot_of, request.first_row, out)
+        layout = self._layout(request)
+        self._rules.write(layout, self._rows.codes, slot_of, request.first_row, out)
 
     def _note_miss(self, request_id: str, run: ImageRun) -> None:
         """Count a missing image once per request, not once per step."""
@@ -150,7 +152,7 @@ class DraftRows:
             return known[1]
         if len(self._layouts) >= self._max_layouts:
             self._layouts.clear()
-        layout = build_layout(request.features)
+        layout = self._rules.build_layout(request.features)
         self._layouts[request.request_id] = (request.features, layout)
         return layout
 

@@ -36,11 +36,12 @@ class ImageTable:
     """Least-recently-used map from a run of images to a slot of the draft's row table.
 
     Args:
-        adaptor: The draft's vision adaptor; turns embeddings into rows and stores them.
+        adaptor: The draft's vision adaptor; turns embeddings into rows and stores them. None for
+            a head without one, whose table is never asked.
         num_slots: Slots in the table, slot 0 ("no image") included.
     """
 
-    def __init__(self, adaptor: ImageAdaptor, num_slots: int) -> None:
+    def __init__(self, adaptor: ImageAdaptor | None, num_slots: int) -> None:
         self._adaptor = adaptor
         self._free = list(range(num_slots - 1, 0, -1))
         self._slots: OrderedDict[RunKey, int] = OrderedDict()
@@ -88,6 +89,7 @@ class ImageTable:
         if slot is None:
             return None
         self.stats.computed += 1
+        assert self._adaptor is not None
         self._adaptor.store(slot, merge_partials(available))
         self._slots[run.parts] = slot
         return slot
@@ -126,6 +128,7 @@ class ImageTable:
         output_ND = embeddings.get(part.identifier)
         if output_ND is None:
             return None
+        assert self._adaptor is not None
         partial = self._adaptor.partial(output_ND[part.start : part.stop])
         self._partials[part] = partial
         if len(self._partials) > self._max_partials:

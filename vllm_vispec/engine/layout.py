@@ -91,6 +91,18 @@ class RequestLayout:
         """First draft row behind all images, from which on every row has one code."""
         return self.runs[-1].text_row if self.runs else 0
 
+    @cached_property
+    def _text_rows(self) -> tuple[int, ...]:
+        return tuple(run.text_row for run in self.runs)
+
+    def runs_ended(self, first_row: int, stop_row: int) -> tuple[ImageRun, ...]:
+        """Return the runs whose global feature rows ``[first_row, stop_row)`` use, in order.
+
+        Those are the runs behind which text begins inside and the last one before.
+        """
+        start = max(bisect_right(self._text_rows, first_row) - 1, 0)
+        return self.runs[start : bisect_left(self._text_rows, stop_row)]
+
     def runs_within(self, first_row: int, stop_row: int) -> tuple[ImageRun, ...]:
         """Return the runs that decide rows ``[first_row, stop_row)``, in prompt order.
 
@@ -197,6 +209,22 @@ def write_row_codes(
             _write_image_rows(run, codes, slot, first_row, out)
 
 
+def write_text_codes(
+    layout: RequestLayout,
+    codes: RowCodes,
+    slot_of: Callable[[ImageRun], int | None],
+    first_row: int,
+    out: np.ndarray,
+) -> None:
+    """Like :func:`write_row_codes` for heads without compression: every row is text.
+
+    An image's rows use what the text before it does, the global feature of an earlier image.
+    """
+    out[:] = codes.text(0)
+    for run in layout.runs_ended(first_row, first_row + len(out)):
+        out[max(run.text_row - first_row, 0) :] = codes.text(slot_of(run) or 0)
+
+
 def _write_image_rows(
     run: ImageRun, codes: RowCodes, slot: int | None, first_row: int, out: np.ndarray
 ) -> None:
@@ -214,3 +242,21 @@ def _write_image_rows(
     compact_begin = run.text_row - num_compact
     for row in range(max(compact_begin, begin), end):
         out[row - first_row] = codes.text(slot or 0) + codes.num_query_tokens - (run.text_row - row)
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """How a kind of head lays out its rows: the two functions the engine calls."""
+
+    build_layout: Callable[[Sequence[FeatureLike]], RequestLayout]
+    write: Callable[..., None]
+
+
+def row_rules(compress: bool, global_feature: bool) -> RowRules:
+    """Return the rules of a head with these flags."""
+    if compress:
+        return RowRules(build_layout, write_row_codes)
+    if global_feature:
+        return RowRules(build_layout, write_text_codes)
+    # Without an adaptor no row depends on an image.
+    return RowRules(lambda features: RequestLayout(), write_text_codes)

@@ -5,7 +5,7 @@ layer input differs from vLLM's own EAGLE draft; sharing of embeddings and lm_he
 the decoder layer are vLLM's.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.models.llama import LlamaDecoderLayer
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer
 from vllm.model_executor.models.llama_eagle import EagleLlamaForCausalLM
 from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
@@ -53,15 +53,17 @@ class DraftRMSNorm(RMSNorm):
         return x, residual
 
 
-class ViSpecDecoderLayer(LlamaDecoderLayer):
-    """vLLM's Llama layer with hole-masked attention and an optional input norm."""
+class DraftDecoderLayer(LlamaDecoderLayer):
+    """vLLM's Llama layer with an attention of our choice and an optional input norm."""
 
-    def __init__(self, vllm_config: VllmConfig, head: HeadConfig, rows: RowTable, prefix: str):
+    def __init__(
+        self, vllm_config: VllmConfig, head: HeadConfig, attention: Callable[..., Any], prefix: str
+    ):
         super().__init__(
             vllm_config,
             prefix=prefix,
             config=draft_hf_config(vllm_config),
-            attn_layer_type=partial(HoleMaskedAttention, rows=rows),
+            attn_layer_type=attention,
         )
         size, eps = head.hidden_size, head.rms_norm_eps
         self.input_layernorm = (
@@ -74,16 +76,17 @@ class ViSpecDecoderLayer(LlamaDecoderLayer):
         return get_draft_quant_config(vllm_config)
 
 
-@support_torch_compile
-class ViSpecModel(nn.Module):
-    """Embedding, fusion, row table and the one decoder layer."""
+class DraftModel(nn.Module):
+    """Embedding, fusion, row table and the one decoder layer; what all kinds of heads share."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layer_id: int = 0) -> None:
         super().__init__()
         self.config = draft_hf_config(vllm_config)
         head = HeadConfig.from_config_json(self.config.to_dict())
+        self.head = head
         options = EngineOptions.from_hf_config(self.config)
-        codes = RowCodes(options.image_table_size + 1, head.num_query_tokens)
+        num_slots = options.image_table_size + 1 if head.has_adaptor else 1
+        codes = RowCodes(num_slots, head.num_query_tokens)
         self.embed_tokens = VocabParallelEmbedding(
             head.vocab_size, head.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens")
         )
@@ -91,22 +94,25 @@ class ViSpecModel(nn.Module):
             codes, head.hidden_size, vllm_config.scheduler_config.max_num_batched_tokens
         )
         self.fusion = TextFusion(head.hidden_size)
-        self.adaptor = ImageAdaptor(head, self.fusion, self.rows)
+        self.adaptor = ImageAdaptor(head, self.fusion, self.rows) if head.has_adaptor else None
         layer_prefix = maybe_prefix(prefix, f"layers.{layer_id}")
-        self.layers = nn.ModuleList(
-            [ViSpecDecoderLayer(vllm_config, head, self.rows, layer_prefix)]
-        )
+        layer = DraftDecoderLayer(vllm_config, head, self.attention_factory(), layer_prefix)
+        self.layers = nn.ModuleList([layer])
         self.norm = RMSNorm(head.hidden_size, eps=head.rms_norm_eps) if head.final_norm else None
+
+    def attention_factory(self) -> Callable[..., Any]:
+        """Return what builds the layer's attention; by default vLLM's own."""
+        return LlamaAttention
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return token embeddings ``[T, D]``."""
         return self.embed_tokens(input_ids)
 
-    def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
+    def run(
+        self, embeddings: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run one draft pass; returns the hidden states for lm_head and for the next step."""
-        fused = self.fusion.fuse(self.embed_tokens(input_ids), hidden_states)
+        """Run one draft pass given the tokens' embeddings ``[T, D]``."""
+        fused = self.fusion.fuse(embeddings, hidden_states)
         hidden_states = self.rows.mix(fused)
         residual = None
         for layer in self.layers:
@@ -117,13 +123,30 @@ class ViSpecModel(nn.Module):
         return hidden_states, hidden_states
 
 
+@support_torch_compile
+class ViSpecModel(DraftModel):
+    """The draft of heads that compress images: adaptor rows, and holes that attention skips."""
+
+    def attention_factory(self) -> Callable[..., Any]:
+        """Return the attention that leaves the table's holes out."""
+        return partial(HoleMaskedAttention, rows=self.rows)
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run one draft pass; returns the hidden states for lm_head and for the next step."""
+        return self.run(self.embed_tokens(input_ids), positions, hidden_states)
+
+
 class EagleViSpecForCausalLM(EagleLlamaForCausalLM):
     """Registered architecture; the prefix ``Eagle`` keeps vLLM's configuration from renaming it."""
+
+    model_class: type[DraftModel] = ViSpecModel
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         nn.Module.__init__(self)
         self.config = draft_hf_config(vllm_config)
-        self.model = ViSpecModel(
+        self.model = self.model_class(
             vllm_config=vllm_config,
             prefix=maybe_prefix(prefix, "model"),
             layer_id=vllm_config.model_config.get_num_layers(vllm_config.parallel_config),
@@ -143,12 +166,13 @@ class EagleViSpecForCausalLM(EagleLlamaForCausalLM):
                 canonical[canonical_name] = tensor
         fusion_names = [name for name in canonical if name.startswith(("fc.", "img_fc."))]
         self.model.fusion.load({name: canonical.pop(name) for name in fusion_names})
-        canonical |= self._pad_attention(canonical)
+        canonical |= self.attention_weights(canonical)
         self.has_own_embed_tokens = "embed_tokens.weight" in canonical
         AutoWeightsLoader(self.model).load_weights(canonical.items(), mapper=CANONICAL_TO_VLLM)
-        self.model.adaptor.store_no_image()
+        self.model.rows.set_no_image(self.model.fusion)
 
-    def _pad_attention(self, canonical: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def attention_weights(self, canonical: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the weights whose form the layer's attention changes; here, padded heads."""
         prefix = "layer.self_attn."
         weights = {k[len(prefix) :]: v for k, v in canonical.items() if k.startswith(prefix)}
         padded = self.model.layers[0].self_attn.pad_weights(weights)

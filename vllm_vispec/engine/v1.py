@@ -9,6 +9,7 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 
 from vllm_vispec.engine.draft_rows import DraftRows, RequestRows
 from vllm_vispec.engine.resets import clear_with
+from vllm_vispec.engine.worker_hook import reads_embeddings
 
 
 class ViSpecProposer(EagleProposer):
@@ -24,8 +25,9 @@ class ViSpecProposer(EagleProposer):
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; the row table is allocated here, before memory is profiled."""
-        # The draft reads image features itself; vLLM would warn that it gets none.
-        self.supports_mm_inputs = False
+        if not reads_embeddings(self.vllm_config):
+            # The draft reads image features itself; vLLM would warn that it gets none.
+            self.supports_mm_inputs = False
         super().load_model(target_model)
         self.draft_rows = DraftRows(self.model, self.max_batch_size)
         clear_with(self._runner, "reset_encoder_cache", self.draft_rows.clear)
@@ -35,7 +37,6 @@ class ViSpecProposer(EagleProposer):
         num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
         starts = metadata.query_start_loc_cpu.tolist()
         self.draft_rows.fill(self._requests(starts), self._runner.encoder_cache)
-        self._kept_tokens = None
         self._first_draft_rows = token_indices
         return num_tokens, token_indices, metadata
 
@@ -43,6 +44,16 @@ class ViSpecProposer(EagleProposer):
         """Remember which tokens stay where rejected ones are dropped (unpadded batches only)."""
         metadata, self._kept_tokens = super().prepare_inputs(*args, **kwargs)
         return metadata, self._kept_tokens
+
+    def build_model_inputs_first_pass(
+        self, num_tokens: int, num_input_tokens: int, mm_embed_inputs: Any
+    ) -> Any:
+        """Drop the rejected tokens from the mask of image tokens too (unpadded batches only)."""
+        kept, self._kept_tokens = self._kept_tokens, None
+        if mm_embed_inputs is not None and kept is not None:
+            embeddings, is_image_T = mm_embed_inputs
+            mm_embed_inputs = embeddings, is_image_T[kept.cpu()]
+        return super().build_model_inputs_first_pass(num_tokens, num_input_tokens, mm_embed_inputs)
 
     def _set_positions(self, num_tokens: int, positions: torch.Tensor) -> None:
         """Take plain positions ``[T]`` where the target's are M-RoPE; the draft's never are (4.7).

@@ -22,7 +22,10 @@ class ViSpecSpeculator(EagleSpeculator):
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; all buffers exist before any graph is captured."""
         super().load_model(target_model)
-        logger.info("ViSpec reads image features itself; vLLM's notice above does not apply to it.")
+        if not self.supports_mm_inputs:
+            logger.info(
+                "ViSpec reads image features itself; vLLM's notice above does not apply to it."
+            )
         self.draft_rows = DraftRows(self.model, self.max_num_reqs)
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_vispec.head_config import ARCHITECTURE
+from vllm_vispec.head_config import ARCHITECTURES, EMBEDS_ARCHITECTURE
 
 _MARK = "_vispec_wrapped"
 
@@ -34,8 +34,17 @@ def install() -> None:
 
 def uses_vispec(vllm_config: Any) -> bool:
     """Whether the engine's draft is a ViSpec head."""
+    return not _draft_architectures(vllm_config).isdisjoint(ARCHITECTURES)
+
+
+def reads_embeddings(vllm_config: Any) -> bool:
+    """Whether the draft takes the image tokens' embeddings as its input."""
+    return EMBEDS_ARCHITECTURE in _draft_architectures(vllm_config)
+
+
+def _draft_architectures(vllm_config: Any) -> set[str]:
     draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
-    return draft is not None and ARCHITECTURE in (draft.hf_config.architectures or ())
+    return set(draft.hf_config.architectures or ()) if draft is not None else set()
 
 
 def _install_proposers() -> None:

@@ -71,8 +71,8 @@ class ViSpecDraft(nn.Module):
             nn.Embedding(config.vocab_size, size) if config.has_embed_tokens else None
         )
         self.fc = nn.Linear(2 * size, size, bias=config.fc_bias)
-        self.img_fc = nn.Linear(2 * size, size, bias=config.fc_bias)
-        self.img_adaptor = ImageAdaptor(config)
+        self.img_fc = nn.Linear(2 * size, size, bias=config.fc_bias) if config.has_img_fc else None
+        self.img_adaptor = ImageAdaptor(config) if config.has_adaptor else None
         self.layer = DecoderLayer(config)
         self.norm = RMSNorm(size, config.rms_norm_eps) if config.final_norm else None
         self._start_as_identity()
@@ -91,19 +91,29 @@ class ViSpecDraft(nn.Module):
     @torch.no_grad()
     def _start_as_identity(self) -> None:
         """img_fc = [I | 0]: a fresh head passes the hidden state on and ignores images."""
+        if self.img_fc is None:
+            return
         nn.init.eye_(self.img_fc.weight[:, : self.config.hidden_size])
         self.img_fc.weight[:, self.config.hidden_size :].zero_()
         if self.img_fc.bias is not None:
             self.img_fc.bias.zero_()
 
     def adaptor(self, image_TD: Tensor) -> Tensor:
-        """Embeddings of one image run [T, D] -> [Q, D]; the last row is the global feature."""
+        """Embeddings of one image run [T, D] -> [Q, D]; the last row is the global feature.
+
+        Zeros for a head without adaptor, in which no row reads them.
+        """
+        if self.img_adaptor is None:
+            return image_TD.new_zeros(self.config.num_query_tokens, self.config.hidden_size)
         return self.img_adaptor(image_TD)
 
     def layer_input(self, embeds_ND: Tensor, hidden_ND: Tensor, global_ND: Tensor) -> Tensor:
-        """Fuse text rows [..., D]: f = img_fc([hidden, global]), x = fc([embedding, f])."""
-        if not self.config.global_feature:
-            global_ND = torch.zeros_like(global_ND)
+        """Fuse text rows [..., D]: f = img_fc([hidden, global]), x = fc([embedding, f]).
+
+        Without a global feature f is the hidden state.
+        """
+        if self.img_fc is None:
+            return self.fc(torch.cat((embeds_ND, hidden_ND), dim=-1))
         fused_ND = self.img_fc(torch.cat((hidden_ND, global_ND.expand_as(hidden_ND)), dim=-1))
         return self.fc(torch.cat((embeds_ND, fused_ND), dim=-1))
 

@@ -1,0 +1,73 @@
+"""Conversation files for the tests of training, and recipes that train on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tests.support.tiny_models import random_image
+from vllm_vispec.train.config import TrainConfig
+from vllm_vispec.train.settings import config_from_flat
+
+WORDS = ("the", "cat", "sees", "a", "red", "ball", "and", "two", "blue", "boxes", "near", "trees")
+
+
+def write_dialogues(folder: Path, count: int, seed: int = 0) -> Path:
+    """Write `count` OpenAI-style dialogues with 0, 1 or 2 images each; returns the file."""
+    random = Random(seed)
+    records = [_record(folder, index, random) for index in range(count)]
+    return write_records(folder / "data.jsonl", records)
+
+
+def write_records(file: Path, records: list[dict[str, Any]]) -> Path:
+    """Write records as JSON lines."""
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def _record(folder: Path, index: int, random: Random) -> dict[str, Any]:
+    images = [f"{index}-{number}.png" for number in range(index % 3)]
+    for number, name in enumerate(images):
+        size = (56 + 28 * (index % 2), 56 + 28 * number)
+        random_image(10 * index + number, size).save(folder / name)
+    content: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": name}} for name in images
+    ]
+    content.append({"type": "text", "text": _text(random, 4)})
+    return {
+        "id": f"sample-{index}",
+        "family": "pictures" if images else "chat",
+        "messages": [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": _text(random, 6 + index % 5)},
+        ],
+    }
+
+
+def _text(random: Random, words: int) -> str:
+    return " ".join(random.choices(WORDS, k=words))
+
+
+def recipe(target: str | Path, data: Path, output: Path, **changes: Any) -> TrainConfig:
+    """A recipe of a few seconds; changes as `section__name=value`."""
+    flat: dict[str, Any] = {
+        "target.model": str(target),
+        "target.dtype": "float32",
+        "data.train": str(data),
+        "data.validation_share": 0.2,
+        "head.dtype": "float32",
+        "optimizer.lr": 1e-3,
+        "schedule.epochs": 0,
+        "schedule.max_steps": 6,
+        "batch.size": 4,
+        "run.output": str(output),
+        "run.device": "cpu",
+        "run.log_every": 1,
+        "run.validate_every": 0,
+        "run.save_every": 0,
+        "run.num_draft_tokens": 3,
+    }
+    named = {name.replace("__", ".", 1): value for name, value in changes.items()}
+    return config_from_flat(flat | named)

@@ -1,0 +1,111 @@
+"""Recipes: YAML, assignments, errors that name the nearest key, and the table of defaults."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.train.config import TrainConfig
+from vllm_vispec.train.kinds import get_kind
+from vllm_vispec.train.losses import get_loss
+from vllm_vispec.train.settings import config_from_flat, explain, iter_settings, load_config
+
+RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_recipe_and_assignments(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        "data: {train: a.jsonl}\noptimizer:\n  lr: 3e-5\n  clip: norm\nrun: {autocast: off}\n"
+        "loss: {weights: {l1: 2}}\n",
+    )
+    config = load_config(file, ["optimizer.lr=1e-4", "loss.weights.rank=0.5", "schedule.epochs=3"])
+    assert config.data.train == ("a.jsonl",)
+    # PyYAML reads 3e-5 as a text and `off` as False.
+    assert (config.optimizer.lr, config.optimizer.clip) == (1e-4, "norm")
+    assert config.run.autocast == "off"
+    assert dict(config.loss.weights) == {"l1": 2.0, "rank": 0.5}
+    assert config.schedule.epochs == 3.0
+    assert config_from_flat(config.flat()) == config
+    with pytest.raises(FrozenInstanceError):
+        config.optimizer.lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("optimizer.lrr=1", "did you mean 'optimizer.lr'"),
+        ("lr=1", "did you mean 'optimizer.lr'"),
+        ("optimzer.clip_at=1", "did you mean 'optimizer.clip_at'"),
+        ("zzzzzz=1", "--explain"),
+        ("optimizer.lr", "has no '='"),
+        ("optimizer.lr=fast", "give a number"),
+        ("batch.size=2.5", "give a whole number"),
+        ("batch.size=0", "at least 1"),
+        ("data.validation_share=1.5", "at most 0.9"),
+        ("optimizer.clip=sometimes", "one of value, norm, none"),
+        ("loss.weights=3", "name: number pairs"),
+    ],
+)
+def test_wrong_assignments(assignment: str, message: str) -> None:
+    with pytest.raises(ViSpecError, match=message) as caught:
+        load_config(None, [assignment])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimiser: {lr: 1}", "did you mean 'optimizer'"),
+        ("optimizer: 3", "give a section"),
+        ("- 1", "holds no sections"),
+        ("a: [", "is no YAML"),
+    ],
+)
+def test_wrong_files(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ViSpecError, match=message) as caught:
+        load_config(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ViSpecError, match="cannot be read"):
+        load_config(tmp_path / "missing.yaml")
+
+
+def test_required_settings() -> None:
+    with pytest.raises(ViSpecError, match=r"target\.model is not set"):
+        TrainConfig().require_complete()
+    endless = ["target.model=t", "data.train=d", "run.output=o", "schedule.epochs=0"]
+    with pytest.raises(ViSpecError, match="nothing ends the training"):
+        load_config(None, endless).require_complete()
+
+
+def test_every_setting_has_meaning_and_source() -> None:
+    table = explain()
+    for name, _, item in iter_settings():
+        assert item.metadata["meaning"], name
+        assert item.metadata["source"], name
+        assert f"\n{name} " in f"\n{table}"
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_shipped_recipes_load(file: Path) -> None:
+    config = load_config(file).require_complete()
+    get_kind(config.head.kind)
+    get_loss(config.loss.name, **config.loss.weights)
+
+
+def test_recipes_are_there() -> None:
+    assert {file.stem for file in RECIPES} >= {
+        "stage1_text",
+        "stage2_vision",
+        "specvlm_online",
+        "tiny",
+    }

@@ -1,0 +1,191 @@
+"""Which samples are used and in what order; learning rates; files that appear whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.dialogues import write_dialogues, write_records
+from vllm_vispec.conversations.types import Rejected
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.train import files
+from vllm_vispec.train.config import BatchConfig, DataConfig, ScheduleConfig
+from vllm_vispec.train.data import BatchOrder, count_reasons, read_corpus
+from vllm_vispec.train.schedule import Plan, rate_factor
+from vllm_vispec.train.state import Checkpoint, Checkpoints, Progress, check_same_settings
+
+LENGTHS = {index: 10 + (index * 37) % 50 for index in range(50)}
+
+
+def order(size: int, accumulate: int = 1, world: int = 1, seed: int = 0) -> BatchOrder:
+    return BatchOrder(tuple(LENGTHS), LENGTHS, BatchConfig(size, accumulate, 3), world, seed)
+
+
+def test_order_follows_from_seed_and_epoch() -> None:
+    one = order(4)
+    assert one.epoch(3) == order(4).epoch(3)
+    assert one.epoch(3) != one.epoch(4)
+    assert one.epoch(3) != order(4, seed=1).epoch(3)
+    assert one.steps_per_epoch == len(one.epoch(0)) == 13
+    drawn = [index for step in one.epoch(0) for samples in step for index in samples]
+    # Filled up to whole steps with samples of its own: everyone at least once, none three times.
+    assert len(drawn) == 52
+    assert {drawn.count(index) for index in LENGTHS} == {1, 2}
+
+
+def test_processes_share_what_one_would_see() -> None:
+    alone, two = order(4), order(2, world=2)
+    for mine, theirs in zip(alone.epoch(1), two.epoch(1), strict=True):
+        assert mine == theirs
+        parts = [two.mine(theirs[0], rank) for rank in range(2)]
+        assert sorted(parts[0] + parts[1]) == sorted(mine[0])
+        assert [len(part) for part in parts] == [2, 2]
+
+
+def test_batches_hold_like_lengths() -> None:
+    def waste(pool: int) -> int:
+        settings = BatchConfig(5, 1, pool)
+        steps = BatchOrder(tuple(LENGTHS), LENGTHS, settings, 1, 0).epoch(0)
+        batches = [[LENGTHS[i] for i in step[0]] for step in steps]
+        return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
+
+    assert waste(10) < waste(1) / 3
+
+
+def test_fewer_samples_than_a_step() -> None:
+    few = BatchOrder((3, 7), LENGTHS, BatchConfig(4, 2, 16), 1, 0)
+    assert few.steps_per_epoch == 1
+    assert [len(samples) for samples in few.epoch(0)[0]] == [4, 4]
+
+
+def test_held_out_samples(tmp_path: Path) -> None:
+    data = write_dialogues(tmp_path, 20)
+    corpus = read_corpus(DataConfig(train=(str(data),), validation_share=0.25))
+    assert (len(corpus.train), len(corpus.validation)) == (15, 5)
+    assert sorted(corpus.train + corpus.validation) == list(range(20))
+    text = read_corpus(DataConfig(train=(str(data),), validation_share=0.25), text_only=True)
+    assert text.validation == corpus.validation
+    assert text.digest == corpus.digest
+    assert {len(text.entries[i].conversation.images) for i in text.train} == {0}
+    (tmp_path / "more").mkdir()
+    more = write_dialogues(tmp_path / "more", 9, seed=1)
+    settings = DataConfig(train=(str(data),), validation=(str(more),), validation_max=4)
+    apart = read_corpus(settings)
+    assert (apart.train, apart.validation) == (tuple(range(20)), (20, 21, 22, 23))
+    assert apart.entries[20].image_root == tmp_path / "more"
+    assert apart.digest != corpus.digest
+
+
+def test_unreadable_records_are_counted(tmp_path: Path) -> None:
+    good = json.loads(write_dialogues(tmp_path, 1).read_text())
+    lost = {**good, "id": "lost", "image": "gone.png"}
+    lost["messages"] = [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "gone.png"}}]},
+        good["messages"][1],
+    ]
+    data = write_records(tmp_path / "mixed.jsonl", [good, lost, {"id": "empty"}])
+    corpus = read_corpus(DataConfig(train=(str(data),)))
+    counted = count_reasons(corpus.rejected)
+    assert {name: entry["count"] for name, entry in counted.items()} == {
+        "missing image": 1,
+        "unusable record": 1,
+    }
+    assert "lost: image gone.png does not exist" in counted["missing image"]["examples"]
+    too_long = Rejected("x", "longer than max_length: 9 tokens, 8 allowed")
+    assert list(count_reasons([too_long])) == ["longer than data.max_length"]
+
+
+def test_learning_rate() -> None:
+    linear = ScheduleConfig(warmup=0.1, decay="linear", floor=0.2)
+    assert rate_factor(linear, 0.05) == pytest.approx(0.5)
+    assert rate_factor(linear, 0.1) == pytest.approx(1.0)
+    assert rate_factor(linear, 0.55) == pytest.approx(0.6)
+    assert rate_factor(linear, 1.0) == rate_factor(linear, 2.0) == pytest.approx(0.2)
+    cosine = ScheduleConfig(warmup=0.0, decay="cosine", floor=0.0)
+    assert rate_factor(cosine, 0.0) == pytest.approx(1.0)
+    assert rate_factor(cosine, 0.5) == pytest.approx(0.5)
+    assert rate_factor(ScheduleConfig(warmup=0.0, decay="constant"), 0.9) == pytest.approx(1.0)
+
+
+def test_the_first_limit_ends_a_run() -> None:
+    plan = Plan.of(ScheduleConfig(epochs=2, max_steps=30, minutes=1), 10)
+    assert (plan.total_steps, plan.total_seconds) == (20, 60)
+    assert plan.progress(5, 0) == pytest.approx(0.25)
+    assert plan.progress(5, 30) == pytest.approx(0.5)
+    assert not plan.is_over(19, 59)
+    assert plan.is_over(20, 0)
+    assert plan.is_over(0, 60)
+    by_time = Plan.of(ScheduleConfig(epochs=0, minutes=2), 10)
+    assert (by_time.total_steps, by_time.progress(1000, 60)) == (None, 0.5)
+
+
+def checkpoint(step: int, value: float, best: int | None = None) -> Checkpoint:
+    tensors = {"weights": {"a": torch.full((200_000,), value)}}
+    return Checkpoint(Progress(step=step, best_step=best), {"x.y": 1}, tensors)
+
+
+def test_checkpoints_keep_the_newest_and_the_best(tmp_path: Path) -> None:
+    saved = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3, 4, 5):
+        saved.save(checkpoint(step, float(step), best=2 if step > 1 else None))
+    assert saved.steps() == [2, 4, 5]
+    loaded = saved.load(5)
+    assert loaded.progress == Progress(step=5, best_step=2)
+    assert float(loaded.groups["weights"]["a"][7]) == 5.0
+    saved.save(checkpoint(5, 6.0))
+    assert float(saved.load(5).groups["weights"]["a"][0]) == 6.0
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    saved = Checkpoints(tmp_path, keep=2)
+    saved.save(checkpoint(1, 1.0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(ViSpecError, match="cannot be written") as caught:
+            saved.save(checkpoint(2, 2.0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert float(saved.load(1).groups["weights"]["a"][0]) == 1.0
+
+
+def test_unwritable_places(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ViSpecError, match="cannot be written"):
+        files.write_json(tmp_path / "file" / "run.json", {})
+    with pytest.raises(ViSpecError, match="No space left"), files.writing(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_damaged_checkpoints(tmp_path: Path) -> None:
+    saved = Checkpoints(tmp_path, keep=2)
+    path = saved.save(checkpoint(1, 1.0))
+    weights = path / "state.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ViSpecError, match="cannot be read"):
+        saved.load(1)
+    (path / "state.json").write_text('{"format": 9}')
+    with pytest.raises(ViSpecError, match="has format 9"):
+        saved.load(1)
+    (path / "state.json").write_text("{")
+    with pytest.raises(ViSpecError, match="cannot be read"):
+        saved.load(1)
+
+
+def test_other_settings_are_refused() -> None:
+    saved = {"optimizer.lr": 1e-3, "run.keep": 2, "batch.size": 8}
+    assert check_same_settings(saved, {**saved, "run.keep": 3}) == []
+    now = {**saved, "optimizer.lr": 2e-3, "batch.size": 4}
+    message = r"batch\.size: 8 -> 4, optimizer\.lr.*--override batch\.size,optimizer\.lr"
+    with pytest.raises(ViSpecError, match=message):
+        check_same_settings(saved, now)
+    with pytest.raises(ViSpecError, match=r"\(batch\.size: 8 -> 4\)"):
+        check_same_settings(saved, now, ("optimizer.lr",))
+    assert check_same_settings(saved, now, tuple(now)) == ["batch.size", "optimizer.lr"]

@@ -1,0 +1,160 @@
+"""Whole runs on tiny targets: both teacher modes, how batches are cut, bad data, the head."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.tiny_store import TinyStore
+from tests.train.dialogues import recipe, write_records
+from tests.train.jobs import losses
+from vllm_vispec.dialects import inspect_head
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.torch_draft import ViSpecDraft
+from vllm_vispec.train.config import TrainConfig
+from vllm_vispec.train.distributed import processes
+from vllm_vispec.train.loop import Outcome, fill_cache, train
+
+
+def run(config: TrainConfig, *override: str) -> Outcome:
+    with processes("cpu") as group:
+        return train(config, group, override)
+
+
+def read(file: Path) -> dict:
+    content: dict = json.loads(file.read_text())
+    return content
+
+
+def test_online_and_offline_are_the_same(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tiny.target("qwen2_5_vl")
+    online = run(recipe(target, dialogues, tmp_path / "online"))
+    assert online.finished
+    cached = {"teacher__mode": "offline", "teacher__cache_dir": str(tmp_path / "cache")}
+    offline = recipe(target, dialogues, tmp_path / "offline", teacher__shard_samples=7, **cached)
+    with processes("cpu") as group:
+        assert "24 samples, 0 skipped" in fill_cache(offline, group)
+    # One shard is lost: it alone is made again, and a complete cache needs no target.
+    (tmp_path / "cache" / "chunk-00001.json").unlink()
+    kept = (tmp_path / "cache" / "shard-00002.safetensors").stat().st_mtime_ns
+    with processes("cpu") as group:
+        fill_cache(offline, group)
+    assert (tmp_path / "cache" / "shard-00002.safetensors").stat().st_mtime_ns == kept
+    monkeypatch.setattr(
+        "vllm_vispec.train.cache.load_target", lambda *_: pytest.fail("the target was loaded")
+    )
+    run(offline)
+    first, second = losses(tmp_path / "online"), losses(tmp_path / "offline")
+    assert list(first) == list(second) == [1, 2, 3, 4, 5, 6]
+    assert first == pytest.approx(second, abs=1e-4, rel=1e-5)
+    other = recipe(target, dialogues, tmp_path / "offline", data__max_length=99, **cached)
+    with pytest.raises(ViSpecError, match=r"another run \(chunk_samples, max_length differ\)"):
+        run(other, "data.max_length", "teacher.shard_samples")
+
+
+def test_a_step_is_the_same_however_it_is_cut(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path
+) -> None:
+    # All samples in one step, so that both see the same ones; clipping must not hide a scale.
+    target = tiny.target("llava")
+    common = {"schedule__max_steps": 2, "optimizer__clip": "none", "optimizer__lr": 1e-4}
+    run(recipe(target, dialogues, tmp_path / "one", batch__size=20, **common))
+    cut = {"batch__size": 4, "batch__accumulate": 5, "loss__chunk_rows": 16}
+    run(recipe(target, dialogues, tmp_path / "cut", **cut, **common))
+    one, five = losses(tmp_path / "one"), losses(tmp_path / "cut")
+    assert one == pytest.approx(five, rel=1e-5)
+
+    def norms(name: str) -> list[float]:
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["gradient_norm"] for line in lines if '"train"' in line]
+
+    assert norms("one") == pytest.approx(norms("cut"), rel=1e-4)
+
+
+def test_training_learns_and_exports_the_head(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path
+) -> None:
+    target = tiny.target("qwen2_5_vl")
+    config = recipe(target, dialogues, tmp_path / "run", schedule__max_steps=15,
+                    run__validate_every=5, run__keep=1, optimizer__ema=0.9, loss__noise=0.1,
+                    run__save_every=5)  # fmt: skip
+    outcome = run(config)
+    assert (outcome.finished, outcome.step) == (True, 15)
+    found = list(losses(tmp_path / "run").values())
+    assert found[-1] < 0.8 * found[0]
+    head = inspect_head(tmp_path / "run" / "head")
+    assert (head.config.target_model_type, head.config.compress) == ("qwen2_5_vl", True)
+    points = json.loads((tmp_path / "run" / "curve.json").read_text())
+    assert [point["step"] for point in points] == [5, 10, 15]
+    assert set(points[0]["tokens_per_round"]) == {"chat", "pictures", "overall"}
+    assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    provenance = read(tmp_path / "run" / "run.json")
+    assert provenance["config"]["optimizer"]["ema"] == 0.9
+    assert provenance["data"]["used"] == {"train": 19, "validation": 5}
+    assert provenance["finished"]["step"] == 15
+    # A second stage starts from it; a head that does not fit is refused.
+    second = recipe(target, dialogues, tmp_path / "two", schedule__max_steps=1,
+                    head__init_from=str(tmp_path / "run" / "head"), optimizer__lr=0.0)  # fmt: skip
+    run(second)
+    before, after = (
+        ViSpecDraft.from_folder(tmp_path / name / "head").state_dict() for name in ("run", "two")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    changes = {
+        "head__num_query_tokens": (3, "num_query_tokens is 3"),
+        "head__kind": ("eagle_vlm", "has no place for img_"),
+    }
+    for name, (value, message) in changes.items():
+        wrong = {"head__init_from": str(tmp_path / "run" / "head"), name: value}
+        with pytest.raises(ViSpecError, match=message):
+            run(recipe(target, dialogues, tmp_path / "wrong", **wrong))
+
+
+def test_bad_samples_are_counted(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:
+    records = [json.loads(line) for line in dialogues.read_text().splitlines()]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for image in dialogues.parent.glob("*.png"):
+        (folder / image.name).write_bytes(image.read_bytes())
+    (folder / "1-0.png").unlink()
+    (folder / "4-0.png").write_bytes(b"no picture")
+    (folder / "7-0.png").write_bytes((dialogues.parent / "7-0.png").read_bytes()[:60])
+    records[3]["messages"][1]["content"] = "a red ball " * 300
+    data = write_records(folder / "data.jsonl", records)
+    target = tiny.target("qwen2_5_vl")
+    short = {"schedule__max_steps": 1, "data__max_length": 300}
+    run(recipe(target, data, tmp_path / "run", **short))
+    skipped = read(tmp_path / "run" / "run.json")["data"]
+    assert skipped["skipped"] == 4
+    assert skipped["records"] == 24
+    assert sum(skipped["used"].values()) == 20
+    assert {name: entry["count"] for name, entry in skipped["skipped_by_reason"].items()} == {
+        "missing image": 1,
+        "unreadable image": 2,
+        "longer than data.max_length": 1,
+    }
+    with pytest.raises(ViSpecError, match=r"no usable sample, 23 were rejected \(first: sample-"):
+        run(recipe(target, data, tmp_path / "none", data__max_length=5))
+
+
+def test_text_heads_train_on_text(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:
+    target = tiny.target("llava_next")
+    config = recipe(target, dialogues, tmp_path / "run", head__kind="eagle_text",
+                    schedule__max_steps=2)  # fmt: skip
+    run(config)
+    assert read(tmp_path / "run" / "run.json")["data"]["used"]["train"] < 10
+    assert not inspect_head(tmp_path / "run" / "head").config.has_adaptor
+    # Stage 2 of another kind starts from a text head: what it lacks starts fresh.
+    wider = recipe(target, dialogues, tmp_path / "wider", schedule__max_steps=1,
+                   head__init_from=str(tmp_path / "run" / "head"), optimizer__lr=0.0)  # fmt: skip
+    run(wider)
+    text, images = (
+        ViSpecDraft.from_folder(tmp_path / name / "head").state_dict() for name in ("run", "wider")
+    )
+    assert set(text) < set(images)
+    assert all(torch.equal(text[name], images[name]) for name in text)

@@ -1,0 +1,89 @@
+"""Several processes: torchrun and Ray Train give what one process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.child import REPOSITORY
+from tests.support.tiny_store import TinyStore
+from tests.train.dialogues import recipe
+from tests.train.jobs import losses
+from vllm_vispec.train.config import TrainConfig
+from vllm_vispec.train.distributed import processes
+from vllm_vispec.train.loop import train
+from vllm_vispec.train.state import Checkpoints
+
+STEPS = 4
+
+
+def settings(target: Path, data: Path, output: Path, size: int) -> TrainConfig:
+    return recipe(target, data, output, schedule__max_steps=STEPS, optimizer__lr=1e-4,
+                  batch__size=size, optimizer__clip="norm", optimizer__ema=0.9,
+                  schedule__decay="constant", run__validate_every=2)  # fmt: skip
+
+
+def alone(config: TrainConfig) -> None:
+    with processes("cpu") as group:
+        assert train(config, group).finished
+
+
+def arguments(config: TrainConfig) -> list[str]:
+    """The command line's way to say the same."""
+    pairs = [(name, value) for name, value in config.flat().items() if value not in ("", [], {})]
+    texts = [f"{name}={json.dumps(value)}" for name, value in pairs]
+    return [word for text in texts for word in ("--set", text)]
+
+
+def call(command: list[str]) -> str:
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def check_equal(one: Path, two: Path) -> None:
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert list(losses(two)) == list(range(1, STEPS + 1))
+    first, second = (Checkpoints(d / "checkpoints", 2).load(STEPS).groups for d in (one, two))
+    for group in ("weights", "average"):
+        for name, tensor in first[group].items():
+            assert float((second[group][name] - tensor).abs().max()) < 1e-5, name
+    curves = [json.loads((folder / "curve.json").read_text()) for folder in (one, two)]
+    assert [p["tokens_per_round"] for p in curves[0]] == [p["tokens_per_round"] for p in curves[1]]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:
+    target = tiny.target("qwen2_5_vl")
+    alone(settings(target, dialogues, tmp_path / "one", 4))
+    two = settings(target, dialogues, tmp_path / "two", 2)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*launcher, "-m", "tests.train.command", *arguments(two)]
+    # In two goes: sharded moments and averages come back from the checkpoint.
+    call([*command, "--set", "schedule.max_steps=2"])
+    assert Checkpoints(tmp_path / "two" / "checkpoints", 2).steps() == [2]
+    text = call([*command, "--override", "schedule.max_steps"])
+    # Only the main process speaks.
+    assert text.count("finished after 4 steps") == 1
+    check_equal(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_ray_workers_equal_one(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:
+    target = tiny.target("qwen2_5_vl")
+    alone(settings(target, dialogues, tmp_path / "one", 4))
+    two = settings(target, dialogues, tmp_path / "two", 2)
+    text = call(["-m", "tests.train.command", "--ray", "--workers", "2", *arguments(two)])
+    assert "finished after 4 steps" in text
+    check_equal(tmp_path / "one", tmp_path / "two")
+    command = json.loads((tmp_path / "two" / "run.json").read_text())["command"]
+    assert "--ray --workers 2" in command

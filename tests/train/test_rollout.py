@@ -1,0 +1,207 @@
+"""Rollout passes equal the step-by-step draft, however samples are batched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.train.samples import HEADS, LAYOUTS, all_samples, random_draft, random_sample
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.torch_draft import ViSpecDraft
+from vllm_vispec.train.batch import DraftBatch, Observed, pad_batch
+from vllm_vispec.train.rollout import MODES, PassOutput, rollout
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+PASSES = 4
+
+
+def counted(output: PassOutput, sample: int) -> list[int]:
+    """Counted rows of a sample."""
+    return output.counts_BL[sample].nonzero()[:, 0].tolist()
+
+
+def compact(draft: ViSpecDraft, sample: Observed, last: int) -> torch.Tensor:
+    """Outputs of the compact rows of tokens 0..last, the one after them known."""
+    prefill = draft.prefill(
+        sample.embeds_LD[: last + 1],
+        sample.embeds_LD[last + 1],
+        sample.hidden_LD[: last + 1],
+        [run for run in sample.runs if run[1] <= last + 1],
+    )
+    return prefill.out_ND
+
+
+def chain(draft: ViSpecDraft, sample: Observed, row: int, steps: int) -> list[torch.Tensor]:
+    """States of a chain from `row` whose drafted tokens are the gold ones, by prefill and step."""
+    prefill = draft.prefill(
+        sample.embeds_LD[: row + 1],
+        sample.embeds_LD[row + 1],
+        sample.hidden_LD[: row + 1],
+        [run for run in sample.runs if run[1] <= row + 1],
+    )
+    states, cache = [prefill.out_ND[-1]], prefill.cache
+    for position in range(row + 1, row + steps):
+        state, _, cache = draft.step(
+            sample.embeds_LD[position + 1], states[-1], prefill.global_D, position, cache
+        )
+        states.append(state)
+    return states
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_exact_passes_equal_prefill_and_steps(name: str) -> None:
+    draft = random_draft(HEADS[name])
+    samples = all_samples()
+    outputs = rollout(draft, pad_batch(samples), PASSES + 1)
+    compared = 0
+    for b, sample in enumerate(samples):
+        for depth, output in enumerate(outputs):
+            for row in counted(output, b)[::4]:
+                first = row - depth
+                # The engine begins behind an answer token, never behind an image's.
+                if not sample.answer[first + 1]:
+                    continue
+                states = chain(draft, sample, first, depth + 1)
+                torch.testing.assert_close(output.state_BLD[b, row], states[-1], **CLOSE)
+                compared += depth > 0
+    assert compared > 30
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_pass_zero_equals_the_compact_rows_of_prefill(name: str) -> None:
+    draft = random_draft(HEADS[name])
+    sample = random_sample(26, ((2, 7), (7, 11)))
+    (output,) = rollout(draft, pad_batch([sample, random_sample(31)]), 1)
+    rows = compact(draft, sample, 24)
+    kept = [p for p in range(25) if p < 1 or p >= 10]
+    torch.testing.assert_close(output.state_BLD[0, kept[-15:]], rows[-15:], **CLOSE)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", HEADS)
+def test_a_batch_equals_its_samples_one_by_one(name: str, mode: str) -> None:
+    draft = random_draft(HEADS[name])
+    samples = all_samples()
+    together = rollout(draft, pad_batch(samples), PASSES, mode)
+    for b, sample in enumerate(samples):
+        alone = rollout(draft, pad_batch([sample]), PASSES, mode)
+        length = len(sample.token_ids)
+        for one, all_of_them in zip(alone, together, strict=True):
+            assert torch.equal(one.counts_BL[0], all_of_them.counts_BL[b, :length])
+            assert not all_of_them.counts_BL[b, length:].any()
+            rows = counted(one, 0)
+            torch.testing.assert_close(
+                one.state_BLD[0, rows], all_of_them.state_BLD[b, rows], **CLOSE
+            )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_a_batch_are_the_sum_over_samples(mode: str) -> None:
+    draft = random_draft(HEADS["automodel"])
+    samples = all_samples()
+
+    def loss(batch: DraftBatch) -> torch.Tensor:
+        outputs = rollout(draft, batch, 3, mode)
+        return sum((o.state_BLD[o.counts_BL] ** 2).sum() for o in outputs)
+
+    used = [p for name, p in draft.named_parameters() if not name.startswith("embed_tokens")]
+    together = torch.autograd.grad(loss(pad_batch(samples)), used)
+    alone = [
+        torch.autograd.grad(loss(pad_batch([sample])), used, allow_unused=True)
+        for sample in samples
+    ]
+    # One scale for all: a key bias shifts all scores alike, so its true gradient is zero.
+    scale = max(float(gradient.abs().max()) for gradient in together)
+    for index, gradient in enumerate(together):
+        parts = [part[index] for part in alone if part[index] is not None]
+        torch.testing.assert_close(sum(parts) / scale, gradient / scale, **CLOSE)
+
+
+def test_counted_rows_are_chains_inside_one_answer() -> None:
+    sample = random_sample(20, ((2, 5),), answers=[(8, 12), (15, 19)])
+    outputs = rollout(random_draft(HEADS["reference"]), pad_batch([sample]), 4)
+    assert [counted(output, 0) for output in outputs] == [
+        [6, 7, 8, 9, 13, 14, 15, 16],
+        [7, 8, 9, 14, 15, 16],
+        [8, 9, 15, 16],
+        [9, 16],
+    ]
+
+
+def test_shifted_passes_count_the_same_rows() -> None:
+    sample = random_sample(20, ((2, 5),), answers=[(8, 12)])
+    outputs = rollout(random_draft(HEADS["reference"]), pad_batch([sample]), 3, "shifted")
+    assert [counted(output, 0) for output in outputs] == [[6, 7, 8, 9]] * 3
+
+
+def test_shifted_passes_read_the_output_one_row_earlier() -> None:
+    draft = random_draft(HEADS["automodel"])
+    sample = random_sample(19)
+    first, second = rollout(draft, pad_batch([sample]), 2, "shifted")
+    moved = torch.cat((sample.hidden_LD[:1], first.state_BLD[0, :-1]))
+    (again,) = rollout(draft, pad_batch([replace(sample, hidden_LD=moved)]), 1)
+    rows = counted(second, 0)
+    torch.testing.assert_close(second.state_BLD[0, rows], again.state_BLD[0, rows], **CLOSE)
+
+
+def test_exact_and_shifted_differ_from_the_second_pass_on() -> None:
+    draft = random_draft(HEADS["reference"])
+    batch = pad_batch([random_sample(19)])
+    exact, shifted = (rollout(draft, batch, 2, mode) for mode in MODES)
+    rows = counted(exact[1], 0)
+    torch.testing.assert_close(exact[0].state_BLD, shifted[0].state_BLD)
+    gap = (exact[1].state_BLD - shifted[1].state_BLD)[0, rows].detach().abs().max()
+    assert float(gap) > 1e-2
+
+
+def test_no_counted_row_still_gives_finite_states_and_gradients() -> None:
+    draft = random_draft(HEADS["reference"])
+    batch = pad_batch([random_sample(14, ((1, 6),), answers=[])])
+    outputs = rollout(draft, batch, 3)
+    assert not any(bool(output.counts_BL.any()) for output in outputs)
+    total = torch.stack([o.state_BLD[o.counts_BL].sum() for o in outputs]).sum()
+    total.backward()
+    assert bool(torch.isfinite(draft.fc.weight.grad).all())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_stays_near_float32(mode: str) -> None:
+    draft = random_draft(HEADS["automodel"])
+    batch = pad_batch(all_samples())
+    exact = rollout(draft, batch, 3, mode)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = rollout(draft, batch, 3, mode)
+    for one, other in zip(exact, rough, strict=True):
+        wanted, found = one.state_BLD[one.counts_BL], other.state_BLD[other.counts_BL]
+        gap = (wanted - found.float()).norm() / wanted.norm()
+        assert 1e-6 < float(gap.detach()) < 0.05
+    torch.stack([o.state_BLD[o.counts_BL].float().sum() for o in rough]).sum().backward()
+    assert bool(torch.isfinite(draft.fc.weight.grad).all())
+
+
+def test_noise_is_seeded_and_scaled_by_length() -> None:
+    draft = random_draft(HEADS["reference"])
+    batch = pad_batch([random_sample(20), random_sample(10)])
+
+    def states(noise: float, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return rollout(draft, batch, 1, noise=noise, generator=generator)[0].state_BLD
+
+    assert torch.equal(states(0.2, 1), states(0.2, 1))
+    assert not torch.equal(states(0.2, 1), states(0.2, 2))
+    assert not torch.equal(states(0.2, 1), states(0.0, 1))
+    torch.testing.assert_close(states(1e-9, 1), states(0.0, 1))
+
+
+@pytest.mark.parametrize(("passes", "mode"), [(0, "exact"), (2, "sideways")])
+def test_bad_settings_are_refused(passes: int, mode: str) -> None:
+    with pytest.raises(ViSpecError, match="use"):
+        rollout(random_draft(HEADS["reference"]), pad_batch([random_sample(9)]), passes, mode)
+
+
+def test_layouts_cover_touching_runs_and_both_ends() -> None:
+    runs = [sample_runs for _, sample_runs in LAYOUTS]
+    assert any(run[0] == 0 for one in runs for run in one)
+    assert any(run[1] == length for length, one in LAYOUTS for run in one)

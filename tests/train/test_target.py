@@ -1,0 +1,128 @@
+"""The frozen target in training: batched equals one by one, and bad targets are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.tiny_configs import FAMILIES
+from tests.support.tiny_store import TinyStore
+from vllm_vispec.conversations.encode import Encoded, Encoder, load_processor
+from vllm_vispec.conversations.read import read_conversations
+from vllm_vispec.conversations.types import Conversation
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.train.target import TrainingTarget, load_target_config, merge_vision
+
+
+def load(folder: Path) -> TrainingTarget:
+    return TrainingTarget.load(folder, torch.float32, "cpu")
+
+
+def encode(target: Path, data: Path, count: int) -> list[Encoded]:
+    encoder = Encoder(load_processor(target), 512, data.parent)
+    found = []
+    for item in list(read_conversations(data))[:count]:
+        assert isinstance(item, Conversation)
+        encoded = encoder(item)
+        assert isinstance(encoded, Encoded), encoded
+        found.append(encoded)
+    return found
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_batched_equals_one_by_one(kind: str, tiny: TinyStore, dialogues: Path) -> None:
+    folder = tiny.target(kind)
+    target, samples = load(folder), encode(folder, dialogues, 6)
+    assert {len(sample.runs) for sample in samples} == {0, 1, 2}
+    together = target.observe(samples)
+    for sample, one in zip(samples, together, strict=True):
+        alone = target.observe([sample])[0]
+        assert torch.equal(one.token_ids, sample.token_ids)
+        assert one.runs == sample.runs
+        torch.testing.assert_close(one.embeds_LD, alone.embeds_LD, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one.hidden_LD, alone.hidden_LD, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_states_are_those_of_the_whole_model(kind: str, tiny: TinyStore, dialogues: Path) -> None:
+    folder = tiny.target(kind)
+    target = load(folder)
+    record = [c for c in read_conversations(dialogues) if isinstance(c, Conversation)][1]
+    encoded = Encoder(load_processor(folder), 512, dialogues.parent)(record)
+    assert isinstance(encoded, Encoded)
+    observed = target.observe([encoded])[0]
+    inputs = {"input_ids": encoded.token_ids[None], **encoded.vision}
+    if target.takes_token_types:
+        inputs["mm_token_type_ids"] = (encoded.token_ids == target.image_token_id)[None].int()
+    with torch.no_grad():
+        logits = target.model(**inputs).logits[0]
+    torch.testing.assert_close(
+        observed.hidden_LD @ target.lm_head_VD.T, logits, atol=1e-4, rtol=1e-4
+    )
+    # Image rows hold features, text rows the table's embeddings.
+    is_text = torch.ones(len(encoded.token_ids), dtype=torch.bool)
+    for start, end in encoded.runs:
+        is_text[start:end] = False
+    same = (observed.embeds_LD == target.embed_VD[encoded.token_ids]).all(dim=1)
+    assert torch.equal(same, is_text)
+
+
+def test_facts_and_frozen(tiny: TinyStore) -> None:
+    target = load(tiny.target("qwen3_vl"))
+    assert (target.hidden_size, target.vocab_size, target.model_type) == (128, 1024, "qwen3_vl")
+    assert target.embed_VD.shape == target.lm_head_VD.shape == (1024, 128)
+    assert not any(p.requires_grad for p in target.model.parameters())
+    assert not target.model.training
+    assert target.observe([]) == []
+
+
+def test_no_vision_is_refused(tiny: TinyStore, tmp_path: Path) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ViSpecError, match="has no vision part"):
+        load_target_config(tmp_path)
+    with pytest.raises(ViSpecError, match=r"target\.model .* cannot be read"):
+        load(tmp_path / "missing")
+
+
+def test_incomplete_target_is_refused(tiny: TinyStore, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny.target("llava"), tmp_path / "llava"))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ViSpecError, match="cannot be loaded"):
+        load(folder)
+
+
+def test_other_structure_is_refused(tmp_path: Path) -> None:
+    from transformers import Blip2Config, Blip2ForConditionalGeneration
+
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    qformer = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1,
+               "num_attention_heads": 2, "intermediate_size": 16,
+               "encoder_hidden_size": 16}  # fmt: skip
+    text = {"model_type": "opt", "vocab_size": 32, "hidden_size": 16, "ffn_dim": 16,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "word_embed_proj_dim": 16,
+            "max_position_embeddings": 32}  # fmt: skip
+    config = Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text)
+    Blip2ForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(ViSpecError, match=r"no\s+model\.language_model"):
+        load(tmp_path)
+
+
+def test_vision_of_other_shapes_is_padded() -> None:
+    parts = [
+        {"pixel_values": torch.ones(1, 3, 2, 2), "image_sizes": torch.ones(1, 2)},
+        {},
+        {"pixel_values": torch.ones(2, 5, 2, 2), "image_sizes": torch.ones(2, 2)},
+        {"mm_token_type_ids": torch.ones(1, 7)},
+    ]
+    merged = merge_vision(parts)
+    assert {name: tuple(value.shape) for name, value in merged.items()} == {
+        "pixel_values": (3, 5, 2, 2),
+        "image_sizes": (3, 2),
+    }
+    assert float(merged["pixel_values"][0].sum()) == 12

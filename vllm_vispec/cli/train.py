@@ -1,0 +1,74 @@
+"""`vispec train`: train a head from a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_vispec.errors import ViSpecError
+
+
+def train(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="YAML recipe, see examples/recipes.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a setting: section.name=value. Repeatable."),
+    ] = None,
+    override: Annotated[
+        str, typer.Option(help="Settings that may differ from the checkpoint's, with commas.")
+    ] = "",
+    cache_only: Annotated[
+        bool, typer.Option(help="Only complete the offline cache of hidden states.")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option(help="Print every setting, its default and its source.")
+    ] = False,
+    ray: Annotated[bool, typer.Option(help="Run as a Ray Train job.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of the Ray job.")] = 1,
+) -> None:
+    """Train a head. Run the same command again to go on after a stop or a crash.
+
+    Several GPUs of one machine: torchrun --nproc-per-node N --no-python vispec train RECIPE.
+    """
+    from vllm_vispec.train.settings import explain as explain_settings
+
+    if explain:
+        typer.echo(explain_settings())
+        return
+    names = tuple(name.strip() for name in override.split(",") if name.strip())
+    try:
+        message = _train(recipe, settings or [], names, cache_only, workers if ray else 0)
+    except ViSpecError as error:
+        typer.echo(f"vispec: {error}", err=True)
+        raise typer.Exit(1) from error
+    if message:
+        typer.echo(message)
+
+
+def _train(
+    recipe: Path | None,
+    settings: list[str],
+    override: tuple[str, ...],
+    cache_only: bool,
+    ray_workers: int,
+) -> str:
+    from vllm_vispec.train.settings import load_config
+
+    config = load_config(recipe, settings).require_complete()
+    if ray_workers:
+        from vllm_vispec.train.ray_train import train_on_ray
+
+        return train_on_ray(config, ray_workers, override, cache_only)
+    from vllm_vispec.train.distributed import processes
+    from vllm_vispec.train.loop import fill_cache, train
+
+    with processes(config.run.device) as group:
+        if cache_only:
+            message = fill_cache(config, group)
+        else:
+            message = train(config, group, override).message
+        return message if group.is_main else ""

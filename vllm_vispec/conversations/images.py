@@ -1,0 +1,51 @@
+"""Opening images, with every way in which that fails turned into one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; the text is the reason."""
+
+
+def image_folder(file: Path, image_root: Path | None) -> Path:
+    """Return the folder that relative image paths start from: the root, else the file's own."""
+    return image_root if image_root is not None else file.parent
+
+
+def image_file(path: str, root: Path | None) -> Path:
+    """Return where an image is.
+
+    Raises:
+        BadImage: it is not a path on this machine or does not exist.
+    """
+    if path.startswith("file://"):
+        path = path.removeprefix("file://")
+    if "://" in path or path.startswith("data:"):
+        raise BadImage(f"image {path[:40]} is not a path; save it as a file")
+    file = Path(path) if root is None else root / path
+    if not file.is_file():
+        raise BadImage(f"image {path} does not exist")
+    return file
+
+
+def open_image(path: str, root: Path | None) -> Image:
+    """Return the decoded image as RGB.
+
+    Raises:
+        BadImage: it is missing, not an image, cut off, or too large to decode safely.
+    """
+    from PIL import Image as PilImage
+
+    file = image_file(path, root)
+    try:
+        with PilImage.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, PilImage.DecompressionBombError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadImage(f"image {path} cannot be read: {reason}") from error

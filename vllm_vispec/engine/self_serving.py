@@ -1,0 +1,87 @@
+"""``vllm serve HEAD``: a head that names its target is served with it.
+
+vLLM knows the speculators format and swaps target and head itself, but 0.33 refuses targets that
+are folders. For a head in a local folder the swap is done here, in the same way; a head fetched
+from a hub is vLLM's business and may name a hub id only, never a path of this machine.
+"""
+
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from vllm import envs
+from vllm.engine import arg_utils
+from vllm.logger import init_logger
+
+from vllm_vispec.dialects.speculators import (
+    SPECULATORS_TYPE,
+    is_path,
+    locate_target,
+    serving_of_folder,
+)
+from vllm_vispec.errors import ViSpecError
+
+logger = init_logger(__name__)
+
+_MARK = "_vispec_wrapped"
+Resolved = tuple[str, str | None, dict[str, Any] | None]
+
+
+def install() -> None:
+    """Wrap ``maybe_override_with_speculators`` where ``EngineArgs`` finds it, once."""
+    original = arg_utils.maybe_override_with_speculators
+    if hasattr(original, _MARK):
+        return
+
+    @wraps(original)
+    def maybe_override_with_speculators(
+        model: str, tokenizer: str | None, *args: Any, **kwargs: Any
+    ) -> Resolved:
+        serving = serving_of_folder(Path(model)) if Path(model).is_dir() else None
+        if serving is None:
+            resolved = original(model, tokenizer, *args, **kwargs)
+            _check_fetched(model, resolved, kwargs.get("hf_token"))
+            return resolved
+        target = locate_target(serving.target, Path(model))
+        _check_target(target, model, kwargs.get("hf_token"))
+        logger.info("ViSpec head %s is served with its target %s", model, target)
+        settings: dict[str, Any] = {"num_speculative_tokens": serving.num_tokens}
+        settings |= kwargs.get("vllm_speculative_config") or {}
+        settings |= {"method": SPECULATORS_TYPE, "model": model}
+        return target, tokenizer or target, settings
+
+    setattr(maybe_override_with_speculators, _MARK, True)
+    arg_utils.maybe_override_with_speculators = maybe_override_with_speculators
+
+
+def _check_fetched(model: str, resolved: Resolved, token: Any) -> None:
+    """Check the target that vLLM took from a head fetched from a hub."""
+    target, _, settings = resolved
+    if target == model or (settings or {}).get("method") != SPECULATORS_TYPE:
+        return
+    if is_path(target):
+        raise ViSpecError(
+            f"head {model} names the folder {target!r} as its target, which a head from a hub may "
+            "not: name the target yourself, with --speculative-config for the head"
+        )
+    _check_target(target, model, token)
+
+
+def _check_target(target: str, head: str, token: Any) -> None:
+    """Refuse a hub id that leads nowhere, before vLLM fails on it without naming the head."""
+    if Path(target).is_dir() or envs.VLLM_USE_MODELSCOPE:
+        return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(target, "config.json", token=token)
+    # The hub client raises errors of several families, and others per version.
+    except Exception as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return  # the repository is there; what it lacks vLLM will say
+        raise ViSpecError(
+            f"target {target!r}, which head {head} names, is no local folder and could not be "
+            f"fetched from the hub ({type(error).__name__}): check the name, your network and "
+            "token, or correct speculators_config.verifier.name_or_path in the head's config.json"
+        ) from error

@@ -1,0 +1,121 @@
+"""What an evaluation found: as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_vispec.conversations.types import Rejected
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.evaluate.acceptance import OVERALL, Families
+from vllm_vispec.evaluate.engine import EngineResult
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Report:
+    """Result of an evaluation.
+
+    Attributes:
+        settings: what was evaluated, plain data.
+        samples: conversations that were evaluated.
+        rejected: records that were left out, with the reason.
+        simulated: acceptance by family and "overall".
+        greedy: answer tokens that are the target's argmax, of how many; None if not checked.
+        engine: what the engine measured; None if it was not asked.
+        warning: a doubt about the pair, None if there is none.
+    """
+
+    settings: dict[str, Any]
+    samples: int
+    rejected: tuple[Rejected, ...]
+    simulated: Families
+    greedy: tuple[int, int] | None = None
+    engine: EngineResult | None = None
+    warning: str | None = None
+
+    @property
+    def greedy_share(self) -> float | None:
+        """Share of answer tokens that are the target's greedy choice."""
+        return None if self.greedy is None else self.greedy[0] / max(self.greedy[1], 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        content: dict[str, Any] = {
+            **self.settings,
+            "samples": self.samples,
+            "rejected": [{"id": item.sample_id, "reason": item.reason} for item in self.rejected],
+            "simulated": _plain(self.simulated),
+        }
+        if self.greedy_share is not None:
+            content["greedy_share"] = round(self.greedy_share, 6)
+        if self.engine is not None:
+            content["engine"] = {
+                "families": _plain(self.engine.families),
+                "answers_identical_to_data": self.engine.identical,
+                "accepted_past_end": self.engine.accepted_past_end,
+            }
+        return content
+
+    def write(self, path: Path) -> None:
+        """Write the JSON.
+
+        Raises:
+            ViSpecError: the file cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.to_json(), indent=2) + "\n")
+        except OSError as error:
+            raise ViSpecError(
+                f"--output {path} cannot be written ({error.strerror}): choose another file"
+            ) from error
+
+    def notes(self) -> list[str]:
+        """Lines below the table."""
+        lines = [f"{self.samples} conversations evaluated, {len(self.rejected)} left out"]
+        lines += [f"  left out {item.sample_id}: {item.reason}" for item in self.rejected[:5]]
+        if self.warning is not None:
+            lines.append(f"warning: {self.warning}")
+        if self.greedy_share is not None:
+            lines.append(
+                f"{self.greedy_share:.2%} of the answer tokens are the target's greedy choice"
+            )
+        if self.engine is not None:
+            answers = self.simulated[OVERALL].answers
+            lines.append(
+                f"engine: {self.engine.identical} of {answers} answers equal the data; "
+                f"{self.engine.accepted_past_end} accepted drafts behind the end not counted"
+            )
+        return lines
+
+
+def _plain(families: Families) -> dict[str, Any]:
+    return {name: acceptance.to_json() for name, acceptance in families.items()}
+
+
+def make_table(report: Report) -> Table:
+    """One line per family, simulated and engine in turn."""
+    from rich.table import Table
+
+    depth = len(report.simulated[OVERALL].accepted_by_position)
+    table = Table(title="Accepted drafts of greedy chains")
+    table.add_column("family")
+    for name in ("source", "answers", "rounds", "tokens_per_round"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for position in range(1, depth + 1):
+        table.add_column(f"{position}", justify="right")
+    sources = [("simulated", report.simulated)]
+    if report.engine is not None:
+        sources.append(("engine", report.engine.families))
+    for family in report.simulated:
+        for source, families in sources:
+            one = families[family]
+            rates = [f"{rate:.0%}" for rate in one.accept_rates]
+            counts = (str(one.answers), str(one.rounds), f"{one.tokens_per_round:.3f}")
+            table.add_row(family if source == "simulated" else "", source, *counts, *rates)
+    return table

@@ -1,0 +1,191 @@
+"""`vispec eval`: from files to a report.
+
+Tensor names end in their shape: L tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.evaluate.data import DataSource, EvalSample
+from vllm_vispec.evaluate.engine import EngineSettings, Question, measure, questions
+from vllm_vispec.evaluate.report import Report
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_vispec.conversations.types import Rejected
+    from vllm_vispec.evaluate.acceptance import Families
+    from vllm_vispec.torch_draft import ViSpecDraft
+    from vllm_vispec.train.batch import Observed
+    from vllm_vispec.train.target import TrainingTarget
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What to evaluate, and how.
+
+    Attributes:
+        target, head: folders or hub ids.
+        source: conversations whose answers are the target's own greedy ones.
+        num_speculative_tokens: K.
+        dtype: a name in `DTYPES`, for the target and the head.
+        device: where to simulate; None: the GPU if there is one.
+        batch_size: samples at once.
+        max_length: longer samples are left out (and counted).
+        check_greedy: count the answer tokens that are the target's argmax.
+        engine: ask the engine, too.
+
+    Raises:
+        ViSpecError: a value is impossible.
+    """
+
+    target: str
+    head: str
+    source: DataSource
+    num_speculative_tokens: int = 5
+    dtype: str = "float32"
+    device: str | None = None
+    batch_size: int = 4
+    max_length: int = 4096
+    check_greedy: bool = False
+    engine: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ViSpecError(f"--dtype {self.dtype} is unknown: use one of {', '.join(DTYPES)}")
+        for name in ("num_speculative_tokens", "batch_size", "max_length"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ViSpecError(f"--{flag} {getattr(self, name)} is too small: use at least 1")
+
+    def settings(self) -> dict[str, Any]:
+        """The part of the report that says what was evaluated."""
+        return {
+            "target": self.target,
+            "head": self.head,
+            "data": str(self.source.path),
+            "dtype": self.dtype,
+            "num_speculative_tokens": self.num_speculative_tokens,
+        }
+
+
+def evaluate(options: EvalOptions) -> Report:
+    """Simulate a head on a data set and, if asked to, measure it with the engine.
+
+    Raises:
+        ViSpecError: target, head or data cannot be used, or do not fit each other.
+    """
+    from vllm_vispec.conversations.encode import Encoder, load_processor
+    from vllm_vispec.evaluate.acceptance import merge_families
+
+    encoder = Encoder(load_processor(options.target), options.max_length, options.source.images)
+    pair = _Pair.load(options)
+    rejected: list[Rejected] = []
+    parts: list[Families] = []
+    asked: list[Question] = []
+    samples = greedy = checked = 0
+    for group in options.source.batches(encoder, options.batch_size, rejected):
+        families, matches, tokens = pair.simulate(group, options)
+        parts.append(families)
+        samples, greedy, checked = samples + len(group), greedy + matches, checked + tokens
+        if options.engine:
+            asked += [question for sample in group for question in questions(encoder, sample)]
+    if not samples:
+        reason = f" (first reason: {rejected[0].reason})" if rejected else ""
+        raise ViSpecError(f"--data {options.source.path} has no usable conversation{reason}")
+    pair.release()
+    return Report(
+        options.settings(),
+        samples,
+        tuple(rejected),
+        merge_families(*parts),
+        (greedy, checked) if options.check_greedy else None,
+        measure(_engine(options), asked, options.source.images) if options.engine else None,
+        pair.warning,
+    )
+
+
+def _engine(options: EvalOptions) -> EngineSettings:
+    return EngineSettings(
+        options.target,
+        options.head,
+        options.num_speculative_tokens,
+        options.dtype,
+        options.max_length,
+    )
+
+
+class _Pair:
+    """A loaded target with its head."""
+
+    def __init__(
+        self, target: TrainingTarget, draft: ViSpecDraft, warning: str | None = None
+    ) -> None:
+        self.target, self.draft, self.warning = target, draft, warning
+
+    @classmethod
+    def load(cls, options: EvalOptions) -> _Pair:
+        import torch
+
+        from vllm_vispec.dialects import check_against_target, inspect_head
+        from vllm_vispec.torch_draft import ViSpecDraft
+        from vllm_vispec.train.target import TrainingTarget, load_target_config
+
+        # Before any weights are read.
+        info, config = inspect_head(options.head), load_target_config(options.target)
+        text = config.get_text_config()
+        warning = check_against_target(
+            info.config, text.hidden_size, text.vocab_size, config.model_type
+        )
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = getattr(torch, options.dtype)
+        draft = ViSpecDraft.from_folder(info.folder, dtype).to(device).eval()
+        return cls(TrainingTarget.load(options.target, dtype, device), draft, warning)
+
+    def simulate(
+        self, group: Sequence[EvalSample], options: EvalOptions
+    ) -> tuple[Families, int, int]:
+        """Acceptance on a few samples, and how many of how many answer tokens are greedy."""
+        from vllm_vispec.evaluate.simulate import simulate
+        from vllm_vispec.train.batch import pad_batch
+
+        observed = self.target.observe([sample.encoded for sample in group])
+        families = simulate(
+            self.draft,
+            self.target.lm_head_VD,
+            pad_batch(observed),
+            options.num_speculative_tokens,
+        )
+        if not options.check_greedy:
+            return families, 0, 0
+        counts = [greedy_tokens(one, self.target.lm_head_VD) for one in observed]
+        return families, sum(same for same, _ in counts), sum(total for _, total in counts)
+
+    def release(self) -> None:
+        """Make room for the engine."""
+        import gc
+
+        import torch
+
+        del self.target, self.draft
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def greedy_tokens(sample: Observed, lm_head_VD: Tensor) -> tuple[int, int]:
+    """How many answer tokens are the target's argmax given all before them, and how many exist."""
+    wanted_L = sample.answer[1:]
+    states_ND = sample.hidden_LD[:-1][wanted_L]
+    gold_N = sample.token_ids[1:][wanted_L]
+    same = sum(
+        int(((states @ lm_head_VD.T).argmax(-1) == gold).sum())
+        for states, gold in zip(states_ND.split(512), gold_N.split(512), strict=True)
+    )
+    return same, len(gold_N)

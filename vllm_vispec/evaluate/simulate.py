@@ -1,0 +1,113 @@
+"""Greedy chains replayed over recorded answers: the engine's acceptance without an engine.
+
+Pass s of an exact rollout computes, at row p, the (s + 1)-th draft token of the chain that begins
+at row p - s, given that the chain was right so far. A round accepts the leading right tokens, then
+the target adds its own next token, and the next round begins behind it. On the target's own greedy
+answers this is what the engine does under greedy decoding, up to rounding.
+
+Tensor names end in their shape: B samples, L rows, N counted rows, S passes, D hidden, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.evaluate.acceptance import OVERALL, Acceptance, Families, merge_families
+from vllm_vispec.torch_draft import ViSpecDraft
+from vllm_vispec.train.batch import DraftBatch
+from vllm_vispec.train.rollout import PassOutput, rollout
+
+__all__ = ["Acceptance", "answer_spans", "draft_hits", "merge_families", "simulate"]
+
+# Rows whose logits are held at once; a vocabulary of 150,000 then takes 300 MB in float32.
+ROWS_AT_ONCE = 512
+
+
+@torch.inference_mode()
+def simulate(
+    draft: ViSpecDraft, lm_head_VD: Tensor, batch: DraftBatch, num_draft_tokens: int
+) -> Families:
+    """Acceptance of greedy chains of `num_draft_tokens`, by family and "overall".
+
+    Every assistant turn is a generation of its own whose prompt is everything before it. Computes
+    in the dtype of the draft; logits in the dtype of `lm_head_VD`.
+
+    Args:
+        lm_head_VD: the target's lm_head.
+        batch: samples whose answers are the target's own greedy ones.
+
+    Raises:
+        ViSpecError: `num_draft_tokens` is not at least 1.
+    """
+    if num_draft_tokens < 1:
+        raise ViSpecError(f"num_draft_tokens={num_draft_tokens} drafts nothing: use at least 1")
+    weight = draft.fc.weight
+    hits_SBL = draft_hits(
+        draft, lm_head_VD, batch.to(weight.device, weight.dtype), num_draft_tokens
+    )
+    results: list[Families] = [{OVERALL: Acceptance.nothing(num_draft_tokens)}]
+    for sample, family in enumerate(batch.families):
+        hits = hits_SBL[:, sample].tolist()
+        for start, end in answer_spans(batch.answer_BL[sample].tolist()):
+            accepted = replay(hits, start, end)
+            one = Acceptance.of_rounds(accepted, end - start, num_draft_tokens)
+            results += [{OVERALL: one}, {family: one}] if family else [{OVERALL: one}]
+    return merge_families(*results)
+
+
+def draft_hits(
+    draft: ViSpecDraft, lm_head_VD: Tensor, batch: DraftBatch, num_draft_tokens: int
+) -> Tensor:
+    """Where pass s at row p drafts answer token p + 2: bool [S, B, L], on the CPU."""
+    gold_BL = F.pad(batch.ids_BL[:, 2:], (0, 2))
+    passes = rollout(draft, batch, num_draft_tokens)
+    return torch.stack([_hits_of_pass(one, gold_BL, lm_head_VD) for one in passes]).cpu()
+
+
+def _hits_of_pass(one: PassOutput, gold_BL: Tensor, lm_head_VD: Tensor) -> Tensor:
+    states_ND, gold_N = one.state_BLD[one.counts_BL], gold_BL[one.counts_BL]
+    hits = [
+        F.linear(states.to(lm_head_VD), lm_head_VD).argmax(-1) == gold
+        for states, gold in zip(
+            states_ND.split(ROWS_AT_ONCE), gold_N.split(ROWS_AT_ONCE), strict=True
+        )
+    ]
+    hits_BL = torch.zeros_like(one.counts_BL)
+    hits_BL[one.counts_BL] = torch.cat(hits)
+    return hits_BL
+
+
+def answer_spans(answer: Sequence[bool]) -> list[tuple[int, int]]:
+    """Runs of answer tokens [start, end): one per assistant turn."""
+    edges = [a != b for a, b in zip([False, *answer], [*answer, False], strict=True)]
+    places = [index for index, edge in enumerate(edges) if edge]
+    return list(zip(places[::2], places[1::2], strict=True))
+
+
+def replay(hits: Sequence[Sequence[bool]], start: int, end: int) -> list[int]:
+    """Accepted draft tokens of every round of the answer [start, end).
+
+    Drafts behind the answer's end never count: the engine throws them away with whatever the
+    target made of them.
+
+    Args:
+        hits: for every pass and row, whether the draft token is the answer's.
+    """
+    accepted: list[int] = []
+    # The last token that is known when a round begins; the first comes out of the prefill.
+    known = start
+    while known < end - 1:
+        deepest = min(len(hits), end - 1 - known)
+        first_row = known - 1
+        count = 0
+        while count < deepest and first_row >= 0 and hits[count][first_row + count]:
+            count += 1
+        accepted.append(count)
+        known += count + 1
+    return accepted

@@ -1,0 +1,5 @@
+"""Writing trained heads as folders that an engine serves."""
+
+from vllm_vispec.export.head import export_head
+
+__all__ = ["export_head"]

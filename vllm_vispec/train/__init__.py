@@ -1,0 +1,1 @@
+"""Training of ViSpec heads on the frozen target's hidden states."""

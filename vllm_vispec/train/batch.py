@@ -1,0 +1,109 @@
+"""What the target computed for a sample, and padded batches of it.
+
+Tensor names end in their shape: B samples, L tokens (= rows before compression), D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from vllm_vispec.errors import ViSpecError
+
+Runs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One sample with what the target computed for it.
+
+    Attributes:
+        sample_id: name of the sample in its file.
+        family: task family, "" if unknown.
+        token_ids: int64 [L], image placeholders expanded.
+        answer: bool [L], tokens the assistant wrote, its end-of-turn token included.
+        runs: image runs [start, end) in token indices, one per image.
+        embeds_LD: the target's input embeddings, image features scattered in.
+        hidden_LD: the target's hidden states after its final norm (what lm_head reads).
+
+    Raises:
+        ViSpecError: the tensors disagree about the number of tokens.
+    """
+
+    sample_id: str
+    family: str
+    token_ids: Tensor
+    answer: Tensor
+    runs: Runs
+    embeds_LD: Tensor
+    hidden_LD: Tensor
+
+    def __post_init__(self) -> None:
+        lengths = {
+            name: len(getattr(self, name))
+            for name in ("token_ids", "answer", "embeds_LD", "hidden_LD")
+        }
+        if len(set(lengths.values())) != 1:
+            raise ViSpecError(
+                f"sample {self.sample_id!r} has tensors of different lengths {lengths}: "
+                "observe it again with the target"
+            )
+
+
+@dataclass(frozen=True)
+class DraftBatch:
+    """Samples padded on the right to a common length L.
+
+    Attributes:
+        ids_BL: int64, 0 behind the end of a sample.
+        answer_BL: bool, False behind the end.
+        embeds_BLD, hidden_BLD: see `Observed`; zeros behind the end.
+        runs: image runs of every sample.
+        lengths: tokens of every sample.
+        families: task family of every sample.
+    """
+
+    ids_BL: Tensor
+    answer_BL: Tensor
+    embeds_BLD: Tensor
+    hidden_BLD: Tensor
+    runs: tuple[Runs, ...]
+    lengths: tuple[int, ...]
+    families: tuple[str, ...]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> DraftBatch:
+        """The batch on another device, its embeddings and states in another dtype (None: kept)."""
+        return replace(
+            self,
+            ids_BL=self.ids_BL.to(device, non_blocking=True),
+            answer_BL=self.answer_BL.to(device, non_blocking=True),
+            embeds_BLD=self.embeds_BLD.to(device, dtype, non_blocking=True),
+            hidden_BLD=self.hidden_BLD.to(device, dtype, non_blocking=True),
+        )
+
+
+def pad_batch(samples: Sequence[Observed]) -> DraftBatch:
+    """Pad samples on the right; any number of images each, none included.
+
+    Raises:
+        ViSpecError: no sample was given.
+    """
+    if not samples:
+        raise ViSpecError("a batch of no samples: give pad_batch at least one")
+
+    def padded(name: str) -> Tensor:
+        return pad_sequence([getattr(sample, name) for sample in samples], batch_first=True)
+
+    return DraftBatch(
+        ids_BL=padded("token_ids"),
+        answer_BL=padded("answer"),
+        embeds_BLD=padded("embeds_LD"),
+        hidden_BLD=padded("hidden_LD"),
+        runs=tuple(sample.runs for sample in samples),
+        lengths=tuple(len(sample.token_ids) for sample in samples),
+        families=tuple(sample.family for sample in samples),
+    )

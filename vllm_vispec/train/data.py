@@ -1,0 +1,231 @@
+"""Which samples a run has, which of them it trains on, and in what order.
+
+Order is a function of (seed, epoch) alone: a resumed run, and a run on more processes with the
+same global batch, sees the same batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from vllm_vispec.conversations.encode import Encoded, Encoder
+from vllm_vispec.conversations.images import image_folder
+from vllm_vispec.conversations.read import read_conversations
+from vllm_vispec.conversations.types import Conversation, Rejected
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.train.config import BatchConfig, DataConfig
+
+# Reason of a rejection (pattern of its text) -> the name it is counted under.
+SKIP_NAMES: Mapping[str, str] = {
+    r"image .* (does not exist|is not a path)": "missing image",
+    r"image .* cannot be read": "unreadable image",
+    r"longer than max_length": "longer than data.max_length",
+    r"": "unusable record",
+}
+EXAMPLES_PER_REASON = 3
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A conversation with the folder its image paths start from."""
+
+    conversation: Conversation
+    image_root: Path
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All samples of a run.
+
+    Attributes:
+        entries: what could be read, files in the order given.
+        train, validation: indices into `entries`.
+        rejected: what could not be read.
+        digest: SHA-256 over the data files and the samples chosen (images: by their paths only).
+    """
+
+    entries: tuple[Entry, ...]
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+    rejected: tuple[Rejected, ...]
+    digest: str
+
+
+def read_corpus(settings: DataConfig, text_only: bool = False) -> Corpus:
+    """Read all data files and hold samples out, the same ones whatever the run's seed.
+
+    Args:
+        text_only: train on samples without images only (held-out samples keep theirs).
+
+    Raises:
+        ViSpecError: a file cannot be read.
+    """
+    train, rejected = _read_files(settings.train, settings.image_root)
+    if settings.max_samples:
+        train = train[: settings.max_samples]
+    held_out, rejected_too = _read_files(settings.validation, settings.image_root)
+    numbers = list(range(len(train)))
+    if settings.validation:
+        held_out = [held_out[n] for n in _draw(range(len(held_out)), settings.validation_max)]
+        validation = list(range(len(train), len(train) + len(held_out)))
+    else:
+        wanted = min(round(len(train) * settings.validation_share), settings.validation_max)
+        validation = _draw(numbers, wanted)
+    entries = (*train, *held_out)
+    taken = set(validation)
+    chosen = [n for n in numbers if n not in taken]
+    if text_only:
+        chosen = [n for n in chosen if not entries[n].conversation.images]
+    return Corpus(
+        entries,
+        tuple(chosen),
+        tuple(validation),
+        (*rejected, *rejected_too),
+        _digest((*settings.train, *settings.validation), entries),
+    )
+
+
+def _read_files(files: Sequence[str], image_root: str) -> tuple[list[Entry], list[Rejected]]:
+    entries: list[Entry] = []
+    rejected: list[Rejected] = []
+    for name in files:
+        file, root = Path(name), Path(image_root) if image_root else None
+        for item in read_conversations(file, root):
+            if isinstance(item, Rejected):
+                rejected.append(item)
+            else:
+                entries.append(Entry(item, image_folder(file, root)))
+    return entries, rejected
+
+
+def _draw(numbers: Sequence[int], count: int) -> list[int]:
+    if count >= len(numbers):
+        return list(numbers)
+    return sorted(Random("held out").sample(numbers, count))
+
+
+def _digest(files: Iterable[str], entries: Iterable[Entry]) -> str:
+    total = hashlib.sha256()
+    for name in files:
+        with Path(name).open("rb") as source:
+            total.update(hashlib.file_digest(source, "sha256").digest())
+    for entry in entries:
+        total.update(entry.conversation.sample_id.encode() + b"\0")
+    return total.hexdigest()
+
+
+def count_reasons(rejected: Iterable[Rejected]) -> dict[str, Any]:
+    """Skipped samples by reason: how many, and the first few as examples."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
+    for item in rejected:
+        name = next(name for pattern, name in SKIP_NAMES.items() if re.match(pattern, item.reason))
+        counts[name] += 1
+        if len(examples.setdefault(name, [])) < EXAMPLES_PER_REASON:
+            examples[name].append(f"{item.sample_id}: {item.reason}")
+    return {name: {"count": counts[name], "examples": examples[name]} for name in sorted(counts)}
+
+
+class EncodedSamples:
+    """Entries as the target sees them; the first ones stay in memory, others are made again."""
+
+    def __init__(self, corpus: Corpus, processor: Any, settings: DataConfig) -> None:
+        self._entries = corpus.entries
+        roots = {entry.image_root for entry in corpus.entries}
+        self._encoders = {
+            root: Encoder(processor, settings.max_length, root) for root in sorted(roots)
+        }
+        self._kept: dict[int, Encoded] = {}
+        self._room = settings.memory_mb * 2**20
+
+    def __call__(self, index: int) -> Encoded | Rejected:
+        """Encode one entry, or say why not."""
+        if index in self._kept:
+            return self._kept[index]
+        entry = self._entries[index]
+        item = self._encoders[entry.image_root](entry.conversation)
+        if isinstance(item, Encoded):
+            size = _bytes(item)
+            if size <= self._room:
+                self._room -= size
+                self._kept[index] = item
+        return item
+
+    def require(self, index: int) -> Encoded:
+        """Encode an entry that was usable before.
+
+        Raises:
+            ViSpecError: it no longer is (an image was removed meanwhile).
+        """
+        item = self(index)
+        if isinstance(item, Rejected):
+            raise ViSpecError(
+                f"sample {item.sample_id!r} was usable when the run began and is not any more "
+                f"({item.reason}): put its image back"
+            )
+        return item
+
+
+def _bytes(item: Encoded) -> int:
+    tensors = (item.token_ids, item.answer, *item.vision.values())
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """Which samples each step takes.
+
+    Samples are shuffled, pools of `settings.pool` batches are sorted by length so that a batch
+    holds samples of like length, and the batches are shuffled. An epoch is filled up to whole
+    steps with samples from its own beginning.
+
+    Attributes:
+        indices: samples to train on.
+        lengths: tokens of each, by index.
+        settings: size per process, forward passes per step, pool.
+        world: number of processes.
+        seed: of the order.
+    """
+
+    indices: tuple[int, ...]
+    lengths: Mapping[int, int]
+    settings: BatchConfig
+    world: int
+    seed: int
+
+    @property
+    def step_samples(self) -> int:
+        """Samples per optimizer step over all processes."""
+        return self.settings.size * self.settings.accumulate * self.world
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per pass over the data."""
+        return -(-len(self.indices) // self.step_samples)
+
+    def epoch(self, number: int) -> list[list[list[int]]]:
+        """Steps of an epoch; each a list of forward passes over all processes' samples."""
+        random = Random(f"order {self.seed} {number}")
+        order = random.sample(self.indices, len(self.indices))
+        wanted = self.steps_per_epoch * self.step_samples
+        order = (order * -(-wanted // len(order)))[:wanted]
+        size = self.settings.size * self.world
+        pool = max(self.settings.pool, 1) * size
+        passes: list[list[int]] = []
+        for first in range(0, wanted, pool):
+            drawn = sorted(order[first : first + pool], key=lambda n: (self.lengths[n], n))
+            passes += [drawn[i : i + size] for i in range(0, len(drawn), size)]
+        random.shuffle(passes)
+        per_step = self.settings.accumulate
+        return [passes[i : i + per_step] for i in range(0, len(passes), per_step)]
+
+    def mine(self, samples: Sequence[int], rank: int) -> list[int]:
+        """One process's share of a forward pass; like lengths on all of them."""
+        return list(samples[rank :: self.world])

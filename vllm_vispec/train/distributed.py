@@ -1,0 +1,140 @@
+"""One process or many: who am I, summing over all, and sharding the draft.
+
+A run has one process per GPU (or per CPU worker), started by `torchrun` or by Ray Train. Weights,
+gradients and moments of the draft are sharded by FSDP2 (`fully_shard`), which works on GPUs (NCCL)
+and on CPUs (gloo). Every process sees its own samples; only the main one writes results.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vllm_vispec.errors import ViSpecError
+
+# Other processes wait while one writes a cache or a checkpoint.
+TIMEOUT = timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, seen from one of them."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one writes results."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Wait until all have come here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes (a new tensor)."""
+        if self.world == 1:
+            return values
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        if self.world == 1:
+            return flag
+        return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0)
+
+    def same(self, value: float) -> float:
+        """The main process's value."""
+        mine = torch.tensor([value if self.is_main else 0.0], dtype=torch.float64)
+        return float(self.sum(mine.to(self.device)).item())
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Processes]:
+    """Join the run's processes; leaves a group that was there before (Ray's) alone.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        ViSpecError: a GPU was asked for and there is none.
+    """
+    chosen = pick_device(device)
+    mine = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if mine:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        if dist.is_initialized():
+            yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
+        else:
+            yield Processes(0, 1, chosen)
+    finally:
+        if mine:
+            dist.destroy_process_group()
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        ViSpecError: see `processes`.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ViSpecError("run.device is 'cuda' and PyTorch sees no GPU: use 'auto' or 'cpu'")
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    # Ray may show a worker its own GPU only, as number 0.
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def shard(module: nn.Module, group: Processes) -> None:
+    """Shard a module's parameters over all processes, in place; nothing to do for one.
+
+    The module is gathered as a whole in its forward: rollouts call its parts one by one, so
+    gathering part by part would not work. Gradients come out as means over the processes.
+    """
+    if group.world == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(group.device.type, (group.world,))
+    fully_shard(module, mesh=mesh, reshard_after_forward=False)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in full on this process (all processes must ask for it); detached."""
+    full = tensor.detach()
+    return full.full_tensor() if hasattr(full, "full_tensor") else full
+
+
+@torch.no_grad()
+def assign(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy full tensors into parameters or moments, sharded or not, by name."""
+    for name, parameter in parameters.items():
+        parameter.copy_(like(parameter, values[name]))
+
+
+def like(pattern: Tensor, value: Tensor) -> Tensor:
+    """A full tensor in the dtype, on the device and with the sharding of another."""
+    moved = value.to(pattern.device, pattern.dtype)
+    if not hasattr(pattern, "full_tensor"):
+        return moved
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(moved, pattern.device_mesh, pattern.placements)

@@ -1,0 +1,75 @@
+"""The draft a run starts from: a fresh one, or one made from another head's weights."""
+
+from __future__ import annotations
+
+from vllm_vispec.dialects.target import check_against_target
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.torch_draft import ViSpecDraft
+from vllm_vispec.train.config import HeadSettings
+from vllm_vispec.train.kinds import new_draft, new_head_config
+from vllm_vispec.train.source import Facts
+
+# What a head keeps of the one it starts from; its kind decides about images.
+_KEPT = (
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rope_theta",
+    "rms_norm_eps",
+    "qkv_bias",
+    "fc_bias",
+    "layer0_input_norm",
+    "final_norm",
+)
+
+
+def make_draft(settings: HeadSettings, facts: Facts, seed: int) -> ViSpecDraft:
+    """A float32 draft on the CPU, the same on every process.
+
+    With `head.init_from` every tensor that the kind has is taken over; image parts that the other
+    head lacks (a text draft from stage 1) start fresh. The target's embedding table is used.
+
+    Raises:
+        ViSpecError: the head does not fit the target or the kind.
+    """
+    if not settings.init_from:
+        config = new_head_config(
+            settings.kind,
+            facts.text_config,
+            target_model_type=facts.model_type,
+            num_query_tokens=settings.num_query_tokens,
+        )
+        return new_draft(config, facts.embed_VD.cpu(), seed)
+    other = ViSpecDraft.from_folder(settings.init_from)
+    vocab_size, hidden_size = facts.embed_VD.shape
+    check_against_target(other.config, hidden_size, vocab_size, facts.model_type)
+    config = new_head_config(
+        settings.kind,
+        facts.text_config,
+        target_model_type=facts.model_type,
+        num_query_tokens=settings.num_query_tokens,
+        **{name: getattr(other.config, name) for name in _KEPT},
+    )
+    draft = new_draft(config, facts.embed_VD.cpu(), seed)
+    _take_over(draft, other, settings)
+    return draft
+
+
+def _take_over(draft: ViSpecDraft, other: ViSpecDraft, settings: HeadSettings) -> None:
+    given = {n: t for n, t in other.state_dict().items() if not n.startswith("embed_tokens.")}
+    wanted = draft.state_dict()
+    lost = sorted(name for name in given if name not in wanted)
+    if lost:
+        raise ViSpecError(
+            f"head.kind {settings.kind!r} has no place for {', '.join(lost[:3])} of "
+            f"head.init_from {settings.init_from!r}: use its kind, or start fresh"
+        )
+    query = "img_adaptor.query"
+    if query in given and given[query].shape != wanted[query].shape:
+        raise ViSpecError(
+            f"head.num_query_tokens is {settings.num_query_tokens}, head.init_from "
+            f"{settings.init_from!r} has {len(given[query])}: set it to that"
+        )
+    draft.load_state_dict(given, strict=False)

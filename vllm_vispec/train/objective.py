@@ -1,0 +1,103 @@
+"""The draft with its loss: rollout passes, logits and loss terms of a batch, as sums over rows.
+
+Sums, not means: divided by the number of rows of the whole step they are the same however a step's
+samples are spread over forward passes and processes.
+
+Tensor names end in their shape: B samples, L rows, N counted rows, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vllm_vispec.torch_draft import ViSpecDraft
+from vllm_vispec.train.batch import DraftBatch
+from vllm_vispec.train.config import LossSettings
+from vllm_vispec.train.losses import LossInputs, get_loss
+from vllm_vispec.train.rollout import PassOutput, rollout
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What one forward pass adds up to.
+
+    Attributes:
+        loss: sum over passes and rows of the weighted loss (with gradients).
+        rows: counted rows of pass 0, what the step's sum is divided by.
+        parts: sums of every loss term over the rows of pass 0 (detached).
+        right: rows of pass 0 whose most likely token is the answer's.
+    """
+
+    loss: Tensor
+    rows: int
+    parts: dict[str, Tensor]
+    right: Tensor
+
+
+class Objective(nn.Module):
+    """One module around the draft, so that sharding can gather it before anything reads it."""
+
+    def __init__(self, draft: ViSpecDraft, lm_head_VD: Tensor, settings: LossSettings) -> None:
+        super().__init__()
+        self.draft = draft
+        self.settings = settings
+        # Detached: a parameter would be registered, trained and sharded.
+        self.lm_head_VD = lm_head_VD.detach()
+        self.loss = get_loss(settings.name, **settings.weights)
+
+    def forward(self, batch: DraftBatch, generator: torch.Generator | None = None) -> Sums:
+        """Loss of a batch on the draft's device, in its dtype (or under autocast)."""
+        outputs = rollout(
+            self.draft,
+            batch,
+            self.settings.passes,
+            self.settings.mode,
+            self.settings.noise,
+            generator,
+        )
+        # A term without weight on every parameter: all get gradients (zeros) even where a batch
+        # has no image, so that optimiser and sharding treat every step alike.
+        total = sum((p.flatten()[:1].sum() * 0 for p in self.trained()), torch.zeros(()))
+        total = total.to(batch.hidden_BLD.device)
+        first: dict[str, Tensor] = {}
+        for number, output in enumerate(outputs):
+            sums = self._pass(output, batch)
+            total = total + self.settings.pass_decay**number * sums["total"]
+            first = first or sums
+        parts = {name: value.detach() for name, value in first.items() if name != "right"}
+        return Sums(total, int(outputs[0].counts_BL.sum()), parts, first["right"])
+
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters that are trained (the embedding table is not)."""
+        return [p for p in self.draft.parameters() if p.requires_grad]
+
+    def _pass(self, output: PassOutput, batch: DraftBatch) -> dict[str, Tensor]:
+        counts_BL = output.counts_BL
+        state_ND = output.state_BLD[counts_BL]
+        goal_ND = F.pad(batch.hidden_BLD[:, 1:], (0, 0, 0, 1))[counts_BL]
+        gold_N = F.pad(batch.ids_BL[:, 2:], (0, 2))[counts_BL]
+        size = self.settings.chunk_rows
+        if len(state_ND) <= size:
+            return self._rows(state_ND, goal_ND, gold_N)
+        sums: dict[str, Tensor] = {}
+        pieces = (x.split(size) for x in (state_ND, goal_ND, gold_N))
+        for piece in zip(*pieces, strict=True):
+            # Logits are computed again in the backward pass: only one chunk's are ever held.
+            found = checkpoint(self._rows, *piece, use_reentrant=False)
+            sums = {name: sums[name] + v if sums else v for name, v in found.items()}
+        return sums
+
+    def _rows(self, state_ND: Tensor, goal_ND: Tensor, gold_N: Tensor) -> dict[str, Tensor]:
+        head_VD = self.lm_head_VD
+        draft_NV = F.linear(state_ND.to(head_VD.dtype), head_VD)
+        with torch.no_grad():
+            target_NV = F.linear(goal_ND.to(head_VD.dtype), head_VD)
+        means = self.loss(LossInputs(state_ND, goal_ND, draft_NV, target_NV, gold_N))
+        sums = {name: mean * len(gold_N) for name, mean in means.items()}
+        sums["right"] = (draft_NV.detach().argmax(-1) == gold_N).sum()
+        return sums

@@ -1,0 +1,130 @@
+"""The same recipe as a Ray Train job, on one node or several.
+
+Every worker runs `vllm_vispec.train.loop.train`; Ray starts the processes and joins them. All nodes
+must see the same files: the target, the data and run.output on shared storage.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.train.config import TrainConfig
+from vllm_vispec.train.settings import config_from_flat
+
+# Ray changes the working directory of its workers, so paths must not depend on it.
+_PATHS = (
+    "target.model",
+    "head.init_from",
+    "data.train",
+    "data.validation",
+    "data.image_root",
+    "teacher.cache_dir",
+    "run.output",
+)
+
+
+def train_on_ray(
+    config: TrainConfig, workers: int, override: tuple[str, ...] = (), cache_only: bool = False
+) -> str:
+    """Run a recipe on so many Ray workers; returns the main worker's last line.
+
+    Joins the cluster that RAY_ADDRESS names, else starts one on this machine.
+
+    Raises:
+        ViSpecError: Ray Train is not installed, the cluster is too small, or the run failed; a
+            failed run goes on from its last checkpoint when the same command is run again.
+    """
+    ray, train, torch_train = _import_ray()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=True)
+    use_gpu = _use_gpu(ray.cluster_resources(), config.run.device, workers)
+    job = {
+        "settings": _absolute(config.flat()),
+        "override": list(override),
+        "cache_only": cache_only,
+        "command": shlex.join(sys.argv),
+    }
+    output = Path(config.run.output).absolute()
+    trainer = torch_train.TorchTrainer(
+        _worker,
+        train_loop_config=job,
+        scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        torch_config=torch_train.TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        run_config=train.RunConfig(name="ray", storage_path=str(output)),
+    )
+    try:
+        result = trainer.fit()
+    # Ray wraps a worker's error in its own types, which differ between its versions.
+    except Exception as error:
+        raise ViSpecError(_reason(error)) from error
+    return str(getattr(result, "return_value", None) or f"finished; see {output}")
+
+
+def _import_ray() -> tuple[Any, Any, Any]:
+    try:
+        import ray
+        from ray import train
+        from ray.train import torch as torch_train
+    except ImportError as error:
+        raise ViSpecError(
+            f"--ray needs Ray Train ({error}): pip install 'vllm-vispec[ray]'"
+        ) from error
+    return ray, train, torch_train
+
+
+def _use_gpu(resources: Mapping[str, float], device: str, workers: int) -> bool:
+    wanted = {"CPU": workers}
+    use_gpu = device == "cuda" or (device == "auto" and resources.get("GPU", 0) >= workers)
+    if use_gpu:
+        wanted["GPU"] = workers
+    for kind, count in wanted.items():
+        if resources.get(kind, 0) < count:
+            raise ViSpecError(
+                f"--workers {workers} needs {count} {kind}, the Ray cluster has "
+                f"{resources.get(kind, 0):g}: use fewer workers or add nodes"
+            )
+    return use_gpu
+
+
+def _absolute(flat: Mapping[str, Any]) -> dict[str, Any]:
+    def whole(path: str) -> str:
+        return str(Path(path).absolute()) if path and Path(path).exists() else path
+
+    changed = dict(flat)
+    for name in _PATHS:
+        value = flat[name]
+        changed[name] = [whole(v) for v in value] if isinstance(value, list) else whole(value)
+    # These may not exist yet.
+    for name in ("run.output", "teacher.cache_dir"):
+        changed[name] = str(Path(flat[name]).absolute()) if flat[name] else ""
+    return changed
+
+
+def _worker(job: Mapping[str, Any]) -> str:
+    """What every worker does."""
+    from vllm_vispec.train.distributed import processes
+    from vllm_vispec.train.loop import fill_cache, train
+
+    config = config_from_flat(job["settings"])
+    with processes(config.run.device) as group:
+        if job["cache_only"]:
+            return fill_cache(config, group)
+        return train(config, group, job["override"], job["command"]).message
+
+
+def _reason(error: BaseException) -> str:
+    """One line: our own error's text if a worker raised one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    marker = "ViSpecError: "
+    ours = [line.partition(marker)[2] for line in lines if marker in line]
+    if ours:
+        return ours[0].replace("\\n", " ").strip("'\") ")
+    last = lines[-1] if lines else type(error).__name__
+    return f"the Ray job failed ({last}): see Ray's log, then run the same command again to go on"

@@ -1,0 +1,174 @@
+"""Checkpoints of a run: everything that the next step depends on, in safetensors and JSON.
+
+`checkpoints/step-NNNNNNNN/` holds state.safetensors (`weights.*`, the moments `moment1.*` and
+`moment2.*` of AdamW and, with an average, `average.*`) and state.json (steps, epoch and position
+in it, seconds, seed, settings). Order, noise and initial weights follow from the seed and the
+step, so there is no other random state. A checkpoint appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.train.files import (
+    read_json,
+    read_tensors,
+    sweep,
+    write_json,
+    write_tensors,
+    writing,
+)
+
+Tensors = dict[str, Tensor]
+FORMAT = 1
+
+# Settings that may change when a run goes on: they do not alter what the next step computes.
+FREE_SETTINGS = (
+    "data.memory_mb",
+    "head.dtype",
+    "run.device",
+    "run.export",
+    "run.keep",
+    "run.log_every",
+    "run.output",
+    "run.save_every",
+    "run.threads",
+    "run.validate_every",
+    "teacher.cache_dir",
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: finished optimizer steps.
+        epoch, position: the epoch that the next step belongs to, and finished steps in it.
+        seconds: training time so far, validation and saving excluded.
+        world: processes it ran on.
+        seed: of weights, order and noise.
+        best: highest tokens_per_round so far, and the step it belongs to.
+        latest: tokens_per_round of the last validation, and its step.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    seconds: float = 0.0
+    world: int = 1
+    seed: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    latest: float | None = None
+    latest_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved state, its tensors grouped: group -> name -> tensor on the CPU."""
+
+    progress: Progress
+    settings: Mapping[str, Any]
+    groups: Mapping[str, Tensors] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoints folder of a run."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self._keep = folder, keep
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending."""
+        found = self.folder.glob("step-*/state.json")
+        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write a checkpoint, then drop old ones.
+
+        Raises:
+            ViSpecError: it cannot be written; earlier ones are untouched.
+        """
+        path = self._path(checkpoint.progress.step)
+        sweep(self.folder)
+        tensors = {
+            f"{group}.{name}": tensor
+            for group, members in checkpoint.groups.items()
+            for name, tensor in members.items()
+        }
+        content = {
+            "format": FORMAT,
+            "progress": asdict(checkpoint.progress),
+            "settings": dict(checkpoint.settings),
+        }
+        with writing(path) as aside:
+            aside.mkdir()
+            write_tensors(aside / "state.safetensors", tensors)
+            write_json(aside / "state.json", content)
+            shutil.rmtree(path, ignore_errors=True)  # the same step, saved by an earlier attempt
+        self._drop_old(checkpoint.progress.best_step)
+        return path
+
+    def load(self, step: int) -> Checkpoint:
+        """Read the checkpoint of a step.
+
+        Raises:
+            ViSpecError: it is damaged or from a newer release.
+        """
+        path = self._path(step)
+        content = read_json(path / "state.json")
+        if content.get("format") != FORMAT:
+            raise ViSpecError(
+                f"{path} has format {content.get('format')!r}, this release reads {FORMAT}: use "
+                "the release that wrote it, or another run.output"
+            )
+        groups: dict[str, Tensors] = {}
+        for name, tensor in read_tensors(path / "state.safetensors").items():
+            group, _, rest = name.partition(".")
+            groups.setdefault(group, {})[rest] = tensor
+        return Checkpoint(Progress(**content["progress"]), content["settings"], groups)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _drop_old(self, best_step: int | None) -> None:
+        for step in self.steps()[: -self._keep]:
+            if step != best_step:
+                shutil.rmtree(self._path(step), ignore_errors=True)
+
+
+def check_same_settings(
+    saved: Mapping[str, Any], now: Mapping[str, Any], allowed: tuple[str, ...] = ()
+) -> list[str]:
+    """Refuse to go on with settings that change what is computed.
+
+    Args:
+        allowed: settings whose change the user confirmed.
+
+    Returns:
+        The names of settings that differ and are allowed to.
+
+    Raises:
+        ViSpecError: others differ; names them and the option that allows it.
+    """
+    differing = sorted(
+        name
+        for name in {*saved, *now}
+        if name not in FREE_SETTINGS and saved.get(name) != now.get(name)
+    )
+    refused = [name for name in differing if name not in allowed]
+    if refused:
+        changes = ", ".join(f"{n}: {saved.get(n)!r} -> {now.get(n)!r}" for n in refused)
+        raise ViSpecError(
+            f"run.output holds a run with other settings ({changes}): choose another run.output, "
+            f"or go on with the new ones by --override {','.join(differing)}"
+        )
+    return differing

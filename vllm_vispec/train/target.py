@@ -1,0 +1,271 @@
+"""The frozen target in training: what it computes on a sample, batched.
+
+Tensor names end in their shape: B batch, L tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.train.batch import Observed
+
+if TYPE_CHECKING:
+    from vllm_vispec.conversations.encode import Encoded
+
+# Per-token outputs of processors. They are made here from the token ids, so that they are padded
+# like these.
+_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class TrainingTarget:
+    """A frozen Hugging Face vision-language model.
+
+    Attributes:
+        model: the model, in evaluation mode, without gradients.
+        folder: where it came from.
+        image_token_id: the id of image placeholders.
+        takes_token_types: its forward wants to know which tokens are images (M-RoPE).
+    """
+
+    model: Any
+    folder: str
+    image_token_id: int
+    takes_token_types: bool
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: torch.dtype, device: str) -> TrainingTarget:
+        """Load a target from a local folder (nothing is fetched then) or a hub id.
+
+        Raises:
+            ViSpecError: it cannot be read, has no vision part, or is not built as
+                `model.model.language_model` plus `lm_head`.
+        """
+        config = load_target_config(folder)
+        model = _load_model(folder, dtype)
+        _check_structure(model, folder)
+        model.requires_grad_(False)
+        model.eval().to(device)
+        forward = inspect.signature(type(model.model).forward)
+        return cls(
+            model, str(folder), image_token_id(config), "mm_token_type_ids" in forward.parameters
+        )
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the language model."""
+        return self.model.config.get_text_config()
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return int(self.text_config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of `lm_head`."""
+        return len(self.lm_head_VD)
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` of the whole model, e.g. "qwen2_5_vl"."""
+        return str(self.model.config.model_type)
+
+    @property
+    def embed_VD(self) -> Tensor:
+        """Input embedding table (the model's own tensor)."""
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def lm_head_VD(self) -> Tensor:
+        """Output projection (the model's own tensor)."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.embed_VD.device
+
+    def observe(self, samples: Sequence[Encoded]) -> list[Observed]:
+        """Run the target on samples, padded on the right: equal to one by one up to rounding.
+
+        Returns:
+            One `Observed` per sample, tensors in the target's dtype and on its device.
+
+        Raises:
+            ViSpecError: the processor's image tensors do not fit the model.
+        """
+        if not samples:
+            return []
+        inputs = self._inputs(samples)
+        # no_grad, not inference_mode: the draft's backward pass saves these tensors.
+        with torch.no_grad(), _watch(self.model.model.language_model) as seen:
+            try:
+                self.model.model(**inputs, use_cache=False)
+            except (ValueError, RuntimeError, IndexError) as error:
+                ids = ", ".join(sample.sample_id for sample in samples)
+                raise ViSpecError(
+                    f"the target {self.folder} fails on the samples {ids} ({error}): use the "
+                    "processor that belongs to it"
+                ) from error
+        return [self._observed(sample, b, seen) for b, sample in enumerate(samples)]
+
+    def _inputs(self, samples: Sequence[Encoded]) -> dict[str, Any]:
+        length = max(len(sample.token_ids) for sample in samples)
+        filler = 0 if self.image_token_id != 0 else 1
+
+        def pad(row_L: Tensor, value: int) -> Tensor:
+            return F.pad(row_L, (0, length - len(row_L)), value=value)
+
+        ids_BL = torch.stack([pad(sample.token_ids, filler) for sample in samples]).to(self.device)
+        valid_BL = torch.stack([pad(torch.ones_like(s.token_ids), 0) for s in samples])
+        inputs: dict[str, Any] = {"input_ids": ids_BL, "attention_mask": valid_BL.to(self.device)}
+        if self.takes_token_types:
+            inputs["mm_token_type_ids"] = (ids_BL == self.image_token_id).to(torch.int32)
+        dtype = self.embed_VD.dtype
+        for name, value in merge_vision([sample.vision for sample in samples]).items():
+            value = value.to(self.device)
+            inputs[name] = value.to(dtype) if value.is_floating_point() else value
+        return inputs
+
+    def _observed(self, sample: Encoded, row: int, seen: Mapping[str, Tensor]) -> Observed:
+        count = len(sample.token_ids)
+        return Observed(
+            sample_id=sample.sample_id,
+            family=sample.family,
+            token_ids=sample.token_ids.to(self.device),
+            answer=sample.answer.to(self.device),
+            runs=sample.runs,
+            embeds_LD=seen["embeds_BLD"][row, :count],
+            hidden_LD=seen["hidden_BLD"][row, :count],
+        )
+
+
+def load_target_config(folder: str | Path) -> Any:
+    """Configuration of a target.
+
+    Raises:
+        ViSpecError: it cannot be read or has no vision part.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=Path(folder).is_dir()
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ViSpecError(
+            f"target.model {str(folder)!r} cannot be read ({_first_line(error)}): give the folder "
+            "or hub id of a vision-language model that transformers knows"
+        ) from error
+    if getattr(config, "vision_config", None) is None:
+        raise ViSpecError(
+            f"target.model {str(folder)!r} ({config.model_type}) has no vision part: give a "
+            "vision-language model, or train a text draft with EAGLE's own tools"
+        )
+    return config
+
+
+def image_token_id(config: Any) -> int:
+    """Id of the image placeholder in a target's token ids.
+
+    Raises:
+        ViSpecError: the configuration does not state it.
+    """
+    for name in ("image_token_id", "image_token_index"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(value)
+    raise ViSpecError(
+        f"the target's config.json ({config.model_type}) states neither image_token_id nor "
+        "image_token_index: this family is not supported for training"
+    )
+
+
+def merge_vision(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join processor outputs of several samples along dimension 0.
+
+    Other dimensions are padded with zeros at their end (LLaVA-NeXT: tiles per image, whose real
+    number follows from `image_sizes`).
+    """
+    names = dict.fromkeys(name for part in parts for name in part if name not in _PER_TOKEN)
+    return {name: _join([part[name] for part in parts if name in part]) for name in names}
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+    padded = []
+    for tensor in tensors:
+        missing = [want - have for want, have in zip(shape, tensor.shape[1:], strict=True)]
+        pairs = [amount for gap in reversed(missing) for amount in (0, gap)]
+        padded.append(F.pad(tensor, pairs) if any(pairs) else tensor)
+    return torch.cat(padded)
+
+
+@contextmanager
+def _watch(language_model: Any) -> Iterator[dict[str, Tensor]]:
+    """Collect what goes into the language model and what comes out behind its final norm."""
+    seen: dict[str, Tensor] = {}
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["embeds_BLD"] = kwargs["inputs_embeds"].detach()
+
+    def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        seen["hidden_BLD"] = output.last_hidden_state.detach()
+
+    handles = [
+        language_model.register_forward_pre_hook(before, with_kwargs=True),
+        language_model.register_forward_hook(after),
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _load_model(folder: str | Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        return AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=Path(folder).is_dir(),
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ViSpecError(
+            f"target.model {str(folder)!r} cannot be loaded ({_first_line(error)}): give a "
+            "complete vision-language model with safetensors weights"
+        ) from error
+
+
+def _check_structure(model: Any, folder: str | Path) -> None:
+    head = model.get_output_embeddings()
+    inner = getattr(getattr(model, "model", None), "language_model", None)
+    if inner is None or head is None:
+        raise ViSpecError(
+            f"target.model {str(folder)!r} ({model.config.model_type}) has no "
+            "model.language_model with an lm_head: this family is not supported for training"
+        )
+    if getattr(head, "bias", None) is not None:
+        raise ViSpecError(
+            f"target.model {str(folder)!r} ({model.config.model_type}) has a bias in lm_head, "
+            "which drafts cannot share: this family is not supported for training"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,57 @@
+"""Simulated acceptance on held-out samples, shared out over the processes of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_vispec.evaluate.acceptance import (
+    OVERALL,
+    Acceptance,
+    Families,
+    merge_families,
+)
+from vllm_vispec.evaluate.simulate import simulate
+from vllm_vispec.torch_draft import ViSpecDraft
+from vllm_vispec.train.batch import pad_batch
+from vllm_vispec.train.distributed import Processes
+from vllm_vispec.train.source import Teacher
+
+
+def validate(
+    draft: ViSpecDraft,
+    teacher: Teacher,
+    samples: Sequence[int],
+    families: Sequence[str],
+    num_draft_tokens: int,
+    batch_size: int,
+    group: Processes,
+) -> Families:
+    """Acceptance over all samples, by family and overall; the same on every process.
+
+    Args:
+        samples: held-out samples of the corpus, by index.
+        families: the families among them.
+        num_draft_tokens: K of the simulated chains.
+    """
+    mine = sorted(samples, key=lambda index: teacher.lengths[index])[group.rank :: group.world]
+    found: Families = {}
+    for first in range(0, len(mine), batch_size):
+        batch = pad_batch(teacher.observe(mine[first : first + batch_size]))
+        part = simulate(draft, teacher.facts.lm_head_VD, batch, num_draft_tokens)
+        found = merge_families(found, part)
+    names = sorted({*families} - {""})
+    rows = [_to_row(found.get(name), num_draft_tokens) for name in (*names, OVERALL)]
+    totals = group.sum(torch.tensor(rows, dtype=torch.int64)).tolist()
+    return {name: _from_row(row) for name, row in zip((*names, OVERALL), totals, strict=True)}
+
+
+def _to_row(one: Acceptance | None, depth: int) -> list[int]:
+    one = one or Acceptance.nothing(depth)
+    return [one.rounds, one.tokens, one.answers, *one.accepted_by_position]
+
+
+def _from_row(row: Sequence[int]) -> Acceptance:
+    rounds, tokens, answers, *accepted = row
+    return Acceptance(rounds, tokens, tuple(accepted), answers)
