@@ -118,6 +118,9 @@ BAD_STARTS: Mapping[str, BadStart] = {
         _pickle_only,
     ),
     "missing tensor": BadStart(r"lacks 1 tensor\(s\): fc\.weight.*export", _drop("fc.weight")),
+    "missing tensor of a head given as eagle": BadStart(
+        r"lacks 1 tensor\(s\): fc\.weight.*export", _drop("fc.weight"), spec={"method": "eagle"}
+    ),
     "extra tensor": BadStart(r"account for: lm_head\.weight.*remove", _add("lm_head.weight")),
     "config of another head": BadStart(
         r"has shape .*config\.json asks for.*use the config\.json",

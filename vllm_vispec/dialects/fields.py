@@ -9,6 +9,7 @@ from vllm_vispec.dialects.base import RawConfig, Shapes
 from vllm_vispec.errors import ViSpecError
 
 _PLAIN_ROPE = (None, "default", "mrope")
+EMBED_TOKENS = "embed_tokens.weight"
 
 
 class AttentionSizes(TypedDict):
@@ -115,12 +116,12 @@ def rope_theta(config: RawConfig, default: float = 10000.0) -> float:
     return default if theta is None else theta
 
 
-def vocab_size(config: RawConfig, shapes: Shapes, embed_name: str) -> int:
+def vocab_size(config: RawConfig, shapes: Shapes) -> int:
     """Rows of the head's embedding table, or `vocab_size` of a head without one.
 
     The table wins: configs copied from a target sometimes miss its padding rows.
     """
-    shape = shapes.get(embed_name)
+    shape = shapes.get(EMBED_TOKENS)
     if shape:
         return shape[0]
     return require_int(config, "vocab_size")
@@ -154,3 +155,24 @@ def check_activation(config: RawConfig) -> None:
             f"hidden_act of the head is {activation!r}: only 'silu' is supported, train the head "
             "with it"
         )
+
+
+def common_fields(config: RawConfig, shapes: Shapes) -> dict[str, Any]:
+    """The fields of `HeadConfig` that the published dialects state alike.
+
+    Args:
+        config: the text part of config.json, see `text_fields`.
+        shapes: the file's tensors.
+
+    Raises:
+        ViSpecError: a field is missing, or asks for what the draft does not do.
+    """
+    check_activation(config)
+    return {
+        **attention_sizes(config),
+        "vocab_size": vocab_size(config, shapes),
+        "max_position_embeddings": config.get("max_position_embeddings", 2048),
+        "rope_theta": rope_theta(config),
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "has_embed_tokens": EMBED_TOKENS in shapes,
+    }
