@@ -134,6 +134,10 @@ BAD_STARTS: Mapping[str, BadStart] = {
         rf"vocab_size of the head is 999.*is {VOCAB}: use the head that was trained",
         _rewrite(vocab_size=999),
     ),
+    "head of another family": BadStart(
+        "trained for llava, the target is qwen2_5_vl: use the head that was trained",
+        lambda folder: edit_config(folder, model_type="llava"),
+    ),
     "EAGLE head": BadStart(
         'text-only EAGLE head.*"method":"eagle"', _only(EAGLE, "LlamaForCausalLM")
     ),
