@@ -49,7 +49,7 @@ def test_nothing_is_read_back(recorded: Batches, batch: str) -> None:
 def test_operators_depend_on_the_size_alone(recorded: Batches) -> None:
     """Every pass over as many tokens runs the same operators on the same shapes.
 
-    What happens between passes lies outside the graphs and may be left out where it changes nothing.
+    What happens between passes lies outside the graphs, and is left out where nothing changes.
     """
     text, images = (
         {key: kinds for key, kinds in recorded[name]["passes"].items() if key.startswith("pass ")}
