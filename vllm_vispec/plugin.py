@@ -4,9 +4,9 @@ Kept trivial to import.  An exception while importing an entry point is swallowe
 users would then only see that ``vispec`` is no known method.
 """
 
-import logging
+from vllm_vispec.logs import get_logger
 
-logger = logging.getLogger("vllm.vllm_vispec")
+logger = get_logger("vllm_vispec")
 
 MIN_VERSION, MAX_VERSION = (0, 32), (0, 33)
 

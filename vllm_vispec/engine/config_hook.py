@@ -11,7 +11,6 @@ from typing import Any
 
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.logger import init_logger
 from vllm.transformers_utils import config as vllm_config_module
 
 from vllm_vispec.dialects import HeadInfo, inspect_head, is_vispec_head
@@ -20,8 +19,9 @@ from vllm_vispec.engine.options import EngineOptions
 from vllm_vispec.engine.wrapping import wrap_once
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.head_config import ARCHITECTURE
+from vllm_vispec.logs import get_logger
 
-logger = init_logger(__name__)
+logger = get_logger(__name__)
 
 METHOD = "vispec"
 
