@@ -148,13 +148,12 @@ def main(
 ) -> None:
     """Sweep K and print both sides."""
     pair = Pair(model, draft_model)
-    job = Job(
-        model=pair.model,
-        draft_model=pair.draft_model,
+    job = Job.of_pair(
+        pair,
         dtype=dtype,
         max_tokens=max_tokens,
         per_family=per_family,
-        families=tuple(family or ()),
+        families=family or (),
     )
     machine = describe_machine()
     results = sweep(job, k or DEFAULT_DRAFT_TOKENS, repetitions, threads, logs)

@@ -152,14 +152,12 @@ def main(
 ) -> None:
     """Compare the cost of a draft pass and of a draft step."""
     pair = Pair(model, draft_model, num_speculative_tokens)
-    job = Job(
-        model=pair.model,
-        draft_model=pair.draft_model,
-        num_speculative_tokens=num_speculative_tokens,
+    job = Job.of_pair(
+        pair,
         dtype=dtype,
         max_tokens=max_tokens,
         per_family=per_family,
-        families=tuple(family or ()),
+        families=family or (),
     )
     os.environ[CLOCK_VARIABLE] = clock
     machine = describe_machine()

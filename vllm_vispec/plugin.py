@@ -4,9 +4,9 @@ Kept trivial to import.  An exception while importing an entry point is swallowe
 users would then only see that ``vispec`` is no known method.
 """
 
-import logging
+from vllm_vispec.logs import get_logger
 
-logger = logging.getLogger("vllm.vllm_vispec")
+logger = get_logger("vllm_vispec")
 
 MIN_VERSION, MAX_VERSION = (0, 32), (0, 33)
 
@@ -38,7 +38,7 @@ def find_problem() -> str | None:
         return None
     return (
         f"seam {broken.name} does not fit this vLLM ({broken.detail}); install vLLM "
-        f"{_supported()} or a newer vllm-vispec, and see `vispec doctor`"
+        f"{supported_range()} or a newer vllm-vispec, and see `vispec doctor`"
     )
 
 
@@ -57,15 +57,16 @@ def version_problem(version: str) -> str | None:
         logger.warning("ViSpec: cannot read vLLM's version %r; going by the seams alone", version)
         return None
     if (major, minor) < MIN_VERSION:
-        return f"vLLM {version} is too old; install vLLM {_supported()}"
+        return f"vLLM {version} is too old; install vLLM {supported_range()}"
     if (major, minor) > MAX_VERSION:
         logger.warning(
-            "ViSpec was tested with vLLM %s, this is %s; all seams fit", _supported(), version
+            "ViSpec was tested with vLLM %s, this is %s; all seams fit", supported_range(), version
         )
     return None
 
 
-def _supported() -> str:
+def supported_range() -> str:
+    """Return the vLLM versions this release was tested with, e.g. ``0.32 to 0.33``."""
     low, high = (".".join(map(str, version)) for version in (MIN_VERSION, MAX_VERSION))
     return f"{low} to {high}"
 

@@ -72,14 +72,12 @@ def main(
 ) -> None:
     """Compare plain vLLM with ViSpec on held-out images of the tiny VLM."""
     pair = Pair(model, draft_model, num_speculative_tokens)
-    job = Job(
-        model=pair.model,
-        draft_model=pair.draft_model,
-        num_speculative_tokens=num_speculative_tokens,
+    job = Job.of_pair(
+        pair,
         dtype=dtype,
         max_tokens=max_tokens,
         per_family=per_family,
-        families=tuple(family or ()),
+        families=family or (),
     )
     console = Console()
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from examples.pair import Pair
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,21 @@ class Job:
     max_model_len: int = 1024
     per_family: int = 2
     families: tuple[str, ...] = ()
+
+    @classmethod
+    def of_pair(
+        cls, pair: Pair, *, dtype: str, max_tokens: int, per_family: int, families: Sequence[str]
+    ) -> Job:
+        """Return the job of serving a pair, from a program's options."""
+        return cls(
+            model=pair.model,
+            draft_model=pair.draft_model,
+            num_speculative_tokens=pair.num_speculative_tokens,
+            dtype=dtype,
+            max_tokens=max_tokens,
+            per_family=per_family,
+            families=tuple(families),
+        )
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Job:

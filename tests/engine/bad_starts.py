@@ -118,6 +118,9 @@ BAD_STARTS: Mapping[str, BadStart] = {
         _pickle_only,
     ),
     "missing tensor": BadStart(r"lacks 1 tensor\(s\): fc\.weight.*export", _drop("fc.weight")),
+    "missing tensor of a head given as eagle": BadStart(
+        r"lacks 1 tensor\(s\): fc\.weight.*export", _drop("fc.weight"), spec={"method": "eagle"}
+    ),
     "extra tensor": BadStart(r"account for: lm_head\.weight.*remove", _add("lm_head.weight")),
     "config of another head": BadStart(
         r"has shape .*config\.json asks for.*use the config\.json",
@@ -130,6 +133,10 @@ BAD_STARTS: Mapping[str, BadStart] = {
     "wrong vocabulary": BadStart(
         rf"vocab_size of the head is 999.*is {VOCAB}: use the head that was trained",
         _rewrite(vocab_size=999),
+    ),
+    "head of another family": BadStart(
+        "trained for llava, the target is qwen2_5_vl: use the head that was trained",
+        lambda folder: edit_config(folder, model_type="llava"),
     ),
     "EAGLE head": BadStart(
         'text-only EAGLE head.*"method":"eagle"', _only(EAGLE, "LlamaForCausalLM")

@@ -44,6 +44,7 @@ SETUPS: Mapping[str, list[Mapping[str, Any]]] = {
         {"name": "roomy", "options": {}, "situations": ["prefix_hit", "table_only", "true_miss"]},
         {"name": "chunks", "options": CHUNKS, "situations": ["together"]},
         {"name": "blocks", "options": {"num_blocks": 9}, "situations": ["together"]},
+        {"name": "async", "options": {"async_scheduling": True}, "situations": ["together"]},
     ],
 }
 EQUAL = [

@@ -172,8 +172,13 @@ def other(request: pytest.FixtureRequest, tiny: TinyStore) -> Served:
     name, full = request.param
     mixed = {"count": 64 if full else 16, "max_tokens": 6}
     busy = {"busy": {"run": "mixed", "count": 10, "max_tokens": 40}}
-    pairs = _pairs(tiny, {"mixed": mixed, "prefix": {}}, busy)
-    return serve(RUNNERS[name], pairs if full else pairs[:2])
+    setups = _pairs(tiny, {"mixed": mixed, "prefix": {}}, busy)
+    if not full:
+        del setups[2:]
+    target, head = tiny.pair(KIND)
+    options = dict(SMALL) | {"model": target, "draft": head, "async_scheduling": True}
+    setups.append(setup("async", KIND, options, {"mixed": mixed}))
+    return serve(RUNNERS[name], setups)
 
 
 def test_other_runners(other: Served, request: pytest.FixtureRequest) -> None:
@@ -193,3 +198,10 @@ def test_other_runners(other: Served, request: pytest.FixtureRequest) -> None:
     if "overlay" not in request.node.name:
         for engine, scenario in served:
             assert arranged[scenario](other[engine, scenario]), scenario
+
+
+def test_other_runners_async_scheduling(other: Served) -> None:
+    """With two steps in flight."""
+    served = other["async", "mixed"]
+    assert served["spy"]["in_flight"] == 2
+    _assert_same(other["small-plain", "mixed"], served)

@@ -58,10 +58,16 @@ def test_nothing_is_read_back(recorded: Batches, batch: str) -> None:
 
 
 def test_operators_depend_on_the_size_alone(recorded: Batches) -> None:
-    """Every pass over as many tokens runs the same operators on the same shapes."""
-    for batch in recorded.values():
-        assert {key: len(kinds) for key, kinds in batch["passes"].items() if len(kinds) > 1} == {}
-    text, images = (recorded[name]["passes"] for name in ("text", "images"))
+    """Every pass over as many tokens runs the same operators on the same shapes.
+
+    What happens between passes lies outside the graphs, and is left out where nothing changes.
+    """
+    text, images = (
+        {key: kinds for key, kinds in recorded[name]["passes"].items() if key.startswith("pass ")}
+        for name in ("text", "images")
+    )
+    for passes in (text, images):
+        assert {key: len(kinds) for key, kinds in passes.items() if len(kinds) > 1} == {}
     shared = set(text) & set(images)
     # A draft step and a full verification round are among them.
     assert {f"pass {NUM_REQUESTS}", f"pass {6 * NUM_REQUESTS}"} <= shared

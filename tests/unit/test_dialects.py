@@ -241,7 +241,9 @@ def test_resolve_fetches_no_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_check_against_target() -> None:
     head = TYPICAL["reference"]
     assert check_against_target(head, 32, 64, "qwen2_5_vl") is None
-    assert "acceptance may be low" in str(check_against_target(head, 32, 64, "llava"))
+    assert "acceptance may be low" in str(check_against_target(head, 32, 64, "some_vl"))
+    with pytest.raises(ViSpecError, match="trained for qwen2_5_vl, the target is llava: use the"):
+        check_against_target(head, 32, 64, "llava")
     with pytest.raises(ViSpecError, match="hidden_size of the head is 32"):
         check_against_target(head, 48, 64, "qwen2_5_vl")
     with pytest.raises(ViSpecError, match="vocab_size of the head is 64"):

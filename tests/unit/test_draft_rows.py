@@ -105,6 +105,7 @@ def test_masking_equals_compaction(config: HeadConfig, num_q: int) -> None:
     """One masked batch gives the rows of separate compact prefills."""
     torch.manual_seed(0)
     draft = ViSpecDraft(replace(config, num_query_tokens=num_q))
+    assert draft.img_fc is not None
     torch.nn.init.normal_(draft.img_fc.weight, std=0.2)
     length, size = 17, config.hidden_size
     embeds, hidden = torch.randn(2, len(MASKED_CASES), length, size).unbind()

@@ -1,4 +1,4 @@
-"""The `vispec` command line: `convert` and `doctor`."""
+"""The `vispec` command line. Everything heavy is imported on use."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from vllm_vispec.cli.evaluate import evaluate
+from vllm_vispec.cli.regenerate import regenerate
+from vllm_vispec.cli.train import train
 from vllm_vispec.errors import ViSpecError
 
 T = TypeVar("T")
@@ -76,6 +79,11 @@ def doctor(
             typer.echo(line)
     if not report.ok:
         raise typer.Exit(1)
+
+
+app.command()(regenerate)
+app.command()(train)
+app.command("eval")(evaluate)
 
 
 def main() -> None:

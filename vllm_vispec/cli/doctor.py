@@ -32,20 +32,14 @@ def run_checks() -> Report:
     for package in ("torch", "transformers"):
         lines.append(f"{package:14} {_version(package)}")
     if importlib.util.find_spec("vllm") is None:
+        from vllm_vispec.plugin import supported_range
+
         lines.append(f"{'vllm':14} not installed: install vLLM ({supported_range()})")
         return Report(tuple(lines), ok=False)
     vllm_line, version_ok = _vllm_line()
     lines += [vllm_line, f"{'runner':14} {runner_line()}"]
     seam_lines, seams_ok = _seam_lines()
     return Report((*lines, "", *seam_lines), ok=version_ok and seams_ok)
-
-
-def supported_range() -> str:
-    """The vLLM versions this release was tested with, e.g. "0.32 to 0.33"."""
-    from vllm_vispec.plugin import MAX_VERSION, MIN_VERSION
-
-    low, high = (".".join(map(str, bound)) for bound in (MIN_VERSION, MAX_VERSION))
-    return f"{low} to {high}"
 
 
 def runner_line() -> str:
@@ -106,7 +100,12 @@ def head_lines(head: str) -> list[str]:
 
 
 def _vllm_line() -> tuple[str, bool]:
-    from vllm_vispec.plugin import MAX_VERSION, installed_version, version_problem
+    from vllm_vispec.plugin import (
+        MAX_VERSION,
+        installed_version,
+        supported_range,
+        version_problem,
+    )
 
     found = installed_version()
     problem = version_problem(found)
@@ -120,6 +119,7 @@ def _vllm_line() -> tuple[str, bool]:
 
 
 def _seam_lines() -> tuple[list[str], bool]:
+    from vllm_vispec.plugin import supported_range
     from vllm_vispec.seams import check_seams
 
     states = check_seams()

@@ -6,6 +6,7 @@ from vllm_vispec.dialects.canonical import CANONICAL
 from vllm_vispec.dialects.load import (
     HeadInfo,
     inspect_head,
+    is_vispec_head,
     iter_canonical_tensors,
     resolve_head,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "check_against_target",
     "get_dialect",
     "inspect_head",
+    "is_vispec_head",
     "iter_canonical_tensors",
     "register_dialect",
     "resolve_head",

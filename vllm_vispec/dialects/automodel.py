@@ -28,7 +28,6 @@ def _query_tokens(config: RawConfig, shapes: Shapes) -> int:
 
 def _head_config(config: RawConfig, shapes: Shapes) -> HeadConfig:
     text = fields.text_fields(config)
-    fields.check_activation(text)
     # Early exports have both norms and no flags; later ones state that they follow the reference
     # (no norms), and may still carry the unused weights. Without a flag the tensors decide.
     has_input_norm = "layers.0.input_layernorm.weight" in shapes
@@ -37,17 +36,12 @@ def _head_config(config: RawConfig, shapes: Shapes) -> HeadConfig:
     return HeadConfig(
         dialect="automodel",
         target_model_type=str(config.get("model_type", "")).removesuffix("_text"),
-        **fields.attention_sizes(text),
-        vocab_size=fields.vocab_size(text, shapes, "embed_tokens.weight"),
-        max_position_embeddings=text.get("max_position_embeddings", 2048),
-        rope_theta=fields.rope_theta(text),
-        rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+        **fields.common_fields(text, shapes),
         num_query_tokens=_query_tokens(text, shapes),
         qkv_bias=fields.flag(text, "qkv_bias", fields.flag(text, "attention_bias", False)),
         fc_bias=fields.flag(text, "fc_bias", "fc.bias" in shapes),
         layer0_input_norm=not skip_input_norm,
         final_norm=final_norm,
-        has_embed_tokens="embed_tokens.weight" in shapes,
     )
 
 

@@ -28,6 +28,7 @@ _TARGET_CLASSES = {
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
 _PLAIN_ROPE = (None, "default", "mrope")
+EMBED_TOKENS = "embed_tokens.weight"
 
 
 class AttentionSizes(TypedDict):
@@ -134,12 +135,12 @@ def rope_theta(config: RawConfig, default: float = 10000.0) -> float:
     return default if theta is None else theta
 
 
-def vocab_size(config: RawConfig, shapes: Shapes, embed_name: str) -> int:
+def vocab_size(config: RawConfig, shapes: Shapes) -> int:
     """Rows of the head's embedding table, or `vocab_size` of a head without one.
 
     The table wins: configs copied from a target sometimes miss its padding rows.
     """
-    shape = shapes.get(embed_name)
+    shape = shapes.get(EMBED_TOKENS)
     if shape:
         return shape[0]
     return require_int(config, "vocab_size")
@@ -196,3 +197,24 @@ def target_like_config(head: HeadConfig, dtype: str) -> dict[str, Any]:
     if head.head_dim * head.num_attention_heads != head.hidden_size:
         config["head_dim"] = head.head_dim
     return config
+
+
+def common_fields(config: RawConfig, shapes: Shapes) -> dict[str, Any]:
+    """The fields of `HeadConfig` that the published dialects state alike.
+
+    Args:
+        config: the text part of config.json, see `text_fields`.
+        shapes: the file's tensors.
+
+    Raises:
+        ViSpecError: a field is missing, or asks for what the draft does not do.
+    """
+    check_activation(config)
+    return {
+        **attention_sizes(config),
+        "vocab_size": vocab_size(config, shapes),
+        "max_position_embeddings": config.get("max_position_embeddings", 2048),
+        "rope_theta": rope_theta(config),
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "has_embed_tokens": EMBED_TOKENS in shapes,
+    }

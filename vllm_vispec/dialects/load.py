@@ -28,7 +28,13 @@ from vllm_vispec.head_config import HeadConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["HeadInfo", "inspect_head", "iter_canonical_tensors", "resolve_head"]
+__all__ = [
+    "HeadInfo",
+    "inspect_head",
+    "is_vispec_head",
+    "iter_canonical_tensors",
+    "resolve_head",
+]
 
 
 @dataclass(frozen=True)
@@ -54,14 +60,18 @@ class HeadInfo:
     dtype: str
 
 
-def inspect_head(folder: str | Path) -> HeadInfo:
+def inspect_head(path_or_hub_id: str | Path, revision: str | None = None) -> HeadInfo:
     """Recognise a head's dialect and check it, reading config.json and headers only.
+
+    Args:
+        path_or_hub_id: a folder, or a hub id that is downloaded first.
+        revision: of the hub repository.
 
     Raises:
         ViSpecError: anything that would make loading fail later; the message names the file,
             tensor or field and the remedy.
     """
-    folder = resolve_head(folder)
+    folder = resolve_head(path_or_hub_id, revision)
     config = read_json(folder / "config.json")
     files = weight_files(folder)
     entries = read_entries(files)
@@ -80,6 +90,20 @@ def inspect_head(folder: str | Path) -> HeadInfo:
         sources=sources,
         dtype=_main_dtype(sources),
     )
+
+
+def is_vispec_head(folder: str | Path) -> bool:
+    """Whether a folder looks like a ViSpec head, a complete and consistent one or not."""
+    folder = Path(folder)
+    try:
+        config = read_json(folder / "config.json")
+    except ViSpecError:
+        return False
+    try:
+        shapes = {name: entry.shape for name, entry in read_entries(weight_files(folder)).items()}
+    except ViSpecError:
+        shapes = {}
+    return any(dialect.detect(config, shapes) for dialect in DIALECTS.values())
 
 
 def iter_canonical_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:

@@ -17,21 +17,15 @@ def _head_config(config: RawConfig, shapes: Shapes) -> HeadConfig:
     # The config is a copy of the target's: its architecture and model_type name the target, and
     # everything about the draft that is not a text-model field has to be inferred.
     text = fields.text_fields(config)
-    fields.check_activation(text)
     return HeadConfig(
         dialect="reference",
         target_model_type=str(config.get("model_type", "")),
-        **fields.attention_sizes(text),
-        vocab_size=fields.vocab_size(text, shapes, "embed_tokens.weight"),
-        max_position_embeddings=text.get("max_position_embeddings", 2048),
-        rope_theta=fields.rope_theta(text),
-        rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+        **fields.common_fields(text, shapes),
         num_query_tokens=fields.query_tokens(shapes, "imadpt.q"),
         qkv_bias=fields.flag(text, "qkv_bias", False),
         fc_bias=fields.flag(text, "bias", True),
         layer0_input_norm=False,
         final_norm=False,
-        has_embed_tokens="embed_tokens.weight" in shapes,
     )
 
 

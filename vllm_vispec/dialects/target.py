@@ -5,17 +5,22 @@ from __future__ import annotations
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.head_config import HeadConfig
 
+# Hidden states of one of these mean nothing to a head of another. A name that is not listed may be
+# that of the text model inside the target.
+FAMILIES = frozenset({"llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"})
+
 
 def check_against_target(
     head: HeadConfig, hidden_size: int, vocab_size: int, model_type: str = ""
 ) -> str | None:
-    """Refuse a head whose sizes are not the target's.
+    """Refuse a head that was trained for something else than the target.
 
     Returns:
-        A warning if the sizes fit but the head names another `model_type`, else None.
+        A warning if the sizes fit but the head names a `model_type` that is neither the target's
+        nor another known family's, else None.
 
     Raises:
-        ViSpecError: hidden size or vocabulary differ.
+        ViSpecError: hidden size, vocabulary or family differ.
     """
     trained_for = f" (trained for {head.target_model_type})" if head.target_model_type else ""
     for name, ours, theirs in (
@@ -28,6 +33,11 @@ def check_against_target(
                 f"{model_type or 'model'} is {theirs}: use the head that was trained for this "
                 "target"
             )
+    if {head.target_model_type, model_type} <= FAMILIES and head.target_model_type != model_type:
+        raise ViSpecError(
+            f"the head was trained for {head.target_model_type}, the target is {model_type}: use "
+            "the head that was trained for this target"
+        )
     if head.target_model_type and model_type and head.target_model_type != model_type:
         return (
             f"the head was trained for {head.target_model_type}, the target is {model_type}: "

@@ -6,62 +6,48 @@ EAGLE keeps working.  The draft is told apart by its registered architecture alo
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.logger import init_logger
 from vllm.transformers_utils import config as vllm_config_module
 
-from vllm_vispec.dialects import HeadInfo, inspect_head, resolve_head
+from vllm_vispec.dialects import HeadInfo, inspect_head, is_vispec_head
 from vllm_vispec.engine.guards import check_settings, check_target
 from vllm_vispec.engine.options import EngineOptions
+from vllm_vispec.engine.wrapping import wrap_once
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.logs import get_logger
 
-logger = init_logger(__name__)
+logger = get_logger(__name__)
 
 METHOD = "vispec"
-_MARK = "_vispec_wrapped"
 
 
 def install() -> None:
     """Wrap ``EngineArgs.create_speculative_config`` once."""
-    _wrap(_create_speculative_config)
+    wrap_once(EngineArgs, "create_speculative_config", _create_speculative_config)
 
 
 def install_refusal(problem: str) -> None:
     """Make ``"method": "vispec"`` fail with ``problem``; everything else is vLLM's."""
 
-    def refuse(args: EngineArgs, original: Any, *call_args: Any) -> SpeculativeConfig | None:
+    def refuse(original: Any, args: EngineArgs, *call_args: Any, **kwargs: Any) -> Any:
         if (args.speculative_config or {}).get("method") == METHOD:
             raise ViSpecError(problem)
-        return original(args, *call_args)
+        return original(args, *call_args, **kwargs)
 
-    _wrap(refuse)
-
-
-def _wrap(replacement: Any) -> None:
-    original = EngineArgs.create_speculative_config
-    if hasattr(original, _MARK):
-        return
-
-    @wraps(original)
-    def create_speculative_config(
-        self: EngineArgs,
-        target_model_config: ModelConfig,
-        target_parallel_config: ParallelConfig,
-    ) -> SpeculativeConfig | None:
-        return replacement(self, original, target_model_config, target_parallel_config)
-
-    setattr(create_speculative_config, _MARK, True)
-    EngineArgs.create_speculative_config = create_speculative_config
+    wrap_once(EngineArgs, "create_speculative_config", refuse)
 
 
 def _create_speculative_config(
-    args: EngineArgs, original: Any, target: ModelConfig, parallel: ParallelConfig
+    original: Any,
+    args: EngineArgs,
+    target_model_config: ModelConfig,
+    target_parallel_config: ParallelConfig,
 ) -> SpeculativeConfig | None:
+    target, parallel = target_model_config, target_parallel_config
     settings = {
         key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()
     }
@@ -96,14 +82,11 @@ def _find_head(settings: dict[str, Any]) -> HeadInfo | None:
             raise ViSpecError(
                 'speculative config: "model" is missing; give the folder or hub id of a ViSpec head'
             )
-        return inspect_head(resolve_head(model, settings.get("revision")))
+        return inspect_head(model, settings.get("revision"))
     if method != "eagle" or not isinstance(model, str) or not Path(model).is_dir():
         return None
-    try:
-        return inspect_head(model)
-    except ViSpecError:
-        # Some other EAGLE head; vLLM will judge it.
-        return None
+    # Any other EAGLE head is vLLM's to judge.
+    return inspect_head(model) if is_vispec_head(model) else None
 
 
 @contextmanager

@@ -3,13 +3,13 @@
 from typing import Any
 
 from vllm.config import ModelConfig, ParallelConfig
-from vllm.logger import init_logger
 
 from vllm_vispec.dialects import check_against_target
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.head_config import HeadConfig
+from vllm_vispec.logs import get_logger
 
-logger = init_logger(__name__)
+logger = get_logger(__name__)
 
 MAX_DRAFT_TOKENS = 32
 

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from vllm.logger import init_logger
 
 from vllm_vispec.engine.adaptor import AdaptorPartial, ImageAdaptor, merge_partials
 from vllm_vispec.engine.layout import FeatureSlice, ImageRun
+from vllm_vispec.logs import get_logger
 
-logger = init_logger(__name__)
+logger = get_logger(__name__)
 
 RunKey = tuple[FeatureSlice, ...]
 

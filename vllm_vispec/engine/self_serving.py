@@ -5,13 +5,12 @@ are folders. For a head in a local folder the swap is done here, in the same way
 from a hub is vLLM's business and may name a hub id only, never a path of this machine.
 """
 
-from functools import wraps
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vllm import envs
 from vllm.engine import arg_utils
-from vllm.logger import init_logger
 
 from vllm_vispec.dialects.speculators import (
     SPECULATORS_TYPE,
@@ -19,39 +18,35 @@ from vllm_vispec.dialects.speculators import (
     locate_target,
     serving_of_folder,
 )
+from vllm_vispec.engine.wrapping import wrap_once
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.logs import get_logger
 
-logger = init_logger(__name__)
+logger = get_logger(__name__)
 
-_MARK = "_vispec_wrapped"
 Resolved = tuple[str, str | None, dict[str, Any] | None]
 
 
 def install() -> None:
     """Wrap ``maybe_override_with_speculators`` where ``EngineArgs`` finds it, once."""
-    original = arg_utils.maybe_override_with_speculators
-    if hasattr(original, _MARK):
-        return
+    wrap_once(arg_utils, "maybe_override_with_speculators", _resolve)
 
-    @wraps(original)
-    def maybe_override_with_speculators(
-        model: str, tokenizer: str | None, *args: Any, **kwargs: Any
-    ) -> Resolved:
-        serving = serving_of_folder(Path(model)) if Path(model).is_dir() else None
-        if serving is None:
-            resolved = original(model, tokenizer, *args, **kwargs)
-            _check_fetched(model, resolved, kwargs.get("hf_token"))
-            return resolved
-        target = locate_target(serving.target, Path(model))
-        _check_target(target, model, kwargs.get("hf_token"))
-        logger.info("ViSpec head %s is served with its target %s", model, target)
-        settings: dict[str, Any] = {"num_speculative_tokens": serving.num_tokens}
-        settings |= kwargs.get("vllm_speculative_config") or {}
-        settings |= {"method": SPECULATORS_TYPE, "model": model}
-        return target, tokenizer or target, settings
 
-    setattr(maybe_override_with_speculators, _MARK, True)
-    arg_utils.maybe_override_with_speculators = maybe_override_with_speculators
+def _resolve(
+    original: Callable[..., Resolved], model: str, tokenizer: str | None, *args: Any, **kwargs: Any
+) -> Resolved:
+    serving = serving_of_folder(Path(model)) if Path(model).is_dir() else None
+    if serving is None:
+        resolved = original(model, tokenizer, *args, **kwargs)
+        _check_fetched(model, resolved, kwargs.get("hf_token"))
+        return resolved
+    target = locate_target(serving.target, Path(model))
+    _check_target(target, model, kwargs.get("hf_token"))
+    logger.info("ViSpec head %s is served with its target %s", model, target)
+    settings: dict[str, Any] = {"num_speculative_tokens": serving.num_tokens}
+    settings |= kwargs.get("vllm_speculative_config") or {}
+    settings |= {"method": SPECULATORS_TYPE, "model": model}
+    return target, tokenizer or target, settings
 
 
 def _check_fetched(model: str, resolved: Resolved, token: Any) -> None:

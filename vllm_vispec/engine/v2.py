@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.logger import init_logger
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from vllm_vispec.engine.draft_rows import DraftRows, RequestRows
 from vllm_vispec.engine.resets import clear_with
+from vllm_vispec.logs import get_logger
 
-logger = init_logger(__name__)
+logger = get_logger(__name__)
 
 
 class ViSpecSpeculator(EagleSpeculator):

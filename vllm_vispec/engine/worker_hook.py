@@ -6,30 +6,25 @@ by replacing the name.  Installed when a worker is built: earlier the proposers 
 """
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
+from vllm_vispec.engine.wrapping import wrap_once
 from vllm_vispec.head_config import ARCHITECTURES, EMBEDS_ARCHITECTURE
-
-_MARK = "_vispec_wrapped"
 
 
 def install() -> None:
     """Wrap ``WorkerBase.__init__`` once."""
     from vllm.v1.worker.worker_base import WorkerBase
 
-    original = WorkerBase.__init__
-    if hasattr(original, _MARK):
-        return
+    wrap_once(WorkerBase, "__init__", _init_worker)
 
-    @wraps(original)
-    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        if uses_vispec(vllm_config):
-            _install_proposers()
-        original(self, vllm_config, *args, **kwargs)
 
-    setattr(init, _MARK, True)
-    WorkerBase.__init__ = init
+def _init_worker(
+    original: Callable[..., None], worker: Any, vllm_config: Any, *args: Any, **kwargs: Any
+) -> None:
+    if uses_vispec(vllm_config):
+        _install_proposers()
+    original(worker, vllm_config, *args, **kwargs)
 
 
 def uses_vispec(vllm_config: Any) -> bool:
