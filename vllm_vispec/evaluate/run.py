@@ -89,11 +89,12 @@ def evaluate(options: EvalOptions) -> Report:
     rejected: list[Rejected] = []
     parts: list[Families] = []
     asked: list[Question] = []
-    samples = greedy = checked = 0
+    samples = greedy = checked = longest = 0
     for group in options.source.batches(encoder, options.batch_size, rejected):
         families, matches, tokens = pair.simulate(group, options)
         parts.append(families)
         samples, greedy, checked = samples + len(group), greedy + matches, checked + tokens
+        longest = max(longest, *(len(sample.encoded.token_ids) for sample in group))
         if options.engine:
             asked += [question for sample in group for question in questions(encoder, sample)]
     if not samples:
@@ -106,18 +107,21 @@ def evaluate(options: EvalOptions) -> Report:
         tuple(rejected),
         merge_families(*parts),
         (greedy, checked) if options.check_greedy else None,
-        measure(_engine(options), asked, options.source.images) if options.engine else None,
+        measure(_engine(options, longest), asked, options.source.images)
+        if options.engine
+        else None,
         pair.warning,
     )
 
 
-def _engine(options: EvalOptions) -> EngineSettings:
+def _engine(options: EvalOptions, longest: int) -> EngineSettings:
+    """What holds the longest conversation; more might exceed the target's own limit."""
     return EngineSettings(
         options.target,
         options.head,
         options.num_speculative_tokens,
         options.dtype,
-        options.max_length,
+        longest,
     )
 
 
