@@ -41,11 +41,7 @@ async def _answers(options: engine.EngineOptions) -> dict[str, Any]:
 async def _answer(running: Any, name: str, prompt: Any) -> engine.Completion:
     params = engine.greedy(chats.MAX_TOKENS)
     outputs = [output async for output in running.generate(prompt, params, request_id=name)]
-    return _whole(outputs)
-
-
-def _whole(outputs: list[Any]) -> engine.Completion:
-    """Return the last of a stream's outputs, each of which holds all tokens so far."""
+    # Each output of a stream holds all tokens so far.
     return engine.completions(outputs[-1])[0]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 
-from vllm_vispec import __version__
+from vllm_vispec import __version__, plugin
 
 _RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -32,9 +32,7 @@ def run_checks() -> Report:
     for package in ("torch", "transformers"):
         lines.append(f"{package:14} {_version(package)}")
     if importlib.util.find_spec("vllm") is None:
-        from vllm_vispec.plugin import supported_range
-
-        lines.append(f"{'vllm':14} not installed: install vLLM ({supported_range()})")
+        lines.append(f"{'vllm':14} not installed: install vLLM ({plugin.supported_range()})")
         return Report(tuple(lines), ok=False)
     vllm_line, version_ok = _vllm_line()
     lines += [vllm_line, f"{'runner':14} {runner_line()}"]
@@ -100,26 +98,18 @@ def head_lines(head: str) -> list[str]:
 
 
 def _vllm_line() -> tuple[str, bool]:
-    from vllm_vispec.plugin import (
-        MAX_VERSION,
-        installed_version,
-        supported_range,
-        version_problem,
-    )
-
-    found = installed_version()
-    problem = version_problem(found)
+    found = plugin.installed_version()
+    problem = plugin.version_problem(found)
     if problem is not None:
         return f"{'vllm':14} {found}: refused, {problem}", False
     state = "supported"
     numbers = found.split(".")[:2]
-    if all(part.isdigit() for part in numbers) and tuple(map(int, numbers)) > MAX_VERSION:
+    if all(part.isdigit() for part in numbers) and tuple(map(int, numbers)) > plugin.MAX_VERSION:
         state = "newer than tested"
-    return f"{'vllm':14} {found} ({state}; tested: {supported_range()})", True
+    return f"{'vllm':14} {found} ({state}; tested: {plugin.supported_range()})", True
 
 
 def _seam_lines() -> tuple[list[str], bool]:
-    from vllm_vispec.plugin import supported_range
     from vllm_vispec.seams import check_seams
 
     states = check_seams()
@@ -130,7 +120,8 @@ def _seam_lines() -> tuple[list[str], bool]:
         lines.append(f"  {mark} {state.name}: {state.reason if state.ok else state.detail}")
     if broken:
         lines.append(
-            f"ViSpec is disabled here: install vLLM {supported_range()} or a newer vllm-vispec"
+            f"ViSpec is disabled here: install vLLM {plugin.supported_range()} "
+            "or a newer vllm-vispec"
         )
     return lines, not broken
 
