@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
+from vllm_vispec.cli.bench import app as bench
 from vllm_vispec.cli.evaluate import evaluate
+from vllm_vispec.cli.options import or_exit
 from vllm_vispec.cli.regenerate import regenerate
 from vllm_vispec.cli.train import train
-from vllm_vispec.errors import ViSpecError
-
-T = TypeVar("T")
 
 app = typer.Typer(
     name="vispec",
@@ -45,7 +43,7 @@ def convert(
     """Write a head of any dialect as a canonical folder (or back, with --dialect)."""
     from vllm_vispec.dialects.convert import convert_head, guess_target, serve_command
 
-    info = _or_exit(
+    info = or_exit(
         lambda: convert_head(
             source,
             destination,
@@ -75,7 +73,7 @@ def doctor(
         typer.echo(line)
     if head is not None:
         typer.echo("")
-        for line in _or_exit(lambda: head_lines(head)):
+        for line in or_exit(lambda: head_lines(head)):
             typer.echo(line)
     if not report.ok:
         raise typer.Exit(1)
@@ -84,17 +82,9 @@ def doctor(
 app.command()(regenerate)
 app.command()(train)
 app.command("eval")(evaluate)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:
     """Entry point of the console script."""
     app()
-
-
-def _or_exit(action: Callable[[], T]) -> T:
-    """Run it; a user error becomes one line on stderr and exit code 1."""
-    try:
-        return action()
-    except ViSpecError as error:
-        typer.echo(f"vispec: {error}", err=True)
-        raise typer.Exit(1) from error

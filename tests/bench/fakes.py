@@ -1,0 +1,131 @@
+"""Stand-ins for servers and the load generator, and small settings."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_vispec.bench.load import LoadJob, LoadResult
+from vllm_vispec.bench.matrix import MatrixSettings
+from vllm_vispec.bench.runner import Tools
+from vllm_vispec.bench.schema import BenchSample, MemoryFacts, Request, SpecCounters
+from vllm_vispec.bench.server import ServerError, ServerSpec
+from vllm_vispec.conversations.types import Part, Turn
+
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "examples" / "tiny_vlm" / "checkpoints"
+TARGET, HEAD = CHECKPOINTS / "target", CHECKPOINTS / "vispec_head"
+SETTINGS = MatrixSettings(
+    str(TARGET), "openai", head=str(HEAD), repetitions=1, warm_up=0, serve_args=("--seed", "1")
+)
+SAMPLES = tuple(
+    BenchSample(f"s{number}", "words", (Turn("user", (Part(f"question {number}"),)),), 8)
+    for number in range(3)
+)
+
+
+def answer(sample: BenchSample, error: str | None = None) -> Request:
+    """Return a made-up answer."""
+    return Request(
+        sample_id=sample.sample_id,
+        family=sample.family,
+        output_text="" if error else f"answer to {sample.sample_id}",
+        output_tokens=0 if error else 4,
+        prompt_tokens=9,
+        ttft_s=0.1,
+        e2e_s=0.4,
+        itl_s=(0.1, 0.2),
+        error=error,
+    )
+
+
+@dataclass
+class World:
+    """Everything outside of a run.
+
+    Attributes:
+        events: what happened, in order.
+        broken: sides whose servers never become ready.
+        on_load: called with every job before it is answered; may raise.
+    """
+
+    events: list[str] = field(default_factory=list)
+    broken: set[str] = field(default_factory=set)
+    on_load: Callable[[LoadJob], None] = lambda job: None
+    servers: dict[str, FakeServer] = field(default_factory=dict)
+
+    def tools(self) -> Tools:
+        """Return them for `run_matrix`."""
+        return Tools(self.make_server, self.make_load, lambda _: None, dict, self.events.append)
+
+    def make_server(self, spec: ServerSpec) -> FakeServer:
+        """Stand in for `BenchServer`."""
+        server = FakeServer(spec, self)
+        self.servers[server.url] = server
+        return server
+
+    def make_load(self, job: LoadJob) -> LoadResult:
+        """Stand in for `run_load`."""
+        server = self.servers[job.url]
+        assert [one.side for one in self.up()].count(server.side) == 1
+        self.events.append(f"load {server.side} {len(job.samples)}")
+        self.on_load(job)
+        server.rounds += 2 * len(job.samples)
+        return LoadResult(tuple(answer(sample) for sample in job.samples), 0.5)
+
+    def up(self) -> list[FakeServer]:
+        """Servers that run now."""
+        return [server for server in self.servers.values() if server.alive]
+
+    def loads(self) -> list[str]:
+        """Loads in order."""
+        return [event for event in self.events if event.startswith("load ")]
+
+
+class FakeServer:
+    """A server that counts two rounds a question, of which every draft's first token is right."""
+
+    def __init__(self, spec: ServerSpec, world: World) -> None:
+        self.spec, self.side, self._world = spec, spec.side, world
+        self.url = f"http://{spec.side}:{spec.port}"
+        self.alive = False
+        self.rounds = 0
+
+    def start(self) -> None:
+        self._world.events.append(f"start {self.side}")
+        self.alive = True
+
+    def wait_until_ready(self, seconds: float) -> None:
+        if self.side in self._world.broken:
+            self.alive = False
+            raise ServerError(f"server of {self.side} ended: no such thing")
+
+    def forget(self) -> None:
+        self._world.events.append(f"forget {self.side}")
+
+    def counters(self) -> SpecCounters | None:
+        if "--speculative-config" not in self.spec.arguments:
+            return None
+        if not self.alive:
+            raise ServerError(f"server of {self.side} does not answer")
+        return SpecCounters(self.rounds, 4 * self.rounds, self.rounds, (self.rounds, 0, 0, 0))
+
+    def memory(self) -> MemoryFacts:
+        return MemoryFacts(peak_bytes=1000, kv_blocks=10)
+
+    def stop(self) -> None:
+        self._world.events.append(f"stop {self.side}")
+        self.alive = False
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSONL file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def no_connection(*_: object, **__: object) -> None:
+    """Stand in for a network without an answer."""
+    raise urllib.error.URLError("refused")

@@ -1,0 +1,189 @@
+"""Settings of a matrix, the order of its cells, and its sides."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bench.fakes import HEAD, SETTINGS, TARGET
+from vllm_vispec.bench.heads import plain_eagle_head, target_embedding, with_bias, zeroed_head
+from vllm_vispec.bench.images import find_side, samples_for
+from vllm_vispec.bench.matrix import MatrixSettings, different_settings
+from vllm_vispec.bench.schema import BenchSample
+from vllm_vispec.bench.sides import SIDES, Heads
+from vllm_vispec.conversations.types import Part, Turn
+from vllm_vispec.errors import ViSpecError
+
+
+def test_every_cell_once_per_repetition() -> None:
+    settings = replace(SETTINGS, concurrency=(1, 2), num_speculative_tokens=(3, 5), repetitions=2)
+    groups = dict(settings.groups())
+    assert list(groups) == [3, 5]
+    for num_tokens, visits in groups.items():
+        assert len(visits) == len(set(visits)) == 2 * 2 * 2
+        assert {visit.key.num_speculative_tokens for visit in visits} == {num_tokens}
+
+
+def test_sides_follow_each_other_and_take_turns_to_be_first() -> None:
+    settings = replace(SETTINGS, concurrency=(1, 2), repetitions=2)
+    ((_, visits),) = settings.groups()
+    order = [(v.repetition, v.key.concurrency, v.key.side) for v in visits]
+    assert order == [
+        (0, 1, "plain"),
+        (0, 1, "vispec"),
+        (0, 2, "vispec"),
+        (0, 2, "plain"),
+        (1, 1, "vispec"),
+        (1, 1, "plain"),
+        (1, 2, "plain"),
+        (1, 2, "vispec"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sides": ("plain", "medusa")}, "--sides: medusa is unknown.*ngram"),
+        ({"sides": ("plain", "plain")}, "--sides names a value twice"),
+        ({"sides": ()}, "--sides has no value"),
+        ({"head": None}, "vispec needs --head"),
+        ({"sides": ("eagle",)}, "eagle needs --eagle-head"),
+        ({"concurrency": (0,)}, "--concurrency 0: choose at least 1"),
+        ({"num_speculative_tokens": (33,)}, "--num-speculative-tokens 33: choose 1 to 32"),
+        ({"temperatures": (-1.0,)}, "--temperatures -1"),
+        ({"image_tokens": (-2,)}, "--image-tokens -2"),
+        ({"repetitions": 0}, "--repetitions 0"),
+    ],
+)
+def test_impossible_settings(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ViSpecError, match=message):
+        replace(SETTINGS, **change)
+
+
+def test_sides_without_a_head_need_none() -> None:
+    assert MatrixSettings("target", "openai", sides=("plain", "ngram")).head is None
+
+
+def test_axes_may_widen_but_not_the_rest() -> None:
+    earlier = SETTINGS.to_json()
+    assert different_settings(earlier, replace(SETTINGS, concurrency=(8,)).to_json()) is None
+    assert different_settings(earlier, replace(SETTINGS, target="x").to_json()) == "target"
+
+
+def test_speculative_configs(tmp_path: Path) -> None:
+    heads = Heads(str(TARGET), str(HEAD), "org/eagle-head", tmp_path)
+    configs = {name: side.speculative_config(heads, 5) for name, side in SIDES.items()}
+    assert configs["plain"] is None
+    made = {name: config for name, config in configs.items() if config is not None}
+    assert {config["num_speculative_tokens"] for config in made.values()} == {5}
+    assert {name: config["method"] for name, config in made.items()} == {
+        "ngram": "ngram",
+        "eagle": "eagle",
+        "vispec_zeroed": "vispec",
+        "vispec": "vispec",
+    }
+    assert made["eagle"]["model"] == "org/eagle-head"
+    assert made["vispec"]["model"] == str(HEAD)
+    assert made["vispec_zeroed"]["model"] == str(tmp_path / "vispec_zeroed")
+
+
+def test_zeroed_head_ignores_images_and_keeps_the_rest(tmp_path: Path) -> None:
+    import torch
+
+    from vllm_vispec.torch_draft import ViSpecDraft
+
+    zeroed = ViSpecDraft.from_folder(zeroed_head(str(HEAD), tmp_path / "zeroed"))
+    whole = ViSpecDraft.from_folder(HEAD)
+    size = whole.config.hidden_size
+    image, embeds, hidden = torch.randn(9, size), torch.randn(3, size), torch.randn(3, size)
+    nothing, anything = torch.zeros(size), torch.randn(size)
+    with torch.no_grad():
+        assert not zeroed.adaptor(image).any()
+        assert whole.adaptor(image).any()
+        expected = whole.layer_input(embeds, hidden, nothing)
+        assert torch.equal(zeroed.layer_input(embeds, hidden, anything), expected)
+
+
+def test_bias_moves_into_the_embedding_table() -> None:
+    import torch
+
+    torch.manual_seed(0)
+    embedding, fc, bias = torch.randn(7, 4), torch.randn(4, 8), torch.randn(4)
+    hidden = torch.randn(7, 4)
+    expected = torch.cat((embedding, hidden), dim=1) @ fc.T + bias
+    found = torch.cat((with_bias(embedding, fc, bias), hidden), dim=1) @ fc.T
+    torch.testing.assert_close(found, expected)
+
+
+def test_text_head_becomes_a_plain_eagle_head(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from vllm_vispec.dialects import inspect_head
+    from vllm_vispec.dialects.folder import write_json, write_weights
+    from vllm_vispec.torch_draft import ViSpecDraft
+
+    config = inspect_head(HEAD).config
+    config = replace(config, compress=False, global_feature=False, has_embed_tokens=False)
+    source = tmp_path / "text"
+    source.mkdir()
+    draft = ViSpecDraft(config.with_dialect("canonical"))
+    write_weights(source, draft.state_dict().items(), "float32")
+    write_json(source / "config.json", draft.config.to_config_json("float32"))
+    folder = Path(plain_eagle_head(str(source), str(TARGET), tmp_path / "eagle"))
+    written = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    assert written["architectures"] == ["LlamaForCausalLM"]
+    assert "vispec" not in written
+    assert "fc.bias" not in tensors
+    assert "layers.0.self_attn.q_proj.weight" in tensors
+    embedding = target_embedding(str(TARGET), (config.vocab_size, config.hidden_size))
+    hidden = torch.zeros(config.vocab_size, config.hidden_size)
+    expected = draft.layer_input(embedding.float(), hidden, hidden)
+    found = torch.cat((tensors["embed_tokens.weight"], hidden), dim=1) @ tensors["fc.weight"].T
+    torch.testing.assert_close(found, expected)
+
+
+def test_head_with_adaptor_is_no_eagle_head(tmp_path: Path) -> None:
+    with pytest.raises(ViSpecError, match=r"--eagle-head .* parts that EAGLE lacks"):
+        plain_eagle_head(str(HEAD), str(TARGET), tmp_path)
+
+
+def squares(side: int) -> int:
+    """Tokens of an image in a target with tokens of 28 x 28 pixels and at most 400 of them."""
+    return min(max(round(side / 28) ** 2, 4), 400)
+
+
+def test_side_of_an_image() -> None:
+    assert find_side(64, squares) == 8 * 28
+    assert find_side(1, lambda side: 1) == 28
+    with pytest.raises(ViSpecError, match=r"--image-tokens: .* 400 tokens where 1024"):
+        find_side(1024, squares)
+
+
+def question(name: str, *images: str) -> BenchSample:
+    parts = (*(Part(image=image) for image in images), Part("What is there?"))
+    return BenchSample(name, "family", (Turn("user", parts),), 8)
+
+
+def test_images_of_cells(tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (30, 20)).save(picture)
+    samples = [question("none"), question("one", str(picture))]
+    samples.append(question("two", str(picture), str(picture)))
+    as_they_are = samples_for(samples, -1, squares, tmp_path)
+    assert list(as_they_are) == samples
+    bare = samples_for(samples, 0, squares, tmp_path)
+    assert [sample.sample_id for sample in bare] == ["one", "two"]
+    assert not any(sample.images for sample in bare)
+    sized = samples_for(samples, 128, squares, tmp_path / "images")
+    sizes = [[Image.open(image).size for image in sample.images] for sample in sized]
+    assert [[squares(side) for side, _ in found] for found in sizes] == [[121], [64, 64]]
+    with pytest.raises(ViSpecError, match="no sample of the dataset has an image"):
+        samples_for(samples[:1], 64, squares, tmp_path)

@@ -1,0 +1,190 @@
+"""The report as Markdown and HTML: nothing gets out of it, and it is the same each time."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.bench.made_up_runs import (
+    EVIL,
+    RESAMPLES,
+    chapter,
+    made_up,
+    report,
+    text_of,
+)
+from vllm_vispec.bench.report import to_html, to_markdown, write_report
+from vllm_vispec.bench.report.blocks import (
+    Block,
+    Chapter,
+    Code,
+    Document,
+    Paragraph,
+    Strong,
+    Table,
+    Verbatim,
+)
+from vllm_vispec.bench.report.facts import Facts
+from vllm_vispec.bench.report.plots import Chart, Point, Series, draw
+from vllm_vispec.bench.schema import CELLS_FILE, RUN_FILE, BenchRun, CellResult
+from vllm_vispec.errors import ViSpecError
+
+
+class Page(HTMLParser):
+    """Checks that tags close, and collects what the page would load."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [str(value) for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_and_loads_nothing() -> None:
+    text = to_html(report(made_up(image_tokens=(0, 64))))
+    page = Page(text)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert all(one.startswith(("#", "data:image/svg+xml;base64,")) for one in page.loads)
+    assert "@import" not in text
+    assert "url(" not in text
+    for picture in (one for one in page.loads if one.startswith("data:")):
+        svg = base64.b64decode(picture.split(",", 1)[1]).decode()
+        links = re.findall(r'(?:xlink:href|src)="([^"]*)"', svg)
+        assert all(link.startswith("#") for link in links)
+        assert "<script" not in svg
+
+
+def evil_run() -> BenchRun:
+    def spoil(one: CellResult) -> CellResult:
+        key = replace(one.key, dataset=EVIL)
+        failed = one.key.side == "eagle"
+        requests = tuple(replace(item, family=EVIL) for item in one.requests)
+        return replace(
+            one,
+            key=key,
+            requests=requests,
+            command=f"{one.command}\n{EVIL}\n```",
+            error=EVIL if failed else None,
+        )
+
+    run = made_up(spoil)
+    settings = {**run.settings, "target": EVIL, "dataset": EVIL, "note": f"line\n# {EVIL}"}
+    return replace(run, machine={EVIL: EVIL, "list": [EVIL]}, settings=settings)
+
+
+def test_nothing_a_user_wrote_becomes_html() -> None:
+    text = to_html(report(evil_run()))
+    page = Page(text)
+    assert page.open == []
+    assert not {"script", "b", "em"} & set(page.tags)
+    assert all(one.startswith(("#", "data:")) for one in page.loads)
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(&#x27;x&#x27;)" in text
+
+
+def test_nothing_a_user_wrote_becomes_markdown() -> None:
+    text = to_markdown(report(evil_run()))
+    fenced = re.sub(r"(`{3,})\n.*?\n\1(?!`)", "", text, flags=re.DOTALL)
+    coded = re.sub(r"(`+) ?.*?[^`]\1(?!`)", "", fenced)
+    assert "<script>" not in coded
+    assert "**bold**" not in coded
+    assert not re.search(r"(?<!\\)\]\(http", coded)
+    assert not re.search(r"(?<!\\)\$x", coded)
+    rows = [line for line in coded.splitlines() if line.startswith("|")]
+    widths = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
+    assert len(rows) > 20
+    assert max(widths) < 25
+
+
+def test_columns_survive_bars_in_markdown_tables() -> None:
+    block: Block = Table(("a", "b"), (("x|y", Code("p | q")), (Strong("*"), Code("`"))))
+    text = to_markdown(Document("t", (Chapter("c", "c", (block,)),)))
+    assert "| x\\|y | `p \\| q` |" in text
+    assert "| **\\*** | `` ` `` |" in text
+    assert "`a|b`" in to_markdown(Document("t", (Chapter("c", "c", (Paragraph(Code("a|b")),)),)))
+
+
+def test_empty_code_leaves_no_backticks() -> None:
+    text = to_markdown(Document("t", (Chapter("c", "c", (Paragraph(("a", Code(""), "b")),)),)))
+    assert text.endswith("\n\nab\n")
+
+
+def test_fences_are_longer_than_what_they_hold() -> None:
+    block = Verbatim("t", "echo ```` done")
+    text = to_markdown(Document("t", (Chapter("c", "c", (block,)),)))
+    assert "`````\necho ```` done\n`````" in text
+
+
+def test_every_row_has_its_command_and_the_environment_is_there() -> None:
+    run = made_up()
+    commands = [b for b in chapter(run, "commands").blocks if isinstance(b, Verbatim)]
+    assert len(commands) == len(Facts(run).rows) == 18
+    assert commands[0].title == (
+        "Row 1: plain, K = 2, concurrency 1, greedy, image tokens as they are, dataset tiny suite"
+    )
+    assert commands[0].text == "vllm serve plain\nvllm bench serve --max-concurrency 1"
+    environment = text_of(run, "environment")
+    assert "| `machine.packages.vllm` | `0.32.0` |" in environment
+    assert "| `settings.repetitions` | `2` |" in environment
+
+
+def test_commands_that_differ_between_repetitions_are_all_shown() -> None:
+    run = made_up(lambda one: replace(one, command=f"port {one.repetition}"), ks=(4,))
+    commands = [b for b in chapter(run, "commands").blocks if isinstance(b, Verbatim)]
+    assert [one.title[-14:] for one in commands[:2]] == [", repetition 1", ", repetition 2"]
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    run = made_up(image_tokens=(0, -1), sides=("plain", "vispec"), concurrency=(1, 4))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    plain = run.to_json()
+    cells = plain.pop("cells")
+    (folder / RUN_FILE).write_text(json.dumps(plain))
+    (folder / CELLS_FILE).write_text("".join(json.dumps(one) + "\n" for one in cells))
+    (tmp_path / "run.json").write_text(json.dumps(run.to_json()))
+    first = write_report(folder, tmp_path / "a", RESAMPLES)
+    second = write_report(tmp_path / "run.json", tmp_path / "b", RESAMPLES)
+    assert first.html.read_bytes() == second.html.read_bytes()
+    assert first.markdown.read_bytes() == second.markdown.read_bytes()
+    assert [p.read_bytes() for p in first.plots] == [p.read_bytes() for p in second.plots]
+    assert len(first.plots) == 4
+    for picture in re.findall(r"\]\((plots/[^)]*)\)", first.markdown.read_text()):
+        assert (tmp_path / "a" / picture).is_file()
+
+
+def test_unreadable_runs_and_folders_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(ViSpecError, match="cannot be read"):
+        write_report(tmp_path / "nowhere", tmp_path / "out")
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps(made_up(ks=(4,)).to_json()))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ViSpecError, match="cannot be written"):
+        write_report(run, tmp_path / "file" / "out", RESAMPLES)
+
+
+def test_labels_of_any_kind_can_be_drawn() -> None:
+    chart = Chart("n", "$\\frac", "_x_$", "$$", ("$a$", "b"), (Series("_$x$", (Point("b", 1.0),)),))
+    figure = draw(chart)
+    assert figure.svg.count("<svg") == 1
+    assert "1.00 at b" in figure.alt

@@ -1,0 +1,1 @@
+"""Benchmarks of served targets, with and without a draft."""

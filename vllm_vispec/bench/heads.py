@@ -1,0 +1,127 @@
+"""Heads that are made for a comparison, from a head that is there.
+
+Tensor names end in their shape: V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_vispec.errors import ViSpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_vispec.dialects import HeadInfo
+
+_STORED_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_EMBEDDING = "embed_tokens.weight"
+
+Tensors = dict[str, "Tensor"]
+
+
+def zeroed_head(head: str, folder: Path) -> str:
+    """Write a copy of a head whose vision adaptor puts out zeros; returns its folder.
+
+    Compact tokens and global feature are then zero for every image, and `img_fc` ignores the
+    latter. Sizes, masks and the work per image stay as they are.
+
+    Raises:
+        ViSpecError: it is no usable head, or has no adaptor.
+    """
+    from vllm_vispec.dialects import inspect_head, iter_canonical_tensors
+
+    info = inspect_head(head)
+    if not info.config.has_adaptor:
+        raise ViSpecError(
+            f"--head {head} has no vision adaptor to be zeroed: leave vispec_zeroed out of --sides"
+        )
+    tensors = dict(iter_canonical_tensors(info.folder))
+    tensors["img_adaptor.o_proj.weight"].zero_()
+    if "img_fc.weight" in tensors:
+        tensors["img_fc.weight"][:, info.config.hidden_size :].zero_()
+    return _write(info, tensors, folder, canonical=True)
+
+
+def plain_eagle_head(head: str, target: str, folder: Path) -> str:
+    """Return a head that vLLM's own EAGLE serves.
+
+    A head in EAGLE's layout, or a hub id, is taken as it is. One of ours without adaptor (a head
+    of kind "eagle_text") is written in that layout. vLLM's EAGLE has no bias behind `fc`; such a
+    bias is moved into an embedding table of the head's own, which changes nothing else.
+
+    Args:
+        target: folder or hub id of the target whose embeddings the head shares.
+
+    Raises:
+        ViSpecError: the head has parts that EAGLE lacks.
+    """
+    from vllm_vispec.dialects import inspect_head, is_vispec_head, iter_canonical_tensors
+
+    if not Path(head).is_dir() or not is_vispec_head(head):
+        return head
+    info = inspect_head(head)
+    config = info.config
+    if config.has_adaptor or config.layer0_input_norm or config.final_norm:
+        raise ViSpecError(
+            f"--eagle-head {head} is a ViSpec head with parts that EAGLE lacks: give a head of "
+            "kind eagle_text, or one in EAGLE's own layout"
+        )
+    tensors = {
+        name.replace("layer.", "layers.0.", 1): tensor
+        for name, tensor in iter_canonical_tensors(info.folder)
+    }
+    bias_D = tensors.pop("fc.bias", None)
+    if bias_D is not None:
+        embedding_VD = tensors.get(_EMBEDDING)
+        if embedding_VD is None:
+            embedding_VD = target_embedding(target, (config.vocab_size, config.hidden_size))
+        tensors[_EMBEDDING] = with_bias(embedding_VD, tensors["fc.weight"], bias_D)
+    return _write(info, tensors, folder, canonical=False)
+
+
+def with_bias(embedding_VD: Tensor, fc_D2D: Tensor, bias_D: Tensor) -> Tensor:
+    """Shift an embedding table so that `fc` without bias puts out what it did with it."""
+    import torch
+
+    on_embedding_DD = fc_D2D.double()[:, : fc_D2D.shape[0]]
+    shift_D = torch.linalg.lstsq(on_embedding_DD, bias_D.double()[:, None]).solution[:, 0]
+    return (embedding_VD.double() + shift_D).to(fc_D2D.dtype)
+
+
+def target_embedding(target: str, shape: tuple[int, int]) -> Tensor:
+    """Read a target's embedding table, [V, D], without its other weights.
+
+    Raises:
+        ViSpecError: it has none of this shape.
+    """
+    from safetensors import safe_open
+
+    from vllm_vispec.dialects.files import read_entries, resolve_head, weight_files
+
+    folder = resolve_head(target)
+    for name, entry in read_entries(weight_files(folder)).items():
+        if name.endswith(_EMBEDDING) and tuple(entry.shape) == shape:
+            with safe_open(str(entry.file), framework="pt") as weights:
+                return weights.get_tensor(name)
+    raise ViSpecError(
+        f"--target {target} has no embedding table of {shape[0]} x {shape[1]}: --eagle-head was "
+        "trained for another target"
+    )
+
+
+def _write(info: HeadInfo, tensors: Tensors, folder: Path, *, canonical: bool) -> str:
+    """Write a head's folder; EAGLE's layout is not one that the dialects check."""
+    from vllm_vispec.dialects.folder import CONFIG, write_json, write_weights
+
+    dtype = _STORED_DTYPES[info.dtype]
+    config = info.config.with_dialect("canonical")
+    content = config.to_config_json(dtype)
+    if not canonical:
+        content = {name: value for name, value in content.items() if name != "vispec"}
+        content["architectures"] = ["LlamaForCausalLM"]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder, tensors.items(), dtype)
+    write_json(folder / CONFIG, content)
+    return str(folder)

@@ -1,0 +1,137 @@
+"""What is compared: the settings of a matrix and the order in which its cells are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, CellKey
+from vllm_vispec.bench.sides import check_sides
+from vllm_vispec.errors import ViSpecError
+
+MAX_DRAFT_TOKENS = 32
+AXES = ("sides", "concurrency", "num_speculative_tokens", "temperatures", "image_tokens")
+"""Settings that a later call may widen; all others must stay as they were in a run's folder."""
+
+
+@dataclass(frozen=True)
+class MatrixSettings:
+    """The matrix and what all its cells share.
+
+    Attributes:
+        target: folder or hub id.
+        dataset: its name, for the record; the samples are given apart.
+        head: ViSpec head, folder or hub id; None if no side needs it.
+        eagle_head: head of the side "eagle"; None if it is not asked for.
+        sides: names in `SIDES`.
+        concurrency: requests in flight, each value a cell.
+        num_speculative_tokens: K; every value is a group of servers of its own.
+        temperatures: 0 is greedy.
+        image_tokens: tokens of a request's image, 0 for no image, `IMAGES_AS_THEY_ARE`.
+        repetitions: of every cell.
+        warm_up: requests sent to a server before its first cell; not recorded.
+        serve_args: options of `vllm serve` for all sides.
+        ready_timeout_s: longest start of a server.
+        cell_timeout_s: longest cell.
+
+    Raises:
+        ViSpecError: a value is unknown, missing or impossible.
+    """
+
+    target: str
+    dataset: str
+    head: str | None = None
+    eagle_head: str | None = None
+    sides: tuple[str, ...] = ("plain", "vispec")
+    concurrency: tuple[int, ...] = (1,)
+    num_speculative_tokens: tuple[int, ...] = (4,)
+    temperatures: tuple[float, ...] = (0.0,)
+    image_tokens: tuple[int, ...] = (IMAGES_AS_THEY_ARE,)
+    repetitions: int = 3
+    warm_up: int = 2
+    serve_args: tuple[str, ...] = ()
+    ready_timeout_s: float = 1800.0
+    cell_timeout_s: float = 7200.0
+
+    def __post_init__(self) -> None:
+        """Check everything that needs no files."""
+        for name in AXES:
+            _check_axis(name, getattr(self, name))
+        _check_range("--concurrency", self.concurrency, 1, None)
+        _check_range("--num-speculative-tokens", self.num_speculative_tokens, 1, MAX_DRAFT_TOKENS)
+        _check_range("--temperatures", self.temperatures, 0, 10)
+        _check_range("--image-tokens", self.image_tokens, IMAGES_AS_THEY_ARE, None)
+        _check_range("--repetitions", (self.repetitions,), 1, None)
+        _check_range("--warm-up", (self.warm_up,), 0, None)
+        check_sides(self.sides, {"--head": self.head, "--eagle-head": self.eagle_head})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {
+            "target": self.target,
+            "dataset": self.dataset,
+            "head": self.head,
+            "eagle_head": self.eagle_head,
+            **{name: list(getattr(self, name)) for name in AXES},
+            "repetitions": self.repetitions,
+            "warm_up": self.warm_up,
+            "serve_args": list(self.serve_args),
+        }
+
+    def groups(self) -> Iterator[tuple[int, list[Visit]]]:
+        """Yield, for every K, the cells to be measured while its servers are up, in order.
+
+        All sides of a point follow each other, so that a slow minute hits all of them; who goes
+        first alternates from point to point and from repetition to repetition.
+        """
+        points = list(product(self.image_tokens, self.temperatures, self.concurrency))
+        for num_tokens in self.num_speculative_tokens:
+            yield (
+                num_tokens,
+                [
+                    Visit(
+                        CellKey(side, concurrency, num_tokens, temperature, image, self.dataset),
+                        repetition,
+                    )
+                    for repetition in range(self.repetitions)
+                    for number, (image, temperature, concurrency) in enumerate(points)
+                    for side in turned(self.sides, repetition + number)
+                ],
+            )
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One measurement of a cell; ``repetition`` counts from 0."""
+
+    key: CellKey
+    repetition: int
+
+
+def turned(sides: Sequence[str], turn: int) -> tuple[str, ...]:
+    """Return the sides forwards on even turns, backwards on odd ones."""
+    return tuple(sides) if turn % 2 == 0 else tuple(reversed(sides))
+
+
+def different_settings(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return the first setting that two calls of one run must share and do not; None if none."""
+    free = {*AXES, "repetitions"}
+    names = [name for name in now if name not in free]
+    return next((name for name in names if earlier.get(name) != now[name]), None)
+
+
+def _check_axis(name: str, values: Sequence[Any]) -> None:
+    flag = "--" + name.replace("_", "-")
+    if not values:
+        raise ViSpecError(f"{flag} has no value: give at least one")
+    if len(set(values)) < len(values):
+        raise ViSpecError(f"{flag} names a value twice: name each once")
+
+
+def _check_range(flag: str, values: Sequence[float], low: float, high: float | None) -> None:
+    for value in values:
+        if value < low or (high is not None and value > high):
+            limits = f"at least {low}" if high is None else f"{low} to {high}"
+            raise ViSpecError(f"{flag} {value}: choose {limits}")

@@ -1,0 +1,88 @@
+"""What the cells of a run ask: made once per number of image tokens, the same for all sides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vllm_vispec.bench.follow_up import Ask, ask_server, with_answers
+from vllm_vispec.bench.images import TokensOf, samples_for, tokens_of_target
+from vllm_vispec.bench.load import write_questions
+from vllm_vispec.bench.matrix import MatrixSettings
+from vllm_vispec.bench.run_folder import read_samples, write_samples
+from vllm_vispec.bench.schema import BenchSample
+from vllm_vispec.bench.server import option_value
+from vllm_vispec.bench.serving import Server
+from vllm_vispec.errors import ViSpecError
+
+
+class QuestionStore:
+    """Prepares samples and keeps them in the run's folder, for later calls too.
+
+    Raises:
+        ViSpecError: there are no samples, or their images cannot have the wanted numbers of tokens.
+    """
+
+    def __init__(
+        self, settings: MatrixSettings, samples: Sequence[BenchSample], folder: Path
+    ) -> None:
+        if not samples:
+            raise ViSpecError(f"--dataset {settings.dataset} has no samples: choose another")
+        self._settings, self._folder = settings, folder
+        self._sized = {
+            tokens: samples_for(samples, tokens, self._tokens_of, folder / "images")
+            for tokens in settings.image_tokens
+        }
+        self._ready: dict[int, tuple[BenchSample, ...]] = {}
+
+    def questions(
+        self, image_tokens: int, helper: Server, limit: int | None
+    ) -> tuple[tuple[BenchSample, ...], Path]:
+        """Return samples and the file from which `vllm bench serve` asks them.
+
+        Args:
+            helper: server that gives the earlier answers of dialogues that lack them.
+            limit: only so many samples, in a file of their own.
+
+        Raises:
+            ViSpecError: an image cannot be read, or the server does not answer.
+        """
+        samples = self._samples(image_tokens, ask_server(helper.url, self._settings.target))[:limit]
+        name = f"image_tokens_{image_tokens}" + ("" if limit is None else "-warm_up")
+        file = self._folder / "questions" / f"{name}.jsonl"
+        if not file.exists():
+            write_questions(samples, file)
+        return samples, file
+
+    def _samples(self, image_tokens: int, ask: Ask) -> tuple[BenchSample, ...]:
+        if image_tokens not in self._ready:
+            file = self._folder / "samples" / f"image_tokens_{image_tokens}.jsonl"
+            found = read_samples(file)
+            if found is None:
+                found = with_answers(self._sized[image_tokens], ask)
+                write_samples(file, found)
+            self._ready[image_tokens] = found
+        return self._ready[image_tokens]
+
+    def _tokens_of(self, side: int) -> int:
+        return self._counter(side)
+
+    @cached_property
+    def _counter(self) -> TokensOf:
+        given = option_value(self._settings.serve_args, "--mm-processor-kwargs")
+        return tokens_of_target(self._settings.target, _json_object(given))
+
+
+def _json_object(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ViSpecError(f"--mm-processor-kwargs {text} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ViSpecError(f"--mm-processor-kwargs {text} is no JSON object")
+    return content

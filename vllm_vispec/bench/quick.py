@@ -1,0 +1,107 @@
+"""A small benchmark for every change: it judges outputs and acceptance, never time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_vispec.bench.matrix import MatrixSettings
+from vllm_vispec.bench.metrics import by_key, measure, plain_key
+from vllm_vispec.bench.schema import BenchRun, CellKey, CellResult
+
+CONCURRENCY = (1, 4)
+SAMPLES = 12
+MAX_TOKENS = 64
+SERVE_ARGS = ("--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
+SIDES = ("plain", "vispec")
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What every cell has to reach, measured on the shipped pair with a margin.
+
+    Attributes:
+        identical_outputs: share of answers equal to plain vLLM's.
+        tokens_per_round: of the speculating side.
+        answered: share of requests that got an answer.
+    """
+
+    identical_outputs: float = 1.0
+    tokens_per_round: float = 3.5
+    answered: float = 1.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A number of one cell beside its floor."""
+
+    key: CellKey
+    name: str
+    value: float | None
+    floor: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether it was measured and is high enough."""
+        return self.value is not None and self.value >= self.floor
+
+    def __str__(self) -> str:
+        """One line for the user."""
+        value = "not measured" if self.value is None else f"{self.value:.3f}"
+        mark = "ok  " if self.ok else "FAIL"
+        place = f"{self.key.side}, concurrency {self.key.concurrency}"
+        return f"{mark} {place}: {self.name} {value}, floor {self.floor:g}"
+
+
+def quick_settings(
+    target: str, head: str, dataset: str, num_tokens: int, serve_args: Sequence[str] = SERVE_ARGS
+) -> MatrixSettings:
+    """Return the small matrix: plain and ViSpec, greedy, one repetition.
+
+    Raises:
+        ViSpecError: see `MatrixSettings`.
+    """
+    return MatrixSettings(
+        target=target,
+        dataset=dataset,
+        head=head,
+        sides=SIDES,
+        concurrency=CONCURRENCY,
+        num_speculative_tokens=(num_tokens,),
+        repetitions=1,
+        # Nothing depends on time here.
+        warm_up=0,
+        serve_args=tuple(serve_args),
+    )
+
+
+def judge(run: BenchRun, settings: MatrixSettings, floors: Floors) -> list[Finding]:
+    """Return every number that has a floor; a cell that is missing has none."""
+    groups = by_key(run.cells)
+    findings: list[Finding] = []
+    for _, visits in settings.groups():
+        for visit in visits:
+            cells = groups.get(visit.key, ())
+            findings += _judge(visit.key, cells, groups.get(plain_key(visit.key), ()), floors)
+    return findings
+
+
+def _judge(
+    key: CellKey, cells: Sequence[CellResult], plain: Sequence[CellResult], floors: Floors
+) -> list[Finding]:
+    failed = _number(measure("failed_requests", cells)) if cells else None
+    answered = None if failed is None else 1.0 - failed
+    findings = [Finding(key, "answered", answered, floors.answered)]
+    if key.side == "plain":
+        return findings
+    same = _number(measure("identical_outputs", cells, plain))
+    per_round = _number(measure("tokens_per_round", cells))
+    return [
+        *findings,
+        Finding(key, "identical_outputs", same, floors.identical_outputs),
+        Finding(key, "tokens_per_round", per_round, floors.tokens_per_round),
+    ]
+
+
+def _number(value: float | tuple[float, ...] | None) -> float | None:
+    return value if isinstance(value, int | float) else None

@@ -1,0 +1,136 @@
+"""The folder of a run: what was asked for, and every finished cell."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_vispec.bench.matrix import AXES, Visit, different_settings
+from vllm_vispec.bench.schema import (
+    CELLS_FILE,
+    FORMAT,
+    RUN_FILE,
+    BenchRun,
+    BenchSample,
+    CellResult,
+    read_cells,
+)
+from vllm_vispec.errors import ViSpecError
+
+
+class RunFolder:
+    """Appends cells to a run. Use it as a context manager.
+
+    Attributes:
+        path: the folder.
+        done: cells that are there without an error.
+
+    Raises:
+        ViSpecError: the folder belongs to other settings or another running benchmark, is damaged,
+            or cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+        self.path = path
+        self.done: set[Visit] = set()
+        self._handle = -1
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(path / CELLS_FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._lock()
+            self._check_run_file(settings, machine)
+            self._load()
+        except OSError as error:
+            self.close()
+            raise ViSpecError(
+                f"--output {path} cannot be written ({error.strerror or error}): choose another "
+                "folder"
+            ) from error
+        except ViSpecError:
+            self.close()
+            raise
+
+    def add(self, cell: CellResult) -> None:
+        """Append a measured cell, failed or not."""
+        line = json.dumps(cell.to_json(), ensure_ascii=False) + "\n"
+        with os.fdopen(os.dup(self._handle), "ab") as file:
+            file.write(line.encode("utf-8", "replace"))
+        if cell.error is None:
+            self.done.add(Visit(cell.key, cell.repetition))
+
+    def close(self) -> None:
+        """Close the file and give the lock back."""
+        if self._handle >= 0:
+            os.close(self._handle)
+        self._handle = -1
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ViSpecError(
+                f"--output {self.path} is in use by another benchmark: choose another folder"
+            ) from error
+
+    def _check_run_file(self, settings: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+        file = self.path / RUN_FILE
+        if file.exists():
+            earlier = BenchRun.load(self.path)
+            name = different_settings(earlier.settings, settings)
+            if name is not None:
+                raise ViSpecError(
+                    f"--output {self.path} was measured with {name} "
+                    f"{earlier.settings.get(name)!r}, now it is {settings[name]!r}: choose another "
+                    "folder or the earlier setting"
+                )
+            settings, machine = _widened(earlier.settings, settings), earlier.machine
+        part = file.with_name(RUN_FILE + ".part")
+        content = {"format": FORMAT, "machine": dict(machine), "settings": dict(settings)}
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        part.replace(file)
+
+    def _load(self) -> None:
+        """Read which cells are there and drop a last line that was cut off."""
+        file = self.path / CELLS_FILE
+        content = file.read_bytes()
+        os.ftruncate(self._handle, content.rfind(b"\n") + 1)
+        for number, line in enumerate(read_cells(file), start=1):
+            try:
+                cell = CellResult.from_json(line)
+            except ViSpecError as error:
+                raise ViSpecError(f"{file}, line {number}: {error}") from error
+            visit = Visit(cell.key, cell.repetition)
+            (self.done.add if cell.error is None else self.done.discard)(visit)
+
+
+def read_samples(file: Path) -> tuple[BenchSample, ...] | None:
+    """Return the samples an earlier call wrote, None if there are none."""
+    if not file.exists():
+        return None
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return tuple(BenchSample.from_json(json.loads(line)) for line in lines)
+
+
+def write_samples(file: Path, samples: Sequence[BenchSample]) -> None:
+    """Write samples, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    lines = [json.dumps(sample.to_json(), ensure_ascii=False) + "\n" for sample in samples]
+    part.write_text("".join(lines), encoding="utf-8")
+    part.replace(file)
+
+
+def _widened(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that cover what both calls asked for."""
+    axes = {name: list(dict.fromkeys([*earlier[name], *now[name]])) for name in AXES}
+    return {**earlier, **axes, "repetitions": max(earlier["repetitions"], now["repetitions"])}

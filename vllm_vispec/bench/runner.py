@@ -1,0 +1,187 @@
+"""Measuring a matrix: servers side by side, cell by cell, every cell written down as it ends."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from vllm_vispec.bench.cell import Measure
+from vllm_vispec.bench.checks import check_inputs
+from vllm_vispec.bench.load import LoadJob, LoadResult, run_load
+from vllm_vispec.bench.machine import describe_machine
+from vllm_vispec.bench.matrix import MatrixSettings, Visit
+from vllm_vispec.bench.questions import QuestionStore
+from vllm_vispec.bench.run_folder import RunFolder
+from vllm_vispec.bench.schema import BenchSample
+from vllm_vispec.bench.server import BenchServer, choose_ports
+from vllm_vispec.bench.serving import Group, MakeServer
+from vllm_vispec.bench.sides import Heads
+
+MakeLoad = Callable[[LoadJob], LoadResult]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a run uses of the world outside; tests put stand-ins here."""
+
+    make_server: MakeServer = BenchServer
+    make_load: MakeLoad = run_load
+    check: Callable[[MatrixSettings], None] = check_inputs
+    machine: Callable[[], dict[str, Any]] = describe_machine
+    say: Say = print
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call of `run_matrix` did: cells measured, cells that failed, cells found done."""
+
+    measured: int
+    failed: int
+    found: int
+
+
+def run_matrix(
+    settings: MatrixSettings,
+    samples: Sequence[BenchSample],
+    output: Path,
+    first_port: int = 0,
+    tools: Tools | None = None,
+) -> Outcome:
+    """Measure what is not yet in the output folder.
+
+    A cell that fails is recorded with its error and the run goes on; a later call tries it again.
+    Servers are gone when this returns, also after SIGINT and SIGTERM.
+
+    Args:
+        samples: the dataset.
+        output: folder of the run; an earlier run of the same settings is continued.
+        first_port: of the servers; 0: any that is free.
+
+    Raises:
+        ViSpecError: before anything is started: a head or the target cannot be used, a port is in
+            use, the dataset is empty, the folder belongs to another run.
+        KeyboardInterrupt: on SIGINT and SIGTERM.
+    """
+    tools = tools or Tools()
+    tools.check(settings)
+    ports = dict(zip(settings.sides, choose_ports(len(settings.sides), first_port), strict=True))
+    store = QuestionStore(settings, samples, output)
+    content = {**settings.to_json(), "samples": len(samples), "samples_digest": digest(samples)}
+    with interruptible(), RunFolder(output, content, tools.machine()) as folder:
+        return _Run(settings, folder, store, ports, tools).all_groups()
+
+
+class _Run:
+    """One call of `run_matrix`."""
+
+    def __init__(
+        self,
+        settings: MatrixSettings,
+        folder: RunFolder,
+        store: QuestionStore,
+        ports: dict[str, int],
+        tools: Tools,
+    ) -> None:
+        self.settings, self.folder, self.store = settings, folder, store
+        self.ports, self.tools = ports, tools
+        self.heads = Heads(
+            settings.target,
+            settings.head or "",
+            settings.eagle_head or "",
+            folder.path / "heads",
+        )
+        self.measure = Measure(settings, store, tools.make_load, folder.path / "load.json")
+
+    def all_groups(self) -> Outcome:
+        total = Outcome(0, 0, 0)
+        for num_tokens, visits in self.settings.groups():
+            wanted = [visit for visit in visits if visit not in self.folder.done]
+            failed = self._group(num_tokens, wanted) if wanted else 0
+            total = Outcome(
+                total.measured + len(wanted) - failed,
+                total.failed + failed,
+                total.found + len(visits) - len(wanted),
+            )
+        return total
+
+    def _group(self, num_tokens: int, visits: Sequence[Visit]) -> int:
+        """Measure the cells of one K; returns how many failed."""
+        there = {visit.key.side for visit in visits}
+        sides = [side for side in self.settings.sides if side in there]
+        self.tools.say(f"K={num_tokens}: starting {', '.join(sides)}")
+        group = Group(
+            self.settings,
+            sides,
+            num_tokens,
+            self.heads,
+            self.ports,
+            self.folder.path / "logs",
+            self.tools.make_server,
+            partial(self.measure.warm_up, visits),
+        )
+        failed = 0
+        with group:
+            for number, visit in enumerate(visits, start=1):
+                cell = self.measure.cell(visit, group)
+                self.folder.add(cell)
+                failed += cell.error is not None
+                self.tools.say(f"  [{number}/{len(visits)}] {describe(visit)}: {state(cell.error)}")
+        return failed
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM end the block as SIGINT does, so that servers are stopped."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def describe(visit: Visit) -> str:
+    """Return a cell in words."""
+    key = visit.key
+    image = f", {key.image_tokens} image tokens" if key.image_tokens >= 0 else ""
+    return (
+        f"{key.side}, concurrency {key.concurrency}, temperature {key.temperature:g}{image}, "
+        f"repetition {visit.repetition + 1}"
+    )
+
+
+def state(error: str | None) -> str:
+    """Return how a cell went, in one line."""
+    return "done" if error is None else f"failed: {error.splitlines()[0]}"
+
+
+def digest(samples: Sequence[BenchSample]) -> str:
+    """Return what tells datasets apart: a hash of what is asked, images by their content."""
+    found = sha256()
+    for sample in samples:
+        found.update(repr(replace(sample, turns=())).encode())
+        for part in (part for turn in sample.turns for part in turn.parts):
+            found.update(part.text.encode() if part.image is None else _content(part.image))
+    return found.hexdigest()[:16]
+
+
+def _content(image: str) -> bytes:
+    try:
+        return Path(image).read_bytes()
+    except OSError:
+        # Whoever sends it reports it.
+        return image.encode()

@@ -1,0 +1,286 @@
+"""What a benchmark run writes down: raw records only, every number is computed from them later.
+
+A run is a folder with `run.json` (format, machine, settings) and `cells.jsonl` (one `CellResult` a
+line). `BenchRun.load` takes such a folder or one JSON file written from `BenchRun.to_json`.
+Times are in seconds, to the microsecond.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import TypeAdapter, ValidationError
+
+from vllm_vispec.conversations.types import Turn
+from vllm_vispec.errors import ViSpecError
+
+FORMAT = 1
+RUN_FILE = "run.json"
+CELLS_FILE = "cells.jsonl"
+IMAGES_AS_THEY_ARE = -1
+"""`CellKey.image_tokens` of a cell whose images were not resized; 0 means that none was sent."""
+
+Json = Mapping[str, Any]
+
+
+class Record:
+    """A frozen dataclass that becomes JSON and comes back from it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        content: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
+        return content
+
+    @classmethod
+    def from_json(cls, content: Json) -> Self:
+        """Read what `to_json` returned.
+
+        Raises:
+            ViSpecError: a field is missing or of another type.
+        """
+        try:
+            record: Self = TypeAdapter(cls).validate_python(content)
+        except ValidationError as error:
+            raise ViSpecError(_first_problem(cls.__name__, error)) from error
+        return record
+
+
+@dataclass(frozen=True)
+class BenchSample(Record):
+    """A question to ask; the answer to the last turn is measured.
+
+    Attributes:
+        sample_id: unique in its dataset.
+        family: the task category.
+        turns: begins with the user or a system turn and ends with the user. Images are absolute
+            paths. An answer that stands between two questions is sent as it is. Where two
+            questions follow each other (see `follow_up`), the target's own greedy answer is put
+            between them once per run, the same for all sides.
+        max_tokens: longest answer.
+    """
+
+    sample_id: str
+    family: str
+    turns: tuple[Turn, ...]
+    max_tokens: int
+
+    @property
+    def follow_up(self) -> bool:
+        """Whether an earlier question still lacks its answer."""
+        roles = [turn.role for turn in self.turns]
+        return any(a == b == "user" for a, b in pairwise(roles))
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Paths of all images in the order of their appearance."""
+        return tuple(part.image for turn in self.turns for part in turn.parts if part.image)
+
+
+@dataclass(frozen=True)
+class CellKey(Record):
+    """One cell of the matrix.
+
+    Attributes:
+        side: a name in `vllm_vispec.bench.sides.SIDES`.
+        concurrency: requests in flight, at most.
+        num_speculative_tokens: K of the group in which the side was served. The plain side, which
+            drafts nothing, is measured anew in every group and has the group's K here.
+        temperature: 0 is greedy.
+        image_tokens: tokens of each request's images together, `IMAGES_AS_THEY_ARE`, or 0.
+        dataset: its name.
+    """
+
+    side: str
+    concurrency: int
+    num_speculative_tokens: int
+    temperature: float
+    image_tokens: int
+    dataset: str
+
+
+@dataclass(frozen=True)
+class Request(Record):
+    """One answered request.
+
+    `vllm bench serve` keeps the text of an answer and the number of its tokens, not their ids.
+    Outputs are therefore compared by text (special tokens included) and number: `same_output`.
+
+    Attributes:
+        output_text: with special tokens written out; "" if it failed.
+        output_tokens: as the server counted them.
+        prompt_tokens: as the server counted them, image tokens included.
+        ttft_s: request to first chunk.
+        e2e_s: request to last chunk.
+        itl_s: between the chunks of the stream. A chunk holds the tokens of one round, so with
+            speculation there are fewer gaps than tokens: decode seconds per token are
+            `(e2e_s - ttft_s) / (output_tokens - 1)`, not the mean of these.
+        error: why it failed; None if it did not.
+    """
+
+    sample_id: str
+    family: str
+    output_text: str
+    output_tokens: int
+    prompt_tokens: int
+    ttft_s: float
+    e2e_s: float
+    itl_s: tuple[float, ...]
+    error: str | None = None
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds from the first chunk to the last."""
+        return self.e2e_s - self.ttft_s
+
+    def same_output(self, other: Request) -> bool:
+        """Whether both succeeded with the same answer."""
+        return (
+            self.error is None
+            and other.error is None
+            and self.output_text == other.output_text
+            and self.output_tokens == other.output_tokens
+        )
+
+
+@dataclass(frozen=True)
+class SpecCounters(Record):
+    """vLLM's `vllm:spec_decode_*` counters, what was added during the cell.
+
+    Attributes:
+        rounds: drafts made.
+        draft_tokens: tokens drafted.
+        accepted_tokens: draft tokens accepted, bonus tokens not counted.
+        accepted_by_position: accepted tokens at each of the K positions.
+    """
+
+    rounds: int
+    draft_tokens: int
+    accepted_tokens: int
+    accepted_by_position: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MemoryFacts(Record):
+    """Memory of the side's server at the end of the cell; None where nothing says it.
+
+    Attributes:
+        peak_bytes: most bytes the server's processes held since it was started: device memory if
+            there is a GPU, else resident memory.
+        kv_blocks: KV-cache blocks the server has.
+        image_table_hits: images whose adaptor output was there already, during the cell.
+        image_table_misses: images whose adaptor output had to be computed, during the cell.
+    """
+
+    peak_bytes: int | None = None
+    kv_blocks: int | None = None
+    image_table_hits: int | None = None
+    image_table_misses: int | None = None
+
+
+@dataclass(frozen=True)
+class CellResult(Record):
+    """One repetition of one cell.
+
+    Attributes:
+        repetition: from 0 on.
+        requests: in the order of the dataset; empty if the cell failed as a whole.
+        wall_s: first request sent to last answer read.
+        spec: None on the plain side, and if the cell failed.
+        command: what starts the side's server, and what made the load, one a line.
+        error: why the cell failed as a whole; None if it did not. Single requests may have failed
+            even so.
+    """
+
+    key: CellKey
+    repetition: int
+    requests: tuple[Request, ...]
+    wall_s: float
+    spec: SpecCounters | None
+    memory: MemoryFacts
+    command: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class BenchRun(Record):
+    """A whole run.
+
+    Attributes:
+        format: `FORMAT` of the version that wrote it.
+        machine: processor, device, versions of packages.
+        settings: what was asked for, see `vllm_vispec.bench.matrix.MatrixSettings.to_json`.
+        cells: in the order in which they were measured, each once.
+    """
+
+    format: int
+    machine: Json
+    settings: Json
+    cells: tuple[CellResult, ...]
+
+    @classmethod
+    def of_this_format(cls, content: Json) -> Self:
+        """Read what `to_json` returned; of cells that were measured again, the last attempt.
+
+        Raises:
+            ViSpecError: it was written by another version, or is no benchmark run.
+        """
+        if content.get("format") != FORMAT:
+            raise ViSpecError(
+                f"the benchmark run has format {content.get('format')!r}, this version reads "
+                f"{FORMAT}: run `vispec bench run` again"
+            )
+        run = cls.from_json(content)
+        return replace(run, cells=_last_of_each(run.cells))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a run folder, or one JSON file.
+
+        Raises:
+            ViSpecError: it cannot be read, is damaged, or was written by another version.
+        """
+        try:
+            if not path.is_dir():
+                return cls.of_this_format(json.loads(path.read_text(encoding="utf-8")))
+            content = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+            return cls.of_this_format({**content, "cells": read_cells(path / CELLS_FILE)})
+        except OSError as error:
+            raise ViSpecError(
+                f"benchmark run {path} cannot be read ({error.strerror or error}): give the folder "
+                "that `vispec bench run` wrote"
+            ) from error
+        except json.JSONDecodeError as error:
+            raise ViSpecError(
+                f"benchmark run {path} is not JSON ({error}): give the folder that `vispec bench "
+                "run` wrote"
+            ) from error
+
+
+def read_cells(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of a `cells.jsonl` as plain data; a last line that was cut off is left out.
+
+    Raises:
+        OSError, json.JSONDecodeError: it cannot be read, or another line is damaged.
+    """
+    if not file.exists():
+        return []
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines() if line.strip()]
+
+
+def _first_problem(name: str, error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(step) for step in first["loc"])
+    return f"{name}: {place}: {first['msg']}; the benchmark's data is damaged, run it again"
+
+
+def _last_of_each(cells: Sequence[CellResult]) -> tuple[CellResult, ...]:
+    """Leave out earlier attempts at a cell that was measured again."""
+    last = {(cell.key, cell.repetition): cell for cell in cells}
+    return tuple(cell for cell in cells if last[cell.key, cell.repetition] is cell)

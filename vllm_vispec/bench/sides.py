@@ -1,0 +1,116 @@
+"""The sides that are compared: how each is served. A new one is one `Side` in `SIDES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from vllm_vispec.bench.heads import plain_eagle_head, zeroed_head
+from vllm_vispec.errors import ViSpecError
+
+NGRAM_LONGEST, NGRAM_SHORTEST = 4, 2
+"""vLLM's lookup looks for the longest repeated n-gram between these lengths."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What the sides draft with; hub ids stay as they are.
+
+    Attributes:
+        target: folder or hub id.
+        head: ViSpec head, "" if there is none.
+        eagle_head: head of the side "eagle", "" if there is none.
+        folder: where heads that are made for a run lie.
+    """
+
+    target: str
+    head: str
+    eagle_head: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to serve the target.
+
+    Attributes:
+        name: as in `CellKey.side`.
+        summary: what a report says about it.
+        needs: option without which it cannot be served, "" if there is none.
+        draft: makes what goes into vLLM's speculative config besides K; None: no speculation.
+    """
+
+    name: str
+    summary: str
+    needs: str
+    draft: Callable[[Heads], Mapping[str, Any]] | None
+
+    def speculative_config(self, heads: Heads, num_tokens: int) -> dict[str, Any] | None:
+        """Return vLLM's speculative config for this side, None without speculation.
+
+        Raises:
+            ViSpecError: the side's head cannot be used.
+        """
+        if self.draft is None:
+            return None
+        return {**self.draft(heads), "num_speculative_tokens": num_tokens}
+
+
+def _ngram(heads: Heads) -> Mapping[str, Any]:
+    return {
+        "method": "ngram",
+        "prompt_lookup_max": NGRAM_LONGEST,
+        "prompt_lookup_min": NGRAM_SHORTEST,
+    }
+
+
+def _eagle(heads: Heads) -> Mapping[str, Any]:
+    head = plain_eagle_head(heads.eagle_head, heads.target, heads.folder / "eagle")
+    return {"method": "eagle", "model": head}
+
+
+def _vispec_zeroed(heads: Heads) -> Mapping[str, Any]:
+    return {"method": "vispec", "model": zeroed_head(heads.head, heads.folder / "vispec_zeroed")}
+
+
+def _vispec(heads: Heads) -> Mapping[str, Any]:
+    return {"method": "vispec", "model": heads.head}
+
+
+SIDES: Mapping[str, Side] = MappingProxyType(
+    {
+        side.name: side
+        for side in (
+            Side("plain", "vLLM without speculation", "", None),
+            Side("ngram", "vLLM's n-gram lookup in the prompt and the answer", "", _ngram),
+            Side("eagle", "vLLM's EAGLE with a text-trained head", "--eagle-head", _eagle),
+            Side(
+                "vispec_zeroed",
+                "ViSpec whose vision adaptor puts out zeros",
+                "--head",
+                _vispec_zeroed,
+            ),
+            Side("vispec", "ViSpec", "--head", _vispec),
+        )
+    }
+)
+
+
+def check_sides(names: Sequence[str], options: Mapping[str, str | None]) -> None:
+    """Refuse sides that are unknown or lack what they draft with.
+
+    Args:
+        options: value of every option that a side may need.
+
+    Raises:
+        ViSpecError: names the side and what is possible.
+    """
+    for name in names:
+        if name not in SIDES:
+            raise ViSpecError(f"--sides: {name} is unknown: choose from {', '.join(SIDES)}")
+        needs = SIDES[name].needs
+        if needs and not options.get(needs):
+            raise ViSpecError(f"--sides: {name} needs {needs}: give it, or leave the side out")
