@@ -58,7 +58,7 @@ def main(
     arm: Annotated[list[str] | None, typer.Option(help="Repeat. Default: all.")] = None,
     samples: Annotated[int, typer.Option(min=32, help="Of each training set.")] = 1680,
     held_out: Annotated[int, typer.Option(min=7, help="For the curves of the runs.")] = 112,
-    per_family: Annotated[int, typer.Option(min=1, help="Questions to the engine.")] = 6,
+    per_family: Annotated[int, typer.Option(min=1, help="Questions to the engine.")] = 4,
     timed: Annotated[int, typer.Option(min=1, help="Of these, timed.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Of every process.")] = 1,
     output: Annotated[Path, typer.Option(help="JSON file.")] = DEFAULT_OUTPUT,

@@ -20,8 +20,8 @@ SMALL = ("--samples", "32", "--held-out", "7", "--per-family", "1", "--seed", "0
 def run(folder: Path) -> str:
     """Run the command for one arm; returns what it printed."""
     (folder / "page.md").write_text("\n".join(TABLE_MARKS))
-    paths = ("--work-dir", "work", "--output", "result.json", "--page", "page.md")
-    paths = tuple(str(folder / part) if part[0] != "-" else part for part in paths)
+    files = {"--work-dir": "work", "--output": "result.json", "--page": "page.md"}
+    paths = [part for option, name in files.items() for part in (option, str(folder / name))]
     command = [sys.executable, "-m", "benchmarks.ablation", *SMALL, *paths, "--arm", "eagle_vlm"]
     done = subprocess.run(
         command, env=dict(os.environ), capture_output=True, text=True, timeout=1200, check=False
