@@ -108,9 +108,7 @@ def evaluate(options: EvalOptions) -> Report:
         tuple(rejected),
         merge_families(*parts),
         (greedy, checked) if options.check_greedy else None,
-        measure(_engine(options, room), asked, options.source.images)
-        if options.engine
-        else None,
+        measure(_engine(options, room), asked, options.source.images) if options.engine else None,
         pair.warning,
     )
 
