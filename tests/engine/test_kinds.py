@@ -86,6 +86,7 @@ def _assert_sound(item: dict[str, Any], name: str) -> None:
             assert row["shared"] == row["cold_keys"] > 0, (situation, request)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLAGS)
 def test_kind(quick: Found, name: str) -> None:
     _assert_sound(quick[name], name)
