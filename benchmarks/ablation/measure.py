@@ -21,6 +21,7 @@ from examples.demo.job import Answer, Job
 from examples.demo.side import Side
 from examples.tiny_vlm.families import FAMILIES
 from vllm_vispec.evaluate.engine import inside_answer
+from vllm_vispec.train.files import write_json
 
 NUM_DRAFT_TOKENS = 5
 
@@ -86,7 +87,7 @@ def measure_all(
                 asked = [
                     _ask(plain, drafting, sample, questions, expected) for sample in questions.all()
                 ]
-            _write(workspace.measured(cell), [asdict(one) for one in asked])
+            write_json(workspace.measured(cell), [asdict(one) for one in asked])
 
 
 @contextmanager
@@ -99,7 +100,7 @@ def _engine(name: str, job: Job, workspace: Workspace, threads: int) -> Iterator
 def _plain_answers(workspace: Workspace, plain: Side, questions: Questions) -> list[list[int]]:
     file = workspace.root / f"plain-{questions.per_family}.json"
     if not file.is_file():
-        _write(file, [plain.answer(sample).token_ids for sample in questions.all()])
+        write_json(file, [plain.answer(sample).token_ids for sample in questions.all()])
     return list(json.loads(file.read_text()))
 
 
@@ -134,10 +135,3 @@ def _same(answer: Answer, token_ids: Sequence[int]) -> bool:
 def read_measured(file: Path) -> list[Asked]:
     """What `measure_all` wrote."""
     return [Asked.from_json(fields) for fields in json.loads(file.read_text())]
-
-
-def _write(file: Path, content: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content) + "\n")
-    partial.rename(file)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
+from vllm_vispec.cli.errors import exit_on_error
 from vllm_vispec.cli.evaluate import evaluate
 from vllm_vispec.cli.regenerate import regenerate
 from vllm_vispec.cli.train import train
-from vllm_vispec.errors import ViSpecError
-
-T = TypeVar("T")
 
 app = typer.Typer(
     name="vispec",
@@ -45,8 +42,8 @@ def convert(
     """Write a head of any dialect as a canonical folder (or back, with --dialect)."""
     from vllm_vispec.dialects.convert import convert_head, guess_target, serve_command
 
-    info = _or_exit(
-        lambda: convert_head(
+    with exit_on_error():
+        info = convert_head(
             source,
             destination,
             dialect=dialect,
@@ -55,7 +52,6 @@ def convert(
             drop_embed_tokens=drop_embed_tokens,
             overwrite=overwrite,
         )
-    )
     section = info.config.vispec_section()
     typer.echo(f"wrote {info.folder} ({info.dtype}, {section['num_query_tokens']} query tokens)")
     typer.echo(f"serve it with: {serve_command(target or guess_target(info.config), info.folder)}")
@@ -75,7 +71,9 @@ def doctor(
         typer.echo(line)
     if head is not None:
         typer.echo("")
-        for line in _or_exit(lambda: head_lines(head)):
+        with exit_on_error():
+            lines = head_lines(head)
+        for line in lines:
             typer.echo(line)
     if not report.ok:
         raise typer.Exit(1)
@@ -89,12 +87,3 @@ app.command("eval")(evaluate)
 def main() -> None:
     """Entry point of the console script."""
     app()
-
-
-def _or_exit(action: Callable[[], T]) -> T:
-    """Run it; a user error becomes one line on stderr and exit code 1."""
-    try:
-        return action()
-    except ViSpecError as error:
-        typer.echo(f"vispec: {error}", err=True)
-        raise typer.Exit(1) from error

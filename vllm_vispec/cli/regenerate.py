@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_vispec.cli.errors import exit_on_error
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.regenerate.picture_folder import write_questions
 from vllm_vispec.regenerate.prompts import PROMPT_STYLES
@@ -63,7 +64,7 @@ def regenerate(
     """Let the target answer image questions at length: training data for its draft head."""
     from vllm_vispec.regenerate.job import regenerate_all
 
-    try:
+    with exit_on_error():
         settings = RegenerateSettings(
             target=target,
             input=conversation_file(input_file, output, question or []),
@@ -81,9 +82,6 @@ def regenerate(
             workers=workers,
         )
         summary = regenerate_all(settings, backend_name(server, ray), progress=True)
-    except ViSpecError as error:
-        typer.echo(f"vispec: {error}", err=True)
-        raise typer.Exit(1) from error
     for line in summary_lines(summary, output):
         typer.echo(line)
 
