@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,7 @@ from vllm_vispec.train.trainer import Trainer
 DEFAULT_OUTPUT = Path("benchmarks/results/train_speed.json")
 SMALL, LARGE = 1, 8
 LR = 1e-4
+AUTOCAST = ("off", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -139,28 +141,31 @@ def report(turns: Sequence[Turn]) -> dict[str, Any]:
 
 def main(
     model: ModelOption = DEFAULT_MODEL,
-    turns: Annotated[int, typer.Option(min=2, help="Batches of 8 per teacher mode.")] = 20,
+    turns: Annotated[int, typer.Option(min=2, help="Batches of 8 per teacher mode.")] = 40,
     per_family: Annotated[int, typer.Option(min=1, help="Samples of each family.")] = 16,
     passes: Annotated[int, typer.Option(min=1, help="Rollout passes.")] = 2,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")] = 0,
-    autocast: Annotated[str, typer.Option(help="auto, off or bfloat16.")] = "auto",
+    autocast: Annotated[
+        list[str] | None, typer.Option(help="off or bfloat16; repeat. Default: both.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = DEFAULT_OUTPUT,
 ) -> None:
     """Measure training at batch 8 against batch 1."""
+    chosen = autocast or list(AUTOCAST)
     if threads:
         torch.set_num_threads(threads)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name, processes("auto") as group:
         data = write_samples(Path(name), per_family)
-        for mode in ("online", "offline"):
-            config = recipe(model, data, mode, autocast, passes)
-            results[mode] = report(measure(config, turns, group))
+        for mode, precision in product(("online", "offline"), chosen):
+            config = recipe(model, data, mode, precision, passes)
+            results[f"{mode}, autocast {precision}"] = report(measure(config, turns, group))
     show(results)
     settings = {
         "batch_sizes": [SMALL, LARGE],
         "passes": passes,
         "threads": torch.get_num_threads(),
-        "autocast": autocast,
+        "autocast": chosen,
     }
     machine = describe_machine()
     write_report(output, {"settings": settings, "teacher": results, "machine": machine})

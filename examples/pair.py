@@ -12,7 +12,7 @@ import typer
 CHECKPOINTS = Path(__file__).resolve().parent / "tiny_vlm" / "checkpoints"
 DEFAULT_MODEL = str(CHECKPOINTS / "target")
 DEFAULT_DRAFT_MODEL = str(CHECKPOINTS / "vispec_head")
-DEFAULT_DRAFT_TOKENS = 7  # the tiny pair's best in benchmarks/results/decode_speed.json
+DEFAULT_DRAFT_TOKENS = 7  # beyond it the intervals of benchmarks/results/decode_speed.json overlap
 MAX_MODEL_LEN = 1024
 
 ModelOption = Annotated[str, typer.Option("--model", help="Target: a folder or hub id.")]

@@ -37,7 +37,7 @@ HARD_WEIGHTS: dict[str, float] = {
 VISUAL_TOKENS = GRID * GRID
 IMAGE_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = "You are a helpful assistant."
-_SLOT = re.compile(r"\{([^{}]*)\}")
+SLOT = re.compile(r"\{([^{}]*)\}")
 PATCH, MERGE = 14, 2
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
@@ -79,7 +79,7 @@ def make_sample(
 
 def strip_marks(text: str) -> str:
     """Answer text without the content braces."""
-    return _SLOT.sub(r"\1", text)
+    return SLOT.sub(r"\1", text)
 
 
 def messages_of(sample: Sample, answered: int = 0) -> list[dict]:
@@ -105,7 +105,7 @@ def _segments(sample: Sample) -> list[tuple[str, bool, bool]]:
         image = IMAGE_MARK if i == 0 and sample.canvas is not None else ""
         head = f"<|im_start|>user\n{image}{turn.question}<|im_end|>\n<|im_start|>assistant\n"
         out.append((head, False, False))
-        for j, piece in enumerate(_SLOT.split(turn.answer)):
+        for j, piece in enumerate(SLOT.split(turn.answer)):
             out.append((piece, True, j % 2 == 1))
         out.append(("<|im_end|>", True, False))
         out.append(("\n", False, False))

@@ -11,6 +11,7 @@ from vllm_vispec.errors import ViSpecError
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.kinds import get_kind
 from vllm_vispec.train.losses import get_loss
+from vllm_vispec.train.provenance import command_line
 from vllm_vispec.train.settings import config_from_flat, explain, iter_settings, load_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
@@ -109,3 +110,18 @@ def test_recipes_are_there() -> None:
         "specvlm_online",
         "tiny",
     }
+
+
+@pytest.mark.parametrize(
+    ("program", "shown"),
+    [
+        ("/opt/env/bin/vispec", "vispec train a.yaml"),
+        ("/somewhere/vllm_vispec/__main__.py", "vispec train a.yaml"),
+        ("mine.py", "mine.py train a.yaml"),
+    ],
+)
+def test_the_command_that_is_recorded(
+    program: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [program, "train", "a.yaml"])
+    assert command_line() == shown

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from vllm_vispec.cli.bench import app as bench
+from vllm_vispec.cli.errors import exit_on_error
 from vllm_vispec.cli.evaluate import evaluate
-from vllm_vispec.cli.options import or_exit
 from vllm_vispec.cli.regenerate import regenerate
 from vllm_vispec.cli.train import train
 
@@ -43,8 +43,8 @@ def convert(
     """Write a head of any dialect as a canonical folder (or back, with --dialect)."""
     from vllm_vispec.dialects.convert import convert_head, guess_target, serve_command
 
-    info = or_exit(
-        lambda: convert_head(
+    with exit_on_error():
+        info = convert_head(
             source,
             destination,
             dialect=dialect,
@@ -53,7 +53,6 @@ def convert(
             drop_embed_tokens=drop_embed_tokens,
             overwrite=overwrite,
         )
-    )
     section = info.config.vispec_section()
     typer.echo(f"wrote {info.folder} ({info.dtype}, {section['num_query_tokens']} query tokens)")
     typer.echo(f"serve it with: {serve_command(target or guess_target(info.config), info.folder)}")
@@ -73,7 +72,9 @@ def doctor(
         typer.echo(line)
     if head is not None:
         typer.echo("")
-        for line in or_exit(lambda: head_lines(head)):
+        with exit_on_error():
+            lines = head_lines(head)
+        for line in lines:
             typer.echo(line)
     if not report.ok:
         raise typer.Exit(1)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_vispec.cli.bench_estimate import estimate
-from vllm_vispec.cli.options import or_exit, split
+from vllm_vispec.cli.errors import exit_on_error
+from vllm_vispec.cli.options import split
 
 if TYPE_CHECKING:
     from vllm_vispec.bench.datasets import LoadedDataset
@@ -93,7 +94,8 @@ def run(
         options = DatasetOptions(wanted, limit, seed, max_tokens, image_root)
         return measure_matrix(settings, load_dataset(dataset, data, options), output, port)
 
-    raise typer.Exit(or_exit(measure))
+    with exit_on_error():
+        raise typer.Exit(measure())
 
 
 @app.command()
@@ -133,7 +135,8 @@ def quick(
             typer.echo(str(finding))
         return 0 if all(finding.ok for finding in findings) else 1
 
-    raise typer.Exit(or_exit(check))
+    with exit_on_error():
+        raise typer.Exit(check())
 
 
 @app.command()
@@ -144,7 +147,8 @@ def report(
     """Turn a run into a page, HTML and Markdown."""
     from vllm_vispec.bench.report import write_report
 
-    files = or_exit(lambda: write_report(results, output))
+    with exit_on_error():
+        files = write_report(results, output)
     typer.echo(f"wrote {files.html} and {files.markdown}")
 
 

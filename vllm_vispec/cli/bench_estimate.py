@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vllm_vispec.cli.errors import exit_on_error
 from vllm_vispec.cli.options import split
 from vllm_vispec.errors import ViSpecError
 
@@ -68,7 +69,7 @@ def estimate(
     """Estimate decode_speedup from sizes, bandwidth, K and acceptance. Measures nothing."""
     from vllm_vispec.bench import estimate as model
 
-    try:
+    with exit_on_error():
         given = {
             "bandwidth_share": bandwidth_share,
             "compute_share": compute_share,
@@ -95,9 +96,6 @@ def estimate(
             **{name: value for name, value in given.items() if value is not None},
         )
         table = model.estimate(options)
-    except ViSpecError as error:
-        typer.echo(f"vispec: {error}", err=True)
-        raise typer.Exit(1) from error
     typer.echo(table.to_markdown())
     if output is not None:
         output.write_text(json.dumps(table.to_json(), indent=2) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.cli.errors import exit_on_error
 
 
 def evaluate(
@@ -55,7 +55,7 @@ def evaluate(
     from vllm_vispec.evaluate.run import EvalOptions
     from vllm_vispec.evaluate.run import evaluate as run
 
-    try:
+    with exit_on_error():
         options = EvalOptions(
             target=target,
             head=head,
@@ -74,6 +74,3 @@ def evaluate(
             typer.echo(line)
         if output is not None:
             report.write(output)
-    except ViSpecError as error:
-        typer.echo(f"vispec: {error}", err=True)
-        raise typer.Exit(1) from error

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_vispec.cli.errors import exit_on_error
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.regenerate.picture_folder import write_questions
 from vllm_vispec.regenerate.prompts import PROMPT_STYLES
 from vllm_vispec.regenerate.settings import (
     DEFAULT_MAX_TOKENS,
@@ -26,9 +28,14 @@ STYLES = ", ".join(PROMPT_STYLES)
 def regenerate(
     input_file: Annotated[
         Path,
-        typer.Option("--input", help="JSON lines or a JSON array, LLaVA or OpenAI style."),
+        typer.Option(
+            "--input", help="JSON lines or a JSON array, LLaVA or OpenAI style; or an image folder."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="JSON lines file; an earlier run is continued.")],
+    question: Annotated[
+        list[str] | None, typer.Option(help="To ask about the images of a folder; repeatable.")
+    ] = None,
     target: Annotated[
         str, typer.Option(help="Folder or hub id of the target; optional with --server.")
     ] = "",
@@ -57,10 +64,10 @@ def regenerate(
     """Let the target answer image questions at length: training data for its draft head."""
     from vllm_vispec.regenerate.job import regenerate_all
 
-    try:
+    with exit_on_error():
         settings = RegenerateSettings(
             target=target,
-            input=input_file,
+            input=conversation_file(input_file, output, question or []),
             output=output,
             image_root=image_root,
             prompt_style=prompt_style,
@@ -75,11 +82,23 @@ def regenerate(
             workers=workers,
         )
         summary = regenerate_all(settings, backend_name(server, ray), progress=True)
-    except ViSpecError as error:
-        typer.echo(f"vispec: {error}", err=True)
-        raise typer.Exit(1) from error
     for line in summary_lines(summary, output):
         typer.echo(line)
+
+
+def conversation_file(source: Path, output: Path, questions: list[str]) -> Path:
+    """Return the conversations to answer; for a folder of images they are written first.
+
+    Raises:
+        ViSpecError: questions for a file that has its own, or a folder without images.
+    """
+    if source.is_dir():
+        return write_questions(source, output, questions)
+    if questions:
+        raise ViSpecError(
+            f"--question is for a folder of images, --input {source} is none: drop it"
+        )
+    return source
 
 
 def backend_name(server: str, ray: bool) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.cli.errors import exit_on_error
 
 
 def train(
@@ -40,11 +40,8 @@ def train(
         typer.echo(explain_settings())
         return
     names = tuple(name.strip() for name in override.split(",") if name.strip())
-    try:
+    with exit_on_error():
         message = _train(recipe, settings or [], names, cache_only, workers if ray else 0)
-    except ViSpecError as error:
-        typer.echo(f"vispec: {error}", err=True)
-        raise typer.Exit(1) from error
     if message:
         typer.echo(message)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,8 @@ def convert_head(
         check_dtype(dtype, "--dtype")
     writer = get_dialect(dialect)
     info = inspect_head(resolve_head(source))
-    destination = Path(destination).expanduser().absolute()
+    shown = Path(destination)  # in the card: no path of this machine that the user did not write
+    destination = shown.expanduser().absolute()
     config = info.config
     if drop_embed_tokens:
         config = replace(config, has_embed_tokens=False)
@@ -76,7 +78,7 @@ def convert_head(
     stored = dtype or _STORED_DTYPES[info.dtype]
     with new_head_folder(destination, overwrite=overwrite, source=info.folder) as scratch:
         _write_weights(info, config, writer, stored, scratch)
-        _write_texts(info, config, writer, stored, target, destination, scratch)
+        _write_texts(info, config, writer, stored, target, shown, scratch)
         _check_same(writer, config, scratch)
     return inspect_head(destination)
 
@@ -107,8 +109,12 @@ def _write_texts(
     num_tokens = serving.num_tokens if serving else DEFAULT_NUM_TOKENS
     names_target = serving is not None and writer.name == "canonical"
     if serving is not None and names_target:
-        content |= speculators_fields(config, serving.target, destination, num_tokens)
+        placed = destination.expanduser().absolute()
+        content |= speculators_fields(config, serving.target, placed, num_tokens)
     write_json(folder / CONFIG, content)
+    made = info.folder / PROVENANCE
+    if made.is_file():
+        shutil.copyfile(made, folder / PROVENANCE)
     card = model_card(
         config,
         dtype,
@@ -116,10 +122,9 @@ def _write_texts(
         destination,
         num_tokens=num_tokens,
         names_target=names_target,
+        provenance=json.loads(made.read_text(encoding="utf-8")) if made.is_file() else None,
     )
     (folder / CARD).write_text(card, encoding="utf-8")
-    if (info.folder / PROVENANCE).is_file():
-        shutil.copyfile(info.folder / PROVENANCE, folder / PROVENANCE)
 
 
 def _serving(info: HeadInfo, target: str | None) -> Serving | None:

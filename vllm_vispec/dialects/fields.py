@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any
 
 from vllm_vispec.dialects.base import RawConfig, Shapes
 from vllm_vispec.errors import ViSpecError
@@ -29,16 +29,6 @@ _TARGET_CLASSES = {
 }
 _PLAIN_ROPE = (None, "default", "mrope")
 EMBED_TOKENS = "embed_tokens.weight"
-
-
-class AttentionSizes(TypedDict):
-    """The sizes of the decoder layer, as `HeadConfig` takes them."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
 
 
 def text_fields(config: RawConfig) -> dict[str, Any]:
@@ -93,7 +83,7 @@ def flag(config: RawConfig, name: str, default: bool) -> bool:
     return value
 
 
-def attention_sizes(config: RawConfig) -> AttentionSizes:
+def attention_sizes(config: RawConfig) -> dict[str, int]:
     """hidden_size, intermediate_size, heads and head_dim (absent = hidden_size / heads)."""
     heads = require_int(config, "num_attention_heads")
     hidden = require_int(config, "hidden_size")

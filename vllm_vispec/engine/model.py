@@ -98,7 +98,9 @@ class DraftModel(nn.Module):
         layer_prefix = maybe_prefix(prefix, f"layers.{layer_id}")
         layer = DraftDecoderLayer(vllm_config, head, self.attention_factory(), layer_prefix)
         self.layers = nn.ModuleList([layer])
-        self.norm = RMSNorm(head.hidden_size, eps=head.rms_norm_eps) if head.final_norm else None
+        self.norm = (
+            DraftRMSNorm(head.hidden_size, eps=head.rms_norm_eps) if head.final_norm else None
+        )
 
     def attention_factory(self) -> Callable[..., Any]:
         """Return what builds the layer's attention; by default vLLM's own."""

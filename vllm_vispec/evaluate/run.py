@@ -100,6 +100,7 @@ def evaluate(options: EvalOptions) -> Report:
     if not samples:
         reason = f" (first reason: {rejected[0].reason})" if rejected else ""
         raise ViSpecError(f"--data {options.source.path} has no usable conversation{reason}")
+    room = pair.room(longest, options.num_speculative_tokens)
     pair.release()
     return Report(
         options.settings(),
@@ -107,21 +108,18 @@ def evaluate(options: EvalOptions) -> Report:
         tuple(rejected),
         merge_families(*parts),
         (greedy, checked) if options.check_greedy else None,
-        measure(_engine(options, longest), asked, options.source.images)
-        if options.engine
-        else None,
+        measure(_engine(options, room), asked, options.source.images) if options.engine else None,
         pair.warning,
     )
 
 
-def _engine(options: EvalOptions, longest: int) -> EngineSettings:
-    """What holds the longest conversation; more might exceed the target's own limit."""
+def _engine(options: EvalOptions, max_model_len: int) -> EngineSettings:
     return EngineSettings(
         options.target,
         options.head,
         options.num_speculative_tokens,
         options.dtype,
-        longest,
+        max_model_len,
     )
 
 
@@ -171,8 +169,19 @@ class _Pair:
         counts = [greedy_tokens(one, self.target.lm_head_VD) for one in observed]
         return families, sum(same for same, _ in counts), sum(total for _, total in counts)
 
+    def room(self, longest: int, num_draft_tokens: int) -> int:
+        """max_model_len for conversations of up to `longest` tokens.
+
+        vLLM stops drafting for a whole batch as soon as one request, its drafts included, comes
+        near max_model_len: the room for two rounds keeps the longest one from doing so, where the
+        target's own limit allows it.
+        """
+        wanted = longest + 2 * (num_draft_tokens + 1)
+        limit = getattr(self.target.text_config, "max_position_embeddings", None)
+        return wanted if limit is None else max(longest, min(wanted, limit))
+
     def release(self) -> None:
-        """Make room for the engine."""
+        """Free the memory for the engine."""
         import gc
 
         import torch

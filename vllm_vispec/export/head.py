@@ -64,14 +64,15 @@ def export_head(
         raise ViSpecError(
             f"num_speculative_tokens={count} must lie between 1 and {MAX_DRAFT_TOKENS}"
         )
-    folder = Path(folder).expanduser().absolute()
+    shown = Path(folder)  # in the card: no path of this machine that the user did not write
+    folder = shown.expanduser().absolute()
     config = draft.config.with_dialect("canonical")
     fields = speculators_fields(config, target, folder, count)
     card = model_card(
         config,
         dtype,
         target,
-        folder,
+        shown,
         num_tokens=count,
         names_target=True,
         provenance=provenance,

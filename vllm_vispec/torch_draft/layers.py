@@ -1,7 +1,8 @@
 """The draft's building blocks in plain PyTorch.
 
 Tensor names end in their shape: B batch, N query rows, M key rows (cache included), D hidden,
-F MLP width, H query heads, G key/value heads, K head_dim, Q adaptor queries, T image tokens.
+F MLP width, H query heads, G key/value heads, K head_dim, Q adaptor queries, R image runs, T
+image tokens.
 """
 
 from __future__ import annotations
@@ -47,13 +48,21 @@ class ImageAdaptor(nn.Module):
         self.v_proj = nn.Linear(size, size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(size, size, bias=False)
 
-    def forward(self, image_TD: Tensor) -> Tensor:
-        """Image embeddings [T, D] -> adaptor rows [Q, D]; the last one is the global feature."""
-        k_HTK = self.k_proj(image_TD).unflatten(-1, (self.heads, self.head_dim)).transpose(0, 1)
-        v_HTK = self.v_proj(image_TD).unflatten(-1, (self.heads, self.head_dim)).transpose(0, 1)
-        q_HQK = self.query.to(image_TD.dtype).transpose(0, 1)
-        out_HQK = F.scaled_dot_product_attention(q_HQK[None], k_HTK[None], v_HTK[None])[0]
-        return self.o_proj(out_HQK.transpose(0, 1).flatten(1))
+    def forward(self, images_RTD: Tensor, valid_RT: Tensor | None = None) -> Tensor:
+        """Embeddings of image runs -> adaptor rows [R, Q, D]; the last one is the global feature.
+
+        Args:
+            valid_RT: True where a token belongs to its run, at least one of each; None: all do.
+        """
+        shape = (self.heads, self.head_dim)
+        k_RHTK = self.k_proj(images_RTD).unflatten(-1, shape).transpose(1, 2)
+        v_RHTK = self.v_proj(images_RTD).unflatten(-1, shape).transpose(1, 2)
+        q_HQK = self.query.to(images_RTD.dtype).transpose(0, 1)
+        mask = None if valid_RT is None else valid_RT[:, None, None, :]
+        out_RHQK = F.scaled_dot_product_attention(
+            q_HQK.expand(len(images_RTD), -1, -1, -1), k_RHTK, v_RHTK, attn_mask=mask
+        )
+        return self.o_proj(out_RHQK.transpose(1, 2).flatten(2))
 
 
 def apply_rope(x_BHNK: Tensor, positions_BN: Tensor, theta: float) -> Tensor:

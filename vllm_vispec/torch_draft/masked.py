@@ -3,18 +3,20 @@
 A kept row has its own position, so dropping the other rows of an image equals hiding them from
 attention. All samples of a batch then keep the length L, whatever images they hold.
 
-Tensor names end in their shape: B batch, L tokens, D hidden.
+Tensor names end in their shape: B batch, L tokens, D hidden, R image runs of all samples, Q adaptor
+rows of a run, N rows that the adaptor fills.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vllm_vispec.torch_draft.rows import Run, plan_rows
+from vllm_vispec.torch_draft.rows import RowPlan, Run, plan_rows
 
 if TYPE_CHECKING:
     from vllm_vispec.torch_draft.model import ViSpecDraft
@@ -42,54 +44,75 @@ def masked_rows(
         global_BLD, the global feature of every row (zeros before the first image), for further
         draft-on-draft steps. Feed the first to `draft.run_layer` with `attention_mask(visible_BL)`.
     """
-    samples = [
-        _sample_rows(
-            draft,
-            embeds_BLD[b],
-            hidden_BLD[b],
-            sample_runs,
-            embeds_BLD.shape[1] if lengths is None else lengths[b],
-        )
-        for b, sample_runs in enumerate(runs)
-    ]
-    layer_in, visible, is_text, global_rows = zip(*samples, strict=True)
-    return (
-        torch.stack(layer_in),
-        torch.stack(visible),
-        torch.stack(is_text),
-        torch.stack(global_rows),
-    )
-
-
-def _sample_rows(
-    draft: ViSpecDraft, embeds_LD: Tensor, hidden_LD: Tensor, runs: Sequence[Run], length: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count, total = embeds_BLD.shape[:2]
     config = draft.config
-    plan = plan_rows(length, runs, config.num_query_tokens, compress=config.compress)
-    device, total = embeds_LD.device, len(embeds_LD)
-    index_N = torch.tensor(plan.positions, device=device)
-    run_N = torch.tensor(plan.run_of_row, device=device)
-    row_N = torch.tensor(plan.adaptor_row, device=device)
-    adapted = [draft.adaptor(embeds_LD[a:b]) for a, b in plan.runs]
-    zero_1D = torch.zeros_like(embeds_LD[:1])
-    globals_RD = torch.cat([rows_QD[-1:] for rows_QD in adapted] + [zero_1D])
-    run_L = torch.full((total,), len(plan.runs), device=device)
-    run_L[index_N] = torch.where(run_N < 0, len(plan.runs), run_N)
-    global_LD = globals_RD[run_L]
-    shifted_LD = torch.cat((embeds_LD[1:], zero_1D))
-    layer_in_LD = draft.layer_input(shifted_LD, hidden_LD, global_LD)
-    image_N = row_N >= 0
-    if bool(image_N.any()):
-        values = torch.stack(adapted)[run_N[image_N], row_N[image_N]]
-        layer_in_LD = layer_in_LD.index_copy(0, index_N[image_N], values)
-    visible_L = torch.zeros(total, dtype=torch.bool, device=device)
-    visible_L[index_N] = True
-    is_text_L = torch.zeros_like(visible_L)
-    is_text_L[index_N] = ~image_N
-    # The row of the last token would need the embedding of the token after it.
-    visible_L[length - 1 :] = False
-    is_text_L[length - 1 :] = False
-    return layer_in_LD, visible_L, is_text_L, global_LD
+    plans = [
+        plan_rows(
+            total if lengths is None else lengths[b],
+            runs[b],
+            config.num_query_tokens,
+            compress=config.compress,
+        )
+        for b in range(count)
+    ]
+    layout = _lay_out(plans, total)
+    images = [embeds_BLD[b, start:end] for b, plan in enumerate(plans) for start, end in plan.runs]
+    adapted_RQD = draft.adaptor_rows(images).to(embeds_BLD.dtype)
+    zero_B1D = torch.zeros_like(embeds_BLD[:, :1])
+    globals_RD = torch.cat((adapted_RQD[:, -1], zero_B1D[0]))
+    device = embeds_BLD.device
+    global_BLD = globals_RD[layout.run_BL.to(device)]
+    shifted_BLD = torch.cat((embeds_BLD[:, 1:], zero_B1D), dim=1)
+    layer_in_BLD = draft.layer_input(shifted_BLD, hidden_BLD, global_BLD)
+    if len(layout.image_N):
+        values_ND = adapted_RQD.flatten(0, 1)[layout.filled_by_N.to(device)]
+        rows = layer_in_BLD.flatten(0, 1)
+        rows = rows.index_copy(0, layout.image_N.to(device), values_ND.to(rows.dtype))
+        layer_in_BLD = rows.unflatten(0, (count, total))
+    return layer_in_BLD, layout.visible_BL.to(device), layout.is_text_BL.to(device), global_BLD
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where things are, on the CPU.
+
+    Attributes:
+        run_BL: run whose global feature a row gets, counted over all samples; R for none.
+        image_N: rows that the adaptor fills, as b * L + l.
+        filled_by_N: their adaptor rows, as r * Q + q.
+        visible_BL, is_text_BL: see `masked_rows`.
+    """
+
+    run_BL: Tensor
+    image_N: Tensor
+    filled_by_N: Tensor
+    visible_BL: Tensor
+    is_text_BL: Tensor
+
+
+def _lay_out(plans: Sequence[RowPlan], total: int) -> _Layout:
+    num_runs = sum(len(plan.runs) for plan in plans)
+    run_BL = torch.full((len(plans), total), num_runs)
+    visible_BL = torch.zeros(len(plans), total, dtype=torch.bool)
+    is_text_BL = torch.zeros_like(visible_BL)
+    images: list[Tensor] = []
+    fillers: list[Tensor] = []
+    first_run = 0
+    for b, plan in enumerate(plans):
+        index_N, run_N, row_N = map(
+            torch.tensor, (plan.positions, plan.run_of_row, plan.adaptor_row)
+        )
+        is_image_N = row_N >= 0
+        run_BL[b, index_N] = torch.where(run_N < 0, num_runs, first_run + run_N)
+        # The row of the last token would need the embedding of the token after it.
+        inside_N = index_N < plan.length - 1
+        visible_BL[b, index_N] = inside_N
+        is_text_BL[b, index_N] = inside_N & ~is_image_N
+        images.append(b * total + index_N[is_image_N])
+        queries = plan.num_query_tokens
+        fillers.append((first_run + run_N[is_image_N]) * queries + row_N[is_image_N])
+        first_run += len(plan.runs)
+    return _Layout(run_BL, torch.cat(images), torch.cat(fillers), visible_BL, is_text_BL)
 
 
 def attention_mask(visible_BL: Tensor) -> Tensor:

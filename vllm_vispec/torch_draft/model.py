@@ -99,13 +99,23 @@ class ViSpecDraft(nn.Module):
             self.img_fc.bias.zero_()
 
     def adaptor(self, image_TD: Tensor) -> Tensor:
-        """Embeddings of one image run [T, D] -> [Q, D]; the last row is the global feature.
+        """Embeddings of one image run [T, D] -> [Q, D]; the last row is the global feature."""
+        return self.adaptor_rows([image_TD])[0]
+
+    def adaptor_rows(self, images: Sequence[Tensor]) -> Tensor:
+        """Embeddings of image runs, each [T, D] with its own T -> [R, Q, D], all at once.
 
         Zeros for a head without adaptor, in which no row reads them.
         """
-        if self.img_adaptor is None:
-            return image_TD.new_zeros(self.config.num_query_tokens, self.config.hidden_size)
-        return self.img_adaptor(image_TD)
+        shape = (len(images), self.config.num_query_tokens, self.config.hidden_size)
+        if self.img_adaptor is None or not images:
+            return self.fc.weight.new_zeros(shape)
+        images_RTD = nn.utils.rnn.pad_sequence(list(images), batch_first=True)
+        sizes_R = torch.tensor([len(image) for image in images], device=images_RTD.device)
+        if len({len(image) for image in images}) == 1:
+            return self.img_adaptor(images_RTD)
+        index_T = torch.arange(images_RTD.shape[1], device=images_RTD.device)
+        return self.img_adaptor(images_RTD, index_T < sizes_R[:, None])
 
     def layer_input(self, embeds_ND: Tensor, hidden_ND: Tensor, global_ND: Tensor) -> Tensor:
         """Fuse text rows [..., D]: f = img_fc([hidden, global]), x = fc([embedding, f]).
@@ -155,20 +165,13 @@ class ViSpecDraft(nn.Module):
             self.config.num_query_tokens,
             compress=self.config.compress,
         )
-        adaptor_RQD = self._adapt(prompt_embeds_LD, plan)
+        adaptor_RQD = self.adaptor_rows([prompt_embeds_LD[a:b] for a, b in plan.runs])
         shifted_LD = torch.cat((prompt_embeds_LD[1:], next_embed_D[None]))
         layer_in_ND = self._compact_rows(plan, adaptor_RQD, shifted_LD, hidden_LD)
         positions_N = torch.tensor(plan.positions, device=hidden_LD.device)
         out_BND, cache = self.run_layer(layer_in_ND[None], positions_N[None])
         global_D = adaptor_RQD[-1, -1] if plan.runs else torch.zeros_like(next_embed_D)
         return Prefill(plan, adaptor_RQD, global_D, layer_in_ND, out_BND[0], cache)
-
-    def _adapt(self, prompt_embeds_LD: Tensor, plan: RowPlan) -> Tensor:
-        """Adaptor output [R, Q, D] of every run."""
-        if not plan.runs:
-            shape = (0, self.config.num_query_tokens, self.config.hidden_size)
-            return prompt_embeds_LD.new_zeros(shape)
-        return torch.stack([self.adaptor(prompt_embeds_LD[a:b]) for a, b in plan.runs])
 
     def _compact_rows(
         self, plan: RowPlan, adaptor_RQD: Tensor, shifted_LD: Tensor, hidden_LD: Tensor

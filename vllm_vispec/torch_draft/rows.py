@@ -34,6 +34,7 @@ class RowPlan:
             gets, -1 for zeros.
         adaptor_row: which adaptor output row fills it, -1 for a text row.
         length: number of rows before compression (= number of prompt tokens).
+        num_query_tokens: adaptor outputs per run.
     """
 
     runs: tuple[Run, ...]
@@ -41,6 +42,7 @@ class RowPlan:
     run_of_row: tuple[int, ...]
     adaptor_row: tuple[int, ...]
     length: int
+    num_query_tokens: int
 
     @property
     def is_image(self) -> tuple[bool, ...]:
@@ -111,4 +113,11 @@ def plan_rows(
         adaptor_row.extend(range(num_query_tokens - 1 - kept, num_query_tokens - 1))
         done = last
     add_text(done, length, len(merged) - 1)
-    return RowPlan(tuple(merged), tuple(positions), tuple(run_of_row), tuple(adaptor_row), length)
+    return RowPlan(
+        tuple(merged),
+        tuple(positions),
+        tuple(run_of_row),
+        tuple(adaptor_row),
+        length,
+        num_query_tokens,
+    )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -86,8 +87,12 @@ class DraftBatch:
         )
 
 
-def pad_batch(samples: Sequence[Observed]) -> DraftBatch:
+def pad_batch(samples: Sequence[Observed], multiple: int = 1) -> DraftBatch:
     """Pad samples on the right; any number of images each, none included.
+
+    Args:
+        multiple: L is one of its multiples. Kernels that are prepared once per shape then meet
+            few shapes.
 
     Raises:
         ViSpecError: no sample was given.
@@ -95,8 +100,12 @@ def pad_batch(samples: Sequence[Observed]) -> DraftBatch:
     if not samples:
         raise ViSpecError("a batch of no samples: give pad_batch at least one")
 
+    longest = max(len(sample.token_ids) for sample in samples)
+    extra = -longest % multiple
+
     def padded(name: str) -> Tensor:
-        return pad_sequence([getattr(sample, name) for sample in samples], batch_first=True)
+        rows = pad_sequence([getattr(sample, name) for sample in samples], batch_first=True)
+        return F.pad(rows, (0, 0) * (rows.dim() - 2) + (0, extra)) if extra else rows
 
     return DraftBatch(
         ids_BL=padded("token_ids"),

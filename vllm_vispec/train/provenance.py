@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from vllm_vispec import __version__
@@ -36,7 +37,7 @@ def describe_run(
     """
     return {
         "config": config.as_dict(),
-        "command": shlex.join(sys.argv),
+        "command": command_line(),
         "started": now(),
         "versions": versions(),
         "processes": world,
@@ -50,6 +51,16 @@ def describe_run(
             "skipped_by_reason": count_reasons(rejected),
         },
     }
+
+
+def command_line() -> str:
+    """This process's command, without where on this machine it is installed."""
+    return shlex.join(["vispec" if _is_ours(sys.argv[0]) else sys.argv[0], *sys.argv[1:]])
+
+
+def _is_ours(program: str) -> bool:
+    path = Path(program)
+    return path.name == "vispec" or path.parts[-2:] == ("vllm_vispec", "__main__.py")
 
 
 def versions() -> dict[str, str]:

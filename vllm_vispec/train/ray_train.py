@@ -7,14 +7,13 @@ must see the same files: the target, the data and run.output on shared storage.
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.train.config import TrainConfig
+from vllm_vispec.train.provenance import command_line
 from vllm_vispec.train.settings import config_from_flat
 
 # Ray changes the working directory of its workers, so paths must not depend on it.
@@ -49,7 +48,7 @@ def train_on_ray(
         "settings": _absolute(config.flat()),
         "override": list(override),
         "cache_only": cache_only,
-        "command": shlex.join(sys.argv),
+        "command": command_line(),
     }
     output = Path(config.run.output).absolute()
     trainer = torch_train.TorchTrainer(

@@ -32,6 +32,9 @@ from vllm_vispec.train.batch import DraftBatch
 
 # The reference scales its feature noise with 512 / (tokens of the sample).
 NOISE_REFERENCE_LENGTH = 512
+# Numbers of rows are multiples of this where that costs nothing but a few rows: kernels are
+# prepared per shape (21 ms for one bfloat16 attention backward on a CPU), so shapes must repeat.
+ROW_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,8 @@ def _next_counts(counts_BL: Tensor, first_BL: Tensor) -> Tensor:
 def _first_needed(counts_BL: Tensor) -> int:
     """First row that any later pass needs: prompts are long, their rows need no chains."""
     used_L = counts_BL.any(dim=0)
-    return int(used_L.long().argmax()) if bool(used_L.any()) else len(used_L) - 1
+    first = int(used_L.long().argmax()) if bool(used_L.any()) else len(used_L) - 1
+    return first // ROW_MULTIPLE * ROW_MULTIPLE
 
 
 def _chain_pass(

@@ -16,6 +16,7 @@ from vllm_vispec.train.batch import pad_batch
 from vllm_vispec.train.config import OptimizerConfig, TrainConfig
 from vllm_vispec.train.distributed import Processes, assign, like, shard, whole
 from vllm_vispec.train.objective import Objective, Sums
+from vllm_vispec.train.rollout import ROW_MULTIPLE
 from vllm_vispec.train.source import Teacher
 from vllm_vispec.train.state import Tensors
 
@@ -109,7 +110,8 @@ class Trainer:
         begin, tokens = time.perf_counter(), 0
         found: list[Sums] = []
         for index, samples in enumerate(passes):
-            batch = pad_batch(self._teacher.observe(samples)).to(self._group.device, torch.float32)
+            batch = pad_batch(self._teacher.observe(samples), ROW_MULTIPLE)
+            batch = batch.to(self._group.device, torch.float32)
             tokens += sum(batch.lengths)
             with torch.autocast(self._group.device.type, torch.bfloat16, self._autocast):
                 sums = self._objective(batch, self._noise_source(number, index))
