@@ -3,38 +3,11 @@
 Each entry names what is touched, the shape it must have, and why.
 """
 
-from dataclasses import dataclass
+from vllm_vispec.seam_entry import Seam
+from vllm_vispec.seam_table_draft_vocab import DRAFT_VOCAB_SEAMS
+from vllm_vispec.seam_table_first_pass import FIRST_PASS_SEAMS
 
-VERSIONS = ("0.32", "0.33")
-
-
-@dataclass(frozen=True)
-class Seam:
-    """One thing in vLLM that ViSpec calls, overrides or reads.
-
-    Attributes:
-        module: Dotted module, e.g. ``vllm.engine.arg_utils``.
-        symbol: ``name``, ``Class``, ``Class.method`` or, with ``self.`` inside, an attribute that
-            the class must set.
-        parameters: Parameters that must exist, in this order, ``self`` left out.  Others may
-            follow or stand between.
-        use: ``wraps``, ``overrides``, ``subclasses``, ``calls`` or ``reads``.
-        reason: Why it is touched.
-        versions: vLLM releases it was verified on.
-    """
-
-    module: str
-    symbol: str
-    parameters: tuple[str, ...]
-    use: str
-    reason: str
-    versions: tuple[str, ...] = VERSIONS
-
-    @property
-    def name(self) -> str:
-        """``module:symbol``, as shown to users."""
-        return f"{self.module}:{self.symbol}"
-
+__all__ = ["SEAMS", "Seam"]
 
 _V1_BASE = "vllm.v1.spec_decode.llm_base_proposer"
 _V2_AR = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator"
@@ -292,4 +265,20 @@ SEAMS: tuple[Seam, ...] = (
         "calls",
         "finds a backend for the padded head size",
     ),
+    Seam(
+        "vllm.v1.worker.gpu.input_batch",
+        "InputBatch.num_draft_tokens_per_req",
+        (),
+        "reads",
+        "V2, adaptive verification: draft tokens before the device cut them",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.input_batch",
+        "InputBatch.query_start_loc",
+        (),
+        "reads",
+        "V2, adaptive verification: where requests begin after the cut",
+    ),
+    *FIRST_PASS_SEAMS,
+    *DRAFT_VOCAB_SEAMS,
 )

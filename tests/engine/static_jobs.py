@@ -96,6 +96,8 @@ def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[.
 def instrument(proposer: Any, record: Record) -> None:
     """Record the draft model's passes, logits and our host work of ``proposer``."""
     model = proposer.model
+    # Without graphs, text passes may leave operators out; here is looked at what a graph records.
+    proposer.draft_rows._is_eager = False
 
     def watched(label: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def make(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from benchmarks.decode_speed import judge
-from benchmarks.eagle_head import fused_fc, write_eagle_head
 from benchmarks.report import bootstrap_interval
-from benchmarks.round_probe import Span, split_round
 from examples.demo.compare import Exchange, summarise
 from examples.demo.job import Answer
 from examples.demo.page import render_page
 from examples.tiny_vlm.samples import DemoSample
 from tests.unit.heads import write_head
+from vllm_vispec.bench.profile.eagle_head import fused_fc, write_eagle_head
 
 PLAIN = Answer(
     token_ids=(5, 6, 7, 8, 9, 2),
@@ -77,8 +76,8 @@ def test_page_is_escaped_and_self_contained() -> None:
 
 def test_eagle_head_fuses_like_vispec_without_image(tmp_path: Path) -> None:
     write_head(tmp_path / "vispec")
-    folder = write_eagle_head(tmp_path / "vispec", tmp_path / "eagle")
-    assert (folder / "config.json").is_file()
+    folder = write_eagle_head(str(tmp_path / "vispec"), tmp_path / "eagle")
+    assert Path(folder, "config.json").is_file()
     torch.manual_seed(0)
     embedding, hidden = torch.randn(2, 8)
     source = {"fc.weight": torch.randn(8, 16), "img_fc.weight": torch.randn(8, 16)}
@@ -86,20 +85,3 @@ def test_eagle_head_fuses_like_vispec_without_image(tmp_path: Path) -> None:
     expected = source["fc.weight"] @ torch.cat((embedding, inner))
     found = fused_fc(source) @ torch.cat((embedding, hidden))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_parts_of_a_round() -> None:
-    spans = [
-        Span("execute", 0, 4),
-        Span("target_model", 1, 3),
-        Span("target_logits", 3, 4),
-        Span("propose", 5, 12),
-        Span("draft_model", 6, 7),
-        Span("draft_logits", 7, 8),
-        Span("draft_model", 9, 10),
-        Span("draft_logits", 10, 11.5),
-    ]
-    parts = split_round(spans, 2)
-    assert parts is not None
-    assert (parts["first_pass"], parts["step"], parts["propose"]) == (3, 3.5, 7)
-    assert split_round(spans, 3) is None

@@ -12,6 +12,7 @@ from vllm_vispec.cli.errors import exit_on_error
 from vllm_vispec.cli.evaluate import evaluate
 from vllm_vispec.cli.regenerate import regenerate
 from vllm_vispec.cli.train import train
+from vllm_vispec.cli.vocab import vocab
 
 app = typer.Typer(
     name="vispec",
@@ -83,6 +84,7 @@ def doctor(
 app.command()(regenerate)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(vocab)
 app.add_typer(bench, name="bench")
 
 

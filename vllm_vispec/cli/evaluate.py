@@ -42,6 +42,10 @@ def evaluate(
     max_length: Annotated[
         int, typer.Option(help="Longest conversation in tokens; longer ones are left out.")
     ] = 4096,
+    draft_vocab: Annotated[
+        str | None,
+        typer.Option(help="Tokens that may be drafted: a list, auto, or how many; default: all."),
+    ] = None,
 ) -> None:
     """Acceptance of a head on recorded answers, simulated and, with --engine, measured.
 
@@ -67,6 +71,7 @@ def evaluate(
             max_length=max_length,
             check_greedy=check_greedy,
             engine=engine,
+            draft_vocab=_number_or_text(draft_vocab),
         )
         report = run(options)
         Console().print(make_table(report))
@@ -74,3 +79,7 @@ def evaluate(
             typer.echo(line)
         if output is not None:
             report.write(output)
+
+
+def _number_or_text(value: str | None) -> str | int | None:
+    return int(value) if value is not None and value.isdigit() else value

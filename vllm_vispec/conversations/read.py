@@ -16,18 +16,18 @@ __all__ = ["Rejected", "read_conversations"]
 
 
 def read_conversations(
-    path: Path, image_root: Path | None = None
+    path: Path, image_root: Path | None = None, *, check_images: bool = True
 ) -> Iterator[Conversation | Rejected]:
     """Yield, for every record of the file, its conversation or why it is left out.
 
     Image paths stay as written; they start from ``image_root`` or the file's folder, and a record
-    whose image is not there is rejected. A record without ``id`` is called after its line. A
-    second record with an id that was there before is rejected.
+    whose image is not there is rejected (unless ``check_images`` is off). A record without ``id``
+    is called after its line. A second record with an id that was there before is rejected.
 
     Raises:
         ViSpecError: the file cannot be read or is one broken JSON array.
     """
-    folder = image_folder(path, image_root)
+    folder = image_folder(path, image_root) if check_images else None
     seen: set[str] = set()
     for number, text_or_record in _records(path):
         item = _read_one(text_or_record, number, folder)
@@ -39,14 +39,14 @@ def read_conversations(
         yield item
 
 
-def _read_one(text_or_record: Any, number: int, folder: Path) -> Conversation | Rejected:
+def _read_one(text_or_record: Any, number: int, folder: Path | None) -> Conversation | Rejected:
     sample_id = f"line{number}"
     try:
         record = _parse(text_or_record) if isinstance(text_or_record, bytes) else text_or_record
         given = record.get("id") if isinstance(record, dict) else None
         sample_id = sample_id if given is None else str(given)
         conversation = to_conversation(record, sample_id)
-        for image in conversation.images:
+        for image in conversation.images if folder is not None else ():
             image_file(image, folder)
     except BadImage as error:
         return Rejected(sample_id, str(error))

@@ -29,6 +29,7 @@ from vllm_vispec.dialects.speculators import (
 )
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.head_config import HeadConfig
+from vllm_vispec.vocabulary.files import DRAFT_VOCAB, DRAFT_VOCAB_FACTS
 
 __all__ = ["convert_head", "guess_target", "serve_command"]
 
@@ -113,8 +114,9 @@ def _write_texts(
         content |= speculators_fields(config, serving.target, placed, num_tokens)
     write_json(folder / CONFIG, content)
     made = info.folder / PROVENANCE
-    if made.is_file():
-        shutil.copyfile(made, folder / PROVENANCE)
+    for name in (PROVENANCE, DRAFT_VOCAB, DRAFT_VOCAB_FACTS):
+        if (info.folder / name).is_file():
+            shutil.copyfile(info.folder / name, folder / name)
     card = model_card(
         config,
         dtype,

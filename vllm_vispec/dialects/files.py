@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.vocabulary.files import DRAFT_VOCAB
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -104,7 +105,7 @@ def weight_files(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(one for one in folder.glob("*.safetensors") if one.name != DRAFT_VOCAB)
     if found:
         return found
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)

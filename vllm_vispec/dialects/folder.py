@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from vllm_vispec.dialects.load import inspect_head
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.vocabulary.files import DRAFT_VOCAB, DRAFT_VOCAB_FACTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,7 @@ CONFIG, CARD, PROVENANCE, WEIGHTS = (
     "provenance.json",
     "model.safetensors",
 )
-_OURS = {CONFIG, CARD, PROVENANCE, WEIGHTS}
+_OURS = {CONFIG, CARD, PROVENANCE, WEIGHTS, DRAFT_VOCAB, DRAFT_VOCAB_FACTS}
 CARD_TITLE = "# ViSpec head"
 
 

@@ -1,7 +1,7 @@
 """The vision adaptor inside the engine, and the table of rows it fills.
 
 Shapes: Q num_query_tokens, N embeddings of one item, D hidden size, H heads, h head size,
-S table slots, R = S * Q + 1 row codes, T tokens in the batch.
+S table slots, R = S * Q + 1 row codes, T tokens in the batch, E = Q * H.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vllm_vispec.engine.first_pass import FirstPassPlan
 from vllm_vispec.engine.layout import RowCodes
 from vllm_vispec.head_config import HeadConfig
 
@@ -58,6 +59,9 @@ class RowTable(nn.Module):
     def __init__(self, codes: RowCodes, hidden_size: int, max_num_tokens: int) -> None:
         super().__init__()
         self.codes = codes
+        self.plan: FirstPassPlan | None = None
+        # Set only where no graph is recorded: then passes over text leave two operators out.
+        self.all_text = False
         self.row_codes: torch.Tensor
         self.offset: torch.Tensor
         self.keep: torch.Tensor
@@ -94,8 +98,23 @@ class RowTable(nn.Module):
         for _, batch in self._pairs():
             batch[: token_indices.shape[0]] = batch[token_indices]
 
-    def mix(self, fused_TD: torch.Tensor) -> torch.Tensor:
-        """Return the layer input ``[T, D]`` given the fused text input of every row."""
+    def text_offset(self, num_tokens: int) -> torch.Tensor | None:
+        """Return what is added to every row, ``[T, D]``; None if some row may not be text."""
+        return self.batch_offset[:num_tokens] if self.all_text else None
+
+    def take_plan(self) -> FirstPassPlan | None:
+        """Return the plan of the next pass, once."""
+        plan, self.plan = self.plan, None
+        return plan
+
+    def mix(self, fused_TD: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the layer input ``[T, D]`` given the fused text input of every row.
+
+        Args:
+            rows: int64 ``[T]``; which rows of the batch these are. None: the first ones.
+        """
+        if rows is not None:
+            return torch.addcmul(self.batch_offset[rows], fused_TD, self.batch_keep[rows])
         num_tokens = fused_TD.shape[0]
         keep_T1 = self.batch_keep[:num_tokens]
         return torch.addcmul(self.batch_offset[:num_tokens], fused_TD, keep_T1)
@@ -144,9 +163,20 @@ class TextFusion(nn.Module):
         self.weight.copy_(torch.cat((on_embedding_DD, on_hidden_DD), dim=1))
         self.bias.copy_(bias_D)
 
-    def fuse(self, embedding_TD: torch.Tensor, hidden_TD: torch.Tensor) -> torch.Tensor:
-        """Return the part of the layer input that depends on the token, ``[T, D]``."""
-        return F.linear(torch.cat((embedding_TD, hidden_TD), dim=-1), self.weight)
+    def fuse(
+        self,
+        embedding_TD: torch.Tensor,
+        hidden_TD: torch.Tensor,
+        offset_TD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the part of the layer input that depends on the token, ``[T, D]``.
+
+        With an offset for every row it is the whole layer input.
+        """
+        both_T2D = torch.cat((embedding_TD, hidden_TD), dim=-1)
+        if offset_TD is None:
+            return F.linear(both_T2D, self.weight)
+        return torch.addmm(offset_TD, both_T2D, self.weight.T)
 
     def offset(self, global_D: torch.Tensor) -> torch.Tensor:
         """Return the part that depends on the global image feature, ``[D]``."""
@@ -170,19 +200,39 @@ class ImageAdaptor(nn.Module):
         self.v_proj = nn.Linear(size, size, bias=head.qkv_bias)
         self.o_proj = nn.Linear(size, size, bias=False)
         self.requires_grad_(False)
+        self.folded_query: torch.Tensor
+        folded_ED = torch.zeros(head.num_query_tokens * self.num_heads, size, dtype=torch.float32)
+        self.register_buffer("folded_query", folded_ED, persistent=False)
         # In a tuple: both are the draft model's children, not this module's.
         self._targets = (fusion, table)
 
     @torch.inference_mode()
+    def fold(self) -> None:
+        """Multiply the queries into the key projection; call it once the weights are loaded.
+
+        A query's score for an embedding is ``q (W_k e) = (q W_k) e``, and the weighted sum of
+        ``W_v e`` is ``W_v`` of the weighted sum.  So an image of N tokens costs two products with
+        as many rows as there are queries and heads, instead of two with D.  The keys' bias adds the
+        same to all scores of a query, which softmax and the merging of partials do not see.
+        """
+        weight_HhD = self.k_proj.weight.float().view(self.num_heads, self.head_dim, -1)
+        query_QHh = self.query.float() * self.head_dim**-0.5
+        self.folded_query.copy_(torch.einsum("qhe,hed->qhd", query_QHh, weight_HhD).flatten(0, 1))
+
+    @torch.inference_mode()
     def partial(self, embeddings: torch.Tensor) -> AdaptorPartial:
         """Attend over ``[N, >= D]`` embeddings; columns beyond D (deepstack) are ignored."""
-        embeds_ND = embeddings[:, : self.hidden_size].to(self.query.dtype)
-        heads = (-1, self.num_heads, self.head_dim)
-        k_NHh = self.k_proj(embeds_ND).view(heads).float()
-        v_NHh = self.v_proj(embeds_ND).view(heads).float()
-        score_QHN = torch.einsum("qhd,nhd->qhn", self.query.float(), k_NHh) * self.head_dim**-0.5
-        value_QHh = torch.einsum("qhn,nhd->qhd", score_QHN.softmax(dim=-1), v_NHh)
-        return AdaptorPartial(score_QHN.logsumexp(dim=-1), value_QHh)
+        embeds_ND = embeddings[:, : self.hidden_size].float()
+        score_EN = self.folded_query @ embeds_ND.T
+        mixed_QHD = (score_EN.softmax(dim=-1) @ embeds_ND).view(
+            -1, self.num_heads, self.hidden_size
+        )
+        value_HhD = self.v_proj.weight.float().view(self.num_heads, self.head_dim, -1)
+        value_QHh = torch.einsum("hed,qhd->qhe", value_HhD, mixed_QHD)
+        if self.v_proj.bias is not None:
+            value_QHh += self.v_proj.bias.float().view(self.num_heads, self.head_dim)
+        log_weight_QH = score_EN.logsumexp(dim=-1).view(-1, self.num_heads)
+        return AdaptorPartial(log_weight_QH, value_QHh)
 
     @torch.inference_mode()
     def store(self, slot: int, value_QHh: torch.Tensor) -> None:

@@ -24,6 +24,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.selector import get_attn_backend
 
 from vllm_vispec.engine.adaptor import MASK_CHANNEL, RowTable
+from vllm_vispec.engine.first_pass import FirstPassPlan
 from vllm_vispec.errors import ViSpecError
 
 # Below exp(-104) float32 has nothing left; the margin covers real logits of several hundred.
@@ -138,8 +139,36 @@ class HoleMaskedAttention(nn.Module):
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
-        k = k.addcmul_(self.rows.key_mask_of(hidden_states.shape[0]), self.key_channels)
+        if not self.rows.all_text:
+            k = k.addcmul_(self.rows.key_mask_of(hidden_states.shape[0]), self.key_channels)
         output, _ = self.o_proj(self.attn(q, k, v))
+        return output
+
+    def first_pass(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, plan: FirstPassPlan
+    ) -> torch.Tensor:
+        """Attend for the sampled rows only, given the visible ones.
+
+        Args:
+            positions: ``[T]``, of all rows.
+            hidden_states: ``[V, D]``, of the visible rows.
+
+        Returns:
+            ``[R, D]``.
+        """
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k = self.rotary_emb(plan.pick_visible(positions), q, k)
+        num_rows = positions.shape[0]
+        if plan.visible is not None:
+            k = plan.spread(k, self.rows.key_mask_of(num_rows) * self.key_channels)
+            v = plan.spread(v, v.new_zeros(num_rows, self.kv_size))
+        if plan.sampled_ask:
+            attended = self.attn(plan.pick_sampled(q), k, v)
+        else:
+            attended = self.attn(plan.spread(q, q.new_zeros(num_rows, self.q_size)), k, v)
+            attended = attended[plan.sampled]
+        output, _ = self.o_proj(attended)
         return output
 
     def pad_weights(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from vllm.platforms import current_platform
 
 from vllm_vispec.engine.adaptor import RowTable
+from vllm_vispec.engine.first_pass import FirstPassPlan, is_long, visible_rows
 from vllm_vispec.engine.image_table import ImageTable
 from vllm_vispec.engine.layout import (
     FeatureLike,
@@ -69,6 +71,12 @@ class DraftRows:
         self._max_layouts = 4 * max_num_requests
         self._warned: set[tuple[str, ImageRun]] = set()
         self._held: _HeldRows | None = None
+        self._can_plan = head.compress
+        self._plans = False
+        self._visible: torch.Tensor | None = None
+        self._on_cpu = current_platform.is_cpu()
+        # A recorded graph must not depend on what happened to be in the batch.
+        self._is_eager = self._on_cpu and getattr(model.model, "do_not_compile", False)
 
     def clear(self) -> None:
         """Forget all images, e.g. after new weights."""
@@ -84,7 +92,11 @@ class DraftRows:
         """
         self.table.begin_step()
         codes = [self._single_code(request, embeddings) for request in requests]
-        total = sum(request.num_rows for request in requests)
+        num_rows = [request.num_rows for request in requests]
+        total = sum(num_rows)
+        self._plans = self._can_plan and is_long(num_rows, on_cpu=self._on_cpu)
+        self._visible = None
+        self._rows.all_text = self._is_eager and None not in codes
         if codes and codes[0] is not None and codes.count(codes[0]) == len(codes):
             self._set_uniform(codes[0], total)
             return
@@ -99,9 +111,40 @@ class DraftRows:
             begin += request.num_rows
         self._held = None
         self._upload(codes_T)
+        if self._plans:
+            visible_V = visible_rows(codes_T, self._rows.codes.hole)
+            if len(visible_V) < total:
+                self._visible = self._to_device(torch.from_numpy(visible_V))
+
+    def sample_at(
+        self, token_indices: torch.Tensor, *, sampled_ask: bool = False
+    ) -> FirstPassPlan | None:
+        """Let the first pass of a long batch compute only what is read; see `first_pass`.
+
+        Args:
+            token_indices: ``[R]``, on the device; the row of each request that is read.
+            sampled_ask: The caller makes attention's metadata for these rows alone.
+
+        Returns:
+            The plan; None if the pass is to run as always.
+        """
+        if not self._plans:
+            return None
+        self._plans = False
+        plan = FirstPassPlan(self._visible, token_indices.long(), sampled_ask)
+        self._rows.plan = plan
+        return plan
 
     def gather(self, token_indices: torch.Tensor) -> None:
         """Keep only the rows of the given tokens, one per request, for the draft steps."""
+        # A captured first pass has not asked for its plan.
+        self._rows.plan = None
+        # Drafts are text; what follows an unfinished prompt's last row is thrown away.
+        self._rows.all_text = self._is_eager
+        self.move(token_indices)
+
+    def move(self, token_indices: torch.Tensor) -> None:
+        """Let row ``i`` of the batch be what row ``token_indices[i]`` was."""
         if self._held is None:
             self._rows.keep_rows(token_indices)
 
@@ -167,8 +210,11 @@ class DraftRows:
             self._held = wanted
 
     def _upload(self, codes_T: np.ndarray) -> None:
-        host = torch.from_numpy(codes_T)
-        if self._rows.row_codes.is_cuda:
-            # The caching host allocator keeps the block until the copy has run.
-            host = host.pin_memory()
-        self._rows.set_batch(host)
+        self._rows.set_batch(self._pinned(torch.from_numpy(codes_T)))
+
+    def _to_device(self, host: torch.Tensor) -> torch.Tensor:
+        return self._pinned(host).to(self._rows.row_codes.device, non_blocking=True)
+
+    def _pinned(self, host: torch.Tensor) -> torch.Tensor:
+        # The caching host allocator keeps the block until the copy has run.
+        return host.pin_memory() if self._rows.row_codes.is_cuda else host

@@ -14,7 +14,6 @@ logger = get_logger(__name__)
 MAX_DRAFT_TOKENS = 32
 
 _UNSUPPORTED_SETTINGS = {
-    "enable_adaptive_verification": "it reorders rows on the device only; leave it out",
     "parallel_drafting": "a ViSpec head drafts one token at a time; leave it out",
     "use_heterogeneous_vocab": "a ViSpec head shares the target's vocabulary; leave it out",
 }

@@ -30,6 +30,8 @@ from vllm.platforms import current_platform
 from vllm_vispec.dialects import get_dialect
 from vllm_vispec.engine.adaptor import ImageAdaptor, RowTable, TextFusion
 from vllm_vispec.engine.attention import HoleMaskedAttention
+from vllm_vispec.engine.draft_vocab import DraftLogits
+from vllm_vispec.engine.first_pass import FirstPassPlan
 from vllm_vispec.engine.layout import RowCodes
 from vllm_vispec.engine.options import EngineOptions
 from vllm_vispec.head_config import HeadConfig
@@ -114,8 +116,10 @@ class DraftModel(nn.Module):
         self, embeddings: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one draft pass given the tokens' embeddings ``[T, D]``."""
-        fused = self.fusion.fuse(embeddings, hidden_states)
-        hidden_states = self.rows.mix(fused)
+        offset = self.rows.text_offset(embeddings.shape[0])
+        hidden_states = self.fusion.fuse(embeddings, hidden_states, offset)
+        if offset is None:
+            hidden_states = self.rows.mix(hidden_states)
         residual = None
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual)
@@ -139,8 +143,30 @@ class ViSpecModel(DraftModel):
         """Run one draft pass; returns the hidden states for lm_head and for the next step."""
         return self.run(self.embed_tokens(input_ids), positions, hidden_states)
 
+    def first_pass(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        plan: FirstPassPlan,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the first pass for the rows of a plan; all other rows of the result are zero."""
+        embeddings_VD = self.embed_tokens(plan.pick_visible(input_ids))
+        fused_VD = self.fusion.fuse(embeddings_VD, plan.pick_visible(hidden_states))
+        input_VD = self.rows.mix(fused_VD, plan.visible)
+        layer = self.layers[0]
+        attended_RD = layer.self_attn.first_pass(positions, layer.input_layernorm(input_VD), plan)
+        normed_RD, residual_RD = layer.post_attention_layernorm(
+            attended_RD, plan.pick_sampled(input_VD)
+        )
+        sampled_RD = layer.mlp(normed_RD) + residual_RD
+        if self.norm is not None:
+            sampled_RD = self.norm(sampled_RD)
+        rows_TD = torch.zeros_like(hidden_states).index_copy_(0, plan.sampled, sampled_RD)
+        return rows_TD, rows_TD
 
-class EagleViSpecForCausalLM(EagleLlamaForCausalLM):
+
+class EagleViSpecForCausalLM(DraftLogits, EagleLlamaForCausalLM):
     """Registered architecture; the prefix ``Eagle`` keeps vLLM's configuration from renaming it."""
 
     model_class: type[DraftModel] = ViSpecModel
@@ -158,6 +184,19 @@ class EagleViSpecForCausalLM(EagleLlamaForCausalLM):
         self.has_own_embed_tokens = False
         self.has_own_lm_head = False
 
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run one draft pass, by the plan if this is a first pass that has one."""
+        plan = self.model.rows.take_plan()
+        if plan is None:
+            return super().forward(input_ids, positions, hidden_states, inputs_embeds)
+        return self.model.first_pass(input_ids, positions, hidden_states, plan)
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load a head in whichever dialect its files are written."""
         dialect = get_dialect(EngineOptions.from_hf_config(self.config).dialect)
@@ -172,6 +211,8 @@ class EagleViSpecForCausalLM(EagleLlamaForCausalLM):
         self.has_own_embed_tokens = "embed_tokens.weight" in canonical
         AutoWeightsLoader(self.model).load_weights(canonical.items(), mapper=CANONICAL_TO_VLLM)
         self.model.rows.set_no_image(self.model.fusion)
+        if self.model.adaptor is not None:
+            self.model.adaptor.fold()
 
     def attention_weights(self, canonical: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the weights whose form the layer's attention changes; here, padded heads."""

@@ -11,6 +11,7 @@ from typing import Any
 from vllm_vispec.errors import ViSpecError
 
 SECTION = "vispec_engine"
+_FOUND = {"dialect", "draft_vocab_file"}
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class EngineOptions:
         image_table_size: Images whose adaptor output is kept on the device, least recently used
             first out.  One image takes ``num_query_tokens * hidden_size`` elements.
         dialect: Whose tensor names the head's files use; found by inspection, not set by users.
+        draft_vocab: Tokens the draft may propose: a file with a list of them, True or "auto" for
+            the list in the head's folder, or an integer for its N most frequent; None: all.
+        draft_vocab_file: Where that list lies; found, not set by users.
 
     Raises:
         ViSpecError: If a value is out of range.
@@ -28,6 +32,8 @@ class EngineOptions:
 
     image_table_size: int = 1024
     dialect: str = "canonical"
+    draft_vocab: str | int | None = None
+    draft_vocab_file: str | None = None
 
     def __post_init__(self) -> None:
         size = self.image_table_size
@@ -36,16 +42,25 @@ class EngineOptions:
                 f"speculative config: image_table_size={size!r} must be an integer between 1 and "
                 "1000000; leave it out for the default of 1024"
             )
+        if not isinstance(self.draft_vocab, str | int | None) or self.draft_vocab == "":
+            raise ViSpecError(
+                f'speculative config: draft_vocab={self.draft_vocab!r} must be a file, "auto", or '
+                "a number of tokens; leave it out to draft from the whole vocabulary"
+            )
 
     @classmethod
     def pop_from(cls, speculative: dict[str, Any]) -> "EngineOptions":
         """Take the plugin's keys out of a speculative config."""
-        names = {option.name for option in fields(cls)} - {"dialect"}
+        names = {option.name for option in fields(cls)} - _FOUND
         return cls(**{name: speculative.pop(name) for name in names & speculative.keys()})
 
     def with_dialect(self, dialect: str) -> "EngineOptions":
         """Return a copy that names the head's dialect."""
         return replace(self, dialect=dialect)
+
+    def with_draft_vocab_file(self, path: str) -> "EngineOptions":
+        """Return a copy that names the file of the draft's vocabulary."""
+        return replace(self, draft_vocab_file=path)
 
     def to_section(self) -> dict[str, Any]:
         """Return the entry to put into the draft's configuration."""

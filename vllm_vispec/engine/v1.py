@@ -1,13 +1,17 @@
 """ViSpec on the V1 model runner, which is also the CPU's."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from vllm_vispec.engine.draft_rows import DraftRows, RequestRows
+from vllm_vispec.engine.draft_vocab import give_own_lm_head
+from vllm_vispec.engine.first_pass import FirstPassPlan
 from vllm_vispec.engine.resets import clear_with
 from vllm_vispec.engine.worker_hook import reads_embeddings
 
@@ -22,6 +26,7 @@ class ViSpecProposer(EagleProposer):
         self._runner = runner
         self._first_draft_rows: torch.Tensor | None = None
         self._kept_tokens: torch.Tensor | None = None
+        self._plan: FirstPassPlan | None = None
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; the row table is allocated here, before memory is profiled."""
@@ -29,6 +34,7 @@ class ViSpecProposer(EagleProposer):
             # The draft reads image features itself; vLLM would warn that it gets none.
             self.supports_mm_inputs = False
         super().load_model(target_model)
+        give_own_lm_head(self.model)
         self.draft_rows = DraftRows(self.model, self.max_batch_size)
         clear_with(self._runner, "reset_encoder_cache", self.draft_rows.clear)
 
@@ -37,8 +43,32 @@ class ViSpecProposer(EagleProposer):
         num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
         starts = metadata.query_start_loc_cpu.tolist()
         self.draft_rows.fill(self._requests(starts), self._runner.encoder_cache)
+        self._plan = self.draft_rows.sample_at(token_indices, sampled_ask=current_platform.is_cpu())
         self._first_draft_rows = token_indices
         return num_tokens, token_indices, metadata
+
+    def build_per_group_and_layer_attn_metadata(
+        self, common_attn_metadata: Any, draft_index: int = 0
+    ) -> Any:
+        """Where only the sampled rows of the first pass ask, describe them as one-token queries."""
+        plan, self._plan = self._plan, None
+        if plan is not None and plan.sampled_ask:
+            common_attn_metadata = self._sampled_rows(common_attn_metadata, plan)
+        return super().build_per_group_and_layer_attn_metadata(common_attn_metadata, draft_index)
+
+    def _sampled_rows(self, metadata: Any, plan: FirstPassPlan) -> Any:
+        """Return a copy of the batch's metadata for one query a request, vLLM's own untouched."""
+        num_reqs = metadata.batch_size()
+        behind_R = metadata.query_start_loc[1 : num_reqs + 1] - 1 - plan.sampled
+        return replace(
+            metadata,
+            query_start_loc=self.arange[: num_reqs + 1],
+            query_start_loc_cpu=torch.from_numpy(self.token_arange_np[: num_reqs + 1]).clone(),
+            num_actual_tokens=num_reqs,
+            max_query_len=1,
+            # Rejected tokens behind a sampled row are no keys of its.
+            seq_lens=(metadata.seq_lens[:num_reqs] - behind_R).to(metadata.seq_lens.dtype),
+        )
 
     def prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Remember which tokens stay where rejected ones are dropped (unpadded batches only)."""

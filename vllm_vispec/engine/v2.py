@@ -8,7 +8,9 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from vllm_vispec.engine.draft_rows import DraftRows, RequestRows
+from vllm_vispec.engine.draft_vocab import give_own_lm_head
 from vllm_vispec.engine.resets import clear_with
+from vllm_vispec.engine.trimmed import moved_rows
 from vllm_vispec.logs import get_logger
 
 logger = get_logger(__name__)
@@ -22,6 +24,7 @@ class ViSpecSpeculator(EagleSpeculator):
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; all buffers exist before any graph is captured."""
         super().load_model(target_model)
+        give_own_lm_head(self.model)
         if not self.supports_mm_inputs:
             logger.info(
                 "ViSpec reads image features itself; vLLM's notice above does not apply to it."
@@ -40,7 +43,15 @@ class ViSpecSpeculator(EagleSpeculator):
         if encoder_cache is not None:
             requests = _requests(input_batch, encoder_cache.mm_features)
             self.draft_rows.fill(requests, encoder_cache.encoder_outputs)
+            moved = moved_rows(input_batch)
+            if moved is not None:
+                self.draft_rows.move(moved)
         return super().propose(input_batch, *args, **kwargs)
+
+    def on_prefill_begin(self, num_reqs: int) -> None:
+        """Say which rows of the first pass are read."""
+        super().on_prefill_begin(num_reqs)
+        self.draft_rows.sample_at(self.last_token_indices[:num_reqs])
 
     def on_prefill_end(self, num_reqs: int) -> None:
         """Keep each request's last code for the one-token steps; outside any graph."""

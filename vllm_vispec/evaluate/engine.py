@@ -26,6 +26,7 @@ class EngineSettings:
     Attributes:
         dtype: "float32" or "bfloat16"; only float32 is compared token by token.
         max_model_len: longest prompt and answer.
+        draft_vocab: what the draft may propose; None: all tokens.
     """
 
     target: str
@@ -33,9 +34,11 @@ class EngineSettings:
     num_speculative_tokens: int
     dtype: str = "float32"
     max_model_len: int = 4096
+    draft_vocab: str | int | None = None
 
     def llm_kwargs(self, eager: bool) -> dict[str, Any]:
         """Keyword arguments of `vllm.LLM`."""
+        vocab = {} if self.draft_vocab is None else {"draft_vocab": self.draft_vocab}
         return {
             "model": self.target,
             "dtype": self.dtype,
@@ -49,6 +52,7 @@ class EngineSettings:
                 "method": "vispec",
                 "model": self.head,
                 "num_speculative_tokens": self.num_speculative_tokens,
+                **vocab,
             },
         }
 

@@ -40,6 +40,7 @@ class EvalOptions:
         max_length: longer samples are left out (and counted).
         check_greedy: count the answer tokens that are the target's argmax.
         engine: ask the engine, too.
+        draft_vocab: what the draft may propose, as in the speculative config; None: all tokens.
 
     Raises:
         ViSpecError: a value is impossible.
@@ -55,6 +56,7 @@ class EvalOptions:
     max_length: int = 4096
     check_greedy: bool = False
     engine: bool = False
+    draft_vocab: str | int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -66,13 +68,16 @@ class EvalOptions:
 
     def settings(self) -> dict[str, Any]:
         """The part of the report that says what was evaluated."""
-        return {
+        settings: dict[str, Any] = {
             "target": self.target,
             "head": self.head,
             "data": str(self.source.path),
             "dtype": self.dtype,
             "num_speculative_tokens": self.num_speculative_tokens,
         }
+        if self.draft_vocab is not None:
+            settings["draft_vocab"] = self.draft_vocab
+        return settings
 
 
 def evaluate(options: EvalOptions) -> Report:
@@ -120,6 +125,7 @@ def _engine(options: EvalOptions, max_model_len: int) -> EngineSettings:
         options.num_speculative_tokens,
         options.dtype,
         max_model_len,
+        options.draft_vocab,
     )
 
 
@@ -127,9 +133,20 @@ class _Pair:
     """A loaded target with its head."""
 
     def __init__(
-        self, target: TrainingTarget, draft: ViSpecDraft, warning: str | None = None
+        self,
+        target: TrainingTarget,
+        draft: ViSpecDraft,
+        warning: str | None = None,
+        token_ids: tuple[int, ...] | None = None,
     ) -> None:
+        import torch
+
         self.target, self.draft, self.warning = target, draft, warning
+        self.lm_head_VD, self.token_ids_V = target.lm_head_VD, None
+        if token_ids is not None:
+            # Ascending as in the engine: of equal logits the same token wins.
+            self.token_ids_V = torch.tensor(sorted(token_ids), device=self.lm_head_VD.device)
+            self.lm_head_VD = self.lm_head_VD[self.token_ids_V]
 
     @classmethod
     def load(cls, options: EvalOptions) -> _Pair:
@@ -138,6 +155,7 @@ class _Pair:
         from vllm_vispec.dialects import check_against_target, inspect_head
         from vllm_vispec.torch_draft import ViSpecDraft
         from vllm_vispec.train.target import TrainingTarget, load_target_config
+        from vllm_vispec.vocabulary.files import find_vocab
 
         # Before any weights are read.
         info, config = inspect_head(options.head), load_target_config(options.target)
@@ -145,10 +163,12 @@ class _Pair:
         warning = check_against_target(
             info.config, text.hidden_size, text.vocab_size, config.model_type
         )
+        vocab = find_vocab(options.draft_vocab, info.folder, info.config.vocab_size)
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, options.dtype)
         draft = ViSpecDraft.from_folder(info.folder, dtype).to(device).eval()
-        return cls(TrainingTarget.load(options.target, dtype, device), draft, warning)
+        target = TrainingTarget.load(options.target, dtype, device)
+        return cls(target, draft, warning, None if vocab is None else vocab.token_ids)
 
     def simulate(
         self, group: Sequence[EvalSample], options: EvalOptions
@@ -160,9 +180,10 @@ class _Pair:
         observed = self.target.observe([sample.encoded for sample in group])
         families = simulate(
             self.draft,
-            self.target.lm_head_VD,
+            self.lm_head_VD,
             pad_batch(observed),
             options.num_speculative_tokens,
+            self.token_ids_V,
         )
         if not options.check_greedy:
             return families, 0, 0
@@ -186,7 +207,7 @@ class _Pair:
 
         import torch
 
-        del self.target, self.draft
+        del self.target, self.draft, self.lm_head_VD
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -31,7 +31,11 @@ ROWS_AT_ONCE = 512
 
 @torch.inference_mode()
 def simulate(
-    draft: ViSpecDraft, lm_head_VD: Tensor, batch: DraftBatch, num_draft_tokens: int
+    draft: ViSpecDraft,
+    lm_head_VD: Tensor,
+    batch: DraftBatch,
+    num_draft_tokens: int,
+    token_ids_V: Tensor | None = None,
 ) -> Families:
     """Acceptance of greedy chains of `num_draft_tokens`, by family and "overall".
 
@@ -39,8 +43,9 @@ def simulate(
     in the dtype of the draft; logits in the dtype of `lm_head_VD`.
 
     Args:
-        lm_head_VD: the target's lm_head.
+        lm_head_VD: the target's lm_head, or some of its rows.
         batch: samples whose answers are the target's own greedy ones.
+        token_ids_V: the tokens of these rows; None: all of the target's.
 
     Raises:
         ViSpecError: `num_draft_tokens` is not at least 1.
@@ -49,7 +54,7 @@ def simulate(
         raise ViSpecError(f"num_draft_tokens={num_draft_tokens} drafts nothing: use at least 1")
     weight = draft.fc.weight
     hits_SBL = draft_hits(
-        draft, lm_head_VD, batch.to(weight.device, weight.dtype), num_draft_tokens
+        draft, lm_head_VD, batch.to(weight.device, weight.dtype), num_draft_tokens, token_ids_V
     )
     results: list[Families] = [{OVERALL: Acceptance.nothing(num_draft_tokens)}]
     for sample, family in enumerate(batch.families):
@@ -62,18 +67,29 @@ def simulate(
 
 
 def draft_hits(
-    draft: ViSpecDraft, lm_head_VD: Tensor, batch: DraftBatch, num_draft_tokens: int
+    draft: ViSpecDraft,
+    lm_head_VD: Tensor,
+    batch: DraftBatch,
+    num_draft_tokens: int,
+    token_ids_V: Tensor | None = None,
 ) -> Tensor:
     """Where pass s at row p drafts answer token p + 2: bool [S, B, L], on the CPU."""
     gold_BL = F.pad(batch.ids_BL[:, 2:], (0, 2))
     passes = rollout(draft, batch, num_draft_tokens)
-    return torch.stack([_hits_of_pass(one, gold_BL, lm_head_VD) for one in passes]).cpu()
+    hits = [_hits_of_pass(one, gold_BL, lm_head_VD, token_ids_V) for one in passes]
+    return torch.stack(hits).cpu()
 
 
-def _hits_of_pass(one: PassOutput, gold_BL: Tensor, lm_head_VD: Tensor) -> Tensor:
+def _hits_of_pass(
+    one: PassOutput, gold_BL: Tensor, lm_head_VD: Tensor, token_ids_V: Tensor | None
+) -> Tensor:
+    def choose(states: Tensor) -> Tensor:
+        rows = F.linear(states.to(lm_head_VD), lm_head_VD).argmax(-1)
+        return rows if token_ids_V is None else token_ids_V[rows]
+
     states_ND, gold_N = one.state_BLD[one.counts_BL], gold_BL[one.counts_BL]
     hits = [
-        F.linear(states.to(lm_head_VD), lm_head_VD).argmax(-1) == gold
+        choose(states) == gold
         for states, gold in zip(
             states_ND.split(ROWS_AT_ONCE), gold_N.split(ROWS_AT_ONCE), strict=True
         )

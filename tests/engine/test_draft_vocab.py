@@ -1,0 +1,120 @@
+"""A draft with a vocabulary of its own: outputs are the target's, drafts are of that vocabulary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.setups import accepted, mean_accepted, outputs, params
+from tests.support.child import run_in_subprocess
+from tests.support.runners import RUNNERS, Runner
+from tests.support.tiny_configs import VOCAB
+from tests.support.tiny_store import TinyStore
+from vllm_vispec.vocabulary.files import DRAFT_VOCAB, write_vocab
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+KIND = "qwen2_5_vl"
+OPTIONS = {"max_num_seqs": 8, "max_model_len": 256, "max_num_batched_tokens": 128}
+FEW = [token for token in range(VOCAB) if token % 3]
+Served = dict[str, dict[str, Any]]
+
+
+def setups(head: Path, lists: Path) -> dict[str, dict[str, Any] | None]:
+    """Speculative configs by name; the head's folder gets a list of its own."""
+    shuffled = [(token * 7) % VOCAB for token in range(VOCAB)]
+    everything, few = lists / "all.json", lists / "few.json"
+    everything.write_text(json.dumps(shuffled))
+    few.write_text(json.dumps({"token_ids": FEW}))
+    write_vocab(head / DRAFT_VOCAB, shuffled)
+    base = {"method": "vispec", "model": str(head), "num_speculative_tokens": 4}
+    return {
+        "plain": None,
+        "whole": base,
+        "all": base | {"draft_vocab": str(everything)},
+        "few": base | {"draft_vocab": str(few)},
+        "first": base | {"draft_vocab": 200},
+        "logits": base | {"draft_vocab": str(few), "draft_sample_method": "probabilistic"},
+    }
+
+
+@pytest.fixture(scope="module", params=params("v1", "v2", "v2-overlay"))
+def served(
+    request: pytest.FixtureRequest, tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory
+) -> Served:
+    """What every setup answered, and what it drafted."""
+    runner: Runner = request.param
+    # A head of its own: a list in the folder of others' would be theirs, too.
+    target, head = tiny.pair(KIND, seed=77)
+    kwargs = {
+        "kind": KIND,
+        "options": OPTIONS | {"model": target},
+        "setups": setups(Path(head), tmp_path_factory.mktemp("lists")),
+        "count": 8,
+    }
+    items = run_in_subprocess("tests.engine.vocab_jobs:serve", kwargs, runner.env(), 1500)
+    return {item["setup"]: item for item in items}
+
+
+@pytest.mark.parametrize("name", ["whole", "all", "few", "first", "logits"])
+def test_outputs_are_those_of_plain_decoding(served: Served, name: str) -> None:
+    assert outputs(served[name]) == outputs(served["plain"])
+    assert mean_accepted(served[name]) > 0
+
+
+def test_a_list_of_all_tokens_changes_no_draft(served: Served) -> None:
+    assert accepted(served["all"]) == accepted(served["whole"])
+    assert served["all"]["drafted"] != []
+
+
+def test_only_tokens_of_the_list_are_drafted(served: Served) -> None:
+    assert not set(served["whole"]["drafted"]) <= set(FEW)
+    assert set(served["few"]["drafted"]) <= set(FEW)
+    assert set(served["logits"]["drafted"]) <= set(FEW)
+    first = {(token * 7) % VOCAB for token in range(200)}
+    assert set(served["first"]["drafted"]) <= first
+
+
+def test_fewer_tokens_are_accepted_less_often(served: Served) -> None:
+    assert mean_accepted(served["few"]) < 0.8 * mean_accepted(served["whole"])
+
+
+def test_the_lm_head_is_as_small_as_the_list(served: Served) -> None:
+    """Up to vLLM's padding of 64 rows."""
+    assert served["whole"]["lm_head_rows"] >= VOCAB
+    assert len(FEW) <= served["few"]["lm_head_rows"] < len(FEW) + 64
+    assert served["first"]["lm_head_rows"] == 256
+
+
+def test_the_choice_reads_nothing_back_and_has_a_fixed_shape(served: Served) -> None:
+    """Logits are scattered only where drafts are sampled."""
+    assert served["few"]["watched"] == ["get_top_tokens"]
+    assert "compute_logits" in served["logits"]["watched"]
+    assert served["few"]["violations"] == served["logits"]["violations"] == []
+
+
+@pytest.fixture(scope="module")
+def served_by_two(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """Two tensor-parallel workers, each with half of the draft's lm_head; and one worker."""
+    target, head = tiny.pair(KIND, seed=77)
+    found = setups(Path(head), tmp_path_factory.mktemp("lists"))
+    two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    base = OPTIONS | {"model": target, "draft": head}
+    extras: dict[str, dict[str, Any]] = {
+        name: two | {"speculative_config": found[name]} for name in ("whole", "all", "few")
+    }
+    extras["few, one worker"] = {"speculative_config": found["few"]}
+    runs = {name: base | {"extra": extra} for name, extra in extras.items()}
+    kwargs = {"kind": KIND, "runs": runs, "count": 8}
+    items = run_in_subprocess("tests.engine.parallel_jobs:serve", kwargs, RUNNERS["v1"].env(), 1500)
+    return {item["name"]: item for item in items}
+
+
+def test_two_workers_draft_like_one(served_by_two: Served) -> None:
+    assert accepted(served_by_two["few"]) == accepted(served_by_two["few, one worker"])
+    assert accepted(served_by_two["all"]) == accepted(served_by_two["whole"])
+    assert 0 < mean_accepted(served_by_two["few"]) < mean_accepted(served_by_two["whole"])
+    assert len({json.dumps(outputs(one)) for one in served_by_two.values()}) == 1

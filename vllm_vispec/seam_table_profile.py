@@ -1,0 +1,54 @@
+"""Where `vispec bench profile` touches vLLM.
+
+Not part of `seam_table`, which every process that serves checks: a vLLM whose rounds cannot be
+split can still serve.
+"""
+
+from vllm_vispec.seam_entry import Seam
+
+_V1, _V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
+_V1_DRAFT = "vllm.v1.spec_decode.llm_base_proposer"
+_V2_DRAFT = "vllm.v1.worker.gpu.spec_decode.speculator"
+_V2_AR = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator"
+
+PROFILE_SEAMS: tuple[Seam, ...] = (
+    Seam("vllm.v1.engine.llm_engine", "LLMEngine.step", (), "wraps", "a round, all of it"),
+    Seam(_V1, "GPUModelRunner.execute_model", ("scheduler_output",), "wraps", "V1: the batch"),
+    Seam(_V1, "GPUModelRunner._sample", ("logits",), "wraps", "V1: verification and sampling"),
+    Seam(_V1, "GPUModelRunner.get_model", (), "calls", "V1: the target"),
+    Seam(_V1, "GPUModelRunner.self.drafter", (), "reads", "V1: what drafts"),
+    Seam(_V1_DRAFT, "SpecDecodeBaseProposer.propose", (), "wraps", "V1: all of drafting"),
+    Seam(
+        _V1_DRAFT,
+        "SpecDecodeBaseProposer._sample_draft_tokens",
+        ("hidden_states",),
+        "wraps",
+        "V1: draft sampling",
+    ),
+    Seam(_V2, "GPUModelRunner.execute_model", ("scheduler_output",), "wraps", "V2: the batch"),
+    Seam(_V2, "GPUModelRunner.sample", ("hidden_states",), "wraps", "V2: verification"),
+    Seam(_V2, "GPUModelRunner.get_model", (), "calls", "V2: the target"),
+    Seam(_V2, "GPUModelRunner.self.speculator", (), "reads", "V2: what drafts"),
+    Seam(_V2_AR, "TargetDependentARSpeculator.propose", (), "wraps", "V2: all of drafting"),
+    Seam(
+        _V2_DRAFT,
+        "DraftModelSpeculator.sample_draft",
+        ("hidden_states",),
+        "wraps",
+        "V2: draft sampling",
+    ),
+    Seam(
+        "vllm.v1.core.sched.output",
+        "NewRequestData.num_computed_tokens",
+        (),
+        "reads",
+        "whether a prompt is whole",
+    ),
+    Seam(
+        "vllm.multimodal.inputs",
+        "PlaceholderRange.get_num_embeds",
+        (),
+        "calls",
+        "image tokens of a prompt",
+    ),
+)
