@@ -12,7 +12,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all lint format bench clean
+.PHONY: help setup demo test test-slow test-all lint format bench report clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,9 @@ format: setup ## rewrite files as ruff wants them
 
 bench: setup ## compare the speed with plain vLLM and with vLLM's EAGLE
 	@$(PY) -m benchmarks
+
+report: setup ## measure the shipped pair and write docs/report (about half an hour, 2 cores)
+	@$(PY) -m benchmarks.pair_report
 
 clean: ## remove caches and the virtual environment
 	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import urllib.error
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,15 @@ class World:
     Attributes:
         events: what happened, in order.
         broken: sides whose servers never become ready.
+        accepted: draft tokens accepted in every round, of K.
+        answers: text of an answer, by side and sample; None: that of `answer`.
         on_load: called with every job before it is answered; may raise.
     """
 
     events: list[str] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)
+    accepted: int = 1
+    answers: Callable[[str, BenchSample], str] | None = None
     on_load: Callable[[LoadJob], None] = lambda job: None
     servers: dict[str, FakeServer] = field(default_factory=dict)
 
@@ -74,7 +78,12 @@ class World:
         self.events.append(f"load {server.side} {len(job.samples)}")
         self.on_load(job)
         server.rounds += 2 * len(job.samples)
-        return LoadResult(tuple(answer(sample) for sample in job.samples), 0.5)
+        requests = [answer(sample) for sample in job.samples]
+        if self.answers is not None:
+            texts = [self.answers(server.side, sample) for sample in job.samples]
+            pairs = zip(requests, texts, strict=True)
+            requests = [replace(request, output_text=text) for request, text in pairs]
+        return LoadResult(tuple(requests), 0.5)
 
     def up(self) -> list[FakeServer]:
         """Servers that run now."""
@@ -86,7 +95,10 @@ class World:
 
 
 class FakeServer:
-    """A server that counts two rounds a question, of which every draft's first token is right."""
+    """A server that counts two rounds a question, of which each accepts the world's number.
+
+    Every round looks an image up; the first one of a question does not find it.
+    """
 
     def __init__(self, spec: ServerSpec, world: World) -> None:
         self.spec, self.side, self._world = spec, spec.side, world
@@ -111,10 +123,14 @@ class FakeServer:
             return None
         if not self.alive:
             raise ServerError(f"server of {self.side} does not answer")
-        return SpecCounters(self.rounds, 4 * self.rounds, self.rounds, (self.rounds, 0, 0, 0))
+        accepted, refused = self._world.accepted, 4 - self._world.accepted
+        positions = (self.rounds,) * accepted + (0,) * refused
+        return SpecCounters(self.rounds, 4 * self.rounds, accepted * self.rounds, positions)
 
     def memory(self) -> MemoryFacts:
-        return MemoryFacts(peak_bytes=1000, kv_blocks=10)
+        if "vispec" not in self.side:
+            return MemoryFacts(peak_bytes=1000, kv_blocks=10)
+        return MemoryFacts(1000, 10, self.rounds, self.rounds // 2)
 
     def stop(self) -> None:
         self._world.events.append(f"stop {self.side}")

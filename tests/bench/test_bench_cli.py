@@ -121,12 +121,32 @@ def test_refused(
     assert world.events == []
 
 
-def test_quick(world: World, data: Path, tmp_path: Path) -> None:
+def test_quick_passes(world: World, data: Path, tmp_path: Path) -> None:
+    world.accepted = 3
     result = CLI.invoke(app, arguments("quick", data, tmp_path / "out", dataset="openai"))
-    # The stand-in accepts one token a round.
-    assert result.exit_code == 1
-    assert "FAIL vispec, concurrency 4: tokens_per_round 2.000, floor 3.5" in result.output
+    assert result.exit_code == 0
+    assert "FAIL" not in result.output
     assert "ok   vispec, concurrency 1: identical_outputs 1.000, floor 1" in result.output
+    assert "ok   vispec, concurrency 4: tokens_per_round 4.000, floor 3.5" in result.output
+
+
+def test_quick_fails_if_acceptance_falls(world: World, data: Path, tmp_path: Path) -> None:
+    world.accepted = 2
+    result = CLI.invoke(app, arguments("quick", data, tmp_path / "out", dataset="openai"))
+    assert result.exit_code == 1
+    assert "FAIL vispec, concurrency 4: tokens_per_round 3.000, floor 3.5" in result.output
+    assert "ok   vispec, concurrency 1: identical_outputs 1.000, floor 1" in result.output
+
+
+def test_quick_fails_if_one_answer_differs(world: World, data: Path, tmp_path: Path) -> None:
+    world.accepted = 3
+    world.answers = lambda side, sample: (
+        "another answer" if (side, sample.sample_id) == ("vispec", "s1") else "the answer"
+    )
+    result = CLI.invoke(app, arguments("quick", data, tmp_path / "out", dataset="openai"))
+    assert result.exit_code == 1
+    assert "FAIL vispec, concurrency 1: identical_outputs 0.750, floor 1" in result.output
+    assert "ok   vispec, concurrency 1: tokens_per_round 4.000, floor 3.5" in result.output
 
 
 def test_floors(tmp_path: Path) -> None:

@@ -1,88 +1,169 @@
-"""A small matrix on the shipped pair, with real servers and the real load generator."""
+"""The benchmark on the shipped pair, with real servers and the real load generator."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+import signal
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from examples.tiny_vlm.samples import DemoSample, demo_samples
-from tests.bench.fakes import HEAD, TARGET
+from benchmarks.pair_report import PAIR, SERVE_ARGS, SUITE
+from examples.tiny_vlm.questions import write_questions
+from tests.bench.fakes import CHECKPOINTS
 from tests.serve.server import ENVIRONMENT
-from vllm_vispec.bench.quick import SERVE_ARGS, Floors, judge, quick_settings
-from vllm_vispec.bench.runner import run_matrix
-from vllm_vispec.bench.schema import BenchRun, BenchSample
-from vllm_vispec.conversations.types import Part, Turn
+from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
+from vllm_vispec.bench.load import LoadJob, LoadResult
+from vllm_vispec.bench.load_process import LoadGenerator
+from vllm_vispec.bench.matrix import MatrixSettings
+from vllm_vispec.bench.report import write_report
+from vllm_vispec.bench.runner import Outcome, Tools, run_matrix
+from vllm_vispec.bench.schema import BenchRun, CellResult
+from vllm_vispec.bench.server import BenchServer, ServerSpec
+from vllm_vispec.cli.app import app
 
 pytestmark = [pytest.mark.engine, pytest.mark.serve, pytest.mark.slow]
 
-NUM_TOKENS = 4
-MAX_TOKENS = 32
-FAMILIES = ("captioning", "charts", "multi_turn")
-
-
-def to_sample(demo: DemoSample, name: str, folder: Path) -> BenchSample:
-    """Return a sample of the tiny world, its images as files."""
-    files = []
-    for number, image in enumerate(demo.images):
-        files.append(folder / f"{name}-{number}.png")
-        image.save(files[-1])
-    waiting = iter(files)
-    turns = []
-    for message in demo.messages:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        turns.append(
-            Turn(
-                message["role"],
-                tuple(
-                    Part(image=str(next(waiting)))
-                    if part["type"] == "image"
-                    else Part(part["text"])
-                    for part in parts
-                ),
-            )
-        )
-    return BenchSample(name, demo.family, tuple(turns), MAX_TOKENS)
+MAX_TOKENS = 24
+SIDES = ("plain", "ngram", "eagle", "vispec_zeroed", "vispec")
+KILLED = "ngram"
+LAST = "image_tokens_256-"
+"""Which server dies, and under the load of which cell: the last one, so that it stays dead."""
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> list[BenchSample]:
-    folder = tmp_path_factory.mktemp("images")
-    found = [to_sample(one, f"s{i}", folder) for i, one in enumerate(demo_samples(1, FAMILIES))]
-    *found, dialogue = found
-    # One whose earlier answer the target has to give.
-    turns = tuple(turn for turn in dialogue.turns if turn.role != "assistant")
-    return [*found, dialogue, replace(dialogue, sample_id="own", turns=turns)]
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions of the six families."""
+    folder = tmp_path_factory.mktemp("questions")
+    write_questions(folder, "heldout", 800_000, 12, SUITE)
+    return folder
 
 
-def test_two_sides(
-    samples: list[BenchSample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    settings = quick_settings(str(TARGET), str(HEAD), "tiny", NUM_TOKENS, SERVE_ARGS)
-    settings = replace(settings, concurrency=(1, 2))
+    monkeypatch.chdir(CHECKPOINTS.parents[2])
+    # The tests' own engines need it; the benchmark's servers decide for themselves.
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+
+
+def test_quick(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    given = ["bench", "quick", "--data", str(data), "--output", str(output)]
+    result = CliRunner().invoke(app, given, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    found = [line for line in result.output.splitlines() if line.startswith(("ok", "FAIL"))]
+    assert len(found) == 2 * (1 + 3)
+    assert all(line.startswith("ok ") for line in found)
+    for cell in BenchRun.load(output).cells:
+        check_cell(cell, 4, max_tokens=64)
+        assert {request.family for request in cell.requests} == set(SUITE)
+
+
+class OneDeath:
+    """Servers and load of a run in which one server dies once, under the load of its last cell."""
+
+    def __init__(self) -> None:
+        self.generator = LoadGenerator()
+        self.servers: dict[str, BenchServer] = {}
+        self.dies = True
+
+    def make_server(self, spec: ServerSpec) -> BenchServer:
+        server = BenchServer(spec)
+        self.servers[server.url] = server
+        return server
+
+    def make_load(self, job: LoadJob) -> LoadResult:
+        server = self.servers[job.url]
+        if self.dies and server.spec.side == KILLED and LAST in job.questions.name:
+            self.dies = False
+            assert server._process is not None
+            os.killpg(server._process.pid, signal.SIGKILL)
+        return self.generator(job)
+
+
+def test_all_sides_with_one_that_dies(data: Path, tmp_path: Path) -> None:
+    settings = MatrixSettings(
+        target=f"{PAIR}/target",
+        dataset="tiny",
+        head=f"{PAIR}/vispec_head",
+        eagle_head=f"{PAIR}/eagle_text_head",
+        sides=SIDES,
+        design="star",
+        concurrency=(1, 4),
+        num_speculative_tokens=(5,),
+        temperatures=(0.0, 1.0),
+        image_tokens=(-1, 0, 256),
+        repetitions=1,
+        waves=1,
+        least=6,
+        warm_up=0,
+        serve_args=SERVE_ARGS,
+    )
+    samples = load_dataset("tiny", data, DatasetOptions(limit=6, max_tokens=MAX_TOKENS)).samples
+    assert {sample.family for sample in samples} == set(SUITE)
     assert any(sample.follow_up for sample in samples)
-
-    outcome = run_matrix(settings, samples, tmp_path)
-
-    assert (outcome.measured, outcome.failed) == (4, 0)
-    run = BenchRun.load(tmp_path)
-    findings = judge(run, settings, Floors(tokens_per_round=2.5))
-    assert all(finding.ok for finding in findings), "\n".join(map(str, findings))
+    world = OneDeath()
+    with world.generator:
+        tools = Tools(make_server=world.make_server, make_load=world.make_load)
+        first = run_matrix(settings, samples, tmp_path / "run", tools=tools)
+        assert first == Outcome(measured=24, failed=1, found=0)
+        (failed,) = [cell for cell in BenchRun.load(tmp_path / "run").cells if cell.error]
+        assert failed.key.side == KILLED
+        assert failed.command.count("\n") == 1
+        second = run_matrix(settings, samples, tmp_path / "run", tools=tools)
+    assert second == Outcome(measured=1, failed=0, found=24)
+    run = BenchRun.load(tmp_path / "run")
     for cell in run.cells:
-        assert [request.sample_id for request in cell.requests] == [s.sample_id for s in samples]
-        assert all(0 < request.ttft_s <= request.e2e_s for request in cell.requests)
-        assert all(1 < request.output_tokens <= MAX_TOKENS for request in cell.requests)
-        assert cell.memory.kv_blocks
-        assert cell.memory.peak_bytes
-        if cell.key.side == "plain":
-            assert cell.spec is None
-            continue
-        assert cell.spec is not None
-        assert cell.spec.draft_tokens == NUM_TOKENS * cell.spec.rounds
-        assert sum(cell.spec.accepted_by_position) == cell.spec.accepted_tokens > 0
-        # A chunk is a round, or two that the server sent together.
-        assert all(len(r.itl_s) < r.output_tokens - 1 for r in cell.requests if r.output_tokens > 9)
+        check_cell(cell, 5, MAX_TOKENS)
+    check_image_tokens(run)
+    files = write_report(tmp_path / "run", tmp_path / "pages", resamples=50)
+    check_report(files.markdown.read_text())
+
+
+def check_cell(cell: CellResult, num_tokens: int, max_tokens: int) -> None:
+    """Look at what every measured cell must have."""
+    assert cell.error is None
+    assert not [request.error for request in cell.requests if request.error]
+    assert all(0 < request.ttft_s <= request.e2e_s for request in cell.requests)
+    assert all(1 < request.output_tokens <= max_tokens for request in cell.requests)
+    assert cell.memory.kv_blocks
+    assert cell.memory.peak_bytes
+    if cell.key.side == "plain":
+        assert cell.spec is None
+        return
+    assert cell.spec is not None
+    assert sum(cell.spec.accepted_by_position) == cell.spec.accepted_tokens
+    if cell.key.side == "ngram":
+        return
+    assert 0 < cell.spec.draft_tokens <= num_tokens * cell.spec.rounds
+    looks_up = cell.key.side.startswith("vispec") and cell.key.image_tokens != 0
+    # Caches are emptied before a cell, so that every image is computed once.
+    assert bool(cell.memory.image_table_misses) == looks_up
+    assert bool(cell.memory.image_table_hits) == looks_up
+
+
+def check_image_tokens(run: BenchRun) -> None:
+    """A cell asks what it says: the same questions with so many more tokens."""
+    lengths = {
+        cell.key.image_tokens: sum(request.prompt_tokens for request in cell.requests)
+        / len(cell.requests)
+        for cell in run.cells
+        if cell.key.side == "plain" and cell.key.concurrency == 1 and cell.key.temperature == 0
+    }
+    # 256 and what begins and ends an image.
+    assert lengths[256] - lengths[0] == pytest.approx(258, abs=4)
+
+
+def check_report(text: str) -> None:
+    """Look for every part of the page."""
+    assert "None: every cell that was asked for was measured" in text
+    for title in ("concurrency", "image tokens", "temperature"):
+        assert f"## Speedup against {title}\n\nNot shown" not in text
+    assert "Not shown: fewer than two values of K" in text
+    for family in SUITE:
+        assert f"| {family.replace('_', chr(92) + '_')} |" in text or f"| {family} |" in text
+    for side in SIDES:
+        assert f"| {side} |" in text or f"`{side}`" in text

@@ -1,11 +1,9 @@
-"""The cost model beside measurements, and the table in the documentation."""
+"""The cost model beside measurements."""
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -13,12 +11,9 @@ from tests.bench.pairs_to_estimate import (
     CHECKPOINTS,
     DRAFT,
     HARDWARE,
-    QWEN_7B,
     ROOT,
     TARGET,
     TYPICAL,
-    folder,
-    options,
 )
 from vllm_vispec.bench.estimate import (
     Hardware,
@@ -26,7 +21,6 @@ from vllm_vispec.bench.estimate import (
     Workload,
     calibrate,
     draft_shape,
-    estimate,
     measured_cells,
     predict,
     target_shape,
@@ -40,52 +34,6 @@ from vllm_vispec.bench.schema import (
     SpecCounters,
 )
 from vllm_vispec.errors import ViSpecError
-
-# The table in the documentation
-
-DOC = ROOT / "docs/how-we-measure.md"
-MARKS = ("<!-- estimates: ", "<!-- /estimates -->")
-
-
-def documented(tmp_path: Path) -> str:
-    """The table of `docs/how-we-measure.md`, calculated."""
-    lines = ["| sequences at once | accepted 60 % | 70 % | 80 % |", "|---|---|---|---|"]
-    head = folder(tmp_path / "vispec_head", {**QWEN_7B, "num_key_value_heads": 28})
-    tables = [
-        estimate(
-            replace(
-                options(tmp_path),
-                head=head,
-                acceptance_rate=rate,
-                num_speculative_tokens=tuple(range(1, 8)),
-                batch_sizes=(1, 8, 32, 64, 128),
-                context=1500,
-            )
-        )
-        for rate in (0.6, 0.7, 0.8)
-    ]
-    for batch in (1, 8, 32, 64, 128):
-        cells = []
-        for one in tables:
-            rows = [row for row in one.rows if row.prediction.batch == batch]
-            best = max(rows, key=lambda row: row.prediction.decode_speedup)
-            ends = f"{best.with_twice:.1f} to {best.without_overhead:.1f}"
-            k = best.prediction.num_speculative_tokens
-            cells.append(f"{best.prediction.decode_speedup:.1f} ({ends}), K = {k}")
-        lines.append(f"| {batch} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def test_the_table_in_the_documentation_is_what_the_model_says(tmp_path: Path) -> None:
-    text = DOC.read_text(encoding="utf-8")
-    start = text.index("\n", text.index(MARKS[0])) + 1
-    end = text.index(MARKS[1])
-    if os.environ.get("VISPEC_WRITE_ESTIMATES"):
-        text = text[:start] + documented(tmp_path) + "\n" + text[end:]
-        DOC.write_text(text, encoding="utf-8")
-        end = text.index(MARKS[1])
-    assert text[start:end].strip() == documented(tmp_path)
-
 
 # Calibration
 

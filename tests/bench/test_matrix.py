@@ -44,6 +44,53 @@ def test_sides_follow_each_other_and_take_turns_to_be_first() -> None:
     ]
 
 
+def test_a_star_varies_one_axis_at_a_time() -> None:
+    settings = replace(
+        SETTINGS,
+        design="star",
+        concurrency=(2, 1, 4),
+        num_speculative_tokens=(5, 3),
+        temperatures=(0.0, 1.0),
+        image_tokens=(-1, 0, 64),
+        repetitions=1,
+    )
+    groups = dict(settings.groups())
+    found = {
+        k: [
+            (key.concurrency, key.temperature, key.image_tokens)
+            for key in (visit.key for visit in visits)
+            if key.side == "plain"
+        ]
+        for k, visits in groups.items()
+    }
+    base = (2, 0.0, -1)
+    assert found[3] == [base]
+    assert found[5][0] == base
+    assert set(found[5]) == {
+        base,
+        (1, 0.0, -1),
+        (4, 0.0, -1),
+        (2, 1.0, -1),
+        (2, 0.0, 0),
+        (2, 0.0, 64),
+    }
+    assert len(groups[5]) == 2 * len(set(found[5])) == 2 * len(found[5])
+
+
+def test_a_star_keeps_its_middle() -> None:
+    star = replace(SETTINGS, design="star", concurrency=(1, 4))
+    earlier = star.to_json()
+    assert different_settings(earlier, replace(star, concurrency=(1, 8)).to_json()) is None
+    moved = replace(star, concurrency=(8, 1)).to_json()
+    assert different_settings(earlier, moved) == "concurrency"
+    assert different_settings(earlier, replace(star, design="full").to_json()) == "design"
+
+
+def test_number_of_questions() -> None:
+    settings = replace(SETTINGS, waves=2, least=8)
+    assert [settings.num_questions(load) for load in (1, 4, 5, 64)] == [8, 8, 10, 128]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -53,10 +100,13 @@ def test_sides_follow_each_other_and_take_turns_to_be_first() -> None:
         ({"head": None}, "vispec needs --head"),
         ({"sides": ("eagle",)}, "eagle needs --eagle-head"),
         ({"concurrency": (0,)}, "--concurrency 0: choose at least 1"),
-        ({"num_speculative_tokens": (33,)}, "--num-speculative-tokens 33: choose 1 to 32"),
+        ({"num_speculative_tokens": (33,)}, "--num-speculative-tokens 33: choose 0 to 32"),
         ({"temperatures": (-1.0,)}, "--temperatures -1"),
         ({"image_tokens": (-2,)}, "--image-tokens -2"),
         ({"repetitions": 0}, "--repetitions 0"),
+        ({"waves": 0}, "--waves 0: choose at least 1"),
+        ({"least": 0}, "--least 0: choose at least 1"),
+        ({"design": "spiral"}, "--design spiral is unknown: choose from full, star"),
     ],
 )
 def test_impossible_settings(change: dict[str, Any], message: str) -> None:
@@ -75,7 +125,7 @@ def test_axes_may_widen_but_not_the_rest() -> None:
 
 
 def test_speculative_configs(tmp_path: Path) -> None:
-    heads = Heads(str(TARGET), str(HEAD), "org/eagle-head", tmp_path)
+    heads = Heads(str(TARGET), str(HEAD), "org/eagle-head", tmp_path, ((1, 4, 5), (5, 16, 0)))
     configs = {name: side.speculative_config(heads, 5) for name, side in SIDES.items()}
     assert configs["plain"] is None
     made = {name: config for name, config in configs.items() if config is not None}
@@ -85,6 +135,7 @@ def test_speculative_configs(tmp_path: Path) -> None:
         "eagle": "eagle",
         "vispec_zeroed": "vispec",
         "vispec": "vispec",
+        "vispec_tuned": "vispec",
     }
     assert made["eagle"]["model"] == "org/eagle-head"
     assert made["vispec"]["model"] == str(HEAD)

@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,30 +14,27 @@ import pytest
 
 from tests.bench.fakes import HEAD, SAMPLES, SETTINGS, TARGET, World, answer, lines
 from vllm_vispec.bench.checks import check_inputs
-from vllm_vispec.bench.follow_up import with_answers
+from vllm_vispec.bench.counters import (
+    lookups_between,
+)
+from vllm_vispec.bench.environment import EXTENSION
 from vllm_vispec.bench.load import (
     LoadError,
     LoadJob,
     LoadResult,
-    chat_messages,
-    read_result,
-    write_questions,
 )
-from vllm_vispec.bench.runner import digest, interruptible, run_matrix
-from vllm_vispec.bench.schema import BenchRun, BenchSample, CellResult, SpecCounters
+from vllm_vispec.bench.runner import run_matrix
+from vllm_vispec.bench.schema import (
+    BenchRun,
+    BenchSample,
+    MemoryFacts,
+    SpecCounters,
+)
 from vllm_vispec.bench.server import (
-    BenchServer,
-    ServerError,
-    ServerSpec,
-    choose_ports,
-    difference,
     option_value,
-    parse_counters,
-    parse_kv_blocks,
 )
 from vllm_vispec.bench.serving import serve_arguments
 from vllm_vispec.bench.sides import Heads
-from vllm_vispec.conversations.types import Part, Turn
 from vllm_vispec.errors import ViSpecError
 
 BOTH = replace(SETTINGS, concurrency=(1, 2), repetitions=2, warm_up=1)
@@ -73,7 +68,32 @@ def test_records(tmp_path: Path) -> None:
         counted = SpecCounters(6, 24, 6, (6, 0, 0, 0))
         assert cell.spec == (counted if cell.key.side == "vispec" else None)
         assert ("--speculative-config" in serve) == (cell.key.side == "vispec")
+        assert (f"--worker-extension-cls {EXTENSION}" in serve) == (cell.key.side == "vispec")
     assert BenchRun.of_this_format(json.loads(json.dumps(run.to_json()))) == run
+
+
+def test_a_cell_asks_as_many_questions_as_its_load_needs(tmp_path: Path) -> None:
+    world = World()
+    samples = tuple(replace(SAMPLES[0], sample_id=f"s{number}") for number in range(10))
+    settings = replace(SETTINGS, concurrency=(1, 3, 8), waves=2, least=4, warm_up=1)
+    run_matrix(settings, samples, tmp_path, tools=world.tools())
+    plain = [event for event in world.loads() if "plain" in event]
+    assert plain == [f"load plain {number}" for number in (1, 4, 6, 10)]
+    names = [sample.sample_id for sample in samples]
+    for cell in BenchRun.load(tmp_path).cells:
+        number = {1: 4, 3: 6, 8: 10}[cell.key.concurrency]
+        assert [request.sample_id for request in cell.requests] == names[:number]
+        file = tmp_path / "questions" / f"image_tokens_-1-first_{number}.jsonl"
+        assert len(lines(file)) == number
+        assert f"--dataset-path {file} --num-prompts {number}" in cell.command
+
+
+def test_image_lookups_are_those_of_the_cell(tmp_path: Path) -> None:
+    run_matrix(BOTH, SAMPLES, tmp_path, tools=World().tools())
+    for cell in BenchRun.load(tmp_path).cells:
+        found = cell.memory.image_table_hits, cell.memory.image_table_misses
+        assert found == ((6, 3) if cell.key.side == "vispec" else (None, None))
+    assert lookups_between(MemoryFacts(1, 2, 3, 4), MemoryFacts()) == MemoryFacts(1, 2)
 
 
 def test_every_number_of_draft_tokens_has_its_own_servers(tmp_path: Path) -> None:
@@ -108,7 +128,30 @@ def test_a_failed_cell_is_recorded_and_tried_again_later(tmp_path: Path) -> None
     assert len(lines(tmp_path / "cells.jsonl")) == 5
 
 
-def test_a_side_that_does_not_start_fails_alone(tmp_path: Path) -> None:
+def test_starts_overlap_where_there_are_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_vispec.bench.serving.starts_at_once", lambda: 2)
+    world = World()
+    settings = replace(SETTINGS, sides=("plain", "ngram", "vispec"), warm_up=1)
+    assert run_matrix(settings, SAMPLES, tmp_path, tools=world.tools()).measured == 3
+    starts = [event for event in world.events if event.startswith(("start", "load"))][:6]
+    # One is waited for while the next one starts.
+    assert starts == [
+        "start plain",
+        "start ngram",
+        "load plain 1",
+        "start vispec",
+        "load ngram 1",
+        "load vispec 1",
+    ]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_a_side_that_does_not_start_fails_alone(
+    tmp_path: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_vispec.bench.serving.starts_at_once", lambda: at_once)
     world = World(broken={"vispec"})
     outcome = run_matrix(BOTH, SAMPLES, tmp_path, tools=world.tools())
     assert (outcome.measured, outcome.failed) == (4, 4)
@@ -249,158 +292,9 @@ def test_options_of_all_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "model": str(HEAD),
         "num_speculative_tokens": 4,
     }
+    ngram = serve_arguments(replace(SETTINGS, sides=("ngram",)), "ngram", heads, 4, servers=3)
+    assert option_value(ngram, "--worker-extension-cls") == EXTENSION
     own = replace(SETTINGS, serve_args=("--gpu_memory_utilization=0.4",))
     arguments = serve_arguments(own, "plain", heads, 4, servers=3)
     assert option_value(arguments, "--gpu-memory-utilization") == "0.4"
     assert option_value(arguments, "--speculative-config") is None
-
-
-def test_earlier_questions_are_answered_once() -> None:
-    questions = [Turn("user", (Part(text),)) for text in ("one?", "two?", "three?")]
-    given = Turn("assistant", (Part("given"),))
-    sample = BenchSample("s", "f", (questions[0], given, questions[1], questions[2]), 8)
-    assert sample.follow_up
-    asked: list[int] = []
-
-    def ask(partial: BenchSample) -> str:
-        asked.append(len(partial.turns))
-        return "own"
-
-    (whole,) = with_answers([sample], ask)
-    texts = [turn.text for turn in whole.turns]
-    assert texts == ["one?", "given", "two?", "own", "three?"]
-    assert asked == [3]
-    assert with_answers([whole], ask) == (whole,)
-
-
-def test_questions_for_the_load(tmp_path: Path) -> None:
-    from PIL import Image
-
-    picture = tmp_path / "picture.png"
-    Image.new("RGB", (4, 4)).save(picture)
-    turns = (Turn("user", (Part(image=str(picture)), Part("What?"))),)
-    sample = BenchSample("s", "f", turns, 8)
-    (message,) = chat_messages(sample)
-    first, second = message["content"]
-    assert first["image_url"]["url"].startswith("data:image/png;base64,")
-    assert second == {"type": "text", "text": "What?"}
-    write_questions([sample, *SAMPLES], tmp_path / "q.jsonl")
-    assert [set(record) for record in lines(tmp_path / "q.jsonl")] == [{"prompt"}] * 4
-    assert digest([sample]) != digest([replace(sample, max_tokens=9)])
-    with pytest.raises(ViSpecError, match=r"sample s: .*nothing\.png does not exist"):
-        chat_messages(replace(sample, turns=(Turn("user", (Part(image="/nothing.png"),)),)))
-
-
-def test_command_of_the_load(tmp_path: Path) -> None:
-    samples = (SAMPLES[0], replace(SAMPLES[1], max_tokens=20))
-    job = LoadJob("http://h:1", "m", samples, tmp_path / "q.jsonl", 4, 1.0, tmp_path / "r.json")
-    arguments = job.arguments()
-    assert option_value(arguments, "--num-prompts") == "2"
-    assert option_value(arguments, "--temperature") == "1"
-    assert json.loads(option_value(arguments, "--extra-body") or "") == {
-        "max_completion_tokens": 20,
-        "skip_special_tokens": False,
-    }
-    assert "--ignore-eos" not in arguments
-
-
-def result_of(**change: object) -> dict[str, object]:
-    """What `vllm bench serve` writes for two requests, the second of which failed."""
-    return {
-        "duration": 2.5,
-        "generated_texts": ["a b c", ""],
-        "output_lens": [3, 0],
-        "input_lens": [7, 1],
-        "ttfts": [0.1234567, 0.0],
-        "latencies": [0.5, 0.0],
-        "itls": [[0.0001, 0.2, 0.1765433], []],
-        "errors": ["", "Traceback:\n  file\nTimeoutError: late\n"],
-    } | change
-
-
-def test_result_of_the_load(tmp_path: Path) -> None:
-    file = tmp_path / "r.json"
-    file.write_text(json.dumps(result_of()))
-    result = read_result(file, SAMPLES[:2])
-    good, bad = result.requests
-    assert result.wall_s == 2.5
-    assert (good.sample_id, good.output_text, good.output_tokens) == ("s0", "a b c", 3)
-    assert (good.ttft_s, good.itl_s) == (0.123457, (0.2, 0.176543))
-    assert (bad.output_tokens, bad.error) == (0, "TimeoutError: late")
-    with pytest.raises(LoadError, match="cannot be read"):
-        read_result(file, SAMPLES)
-    with pytest.raises(LoadError, match="cannot be read"):
-        read_result(tmp_path / "nothing.json", SAMPLES)
-
-
-METRICS = """\
-# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
-# TYPE vllm:spec_decode_num_drafts_total counter
-vllm:spec_decode_num_drafts_total{engine="0",model_name="m"} 10.0
-vllm:spec_decode_num_drafts_total{engine="1",model_name="m"} 2.0
-# TYPE vllm:spec_decode_num_drafts_created gauge
-vllm:spec_decode_num_drafts_created{engine="0",model_name="m"} 1.76e+09
-# TYPE vllm:spec_decode_num_draft_tokens_total counter
-vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="m"} 24.0
-# TYPE vllm:spec_decode_num_accepted_tokens_total counter
-vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="m"} 11.0
-# TYPE vllm:spec_decode_num_accepted_tokens_per_pos_total counter
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="0"} 8.0
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="1"} 3.0
-# TYPE vllm:cache_config_info gauge
-vllm:cache_config_info{block_size="16",num_gpu_blocks="309"} 1.0
-"""
-
-
-def test_counters() -> None:
-    found = parse_counters(METRICS)
-    assert found == SpecCounters(12, 24, 11, (8, 3))
-    assert difference(found, SpecCounters(2, 4, 1, (1, 0))) == SpecCounters(10, 20, 10, (7, 3))
-    assert parse_kv_blocks(METRICS) == 309
-    assert parse_counters("") is None
-    assert parse_kv_blocks("") is None
-
-
-def test_ports() -> None:
-    assert len(set(choose_ports(3))) == 3
-    first = choose_ports(1)[0]
-    assert choose_ports(1, first) == (first,)
-
-
-def test_a_process_that_ends_is_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_vispec.bench.server.CLI", ("-c", "print('no such model')"))
-    spec = ServerSpec("plain", ("target",), choose_ports(1)[0], tmp_path / "log.txt")
-    with (
-        BenchServer(spec) as server,
-        pytest.raises(ServerError, match=r"(?s)server of plain ended: no such model.*log\.txt"),
-    ):
-        server.wait_until_ready(60)
-
-
-def test_stopping_ends_children_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    child = f"{sys.executable} -c 'import time; time.sleep(600)'"
-    pids = tmp_path / "pids"
-    code = f"import subprocess as s; p = s.Popen({child!r}, shell=True, start_new_session=False);"
-    code += f"open({str(pids)!r}, 'w').write(str(p.pid)); p.wait()"
-    monkeypatch.setattr("vllm_vispec.bench.server.CLI", ("-c", code))
-    spec = ServerSpec("plain", (), choose_ports(1)[0], tmp_path / "log.txt")
-    with BenchServer(spec):
-        deadline = time.monotonic() + 60
-        while not (pids.exists() and pids.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        pid = pids.read_text()
-    ps = ["ps", "-o", "stat=", "-p", pid]
-    # Gone, or a zombie that its new parent has not yet collected.
-    assert subprocess.run(ps, capture_output=True, text=True).stdout.strip()[:1] in ("", "Z")
-
-
-def test_sigterm_becomes_an_interrupt() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), interruptible():
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_damaged_record() -> None:
-    with pytest.raises(ViSpecError, match=r"CellResult: .*: Field required"):
-        CellResult.from_json({"repetition": 0})

@@ -101,6 +101,22 @@ def test_batches_and_limits_do_not_change_the_numbers(folder: Path) -> None:
     assert numbers[0]["samples"] == 2
 
 
+def test_a_draft_vocabulary_changes_the_simulated_acceptance(folder: Path) -> None:
+    data = write(folder, [record(folder, "captioning", 0)])
+    vocabulary = 1024
+    (folder / "all.json").write_text(json.dumps(list(range(vocabulary))))
+    (folder / "half.json").write_text(json.dumps(list(range(0, vocabulary, 2))))
+    found = []
+    for arguments in ([], ["all.json"], ["half.json"]):
+        output = folder / "vocab.json"
+        flags = ["--draft-vocab", str(folder / arguments[0])] if arguments else []
+        assert vispec_eval(data, "--output", str(output), *flags).exit_code == 0
+        found.append(json.loads(output.read_text())["simulated"]["overall"])
+    assert found[0] == found[1]
+    assert found[2]["tokens_per_round"] < found[0]["tokens_per_round"]
+    refused(vispec_eval(data, "--draft-vocab", "auto"), "has no draft_vocab.safetensors")
+
+
 def test_questions_are_what_stands_before_each_answer(folder: Path) -> None:
     data = DataSource(write(folder, [record(folder, "multi_turn", 6)]))
     encoder = Encoder(load_processor(DEFAULT_MODEL), 1024, folder)

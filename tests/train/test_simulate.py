@@ -14,7 +14,7 @@ from tests.train.samples import HEADS, random_draft, random_sample
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.evaluate.acceptance import Acceptance, merge_families
 from vllm_vispec.evaluate.engine import Answer, Question, inside_answer, summarise
-from vllm_vispec.evaluate.simulate import answer_spans, replay, simulate
+from vllm_vispec.evaluate.simulate import answer_spans, draft_hits, replay, simulate
 from vllm_vispec.torch_draft import ViSpecDraft
 from vllm_vispec.train.batch import Observed, pad_batch
 
@@ -94,6 +94,23 @@ def test_bfloat16_is_simulated_as_such() -> None:
     draft = random_draft(HEADS["reference"]).bfloat16()
     found = simulate(draft, lm_head().bfloat16(), pad_batch([sample(60, [(14, 58)])]), DEPTH)
     assert found["overall"].tokens == 43
+
+
+def test_a_vocabulary_of_its_own_drafts_only_that() -> None:
+    draft, head = random_draft(HEADS["reference"]), lm_head()
+    batch = pad_batch([sample(60, [(14, 58)]), sample(33, [(13, 33)])])
+    everything = torch.arange(64)
+    same = simulate(draft, head[everything], batch, DEPTH, everything)
+    assert same == simulate(draft, head, batch, DEPTH)
+    some = torch.tensor([0, 2])
+    gold_BL = torch.nn.functional.pad(batch.ids_BL[:, 2:], (0, 2))
+    listed_BL = torch.isin(gold_BL, some)
+    whole_SBL = draft_hits(draft, head, batch, DEPTH)
+    found_SBL = draft_hits(draft, head[some], batch, DEPTH, some)
+    assert not (found_SBL & ~listed_BL).any()
+    # What was right stays right, as far as it is in the list.
+    assert (found_SBL >= (whole_SBL & listed_BL)).all()
+    assert (whole_SBL & ~listed_BL).any()
 
 
 def test_an_always_right_draft_is_cut_at_the_end_of_the_answer() -> None:

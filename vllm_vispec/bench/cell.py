@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vllm_vispec.bench.counters import difference, lookups_between
 from vllm_vispec.bench.load import LoadError, LoadJob, LoadResult
 from vllm_vispec.bench.matrix import MatrixSettings, Visit
 from vllm_vispec.bench.questions import QuestionStore
 from vllm_vispec.bench.schema import CellResult, MemoryFacts
-from vllm_vispec.bench.server import difference
 from vllm_vispec.bench.serving import Group, Server
 from vllm_vispec.errors import ViSpecError
 
@@ -49,14 +49,15 @@ class Measure:
         try:
             server = group.server(visit.key.side)
             commands.append(server.spec.command)
-            job = self._job(visit, server, group.first() or server)
+            limit = self._settings.num_questions(visit.key.concurrency)
+            job = self._job(visit, server, group.first() or server, limit)
             commands.append(job.command)
             server.forget()
-            before = server.counters()
+            before, memory_before = server.counters(), server.memory()
             result = self._make_load(job)
             _check(result)
             spec = difference(server.counters(), before)
-            memory = server.memory()
+            memory = lookups_between(server.memory(), memory_before)
         except ViSpecError as error:
             return _failed(visit, commands, str(error))
         return CellResult(
@@ -69,9 +70,7 @@ class Measure:
             command="\n".join(commands),
         )
 
-    def _job(
-        self, visit: Visit, server: Server, helper: Server, limit: int | None = None
-    ) -> LoadJob:
+    def _job(self, visit: Visit, server: Server, helper: Server, limit: int) -> LoadJob:
         """Return the load of a cell; `helper` answers earlier questions of dialogues."""
         key = visit.key
         samples, file = self._store.questions(key.image_tokens, helper, limit)

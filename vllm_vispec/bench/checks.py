@@ -8,6 +8,8 @@ from pathlib import Path
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.sides import SIDES
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.seam_table_bench import BENCH_SEAMS
+from vllm_vispec.seams import first_broken
 
 PACKAGES = {"vllm": "vllm", "pandas": "pandas (vllm[bench])"}
 
@@ -16,13 +18,20 @@ def check_inputs(settings: MatrixSettings) -> None:
     """Refuse what would let a run fail after minutes.
 
     Raises:
-        ViSpecError: a package is missing, or the target or a head is not there or not usable.
+        ViSpecError: a package is missing, vLLM is another than this was written for, or the target
+            or a head is not there or not usable.
     """
     for module, name in PACKAGES.items():
         if importlib.util.find_spec(module) is None:
             raise ViSpecError(f"vllm bench serve needs {name}: install it here")
+    broken = first_broken(BENCH_SEAMS)
+    if broken is not None:
+        raise ViSpecError(
+            f"seam {broken.name} does not fit this vLLM ({broken.detail}): measure with vLLM 0.32 "
+            "or 0.33"
+        )
     _check_folder("--target", settings.target)
-    needed = {SIDES[side].needs for side in settings.sides}
+    needed = {option for side in settings.sides for option in SIDES[side].needs}
     if "--head" in needed and settings.head:
         _check_head(settings)
     if "--eagle-head" in needed and settings.eagle_head:

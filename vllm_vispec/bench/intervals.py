@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
+import numpy as np
+
 from vllm_vispec.bench.metrics import Metric, Value, find_metric, usable
 from vllm_vispec.bench.pairing import Cells, keyed, percentile
 from vllm_vispec.bench.schema import CellResult, Request
+from vllm_vispec.bench.time_ratio import Numbers, TimeRatio
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -64,6 +67,9 @@ def _resampled(
     shared = _shared_keys(tables[0] + tables[1]) if metric.resampled == "requests" else []
     if metric.resampled == "nothing" or (len(repetitions) < 2 and len(shared) < 2):
         return []
+    if isinstance(metric.compute, TimeRatio):
+        table_RS4 = _sums(metric.compute, tables, shared)
+        return list(_resampled_ratios(metric.compute, table_RS4, resamples, generator))
     values = []
     for _ in range(resamples):
         drawn = generator.choices(repetitions, k=len(repetitions))
@@ -74,6 +80,38 @@ def _resampled(
         ]
         values.append(metric.compute(sides[0], sides[1]))
     return values
+
+
+def _sums(
+    metric: TimeRatio, tables: Sequence[Sequence[Keyed]], shared: Sequence[tuple[str, int]]
+) -> Numbers:
+    """Return what the metric sums up, for each of R repetitions and S samples, ``[R, S, 4]``.
+
+    Without shared samples a repetition is drawn as a whole, S = 1.
+    """
+    drawn = [[key] for key in shared] or None
+    rows = []
+    for mine, theirs in zip(*tables, strict=True):
+        common = drawn or [[key for key in mine if key in theirs]]
+        rows.append([metric.sums((mine[key], theirs[key]) for key in keys) for keys in common])
+    return np.array(rows)
+
+
+def _resampled_ratios(
+    metric: TimeRatio, table_RS4: Numbers, resamples: int, generator: Random
+) -> list[float]:
+    """Draw repetitions and samples B times; how often each was drawn decides a sum."""
+    numbers = np.random.default_rng(generator.getrandbits(64))
+    repetitions, samples = table_RS4.shape[:2]
+    drawn_BR = _counts(numbers, resamples, repetitions)
+    drawn_BS = _counts(numbers, resamples, samples)
+    sums_B4 = np.einsum("br,bs,rsk->bk", drawn_BR, drawn_BS, table_RS4, optimize=True)
+    return metric.of_sums(sums_B4)
+
+
+def _counts(numbers: np.random.Generator, resamples: int, size: int) -> Numbers:
+    """Return how often each of so many things was drawn, ``[resamples, size]``."""
+    return numbers.multinomial(size, np.full(size, 1 / size), size=resamples).astype(np.float64)
 
 
 def _shared_keys(tables: Sequence[Keyed]) -> list[tuple[str, int]]:

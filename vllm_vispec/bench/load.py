@@ -6,13 +6,8 @@ tokenizer is left out (`--skip-tokenizer-init`): the server's own counts of toke
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shlex
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +15,9 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_vispec.bench.schema import BenchSample, Request
-from vllm_vispec.bench.server import CLI, server_environment
 from vllm_vispec.errors import ViSpecError
 
 CHAT = "/v1/chat/completions"
-ERROR_TAIL = 1500
 _DIGITS = 6
 _RESULT_LISTS = (
     "generated_texts",
@@ -143,33 +136,6 @@ def chat_messages(sample: BenchSample) -> list[dict[str, Any]]:
         ) from error
 
 
-def run_load(job: LoadJob) -> LoadResult:
-    """Make the load and read what came of it.
-
-    Raises:
-        LoadError: the generator fails, takes too long or says nothing.
-    """
-    job.result.unlink(missing_ok=True)
-    job.result.parent.mkdir(parents=True, exist_ok=True)
-    process = subprocess.Popen(
-        [sys.executable, *CLI, *job.arguments()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=server_environment(),
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=job.timeout_s)
-    except subprocess.TimeoutExpired as error:
-        raise LoadError(f"the load took longer than {job.timeout_s:.0f} s") from error
-    finally:
-        _end_group(process)
-    if process.returncode != 0:
-        tail = output.decode(errors="replace")[-ERROR_TAIL:].strip()
-        raise LoadError(f"vllm bench serve ended with status {process.returncode}: {tail}")
-    return read_result(job.result, job.samples)
-
-
 def read_result(file: Path, samples: Sequence[BenchSample]) -> LoadResult:
     """Read the detailed JSON of `vllm bench serve`.
 
@@ -210,9 +176,3 @@ def _request(
         # vLLM keeps a traceback; its last line says what happened.
         error=error.strip().splitlines()[-1] if error.strip() else None,
     )
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(10)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from vllm_vispec.bench.design import POINT_AXES, find_design, points
+from vllm_vispec.bench.schedules import Ranges, check_ranges
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, CellKey
 from vllm_vispec.bench.sides import check_sides
 from vllm_vispec.errors import ViSpecError
@@ -14,6 +15,8 @@ from vllm_vispec.errors import ViSpecError
 MAX_DRAFT_TOKENS = 32
 AXES = ("sides", "concurrency", "num_speculative_tokens", "temperatures", "image_tokens")
 """Settings that a later call may widen; all others must stay as they were in a run's folder."""
+LATE = ("schedule",)
+"""Settings that a later call may add or leave out, but not change."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,15 @@ class MatrixSettings:
         eagle_head: head of the side "eagle"; None if it is not asked for.
         sides: names in `SIDES`.
         concurrency: requests in flight, each value a cell.
-        num_speculative_tokens: K; every value is a group of servers of its own.
+        num_speculative_tokens: K; every value is a group of servers of its own. At 0 the draft is
+            kept up and proposes nothing.
+        schedule: K by batch size, for the side "vispec_tuned".
         temperatures: 0 is greedy.
         image_tokens: tokens of a request's image, 0 for no image, `IMAGES_AS_THEY_ARE`.
+        design: a name in `vllm_vispec.bench.design.DESIGNS`: which combinations are measured.
         repetitions: of every cell.
+        waves: a cell asks at least this many questions for every request in flight.
+        least: a cell asks at least this many questions, or all there are.
         warm_up: requests sent to a server before its first cell; not recorded.
         serve_args: options of `vllm serve` for all sides.
         ready_timeout_s: longest start of a server.
@@ -47,9 +55,13 @@ class MatrixSettings:
     sides: tuple[str, ...] = ("plain", "vispec")
     concurrency: tuple[int, ...] = (1,)
     num_speculative_tokens: tuple[int, ...] = (4,)
+    schedule: Ranges = ()
     temperatures: tuple[float, ...] = (0.0,)
     image_tokens: tuple[int, ...] = (IMAGES_AS_THEY_ARE,)
+    design: str = "full"
     repetitions: int = 3
+    waves: int = 2
+    least: int = 24
     warm_up: int = 2
     serve_args: tuple[str, ...] = ()
     ready_timeout_s: float = 1800.0
@@ -60,12 +72,22 @@ class MatrixSettings:
         for name in AXES:
             _check_axis(name, getattr(self, name))
         _check_range("--concurrency", self.concurrency, 1, None)
-        _check_range("--num-speculative-tokens", self.num_speculative_tokens, 1, MAX_DRAFT_TOKENS)
+        _check_range("--num-speculative-tokens", self.num_speculative_tokens, 0, MAX_DRAFT_TOKENS)
         _check_range("--temperatures", self.temperatures, 0, 10)
         _check_range("--image-tokens", self.image_tokens, IMAGES_AS_THEY_ARE, None)
+        find_design(self.design)
         _check_range("--repetitions", (self.repetitions,), 1, None)
+        _check_range("--waves", (self.waves,), 1, None)
+        _check_range("--least", (self.least,), 1, None)
         _check_range("--warm-up", (self.warm_up,), 0, None)
-        check_sides(self.sides, {"--head": self.head, "--eagle-head": self.eagle_head})
+        if self.schedule:
+            check_ranges(self.schedule)
+        options = {"--head": self.head, "--eagle-head": self.eagle_head}
+        check_sides(self.sides, {**options, "--schedule": self.schedule})
+
+    def num_questions(self, concurrency: int) -> int:
+        """Return how many questions a cell asks, if the dataset has as many."""
+        return max(self.waves * concurrency, self.least)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -75,7 +97,11 @@ class MatrixSettings:
             "head": self.head,
             "eagle_head": self.eagle_head,
             **{name: list(getattr(self, name)) for name in AXES},
+            "schedule": [list(entry) for entry in self.schedule] or None,
+            "design": self.design,
             "repetitions": self.repetitions,
+            "waves": self.waves,
+            "least": self.least,
             "warm_up": self.warm_up,
             "serve_args": list(self.serve_args),
         }
@@ -86,17 +112,16 @@ class MatrixSettings:
         All sides of a point follow each other, so that a slow minute hits all of them; who goes
         first alternates from point to point and from repetition to repetition.
         """
-        points = list(product(self.image_tokens, self.temperatures, self.concurrency))
+        axes = {name: getattr(self, name) for name in POINT_AXES.values()}
+        chosen = points(self.design, axes)
         for num_tokens in self.num_speculative_tokens:
+            here = [point for point in chosen if point.num_speculative_tokens == num_tokens]
             yield (
                 num_tokens,
                 [
-                    Visit(
-                        CellKey(side, concurrency, num_tokens, temperature, image, self.dataset),
-                        repetition,
-                    )
+                    Visit(CellKey(side, dataset=self.dataset, **asdict(point)), repetition)
                     for repetition in range(self.repetitions)
-                    for number, (image, temperature, concurrency) in enumerate(points)
+                    for number, point in enumerate(here)
                     for side in turned(self.sides, repetition + number)
                 ],
             )
@@ -119,7 +144,16 @@ def different_settings(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> st
     """Return the first setting that two calls of one run must share and do not; None if none."""
     free = {*AXES, "repetitions"}
     names = [name for name in now if name not in free]
-    return next((name for name in names if earlier.get(name) != now[name]), None)
+    changed = [name for name in names if earlier.get(name) != now[name]]
+    changed = [name for name in changed if not _is_late(name, earlier, now)]
+    if now.get("design") == "star":
+        # The other axes were varied around their first values.
+        changed += [name for name in POINT_AXES.values() if earlier[name][0] != now[name][0]]
+    return next(iter(changed), None)
+
+
+def _is_late(name: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    return name in LATE and None in (earlier.get(name), now[name])
 
 
 def _check_axis(name: str, values: Sequence[Any]) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from vllm_vispec.bench.pairing import Cells, answered, decoded, pairs, percentile, ratio
-from vllm_vispec.bench.schema import CellKey, Request, SpecCounters
+from vllm_vispec.bench.schema import CellKey, SpecCounters
+from vllm_vispec.bench.time_ratio import succeeded
 
 Scalar = Callable[[Cells, Cells], float | None]
 GIB = 2**30
@@ -60,43 +61,6 @@ def tokens_per_chunk(cells: Cells, _: Cells) -> float | None:
     )
 
 
-def seconds_per_decoded_token(requests: Iterable[Request]) -> float | None:
-    """First chunk to last, per token after the first."""
-    timed = [request for request in requests if request.output_tokens > 1]
-    return ratio(
-        sum(request.decode_s for request in timed),
-        sum(request.output_tokens - 1 for request in timed),
-    )
-
-
-def seconds_per_token(requests: Iterable[Request]) -> float | None:
-    """Request to last chunk, per token."""
-    asked = list(requests)
-    return ratio(
-        sum(request.e2e_s for request in asked), sum(request.output_tokens for request in asked)
-    )
-
-
-def speedup(seconds: Callable[[Iterable[Request]], float | None]) -> Scalar:
-    """Seconds of the plain side over the side's, for samples that both answered."""
-
-    def compute(cells: Cells, plain: Cells) -> float | None:
-        both = [
-            (mine, theirs)
-            for mine, theirs in pairs(cells, plain)
-            if _succeeded(mine) and _succeeded(theirs)
-        ]
-        mine = seconds(pair[0] for pair in both)
-        theirs = seconds(pair[1] for pair in both)
-        return None if mine is None or theirs is None else ratio(theirs, mine)
-
-    return compute
-
-
-def _succeeded(request: Request) -> bool:
-    return request.error is None and request.output_tokens > 0
-
-
 def at_percentile(share: float, seconds: Callable[[Cells], Iterable[float]]) -> Scalar:
     """A percentile in milliseconds."""
 
@@ -137,7 +101,7 @@ def identical_outputs(cells: Cells, plain: Cells) -> float | None:
     """Share of plain's answers that the side gave, too; None unless greedy."""
     if not all(can_compare_outputs(cell.key) for cell in cells):
         return None
-    asked = [pair for pair in pairs(cells, plain) if _succeeded(pair[1])]
+    asked = [pair for pair in pairs(cells, plain) if succeeded(pair[1])]
     return ratio(sum(mine.same_output(theirs) for mine, theirs in asked), len(asked))
 
 

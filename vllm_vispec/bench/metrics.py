@@ -15,6 +15,7 @@ from typing import Literal
 from vllm_vispec.bench import metric_functions as functions
 from vllm_vispec.bench.pairing import PLAIN_SIDE, Cells, align
 from vllm_vispec.bench.schema import CellKey, CellResult
+from vllm_vispec.bench.time_ratio import DECODING, END_TO_END
 from vllm_vispec.errors import ViSpecError
 
 Value = float | tuple[float, ...] | None
@@ -93,7 +94,7 @@ _METRICS = (
         "time per token after the first, prefill and vision tower excluded. Same run, same "
         "concurrency, same samples; samples that either side failed are left out.",
         "d(plain) / d(side) with d = Σ (e2e_s - ttft_s) / Σ (output_tokens - 1)",
-        functions.speedup(functions.seconds_per_decoded_token),
+        DECODING,
         compares=True,
         better="higher",
     ),
@@ -102,7 +103,7 @@ _METRICS = (
         "x",
         "The same from request to last token, prefill, vision tower and waiting included.",
         "t(plain) / t(side) with t = Σ e2e_s / Σ output_tokens",
-        functions.speedup(functions.seconds_per_token),
+        END_TO_END,
         compares=True,
         better="higher",
     ),
@@ -223,8 +224,8 @@ _METRICS = (
     Metric(
         "image_table_hit_rate",
         "share",
-        "Of the images that ViSpec's image table was asked for, the share that it had, so that "
-        "the adaptor did not run.",
+        "Of the lookups of an image in ViSpec's image table, one per request and step, the share "
+        "that found it, so that the adaptor did not run.",
         "Σ image_table_hits / Σ (image_table_hits + image_table_misses)",
         functions.image_table_hit_rate,
         better="higher",

@@ -39,33 +39,35 @@ class QuestionStore:
         self._ready: dict[int, tuple[BenchSample, ...]] = {}
 
     def questions(
-        self, image_tokens: int, helper: Server, limit: int | None
+        self, image_tokens: int, helper: Server, limit: int
     ) -> tuple[tuple[BenchSample, ...], Path]:
         """Return samples and the file from which `vllm bench serve` asks them.
 
         Args:
             helper: server that gives the earlier answers of dialogues that lack them.
-            limit: only so many samples, in a file of their own.
+            limit: most samples; a smaller limit gives the first of those of a larger one.
 
         Raises:
             ViSpecError: an image cannot be read, or the server does not answer.
         """
-        samples = self._samples(image_tokens, ask_server(helper.url, self._settings.target))[:limit]
-        name = f"image_tokens_{image_tokens}" + ("" if limit is None else "-warm_up")
-        file = self._folder / "questions" / f"{name}.jsonl"
+        ask = ask_server(helper.url, self._settings.target)
+        samples = self._samples(image_tokens, limit, ask)
+        name = f"image_tokens_{image_tokens}-first_{len(samples)}.jsonl"
+        file = self._folder / "questions" / name
         if not file.exists():
             write_questions(samples, file)
         return samples, file
 
-    def _samples(self, image_tokens: int, ask: Ask) -> tuple[BenchSample, ...]:
-        if image_tokens not in self._ready:
-            file = self._folder / "samples" / f"image_tokens_{image_tokens}.jsonl"
-            found = read_samples(file)
-            if found is None:
-                found = with_answers(self._sized[image_tokens], ask)
-                write_samples(file, found)
-            self._ready[image_tokens] = found
-        return self._ready[image_tokens]
+    def _samples(self, image_tokens: int, limit: int, ask: Ask) -> tuple[BenchSample, ...]:
+        """Return the first samples; earlier answers are asked for when they are needed first."""
+        file = self._folder / "samples" / f"image_tokens_{image_tokens}.jsonl"
+        ready = self._ready.get(image_tokens) or read_samples(file) or ()
+        wanted = self._sized[image_tokens][:limit]
+        if len(ready) < len(wanted):
+            ready = (*ready, *with_answers(wanted[len(ready) :], ask))
+            write_samples(file, ready)
+        self._ready[image_tokens] = ready
+        return ready[:limit]
 
     def _tokens_of(self, side: int) -> int:
         return self._counter(side)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_vispec.bench.matrix import AXES, Visit, different_settings
+from vllm_vispec.bench.matrix import AXES, LATE, Visit, different_settings
 from vllm_vispec.bench.schema import (
     CELLS_FILE,
     FORMAT,
@@ -133,4 +133,10 @@ def write_samples(file: Path, samples: Sequence[BenchSample]) -> None:
 def _widened(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings that cover what both calls asked for."""
     axes = {name: list(dict.fromkeys([*earlier[name], *now[name]])) for name in AXES}
-    return {**earlier, **axes, "repetitions": max(earlier["repetitions"], now["repetitions"])}
+    late = {name: now.get(name) or earlier.get(name) for name in LATE}
+    return {
+        **earlier,
+        **axes,
+        **late,
+        "repetitions": max(earlier["repetitions"], now["repetitions"]),
+    }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import Any
 
 from vllm_vispec.bench.cell import Measure
 from vllm_vispec.bench.checks import check_inputs
-from vllm_vispec.bench.load import LoadJob, LoadResult, run_load
-from vllm_vispec.bench.machine import describe_machine
+from vllm_vispec.bench.environment import describe_conditions
+from vllm_vispec.bench.load import LoadJob, LoadResult
+from vllm_vispec.bench.load_process import LoadGenerator
 from vllm_vispec.bench.matrix import MatrixSettings, Visit
 from vllm_vispec.bench.questions import QuestionStore
 from vllm_vispec.bench.run_folder import RunFolder
@@ -30,12 +31,17 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Tools:
-    """What a run uses of the world outside; tests put stand-ins here."""
+    """What a run uses of the world outside; tests put stand-ins here.
+
+    Attributes:
+        make_load: one that is a context manager is entered for the time in which cells are
+            measured.
+    """
 
     make_server: MakeServer = BenchServer
-    make_load: MakeLoad = run_load
+    make_load: MakeLoad = field(default_factory=LoadGenerator)
     check: Callable[[MatrixSettings], None] = check_inputs
-    machine: Callable[[], dict[str, Any]] = describe_machine
+    machine: Callable[[], dict[str, Any]] = describe_conditions
     say: Say = print
 
 
@@ -97,19 +103,23 @@ class _Run:
             settings.head or "",
             settings.eagle_head or "",
             folder.path / "heads",
+            settings.schedule,
         )
         self.measure = Measure(settings, store, tools.make_load, folder.path / "load.json")
 
     def all_groups(self) -> Outcome:
         total = Outcome(0, 0, 0)
-        for num_tokens, visits in self.settings.groups():
-            wanted = [visit for visit in visits if visit not in self.folder.done]
-            failed = self._group(num_tokens, wanted) if wanted else 0
-            total = Outcome(
-                total.measured + len(wanted) - failed,
-                total.failed + failed,
-                total.found + len(visits) - len(wanted),
-            )
+        with ExitStack() as stack:
+            if isinstance(self.tools.make_load, AbstractContextManager):
+                stack.enter_context(self.tools.make_load)
+            for num_tokens, visits in self.settings.groups():
+                wanted = [visit for visit in visits if visit not in self.folder.done]
+                failed = self._group(num_tokens, wanted) if wanted else 0
+                total = Outcome(
+                    total.measured + len(wanted) - failed,
+                    total.failed + failed,
+                    total.found + len(visits) - len(wanted),
+                )
         return total
 
     def _group(self, num_tokens: int, visits: Sequence[Visit]) -> int:
@@ -117,6 +127,9 @@ class _Run:
         there = {visit.key.side for visit in visits}
         sides = [side for side in self.settings.sides if side in there]
         self.tools.say(f"K={num_tokens}: starting {', '.join(sides)}")
+        if isinstance(self.tools.make_load, LoadGenerator):
+            # Its imports take long; a server's start is the time for them.
+            self.tools.make_load.prepare()
         group = Group(
             self.settings,
             sides,

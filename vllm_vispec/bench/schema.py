@@ -172,8 +172,9 @@ class MemoryFacts(Record):
         peak_bytes: most bytes the server's processes held since it was started: device memory if
             there is a GPU, else resident memory.
         kv_blocks: KV-cache blocks the server has.
-        image_table_hits: images whose adaptor output was there already, during the cell.
-        image_table_misses: images whose adaptor output had to be computed, during the cell.
+        image_table_hits: lookups, one per request and step, that found an image's adaptor output,
+            during the cell.
+        image_table_misses: lookups that had to compute it, or could not, during the cell.
     """
 
     peak_bytes: int | None = None

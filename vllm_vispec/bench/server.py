@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -16,22 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_vispec.bench.children import end_with_parent
+from vllm_vispec.bench.counters import parse_counters, parse_kv_blocks
+from vllm_vispec.bench.environment import EXTENSION, IMAGE_TABLE, server_environment
 from vllm_vispec.bench.memory import peak_bytes
 from vllm_vispec.bench.schema import MemoryFacts, SpecCounters
 from vllm_vispec.errors import ViSpecError
 
 HOST = "127.0.0.1"
 CLI = ("-m", "vllm.entrypoints.cli.main")
-ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",
-    # Opens the addresses that empty the caches; the server listens on loopback only.
-    "VLLM_SERVER_DEV_MODE": "1",
-    # Read by vLLM's CPU backend only: cache in GiB, and no claim on all cores.
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
 CACHES = ("reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache")
-PREFIX = "vllm:spec_decode_num_"
 LOG_TAIL = 1500
 STOP_S = 20.0
 
@@ -90,6 +85,7 @@ class BenchServer:
                 env=server_environment(),
                 # A key press reaches only us; we end the servers in order.
                 start_new_session=True,
+                preexec_fn=end_with_parent,
             )
 
     def wait_until_ready(self, seconds: float) -> None:
@@ -122,12 +118,7 @@ class BenchServer:
             ServerError: the server does not do it.
         """
         for name in CACHES:
-            request = urllib.request.Request(f"{self.url}/{name}", data=b"", method="POST")
-            try:
-                with opener().open(request, timeout=60):
-                    pass
-            except OSError as error:
-                raise ServerError(f"{self.spec.side}: POST /{name} failed ({error})") from error
+            self._post(name)
 
     def counters(self) -> SpecCounters | None:
         """Return the counters of speculation since the start; None without speculation.
@@ -138,15 +129,18 @@ class BenchServer:
         return parse_counters(self._metrics())
 
     def memory(self) -> MemoryFacts:
-        """Return what the server's processes hold.
+        """Return what the server's processes hold; image lookups are those since the start.
 
         Raises:
             ServerError: the server does not answer.
         """
         leader = None if self._process is None else self._process.pid
+        hits, misses = self._image_lookups()
         return MemoryFacts(
             peak_bytes=None if leader is None else peak_bytes(leader),
             kv_blocks=parse_kv_blocks(self._metrics()),
+            image_table_hits=hits,
+            image_table_misses=misses,
         )
 
     def stop(self) -> None:
@@ -161,6 +155,25 @@ class BenchServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(STOP_S)
+
+    def _image_lookups(self) -> tuple[int, int] | tuple[None, None]:
+        """Return hits and misses of the draft's image table, Nones if it has none."""
+        if option_value(self.spec.arguments, "--worker-extension-cls") != EXTENSION:
+            return None, None
+        answer = json.loads(self._post("collective_rpc", {"method": IMAGE_TABLE}))
+        # All tensor-parallel workers look the same images up.
+        found = next((one for one in answer["results"] if one), None)
+        return (None, None) if found is None else (found["hits"], found["misses"])
+
+    def _post(self, path: str, body: object = None) -> str:
+        data = b"" if body is None else json.dumps(body).encode()
+        kind = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/{path}", data, kind, method="POST")
+        try:
+            with opener().open(request, timeout=60) as response:
+                return str(response.read().decode())
+        except OSError as error:
+            raise ServerError(f"{self.spec.side}: POST /{path} failed ({error})") from error
 
     def _metrics(self) -> str:
         try:
@@ -177,63 +190,6 @@ class BenchServer:
     def _log_tail(self) -> str:
         text = self.spec.log_file.read_text(errors="replace")
         return f"{text[-LOG_TAIL:].strip()}\n(all of it in {self.spec.log_file})"
-
-
-def parse_counters(metrics: str) -> SpecCounters | None:
-    """Read vLLM's Prometheus text; all engines of the server are added up."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    totals: dict[str, float] = {}
-    positions: dict[int, float] = {}
-    for family in text_string_to_metric_families(metrics):
-        for sample in family.samples:
-            if not sample.name.startswith(PREFIX) or not sample.name.endswith("_total"):
-                continue
-            name = sample.name.removeprefix(PREFIX).removesuffix("_total")
-            totals[name] = totals.get(name, 0) + sample.value
-            if "position" in sample.labels:
-                position = int(sample.labels["position"])
-                positions[position] = positions.get(position, 0) + sample.value
-    if "drafts" not in totals:
-        return None
-    return SpecCounters(
-        rounds=int(totals["drafts"]),
-        draft_tokens=int(totals["draft_tokens"]),
-        accepted_tokens=int(totals["accepted_tokens"]),
-        accepted_by_position=tuple(int(positions[index]) for index in sorted(positions)),
-    )
-
-
-def parse_kv_blocks(metrics: str) -> int | None:
-    """Read the number of KV-cache blocks from vLLM's Prometheus text, if it is there."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    for family in text_string_to_metric_families(metrics):
-        for sample in family.samples:
-            blocks = sample.labels.get("num_gpu_blocks", "")
-            if sample.name == "vllm:cache_config_info" and blocks.isdigit():
-                return int(blocks)
-    return None
-
-
-def difference(after: SpecCounters | None, before: SpecCounters | None) -> SpecCounters | None:
-    """Return what was counted between two readings; None without speculation."""
-    if after is None or before is None:
-        return after
-    return SpecCounters(
-        rounds=after.rounds - before.rounds,
-        draft_tokens=after.draft_tokens - before.draft_tokens,
-        accepted_tokens=after.accepted_tokens - before.accepted_tokens,
-        accepted_by_position=tuple(
-            a - b
-            for a, b in zip(after.accepted_by_position, before.accepted_by_position, strict=True)
-        ),
-    )
-
-
-def server_environment() -> dict[str, str]:
-    """Return the environment of a server or a load generator; what the user set stays."""
-    return ENVIRONMENT | dict(os.environ) | {"VLLM_SERVER_DEV_MODE": "1"}
 
 
 def choose_ports(count: int, first: int = 0) -> tuple[int, ...]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+from vllm_vispec.bench.environment import EXTENSION
 from vllm_vispec.bench.machine import has_gpu
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.schema import MemoryFacts, SpecCounters
@@ -18,6 +21,8 @@ from vllm_vispec.errors import ViSpecError
 
 GPU_SHARE = 0.9
 """Of a GPU's memory, for all servers together."""
+MOST_STARTS = 4
+"""At once, however many cores there are: a start reads the target's weights."""
 MAX_STARTS = 2
 """A server that dies under load is started once more."""
 
@@ -76,14 +81,22 @@ def serve_arguments(
     config = SIDES[side].speculative_config(heads, num_tokens)
     if config is not None:
         arguments += ["--speculative-config", json.dumps(config)]
+        if option_value(settings.serve_args, "--worker-extension-cls") is None:
+            arguments += ["--worker-extension-cls", EXTENSION]
     return tuple(arguments)
+
+
+def starts_at_once() -> int:
+    """Return how many servers may start together."""
+    return 1 if has_gpu() else min(len(os.sched_getaffinity(0)), MOST_STARTS)
 
 
 class Group:
     """Servers of some sides at one K. Use it as a context manager.
 
-    They are started one after the other, since vLLM looks at free memory while it starts. One
-    that fails does not keep the others from being measured.
+    On a GPU they are started one after the other, since vLLM looks at free memory while it starts;
+    else as many at once as there are cores. One that fails does not keep the others from being
+    measured.
 
     Args:
         ports: one for each side.
@@ -109,9 +122,15 @@ class Group:
         self._errors: dict[str, str] = {}
 
     def __enter__(self) -> Group:
+        launched: deque[str] = deque()
         try:
             for side in self._sides:
-                self._start(side)
+                self._launch(side)
+                launched.append(side)
+                if len(launched) >= starts_at_once():
+                    self._finish(launched.popleft())
+            for side in launched:
+                self._finish(side)
         except BaseException:
             self._stop()
             raise
@@ -144,16 +163,33 @@ class Group:
         return next((self._servers[side] for side in order if self._servers[side].alive), None)
 
     def _start(self, side: str) -> Server | None:
+        self._launch(side)
+        return self._finish(side)
+
+    def _launch(self, side: str) -> None:
+        """Start a process without waiting for it; a failure is kept in `_errors`."""
         self._starts[side] += 1
         old = self._servers.pop(side, None)
         if old is not None:
             old.stop()
-        try:
+        with self._failing(side):
             server = self._make(self._spec(side))
             self._servers[side] = server
             server.start()
-            server.wait_until_ready(self._settings.ready_timeout_s)
-            self._warm_up(server)
+
+    def _finish(self, side: str) -> Server | None:
+        """Wait until a launched server is ready and warm it up; None if it failed."""
+        with self._failing(side):
+            if side in self._servers:
+                self._servers[side].wait_until_ready(self._settings.ready_timeout_s)
+                self._warm_up(self._servers[side])
+        return self._servers.get(side)
+
+    @contextmanager
+    def _failing(self, side: str) -> Iterator[None]:
+        """Note what goes wrong in the block, and end the side's server then."""
+        try:
+            yield
         except (ViSpecError, OSError) as error:
             self._errors[side] = str(error)
             failed = self._servers.pop(side, None)
@@ -161,8 +197,6 @@ class Group:
                 failed.stop()
             # Settings do not get better: a server that never came up is not tried again.
             self._starts[side] = MAX_STARTS
-            return None
-        return server
 
     def _spec(self, side: str) -> ServerSpec:
         arguments = serve_arguments(

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vllm_vispec.cli.bench_calibrate import calibrate
 from vllm_vispec.cli.bench_estimate import estimate
+from vllm_vispec.cli.bench_profile import profile
+from vllm_vispec.cli.bench_tune import tune
 from vllm_vispec.cli.errors import exit_on_error
 from vllm_vispec.cli.options import split
 
@@ -45,17 +48,25 @@ def run(
         str | None, typer.Option(help="Text-trained head for the side eagle.")
     ] = None,
     sides: Annotated[
-        str, typer.Option(help="Of plain, ngram, eagle, vispec_zeroed, vispec.")
+        str, typer.Option(help="Of plain, ngram, eagle, vispec_zeroed, vispec, vispec_tuned.")
     ] = "plain,vispec",
     concurrency: Annotated[str, typer.Option(help="Requests in flight, e.g. 1,4,16.")] = "1",
     num_speculative_tokens: Annotated[
         str, typer.Option("--num-speculative-tokens", "-k", help="K, e.g. 3,5.")
     ] = "4",
+    schedule: Annotated[
+        str | None, typer.Option(help="K by batch size for vispec_tuned: JSON or a file.")
+    ] = None,
     temperatures: Annotated[str, typer.Option(help="0 is greedy; e.g. 0,1.")] = "0",
     image_tokens: Annotated[
         str, typer.Option(help="Image tokens of a request, e.g. native,0,256.")
     ] = AS_THEY_ARE,
+    design: Annotated[
+        str, typer.Option(help="full: every combination; star: each axis by itself.")
+    ] = "full",
     repetitions: Annotated[int, typer.Option(help="Of every cell.")] = 3,
+    waves: Annotated[int, typer.Option(help="Questions of a cell per request in flight.")] = 2,
+    least: Annotated[int, typer.Option(help="Questions of a cell, at least.")] = 24,
     warm_up: Annotated[int, typer.Option(help="Requests before a server's first cell.")] = 2,
     families: Annotated[str, typer.Option(help="Only these, separated by commas.")] = "",
     limit: Limit = None,
@@ -74,6 +85,7 @@ def run(
     def measure() -> int:
         from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
         from vllm_vispec.bench.matrix import MatrixSettings
+        from vllm_vispec.bench.schedules import read_schedule
 
         settings = MatrixSettings(
             target=target,
@@ -83,9 +95,13 @@ def run(
             sides=split("--sides", sides, str),
             concurrency=split("--concurrency", concurrency, int),
             num_speculative_tokens=split("-k", num_speculative_tokens, int),
+            schedule=read_schedule(schedule) if schedule else (),
             temperatures=split("--temperatures", temperatures, float),
             image_tokens=split("--image-tokens", image_tokens, number_of_image_tokens),
+            design=design,
             repetitions=repetitions,
+            waves=waves,
+            least=least,
             warm_up=warm_up,
             serve_args=tuple(shlex.split(serve)),
             cell_timeout_s=cell_timeout,
@@ -153,6 +169,9 @@ def report(
 
 
 app.command()(estimate)
+app.command()(calibrate)
+app.command()(profile)
+app.command()(tune)
 
 
 def measure_matrix(settings: MatrixSettings, loaded: LoadedDataset, output: Path, port: int) -> int:

@@ -61,6 +61,12 @@ def estimate(
         float | None, typer.Option(help="Instead of --head: weights a token passes.")
     ] = None,
     head_bytes_per_parameter: Annotated[float, typer.Option(help="E.g. 2 for bfloat16.")] = 2.0,
+    target_kv_bytes_per_token: Annotated[
+        float | None, typer.Option(help="With numbers: keys and values of a token, all layers.")
+    ] = None,
+    head_kv_bytes_per_token: Annotated[
+        float | None, typer.Option(help="The same of the head's one layer.")
+    ] = None,
     lm_head_parameters: Annotated[
         float, typer.Option(help="With numbers: hidden size times vocabulary.")
     ] = 0.0,
@@ -77,10 +83,20 @@ def estimate(
         }
         options = model.EstimateOptions(
             target=_shape(
-                "target", target, target_parameters, lm_head_parameters, target_bytes_per_parameter
+                "target",
+                target,
+                target_parameters,
+                lm_head_parameters,
+                target_bytes_per_parameter,
+                target_kv_bytes_per_token,
             ),
             head=_shape(
-                "head", head, head_parameters, lm_head_parameters, head_bytes_per_parameter
+                "head",
+                head,
+                head_parameters,
+                lm_head_parameters,
+                head_bytes_per_parameter,
+                head_kv_bytes_per_token,
             ),
             device=device,
             bandwidth_gbs=bandwidth_gbs,
@@ -102,7 +118,12 @@ def estimate(
 
 
 def _shape(
-    name: str, folder: Path | None, parameters: float | None, lm_head: float, width: float
+    name: str,
+    folder: Path | None,
+    parameters: float | None,
+    lm_head: float,
+    width: float,
+    kv_bytes: float | None,
 ) -> Path | PassShape:
     """Return what the user gave: a folder or numbers.
 
@@ -114,6 +135,11 @@ def _shape(
     if (folder is None) == (parameters is None):
         raise ViSpecError(f"give either --{name} (a folder) or --{name}-parameters")
     if folder is not None:
+        if kv_bytes is not None:
+            raise ViSpecError(
+                f"--{name}-kv-bytes-per-token goes with --{name}-parameters: leave it out, "
+                f"{folder}/config.json tells it"
+            )
         return folder
     assert parameters is not None
-    return explicit_shape(parameters, lm_head, width)
+    return explicit_shape(parameters, lm_head, width, kv_bytes or 0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -10,6 +9,7 @@ from math import exp, log
 from statistics import mean
 from typing import Any
 
+from vllm_vispec.bench.estimate.measured import MeasuredCell
 from vllm_vispec.bench.estimate.roofline import (
     Acceptance,
     Hardware,
@@ -18,34 +18,11 @@ from vllm_vispec.bench.estimate.roofline import (
     Workload,
     predict,
 )
-from vllm_vispec.bench.schema import BenchRun, CellKey, CellResult
 from vllm_vispec.errors import ViSpecError
 
-PLAIN = "plain"
 MIN_CELLS = 3
 # Where the fit begins: overhead in s, bytes/s, FLOP/s. It ends at the best of them.
 _STARTS = ((1e-4, 1e-2), (1e10, 1e12), (1e11, 1e14))
-
-
-@dataclass(frozen=True)
-class MeasuredCell:
-    """What one cell of a run says about decoding.
-
-    Attributes:
-        batch: sequences decoded at once; of a run, the concurrency.
-        num_speculative_tokens: 0 for plain decoding.
-        context: mean tokens per sequence, half of the answer included.
-        acceptance: share of rounds that accept each position; empty for plain decoding.
-        seconds_per_token: decode seconds per output token of one sequence.
-        group: cells of one group were measured side by side (of a run, its K).
-    """
-
-    batch: int
-    num_speculative_tokens: int
-    context: float
-    acceptance: tuple[float, ...]
-    seconds_per_token: float
-    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,6 +101,19 @@ class Calibration:
         ]
         return "\n".join(lines) + "\n"
 
+    def cells_to_markdown(self) -> str:
+        """Return every cell beside what the model says about it."""
+        marked = [("fitted", one) for one in self.fitted]
+        marked += [("held out", one) for one in self.held_out]
+        marked.sort(key=lambda item: _place(item[1].cell))
+        lines = [
+            "| batch | K | cell | ms per token: measured | predicted | error | decode_speedup: "
+            "measured | predicted | error |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(_cell_row(name, error) for name, error in marked),
+        ]
+        return "\n".join(lines) + "\n"
+
 
 def calibrate(
     cells: Sequence[MeasuredCell],
@@ -143,7 +133,7 @@ def calibrate(
     Raises:
         ViSpecError: fewer than three cells to fit, or a cell without a time.
     """
-    ordered = sorted(cells, key=lambda one: (one.batch, one.num_speculative_tokens, one.context))
+    ordered = sorted(cells, key=_place)
     if any(cell.seconds_per_token <= 0 for cell in ordered):
         raise ViSpecError("a measured cell has no decode time: leave it out of the calibration")
     choose = hold_out or _every_third(ordered)
@@ -165,42 +155,8 @@ def calibrate(
     )
 
 
-def measured_cells(run: BenchRun, side: str) -> tuple[MeasuredCell, ...]:
-    """Take the plain cells and those of a side out of a run; repetitions are pooled.
-
-    Failed cells and failed requests are left out, and so are cells in which nothing was decoded.
-    """
-    pools: dict[CellKey, list[CellResult]] = defaultdict(list)
-    for cell in run.cells:
-        if cell.key.side in (PLAIN, side) and cell.error is None:
-            pools[cell.key].append(cell)
-    found = [_measured(key, pool) for key, pool in pools.items()]
-    return tuple(cell for cell in found if cell is not None)
-
-
-def _measured(key: CellKey, pool: Sequence[CellResult]) -> MeasuredCell | None:
-    requests = [
-        one for cell in pool for one in cell.requests if one.error is None and one.output_tokens > 1
-    ]
-    seconds = sum(one.decode_s for one in requests)
-    if seconds <= 0:
-        return None
-    acceptance: tuple[float, ...] = ()
-    if key.side != PLAIN:
-        spec = [cell.spec for cell in pool if cell.spec is not None]
-        rounds = sum(one.rounds for one in spec)
-        if not rounds:
-            return None
-        by_position = zip(*(one.accepted_by_position for one in spec), strict=True)
-        acceptance = tuple(sum(counts) / rounds for counts in by_position)
-    return MeasuredCell(
-        batch=key.concurrency,
-        num_speculative_tokens=0 if key.side == PLAIN else key.num_speculative_tokens,
-        context=mean(one.prompt_tokens + one.output_tokens / 2 for one in requests),
-        acceptance=acceptance,
-        seconds_per_token=seconds / sum(one.output_tokens - 1 for one in requests),
-        group=key.num_speculative_tokens,
-    )
+def _place(cell: MeasuredCell) -> tuple[int, int, float]:
+    return cell.batch, cell.num_speculative_tokens, cell.context
 
 
 def _every_third(ordered: Sequence[MeasuredCell]) -> Callable[[MeasuredCell], bool]:
@@ -281,3 +237,20 @@ def _markdown_row(name: str, errors: Sequence[CellError]) -> str:
         found = summary[part]
         cells += ["-", "-"] if found is None else [f"{value:.1%}" for value in found.values()]
     return "| " + " | ".join(cells) + " |"
+
+
+def _cell_row(name: str, error: CellError) -> str:
+    cell = error.cell
+    speedups = (error.measured_speedup, error.predicted_speedup)
+    relative = error.relative_speedup
+    parts = [
+        str(cell.batch),
+        str(cell.num_speculative_tokens) if cell.num_speculative_tokens else "plain",
+        name,
+        f"{1000 * cell.seconds_per_token:.3g}",
+        f"{1000 * error.predicted_s:.3g}",
+        f"{error.relative:+.1%}",
+        *("-" if one is None else f"{one:.2f}" for one in speedups),
+        "-" if relative is None else f"{relative:+.1%}",
+    ]
+    return "| " + " | ".join(parts) + " |"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import product
 from typing import Any
 
+from vllm_vispec.bench.design import DESIGNS, POINT_AXES, points
 from vllm_vispec.bench.intervals import RESAMPLES, Measured, with_interval
 from vllm_vispec.bench.metrics import by_key, measure, plain_key
 from vllm_vispec.bench.pairing import PLAIN_SIDE, answered, only_family
@@ -16,13 +17,7 @@ from vllm_vispec.bench.sides import SIDES
 
 OURS = "vispec"
 """The side a report is about, if it was measured."""
-_AXES = {
-    "side": "sides",
-    "concurrency": "concurrency",
-    "num_speculative_tokens": "num_speculative_tokens",
-    "temperature": "temperatures",
-    "image_tokens": "image_tokens",
-}
+_AXES = {"side": "sides", **POINT_AXES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +39,7 @@ class Row:
     expected: int
     resamples: int = RESAMPLES
     _found: dict[str, Measured] = field(default_factory=dict, repr=False)
+    _values: dict[str, float | None] = field(default_factory=dict, repr=False)
 
     @property
     def done(self) -> int:
@@ -73,12 +69,14 @@ class Row:
     def of_family(self, family: str) -> Row:
         """The same with the requests of one family only."""
         cells, plain = only_family(self.cells, family), only_family(self.plain, family)
-        return replace(self, cells=cells, plain=plain, _found={})
+        return replace(self, cells=cells, plain=plain, _found={}, _values={})
 
     def value(self, name: str) -> float | None:
-        """A metric with one value; None if it cannot be computed."""
-        found = measure(name, self.cells, self.plain)
-        return None if isinstance(found, tuple) else found
+        """A metric with one value; None if it cannot be computed. Computed once."""
+        if name not in self._values:
+            found = measure(name, self.cells, self.plain)
+            self._values[name] = None if isinstance(found, tuple) else found
+        return self._values[name]
 
     def plain_value(self, name: str) -> float | None:
         """A metric of the plain side of the same cell."""
@@ -142,7 +140,8 @@ class Facts:
         """The row a report leads with; None if no speedup could be computed.
 
         The lowest temperature and concurrency, images as they are (else the most image tokens),
-        the first dataset; of these the K with the highest decode_speedup.
+        the first dataset; of these the K of which most was measured (of a star, its middle), then
+        the one with the highest decode_speedup.
         """
         measured = [
             row
@@ -153,7 +152,14 @@ class Facts:
             return None
         first = min(measured, key=lambda row: _place(row.key))
         same = [row for row in measured if _place(row.key) == _place(first.key)]
-        return max(same, key=lambda row: row.value("decode_speedup") or 0.0)
+        counts = Counter(row.key.num_speculative_tokens for row in measured)
+        return max(
+            same,
+            key=lambda row: (
+                counts[row.key.num_speculative_tokens],
+                row.value("decode_speedup") or 0.0,
+            ),
+        )
 
     def find(self, rows: Iterable[Row] | None = None, **fixed: Any) -> tuple[Row, ...]:
         """Rows whose keys have these values."""
@@ -205,10 +211,13 @@ def _expected_keys(run: BenchRun) -> list[CellKey]:
         isinstance(axis, list | tuple) for axis in axes
     ):
         return []
-    dataset = settings["dataset"]
+    design = settings.get("design", "full")
+    if design not in DESIGNS or not all(axes):
+        return []
     return [
-        CellKey(**dict(zip(_AXES, point, strict=True)), dataset=dataset)
-        for point in product(*(axis or () for axis in axes))
+        CellKey(side, dataset=settings["dataset"], **asdict(point))
+        for point in points(design, settings)
+        for side in settings["sides"]
     ]
 
 

@@ -2,7 +2,7 @@
 
 from vllm_vispec.bench.report.sections.acceptance import ACCEPTANCE
 from vllm_vispec.bench.report.sections.answer import ANSWER
-from vllm_vispec.bench.report.sections.axes import CONCURRENCY, IMAGE_TOKENS, K
+from vllm_vispec.bench.report.sections.axes import CONCURRENCY, IMAGE_TOKENS, TEMPERATURE, K
 from vllm_vispec.bench.report.sections.base import Section
 from vllm_vispec.bench.report.sections.cells import COSTS, FAILURES, SPEED
 from vllm_vispec.bench.report.sections.conditions import COMMANDS, DEFINITIONS, ENVIRONMENT
@@ -17,6 +17,7 @@ SECTIONS: dict[str, Section] = {
         CONCURRENCY,
         IMAGE_TOKENS,
         K,
+        TEMPERATURE,
         ACCEPTANCE,
         TASKS,
         LOSSES,

@@ -31,10 +31,19 @@ def _sentence(facts: Facts, row: Row) -> Line:
 
 
 def _chosen(facts: Facts, row: Row) -> str:
-    """That K was chosen by its result; nothing where there was no choice."""
+    """Whether K was chosen by its result; nothing where there was no choice."""
     rows = facts.find(**slice_of(row.key, "num_speculative_tokens"))
-    measured = [one for one in rows if one.value("decode_speedup") is not None]
-    return f" (the fastest of {len(measured)})" if len(measured) > 1 else ""
+    found = {
+        one.key.num_speculative_tokens: value
+        for one in rows
+        if (value := one.value("decode_speedup")) is not None
+    }
+    if len(found) < 2:
+        return ""
+    best = max(found, key=lambda k: found[k])
+    if best == row.key.num_speculative_tokens:
+        return f" (the fastest of {len(found)})"
+    return f" (of {len(found)}, the fastest being {best} with {found[best]:.2f}x)"
 
 
 def _speed(found: Measured) -> tuple[Inline, ...]:

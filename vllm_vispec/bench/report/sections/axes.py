@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 from vllm_vispec.bench.report.blocks import Block, Paragraph, Table
@@ -13,6 +14,7 @@ from vllm_vispec.bench.report.facts import (
     image_text,
     slice_of,
     sorted_by_side,
+    temperature_text,
 )
 from vllm_vispec.bench.report.plots import Chart, Point, Series, draw
 from vllm_vispec.bench.report.sections.base import (
@@ -24,6 +26,8 @@ from vllm_vispec.bench.report.sections.base import (
 )
 from vllm_vispec.bench.schema import CellKey
 
+SLICED = ("dataset", "temperature")
+"""What gets a chart and a table for each of its values."""
 PARITY_NOTE = "The bold line at 1.0 is plain vLLM: below it drafting loses."
 
 
@@ -32,15 +36,22 @@ def build(facts: Facts, axis: str, label: str, text: Callable[[Any], str]) -> Se
     if facts.main is None or len(facts.values(axis)) < 2:
         return ()
     blocks: list[Block] = []
-    for dataset in facts.values("dataset"):
-        for temperature in facts.values("temperature"):
-            fixed = slice_of(facts.main.key, "side", axis)
-            fixed |= {"dataset": dataset, "temperature": temperature}
-            rows = sorted_by_side(facts.find(**fixed))
-            if len({getattr(row.key, axis) for row in rows if _is_measured(row)}) > 1:
-                number_of_slice = sum(isinstance(block, Table) for block in blocks)
-                blocks += _slice(facts, rows, axis, label, text, number_of_slice)
+    for slice_values in _slices(facts, axis):
+        fixed = slice_of(facts.main.key, "side", axis) | slice_values
+        rows = sorted_by_side(facts.find(**fixed))
+        if len({getattr(row.key, axis) for row in rows if _is_measured(row)}) > 1:
+            number_of_slice = sum(isinstance(block, Table) for block in blocks)
+            blocks += _slice(facts, rows, axis, label, text, number_of_slice)
     return blocks
+
+
+def _slices(facts: Facts, axis: str) -> list[dict[str, Any]]:
+    """Values of what gets a chart each, without the axis itself."""
+    names = [name for name in SLICED if name != axis]
+    return [
+        dict(zip(names, values, strict=True))
+        for values in product(*(facts.values(name) for name in names))
+    ]
 
 
 def _slice(
@@ -117,3 +128,10 @@ IMAGE_TOKENS = _section(
     "numbers of image tokens",
 )
 K = _section("num_speculative_tokens", "Speedup against K", "K", str, "values of K")
+TEMPERATURE = _section(
+    "temperature",
+    "Speedup against temperature",
+    "temperature",
+    temperature_text,
+    "temperatures",
+)

@@ -1,0 +1,147 @@
+"""The committed report on the shipped pair, from nothing: data, measurement, pages, JSON.
+
+`make report`, or `python -m benchmarks.pair_report`. Stopped in between, it goes on from there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from examples.tiny_vlm.families import FAMILIES
+from examples.tiny_vlm.questions import TEXT_FAMILY, write_questions
+from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
+from vllm_vispec.bench.matrix import MatrixSettings
+from vllm_vispec.bench.report import write_report
+from vllm_vispec.bench.runner import Tools, run_matrix
+from vllm_vispec.bench.schedules import Ranges, read_schedule
+from vllm_vispec.bench.schema import CELLS_FILE, IMAGES_AS_THEY_ARE, RUN_FILE
+from vllm_vispec.cli.errors import exit_on_error
+
+PAIR = "examples/tiny_vlm/checkpoints"
+# Relative, so that the commands in the report can be typed in any copy of the repository.
+WORK, PAGES, RESULTS = Path("out/pair_report"), Path("docs/report"), Path("benchmarks/results")
+SUITE = tuple(name for name in FAMILIES if name != TEXT_FAMILY)
+"""The six task families."""
+FIRST_SAMPLE = 700_000
+"""Of the held-out split; not used for anything else."""
+SAMPLES = 96
+MAX_TOKENS = 32
+LEAST = 6
+REPETITIONS = 3
+THREADS = "1"
+"""Of each server: the other core is for the load generator."""
+SERVE_ARGS = (
+    *("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"),
+    *("--mm-processor-kwargs", '{"min_pixels": 784, "max_pixels": 802816}'),
+)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things go.
+
+    Attributes:
+        work: data and the run's folder.
+        pages: the report.
+        results: the run's JSON.
+    """
+
+    work: Path = WORK
+    pages: Path = PAGES
+    results: Path = RESULTS / "pair_report"
+
+
+def pair_settings(
+    schedule: Ranges = (), repetitions: int = REPETITIONS, least: int = LEAST
+) -> MatrixSettings:
+    """Return the matrix of the committed report.
+
+    Args:
+        schedule: K by batch size of the side "vispec_tuned"; empty leaves that side out.
+        repetitions: of every cell.
+        least: questions of a cell, at least.
+    """
+    tuned = ("vispec_tuned",) if schedule else ()
+    return MatrixSettings(
+        target=f"{PAIR}/target",
+        dataset="tiny",
+        head=f"{PAIR}/vispec_head",
+        eagle_head=f"{PAIR}/eagle_text_head",
+        sides=("plain", "ngram", "eagle", "vispec_zeroed", "vispec", *tuned),
+        schedule=schedule,
+        design="star",
+        concurrency=(1, 2, 4, 8, 16, 32, 64),
+        num_speculative_tokens=(5, 3, 7),
+        temperatures=(0.0, 1.0),
+        image_tokens=(IMAGES_AS_THEY_ARE, 0, 64, 256, 1024),
+        repetitions=repetitions,
+        waves=2,
+        least=least,
+        serve_args=SERVE_ARGS,
+    )
+
+
+def reproduce(
+    settings: MatrixSettings,
+    places: Places,
+    tools: Tools,
+    samples: int = SAMPLES,
+    max_tokens: int = MAX_TOKENS,
+) -> bool:
+    """Make data, measure, and write pages and JSON; returns whether every cell was measured.
+
+    Args:
+        samples: how many to write and to choose from.
+        max_tokens: longest answer.
+
+    Raises:
+        ViSpecError: see `run_matrix` and `write_report`.
+        KeyboardInterrupt: on SIGINT and SIGTERM; the next call goes on.
+    """
+    file = places.work / "data" / "questions.jsonl"
+    if not file.exists():
+        write_questions(file.parent, "heldout", FIRST_SAMPLE, samples, SUITE)
+    options = DatasetOptions(limit=samples, max_tokens=max_tokens)
+    loaded = load_dataset(settings.dataset, file.parent, options)
+    run = places.work / "run"
+    outcome = run_matrix(settings, loaded.samples, run, tools=tools)
+    places.results.mkdir(parents=True, exist_ok=True)
+    for name in (RUN_FILE, CELLS_FILE):
+        shutil.copyfile(run / name, places.results / name)
+    files = write_report(places.results, places.pages)
+    tools.say(f"{files.markdown}, {files.html}; the run: {places.results}")
+    return outcome.failed == 0
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Data and the run in progress.")] = WORK,
+    pages: Annotated[Path, typer.Option(help="Folder of the report.")] = PAGES,
+    results: Annotated[Path, typer.Option(help="Folder of the JSON.")] = RESULTS / "pair_report",
+    schedule: Annotated[
+        str, typer.Option(help="K by batch size for one more side, see vispec bench tune.")
+    ] = "",
+    repetitions: Annotated[int, typer.Option(help="Of every cell.")] = REPETITIONS,
+    least: Annotated[int, typer.Option(help="Questions of a cell, at least.")] = LEAST,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = MAX_TOKENS,
+) -> None:
+    """Reproduce the report on the shipped pair."""
+    begin = time.monotonic()
+    os.environ.setdefault("OMP_NUM_THREADS", THREADS)
+    with exit_on_error():
+        ranges = read_schedule(schedule) if schedule else ()
+        settings = pair_settings(ranges, repetitions, least)
+        places, tools = Places(work, pages, results), Tools(say=typer.echo)
+        complete = reproduce(settings, places, tools, max_tokens=max_tokens)
+        typer.echo(f"{(time.monotonic() - begin) / 60:.1f} minutes")
+        raise typer.Exit(0 if complete else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

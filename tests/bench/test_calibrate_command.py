@@ -1,0 +1,181 @@
+"""`vispec bench calibrate` and the numbers `vispec bench estimate` takes instead of folders."""
+
+from __future__ import annotations
+
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.bench.pairs_to_estimate import CHECKPOINTS, QWEN_7B, ROOT, TYPICAL, folder
+from vllm_vispec.bench.estimate import (
+    Hardware,
+    MeasuredCell,
+    Workload,
+    draft_shape,
+    hold_out,
+    predict,
+    read_measured,
+    target_shape,
+)
+from vllm_vispec.bench.schema import (
+    CELLS_FILE,
+    FORMAT,
+    RUN_FILE,
+    CellKey,
+    CellResult,
+    MemoryFacts,
+    Request,
+    SpecCounters,
+)
+from vllm_vispec.cli.app import app
+from vllm_vispec.errors import ViSpecError
+
+RUNNER = CliRunner()
+RESULTS = ROOT / "benchmarks/results/decode_speed.json"
+TARGET, HEAD = CHECKPOINTS / "target", CHECKPOINTS / "vispec_head"
+PAIR = ("--target", str(TARGET), "--head", str(HEAD), "--dtype", "float32")
+TRUTH = Hardware(bandwidth=3e9, flops=4e10, pass_overhead_s=1e-3)
+ROUNDS = 1000
+
+
+def run_folder(
+    path: Path, batches: tuple[int, ...] = (1, 4, 16), ks: tuple[int, ...] = (2, 4)
+) -> Path:
+    """A run whose times are those of a machine with the rates `TRUTH`."""
+    path.mkdir()
+    (path / RUN_FILE).write_text(json.dumps({"format": FORMAT, "machine": {}, "settings": {}}))
+    cells = [
+        made_up(side, batch, k) for batch in batches for k in ks for side in ("plain", "vispec")
+    ]
+    lines = [json.dumps(cell.to_json()) + "\n" for cell in cells]
+    (path / CELLS_FILE).write_text("".join(lines))
+    return path
+
+
+def made_up(side: str, batch: int, k: int) -> CellResult:
+    shapes = target_shape(TARGET, "float32"), draft_shape(HEAD, TARGET, "float32")
+    drafts = k if side == "vispec" else 0
+    one = predict(*shapes, TRUTH, Workload(batch, 150.5), TYPICAL, drafts)
+    seconds = 100 * one.seconds_per_token
+    accepted = tuple(round(ROUNDS * share) for share in TYPICAL[:k])
+    spec = SpecCounters(ROUNDS, k * ROUNDS, sum(accepted), accepted) if drafts else None
+    requests = (Request("a", "charts", "x", 101, 100, 0.5, 0.5 + seconds, ()),)
+    key = CellKey(side, batch, k, 0.0, -1, "tiny")
+    return CellResult(key, 0, requests, 1.0, spec, MemoryFacts(), "cmd", None)
+
+
+def run_command(*arguments: str) -> Any:
+    return RUNNER.invoke(app, ["bench", "calibrate", *arguments])
+
+
+def test_cells_held_out_of_a_run_are_predicted(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    output = tmp_path / "found.json"
+    result = run_command(str(run), *PAIR, "--hold-out", "batch=4", "--output", str(output))
+    assert result.exit_code == 0, result.output
+    found = json.loads(output.read_text())
+    assert found["hardware"]["bandwidth"] == pytest.approx(TRUTH.bandwidth, rel=0.01)
+    assert found["held_out"]["cells"] == 4
+    assert found["held_out"]["decode_speedup"]["worst_error"] < 0.01
+    rows = [line for line in result.output.splitlines() if "| held out |" in line]
+    assert {row.split("|")[1].strip() for row in rows if row.startswith("| 4 ")} == {"4"}
+    assert sum(row.startswith("| 4 | plain |") for row in rows) == 2
+    assert "| batch | K | cell |" in result.output
+
+
+def test_a_result_file_of_decode_speed() -> None:
+    """Committed measurements, so that no clock is involved."""
+    result = run_command(str(RESULTS), *PAIR, "--context", "150", "--hold-out", "k=5")
+    assert result.exit_code == 0, result.output
+    rows = [line for line in result.output.splitlines() if "| held out | " in line]
+    assert [row.split("|")[2].strip() for row in rows if row.startswith("| 1 |")] == ["plain", "5"]
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [("batch=4", [4]), ("batch=1,16", [1, 16]), ("k=3", [])],
+)
+def test_hold_out(text: str, held: list[int]) -> None:
+    cells = [MeasuredCell(batch, 2, 1, (), 1.0, 2) for batch in (1, 4, 16)]
+    choose = hold_out(text)
+    assert choose is not None
+    assert [cell.batch for cell in cells if choose(cell)] == held
+    assert hold_out("every-third") is None
+
+
+@pytest.mark.parametrize("text", ["batch", "batch=", "side=3", "k=x"])
+def test_hold_out_that_is_not_understood(text: str) -> None:
+    with pytest.raises(ViSpecError, match="use every-third, batch=16,32 or k=5"):
+        hold_out(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"side": "eagle"}, "no finished cell of --side eagle"),
+        ({"path": "missing.json"}, "cannot be read"),
+        ({"path": "wrong.json"}, "is no result of"),
+        ({"path": str(RESULTS), "context": None}, "give --context"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    (tmp_path / "wrong.json").write_text('{"results": [{"num_speculative_tokens": 3}]}')
+    run = run_folder(tmp_path / "run", (1,), (2,))
+    given = {"path": str(run), "side": "vispec", "context": 100.0, **change}
+    with pytest.raises(ViSpecError, match=said):
+        read_measured(tmp_path / given["path"], given["side"], given["context"])
+
+
+def test_too_few_cells_end_the_command_with_one_line(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run", (1,), (2,))
+    result = run_command(str(run), *PAIR)
+    assert result.exit_code == 1
+    assert "too few to calibrate on" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+# Keys and values by number
+
+NUMBERS = {
+    "--target-parameters": "6.5e9",
+    "--head-parameters": "2.5e8",
+    "--lm-head-parameters": "5.4e8",
+    "--bandwidth-gbs": "2600",
+    "--tflops": "590",
+    "--acceptance-rate": "0.7",
+    "-k": "3",
+    "--batch-size": "32",
+    "--context": "4000",
+}
+
+
+def estimated(*more: str) -> float:
+    result = RUNNER.invoke(app, ["bench", "estimate", *chain(*NUMBERS.items()), *more])
+    assert result.exit_code == 0, result.output
+    row = next(line for line in result.output.splitlines() if line.startswith("| 32 | 3 |"))
+    return float(row.split("|")[6])
+
+
+def test_keys_and_values_make_passes_longer() -> None:
+    """The plain pass in ms; the head's keys and values are not in it."""
+    without = estimated()
+    read = 32 * 4000 * 57344 / 2600e9 * 1000
+    with_both = estimated(
+        "--target-kv-bytes-per-token", "57344", "--head-kv-bytes-per-token", "2048"
+    )
+    assert with_both == pytest.approx(without + read, abs=0.02)
+    assert estimated("--head-kv-bytes-per-token", "2048") == pytest.approx(without, abs=0.01)
+
+
+def test_keys_and_values_of_a_folder_are_not_given_twice(tmp_path: Path) -> None:
+    target = str(folder(tmp_path / "target", QWEN_7B))
+    arguments = ["--target", target, "--head", target, "--target-kv-bytes-per-token", "1"]
+    result = RUNNER.invoke(
+        app, ["bench", "estimate", *arguments, "--device", "h100-sxm", "--acceptance-rate", "0.7"]
+    )
+    assert result.exit_code == 1
+    assert "--target-kv-bytes-per-token goes with --target-parameters" in result.stderr

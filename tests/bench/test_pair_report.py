@@ -1,0 +1,51 @@
+"""The command behind the committed report, with stand-ins for servers and load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.pair_report import SUITE, Places, pair_settings, reproduce
+from tests.bench.fakes import World, lines
+from vllm_vispec.bench.schema import BenchRun
+
+SAMPLES = 12
+
+
+def test_the_report_is_made_from_nothing(tmp_path: Path) -> None:
+    settings = replace(
+        pair_settings(),
+        concurrency=(1, 4),
+        num_speculative_tokens=(5, 3),
+        image_tokens=(-1, 0, 64),
+        repetitions=2,
+        warm_up=0,
+    )
+    places = Places(tmp_path / "work", tmp_path / "pages", tmp_path / "results")
+    world = World(broken={"ngram"})
+    assert not reproduce(settings, places, world.tools(), SAMPLES)
+    families = {record["family"] for record in lines(places.work / "data" / "questions.jsonl")}
+    assert families == set(SUITE)
+    assert len(families) == 6
+
+    world = World()
+    assert reproduce(settings, places, world.tools(), SAMPLES)
+    # Only what had failed is measured again: 6 points around K = 5, one at 3.
+    assert {load.split()[1] for load in world.loads()} == {"ngram"}
+    run = BenchRun.load(places.results)
+    assert len(run.cells) == (5 + 1) * 5 * 2
+    assert not any(cell.error for cell in run.cells)
+    text = (places.pages / "report.md").read_text()
+    assert "Failed and missing cells\n\nNone:" in text
+    for title in ("concurrency", "image tokens", "K", "temperature"):
+        assert f"## Speedup against {title}\n\nNot shown" not in text
+    assert "Acceptance per position" in text
+    assert "multi_turn" in text
+    assert (places.pages / "report.html").is_file()
+
+
+def test_the_schedule_adds_a_side() -> None:
+    assert pair_settings().sides[-1] == "vispec"
+    tuned = pair_settings(((1, 8, 5), (9, 64, 2)))
+    assert tuned.sides[-1] == "vispec_tuned"
+    assert tuned.repetitions == 3

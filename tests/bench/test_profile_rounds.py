@@ -1,0 +1,248 @@
+"""Splitting the steps of an engine into parts, without an engine."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.bench.made_up_spans import DECODE, OURS, WANTED, K, Tape, prefill
+from vllm_vispec.bench.profile import parts
+from vllm_vispec.bench.profile.probes import RUNNERS, batch_of, find_runner
+from vllm_vispec.bench.profile.rounds import INCOMPLETE, OTHER_BATCH, Found, find_rounds
+from vllm_vispec.bench.profile.seams import check_profile_seams
+from vllm_vispec.bench.profile.spans import Batch, Prompt, Recorder
+from vllm_vispec.errors import ViSpecError
+
+
+def test_a_decoding_round() -> None:
+    tape = Tape()
+    tape.step(DECODE, ours=OURS[:1])
+    (found,) = tape.found().rounds
+    assert (found.kind, found.requests, found.prompt_tokens) == ("decode", 1, 0)
+    assert found.seconds == {
+        "target_pass": 50,
+        "target_lm_head": 7,
+        "verification": 4,
+        "row_codes": 3,
+        "draft_first_pass": 20,
+        "draft_step_1": 11,
+        "draft_step_2": 12,
+        "draft_lm_head": 36,
+        "draft_sampling": 3,
+        "draft_host": 6,
+        "host": 3,
+    }
+    assert sum(found.seconds.values()) == found.wholes["round"] == 155
+    assert found.wholes["first_pass"] == 6 + 3 + 20 + 1 + 12
+    assert found.wholes["step"] == ((11 + 13) + (12 + 13)) / 2
+    assert found.wholes["propose"] == 91
+
+
+def test_a_prefill_round_is_apart() -> None:
+    tape = Tape()
+    tape.step(prefill(40, 30), vision=25.0, ours=OURS)
+    tape.step(DECODE)
+    first, second = tape.found().rounds
+    assert (first.kind, first.prompt_tokens, first.image_tokens) == ("prefill", 40, 30)
+    assert (first.seconds["vision_tower"], first.seconds["adaptor"]) == (25, 5)
+    assert sum(first.seconds.values()) == pytest.approx(first.wholes["round"])
+    assert second.kind == "decode"
+    assert "vision_tower" not in second.seconds
+    assert list(first.seconds) == list(parts.columns("prefill", K))
+    assert list(second.seconds) == list(parts.columns("decode", K))
+
+
+def test_work_of_a_kind_that_has_no_such_part_is_host_work() -> None:
+    tape = Tape()
+    tape.step(DECODE, ours=(("adaptor", 9.0),))
+    (found,) = tape.found().rounds
+    assert found.seconds["host"] == 3 + 9
+
+
+@pytest.mark.parametrize(
+    ("batch", "drafts", "reason"),
+    [
+        (Batch((2,), (1,)), K, OTHER_BATCH),  # fewer draft tokens than K
+        (Batch((K + 1,), (0,)), K, OTHER_BATCH),  # a piece of a prompt that happens to be as long
+        (Batch((K + 1, K + 1), (K, K)), K, OTHER_BATCH),  # more requests than are asked together
+        (Batch((20,), (0,), (Prompt(40),)), K, OTHER_BATCH),  # the beginning of a prompt
+        (prefill(40, computed=8), K, OTHER_BATCH),  # its end
+        (Batch((K + 1, 40), (K, 0), (Prompt(40),)), K, OTHER_BATCH),  # decoding and a prompt
+        (DECODE, K - 1, INCOMPLETE),
+        (DECODE, K + 1, INCOMPLETE),
+        (DECODE, 0, INCOMPLETE),
+    ],
+)
+def test_other_rounds_are_left_out(batch: Batch, drafts: int, reason: str) -> None:
+    tape = Tape()
+    tape.step(DECODE)
+    tape.step(batch, drafts=drafts)
+    found = tape.found()
+    assert len(found.rounds) == 1
+    assert found.left_out == {reason: 1}
+
+
+def test_steps_that_run_nothing_are_no_rounds() -> None:
+    tape = Tape()
+    tape.step(Batch((), ()), drafts=0)
+    tape.leaf(parts.ROUND, 1)
+    assert tape.found() == Found()
+
+
+def test_full_batches_count_with_concurrency() -> None:
+    tape = Tape()
+    tape.step(Batch((K + 1, K + 1), (K, K)))
+    tape.step(DECODE)
+    found = tape.found(replace(WANTED, concurrency=2))
+    assert [one.requests for one in found.rounds] == [2]
+    assert found.left_out == {OTHER_BATCH: 1}
+
+
+def test_one_draft_token_has_no_step() -> None:
+    tape = Tape()
+    tape.step(Batch((2,), (1,)), drafts=1)
+    (found,) = tape.found(replace(WANTED, num_draft_tokens=1)).rounds
+    assert not [name for name in found.seconds if name.startswith(parts.STEP)]
+    assert "step" not in found.wholes
+    assert sum(found.seconds.values()) == found.wholes["round"]
+
+
+def test_rounds_survive_json() -> None:
+    tape = Tape()
+    tape.step(prefill(), vision=2)
+    tape.step(Batch((9,), (8,)))
+    found = tape.found()
+    assert Found.from_json(found.to_json()) == found
+
+
+class Draft(torch.nn.Module):
+    """A module with the methods of a model."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    def compute_logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.get_top_tokens(x)
+
+    def get_top_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_objects_are_watched_and_their_classes_are_not() -> None:
+    ticks = iter(range(100))
+    recorder = Recorder(lambda: float(next(ticks)))
+    watched, other = Draft(), Draft()
+    recorder.hook(watched, "model")
+    recorder.wrap(watched, "compute_logits", "logits")
+    recorder.wrap(watched, "get_top_tokens", "logits")
+    one = torch.ones(1)
+    for module in (watched, other):
+        assert module(one).item() == 2
+        assert module.compute_logits(one).item() == 1
+    # A call inside of a span with the same name is no span of its own.
+    assert [(span.name, span.seconds) for span in recorder.take()] == [("model", 1), ("logits", 1)]
+    assert recorder.take() == []
+
+
+def test_an_error_closes_what_is_open() -> None:
+    tape = Tape()
+    with suppress(RuntimeError), tape.recorder.span("outer"):
+        tape.recorder.begin("inner")
+        tape.wait(2)
+        raise RuntimeError
+    tape.leaf("next", 1)
+    assert [span.inner for span in tape.take()][-1] == 0
+    assert tape.recorder._open == []
+
+
+def test_a_method_that_is_gone_is_named() -> None:
+    with pytest.raises(ViSpecError, match=r"Draft has no propose.*profile with vLLM 0\.32"):
+        Recorder(lambda: 0.0).wrap(Draft(), "propose", "propose")
+
+
+def test_batch_of_a_scheduler_output() -> None:
+    position = SimpleNamespace(get_num_embeds=lambda: 6)
+    new = SimpleNamespace(
+        prompt_token_ids=[1] * 9,
+        num_computed_tokens=0,
+        mm_features=[SimpleNamespace(mm_position=position)] * 2,
+    )
+    output = SimpleNamespace(
+        num_scheduled_tokens={"a": 4, "b": 9},
+        scheduled_spec_decode_tokens={"a": [5, 6, 7]},
+        scheduled_new_reqs=[new],
+    )
+    assert batch_of(output) == Batch((4, 9), (3, 0), (Prompt(9, 0, 12),))
+
+
+def fake_llm(**runner: Any) -> Any:
+    """An engine's way to its model runner."""
+    worker = SimpleNamespace(worker=SimpleNamespace(model_runner=SimpleNamespace(**runner)))
+    executor = SimpleNamespace(driver_worker=worker)
+    core = SimpleNamespace(engine_core=SimpleNamespace(model_executor=executor))
+    return SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core, step=lambda: None))
+
+
+def test_wrong_engines_are_refused() -> None:
+    recorder = Recorder(lambda: 0.0)
+    with pytest.raises(ViSpecError, match="--runner v2: vLLM started another model runner"):
+        find_runner("v2").install(recorder, fake_llm(drafter=1))
+    with pytest.raises(ViSpecError, match="more than one process; a profile needs one"):
+        find_runner("v1").install(
+            recorder, SimpleNamespace(llm_engine=SimpleNamespace(engine_core=1))
+        )
+    with pytest.raises(ViSpecError, match="--runner v3 is unknown: choose from v1, v2"):
+        find_runner("v3")
+
+
+@pytest.mark.parametrize("name", list(RUNNERS))
+def test_every_runner_is_watched_where_it_says(name: str) -> None:
+    probe = RUNNERS[name]
+    tape = Tape()
+    target, draft = Draft(), Draft()
+    x = torch.ones(1)
+
+    def propose() -> None:
+        for _ in range(K):
+            draft(x)
+            getattr(drafter, probe.draft_sample)()
+
+    def execute_model(scheduler_output: Any) -> None:
+        target(x)
+        target.compute_logits(x)
+
+    drafter = SimpleNamespace(
+        model=draft,
+        propose=propose,
+        **{probe.draft_sample: lambda: draft.compute_logits(x)},
+    )
+    llm = fake_llm(
+        execute_model=execute_model,
+        get_model=lambda: target,
+        **{probe.drafter: drafter, probe.sample: lambda: None},
+    )
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    output = SimpleNamespace(
+        num_scheduled_tokens={"a": K + 1},
+        scheduled_spec_decode_tokens={"a": [0] * K},
+        scheduled_new_reqs=[],
+    )
+
+    def step() -> None:
+        runner.execute_model(output)
+        getattr(runner, probe.sample)()
+        drafter.propose()
+
+    llm.llm_engine.step = step
+    probe.install(tape.recorder, llm)
+    llm.llm_engine.step()
+    assert [one.kind for one in find_rounds(tape.take(), WANTED).rounds] == ["decode"]
+
+
+def test_this_vllm_can_be_looked_into() -> None:
+    check_profile_seams()

@@ -1,0 +1,64 @@
+"""The report of a run that varied one axis at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tests.bench.made_up_runs import RESAMPLES, made_up, table, text_of
+from vllm_vispec.bench.design import points
+from vllm_vispec.bench.report.facts import Facts
+from vllm_vispec.bench.schema import BenchRun
+
+SIDES = 3
+
+
+def star() -> BenchRun:
+    """A star around K = 4, images as they are, greedy, concurrency 1."""
+    full = made_up(ks=(4, 2), temperatures=(0.0, 1.0), image_tokens=(-1, 0, 64))
+    settings = {**full.settings, "design": "star"}
+    wanted = points("star", settings)
+    cells = [
+        cell
+        for cell in full.cells
+        if any(
+            all(getattr(cell.key, name) == value for name, value in vars(point).items())
+            for point in wanted
+        )
+    ]
+    return replace(full, settings=settings, cells=tuple(cells))
+
+
+def test_only_the_star_is_expected() -> None:
+    facts = Facts(star(), RESAMPLES)
+    # The middle, two more concurrencies, one more K and temperature, two sizes of images.
+    assert len(facts.rows) == SIDES * 7
+    assert {row.state for row in facts.rows} == {"ok"}
+    assert "None: every cell that was asked for was measured" in text_of(star(), "failures")
+
+
+def test_a_cell_of_the_star_that_is_missing_shows() -> None:
+    run = star()
+    gone = [cell for cell in run.cells if cell.key.temperature == 0]
+    text = text_of(replace(run, cells=tuple(gone)), "failures")
+    assert "**missing**: repetition 1, 2 of rows" in text
+
+
+def test_it_leads_with_the_middle() -> None:
+    main = Facts(star(), RESAMPLES).main
+    assert main is not None
+    assert main.key.num_speculative_tokens == 4
+    # K = 2 is faster, and the answer does not hide it.
+    assert "K = 4 (of 2, the fastest being 2 with 2.20x), greedy" in text_of(star(), "answer")
+
+
+def test_every_axis_has_its_chart() -> None:
+    found = {
+        name: {row[1] for row in table(star(), name).rows}
+        for name in ("concurrency", "image_tokens", "num_speculative_tokens", "temperature")
+    }
+    assert found == {
+        "concurrency": {"1", "4", "16"},
+        "image_tokens": {"0", "64", "as they are"},
+        "num_speculative_tokens": {"2", "4"},
+        "temperature": {"greedy", "temperature 1"},
+    }

@@ -1,0 +1,218 @@
+"""What servers and the load generator are asked, and how their answers are read."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.bench.fakes import SAMPLES, SETTINGS, World, lines
+from vllm_vispec.bench.counters import (
+    difference,
+    parse_counters,
+    parse_kv_blocks,
+)
+from vllm_vispec.bench.follow_up import Ask, with_answers
+from vllm_vispec.bench.load import (
+    LoadError,
+    LoadJob,
+    chat_messages,
+    read_result,
+    write_questions,
+)
+from vllm_vispec.bench.questions import QuestionStore
+from vllm_vispec.bench.runner import digest, interruptible
+from vllm_vispec.bench.schema import (
+    BenchSample,
+    CellResult,
+    SpecCounters,
+)
+from vllm_vispec.bench.server import (
+    BenchServer,
+    ServerError,
+    ServerSpec,
+    choose_ports,
+    option_value,
+)
+from vllm_vispec.conversations.types import Part, Turn
+from vllm_vispec.errors import ViSpecError
+
+
+def test_earlier_questions_are_answered_once() -> None:
+    questions = [Turn("user", (Part(text),)) for text in ("one?", "two?", "three?")]
+    given = Turn("assistant", (Part("given"),))
+    sample = BenchSample("s", "f", (questions[0], given, questions[1], questions[2]), 8)
+    assert sample.follow_up
+    asked: list[int] = []
+
+    def ask(partial: BenchSample) -> str:
+        asked.append(len(partial.turns))
+        return "own"
+
+    (whole,) = with_answers([sample], ask)
+    texts = [turn.text for turn in whole.turns]
+    assert texts == ["one?", "given", "two?", "own", "three?"]
+    assert asked == [3]
+    assert with_answers([whole], ask) == (whole,)
+
+
+def test_earlier_questions_are_answered_when_they_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Turn("user", (Part("and?"),))
+    samples = [replace(SAMPLES[0], sample_id=f"s{number}", turns=(ask, ask)) for number in range(5)]
+    asked: list[str] = []
+
+    def ask_server(url: str, model: str) -> Ask:
+        return lambda sample: asked.append(sample.sample_id) or f"{url} said so"  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr("vllm_vispec.bench.questions.ask_server", ask_server)
+    helper = World().make_server(ServerSpec("plain", (), 1, tmp_path / "log"))
+    store = QuestionStore(SETTINGS, samples, tmp_path)
+    first, _ = store.questions(-1, helper, 2)
+    assert asked == ["s0", "s1"]
+    more, file = QuestionStore(SETTINGS, samples, tmp_path).questions(-1, helper, 4)
+    assert asked == ["s0", "s1", "s2", "s3"]
+    assert more[:2] == first
+    assert [turn.role for turn in more[3].turns] == ["user", "assistant", "user"]
+    assert len(lines(file)) == 4
+    assert store.questions(-1, helper, 1)[0] == first[:1]
+
+
+def test_questions_for_the_load(tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    turns = (Turn("user", (Part(image=str(picture)), Part("What?"))),)
+    sample = BenchSample("s", "f", turns, 8)
+    (message,) = chat_messages(sample)
+    first, second = message["content"]
+    assert first["image_url"]["url"].startswith("data:image/png;base64,")
+    assert second == {"type": "text", "text": "What?"}
+    write_questions([sample, *SAMPLES], tmp_path / "q.jsonl")
+    assert [set(record) for record in lines(tmp_path / "q.jsonl")] == [{"prompt"}] * 4
+    assert digest([sample]) != digest([replace(sample, max_tokens=9)])
+    with pytest.raises(ViSpecError, match=r"sample s: .*nothing\.png does not exist"):
+        chat_messages(replace(sample, turns=(Turn("user", (Part(image="/nothing.png"),)),)))
+
+
+def test_command_of_the_load(tmp_path: Path) -> None:
+    samples = (SAMPLES[0], replace(SAMPLES[1], max_tokens=20))
+    job = LoadJob("http://h:1", "m", samples, tmp_path / "q.jsonl", 4, 1.0, tmp_path / "r.json")
+    arguments = job.arguments()
+    assert option_value(arguments, "--num-prompts") == "2"
+    assert option_value(arguments, "--temperature") == "1"
+    assert json.loads(option_value(arguments, "--extra-body") or "") == {
+        "max_completion_tokens": 20,
+        "skip_special_tokens": False,
+    }
+    assert "--ignore-eos" not in arguments
+
+
+def result_of(**change: object) -> dict[str, object]:
+    """What `vllm bench serve` writes for two requests, the second of which failed."""
+    return {
+        "duration": 2.5,
+        "generated_texts": ["a b c", ""],
+        "output_lens": [3, 0],
+        "input_lens": [7, 1],
+        "ttfts": [0.1234567, 0.0],
+        "latencies": [0.5, 0.0],
+        "itls": [[0.0001, 0.2, 0.1765433], []],
+        "errors": ["", "Traceback:\n  file\nTimeoutError: late\n"],
+    } | change
+
+
+def test_result_of_the_load(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(result_of()))
+    result = read_result(file, SAMPLES[:2])
+    good, bad = result.requests
+    assert result.wall_s == 2.5
+    assert (good.sample_id, good.output_text, good.output_tokens) == ("s0", "a b c", 3)
+    assert (good.ttft_s, good.itl_s) == (0.123457, (0.2, 0.176543))
+    assert (bad.output_tokens, bad.error) == (0, "TimeoutError: late")
+    with pytest.raises(LoadError, match="cannot be read"):
+        read_result(file, SAMPLES)
+    with pytest.raises(LoadError, match="cannot be read"):
+        read_result(tmp_path / "nothing.json", SAMPLES)
+
+
+METRICS = """\
+# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
+# TYPE vllm:spec_decode_num_drafts_total counter
+vllm:spec_decode_num_drafts_total{engine="0",model_name="m"} 10.0
+vllm:spec_decode_num_drafts_total{engine="1",model_name="m"} 2.0
+# TYPE vllm:spec_decode_num_drafts_created gauge
+vllm:spec_decode_num_drafts_created{engine="0",model_name="m"} 1.76e+09
+# TYPE vllm:spec_decode_num_draft_tokens_total counter
+vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="m"} 24.0
+# TYPE vllm:spec_decode_num_accepted_tokens_total counter
+vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="m"} 11.0
+# TYPE vllm:spec_decode_num_accepted_tokens_per_pos_total counter
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="0"} 8.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="1"} 3.0
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{block_size="16",num_gpu_blocks="309"} 1.0
+"""
+
+
+def test_counters() -> None:
+    found = parse_counters(METRICS)
+    assert found == SpecCounters(12, 24, 11, (8, 3))
+    assert difference(found, SpecCounters(2, 4, 1, (1, 0))) == SpecCounters(10, 20, 10, (7, 3))
+    assert parse_kv_blocks(METRICS) == 309
+    assert parse_counters("") is None
+    assert parse_kv_blocks("") is None
+
+
+def test_ports() -> None:
+    assert len(set(choose_ports(3))) == 3
+    first = choose_ports(1)[0]
+    assert choose_ports(1, first) == (first,)
+
+
+def test_a_process_that_ends_is_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_vispec.bench.server.CLI", ("-c", "print('no such model')"))
+    spec = ServerSpec("plain", ("target",), choose_ports(1)[0], tmp_path / "log.txt")
+    with (
+        BenchServer(spec) as server,
+        pytest.raises(ServerError, match=r"(?s)server of plain ended: no such model.*log\.txt"),
+    ):
+        server.wait_until_ready(60)
+
+
+def test_stopping_ends_children_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = f"{sys.executable} -c 'import time; time.sleep(600)'"
+    pids = tmp_path / "pids"
+    code = f"import subprocess as s; p = s.Popen({child!r}, shell=True, start_new_session=False);"
+    code += f"open({str(pids)!r}, 'w').write(str(p.pid)); p.wait()"
+    monkeypatch.setattr("vllm_vispec.bench.server.CLI", ("-c", code))
+    spec = ServerSpec("plain", (), choose_ports(1)[0], tmp_path / "log.txt")
+    with BenchServer(spec):
+        deadline = time.monotonic() + 60
+        while not (pids.exists() and pids.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        pid = pids.read_text()
+    ps = ["ps", "-o", "stat=", "-p", pid]
+    # Gone, or a zombie that its new parent has not yet collected.
+    assert subprocess.run(ps, capture_output=True, text=True).stdout.strip()[:1] in ("", "Z")
+
+
+def test_sigterm_becomes_an_interrupt() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_damaged_record() -> None:
+    with pytest.raises(ViSpecError, match=r"CellResult: .*: Field required"):
+        CellResult.from_json({"repetition": 0})

@@ -1,0 +1,280 @@
+"""`vispec bench tune`: the choice from measured speeds, the setting, and the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.bench.fakes import HEAD, TARGET, World, answer
+from tests.bench.made_up_speeds import run_with
+from vllm_vispec.bench import runner
+from vllm_vispec.bench.load import LoadJob
+from vllm_vispec.bench.matrix import MatrixSettings
+from vllm_vispec.bench.runner import Outcome, run_matrix
+from vllm_vispec.bench.schedules import SETTING
+from vllm_vispec.bench.schema import BenchRun, CellResult
+from vllm_vispec.bench.tune import Gain, Tuning, choose, gains_of, verdicts, verify_settings
+from vllm_vispec.cli.app import app
+from vllm_vispec.errors import ViSpecError
+
+CLI = CliRunner()
+SPEEDS = {
+    1: {0: 0.97, 1: 1.4, 3: 2.0, 5: 2.2},
+    4: {0: 0.97, 1: 1.3, 3: 1.6, 5: 1.5},
+    16: {0: 0.97, 1: 1.1, 3: 1.0, 5: 0.8},
+    64: {0: 0.99, 1: 0.9, 3: 0.7, 5: 0.5},
+}
+RANGES = ((1, 1, 5), (2, 7, 3), (8, 31, 1), (32, 64, 0))
+
+
+def gains(**values: float) -> dict[int, Gain]:
+    return {int(name[1:]): Gain(value, 0.02) for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        (gains(k0=0.97, k1=1.4, k3=2.0, k5=1.9), 3),
+        # 5 is not measurably faster than 3.
+        (gains(k0=0.97, k1=1.4, k3=2.0, k5=2.03), 3),
+        (gains(k0=0.97, k1=0.9), 0),
+        # Nothing reaches plain: the one that loses least, if that is certain.
+        (gains(k0=0.90, k1=0.97), 1),
+        # 0 and 1 cannot be told apart, but 0 itself loses.
+        (gains(k0=0.97, k1=0.985), 1),
+        (gains(k0=0.985, k1=0.99), 0),
+        # 0 was not measured: plain vLLM's speed stands for it.
+        (gains(k1=1.01, k3=0.9), 0),
+        (gains(k1=1.05, k3=0.9), 1),
+        (gains(k2=0.7), 0),
+    ],
+)
+def test_choice(given: dict[int, Gain], chosen: int) -> None:
+    assert choose(given) == chosen
+
+
+def test_a_noisy_gain_does_not_count() -> None:
+    assert choose({0: Gain(1.0, 0.01), 5: Gain(1.2, 0.3)}) == 0
+    assert choose({0: Gain(1.0, 0.01), 5: Gain(1.2, 0.1)}) == 5
+
+
+def test_tuning_of_a_run() -> None:
+    tuning = Tuning.of(run_with(SPEEDS))
+    assert dict(tuning.chosen) == {1: 5, 4: 3, 16: 1, 64: 0}
+    # Midway: 2 is between 1 and 4, so it goes with 4; 8 between 4 and 16, 32 between 16 and 64.
+    assert tuning.ranges == RANGES
+    assert tuning.config == {
+        "method": "vispec",
+        "model": "some/head",
+        "num_speculative_tokens": 5,
+        SETTING: [list(entry) for entry in RANGES],
+    }
+    for load, by_k in SPEEDS.items():
+        for k, speed in by_k.items():
+            gain = tuning.gains[load][k]
+            assert gain.value == pytest.approx(speed, rel=1e-3)
+            assert gain.low <= gain.value <= gain.high
+
+
+def test_noise_makes_the_choice_smaller() -> None:
+    speeds = {1: {1: 1.4, 3: 1.5}}
+    assert Tuning.of(run_with(speeds, noise=0.001)).chosen == {1: 3}
+    assert Tuning.of(run_with(speeds, noise=0.3)).chosen[1] < 3
+
+
+def test_several_conditions_are_averaged() -> None:
+    run = run_with({1: {1: 1.5, 3: 2.0}}, conditions=((0.0, -1), (1.0, -1)))
+
+    def slower(one: CellResult) -> bool:
+        return one.key.temperature == 0.0 or one.key.num_speculative_tokens == 1
+
+    assert gains_of(run, "vispec")[1][3].value == pytest.approx(2.0, rel=1e-3)
+    # What was not measured at every K is left out.
+    cells = tuple(one for one in run.cells if slower(one))
+    found = gains_of(BenchRun(1, {}, {}, cells), "vispec")
+    assert found[1][1].value == pytest.approx(1.5, rel=1e-3)
+    assert found[1][1].spread > 0
+
+
+def test_one_k_for_all_needs_no_ranges() -> None:
+    tuning = Tuning.of(run_with({1: {3: 2.0}, 8: {3: 1.5}}))
+    assert tuning.ranges == ((1, 8, 3),)
+    assert tuning.config is not None
+    assert SETTING not in tuning.config
+
+
+def test_no_gain_anywhere() -> None:
+    tuning = Tuning.of(run_with({1: {3: 0.9}, 8: {3: 0.8}}))
+    assert tuning.config is None
+    assert "serve without it" in tuning.advice()[0]
+    assert tuning.to_json()["speculative_config"] is None
+
+
+def test_a_run_without_vispec() -> None:
+    with pytest.raises(ViSpecError, match="no decode_speedup of the side vispec"):
+        Tuning.of(run_with(SPEEDS, side="ngram"))
+    with pytest.raises(ViSpecError, match="--by ttft"):
+        Tuning.of(run_with(SPEEDS), by="ttft")
+
+
+def test_verdicts_say_where_it_loses() -> None:
+    tuning = Tuning.of(run_with(SPEEDS))
+    tried = run_with({1: {5: 2.1}, 4: {5: 1.6}, 64: {5: 0.95}}, side="vispec_tuned")
+    found = verdicts(tuning, tried)
+    assert [(one.concurrency, one.ok) for one in found] == [
+        (1, True),
+        (4, True),
+        (16, False),
+        (64, False),
+    ]
+    told = Tuning(tuning.by, tuning.draft, tuning.gains, tuning.chosen, verdicts=found)
+    lines = told.advice()
+    assert "concurrency 16: the setting was not measured" in lines
+    assert any(line.startswith("concurrency 64: 0.95x") and "first pass" in line for line in lines)
+    assert told.to_markdown().splitlines()[2].endswith("| chosen | tuned |")
+    assert [one["ok"] for one in told.to_json()["verified"]] == [True, True, False, False]
+
+
+def test_the_trial_keeps_all_other_settings() -> None:
+    tuning = Tuning.of(run_with(SPEEDS))
+    settings = MatrixSettings(
+        "t", "tiny", head="h", concurrency=(1, 4), num_speculative_tokens=(0, 1), repetitions=2
+    )
+    tried = verify_settings(tuning, settings)
+    assert tried.sides == ("plain", "vispec_tuned")
+    assert tried.num_speculative_tokens == (5,)
+    assert tried.schedule == RANGES
+    # Those that were chosen for, also from an earlier call.
+    assert tried.concurrency == (1, 4, 16, 64)
+    assert tried.repetitions == 2
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "questions.jsonl"
+    records = [{"id": f"s{i}", "messages": [{"role": "user", "content": f"q {i}"}]} for i in "abc"]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    """Stand-ins for everything that the command starts."""
+    world = World()
+
+    def run(settings: MatrixSettings, samples: Sequence[Any], output: Path, *_: Any) -> Outcome:
+        return run_matrix(settings, samples, output, tools=world.tools())
+
+    monkeypatch.setattr(runner, "run_matrix", run)
+    return world
+
+
+def speeding(world: World, monkeypatch: pytest.MonkeyPatch, tuned: float = 1.0) -> None:
+    """Let servers answer as fast as their K says: 3 is best at 1, 0 at 8."""
+    plain = {"1": 1.0, "8": 1.0}
+    by_k = {0: plain, 1: {"1": 1.5, "8": 0.9}, 3: {"1": 2.0, "8": 0.8}}
+
+    def load(job: LoadJob) -> Any:
+        server = world.servers[job.url]
+        arguments = server.spec.arguments
+        speed = plain
+        if "--speculative-config" in arguments:
+            config = json.loads(arguments[arguments.index("--speculative-config") + 1])
+            entries = config.get(SETTING, [])
+            k = 0 if entries == [[1, 1, 0]] else config["num_speculative_tokens"]
+            speed = {"1": 2.0, "8": tuned} if len(entries) > 1 else by_k[k]
+        result = make(job)
+        faster = speed[str(job.concurrency)]
+        requests = tuple(
+            answer_in(request, 0.3 / faster * (1 + 0.001 * number))
+            for number, request in enumerate(result.requests)
+        )
+        return type(result)(requests, result.wall_s)
+
+    make = world.make_load
+    monkeypatch.setattr(world, "make_load", load)
+
+
+def answer_in(request: Any, seconds: float) -> Any:
+    made = answer(type("Sample", (), {"sample_id": request.sample_id, "family": request.family})())
+    return type(made)(**{**vars(made), "e2e_s": made.ttft_s + seconds})
+
+
+def arguments(data: Path, output: Path, *more: str) -> list[str]:
+    given = ["--target", str(TARGET), "--head", str(HEAD), "--data", str(data)]
+    matrix = ["--concurrency", "8,1", "-k", "0,1,3", "--repetitions", "2"]
+    return ["bench", "tune", *given, "--output", str(output), *matrix, *more]
+
+
+def test_command(world: World, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speeding(world, monkeypatch, tuned=0.9)
+    output = tmp_path / "out"
+    result = CLI.invoke(app, arguments(data, output))
+    # It loses at 8, which is said and fails nothing.
+    assert result.exit_code == 0, result.output
+    config = {
+        "method": "vispec",
+        "model": str(HEAD),
+        "num_speculative_tokens": 3,
+        SETTING: [[1, 2, 3], [3, 8, 0]],
+    }
+    assert f"--speculative-config '{json.dumps(config)}'" in result.output.splitlines()
+    assert "concurrency 8: 0.90x with this setting, below 0.98x" in result.output
+    written = json.loads((output / "tune.json").read_text())
+    assert written["speculative_config"] == config
+    assert [one["ok"] for one in written["verified"]] == [True, False]
+    loads = len(world.loads())
+    again = CLI.invoke(app, arguments(data, output))
+    assert again.exit_code == 0, again.output
+    assert len(world.loads()) == loads
+
+
+def test_command_without_a_trial(
+    world: World, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeding(world, monkeypatch)
+    result = CLI.invoke(app, arguments(data, tmp_path / "out", "--no-verify"))
+    assert result.exit_code == 0, result.output
+    assert "tuned" not in result.output
+    assert json.loads((tmp_path / "out" / "tune.json").read_text())["verified"] == []
+
+
+def test_from_a_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = run_with(SPEEDS)
+    (folder / "run.json").write_text(
+        json.dumps({"format": 1, "machine": {}, "settings": dict(run.settings)})
+    )
+    lines = [json.dumps(one.to_json()) + "\n" for one in run.cells]
+    (folder / "cells.jsonl").write_text("".join(lines))
+    result = CLI.invoke(app, ["bench", "tune", "--from", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert json.dumps([list(entry) for entry in RANGES]) in result.output
+    assert json.loads((folder / "tune.json").read_text())["schedule"] == [list(r) for r in RANGES]
+    one_file = tmp_path / "run-as-one.json"
+    one_file.write_text(json.dumps(run.to_json()))
+    other = CLI.invoke(
+        app, ["bench", "tune", "--from", str(one_file), "--output", str(tmp_path / "elsewhere")]
+    )
+    assert other.exit_code == 0, other.output
+    assert (tmp_path / "elsewhere" / "tune.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "--target is missing"),
+        (["--from", "nowhere"], "nowhere cannot be read"),
+        (["--from", "nowhere", "--by", "speed"], "nowhere"),
+    ],
+)
+def test_users_errors(given: list[str], message: str) -> None:
+    result = CLI.invoke(app, ["bench", "tune", *given])
+    assert result.exit_code != 0
+    assert message in result.output

@@ -1,0 +1,94 @@
+"""Tuning on the shipped pair, with real servers and the real load generator.
+
+Which K wins is a matter of time, so nothing here asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.pair_report import SUITE
+from examples.tiny_vlm.questions import write_questions
+from tests.bench.fakes import CHECKPOINTS, HEAD, TARGET
+from tests.serve.server import ENVIRONMENT
+from vllm_vispec.bench.metrics import by_key, measure, plain_key
+from vllm_vispec.bench.schema import BenchRun
+from vllm_vispec.cli.app import app
+
+pytestmark = [pytest.mark.engine, pytest.mark.serve, pytest.mark.slow]
+
+SERVE = "--dtype float32 --max-model-len 1024 --enforce-eager"
+LOADS = (1, 3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions of the six families."""
+    folder = tmp_path_factory.mktemp("questions")
+    write_questions(folder, "heldout", 800_000, 6, SUITE)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(CHECKPOINTS.parents[2])
+    # The tests' own engines need it; the benchmark's servers decide for themselves.
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+
+
+def call(command: str, data: Path, output: Path, *more: str) -> str:
+    """Run a command on the pair and return what it says."""
+    pair = ["--target", str(TARGET), "--head", str(HEAD), "--dataset", "tiny", "--data", str(data)]
+    small = ["--repetitions", "1", "--waves", "1", "--least", "6", "--max-tokens", "24"]
+    loads = ["--concurrency", ",".join(map(str, LOADS)), "--serve", SERVE]
+    given = ["bench", command, *pair, "--output", str(output), *small, *loads, *more]
+    result = CliRunner().invoke(app, given, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def check_outputs(run: BenchRun, sides: set[str]) -> None:
+    """All cells are there, and every answer is plain vLLM's."""
+    groups = by_key(run.cells)
+    assert {key.side for key in groups} == sides
+    for key, cells in groups.items():
+        assert [cell.error for cell in cells] == [None], key
+        if key.side != "plain":
+            assert measure("identical_outputs", cells, groups[plain_key(key)]) == 1.0, key
+
+
+def test_a_schedule_under_load(data: Path, tmp_path: Path) -> None:
+    ranges = [[1, 1, 4], [2, 16, 0]]
+    sides = ("plain", "vispec_tuned")
+    more = ("--sides", ",".join(sides), "--schedule", json.dumps(ranges))
+    call("run", data, tmp_path, *more)
+    run = BenchRun.load(tmp_path)
+    check_outputs(run, set(sides))
+    spec = {cell.key.concurrency: cell.spec for cell in run.cells if cell.spec is not None}
+    alone, busy = spec[1], spec[3]
+    assert alone.accepted_tokens / alone.rounds > 2
+    # A draft is made only while one request is left.
+    assert busy.rounds < alone.rounds / 2
+
+
+def test_tune(data: Path, tmp_path: Path) -> None:
+    said = call("tune", data, tmp_path, "-k", "0,4")
+    check_outputs(BenchRun.load(tmp_path / "measured"), {"plain", "vispec"})
+    found = json.loads((tmp_path / "tune.json").read_text())
+    assert {(row["concurrency"], row["num_speculative_tokens"]) for row in found["rows"]} == {
+        (load, k) for load in LOADS for k in (0, 4)
+    }
+    config = found["speculative_config"]
+    if config is None:
+        assert "serve without it" in said
+        return
+    assert f"--speculative-config '{json.dumps(config)}'" in said
+    (tried,) = tmp_path.glob("verified-*")
+    check_outputs(BenchRun.load(tried), {"plain", "vispec_tuned"})
+    assert [one["concurrency"] for one in found["verified"]] == list(LOADS)

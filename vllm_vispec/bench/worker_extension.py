@@ -1,0 +1,42 @@
+"""What a benchmark adds to the workers of servers that speculate.
+
+vLLM imports this module in its workers and adds the class to theirs (`--worker-extension-cls`).
+The server's development mode calls its method by name (POST ``/collective_rpc``): with both
+runners, wherever the engine's process is.
+
+On a CPU the import also repairs vLLM's sampling for whatever speculates there. Our engine does
+that for itself; without it vLLM's own methods would accept nothing above temperature zero, and we
+would win against a fault. See `vllm_vispec.engine.cpu_sampling`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.platforms import current_platform
+
+from vllm_vispec.engine import cpu_sampling
+
+if current_platform.is_cpu():
+    cpu_sampling.install()
+
+_DRAFTS = ("drafter", "speculator")
+"""Where the V1 and the V2 runner keep what drafts."""
+
+
+class BenchWorker:
+    """Method of every worker of a benchmarked server."""
+
+    model_runner: Any
+
+    def vispec_image_table(self) -> dict[str, int] | None:
+        """Return how often images were looked up since the start, and found.
+
+        None if the draft has no image table.
+        """
+        drafts = (getattr(self.model_runner, name, None) for name in _DRAFTS)
+        rows = next((rows for one in drafts if (rows := getattr(one, "draft_rows", None))), None)
+        if rows is None:
+            return None
+        stats = rows.table.stats
+        return {"hits": stats.hits, "misses": stats.computed + stats.misses}
