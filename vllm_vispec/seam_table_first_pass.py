@@ -35,6 +35,13 @@ FIRST_PASS_SEAMS: tuple[Seam, ...] = (
         "a first pass runs what follows attention for the sampled rows only",
     ),
     Seam(
+        "vllm.model_executor.layers.attention.attention",
+        "unified_kv_cache_update",
+        ("key", "value", "layer_name"),
+        "calls",
+        "V1 on CPU, K = 0: keys and values are stored, nothing asks",
+    ),
+    Seam(
         "vllm.compilation.decorators",
         "support_torch_compile",
         (),

@@ -78,7 +78,7 @@ def test_a_schedule_under_load(data: Path, tmp_path: Path) -> None:
 
 
 def test_tune(data: Path, tmp_path: Path) -> None:
-    said = call("tune", data, tmp_path, "-k", "0,4")
+    said = call("tune", data, tmp_path, "-k", "0,4", "--no-verify")
     check_outputs(BenchRun.load(tmp_path / "measured"), {"plain", "vispec"})
     found = json.loads((tmp_path / "tune.json").read_text())
     assert {(row["concurrency"], row["num_speculative_tokens"]) for row in found["rows"]} == {
@@ -89,6 +89,3 @@ def test_tune(data: Path, tmp_path: Path) -> None:
         assert "serve without it" in said
         return
     assert f"--speculative-config '{json.dumps(config)}'" in said
-    (tried,) = tmp_path.glob("verified-*")
-    check_outputs(BenchRun.load(tried), {"plain", "vispec_tuned"})
-    assert [one["concurrency"] for one in found["verified"]] == list(LOADS)

@@ -18,7 +18,7 @@ TOLERANCE = 1e-4
 Modes = dict[str, dict[str, Any]]
 
 
-@pytest.fixture(scope="module", params=params("v2", "v2-overlay", slow=["v2"]))
+@pytest.fixture(scope="module", params=params("v2", slow=["v2"]))
 def served(request: pytest.FixtureRequest, tiny: TinyStore) -> Modes:
     """The same requests plain, with adaptive verification, and without our part in it."""
     runner: Runner = request.param

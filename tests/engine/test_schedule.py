@@ -30,9 +30,7 @@ TOKENS = 70
 Waves = dict[str, dict[str, Any]]
 
 
-@pytest.fixture(
-    scope="module", params=params("v1", "v2", "v1-overlay", "v2-overlay", slow=["v1", "v2"])
-)
+@pytest.fixture(scope="module", params=params("v1", "v2", "v1-overlay", slow=["v1", "v2"]))
 def waves(request: pytest.FixtureRequest, tiny: TinyStore) -> Waves:
     """The wave without speculation and in every mode of one runner."""
     runner: Runner = request.param

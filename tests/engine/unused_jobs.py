@@ -10,6 +10,9 @@ from typing import Any
 from tests.engine.workloads import as_json, drive, mixed_requests
 from tests.support import draft_logits, engine
 
+PROPOSERS = ("vllm_vispec.engine.v1", "vllm_vispec.engine.v2")
+"""Modules that only an engine with a ViSpec head may import."""
+
 
 def _import_vllm() -> None:
     """Import what the plugin touches or looks at, so that loading it imports little more."""
@@ -102,7 +105,5 @@ def _looks(llm: Any) -> dict[str, Any]:
         ],
         "own_new": "__new__" in vars(EagleProposer),
         "drafter": type(drafter).__name__ if drafter is not None else None,
-        "engine_modules": sorted(
-            name for name in sys.modules if name.startswith("vllm_vispec.engine.v")
-        ),
+        "engine_modules": [name for name in PROPOSERS if name in sys.modules],
     }

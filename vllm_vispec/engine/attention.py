@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 from vllm.config import CacheConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
@@ -159,17 +160,34 @@ class HoleMaskedAttention(nn.Module):
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(plan.pick_visible(positions), q, k)
-        num_rows = positions.shape[0]
-        if plan.visible is not None:
-            k = plan.spread(k, self.rows.key_mask_of(num_rows) * self.key_channels)
-            v = plan.spread(v, v.new_zeros(num_rows, self.kv_size))
+        k, v = self._all_keys(k, v, plan, positions.shape[0])
         if plan.sampled_ask:
             attended = self.attn(plan.pick_sampled(q), k, v)
         else:
-            attended = self.attn(plan.spread(q, q.new_zeros(num_rows, self.q_size)), k, v)
+            attended = self.attn(plan.spread(q, q.new_zeros(k.shape[0], self.q_size)), k, v)
             attended = attended[plan.sampled]
         output, _ = self.o_proj(attended)
         return output
+
+    def store_keys(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, plan: FirstPassPlan
+    ) -> None:
+        """Write keys and values of all rows to the cache, as `first_pass`, and ask nothing."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        _, k = self.rotary_emb(plan.pick_visible(positions), q, k)
+        k, v = self._all_keys(k, v, plan, positions.shape[0])
+        rows = (-1, self.num_kv_heads, self.padded_size)
+        unified_kv_cache_update(k.view(rows), v.view(rows), self.attn.layer_name)
+
+    def _all_keys(
+        self, k: torch.Tensor, v: torch.Tensor, plan: FirstPassPlan, num_rows: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of all rows, given those of the visible ones."""
+        if plan.visible is None:
+            return k, v
+        k = plan.spread(k, self.rows.key_mask_of(num_rows) * self.key_channels)
+        return k, plan.spread(v, v.new_zeros(num_rows, self.kv_size))
 
     def pad_weights(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the layer's projections widened from ``h`` to ``P`` channels a head.

@@ -117,21 +117,23 @@ class DraftRows:
                 self._visible = self._to_device(torch.from_numpy(visible_V))
 
     def sample_at(
-        self, token_indices: torch.Tensor, *, sampled_ask: bool = False
+        self, token_indices: torch.Tensor, *, sampled_ask: bool = False, keys_only: bool = False
     ) -> FirstPassPlan | None:
         """Let the first pass of a long batch compute only what is read; see `first_pass`.
 
         Args:
             token_indices: ``[R]``, on the device; the row of each request that is read.
             sampled_ask: The caller makes attention's metadata for these rows alone.
+            keys_only: Nothing is read, and attention stores keys apart from being asked.
 
         Returns:
             The plan; None if the pass is to run as always.
         """
-        if not self._plans:
+        # Short batches have no list of visible rows, and need none where all rows are text.
+        if not self._plans and not (keys_only and self._can_plan and self._rows.all_text):
             return None
         self._plans = False
-        plan = FirstPassPlan(self._visible, token_indices.long(), sampled_ask)
+        plan = FirstPassPlan(self._visible, token_indices.long(), sampled_ask, keys_only)
         self._rows.plan = plan
         return plan
 

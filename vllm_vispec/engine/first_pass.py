@@ -27,11 +27,13 @@ class FirstPassPlan:
         visible: int64 ``[V]``, ascending; rows that are no holes. None if all are visible.
         sampled: int64 ``[R]``; each request's last row, from which its first draft token comes.
         sampled_ask: Attention's metadata is that of the sampled rows alone.
+        keys_only: Nothing is drafted (K = 0): the pass only stores keys and values.
     """
 
     visible: torch.Tensor | None
     sampled: torch.Tensor
     sampled_ask: bool = False
+    keys_only: bool = False
 
     def pick_visible(self, rows_TX: torch.Tensor) -> torch.Tensor:
         """Return the visible rows, ``[V, ...]``."""

@@ -150,12 +150,16 @@ class ViSpecModel(DraftModel):
         hidden_states: torch.Tensor,
         plan: FirstPassPlan,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the first pass for the rows of a plan; all other rows of the result are zero."""
+        """Run the first pass for the rows of a plan; other rows of the result mean nothing."""
         embeddings_VD = self.embed_tokens(plan.pick_visible(input_ids))
         fused_VD = self.fusion.fuse(embeddings_VD, plan.pick_visible(hidden_states))
         input_VD = self.rows.mix(fused_VD, plan.visible)
         layer = self.layers[0]
-        attended_RD = layer.self_attn.first_pass(positions, layer.input_layernorm(input_VD), plan)
+        normed_VD = layer.input_layernorm(input_VD)
+        if plan.keys_only:
+            layer.self_attn.store_keys(positions, normed_VD, plan)
+            return hidden_states, hidden_states
+        attended_RD = layer.self_attn.first_pass(positions, normed_VD, plan)
         normed_RD, residual_RD = layer.post_attention_layernorm(
             attended_RD, plan.pick_sampled(input_VD)
         )

@@ -43,7 +43,11 @@ class ViSpecProposer(EagleProposer):
         num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
         starts = metadata.query_start_loc_cpu.tolist()
         self.draft_rows.fill(self._requests(starts), self._runner.encoder_cache)
-        self._plan = self.draft_rows.sample_at(token_indices, sampled_ask=current_platform.is_cpu())
+        on_cpu = current_platform.is_cpu()
+        nothing_drafted = on_cpu and self.num_speculative_tokens == 0
+        self._plan = self.draft_rows.sample_at(
+            token_indices, sampled_ask=on_cpu and not nothing_drafted, keys_only=nothing_drafted
+        )
         self._first_draft_rows = token_indices
         return num_tokens, token_indices, metadata
 
