@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import bootstrap_interval, describe_machine, write_report
+from benchmarks.report import bootstrap_interval, write_report
 from examples.demo.compare import (
     Exchange,
     Summary,
@@ -35,6 +35,7 @@ from examples.pair import (
     Pair,
 )
 from examples.tiny_vlm.samples import demo_samples
+from vllm_vispec.bench.machine import describe_machine
 
 DEFAULT_DRAFT_TOKENS = (2, 3, 4, 5, 6, 7, 8, 10, 12)
 TABLE_WIDTH = 130

@@ -21,9 +21,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import describe_machine, write_report
+from benchmarks.report import write_report
 from examples.pair import DEFAULT_MODEL, ModelOption
 from examples.tiny_vlm.samples import DemoSample, demo_samples
+from vllm_vispec.bench.machine import describe_machine
 from vllm_vispec.conversations.images import open_image
 from vllm_vispec.conversations.read import read_conversations
 from vllm_vispec.conversations.types import Conversation, Rejected

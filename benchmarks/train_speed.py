@@ -20,9 +20,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import bootstrap_interval, describe_machine, write_report
+from benchmarks.report import bootstrap_interval, write_report
 from examples.pair import DEFAULT_MODEL, ModelOption
 from examples.tiny_vlm.samples import demo_samples
+from vllm_vispec.bench.machine import describe_machine
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import BatchOrder, Corpus, read_corpus
 from vllm_vispec.train.distributed import Processes, processes

@@ -20,8 +20,9 @@ from benchmarks.ablation.plot import draw
 from benchmarks.ablation.results import make_rows, matched, read_all, to_markdown
 from benchmarks.ablation.training import RECIPE, fill_caches, train_arm
 from benchmarks.ablation.workspace import Workspace
-from benchmarks.report import describe_machine, write_report
+from benchmarks.report import write_report
 from examples.pair import DEFAULT_MODEL, ModelOption
+from vllm_vispec.bench.machine import describe_machine
 
 DEFAULT_OUTPUT = Path("benchmarks/results/ablation.json")
 DEFAULT_PAGE = Path("docs/ablation.md")

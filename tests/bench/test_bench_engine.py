@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks.pair_report import PAIR, SERVE_ARGS, SUITE
 from examples.tiny_vlm.questions import write_questions
-from tests.bench.fakes import CHECKPOINTS
-from tests.serve.server import ENVIRONMENT
+from tests.bench.real_servers import serve_as_a_user
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
 from vllm_vispec.bench.load import LoadJob, LoadResult
 from vllm_vispec.bench.load_process import LoadGenerator
@@ -42,11 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(CHECKPOINTS.parents[2])
-    # The tests' own engines need it; the benchmark's servers decide for themselves.
-    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    serve_as_a_user(monkeypatch)
 
 
 def test_quick(data: Path, tmp_path: Path) -> None:

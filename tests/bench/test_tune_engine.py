@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from benchmarks.pair_report import SUITE
 from examples.tiny_vlm.questions import write_questions
-from tests.bench.fakes import CHECKPOINTS, HEAD, TARGET
-from tests.serve.server import ENVIRONMENT
+from tests.bench.fakes import HEAD, TARGET
+from tests.bench.real_servers import serve_as_a_user
 from vllm_vispec.bench.metrics import by_key, measure, plain_key
 from vllm_vispec.bench.schema import BenchRun
 from vllm_vispec.cli.app import app
@@ -35,11 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(CHECKPOINTS.parents[2])
-    # The tests' own engines need it; the benchmark's servers decide for themselves.
-    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    serve_as_a_user(monkeypatch)
 
 
 def call(command: str, data: Path, output: Path, *more: str) -> str:

@@ -14,14 +14,12 @@ from vllm_vispec.cli.bench_estimate import estimate
 from vllm_vispec.cli.bench_profile import profile
 from vllm_vispec.cli.bench_tune import tune
 from vllm_vispec.cli.errors import exit_on_error
-from vllm_vispec.cli.options import split
+from vllm_vispec.cli.options import AS_THEY_ARE, INTERRUPTED, number_of_image_tokens, split
 
 if TYPE_CHECKING:
     from vllm_vispec.bench.datasets import LoadedDataset
     from vllm_vispec.bench.matrix import MatrixSettings
 
-INTERRUPTED = 130
-AS_THEY_ARE = "native"
 TINY_PAIR = "examples/tiny_vlm/checkpoints"
 
 app = typer.Typer(
@@ -196,10 +194,3 @@ def measure_matrix(settings: MatrixSettings, loaded: LoadedDataset, output: Path
         f"see {output}"
     )
     return 1 if outcome.failed else 0
-
-
-def number_of_image_tokens(text: str) -> int:
-    """Return a number, or what stands for images as they are."""
-    from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE
-
-    return IMAGES_AS_THEY_ARE if text == AS_THEY_ARE else int(text)

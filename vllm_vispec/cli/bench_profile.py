@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_vispec.cli.errors import exit_on_error
-from vllm_vispec.cli.options import split
+from vllm_vispec.cli.options import AS_THEY_ARE, INTERRUPTED, number_of_image_tokens, split
 
 if TYPE_CHECKING:
     from vllm_vispec.bench.profile import ProfileSettings
-
-AS_THEY_ARE = "native"
-INTERRUPTED = 130
 
 
 def profile(
@@ -73,7 +70,7 @@ def profile(
             limit=limit,
             max_tokens=max_tokens,
             families=split("--families", families, str),
-            image_tokens=split("--image-tokens", image_tokens, _number_of_tokens),
+            image_tokens=split("--image-tokens", image_tokens, number_of_image_tokens),
             clock=clock,
             serve=serve,
             speculative_config=speculative_config,
@@ -108,9 +105,3 @@ def measure_profile(settings: ProfileSettings, output: Path) -> None:
         raise typer.Exit(INTERRUPTED) from error
     print_profile(found)
     typer.echo(f"wrote profile.json, profile.md, profile.svg and profile.png to {output}")
-
-
-def _number_of_tokens(text: str) -> int:
-    from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE
-
-    return IMAGES_AS_THEY_ARE if text == AS_THEY_ARE else int(text)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from vllm_vispec.cli.errors import exit_on_error
-from vllm_vispec.cli.options import split
+from vllm_vispec.cli.options import INTERRUPTED, split
 from vllm_vispec.errors import ViSpecError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _measured(
     """Measure, choose, try the choice; return the exit code."""
     from vllm_vispec.bench.schema import BenchRun
     from vllm_vispec.bench.tune import Tuning, verdicts, verify_folder, verify_settings
-    from vllm_vispec.cli.bench import INTERRUPTED, measure_matrix
+    from vllm_vispec.cli.bench import measure_matrix
 
     code = measure_matrix(settings, loaded, output / MEASURED, port)
     if code == INTERRUPTED:

@@ -1,4 +1,4 @@
-"""Lists as options."""
+"""What options of several commands share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import TypeVar
 from vllm_vispec.errors import ViSpecError
 
 T = TypeVar("T")
+INTERRUPTED = 130
+"""Exit code after a key press, as shells have it."""
+AS_THEY_ARE = "native"
+"""Stands for images of their own size in a list of numbers of image tokens."""
 
 
 def split(flag: str, text: str, convert: Callable[[str], T]) -> tuple[T, ...]:
@@ -20,3 +24,10 @@ def split(flag: str, text: str, convert: Callable[[str], T]) -> tuple[T, ...]:
         return tuple(convert(item.strip()) for item in text.split(",") if item.strip())
     except ValueError as error:
         raise ViSpecError(f"{flag} {text}: give values separated by commas ({error})") from error
+
+
+def number_of_image_tokens(text: str) -> int:
+    """Return a number, or what stands for images as they are."""
+    from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE
+
+    return IMAGES_AS_THEY_ARE if text == AS_THEY_ARE else int(text)

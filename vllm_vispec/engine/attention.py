@@ -157,10 +157,7 @@ class HoleMaskedAttention(nn.Module):
         Returns:
             ``[R, D]``.
         """
-        qkv, _ = self.qkv_proj(hidden_states)
-        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q, k = self.rotary_emb(plan.pick_visible(positions), q, k)
-        k, v = self._all_keys(k, v, plan, positions.shape[0])
+        q, k, v = self._project(positions, hidden_states, plan)
         if plan.sampled_ask:
             attended = self.attn(plan.pick_sampled(q), k, v)
         else:
@@ -173,21 +170,22 @@ class HoleMaskedAttention(nn.Module):
         self, positions: torch.Tensor, hidden_states: torch.Tensor, plan: FirstPassPlan
     ) -> None:
         """Write keys and values of all rows to the cache, as `first_pass`, and ask nothing."""
-        qkv, _ = self.qkv_proj(hidden_states)
-        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        _, k = self.rotary_emb(plan.pick_visible(positions), q, k)
-        k, v = self._all_keys(k, v, plan, positions.shape[0])
+        _, k, v = self._project(positions, hidden_states, plan)
         rows = (-1, self.num_kv_heads, self.padded_size)
         unified_kv_cache_update(k.view(rows), v.view(rows), self.attn.layer_name)
 
-    def _all_keys(
-        self, k: torch.Tensor, v: torch.Tensor, plan: FirstPassPlan, num_rows: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of all rows, given those of the visible ones."""
+    def _project(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, plan: FirstPassPlan
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries of the visible rows, and keys and values of all rows."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k = self.rotary_emb(plan.pick_visible(positions), q, k)
         if plan.visible is None:
-            return k, v
+            return q, k, v
+        num_rows = positions.shape[0]
         k = plan.spread(k, self.rows.key_mask_of(num_rows) * self.key_channels)
-        return k, plan.spread(v, v.new_zeros(num_rows, self.kv_size))
+        return q, k, plan.spread(v, v.new_zeros(num_rows, self.kv_size))
 
     def pad_weights(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the layer's projections widened from ``h`` to ``P`` channels a head.

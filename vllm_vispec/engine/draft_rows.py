@@ -17,6 +17,7 @@ from vllm_vispec.engine.layout import (
     row_rules,
 )
 from vllm_vispec.engine.model import EagleViSpecForCausalLM
+from vllm_vispec.engine.upload import pinned, upload
 
 
 class RequestRows(NamedTuple):
@@ -114,7 +115,7 @@ class DraftRows:
         if self._plans:
             visible_V = visible_rows(codes_T, self._rows.codes.hole)
             if len(visible_V) < total:
-                self._visible = self._to_device(torch.from_numpy(visible_V))
+                self._visible = upload(torch.from_numpy(visible_V), self._rows.row_codes.device)
 
     def sample_at(
         self, token_indices: torch.Tensor, *, sampled_ask: bool = False, keys_only: bool = False
@@ -212,11 +213,4 @@ class DraftRows:
             self._held = wanted
 
     def _upload(self, codes_T: np.ndarray) -> None:
-        self._rows.set_batch(self._pinned(torch.from_numpy(codes_T)))
-
-    def _to_device(self, host: torch.Tensor) -> torch.Tensor:
-        return self._pinned(host).to(self._rows.row_codes.device, non_blocking=True)
-
-    def _pinned(self, host: torch.Tensor) -> torch.Tensor:
-        # The caching host allocator keeps the block until the copy has run.
-        return host.pin_memory() if self._rows.row_codes.is_cuda else host
+        self._rows.set_batch(pinned(torch.from_numpy(codes_T), self._rows.row_codes.device))

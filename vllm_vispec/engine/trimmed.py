@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from vllm_vispec.engine.upload import upload
+
 
 def moved_rows(batch: InputBatch) -> torch.Tensor | None:
     """Return, for every row of the requests with drafts, a row of the same request.
@@ -26,11 +28,4 @@ def moved_rows(batch: InputBatch) -> torch.Tensor | None:
     ends_V = batch.query_start_loc[1 : count + 1]
     rows_V = torch.arange(int(starts[-1]), device=ends_V.device, dtype=ends_V.dtype)
     owner_V = torch.searchsorted(ends_V, rows_V, right=True)
-    return _to_device(starts[:-1], ends_V.device)[owner_V]
-
-
-def _to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    host = torch.from_numpy(values)
-    # The caching host allocator keeps the block until the copy has run.
-    host = host.pin_memory() if device.type == "cuda" else host
-    return host.to(device, non_blocking=True)
+    return upload(torch.from_numpy(starts[:-1]), ends_V.device)[owner_V]
