@@ -52,6 +52,14 @@ class _HeldRows(NamedTuple):
         return same and self.num_rows >= wanted.num_rows
 
 
+class _LastRound(NamedTuple):
+    """Who had how many rows in a round of one code, and how far each request was."""
+
+    request_ids: tuple[str, ...]
+    first_rows: np.ndarray
+    num_rows: int
+
+
 class DraftRows:
     """Writes, once per step, which table row every token of the batch uses.
 
@@ -72,6 +80,7 @@ class DraftRows:
         self._max_layouts = 4 * max_num_requests
         self._warned: set[tuple[str, ImageRun]] = set()
         self._held: _HeldRows | None = None
+        self._last: _LastRound | None = None
         self._can_plan = head.compress
         self._plans = False
         self._visible: torch.Tensor | None = None
@@ -82,7 +91,32 @@ class DraftRows:
     def clear(self) -> None:
         """Forget all images, e.g. after new weights."""
         self.table.clear()
-        self._held = None
+        self._held = self._last = None
+
+    def holds(self, request_ids: Sequence[str], first_rows: np.ndarray, num_rows: int) -> bool:
+        """Whether the last batch's rows serve this one, so that it needs no `fill`.
+
+        So it is in most decoding rounds of one request, or of several without images: the same
+        requests, all further on, as many rows, and no image that was not there before.
+
+        Args:
+            request_ids: The batch's requests, in its order.
+            first_rows: Integers ``[R]``, see `RequestRows`; on the host.
+            num_rows: Rows of the whole batch.
+        """
+        last, held = self._last, self._held
+        ids = tuple(request_ids)
+        known = (
+            last is not None
+            and held is not None
+            and num_rows == last.num_rows
+            and ids == last.request_ids
+            and held.written == self.table.stats.computed
+            # A request that was preempted begins anew.
+            and bool((first_rows >= last.first_rows).all())
+        )
+        self._last = _LastRound(ids, first_rows.copy(), num_rows)
+        return known
 
     def fill(self, requests: Sequence[RequestRows], embeddings: Mapping[str, torch.Tensor]) -> None:
         """Set the codes of a batch, requests in batch order.
@@ -97,10 +131,14 @@ class DraftRows:
         total = sum(num_rows)
         self._plans = self._can_plan and is_long(num_rows, on_cpu=self._on_cpu)
         self._visible = None
+        if self._plans:
+            # A plan is for one pass; the next round needs one of its own.
+            self._last = None
         self._rows.all_text = self._is_eager and None not in codes
         if codes and codes[0] is not None and codes.count(codes[0]) == len(codes):
             self._set_uniform(codes[0], total)
             return
+        self._last = None
         codes_T = np.empty(total, dtype=np.int32)
         begin = 0
         for request, code in zip(requests, codes, strict=True):
