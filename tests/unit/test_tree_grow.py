@@ -1,0 +1,136 @@
+"""Draft trees on tensors against slow implementations with lists."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.unit.tree_models import (
+    VOCAB,
+    Node,
+    Path,
+    certain_model,
+    children,
+    eagle2_reference,
+    grow,
+    node_paths,
+    random_model,
+)
+from vllm_vispec.tree.codes import UNUSED
+from vllm_vispec.tree.grow import NO_TOKEN, DraftTree, best_path
+from vllm_vispec.tree.settings import TreeSettings
+
+REQUESTS = 2
+
+
+@pytest.mark.parametrize(("depth", "top_k", "num_nodes"), [(3, 8, 29), (1, 2, 6), (5, 10, 60)])
+@pytest.mark.parametrize("sharpness", [0.5, 3.0, 12.0])
+def test_eagle2_is_the_references_tree(
+    depth: int, top_k: int, num_nodes: int, sharpness: float
+) -> None:
+    model = random_model(seed=depth, sharpness=sharpness)
+    tree = grow(model, TreeSettings("eagle2", depth, top_k), REQUESTS, num_nodes)
+    for request in range(REQUESTS):
+        expected = eagle2_reference(model, request, depth, top_k, num_nodes)
+        assert node_paths(tree, request) == [node.path for node in expected]
+
+
+@pytest.mark.parametrize("policy", ["chain", "eagle2", "spec_llava", "entropy"])
+def test_trees_are_well_formed(policy: str) -> None:
+    """Depths and path codes belong to the parents; siblings have different branches."""
+    settings = TreeSettings(policy, depth=4, top_k=6)
+    tree = grow(random_model(1), settings, REQUESTS, 5 if policy == "chain" else 40)
+    for request in range(REQUESTS):
+        paths, branches = node_paths(tree, request), tree.path[request].tolist()
+        kept = [place for place, path in enumerate(paths) if path]
+        assert kept, policy
+        assert kept == list(range(len(kept))), "places without a node come last"
+        for place in kept:
+            assert tree.depth[request, place] == len(paths[place])
+            words = branches[place]
+            assert [word == UNUSED for word in words] == [
+                level >= len(paths[place]) for level in range(settings.levels)
+            ]
+            parent = int(tree.parent[request, place])
+            above = branches[parent - 1] if parent else [UNUSED] * settings.levels
+            assert words[: len(paths[place]) - 1] == above[: len(paths[place]) - 1]
+        assert len({tuple(branches[place]) for place in kept}) == len(kept)
+
+
+def test_certain_drafts_keep_parents_first() -> None:
+    """Every score is 0: the order is decided by the sort alone."""
+    settings = TreeSettings("eagle2", depth=5, top_k=4)
+    tree = grow(certain_model, settings, 1, 30)
+    # Nothing but the chain is possible.
+    assert node_paths(tree, 0)[:6] == [tuple(range(length)) for length in range(1, 7)]
+    assert tree.token[0, 6:].tolist() == [NO_TOKEN] * 24
+
+
+def test_any_head_of_the_list_is_a_tree() -> None:
+    tree = grow(random_model(2), TreeSettings(), REQUESTS, 29)
+    small = grow(random_model(2), TreeSettings(), REQUESTS, 7)
+    for whole, head in zip(tree, small, strict=True):
+        assert torch.equal(whole[:, :7], head)
+
+
+def test_chain_follows_the_best_child() -> None:
+    model = random_model(3)
+    tree = grow(model, TreeSettings("chain", depth=3), 1, 4)
+    node = Node(0.0, ())
+    for _ in range(4):
+        node = children(model, 0, node, 1)[0]
+    assert node_paths(tree, 0)[-1] == node.path
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.02, 0.3])
+def test_spec_llava_prunes_by_the_paths_probability(threshold: float | None) -> None:
+    model, least = random_model(4), 0.03 if threshold is None else threshold
+    tree = grow(model, TreeSettings("spec_llava", 3, 8, threshold), REQUESTS, 60)
+    for request in range(REQUESTS):
+        expected = [
+            node.path
+            for node in eagle2_reference(model, request, 3, 8, 60)
+            if node.score >= (math.log(least) if least else -math.inf)
+        ]
+        found = [path for path in node_paths(tree, request) if path]
+        assert found == expected
+
+
+def test_entropy_shapes_the_tree() -> None:
+    """A sure draft: a deep, narrow tree.  An unsure one: a shallow, wide one."""
+    settings = TreeSettings("entropy", depth=5, top_k=8)
+    sure = grow(random_model(5, sharpness=300.0), settings, 1, 60)
+    unsure = grow(lambda request, path: torch.zeros(VOCAB), settings, 1, 60)
+    assert _deepest(sure) == 6
+    assert _deepest(unsure) <= 3
+    assert _children_of_root(sure) <= 4
+    assert _children_of_root(unsure) == 8
+
+
+def _deepest(tree: DraftTree) -> int:
+    return max(len(path) for path in node_paths(tree, 0))
+
+
+def _children_of_root(tree: DraftTree) -> int:
+    return sum(len(path) == 1 for path in node_paths(tree, 0))
+
+
+def test_best_path_is_the_trees_first_line() -> None:
+    tree = grow(random_model(6), TreeSettings(), REQUESTS, 29)
+    chains = best_path(tree)
+    for request in range(REQUESTS):
+        paths = node_paths(tree, request)
+        at: Path = ()
+        line: list[int] = []
+        while True:
+            below = [path for path in paths if path[:-1] == at and path]
+            if not below:
+                break
+            at = below[0]
+            line.append(at[-1])
+        assert chains.token[request].tolist() == line + [NO_TOKEN] * (29 - len(line))
+    assert chains.parent[0].tolist() == list(range(29))
+    assert chains.depth[0].tolist() == list(range(1, 30))
+    assert bool((chains.path == UNUSED).all())

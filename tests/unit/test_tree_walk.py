@@ -1,0 +1,73 @@
+"""The walk along the target's samples against one request at a time with plain lists."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.unit.tree_models import VOCAB, grow, random_model
+from vllm_vispec.tree.settings import TreeSettings
+from vllm_vispec.tree.walk import walk
+
+
+def _slow_walk(sampled: list[int], token: list[int], parent: list[int]) -> list[int]:
+    """Return the nodes visited, the root first."""
+    path = [0]
+    while True:
+        below = [
+            node
+            for node in range(1, len(token))
+            if parent[node] == path[-1] and token[node] == sampled[path[-1]] >= 0
+        ]
+        if not below:
+            return path
+        path.append(below[0])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_walk(seed: int) -> None:
+    settings, requests, nodes = TreeSettings(depth=4, top_k=5), 40, 33
+    tree = grow(random_model(seed), settings, requests, nodes)
+    generator = torch.Generator().manual_seed(seed)
+    token = torch.cat([torch.zeros(requests, 1, dtype=torch.int64), tree.token], 1)
+    parent = torch.cat([torch.zeros(requests, 1, dtype=torch.int64), tree.parent], 1)
+    # Requests end their trees where they like, as a scheduler may.
+    length = torch.randint(0, nodes + 1, (requests, 1), generator=generator)
+    token[torch.arange(nodes + 1) > length] = -1
+    sampled = torch.randint(0, VOCAB, token.shape, generator=generator)
+    # The target agrees with some child of most nodes.
+    for request in range(requests):
+        for node in range(nodes, 0, -1):
+            if (node + request) % 5 and token[request, node] >= 0:
+                sampled[request, parent[request, node]] = token[request, node]
+    found = walk(sampled, token, parent, settings.levels)
+    lengths = set()
+    for request in range(requests):
+        path = _slow_walk(
+            sampled[request].tolist(), token[request].tolist(), parent[request].tolist()
+        )
+        count = len(path) - 1
+        lengths.add(count)
+        assert found.accepted[request] == count
+        assert found.path[request].tolist() == [*path, *range(len(path), settings.levels + 1)]
+        emitted = [int(sampled[request, node]) for node in path]
+        assert found.token[request].tolist() == emitted + [-1] * (settings.levels - count)
+    assert lengths >= {0, 1, 2, 3}, "the walks must differ in length"
+
+
+def test_no_more_levels_than_asked_for() -> None:
+    """A row of drafts that is longer than trees are deep is accepted up to that depth."""
+    token = torch.tensor([[0, 1, 2, 3, 4, 5]])
+    parent = torch.tensor([[0, 0, 1, 2, 3, 4]])
+    sampled = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    found = walk(sampled, token, parent, levels=3)
+    assert found.accepted.tolist() == [3]
+    assert found.token.tolist() == [[1, 2, 3, 4]]
+
+
+def test_a_tree_with_all_paths_rejected() -> None:
+    token, parent = torch.tensor([[0, 1, 2]]), torch.tensor([[0, 0, 0]])
+    found = walk(torch.tensor([[9, 1, 2]]), token, parent, levels=2)
+    assert found.accepted.tolist() == [0]
+    assert found.token.tolist() == [[9, -1, -1]]
+    assert found.path.tolist() == [[0, 1, 2]]

@@ -1,0 +1,179 @@
+"""Growing a draft tree on the device, one level for each draft pass, with static shapes.
+
+Shapes: R requests, W nodes expanded in a pass (top_k), C children proposed for each (top_k), M
+candidates proposed so far, N nodes of the finished tree, L levels, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_vispec.tree.codes import UNUSED
+from vllm_vispec.tree.policies import NEVER, POLICIES, Children
+from vllm_vispec.tree.settings import TreeSettings
+
+# Draft token of a place that holds no node; no target token equals it.
+NO_TOKEN = -1
+ROOT = 0
+
+
+class Frontier(NamedTuple):
+    """The nodes that the next draft pass expands.
+
+    Attributes:
+        token: int64 ``[R, W]``.
+        parent_row: int64 ``[R, W]``; which row of the last pass each comes from.
+        score: float32 ``[R, W]``; minus infinity where nothing may grow.
+        candidate: int64 ``[R, W]``; its number among all candidates.
+        path: int64 ``[R, W, L]``; see `codes.encode`.
+    """
+
+    token: torch.Tensor
+    parent_row: torch.Tensor
+    score: torch.Tensor
+    candidate: torch.Tensor
+    path: torch.Tensor
+
+
+class DraftTree(NamedTuple):
+    """Finished trees, nodes in score order: parents before children, any head is a tree too.
+
+    Attributes:
+        token: int64 ``[R, N]``; `NO_TOKEN` behind the last node.
+        parent: int64 ``[R, N]``; `ROOT`, or one more than the parent's place in the list.
+        depth: int64 ``[R, N]``; 1 for children of the root.
+        path: int64 ``[R, N, L]``; see `codes.encode`.
+    """
+
+    token: torch.Tensor
+    parent: torch.Tensor
+    depth: torch.Tensor
+    path: torch.Tensor
+
+
+class _Level(NamedTuple):
+    """Candidates of one level, flat: ``[R, W * C]``, paths ``[R, W * C, L]``."""
+
+    token: torch.Tensor
+    score: torch.Tensor
+    parent: torch.Tensor
+    path: torch.Tensor
+
+
+class TreeGrower:
+    """Grows the trees of one round.
+
+    Call `start`, then `expand` once for each draft pass, then `finish`.
+
+    Args:
+        settings: How trees are grown.
+    """
+
+    def __init__(self, settings: TreeSettings) -> None:
+        self._width = 1 if settings.policy == "chain" else settings.top_k
+        self._levels = settings.levels
+        self._policy = POLICIES[settings.policy](
+            levels=settings.levels, top_k=settings.top_k, threshold=settings.threshold
+        )
+        self._grown: list[_Level] = []
+        self._frontier: Frontier | None = None
+        self._observed: torch.Tensor | None = None
+
+    def start(self, logits: torch.Tensor) -> Frontier:
+        """Take the draft's logits ``[R, V]`` behind the root; return what to expand."""
+        num_requests, device = logits.shape[0], logits.device
+        zeros_R1 = torch.zeros(num_requests, 1, dtype=torch.int64, device=device)
+        path_R1L = torch.full((num_requests, 1, self._levels), UNUSED, device=device)
+        self._frontier = Frontier(zeros_R1, zeros_R1, zeros_R1.float(), zeros_R1 - 1, path_R1L)
+        self._grown.clear()
+        logp_RV = logits.float().log_softmax(-1)
+        self._observed = self._policy.observe(logp_RV)
+        return self._grow(logp_RV.unsqueeze(1))
+
+    def expand(self, logits: torch.Tensor) -> Frontier:
+        """Take the logits ``[R, W, V]`` of a pass over the last frontier; return the next one."""
+        return self._grow(logits.float().log_softmax(-1))
+
+    def finish(self, num_nodes: int) -> DraftTree:
+        """Return the best N candidates.
+
+        A child scores at most as much as its parent and is a later candidate, so a stable sort
+        keeps parents first, ties included.
+        """
+        token_RM, score_RM, parent_RM, path_RML = (
+            torch.cat(parts, dim=1) for parts in zip(*self._grown, strict=True)
+        )
+        score_RM, order_RM = score_RM.sort(dim=1, descending=True, stable=True)
+        place_RM = torch.empty_like(order_RM)
+        places_M = torch.arange(order_RM.shape[1], device=order_RM.device)
+        place_RM.scatter_(1, order_RM, places_M.expand_as(order_RM))
+        order_RN = order_RM[:, :num_nodes]
+        parent_RN = parent_RM.gather(1, order_RN)
+        parent_RN = torch.where(parent_RN < 0, ROOT, 1 + place_RM.gather(1, parent_RN.clamp(min=0)))
+        path_RNL = path_RML.gather(1, order_RN.unsqueeze(-1).expand(-1, -1, self._levels))
+        token_RN = token_RM.gather(1, order_RN)
+        token_RN = token_RN.masked_fill(score_RM[:, :num_nodes] == NEVER, NO_TOKEN)
+        return DraftTree(token_RN, parent_RN, (path_RNL != UNUSED).sum(-1), path_RNL)
+
+    def _grow(self, logp_RWV: torch.Tensor) -> Frontier:
+        """Add the children of the frontier to the candidates and choose the next frontier."""
+        assert self._frontier is not None
+        assert self._observed is not None
+        parents, level = self._frontier, len(self._grown) + 1
+        logp_RWC, token_RWC = logp_RWV.topk(self._width, dim=-1)
+        score_RWC = parents.score.unsqueeze(-1) + logp_RWC
+        keep_RWC, expand_RWC = self._policy.judge(
+            Children(level, score_RWC, parents.score), self._observed
+        )
+        path_RWCL = _branch(parents.path, level, self._width)
+        parent_RWC = parents.candidate.unsqueeze(-1).expand_as(token_RWC)
+        first = sum(part.token.shape[1] for part in self._grown)
+        grown = _Level(
+            token_RWC.flatten(1),
+            keep_RWC.flatten(1),
+            parent_RWC.flatten(1),
+            path_RWCL.flatten(1, 2),
+        )
+        self._grown.append(grown)
+        score_RW, chosen_RW = expand_RWC.flatten(1).topk(self._width, dim=-1)
+        self._frontier = Frontier(
+            token=grown.token.gather(1, chosen_RW),
+            parent_row=chosen_RW // self._width,
+            score=score_RW,
+            candidate=first + chosen_RW,
+            path=grown.path.gather(1, chosen_RW.unsqueeze(-1).expand(-1, -1, self._levels)),
+        )
+        return self._frontier
+
+
+def _branch(path_RWL: torch.Tensor, level: int, width: int) -> torch.Tensor:
+    """Return the paths ``[R, W, C, L]`` of all children; a child's rank names its branch."""
+    path_RWCL = path_RWL.unsqueeze(2).repeat(1, 1, width, 1)
+    path_RWCL[..., level - 1] = torch.arange(width, device=path_RWL.device)
+    return path_RWCL
+
+
+def best_path(tree: DraftTree) -> DraftTree:
+    """Return the chains that follow each tree's best child from the root.
+
+    Levels that a tree does not reach, and all places behind, hold `NO_TOKEN`.  A chain needs no
+    codes: its paths are `UNUSED`, its depths those of a row of tokens.
+    """
+    num_nodes, levels = tree.token.shape[1], tree.path.shape[2]
+    places_N = torch.arange(num_nodes, device=tree.token.device)
+    token_RN = torch.full_like(tree.token, NO_TOKEN)
+    at_R1 = torch.zeros_like(tree.parent[:, :1])
+    goes_on_R1 = torch.ones_like(at_R1, dtype=torch.bool)
+    for level in range(min(levels, num_nodes)):
+        is_child_RN = (tree.parent == at_R1) & (tree.token != NO_TOKEN)
+        child_R1 = is_child_RN.int().argmax(1, keepdim=True)
+        goes_on_R1 = goes_on_R1 & is_child_RN.any(1, keepdim=True)
+        found_R = tree.token.gather(1, child_R1)[:, 0]
+        token_RN[:, level] = torch.where(goes_on_R1[:, 0], found_R, NO_TOKEN)
+        at_R1 = child_R1 + 1
+    return DraftTree(
+        token_RN,
+        places_N.expand_as(token_RN),
+        (places_N + 1).expand_as(token_RN),
+        torch.full_like(tree.path, UNUSED),
+    )

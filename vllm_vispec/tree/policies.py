@@ -1,0 +1,149 @@
+"""Rules by which draft trees grow: which candidates stay, and which of them are expanded.
+
+A policy judges the children that the last draft pass proposes.  It returns two scores for each:
+one for its place in the finished tree, one for its place among the nodes to expand.  Minus
+infinity keeps it out, and with it all that would grow from it.
+
+Shapes: R requests, W expanded nodes, C children proposed for each, V vocabulary.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+
+NEVER = float("-inf")
+_TOP = 10
+
+
+class Children(NamedTuple):
+    """What a draft pass proposes, most likely child first.
+
+    Attributes:
+        level: 1 for children of the root.
+        score: float32 ``[R, W, C]``; log-probability of the path down to the child.
+        parent_score: float32 ``[R, W]``; the same of its parent, 0 for the root.
+    """
+
+    level: int
+    score: torch.Tensor
+    parent_score: torch.Tensor
+
+
+class Judgement(NamedTuple):
+    """Scores ``[R, W, C]`` for staying in the tree and for being expanded."""
+
+    keep: torch.Tensor
+    expand: torch.Tensor
+
+
+class Policy(Protocol):
+    """A rule; instances hold settings alone."""
+
+    takes_threshold: ClassVar[bool]
+
+    def observe(self, root_logp: torch.Tensor) -> torch.Tensor:
+        """Sum up the draft's distribution ``[R, V]`` behind the root; handed to `judge`."""
+        ...
+
+    def judge(self, children: Children, observed: torch.Tensor) -> Judgement:
+        """Score the children of one level."""
+        ...
+
+
+class PolicyFactory(Protocol):
+    """Makes a policy."""
+
+    takes_threshold: bool
+
+    def __call__(self, *, levels: int, top_k: int, threshold: float | None) -> Policy:
+        """Return the policy for trees of these sizes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Eagle2:
+    """EAGLE-2's rule: the most likely paths are expanded, the most likely nodes stay."""
+
+    takes_threshold: ClassVar[bool] = False
+    levels: int
+    top_k: int
+    threshold: float | None = None
+
+    def observe(self, root_logp: torch.Tensor) -> torch.Tensor:
+        """Return nothing of interest."""
+        return root_logp[:, :1]
+
+    def judge(self, children: Children, observed: torch.Tensor) -> Judgement:
+        """Score by the path's probability."""
+        return Judgement(children.score, children.score)
+
+
+@dataclass(frozen=True)
+class Chain(Eagle2):
+    """The most likely child of the most likely child; served without any tree machinery."""
+
+
+@dataclass(frozen=True)
+class SpecLlava(Eagle2):
+    """Spec-LLaVA's rule as far as it is public: expand and prune by cumulative confidence.
+
+    A path less likely than the threshold ends.  The paper gives no number; its authors' code has a
+    node budget alone.
+    """
+
+    takes_threshold: ClassVar[bool] = True
+
+    def judge(self, children: Children, observed: torch.Tensor) -> Judgement:
+        """Score by the path's probability, and leave out what falls below the threshold."""
+        least = 0.03 if self.threshold is None else self.threshold
+        low = children.score < (math.log(least) if least else NEVER)
+        score = children.score.masked_fill(low, NEVER)
+        return Judgement(score, score)
+
+
+@dataclass(frozen=True)
+class Entropy(Eagle2):
+    """SAGE's rule: a sure draft grows deep, narrow trees, an unsure one shallow, wide ones.
+
+    ``alpha = 1 - H / log 10``, H being the entropy of the ten likeliest tokens behind the root, is
+    1 for a sure draft.  Depth is ``least + alpha * (levels - least)`` and width ``2 + (1 - alpha) *
+    (top_k - 2)``; at level l a node may have ``width / l * (0.5 + p)`` children, p being the
+    probability of its path, and is expanded if p exceeds ``threshold * l / depth``.
+    """
+
+    takes_threshold: ClassVar[bool] = True
+    least_levels: int = 3
+    least_width: int = 2
+
+    def observe(self, root_logp: torch.Tensor) -> torch.Tensor:
+        """Return alpha, ``[R, 1, 1]``."""
+        top_RT = root_logp.topk(min(_TOP, root_logp.shape[-1])).values.log_softmax(-1)
+        entropy_R1 = torch.special.entr(top_RT.exp()).sum(-1, keepdim=True)
+        return (1 - entropy_R1 / math.log(_TOP)).clamp(0, 1).unsqueeze(-1)
+
+    def judge(self, children: Children, observed: torch.Tensor) -> Judgement:
+        """Score by the path's probability, within the width and depth the entropy allows."""
+        level, score_RWC = children.level, children.score
+        least_levels, least_width = min(self.least_levels, self.levels), self.least_width
+        depth_R11 = least_levels + observed * (self.levels - least_levels)
+        width_R11 = least_width + (1 - observed) * max(self.top_k - least_width, 0)
+        share_RW1 = 0.5 + children.parent_score.exp().unsqueeze(-1)
+        allowed_RW1 = (width_R11 / level * share_RW1).round().clamp_(min=1)
+        rank_C = torch.arange(score_RWC.shape[-1], device=score_RWC.device)
+        # A level that is begun at all is part of the tree, as a rounded depth would have it.
+        out = (rank_C >= allowed_RW1) | (level > depth_R11.round())
+        keep_RWC = score_RWC.masked_fill(out, NEVER)
+        least = 0.1 if self.threshold is None else self.threshold
+        low = keep_RWC.exp() <= least * level / depth_R11
+        return Judgement(keep_RWC, keep_RWC.masked_fill(low, NEVER))
+
+
+POLICIES: Mapping[str, PolicyFactory] = {
+    "chain": Chain,
+    "eagle2": Eagle2,
+    "spec_llava": SpecLlava,
+    "entropy": Entropy,
+}
