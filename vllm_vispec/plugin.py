@@ -14,6 +14,7 @@ MIN_VERSION, MAX_VERSION = (0, 32), (0, 33)
 def register() -> None:
     """Make vLLM accept ViSpec heads.  Idempotent; changes nothing until one is used."""
     from vllm_vispec.engine import config_hook, self_serving, worker_hook
+    from vllm_vispec.engine.trees import slots
 
     problem = find_problem()
     if problem is not None:
@@ -24,6 +25,7 @@ def register() -> None:
     config_hook.install()
     self_serving.install()
     worker_hook.install()
+    slots.install()
 
 
 def find_problem() -> str | None:

@@ -30,13 +30,15 @@ class EngineOptions:
     """Settings of one test engine; ``extra`` goes to ``vllm.LLM`` unchanged.
 
     ``num_blocks`` limits the KV cache to that many blocks of ``block_size`` tokens (small values
-    force preemption). ``draft`` switches speculation with ``num_draft_tokens`` tokens on.
+    force preemption). ``draft`` switches speculation with ``num_draft_tokens`` tokens on;
+    ``tree`` is the setting of that name.
     """
 
     model: str
     draft: str | None = None
     num_draft_tokens: int = 5
     method: str = "vispec"
+    tree: Mapping[str, Any] | None = None
     max_model_len: int = 512
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512
@@ -74,6 +76,8 @@ class EngineOptions:
                 "model": self.draft,
                 "num_speculative_tokens": self.num_draft_tokens,
             }
+            if self.tree is not None:
+                kwargs["speculative_config"]["tree"] = dict(self.tree)
         return kwargs | dict(self.extra)
 
 

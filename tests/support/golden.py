@@ -16,6 +16,10 @@ from tests.support.tiny_tokenizers import fast_tokenizer, word_level_tokenizer
 if TYPE_CHECKING:
     import torch
 
+TREE = {"policy": "eagle2", "depth": 3, "top_k": 8}
+TREE_NODES = 29
+"""The trees of the recorded runs: 30 nodes with the root."""
+
 DEFAULT_CASES = Path(__file__).resolve().parents[1] / "golden_cases"
 
 
@@ -56,6 +60,11 @@ class GoldenCase:
     def accept_lengths(self) -> list[int]:
         """Accepted draft tokens of every verification round of the recorded chain run."""
         return self._ints("chainspec_accept_lengths")
+
+    @property
+    def tree_accept_lengths(self) -> list[int]:
+        """Accepted draft tokens of every verification round of the recorded tree run."""
+        return self._ints("tree_accept_lengths")
 
     def _ints(self, name: str) -> list[int]:
         return [int(value) for value in self.tensors[name].tolist()]

@@ -33,6 +33,26 @@ def serve_cases(
         yield from _serve_pair(options, cases, model)
 
 
+def serve_tree_cases(cases_dir: str, work_dir: str) -> Iterator[dict[str, Any]]:
+    """Serve every case with the recorded trees, as :func:`serve_cases` does with chains.
+
+    The targets' heads are padded for the trees' codes to a size that the CPU serves.
+    """
+    head_padding.allow_unequal_llava_next_embeds()
+    ordered = sorted(golden.load_cases(Path(cases_dir)), key=lambda case: (case.pair, case.name))
+    for (target, draft, _), group in groupby(ordered, key=lambda case: case.pair):
+        model = golden.materialise_target(target, Path(work_dir) / target.name)
+        options = engine.EngineOptions(
+            model=str(model),
+            draft=str(draft),
+            num_draft_tokens=golden.TREE_NODES,
+            tree=golden.TREE,
+            prefix_caching=False,
+            enable_mm_embeds=True,
+        )
+        yield from _serve_pair(options, list(group), model)
+
+
 def _serve_pair(
     options: engine.EngineOptions, cases: list[golden.GoldenCase], model: Path
 ) -> Iterator[dict[str, Any]]:

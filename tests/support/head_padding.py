@@ -23,7 +23,7 @@ def install() -> None:
     Attention._vispec_test_padding = True
     Attention.__init__ = _padded_init(Attention.__init__)
     Attention.forward = _padded_forward(Attention.forward)
-    _allow_unequal_llava_next_embeds()
+    allow_unequal_llava_next_embeds()
 
 
 def _padded_init(original: Any) -> Any:
@@ -57,7 +57,7 @@ def _pad(part: Any, size: int, padded: int) -> Any:
     return torch.nn.functional.pad(heads, (0, padded - size)).reshape(len(part), -1)
 
 
-def _allow_unequal_llava_next_embeds() -> None:
+def allow_unequal_llava_next_embeds() -> None:
     """Let one encoder batch hold ``image_embeds`` of different lengths (pixel values may)."""
     from typing import Annotated
 

@@ -186,8 +186,11 @@ class DraftRows:
 
     def move(self, token_indices: torch.Tensor) -> None:
         """Let row ``i`` of the batch be what row ``token_indices[i]`` was."""
-        if self._held is None:
+        # Rows of one code serve as they are, unless more of them are needed (draft trees).
+        num_rows = token_indices.shape[0]
+        if self._held is None or num_rows > self._held.num_rows:
             self._rows.keep_rows(token_indices)
+            self._held = self._held and self._held._replace(num_rows=num_rows)
 
     def _single_code(
         self, request: RequestRows, embeddings: Mapping[str, torch.Tensor]

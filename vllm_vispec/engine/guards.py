@@ -19,18 +19,16 @@ _UNSUPPORTED_SETTINGS = {
 }
 
 
-def check_settings(settings: dict[str, Any], parallel: ParallelConfig) -> None:
-    """Check the speculative config itself.
+def check_settings(
+    settings: dict[str, Any], parallel: ParallelConfig, *, has_tree: bool = False
+) -> None:
+    """Check the speculative config itself; with a tree, the number of drafts is checked there.
 
     Raises:
         ViSpecError: Names the setting and the remedy.
     """
-    count = settings.get("num_speculative_tokens")
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_DRAFT_TOKENS:
-        raise ViSpecError(
-            f"speculative config: num_speculative_tokens={count!r} must be an integer between 1 "
-            f"and {MAX_DRAFT_TOKENS}; 3 to 6 suits most heads"
-        )
+    if not has_tree:
+        _check_chain_length(settings.get("num_speculative_tokens"))
     for name, remedy in _UNSUPPORTED_SETTINGS.items():
         if settings.get(name):
             raise ViSpecError(f"speculative config: {name} does not work with ViSpec: {remedy}")
@@ -39,6 +37,14 @@ def check_settings(settings: dict[str, Any], parallel: ParallelConfig) -> None:
         raise ViSpecError(
             f"speculative config: draft_tensor_parallel_size={draft_tp} must equal the target's "
             f"{parallel.tensor_parallel_size}; leave it out"
+        )
+
+
+def _check_chain_length(count: Any) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_DRAFT_TOKENS:
+        raise ViSpecError(
+            f"speculative config: num_speculative_tokens={count!r} must be an integer between 1 "
+            f"and {MAX_DRAFT_TOKENS}; 3 to 6 suits most heads"
         )
 
 

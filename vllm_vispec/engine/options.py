@@ -25,6 +25,7 @@ class EngineOptions:
         draft_vocab: Tokens the draft may propose: a file with a list of them, True or "auto" for
             the list in the head's folder, or an integer for its N most frequent; None: all.
         draft_vocab_file: Where that list lies; found, not set by users.
+        tree: How draft trees are grown, see `tree.settings.TreeSettings`; None: chains.
 
     Raises:
         ViSpecError: If a value is out of range.
@@ -34,6 +35,7 @@ class EngineOptions:
     dialect: str = "canonical"
     draft_vocab: str | int | None = None
     draft_vocab_file: str | None = None
+    tree: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         size = self.image_table_size

@@ -8,6 +8,7 @@ by replacing the name.  Installed when a worker is built: earlier the proposers 
 from collections.abc import Callable
 from typing import Any
 
+from vllm_vispec.engine.trees.setting import read_tree
 from vllm_vispec.engine.wrapping import wrap_once
 from vllm_vispec.head_config import ARCHITECTURES, EMBEDS_ARCHITECTURE
 
@@ -24,6 +25,8 @@ def _init_worker(
 ) -> None:
     if uses_vispec(vllm_config):
         _install_proposers()
+    if read_tree(vllm_config) is not None:
+        _install_padding()
     original(worker, vllm_config, *args, **kwargs)
 
 
@@ -42,6 +45,12 @@ def _draft_architectures(vllm_config: Any) -> set[str]:
     return set(draft.hf_config.architectures or ()) if draft is not None else set()
 
 
+def _install_padding() -> None:
+    from vllm_vispec.engine.trees import attention
+
+    attention.install()
+
+
 def _install_proposers() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.spec_decode.eagle import EagleProposer
@@ -55,25 +64,30 @@ def _install_proposers() -> None:
     _choose_in_new(EagleSpeculator, _v2_speculator)
 
 
-def _v1_proposer() -> type:
+def _v1_proposer(vllm_config: Any) -> type:
+    if read_tree(vllm_config) is not None:
+        from vllm_vispec.engine.trees.v1 import TreeProposer
+
+        return TreeProposer
     from vllm_vispec.engine.v1 import ViSpecProposer
 
     return ViSpecProposer
 
 
-def _v2_speculator() -> type:
+def _v2_speculator(vllm_config: Any) -> type:
     from vllm_vispec.engine.v2 import ViSpecSpeculator
 
     return ViSpecSpeculator
 
 
-def _choose_in_new(base: type, load_ours: Callable[[], type]) -> None:
+def _choose_in_new(base: type, load_ours: Callable[[Any], type]) -> None:
     """Make ``base(vllm_config, ...)`` build our subclass when the draft is a ViSpec head."""
     if "__new__" in vars(base):
         return
 
     def new(cls: type, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        chosen = load_ours() if cls is base and uses_vispec(vllm_config) else cls
+        ours = cls is base and uses_vispec(vllm_config)
+        chosen = load_ours(vllm_config) if ours else cls
         return object.__new__(chosen)
 
     base.__new__ = new  # type: ignore[assignment]

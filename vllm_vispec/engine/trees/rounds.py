@@ -1,0 +1,116 @@
+"""The trees of all requests on the device, and one round of verification over them.
+
+Shapes: R requests of a batch, S rows of logits (every request's last token and its drafts), T
+tokens of a batch, N nodes, J = N + 1 nodes with the root, L levels, P = L + 1.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_vispec.tree.codes import UNUSED
+from vllm_vispec.tree.grow import DraftTree
+from vllm_vispec.tree.settings import TreeSettings
+from vllm_vispec.tree.walk import Walk, walk
+
+
+class TreeTable:
+    """The shape of each request's tree, by slot; the tokens travel with vLLM's drafts.
+
+    The last slot, `no_tree`, is a plain row of drafts: node i is the child of node i - 1.
+
+    Args:
+        settings: How trees are grown.
+        num_nodes: N.
+        num_slots: Most requests at once.
+        device: Where it lies.
+    """
+
+    def __init__(
+        self, settings: TreeSettings, num_nodes: int, num_slots: int, device: torch.device
+    ) -> None:
+        self.levels, self.num_nodes, self.no_tree = settings.levels, num_nodes, num_slots
+        places_J = torch.arange(num_nodes + 1, device=device)
+        self.depth = places_J.repeat(num_slots + 1, 1)
+        self.parent = (self.depth - 1).clamp_(min=0)
+        shape = (num_slots + 1, num_nodes + 1, settings.levels)
+        self.path = torch.full(shape, UNUSED, dtype=torch.int64, device=device)
+
+    def write(self, slots: slice | torch.Tensor, tree: DraftTree) -> None:
+        """Keep the trees of a batch; the root comes before them and never changes."""
+        self.depth[slots, 1:] = tree.depth
+        self.parent[slots, 1:] = tree.parent
+        self.path[slots, 1:] = tree.path
+
+
+class Moves(NamedTuple):
+    """Where the accepted paths go, ``[R * P]`` each.
+
+    Attributes:
+        source: Rows of logits.
+        place: The rows whose place they take; the same row where nothing moves.
+        is_draft: Whether it is an accepted draft token.
+    """
+
+    source: torch.Tensor
+    place: torch.Tensor
+    is_draft: torch.Tensor
+
+
+class TreeRound:
+    """One batch whose requests may have drafts to be verified.
+
+    Args:
+        table: All trees.
+        slot: int64 ``[R]``; the requests' slots in the table.
+        start: int64 ``[R]``; each request's first row of logits.
+        count: int64 ``[R]``; its drafts.
+        token_index: int64 ``[S]``; the token of the batch behind each row of logits.
+        num_tokens: T.
+    """
+
+    def __init__(
+        self,
+        table: TreeTable,
+        slot: torch.Tensor,
+        start: torch.Tensor,
+        count: torch.Tensor,
+        token_index: torch.Tensor,
+        num_tokens: int,
+    ) -> None:
+        self.table, self.num_tokens, self.token_index = table, num_tokens, token_index
+        self._slot, self._start, self._count = slot, start, count
+        num_rows = token_index.shape[0]
+        requests_R = torch.arange(slot.shape[0], device=slot.device)
+        self.owner = torch.repeat_interleave(requests_R, count + 1, output_size=num_rows)
+        node_S = torch.arange(num_rows, device=slot.device) - start[self.owner]
+        slot_S = slot[self.owner]
+        self.depth = table.depth[slot_S, node_S]
+        self.path = table.path[slot_S, node_S]
+        # Positions of vLLM count tokens; those of nodes count levels.
+        self.position_shift = self.depth - node_S
+
+    def walk(self, sampled_S: torch.Tensor, token_S: torch.Tensor) -> Walk:
+        """Walk down all trees.
+
+        Args:
+            sampled_S: The target's own token behind each row.
+            token_S: Each row's own draft token; the roots' do not matter.
+        """
+        places_J = torch.arange(self.table.num_nodes + 1, device=sampled_S.device)
+        is_row_RJ = places_J <= self._count.unsqueeze(1)
+        row_RJ = self._rows(places_J)
+        token_RJ = token_S[row_RJ].masked_fill(~is_row_RJ, -1)
+        parent_RJ = self.table.parent[self._slot]
+        return walk(sampled_S[row_RJ].long(), token_RJ.long(), parent_RJ, self.table.levels)
+
+    def moves(self, found: Walk) -> Moves:
+        """Return how to bring each accepted path to the front of its request's rows."""
+        places_P = torch.arange(self.table.levels + 1, device=found.path.device)
+        is_draft_RP = (places_P > 0) & (places_P <= found.accepted.unsqueeze(1))
+        source_RP = self._start.unsqueeze(1) + torch.minimum(found.path, self._count.unsqueeze(1))
+        return Moves(source_RP.flatten(), self._rows(places_P).flatten(), is_draft_RP.flatten())
+
+    def _rows(self, places_X: torch.Tensor) -> torch.Tensor:
+        """Return rows of logits ``[R, X]`` by place; a request's last one where it has fewer."""
+        return self._start.unsqueeze(1) + torch.minimum(places_X, self._count.unsqueeze(1))

@@ -1,0 +1,48 @@
+"""The setting ``tree``: resolved at configuration time, read in the workers."""
+
+from dataclasses import replace
+from typing import Any
+
+from vllm_vispec.engine.options import EngineOptions
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.tree.settings import TreeSettings
+
+_CHAIN = "chain"
+_UNSUPPORTED = {
+    "draft_sample_method": ("greedy", "a tree's nodes are the draft's likeliest tokens"),
+    "rejection_sample_method": ("standard", "a tree is verified by the target's own samples"),
+    "enable_adaptive_verification": (False, "a tree's nodes have no position of their own"),
+}
+
+
+def resolve_tree(options: EngineOptions, settings: dict[str, Any]) -> EngineOptions:
+    """Check the setting and give it its defaults; a chain is no tree.
+
+    Args:
+        settings: the rest of the speculative config.
+
+    Raises:
+        ViSpecError: Names the setting and the remedy.
+    """
+    if options.tree is None:
+        return options
+    tree = TreeSettings.from_config(options.tree)
+    if tree.policy == _CHAIN:
+        return replace(options, tree=None)
+    tree.check_nodes(settings.get("num_speculative_tokens"))
+    for name, (allowed, reason) in _UNSUPPORTED.items():
+        if settings.get(name, allowed) != allowed:
+            raise ViSpecError(
+                f"speculative config: {name}={settings[name]!r} does not work with tree "
+                f"({reason}); leave one of them out"
+            )
+    return replace(options, tree=tree.to_config())
+
+
+def read_tree(vllm_config: Any) -> TreeSettings | None:
+    """Return how the engine grows trees, None if it drafts chains or nothing."""
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    if draft is None:
+        return None
+    value = EngineOptions.from_hf_config(draft.hf_config).tree
+    return None if value is None else TreeSettings.from_config(value)
