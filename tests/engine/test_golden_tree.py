@@ -17,7 +17,7 @@ Results = dict[str, dict[str, Any]]
 pytestmark = [pytest.mark.golden, pytest.mark.timeout(1800)]
 
 
-@pytest.fixture(scope="module", params=params("v1"))
+@pytest.fixture(scope="module", params=params("v1", "v2"))
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Serve all cases with one runner (one child process, one engine per target and draft)."""
     runner: Runner = request.param

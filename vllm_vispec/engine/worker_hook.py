@@ -46,9 +46,10 @@ def _draft_architectures(vllm_config: Any) -> set[str]:
 
 
 def _install_padding() -> None:
-    from vllm_vispec.engine.trees import attention
+    from vllm_vispec.engine.trees import attention, v2_state
 
     attention.install()
+    v2_state.install()
 
 
 def _install_proposers() -> None:
@@ -75,6 +76,10 @@ def _v1_proposer(vllm_config: Any) -> type:
 
 
 def _v2_speculator(vllm_config: Any) -> type:
+    if read_tree(vllm_config) is not None:
+        from vllm_vispec.engine.trees.v2 import TreeSpeculator
+
+        return TreeSpeculator
     from vllm_vispec.engine.v2 import ViSpecSpeculator
 
     return ViSpecSpeculator

@@ -25,3 +25,14 @@ def wrap_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
 
     setattr(wrapped, _MARK, True)
     setattr(owner, name, wrapped)
+
+
+def wrap_object(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    """Replace the method ``name`` of this one object by ``replacement(original, ...)``."""
+    original = getattr(owner, name)
+
+    @wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    setattr(owner, name, wrapped)

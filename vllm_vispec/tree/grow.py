@@ -177,3 +177,12 @@ def best_path(tree: DraftTree) -> DraftTree:
         (places_N + 1).expand_as(token_RN),
         torch.full_like(tree.path, UNUSED),
     )
+
+
+def replace_rows(tree: DraftTree, other: DraftTree, rows_R1: torch.Tensor) -> DraftTree:
+    """Return the trees with those of some requests, bool ``[R, 1]``, taken from ``other``."""
+    parts = (
+        torch.where(rows_R1 if mine.ndim == 2 else rows_R1.unsqueeze(-1), theirs, mine)
+        for mine, theirs in zip(tree, other, strict=True)
+    )
+    return DraftTree(*parts)

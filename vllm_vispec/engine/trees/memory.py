@@ -1,6 +1,9 @@
-"""What trees cost in memory, said when an engine starts."""
+"""What trees take in memory: allocated when models are loaded, and said when an engine starts."""
 
+from collections.abc import Collection
 from typing import Any
+
+from vllm.platforms import current_platform
 
 from vllm_vispec.engine.trees.attention import padding_of
 from vllm_vispec.engine.trees.kept import KeptKeys
@@ -9,19 +12,34 @@ from vllm_vispec.logs import get_logger
 logger = get_logger(__name__)
 
 
-def log_memory(vllm_config: Any, kept: KeptKeys) -> None:
-    """Log padded head sizes, what that adds to the KV cache, and the buffers."""
-    paddings = (
-        padding_of(layer)
-        for layer in vllm_config.compilation_config.static_forward_context.values()
-    )
-    sizes = [(found.head_size, found.padded_size) for found in paddings if found is not None]
+def keep_target_keys(vllm_config: Any, draft_layers: Collection[str]) -> KeptKeys:
+    """Allocate what keeps the keys and values of the target's layers for one pass.
+
+    Args:
+        vllm_config: vLLM's, whose target and draft are loaded.
+        draft_layers: Names of the draft's attention layers.
+    """
+    # Recorded graphs must not depend on what is in a batch.
+    kept = KeptKeys(always=not current_platform.is_cpu())
+    max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    sizes = []
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        padding = padding_of(layer)
+        if padding is None:
+            continue
+        sizes.append((padding.head_size, padding.padded_size))
+        if name not in draft_layers:
+            padding.kept = kept.add(layer, max_num_tokens)
+    _log(sizes, kept)
+    return kept
+
+
+def _log(sizes: list[tuple[int, int]], kept: KeptKeys) -> None:
     own, padded = (sum(column) for column in zip(*sizes, strict=True))
-    shown = ", ".join(f"{head} to {wide}" for head, wide in sorted(set(sizes)))
     logger.info(
         "ViSpec trees: attention heads are padded (%s channels), which adds %.1f %% to the KV "
         "cache of %d layers; buffers for accepted keys take %.1f MiB",
-        shown,
+        ", ".join(f"{head} to {wide}" for head, wide in sorted(set(sizes))),
         100 * (padded / own - 1),
         len(sizes),
         kept.num_bytes / 2**20,

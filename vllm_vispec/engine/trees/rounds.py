@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_vispec.tree.codes import UNUSED
-from vllm_vispec.tree.grow import DraftTree
+from vllm_vispec.tree.grow import NO_TOKEN, DraftTree
 from vllm_vispec.tree.settings import TreeSettings
 from vllm_vispec.tree.walk import Walk, walk
 
@@ -33,6 +33,7 @@ class TreeTable:
         places_J = torch.arange(num_nodes + 1, device=device)
         self.depth = places_J.repeat(num_slots + 1, 1)
         self.parent = (self.depth - 1).clamp_(min=0)
+        self.is_node = places_J.repeat(num_slots + 1, 1) > 0
         shape = (num_slots + 1, num_nodes + 1, settings.levels)
         self.path = torch.full(shape, UNUSED, dtype=torch.int64, device=device)
 
@@ -40,6 +41,7 @@ class TreeTable:
         """Keep the trees of a batch; the root comes before them and never changes."""
         self.depth[slots, 1:] = tree.depth
         self.parent[slots, 1:] = tree.parent
+        self.is_node[slots, 1:] = tree.token != NO_TOKEN
         self.path[slots, 1:] = tree.path
 
 
@@ -98,9 +100,9 @@ class TreeRound:
             token_S: Each row's own draft token; the roots' do not matter.
         """
         places_J = torch.arange(self.table.num_nodes + 1, device=sampled_S.device)
-        is_row_RJ = places_J <= self._count.unsqueeze(1)
+        is_node_RJ = self.table.is_node[self._slot] & (places_J <= self._count.unsqueeze(1))
         row_RJ = self._rows(places_J)
-        token_RJ = token_S[row_RJ].masked_fill(~is_row_RJ, -1)
+        token_RJ = token_S[row_RJ].masked_fill(~is_node_RJ, NO_TOKEN)
         parent_RJ = self.table.parent[self._slot]
         return walk(sampled_S[row_RJ].long(), token_RJ.long(), parent_RJ, self.table.levels)
 

@@ -13,10 +13,9 @@ from vllm.forward_context import set_forward_context
 
 from vllm_vispec.engine.trees.attention import settings_of
 from vllm_vispec.engine.trees.limits import check_batch
-from vllm_vispec.engine.trees.memory import log_memory
 from vllm_vispec.engine.trees.v1_runner import RunnerTrees
 from vllm_vispec.engine.v1 import ViSpecProposer
-from vllm_vispec.tree.grow import DraftTree, Frontier, TreeGrower, best_path
+from vllm_vispec.tree.grow import DraftTree, Frontier, TreeGrower, best_path, replace_rows
 
 _NO_SLOT = -1
 
@@ -47,7 +46,6 @@ class TreeProposer(ViSpecProposer):
         self._num_nodes = self.num_speculative_tokens
         self._root_hidden: torch.Tensor | None = None
         self.trees = RunnerTrees(self._runner, self._draft_attn_layer_names)
-        log_memory(self.vllm_config, self.trees.kept)
 
     def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the trees' tokens ``[R, num_speculative_tokens]``, best nodes first."""
@@ -59,7 +57,7 @@ class TreeProposer(ViSpecProposer):
         tree = self._grow(kwargs["common_attn_metadata"])
         chain_rows = self.trees.chain_rows()
         if chain_rows is not None:
-            tree = _replace_rows(tree, best_path(tree), chain_rows)
+            tree = replace_rows(tree, best_path(tree), chain_rows)
         self.trees.write(tree)
         return tree.token[:, :num_speculative_tokens].contiguous()
 
@@ -143,12 +141,3 @@ class TreeProposer(ViSpecProposer):
         block_RW = (place_RW // self.block_size).clamp(max=table.shape[1] - 1)
         slot_RW = table.gather(1, block_RW).long() * self.block_size + place_RW % self.block_size
         return slot_RW.masked_fill(place_RW >= self.max_model_len, _NO_SLOT).flatten()
-
-
-def _replace_rows(tree: DraftTree, other: DraftTree, rows_R1: torch.Tensor) -> DraftTree:
-    """Return the trees with those of some requests taken from ``other``."""
-    parts = (
-        torch.where(rows_R1 if mine.ndim == 2 else rows_R1.unsqueeze(-1), theirs, mine)
-        for mine, theirs in zip(tree, other, strict=True)
-    )
-    return DraftTree(*parts)

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.forward_context import get_forward_context
-from vllm.platforms import current_platform
 
-from vllm_vispec.engine.trees.attention import code_rows, padding_of, settings_of
-from vllm_vispec.engine.trees.kept import KeptKeys
+from vllm_vispec.engine.trees.attention import code_rows, settings_of
+from vllm_vispec.engine.trees.memory import keep_target_keys
 from vllm_vispec.engine.trees.path_rules import ChainRequests
 from vllm_vispec.engine.trees.rounds import Moves, TreeRound, TreeTable
 from vllm_vispec.engine.trees.v1_sampler import TreeRejectionSampler
 from vllm_vispec.engine.upload import upload
+from vllm_vispec.engine.wrapping import wrap_object
 from vllm_vispec.tree.grow import NO_TOKEN, DraftTree
 
 
@@ -34,12 +34,7 @@ class RunnerTrees:
         self.codes = code_rows(config)
         num_nodes = config.speculative_config.num_speculative_tokens
         self.table = TreeTable(settings_of(config), num_nodes, runner.max_num_reqs, runner.device)
-        # Recorded graphs must not depend on what is in a batch.
-        self.kept = KeptKeys(always=not current_platform.is_cpu())
-        for name, layer in config.compilation_config.static_forward_context.items():
-            padding = padding_of(layer)
-            if padding is not None and name not in draft_layers:
-                padding.kept = self.kept.add(layer, runner.max_num_tokens)
+        self.kept = keep_target_keys(config, draft_layers)
         self._chains = ChainRequests()
         self._slots: dict[str, int] = {}
         self._round: TreeRound | None = None
@@ -49,9 +44,9 @@ class RunnerTrees:
 
     def _attach(self) -> None:
         runner = self._runner
-        _wrap(runner, "_calc_spec_decode_metadata", self._begin)
-        _wrap(runner, "_model_forward", self._forward)
-        _wrap(runner, "_get_draft_token_ids_cpu", self._drafts_for_scheduler)
+        wrap_object(runner, "_calc_spec_decode_metadata", self._begin)
+        wrap_object(runner, "_model_forward", self._forward)
+        wrap_object(runner, "_get_draft_token_ids_cpu", self._drafts_for_scheduler)
         sampler = TreeRejectionSampler(runner.sampler, runner.speculative_config, runner.device)
         sampler.trees = self
         runner.rejection_sampler = sampler
@@ -158,13 +153,3 @@ def _without_empty(tokens: list[int]) -> list[int]:
     while count and tokens[count - 1] == NO_TOKEN:
         count -= 1
     return tokens[:count]
-
-
-def _wrap(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-    """Replace one object's method by ``replacement(original, ...)``."""
-    original = getattr(owner, name)
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return replacement(original, *args, **kwargs)
-
-    setattr(owner, name, wrapped)

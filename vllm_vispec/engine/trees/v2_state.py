@@ -1,0 +1,145 @@
+"""Trees on the V2 model runner: positions and codes before the pass, the accepted path after it.
+
+Shapes: R requests of a batch, S rows of logits, T tokens of a batch.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+
+from vllm_vispec.engine.trees.attention import code_rows, settings_of
+from vllm_vispec.engine.trees.memory import keep_target_keys
+from vllm_vispec.engine.trees.path_rules import needs_chain
+from vllm_vispec.engine.trees.rounds import Moves, TreeRound, TreeTable
+from vllm_vispec.engine.trees.setting import read_tree
+from vllm_vispec.engine.trees.v2_sampler import TreeRejectionSampler
+from vllm_vispec.engine.upload import upload
+from vllm_vispec.engine.wrapping import wrap_object, wrap_once
+from vllm_vispec.tree.grow import DraftTree
+
+
+def install() -> None:
+    """Wrap ``ModelState.custom_sampler`` once; engines without trees get vLLM's samplers."""
+    wrap_once(ModelState, "custom_sampler", _custom_sampler)
+
+
+def _custom_sampler(original: Callable[..., Any], state: Any, sampler: Any) -> Any:
+    found = original(state, sampler)
+    if found is not None or read_tree(state.vllm_config) is None:
+        return found
+    tree_sampler = TreeRejectionSampler(sampler, state.vllm_config.speculative_config, state.device)
+    tree_sampler.trees = state.vispec_trees = StateTrees(state)
+    return sampler, tree_sampler
+
+
+class StateTrees:
+    """The trees of one V2 runner, tied to its model state; changes that one object.
+
+    Args:
+        state: vLLM's ``ModelState``; target and draft are loaded.
+    """
+
+    def __init__(self, state: Any) -> None:
+        config = state.vllm_config
+        self.codes = code_rows(config)
+        num_nodes = config.speculative_config.num_speculative_tokens
+        self.table = TreeTable(settings_of(config), num_nodes, state.max_num_reqs, state.device)
+        layers = config.compilation_config.static_forward_context
+        self.kept = keep_target_keys(
+            config, [name for name in layers if getattr(layers[name], "is_draft_layer", False)]
+        )
+        self._device = state.device
+        self._needs_chain: dict[str, bool] = {}
+        self._round: TreeRound | None = None
+        self._positions: torch.Tensor | None = None
+        self._moves: list[tuple[torch.Tensor, Moves]] = []
+        wrap_object(state, "prepare_inputs", self._begin_pass)
+        wrap_object(state, "add_request", self._add_request)
+        wrap_object(state, "remove_request", self._remove_request)
+
+    def write(self, slots: torch.Tensor, tree: DraftTree) -> None:
+        """Keep trees by vLLM's request slots, int64 ``[R]``."""
+        self.table.write(slots, tree)
+
+    def chain_rows(self, request_ids: list[str]) -> torch.Tensor | None:
+        """Return which requests need a chain, bool ``[R, 1]``; None if none does."""
+        flags = [self._needs_chain.get(request_id, False) for request_id in request_ids]
+        return upload(torch.tensor(flags), self._device).unsqueeze(1) if any(flags) else None
+
+    def end_pass(self) -> None:
+        """Let positions count tokens again, as samplers and the draft read them."""
+        if self._round is not None and self._positions is not None:
+            self._shift(self._round, self._positions, -1)
+        self._positions = None
+
+    def part(
+        self, first_row: int, num_rows: int, slot: torch.Tensor, starts: torch.Tensor
+    ) -> TreeRound:
+        """Return some requests of the batch.
+
+        Args:
+            first_row: Their first row of logits.
+            num_rows: Their rows of logits.
+            slot: int64 ``[R]``; their slots.
+            starts: ``[R + 1]``; their first rows and the end, from 0.
+        """
+        assert self._round is not None
+        token_S = self._round.token_index[first_row : first_row + num_rows]
+        return _round(self.table, slot, starts, token_S, self._round.num_tokens)
+
+    def note(self, batch: TreeRound, moves: Moves) -> None:
+        """Remember accepted paths until the draft's turn."""
+        self._moves.append((batch.token_index, moves))
+
+    def accept(
+        self, input_ids: torch.Tensor, hidden: torch.Tensor, slots: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Move the accepted paths to the front: tokens, hidden states, keys and values."""
+        for token_S, moves in self._moves:
+            source_A, place_A = token_S[moves.source], token_S[moves.place]
+            for rows in (input_ids, hidden):
+                rows[place_A] = rows[source_A]
+            self.kept.store_again(slots, source_A, place_A, moves.is_draft)
+        self._moves = []
+
+    def _begin_pass(
+        self, original: Callable[..., dict[str, Any]], input_batch: Any, req_states: Any
+    ) -> dict[str, Any]:
+        """Give nodes the positions of their levels and the codes of their paths."""
+        inputs = original(input_batch, req_states)
+        self._round, self._moves = None, []
+        has_drafts = input_batch.num_draft_tokens > 0
+        self.kept.want(has_drafts)
+        if not has_drafts:
+            self.codes.clear()
+            return inputs
+        token_S = input_batch.logits_indices.long()
+        slot_R, starts = input_batch.idx_mapping, input_batch.cu_num_logits
+        self._round = _round(self.table, slot_R, starts, token_S, input_batch.num_tokens)
+        # In place: recorded graphs read this memory.
+        self._positions = inputs.get("positions", input_batch.positions)
+        self._shift(self._round, self._positions, 1)
+        self.codes.set(token_S, self._round.path, self._round.num_tokens)
+        return inputs
+
+    def _shift(self, batch: TreeRound, positions: torch.Tensor, sign: int) -> None:
+        shift_S = batch.position_shift.to(positions.dtype).expand(*positions.shape[:-1], -1)
+        positions.index_add_(-1, batch.token_index, shift_S, alpha=sign)
+
+    def _add_request(self, original: Callable[..., None], slot: int, request: Any) -> None:
+        original(slot, request)
+        self._needs_chain[request.req_id] = needs_chain(request.sampling_params)
+
+    def _remove_request(self, original: Callable[..., None], request_id: str) -> None:
+        self._needs_chain.pop(request_id, None)
+        original(request_id)
+
+
+def _round(
+    table: TreeTable, slot: torch.Tensor, starts: torch.Tensor, token_S: torch.Tensor, num: int
+) -> TreeRound:
+    starts = starts.long()
+    count_R = starts.diff() - 1
+    return TreeRound(table, slot.long(), starts[:-1], count_R, token_S, num)
