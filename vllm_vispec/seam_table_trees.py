@@ -5,6 +5,7 @@ from vllm_vispec.seam_entry import Seam
 _ATTENTION = "vllm.model_executor.layers.attention.attention"
 _V1_BASE = "vllm.v1.spec_decode.llm_base_proposer"
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
+_V2 = "vllm.v1.worker.gpu"
 _V1_SAMPLER = "vllm.v1.sample.rejection_sampler"
 
 TREE_SEAMS: tuple[Seam, ...] = (
@@ -154,5 +155,118 @@ TREE_SEAMS: tuple[Seam, ...] = (
         ("logits", "cu_num_draft_tokens", "sampling_metadata"),
         "calls",
         "V1, trees: temperature, top_k and top_p for every row of logits",
+    ),
+    Seam(
+        f"{_V2}.model_states.interface",
+        "ModelState.custom_sampler",
+        ("sampler",),
+        "wraps",
+        "V2, trees: the walk along the target's own samples",
+    ),
+    Seam(
+        f"{_V2}.model_states.interface",
+        "ModelState.prepare_inputs",
+        ("input_batch", "req_states"),
+        "wraps",
+        "V2, trees: positions by level, and codes (one object only)",
+    ),
+    Seam(
+        f"{_V2}.model_states.interface",
+        "ModelState.add_request",
+        ("req_index", "new_req_data"),
+        "wraps",
+        "V2, trees: which requests need a chain (one object only)",
+    ),
+    Seam(
+        f"{_V2}.model_states.interface",
+        "ModelState.remove_request",
+        ("req_id",),
+        "wraps",
+        "V2, trees: which requests need a chain (one object only)",
+    ),
+    Seam(
+        f"{_V2}.spec_decode.rejection_sampler",
+        "RejectionSampler.__call__",
+        ("logits", "input_batch"),
+        "overrides",
+        "V2, trees: positions count tokens again",
+    ),
+    Seam(
+        f"{_V2}.spec_decode.rejection_sampler",
+        "RejectionSampler._verify",
+        (
+            "logits",
+            "draft_sampled",
+            "pos",
+            "cu_num_logits",
+            "idx_mapping",
+            "expanded_idx_mapping",
+            "verify_draft_sampled",
+        ),
+        "overrides",
+        "V2, trees: the walk along the target's own samples",
+    ),
+    Seam(
+        f"{_V2}.sample.sampler",
+        "Sampler.apply_sampling_params",
+        ("logits", "expanded_idx_mapping", "idx_mapping", "idx_mapping_np", "pos", "input_ids"),
+        "calls",
+        "V2, trees: logits as plain decoding samples from them",
+    ),
+    Seam(
+        f"{_V2}.sample.gumbel",
+        "gumbel_sample",
+        ("logits", "expanded_idx_mapping", "temperature", "seed", "pos", "apply_temperature"),
+        "calls",
+        "V2, trees: the draws of plain decoding",
+    ),
+    Seam(
+        f"{_V2}.spec_decode.target_dependent_ar.speculator",
+        "TargetDependentARSpeculator._run_model",
+        ("num_tokens", "attn_metadata", "slot_mappings", "num_tokens_across_dp"),
+        "calls",
+        "V2, trees: passes over levels",
+    ),
+    Seam(
+        f"{_V2}.spec_decode.target_dependent_ar.speculator",
+        "TargetDependentARSpeculator.capture",
+        (),
+        "overrides",
+        "V2, trees: graphs of one-token steps are not recorded",
+    ),
+    Seam(
+        f"{_V2}.spec_decode.speculator",
+        "DraftModelSpeculator.sample_draft",
+        ("hidden_states",),
+        "overrides",
+        "V2, trees: the first pass draws no token",
+    ),
+    Seam(
+        f"{_V2}.spec_decode.speculator",
+        "DraftModelSpeculator._build_uniform_attn_metadata",
+        ("batch_desc", "num_reqs", "num_query_per_req", "seq_lens_cpu_upper_bound", "step"),
+        "calls",
+        "V2, trees: passes over levels",
+    ),
+    Seam(
+        f"{_V2}.block_table",
+        "BlockTables.compute_slot_mappings",
+        ("idx_mapping", "query_start_loc", "positions", "num_tokens_padded"),
+        "calls",
+        "V2, trees: slots of a level's nodes",
+    ),
+    Seam(
+        f"{_V2}.attn_utils",
+        "build_slot_mappings_by_layer",
+        ("slot_mappings", "kv_cache_config"),
+        "calls",
+        "V2, trees: slots of a level's nodes",
+    ),
+    Seam(
+        f"{_V2}.cudagraph_utils",
+        "BatchExecutionDescriptor",
+        (),
+        "calls",
+        "V2, trees: passes over levels run eagerly",
     ),
 )

@@ -103,6 +103,9 @@ COUNT = r"num_speculative_tokens={} must be an integer between 1 and \d+; 3 to 6
 EAGLE = {"fc.weight": (HIDDEN, 2 * HIDDEN), "layers.0.mlp.up_proj.weight": (48, HIDDEN)}
 EAGLE3 = {"fc.weight": (HIDDEN, 3 * HIDDEN), "d2t": (8,)}
 
+TREE = {"tree": {"policy": "eagle2"}, "num_speculative_tokens": 29}
+EXAMPLE_CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+
 BAD_STARTS: Mapping[str, BadStart] = {
     "missing folder": BadStart(
         "head folder '/nowhere/head' does not exist.*give", spec={"model": "/nowhere/head"}
@@ -175,6 +178,32 @@ BAD_STARTS: Mapping[str, BadStart] = {
     "pipeline parallel": BadStart(
         "pipeline_parallel_size=2 does not work with ViSpec.*set it to 1",
         engine={"pipeline_parallel_size": 2},
+    ),
+    "tree is no object": BadStart(
+        "tree='eagle2' must be an object such as", spec={"tree": "eagle2"}
+    ),
+    "tree with an unknown key": BadStart(
+        r"tree\.width is unknown; the keys are policy", spec={"tree": {"width": 3}}
+    ),
+    "tree with too few nodes": BadStart(
+        "num_speculative_tokens=3 must be an integer between 4 and 127: with a tree",
+        spec={"tree": {}},
+    ),
+    "tree with too many nodes": BadStart(
+        "num_speculative_tokens=29 must be an integer between 2 and 6",
+        spec={"tree": {"depth": 1, "top_k": 2}, "num_speculative_tokens": 29},
+    ),
+    "tree with a sampled draft": BadStart(
+        "draft_sample_method='probabilistic' does not work with tree.*leave one of them out",
+        spec={**TREE, "draft_sample_method": "probabilistic"},
+    ),
+    "tree with a connector": BadStart(
+        "kv_connector=ExampleConnector may save keys before.*choose one of.*leave",
+        spec=TREE,
+        engine={"kv_transfer_config": EXAMPLE_CONNECTOR},
+    ),
+    "chain that calls itself a tree": BadStart(
+        COUNT.format("100"), spec={"tree": {"policy": "chain"}, "num_speculative_tokens": 100}
     ),
     "unknown key": BadStart("no_such_key", spec={"no_such_key": 1}, error="ValidationError"),
 }

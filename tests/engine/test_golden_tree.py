@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.engine.setups import params
 from tests.support.child import run_in_subprocess
 from tests.support.golden import GoldenCase, golden_dir, load_cases
-from tests.support.runners import Runner
+from tests.support.runners import Runner, runner_params
 
 CASES = load_cases()
 Results = dict[str, dict[str, Any]]
@@ -17,7 +16,7 @@ Results = dict[str, dict[str, Any]]
 pytestmark = [pytest.mark.golden, pytest.mark.timeout(1800)]
 
 
-@pytest.fixture(scope="module", params=params("v1", "v2"))
+@pytest.fixture(scope="module", params=runner_params())
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Serve all cases with one runner (one child process, one engine per target and draft)."""
     runner: Runner = request.param

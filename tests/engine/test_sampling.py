@@ -1,9 +1,9 @@
 """At temperature 1, tokens have the distribution of plain sampling.
 
-Two samples of ``DRAWS`` continuations of one prompt, drawn with and without speculation, are
-compared by a G-test over their first one, two and three tokens (rare prefixes in a few pools).
-Tokens after the first come from the verification of drafts. Each test has ``ALPHA`` as its chance
-of a false alarm; the draws are seeded, so a result does not change from run to run. Power: a
+Two samples of ``DRAWS`` continuations of one prompt, drawn without speculation and with chains or
+trees, are compared by a G-test over their first one, two and three tokens (rare prefixes in a few
+pools). Tokens after the first come from the verification of drafts. Each test has ``ALPHA`` as its
+chance of a false alarm; the draws are seeded, so a result does not change from run to run. Power: a
 verifier that lets a share ``BIAS`` of its decisions fall on the likeliest token is found with a
 probability of at least 95 %, which ``test_power`` measures on simulated counts. Both depend on the
 runner: V2 under the interpreter is slow.
@@ -52,6 +52,7 @@ def sampled(
     setups = [
         {"name": "plain", "options": options},
         {"name": "spec", "options": options | {"draft": head}},
+        {"name": "tree", "options": options | {"draft": head, "num_draft_tokens": 29, "tree": {}}},
     ]
     kwargs = {"kind": KIND, "setups": setups, "count": DRAWS[runner.name], "num_tokens": NUM_TOKENS}
     items = run_in_subprocess("tests.engine.sampling_jobs:sample", kwargs, runner.env(), 1500)
@@ -62,9 +63,10 @@ def _prefixes(sampled: Sampled, name: str, length: int) -> list[two_sample.Prefi
     return [tuple(tokens[:length]) for tokens in sampled[name]["tokens"]]
 
 
+@pytest.mark.parametrize("drafts", ["spec", "tree"])
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_same_distribution(sampled: Sampled, length: int) -> None:
-    counts = two_sample.table(*(_prefixes(sampled, name, length) for name in ("plain", "spec")))
+def test_same_distribution(sampled: Sampled, length: int, drafts: str) -> None:
+    counts = two_sample.table(*(_prefixes(sampled, name, length) for name in ("plain", drafts)))
     filled = (counts.sum(axis=0) >= 2 * two_sample.MIN_EXPECTED).sum()
     # The first token involves no draft, and one token takes nearly all of its probability.
     assert filled >= (1 if length == 1 else 3), (
@@ -73,9 +75,10 @@ def test_same_distribution(sampled: Sampled, length: int) -> None:
     assert two_sample.p_value(counts) > ALPHA
 
 
-def test_drafts_took_part(sampled: Sampled) -> None:
+@pytest.mark.parametrize("drafts", ["spec", "tree"])
+def test_drafts_took_part(sampled: Sampled, drafts: str) -> None:
     """Some drafts were accepted and some were not."""
-    assert 0.01 < sampled["spec"]["accepted"] / sampled["spec"]["drafted"] < 0.98
+    assert 0.01 < sampled[drafts]["accepted"] / sampled[drafts]["drafted"] < 0.98
 
 
 @pytest.mark.parametrize("length", [2, 3])

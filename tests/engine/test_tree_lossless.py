@@ -30,14 +30,17 @@ V1_SMALL: Mapping[str, Any] = {"mixed": {}, "prefix": {}, "abort": {}, "features
 BUSY: Mapping[str, Any] = {"busy": {"run": "mixed", "count": 20, "max_tokens": 40}}
 
 
-def _setups(tiny: TinyStore) -> list[dict[str, Any]]:
+def _setups(
+    tiny: TinyStore, small: Mapping[str, Any], busy: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the setups of both engines: plain, with trees, and with two steps in flight."""
     target, head = tiny.pair(KIND)
     tree = dict(TREE) | {"draft": head, "num_draft_tokens": NODES}
     return [
         setup(f"{name}-{mode}", KIND, base | {"model": target} | options, scenarios)
         for name, base, scenarios in (
-            ("small", dict(SMALL), V1_SMALL),
-            ("blocks", dict(FEW_BLOCKS), BUSY),
+            ("small", dict(SMALL), small),
+            ("blocks", dict(FEW_BLOCKS), busy),
         )
         for mode, options in (
             ("plain", {}),
@@ -49,8 +52,8 @@ def _setups(tiny: TinyStore) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def v1(tiny: TinyStore) -> Served:
-    """Everything that V1 serves, without drafts, with trees, and with two steps in flight."""
-    return serve(RUNNERS["v1"], _setups(tiny))
+    """Everything that V1 serves."""
+    return serve(RUNNERS["v1"], _setups(tiny, V1_SMALL, BUSY))
 
 
 @pytest.mark.parametrize("mode", ["tree", "async"])
@@ -88,3 +91,40 @@ def test_v1_logprobs_of_trees(v1: Served) -> None:
         assert len(rows) == 48
         for expected, found in rows:
             assert found == pytest.approx(expected, abs=1e-4)
+
+
+OTHERS: Mapping[str, tuple[str, bool, list[pytest.MarkDecorator]]] = {
+    "v2": ("v2", False, [pytest.mark.v2]),
+    "v2-full": ("v2", True, [pytest.mark.v2, pytest.mark.slow]),
+    "v1-overlay": ("v1-overlay", True, [pytest.mark.overlay]),
+    "v2-overlay": ("v2-overlay", True, [pytest.mark.v2, pytest.mark.overlay]),
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param((name, full), id=id_, marks=m) for id_, (name, full, m) in OTHERS.items()],
+)
+def other(request: pytest.FixtureRequest, tiny: TinyStore) -> Served:
+    """The shorter lists of the other runners; V2 by default without the long ones."""
+    name, full = request.param
+    mixed = {"count": 64 if full else 16, "max_tokens": 6}
+    small: dict[str, Any] = {"mixed": mixed, "prefix": {}}
+    if full:
+        small |= {"features": {}, "edge": {}}
+    setups = _setups(
+        tiny, small, {"busy": {"run": "mixed", "count": 10, "max_tokens": 40}} if full else {}
+    )
+    return serve(RUNNERS[name], [setup for setup in setups if setup["scenarios"]])
+
+
+def test_trees_on_other_runners(other: Served) -> None:
+    compared = 0
+    for (engine, scenario), served in other.items():
+        name, _, mode = engine.partition("-")
+        if mode != "plain":
+            assert_same(other[f"{name}-plain", scenario], served)
+            compared += 1
+    assert compared >= 4
+    assert other["small-tree", "prefix"]["metrics"]["vllm:prefix_cache_hits"] > 0
+    assert other["small-async", "mixed"]["spy"]["in_flight"] == 2

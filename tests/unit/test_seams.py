@@ -69,7 +69,15 @@ def test_a_newer_version_warns(caplog: pytest.LogCaptureFixture) -> None:
 def test_every_override_of_a_vllm_class_stands_in_the_table() -> None:
     """Methods of our proposers that vLLM's classes have too must be listed."""
     listed = {seam.symbol.split(".")[-1] for seam in SEAMS}
-    for name in ("v1.py", "v2.py", "trees/v1.py", "trees/v1_sampler.py", "trees/attention.py"):
+    for name in (
+        "v1.py",
+        "v2.py",
+        "trees/v1.py",
+        "trees/v1_sampler.py",
+        "trees/attention.py",
+        "trees/v2.py",
+        "trees/v2_sampler.py",
+    ):
         text = (PACKAGE / "engine" / name).read_text()
         overridden = set(re.findall(r"super\(\)\.(\w+)\(", text)) - {"__init__"}
         assert overridden <= listed, name
@@ -91,6 +99,7 @@ def test_every_assignment_to_vllm_stands_in_the_table() -> None:
         "Attention.__init__",
         "Attention.get_kv_cache_spec",
         "EngineArgs.create_speculative_config",
+        "ModelState.custom_sampler",
         "VllmConfig.num_lookahead_tokens",
         "WorkerBase.__init__",
         "expand_batch_to_tokens",

@@ -16,6 +16,7 @@ from vllm.transformers_utils import config as vllm_config_module
 from vllm_vispec.dialects import HeadInfo, inspect_head, is_vispec_head
 from vllm_vispec.engine.guards import check_settings, check_target
 from vllm_vispec.engine.options import EngineOptions
+from vllm_vispec.engine.trees import limits
 from vllm_vispec.engine.trees.setting import resolve_tree
 from vllm_vispec.engine.vocab_setting import resolve_draft_vocab
 from vllm_vispec.engine.wrapping import wrap_once
@@ -60,6 +61,8 @@ def _create_speculative_config(
     options = resolve_tree(options, settings)
     check_settings(settings, parallel, has_tree=options.tree is not None)
     check_target(info.config, target, parallel)
+    if options.tree is not None:
+        limits.check_target(target, args.kv_transfer_config)
     options = resolve_draft_vocab(options, settings, info.folder, info.config.vocab_size)
     settings.update(method="eagle", model=str(info.folder))
     logger.info(

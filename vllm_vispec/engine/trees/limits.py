@@ -1,9 +1,56 @@
-"""Limits of trees that depend on the whole configuration."""
+"""Refusals at start: engines in which trees could not work, said in one line with the remedy."""
 
 from typing import Any
 
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.tree.settings import TreeSettings
+
+_LEAVE_OUT = 'leave "tree" out of the speculative config'
+# These read the cache between steps, when accepted paths are stored again.
+_CONNECTORS = frozenset(
+    {
+        "DecodeBenchConnector",
+        "MooncakeConnector",
+        "NixlConnector",
+        "NixlPullConnector",
+        "NixlPushConnector",
+        "OffloadingConnector",
+        "SimpleCPUOffloadConnector",
+    }
+)
+
+
+def check_target(target: Any, kv_transfer: Any) -> None:
+    """Check a target's kind of attention, and who else reads its KV cache.
+
+    What single layers have, such as ALiBi, is checked when they are built.
+
+    Args:
+        target: vLLM's ``ModelConfig``.
+        kv_transfer: vLLM's ``KVTransferConfig``; None without a connector.
+
+    Raises:
+        ViSpecError: Names what does not fit and the remedy.
+    """
+    text_config = target.hf_text_config
+    found = {
+        "latent attention (MLA)": target.use_mla,
+        "recurrent (Mamba) layers": target.is_hybrid,
+        "a sliding window": target.get_sliding_window(),
+        "a soft cap on attention's logits": getattr(text_config, "attn_logit_softcapping", None),
+    }
+    problem = next((name for name, is_there in found.items() if is_there), None)
+    if problem is not None:
+        raise ViSpecError(
+            f"target {target.model} has {problem}, which draft trees cannot pass through; "
+            f"{_LEAVE_OUT}"
+        )
+    connector = getattr(kv_transfer, "kv_connector", None)
+    if connector is not None and connector not in _CONNECTORS:
+        raise ViSpecError(
+            f"kv_connector={connector} may save keys before the accepted path is known; choose one "
+            f"of {', '.join(sorted(_CONNECTORS))}, or {_LEAVE_OUT}"
+        )
 
 
 def check_batch(vllm_config: Any, settings: TreeSettings) -> None:

@@ -42,7 +42,8 @@ class TreeSpeculator(ViSpecSpeculator):
 
     def capture(self) -> None:
         """Record the first pass; the levels of trees run eagerly."""
-        num_steps, self.num_speculative_steps = self.num_speculative_steps, 1
+        num_steps = self.speculative_config.num_speculative_tokens
+        self.num_speculative_steps = 1
         try:
             super().capture()
         finally:

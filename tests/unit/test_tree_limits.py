@@ -1,0 +1,146 @@
+"""Engines in which trees could not work are refused with the remedy."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_vispec.engine.trees import limits
+from vllm_vispec.engine.trees.attention import _check_backend, _check_layer
+from vllm_vispec.engine.trees.path_rules import ChainRequests, needs_chain
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.tree.settings import TreeSettings
+
+OUT = r'leave "tree" out'
+
+
+def _target(**changes: Any) -> Any:
+    plain = {"use_mla": False, "is_hybrid": False, "model": "target", "window": None, "cap": None}
+    values = SimpleNamespace(**(plain | changes))
+    values.get_sliding_window = lambda: values.window
+    values.hf_text_config = SimpleNamespace(attn_logit_softcapping=values.cap)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_mla": True}, "has latent attention"),
+        ({"is_hybrid": True}, "has recurrent"),
+        ({"window": 128}, "has a sliding window"),
+        ({"cap": 50.0}, "has a soft cap"),
+    ],
+)
+def test_targets(changes: dict[str, Any], said: str) -> None:
+    limits.check_target(_target(), None)
+    with pytest.raises(ViSpecError, match=f"{said}.*{OUT}"):
+        limits.check_target(_target(**changes), None)
+
+
+def test_connectors() -> None:
+    limits.check_target(_target(), SimpleNamespace(kv_connector="NixlConnector"))
+    with pytest.raises(ViSpecError, match=f"LMCacheConnectorV1 may save keys.*{OUT}"):
+        limits.check_target(_target(), SimpleNamespace(kv_connector="LMCacheConnectorV1"))
+
+
+def _layer(**changes: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = dict.fromkeys(
+        ("alibi_slopes", "logits_soft_cap", "per_layer_sliding_window", "cache_config")
+    )
+    return plain | {"scale": 128**-0.5, "head_size": 128, "head_size_v": None} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"alibi_slopes": [0.5]}, "alibi_slopes"),
+        ({"logits_soft_cap": 30.0}, "logits_soft_cap"),
+        ({"per_layer_sliding_window": 64}, "per_layer_sliding_window"),
+        ({"cache_config": SimpleNamespace(sliding_window=64)}, "per_layer_sliding_window"),
+        ({"scale": 0.001}, "scale of 0.001"),
+        ({"head_size_v": 64}, "values of another head size"),
+    ],
+)
+def test_layers(changes: dict[str, Any], said: str) -> None:
+    _check_layer(_layer())
+    with pytest.raises(ViSpecError, match=f"{said}.*{OUT}"):
+        _check_layer(_layer(**changes))
+
+
+def _built(kv_cache_dtype: str = "auto", *, stores_inside: bool = False) -> Any:
+    backend = SimpleNamespace(
+        get_name=lambda: "SOME", forward_includes_kv_cache_update=stores_inside
+    )
+    return SimpleNamespace(attn_backend=backend, kv_cache_dtype=kv_cache_dtype)
+
+
+def test_backends() -> None:
+    _check_backend(_built())
+    with pytest.raises(ViSpecError, match=r"SOME, which stores keys.*choose"):
+        _check_backend(_built(stores_inside=True))
+    with pytest.raises(ViSpecError, match=r"kv_cache_dtype=fp8_e4m3 does not work.*leave one"):
+        _check_backend(_built("fp8_e4m3"))
+
+
+def _config(**parallel: Any) -> Any:
+    scheduler = SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=128)
+    return SimpleNamespace(
+        scheduler_config=scheduler,
+        parallel_config=SimpleNamespace(**parallel),
+        watermark_config=None,
+    )
+
+
+def test_batches_must_fit_a_draft_pass() -> None:
+    limits.check_batch(_config(), TreeSettings(top_k=8))
+    with pytest.raises(ViSpecError, match=r"top_k=9 times max_num_seqs=16 exceeds .*=128.*raise"):
+        limits.check_batch(_config(), TreeSettings(top_k=9))
+
+
+def test_batches_must_be_whole() -> None:
+    plain = {
+        "data_parallel_size": 1,
+        "enable_batch_sharded_sampling": False,
+        "enable_dbo": False,
+    }
+    limits.check_v2(_config(**plain))
+    for name, value in (("data_parallel_size", 2), ("enable_dbo", True)):
+        with pytest.raises(ViSpecError, match=f"{name}={value} does not work with tree.*leave"):
+            limits.check_v2(_config(**(plain | {name: value})))
+
+
+def _params(**changes: Any) -> Any:
+    plain = {
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "bad_words": None,
+        "min_tokens": 0,
+        "structured_outputs": None,
+        "thinking_token_budget": None,
+    }
+    return SimpleNamespace(**(plain | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        {"repetition_penalty": 1.2},
+        {"bad_words": ["a"]},
+        {"min_tokens": 3},
+        {"structured_outputs": object()},
+        {"thinking_token_budget": 10},
+    ],
+)
+def test_requests_whose_sampling_depends_on_the_path_get_chains(changes: dict[str, Any]) -> None:
+    assert not needs_chain(_params())
+    assert needs_chain(_params(**changes))
+    known = ChainRequests()
+    params = {"plain": _params(), "other": _params(**changes)}
+    assert known.flags(["plain", "other"], params) == [False, True]
+    # Remembered: later batches need no parameters.
+    assert known.flags(["other", "plain"], {}) == [True, False]
