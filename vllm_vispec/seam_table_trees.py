@@ -123,6 +123,13 @@ TREE_SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         _V1_RUNNER,
+        "GPUModelRunner._input_fits_in_drafter",
+        ("common_attn_metadata",),
+        "wraps",
+        "V1, trees: drafted up to the longest sequence (one object only)",
+    ),
+    Seam(
+        _V1_RUNNER,
         "GPUModelRunner.self.rejection_sampler",
         (),
         "subclasses",

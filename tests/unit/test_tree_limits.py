@@ -34,15 +34,17 @@ def _target(**changes: Any) -> Any:
     ],
 )
 def test_targets(changes: dict[str, Any], said: str) -> None:
-    limits.check_target(_target(), None)
+    limits.check_target(_target())
     with pytest.raises(ViSpecError, match=f"{said}.*{OUT}"):
-        limits.check_target(_target(**changes), None)
+        limits.check_target(_target(**changes))
 
 
 def test_connectors() -> None:
-    limits.check_target(_target(), SimpleNamespace(kv_connector="NixlConnector"))
-    with pytest.raises(ViSpecError, match=f"LMCacheConnectorV1 may save keys.*{OUT}"):
-        limits.check_target(_target(), SimpleNamespace(kv_connector="LMCacheConnectorV1"))
+    limits.check_connector(None)
+    limits.check_connector(SimpleNamespace(kv_connector="NixlConnector"))
+    for make in (dict, SimpleNamespace):
+        with pytest.raises(ViSpecError, match=f"LMCacheConnectorV1 may save keys.*{OUT}"):
+            limits.check_connector(make(kv_connector="LMCacheConnectorV1"))
 
 
 def _layer(**changes: Any) -> dict[str, Any]:
@@ -90,6 +92,7 @@ def _config(**parallel: Any) -> Any:
         scheduler_config=scheduler,
         parallel_config=SimpleNamespace(**parallel),
         watermark_config=None,
+        kv_transfer_config=None,
     )
 
 

@@ -62,7 +62,8 @@ def _create_speculative_config(
     check_settings(settings, parallel, has_tree=options.tree is not None)
     check_target(info.config, target, parallel)
     if options.tree is not None:
-        limits.check_target(target, args.kv_transfer_config)
+        limits.check_target(target)
+        limits.check_connector(args.kv_transfer_config)
     options = resolve_draft_vocab(options, settings, info.folder, info.config.vocab_size)
     settings.update(method="eagle", model=str(info.folder))
     logger.info(

@@ -1,10 +1,12 @@
 """Refusals at start: engines in which trees could not work, said in one line with the remedy."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.tree.settings import TreeSettings
 
+_KEY = "kv_connector"
 _LEAVE_OUT = 'leave "tree" out of the speculative config'
 # These read the cache between steps, when accepted paths are stored again.
 _CONNECTORS = frozenset(
@@ -20,14 +22,13 @@ _CONNECTORS = frozenset(
 )
 
 
-def check_target(target: Any, kv_transfer: Any) -> None:
-    """Check a target's kind of attention, and who else reads its KV cache.
+def check_target(target: Any) -> None:
+    """Check a target's kind of attention.
 
     What single layers have, such as ALiBi, is checked when they are built.
 
     Args:
         target: vLLM's ``ModelConfig``.
-        kv_transfer: vLLM's ``KVTransferConfig``; None without a connector.
 
     Raises:
         ViSpecError: Names what does not fit and the remedy.
@@ -45,7 +46,19 @@ def check_target(target: Any, kv_transfer: Any) -> None:
             f"target {target.model} has {problem}, which draft trees cannot pass through; "
             f"{_LEAVE_OUT}"
         )
-    connector = getattr(kv_transfer, "kv_connector", None)
+
+
+def check_connector(kv_transfer: Any) -> None:
+    """Check who else reads the KV cache.
+
+    Args:
+        kv_transfer: vLLM's ``KVTransferConfig``, or what it is made of; None without a connector.
+
+    Raises:
+        ViSpecError: Names the setting and the remedy.
+    """
+    is_plain = isinstance(kv_transfer, Mapping)
+    connector = kv_transfer.get(_KEY) if is_plain else getattr(kv_transfer, _KEY, None)
     if connector is not None and connector not in _CONNECTORS:
         raise ViSpecError(
             f"kv_connector={connector} may save keys before the accepted path is known; choose one "
@@ -56,9 +69,12 @@ def check_target(target: Any, kv_transfer: Any) -> None:
 def check_batch(vllm_config: Any, settings: TreeSettings) -> None:
     """Check that a draft pass over a level of every request's tree fits vLLM's buffers.
 
+    Also who reads the KV cache, which vLLM may have decided since the settings were checked.
+
     Raises:
         ViSpecError: Names the settings and the remedy.
     """
+    check_connector(vllm_config.kv_transfer_config)
     scheduler = vllm_config.scheduler_config
     rows = scheduler.max_num_seqs * settings.top_k
     if rows > scheduler.max_num_batched_tokens:

@@ -47,6 +47,7 @@ class RunnerTrees:
         wrap_object(runner, "_calc_spec_decode_metadata", self._begin)
         wrap_object(runner, "_model_forward", self._forward)
         wrap_object(runner, "_get_draft_token_ids_cpu", self._drafts_for_scheduler)
+        wrap_object(runner, "_input_fits_in_drafter", self._fits)
         sampler = TreeRejectionSampler(runner.sampler, runner.speculative_config, runner.device)
         sampler.trees = self
         runner.rejection_sampler = sampler
@@ -123,6 +124,14 @@ class RunnerTrees:
         self._hidden = output[0] if isinstance(output, tuple) else output
         self._slot_mapping = get_forward_context().slot_mapping
         return output
+
+    def _fits(self, original: Callable[..., bool], metadata: Any) -> bool:
+        """Draft up to the longest sequence too.
+
+        Near it the scheduler takes as many of a tree's nodes as fit, the best ones; vLLM would stop
+        a whole tree's number of tokens before it, and for all requests of the batch.
+        """
+        return metadata is not None
 
     def _drafts_for_scheduler(
         self, original: Callable[..., tuple[list[list[int]], list[str]]]

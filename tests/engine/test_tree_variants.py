@@ -1,0 +1,105 @@
+"""Trees of other policies, sizes and heads on V1: outputs are plain vLLM's, and drafts count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from tests.engine.setups import SMALL, Served, accepted, assert_same, mean_accepted, serve, setup
+from tests.support.runners import RUNNERS
+from tests.support.tiny_store import TinyStore
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+
+KIND = "qwen2_5_vl"
+LIMIT = 256
+EAGLE2: Mapping[str, Any] = {"policy": "eagle2", "depth": 3, "top_k": 3}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A tree, and what else is changed.
+
+    Attributes:
+        tree: The setting.
+        nodes: Nodes without the root.
+        head: Changes to the head.
+        config: Further speculative settings.
+    """
+
+    tree: Mapping[str, Any]
+    nodes: int = 19
+    head: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def options(self, tiny: TinyStore) -> dict[str, Any]:
+        """Return the engine's options."""
+        target, head = tiny.pair(KIND, **self.head)
+        config = {
+            "method": "vispec",
+            "model": head,
+            "num_speculative_tokens": self.nodes,
+            "tree": dict(self.tree),
+            **self.config,
+        }
+        extra = SMALL["extra"] | {"speculative_config": config}
+        return dict(SMALL) | {"model": target, "draft": head, "extra": extra}
+
+
+LOAD = {"num_speculative_tokens_per_batch_size": [[1, 2, 19], [3, 6, 7], [7, 10, 2], [11, 16, 0]]}
+VARIANTS: Mapping[str, Variant] = {
+    "embeds": Variant(EAGLE2, head={"compress": False}),
+    "spec_llava": Variant({"policy": "spec_llava", "depth": 3, "top_k": 3, "threshold": 0.1}),
+    "entropy": Variant({"policy": "entropy", "depth": 5, "top_k": 3}),
+    "load": Variant(EAGLE2, config=LOAD),
+    # More slots are drafted into than there are nodes.
+    "few": Variant(EAGLE2, nodes=4),
+    "shallow": Variant({"policy": "eagle2", "depth": 1, "top_k": 3}, nodes=12),
+}
+
+
+@pytest.fixture(scope="module")
+def served(tiny: TinyStore) -> Served:
+    """Plain vLLM and every variant; prompts near the longest sequence for two of them."""
+    mixed = {"count": 32}
+    plain = dict(SMALL) | {"model": tiny.pair(KIND)[0]}
+    setups = [setup("plain", KIND, plain, {"mixed": mixed, "edge": {}})]
+    for name, variant in VARIANTS.items():
+        scenarios: dict[str, Any] = {"mixed": dict(mixed)}
+        if name in ("few", "load"):
+            scenarios["edge"] = {}
+        setups.append(setup(name, KIND, variant.options(tiny), scenarios))
+    return serve(RUNNERS["v1"], setups)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(served: Served, name: str) -> None:
+    assert_same(served["plain", "mixed"], served[name, "mixed"])
+    assert mean_accepted(served[name, "mixed"]) > 0.1
+
+
+def test_depth_bounds_what_is_accepted(served: Served) -> None:
+    """Two levels with a depth of one; deeper ones elsewhere."""
+    found = {
+        name: {n for rows in accepted(served[name, "mixed"]).values() for row in rows for n in row}
+        for name in ("shallow", "embeds")
+    }
+    assert max(found["shallow"]) == 2
+    assert max(found["embeds"]) > 2
+
+
+@pytest.mark.parametrize("name", ["few", "load"])
+def test_near_the_longest_sequence(served: Served, name: str) -> None:
+    """As many nodes as fit are verified, and some of them are accepted."""
+    assert_same(served["plain", "edge"], served[name, "edge"])
+    rounds = [
+        (drafted, accepted)
+        for rows in served[name, "edge"]["results"].values()
+        for row in rows
+        for drafted, accepted in zip(row["drafted"], row["accepted_draft"], strict=True)
+    ]
+    assert {drafted for drafted, _ in rounds} >= {1, 2, 3}
+    assert sum(accepted for _, accepted in rounds) > 0
