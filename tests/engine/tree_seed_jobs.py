@@ -21,7 +21,8 @@ def sample_with_seeds(
             f"{image_text(kind, 1)} {words(i, 6)}",
             (i,),
             max_tokens,
-            {"temperature": TEMPERATURES[i % len(TEMPERATURES)], "seed": i, "top_p": 0.95},
+            # No top_p: vLLM's kernel for it does not run under Triton's interpreter.
+            {"temperature": TEMPERATURES[i % len(TEMPERATURES)], "seed": i},
         )
         for i in range(count)
     ]

@@ -86,32 +86,40 @@ def test_backends() -> None:
         _check_backend(_built("fp8_e4m3"))
 
 
+WHOLE: dict[str, Any] = {
+    "data_parallel_size": 1,
+    "enable_batch_sharded_sampling": False,
+    "enable_dbo": False,
+}
+
+
 def _config(**parallel: Any) -> Any:
     scheduler = SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=128)
     return SimpleNamespace(
         scheduler_config=scheduler,
-        parallel_config=SimpleNamespace(**parallel),
+        parallel_config=SimpleNamespace(**(WHOLE | parallel)),
         watermark_config=None,
         kv_transfer_config=None,
     )
 
 
 def test_batches_must_fit_a_draft_pass() -> None:
-    limits.check_batch(_config(), TreeSettings(top_k=8))
+    limits.check_engine(_config(), TreeSettings(top_k=8))
     with pytest.raises(ViSpecError, match=r"top_k=9 times max_num_seqs=16 exceeds .*=128.*raise"):
-        limits.check_batch(_config(), TreeSettings(top_k=9))
+        limits.check_engine(_config(), TreeSettings(top_k=9))
 
 
 def test_batches_must_be_whole() -> None:
-    plain = {
-        "data_parallel_size": 1,
-        "enable_batch_sharded_sampling": False,
-        "enable_dbo": False,
-    }
-    limits.check_v2(_config(**plain))
     for name, value in (("data_parallel_size", 2), ("enable_dbo", True)):
         with pytest.raises(ViSpecError, match=f"{name}={value} does not work with tree.*leave"):
-            limits.check_v2(_config(**(plain | {name: value})))
+            limits.check_engine(_config(**{name: value}), TreeSettings())
+
+
+def test_the_connector_is_checked_again() -> None:
+    config = _config()
+    config.kv_transfer_config = SimpleNamespace(kv_connector="LMCacheConnectorV1")
+    with pytest.raises(ViSpecError, match="LMCacheConnectorV1 may save keys"):
+        limits.check_engine(config, TreeSettings())
 
 
 def _params(**changes: Any) -> Any:

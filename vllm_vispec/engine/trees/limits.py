@@ -66,15 +66,20 @@ def check_connector(kv_transfer: Any) -> None:
         )
 
 
-def check_batch(vllm_config: Any, settings: TreeSettings) -> None:
-    """Check that a draft pass over a level of every request's tree fits vLLM's buffers.
-
-    Also who reads the KV cache, which vLLM may have decided since the settings were checked.
+def check_engine(vllm_config: Any, settings: TreeSettings) -> None:
+    """Check what is known when an engine is built.
 
     Raises:
         ViSpecError: Names the settings and the remedy.
     """
+    # vLLM may have chosen one since the settings were checked.
     check_connector(vllm_config.kv_transfer_config)
+    _check_whole_batches(vllm_config)
+    _check_buffers(vllm_config, settings)
+
+
+def _check_buffers(vllm_config: Any, settings: TreeSettings) -> None:
+    """A draft pass over a level of every request's tree must fit vLLM's buffers."""
     scheduler = vllm_config.scheduler_config
     rows = scheduler.max_num_seqs * settings.top_k
     if rows > scheduler.max_num_batched_tokens:
@@ -94,12 +99,7 @@ _WHOLE_BATCHES = {
 }
 
 
-def check_v2(vllm_config: Any) -> None:
-    """Check what trees on the V2 runner cannot do.
-
-    Raises:
-        ViSpecError: Names the setting and the remedy.
-    """
+def _check_whole_batches(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     for name, plain in _WHOLE_BATCHES.items():
         value = getattr(parallel, name, plain)

@@ -28,7 +28,8 @@ def keep_target_keys(vllm_config: Any, draft_layers: Collection[str]) -> KeptKey
         if padding is None:
             continue
         sizes.append((padding.head_size, padding.padded_size))
-        if name not in draft_layers:
+        # A layer that shares another's cache stores nothing.
+        if name not in draft_layers and layer.kv_sharing_target_layer_name is None:
             padding.kept = kept.add(layer, max_num_tokens)
     _log(sizes, kept)
     return kept

@@ -12,7 +12,7 @@ from torch import nn
 from vllm.forward_context import set_forward_context
 
 from vllm_vispec.engine.trees.attention import settings_of
-from vllm_vispec.engine.trees.limits import check_batch
+from vllm_vispec.engine.trees.limits import check_engine
 from vllm_vispec.engine.trees.v1_runner import RunnerTrees
 from vllm_vispec.engine.v1 import ViSpecProposer
 from vllm_vispec.tree.grow import DraftTree, Frontier, TreeGrower, best_path, replace_rows
@@ -41,7 +41,7 @@ class TreeProposer(ViSpecProposer):
         """Load the head; everything trees need is allocated before memory is profiled."""
         super().load_model(target_model)
         self._settings = settings_of(self.vllm_config)
-        check_batch(self.vllm_config, self._settings)
+        check_engine(self.vllm_config, self._settings)
         self._grower = TreeGrower(self._settings)
         self._num_nodes = self.num_speculative_tokens
         self._root_hidden: torch.Tensor | None = None

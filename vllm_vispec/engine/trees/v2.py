@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_vispec.engine.trees.attention import settings_of
-from vllm_vispec.engine.trees.limits import check_batch, check_v2
+from vllm_vispec.engine.trees.limits import check_engine
 from vllm_vispec.engine.trees.v2_state import StateTrees
 from vllm_vispec.engine.v2 import ViSpecSpeculator
 from vllm_vispec.tree.grow import DraftTree, Frontier, TreeGrower, best_path, replace_rows
@@ -31,8 +31,7 @@ class TreeSpeculator(ViSpecSpeculator):
         """Load the head."""
         super().load_model(target_model)
         self._settings = settings_of(self.vllm_config)
-        check_batch(self.vllm_config, self._settings)
-        check_v2(self.vllm_config)
+        check_engine(self.vllm_config, self._settings)
         self._grower = TreeGrower(self._settings)
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
