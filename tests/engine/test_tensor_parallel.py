@@ -33,17 +33,25 @@ def served(tiny: TinyStore) -> dict[str, dict[str, Any]]:
         "spec": base | {"extra": TWO_WORKERS, "draft": head},
         "one worker": base | {"draft": head},
     }
+    tree = {"num_draft_tokens": 29, "tree": {"policy": "eagle2"}}
+    runs |= {f"{name}, tree": runs[name] | tree for name in ("spec", "one worker")}
     kwargs = {"kind": KIND, "runs": runs, "count": COUNT}
     items = run_in_subprocess("tests.engine.parallel_jobs:serve", kwargs, RUNNERS["v1"].env(), 1500)
     return {item["name"]: item for item in items}
 
 
-def test_lossless(served: dict[str, dict[str, Any]]) -> None:
+DRAFTS = pytest.mark.parametrize("drafts", ["", ", tree"], ids=["chain", "tree"])
+
+
+@DRAFTS
+def test_lossless(served: dict[str, dict[str, Any]], drafts: str) -> None:
     assert len(served["plain"]["results"]) == COUNT
-    assert outputs(served["plain"]) == outputs(served["spec"])
-    assert served["spec"]["metrics"]["vllm:spec_decode_num_drafts"] > 0
+    spec = served["spec" + drafts]
+    assert outputs(served["plain"]) == outputs(spec)
+    assert spec["metrics"]["vllm:spec_decode_num_drafts"] > 0
 
 
-def test_drafts_equal_those_of_one_worker(served: dict[str, dict[str, Any]]) -> None:
-    assert accepted(served["spec"]) == accepted(served["one worker"])
-    assert mean_accepted(served["spec"]) > 0.2
+@DRAFTS
+def test_drafts_equal_those_of_one_worker(served: dict[str, dict[str, Any]], drafts: str) -> None:
+    assert accepted(served["spec" + drafts]) == accepted(served["one worker" + drafts])
+    assert mean_accepted(served["spec" + drafts]) > 0.2

@@ -1,0 +1,146 @@
+"""Rounds over ragged batches: positions, codes, walks and moves against single requests."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.unit.tree_models import VOCAB, grow, random_model
+from vllm_vispec.engine.trees.code_rows import CodeRows
+from vllm_vispec.engine.trees.kept import KeptKeys, KeptLayer
+from vllm_vispec.engine.trees.rounds import TreeRound, TreeTable
+from vllm_vispec.tree.codes import UNUSED, encode, word_tables
+from vllm_vispec.tree.grow import DraftTree, best_path, replace_rows
+from vllm_vispec.tree.settings import TreeSettings
+
+SETTINGS = TreeSettings(depth=3, top_k=4)
+NODES, SLOTS = 12, 6
+CPU = torch.device("cpu")
+
+
+def _tables() -> tuple[TreeTable, DraftTree]:
+    """Return a table whose slots 3, 1 and 4 hold the trees of requests 0, 1 and 2."""
+    table = TreeTable(SETTINGS, NODES, SLOTS, CPU)
+    tree = grow(random_model(7), SETTINGS, 3, NODES)
+    table.write(torch.tensor([3, 1, 4]), tree)
+    return table, tree
+
+
+def _round(table: TreeTable, slots: list[int], counts: list[int], gap: int = 0) -> TreeRound:
+    """Return a batch; ``gap`` prompt tokens stand before each request's rows of logits."""
+    count_R = torch.tensor(counts)
+    ends = (count_R + 1).cumsum(0)
+    start_R = ends - count_R - 1
+    tokens: list[int] = []
+    at = 0
+    for count in counts:
+        tokens += range(at + gap, at + gap + count + 1)
+        at += gap + count + 1
+    return TreeRound(table, torch.tensor(slots), start_R, count_R, torch.tensor(tokens), at)
+
+
+def test_positions_are_levels() -> None:
+    table, tree = _tables()
+    batch = _round(table, [3, table.no_tree, 4], [NODES, 3, 5], gap=2)
+    depth = [0, *tree.depth[0].tolist(), 0, 1, 2, 3, 0, *tree.depth[2, :5].tolist()]
+    assert batch.depth.tolist() == depth
+    place = [*range(NODES + 1), 0, 1, 2, 3, *range(6)]
+    assert (batch.position_shift + torch.tensor(place)).tolist() == depth
+    assert bool((batch.path[NODES + 1 : NODES + 5] == UNUSED).all()), "no tree, no codes"
+    assert torch.equal(batch.path[1 : NODES + 1], tree.path[0])
+
+
+def test_accepted_paths_move_to_the_front() -> None:
+    table, tree = _tables()
+    counts = [NODES, 0, 7]
+    batch = _round(table, [3, table.no_tree, 4], counts, gap=1)
+    token = torch.cat([torch.tensor([0]), tree.token[0], torch.tensor([0, 0]), tree.token[2, :7]])
+    # The target follows the deepest node of request 0 and rejects all of request 2.
+    sampled = torch.full_like(token, VOCAB + 1)
+    node = int(tree.depth[0].argmax()) + 1
+    path = [node]
+    while node:
+        parent = int(tree.parent[0, node - 1])
+        sampled[parent] = tree.token[0, node - 1]
+        node = parent
+        path.insert(0, node)
+    found = batch.walk(sampled, token)
+    assert found.accepted.tolist() == [len(path) - 1, 0, 0]
+    moves = batch.moves(found)
+    rows = torch.arange(len(token))
+    moved = rows.clone()
+    moved[moves.place] = rows[moves.source]
+    expected = [*path, *range(len(path), NODES + 1), *range(NODES + 1, len(token))]
+    assert moved.tolist() == expected
+    is_draft = moves.is_draft.view(3, -1).sum(1)
+    assert is_draft.tolist() == [len(path) - 1, 0, 0]
+
+
+def test_empty_places_are_no_drafts() -> None:
+    """Whatever token vLLM embeds there: the table knows."""
+    table = TreeTable(SETTINGS, NODES, SLOTS, CPU)
+    tree = grow(random_model(7), SETTINGS, 1, NODES)
+    chains = best_path(tree)
+    table.write(slice(1), chains)
+    length = int((chains.token >= 0).sum())
+    token = torch.cat([torch.tensor([0]), chains.token[0].clamp(min=0)])
+    sampled = torch.cat([token[1:], torch.tensor([0])])
+    found = _round(table, [0], [NODES]).walk(sampled, token)
+    assert found.accepted.tolist() == [length]
+    assert length < NODES
+
+
+def test_some_requests_get_chains() -> None:
+    _, tree = _tables()
+    chosen = replace_rows(tree, best_path(tree), torch.tensor([[False], [True], [False]]))
+    for part, mine, theirs in zip(chosen, tree, best_path(tree), strict=True):
+        assert torch.equal(part[[0, 2]], mine[[0, 2]])
+        assert torch.equal(part[1], theirs[1])
+
+
+def test_codes_are_cleared() -> None:
+    rows = CodeRows(SETTINGS, 32, torch.float32, CPU)
+    path = torch.randint(0, UNUSED, (3, SETTINGS.levels))
+    rows.set(torch.tensor([4, 5, 9]), path, 10)
+    query, key = word_tables(torch.float32, CPU)
+    width = rows.num_channels + 4
+    assert torch.equal(rows.query(10, width)[[4, 5, 9], 0, :-4], encode(path, query))
+    assert torch.equal(rows.key(10, width)[[4, 5, 9], 0, :-4], encode(path, key))
+    assert int((rows.query(32, width) != 0).any(-1).sum()) == 3
+    rows.set(torch.tensor([0]), path[:1], 1)
+    assert int((rows.query(32, width) != 0).any(-1).sum()) == 1
+    rows.clear()
+    assert not rows.query(32, width).any()
+    assert not rows.key(32, width).any()
+
+
+class _Layer:
+    """Stands in for vLLM's attention layer; remembers what is stored."""
+
+    layer_name, num_kv_heads, head_size, dtype = "layer", 2, 3, torch.float32
+    _k_scale = torch.tensor(1.0)
+
+    def __init__(self) -> None:
+        self.impl = self
+        self.stored: list[tuple[torch.Tensor, ...]] = []
+
+    def store_plain(self, layer: _Layer, *rows: torch.Tensor) -> None:
+        assert layer is self
+        self.stored.append(rows)
+
+
+def test_keys_are_kept_for_trees_alone() -> None:
+    owner, layer = KeptKeys(always=False), _Layer()
+    kept: KeptLayer = owner.add(layer, 8)
+    assert owner.num_bytes == 2 * 8 * 2 * 3 * 4
+    key, value = torch.randn(5, 2, 3), torch.randn(5, 2, 3)
+    kept.keep(key, value)
+    assert not kept.key.any()
+    owner.want(True)
+    kept.keep(key, value)
+    source, place = torch.tensor([0, 3, 2]), torch.tensor([0, 1, 2])
+    is_moved = torch.tensor([False, True, True])
+    owner.store_again({"layer": torch.tensor([70, 71, 72, 73, 74])}, source, place, is_moved)
+    found_key, found_value, slots = layer.stored[0]
+    assert torch.equal(found_key, key[source])
+    assert torch.equal(found_value, value[source])
+    assert slots.tolist() == [-1, 71, 72]
