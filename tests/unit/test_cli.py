@@ -21,6 +21,7 @@ RUNNER = CliRunner()
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Building vLLM's default configuration takes seconds; one test does it."""
     monkeypatch.setattr(doctor, "runner_line", lambda: "V1 (stub)")
+    monkeypatch.setattr(doctor, "tree_line", lambda: "heads (stub)")
 
 
 def test_convert(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def run_checks() -> Report:
         lines.append(f"{'vllm':14} not installed: install vLLM ({plugin.supported_range()})")
         return Report(tuple(lines), ok=False)
     vllm_line, version_ok = _vllm_line()
-    lines += [vllm_line, f"{'runner':14} {runner_line()}"]
+    lines += [vllm_line, f"{'runner':14} {runner_line()}", f"{'trees':14} {tree_line()}"]
     seam_lines, seams_ok = _seam_lines()
     return Report((*lines, "", *seam_lines), ok=version_ok and seams_ok)
 
@@ -56,6 +56,33 @@ def runner_line() -> str:
     finally:
         logging.disable(logging.NOTSET)
     return f"{chosen} ({why})"
+
+
+def tree_line(head_size: int = 128) -> str:
+    """What attention heads of the usual size become with draft trees, on this machine."""
+    logging.disable(logging.WARNING)
+    try:
+        import torch
+        from vllm.config import VllmConfig, set_current_vllm_config
+
+        from vllm_vispec.engine.trees.attention import find_backend, smallest_head_size
+        from vllm_vispec.tree.codes import num_channels
+        from vllm_vispec.tree.settings import TreeSettings
+
+        channels = num_channels(TreeSettings().levels)
+        with set_current_vllm_config(VllmConfig()):
+            size = smallest_head_size(
+                head_size, channels, lambda size: find_backend(size, torch.bfloat16)
+            )
+            backend = None if size is None else find_backend(size, torch.bfloat16)
+    # As for the runner: whatever vLLM says is passed on.
+    except Exception as error:
+        return f"none: vLLM's default configuration fails here: {_first_reason(error)}"
+    finally:
+        logging.disable(logging.NOTSET)
+    if backend is None:
+        return f"refused: no attention backend here serves heads of {head_size} + {channels}"
+    return f"heads of {head_size} are padded to {size} at the default depth ({backend.get_name()})"
 
 
 def head_lines(head: str) -> list[str]:

@@ -171,29 +171,46 @@ def _check_backend(layer: Any) -> None:
         )
 
 
-def _padded_head_size(head_size: int, num_channels: int, values: dict[str, Any]) -> int:
-    """Return the smallest head size with room for the codes that the backend serves."""
+def smallest_head_size(head_size: int, num_channels: int, find: Callable[[int], Any]) -> int | None:
+    """Return the smallest head size with room for the codes that a backend serves, None if none.
+
+    Args:
+        head_size: The model's.
+        num_channels: Channels that the codes need.
+        find: Returns vLLM's attention backend for a head size, None if there is none.
+    """
     least = -(-(head_size + num_channels) // _STEP) * _STEP
     for size in range(least, head_size + num_channels + MAX_SPARE_CHANNELS, _STEP):
-        backend = values["attn_backend"] or _find_backend(size, values)
+        backend = find(size)
         if backend is not None and backend.supports_head_size(size):
             return size
-    raise ViSpecError(
-        f"speculative config: tree needs attention heads of {head_size} + {num_channels} channels "
-        "or more, which no attention backend here serves; lower tree.depth, or choose "
-        "--attention-backend TRITON_ATTN"
-    )
+    return None
 
 
-def _find_backend(size: int, values: dict[str, Any]) -> Any:
-    cache_config = values["cache_config"]
-    cache_dtype = cache_config.cache_dtype if cache_config is not None else "auto"
+def find_backend(size: int, dtype: torch.dtype, cache_dtype: Any = "auto") -> Any:
+    """Return the backend that vLLM chooses for a head size, None if it finds none."""
     try:
-        return get_attn_backend(
-            size, torch.get_default_dtype(), cache_dtype, attn_type=values["attn_type"]
-        )
+        return get_attn_backend(size, dtype, cache_dtype, attn_type=AttentionType.DECODER)
     except (ValueError, NotImplementedError):
         return None
+
+
+def _padded_head_size(head_size: int, num_channels: int, values: dict[str, Any]) -> int:
+    cache_config = values["cache_config"]
+    cache_dtype = cache_config.cache_dtype if cache_config is not None else "auto"
+
+    def find(size: int) -> Any:
+        given = values["attn_backend"]
+        return given or find_backend(size, torch.get_default_dtype(), cache_dtype)
+
+    size = smallest_head_size(head_size, num_channels, find)
+    if size is None:
+        raise ViSpecError(
+            f"speculative config: tree needs attention heads of {head_size} + {num_channels} "
+            "channels or more, which no attention backend here serves; lower tree.depth, or choose "
+            "--attention-backend TRITON_ATTN"
+        )
+    return size
 
 
 def _get_kv_cache_spec(original: Callable[..., Any], layer: Any, vllm_config: Any) -> Any:
