@@ -4,25 +4,21 @@ A layer is built by vLLM with the padded head size, so that backend, kernel and 
 Then it shows its own size to the model again, and its backend's implementation pads what comes in
 and cuts what goes out.  That happens inside vLLM's opaque attention operators, so the model's
 graph does not change.
-
-Shapes: T tokens, H heads, K key/value heads, h head size, P padded head size.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from inspect import signature
+from dataclasses import replace
+from inspect import BoundArguments, signature
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.selector import get_attn_backend
 
 from vllm_vispec.engine.trees.code_rows import MAX_SPARE_CHANNELS, CodeRows
-from vllm_vispec.engine.trees.kept import KeptLayer
+from vllm_vispec.engine.trees.padded_impl import LayerPadding, padded_class
 from vllm_vispec.engine.trees.setting import read_tree
 from vllm_vispec.engine.wrapping import wrap_once
 from vllm_vispec.errors import ViSpecError
@@ -41,40 +37,6 @@ def install() -> None:
     """Wrap vLLM's attention layer once; engines without trees get vLLM's own layers."""
     wrap_once(Attention, "__init__", _init)
     wrap_once(Attention, "get_kv_cache_spec", _get_kv_cache_spec)
-
-
-@dataclass
-class LayerPadding:
-    """How one layer is padded.
-
-    Attributes:
-        head_size: h.
-        padded_size: P.
-        codes: What the channels of the batch's tokens hold.
-        kept: Keys and values of the batch, for the layers of the target.
-    """
-
-    head_size: int
-    padded_size: int
-    codes: CodeRows
-    kept: KeptLayer | None = None
-
-    @property
-    def extra(self) -> int:
-        """Channels added."""
-        return self.padded_size - self.head_size
-
-    def query(self, query_THh: torch.Tensor) -> torch.Tensor:
-        """Return ``[T, H, P]`` with the tokens' codes."""
-        return _append(query_THh, self.codes.query(query_THh.shape[0], self.extra))
-
-    def key(self, key_TKh: torch.Tensor) -> torch.Tensor:
-        """Return ``[T, K, P]`` with the tokens' codes."""
-        return _append(key_TKh, self.codes.key(key_TKh.shape[0], self.extra))
-
-    def plain(self, rows_TKh: torch.Tensor) -> torch.Tensor:
-        """Return ``[T, K, P]`` with zeros, as values and tokens outside trees have them."""
-        return F.pad(rows_TKh, (0, self.extra))
 
 
 def padding_of(layer: Any) -> LayerPadding | None:
@@ -103,34 +65,40 @@ def _find_code_rows(vllm_config: Any) -> CodeRows | None:
     return next((padding.codes for padding in paddings if padding is not None), None)
 
 
-def _append(rows_TXh: torch.Tensor, codes_T1E: torch.Tensor) -> torch.Tensor:
-    return torch.cat((rows_TXh, codes_T1E.expand(-1, rows_TXh.shape[1], -1)), dim=-1)
-
-
 def _init(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
     config = get_current_vllm_config()
     settings = read_tree(config)
-    given = signature(original).bind(layer, *args, **kwargs)
-    given.apply_defaults()
-    values = given.arguments
-    if settings is None or values["attn_type"] != AttentionType.DECODER:
+    if settings is None:
         original(layer, *args, **kwargs)
         return
+    given = signature(original).bind(layer, *args, **kwargs)
+    given.apply_defaults()
+    if given.arguments["attn_type"] != AttentionType.DECODER:
+        original(layer, *args, **kwargs)
+        return
+    _build_padded(original, given, _find_code_rows(config) or _make_code_rows(config, settings))
+
+
+def _make_code_rows(config: Any, settings: TreeSettings) -> CodeRows:
+    max_num_tokens = config.scheduler_config.max_num_batched_tokens
+    # Models are built with the target's dtype and device as defaults.
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    return CodeRows(settings, max_num_tokens, dtype, device)
+
+
+def _build_padded(original: Callable[..., None], given: BoundArguments, codes: CodeRows) -> None:
+    """Build the layer that ``given`` begins with for wider heads, and hide that from its model."""
+    values = given.arguments
     _check_layer(values)
     head_size = values["head_size"]
-    codes = _find_code_rows(config) or CodeRows(
-        settings,
-        config.scheduler_config.max_num_batched_tokens,
-        torch.get_default_dtype(),
-        torch.get_default_device(),
-    )
     padded_size = _padded_head_size(head_size, codes.num_channels, values)
     values["head_size"] = padded_size
     original(*given.args, **given.kwargs)
+    layer: Any = given.args[0]
     _check_backend(layer)
     layer.head_size = layer.head_size_v = head_size
     backend_class: Any = type(layer.impl)
-    layer.impl.__class__ = _padded_class(backend_class)
+    layer.impl.__class__ = padded_class(backend_class)
     layer.impl.tree_padding = LayerPadding(head_size, padded_size, codes)
 
 
@@ -218,71 +186,6 @@ def _get_kv_cache_spec(original: Callable[..., Any], layer: Any, vllm_config: An
     if spec is None or padding is None:
         return spec
     return replace(spec, head_size=padding.padded_size, head_size_v=padding.padded_size)
-
-
-@lru_cache
-def _padded_class(base: Any) -> Any:
-    """Return a subclass of a backend's implementation that pads; for instances that exist."""
-
-    class PaddedImpl(base):
-        tree_padding: LayerPadding
-
-        def forward(
-            self,
-            layer: Any,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            kv_cache: torch.Tensor,
-            attn_metadata: Any,
-            output: torch.Tensor,
-            *args: Any,
-            **kwargs: Any,
-        ) -> torch.Tensor:
-            """Attend with padded heads; keys and values have been stored before."""
-            if attn_metadata is None:
-                return output.zero_()
-            padding = self.tree_padding
-            padded_THP = output.new_empty((*output.shape[:-1], padding.padded_size))
-            super().forward(
-                layer,
-                padding.query(query),
-                key,
-                value,
-                kv_cache,
-                attn_metadata,
-                padded_THP,
-                *args,
-                **kwargs,
-            )
-            return output.copy_(padded_THP[..., : padding.head_size])
-
-        def do_kv_cache_update(
-            self,
-            layer: Any,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            kv_cache: torch.Tensor,
-            slot_mapping: torch.Tensor,
-        ) -> None:
-            """Store keys with the tokens' codes, and remember what may be stored again."""
-            padding = self.tree_padding
-            if padding.kept is not None:
-                padding.kept.keep(key, value)
-            super().do_kv_cache_update(
-                layer, padding.key(key), padding.plain(value), kv_cache, slot_mapping
-            )
-
-        def store_plain(
-            self, layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
-        ) -> None:
-            """Store ``[T, K, h]`` without codes at ``slots`` ``[T]``; -1 skips."""
-            padding = self.tree_padding
-            super().do_kv_cache_update(
-                layer, padding.plain(key), padding.plain(value), layer.kv_cache, slots
-            )
-
-    return PaddedImpl
 
 
 def settings_of(vllm_config: Any) -> TreeSettings:
