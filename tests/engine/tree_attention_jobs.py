@@ -1,26 +1,33 @@
-"""A child-process job: a padded attention layer of a running engine, fed by hand.
+"""A child-process job: one padded attention layer on the kernel that runs here, without an engine.
 
 Shapes: T tokens of a sequence, J nodes with the root, H heads, K key/value heads, h head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
-from tests.support import draft_logits, engine
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from tests.support.engine import prepare_process
+from tests.unit.tree_models import grow, is_ancestor, random_model
+from vllm_vispec.tree.grow import DraftTree
+from vllm_vispec.tree.settings import TreeSettings
 
 PREFIX, NODES = 437, 29
-# Two sequences of one block table: blocks of the tree, then of the plain one.
+NUM_HEADS, NUM_KV_HEADS = 8, 2
+BLOCK = 32
+# Two sequences share the cache: the tree's blocks, then those of a plain one.
 BLOCKS = 16
 
 
 @dataclass
 class Layer:
-    """A target's layer, its keys and values to be, and the queries of all tokens."""
+    """A padded layer, its keys and values to be, and the queries of all tokens."""
 
     module: Any
     builder: Any
@@ -29,25 +36,35 @@ class Layer:
     value: torch.Tensor
 
     @classmethod
-    def of(cls, runner: Any, num_tokens: int) -> Layer:
-        """Take the first layer of the target that is padded, and make up its inputs."""
-        import torch
+    def build(cls, head_size: int, num_tokens: int, dtype: torch.dtype) -> Layer:
+        """Build a layer as an engine with trees does, with a cache and made up inputs."""
+        from vllm.config import VllmConfig, set_current_vllm_config
+        from vllm.model_executor.layers.attention import Attention
 
-        from vllm_vispec.engine.trees.attention import padding_of
+        from vllm_vispec.engine.trees import attention
 
-        groups = [group for groups in runner.attn_groups for group in groups]
-        for name, module in runner.compilation_config.static_forward_context.items():
-            padding = padding_of(module)
-            if padding is not None and padding.kept is not None:
-                group = next(group for group in groups if name in group.layer_names)
-                generator = torch.Generator().manual_seed(0)
-                made = [
-                    torch.randn(num_tokens, heads, module.head_size, generator=generator)
-                    for heads in (module.num_heads, module.num_kv_heads, module.num_kv_heads)
-                ]
-                rows = [rows.to(module.dtype) for rows in made]
-                return cls(module, group.get_metadata_builder(), *rows)
-        raise AssertionError("no padded layer")
+        config: Any = VllmConfig()
+        config.cache_config.block_size = BLOCK
+        config.model_config = SimpleNamespace(dtype=dtype, is_mm_prefix_lm=False, rswa_window=None)
+        attention.install()
+        torch.set_default_dtype(dtype)
+        settings = mock.patch.object(attention, "read_tree", return_value=TreeSettings())
+        with settings, set_current_vllm_config(config):
+            module = Attention(
+                NUM_HEADS, head_size, head_size**-0.5, NUM_KV_HEADS, prefix="layers.0.attn"
+            )
+            spec = module.get_kv_cache_spec(config)
+            builder = module.attn_backend.get_builder_cls()(
+                spec, ["layers.0.attn"], config, torch.device("cpu")
+            )
+        shape = (1 + 2 * BLOCKS, NUM_KV_HEADS, BLOCK, 2 * spec.head_size)
+        module.kv_cache = torch.zeros(shape, dtype=dtype)
+        generator = torch.Generator().manual_seed(0)
+        rows = [
+            torch.randn(num_tokens, heads, head_size, generator=generator, dtype=torch.float32)
+            for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
+        ]
+        return cls(module, builder, *(part.to(dtype) for part in rows))
 
     def store(self, tokens: torch.Tensor, slots: torch.Tensor) -> None:
         """Store tokens as the engine does, with the codes that are set."""
@@ -58,7 +75,6 @@ class Layer:
 
     def attend(self, tokens: torch.Tensor, seq_len: int, first_block: int) -> torch.Tensor:
         """Let the last tokens of a sequence ask, ``[T, H, h]``."""
-        import torch
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
         count = len(tokens)
@@ -99,56 +115,71 @@ class Layer:
         return (weights @ value.transpose(0, 1)).transpose(0, 1)
 
 
-def measure(options: dict[str, Any]) -> dict[str, float]:
+def measure_all(cases: list[tuple[int, str]]) -> Iterator[dict[str, float]]:
+    """Measure head sizes and dtypes, one after another."""
+    prepare_process()
+    for head_size, dtype in cases:
+        yield measure(head_size, dtype)
+
+
+def measure(head_size: int, dtype: str) -> dict[str, float]:
     """Return errors of a tree in a row, of a plain sequence, and of one with a stored path."""
-    import torch
+    tree = grow(random_model(9), TreeSettings(), 1, NODES)
+    total = PREFIX + 1 + NODES
+    layer = Layer.build(head_size, total + 1, getattr(torch, dtype))
+    padding = layer.module.impl.tree_padding
+    tokens, nodes = torch.arange(total + 1), torch.arange(PREFIX, total)
+    first, plain = BLOCK, BLOCK * (1 + BLOCKS)
+    layer.store(tokens[:PREFIX], first + tokens[:PREFIX])
+    padding.codes.set(torch.arange(1, NODES + 1), tree.path[0], NODES + 1)
+    layer.store(nodes, first + nodes)
+    found = layer.attend(nodes, total, 1)
+    padding.codes.clear()
+    # The same tokens as a plain sequence.
+    layer.store(tokens[:total], plain + tokens[:total])
+    as_text = layer.attend(nodes, total, 1 + BLOCKS)
+    path = _deepest(tree)
+    return {
+        "tree": float((found - layer.dense(nodes, _visible(tree))).abs().max()),
+        "plain": float((as_text - layer.dense(nodes, _causal())).abs().max()),
+        "stored_again": _stored_again(layer, path),
+        "path": len(path),
+        "padded": padding.padded_size,
+    }
 
-    from tests.unit.tree_models import grow, is_ancestor, random_model
-    from vllm_vispec.engine.trees.attention import padding_of
-    from vllm_vispec.tree.settings import TreeSettings
 
-    with engine.engine(engine.EngineOptions(**options)) as llm, torch.inference_mode():
-        runner = draft_logits.model_runner(llm)
-        tree = grow(random_model(9), TreeSettings(), 1, NODES)
-        total = PREFIX + 1 + NODES
-        layer = Layer.of(runner, total + 1)
-        padding = padding_of(layer.module)
-        assert padding is not None
-        block = runner.cache_config.block_size
-        first, plain = block, block * (1 + BLOCKS)
-        tokens = torch.arange(total + 1)
-        nodes = torch.arange(PREFIX, total)
-        layer.store(tokens[:PREFIX], first + tokens[:PREFIX])
-        padding.codes.set(torch.arange(1, NODES + 1), tree.path[0], NODES + 1)
-        layer.store(nodes, first + nodes)
-        found = layer.attend(nodes, total, 1)
-        padding.codes.clear()
-        parents = [0, *tree.parent[0].tolist()]
-        visible = torch.ones(NODES + 1, total + 1, dtype=torch.bool).tril(PREFIX)
-        for node in range(NODES + 1):
-            for other in range(1, node):
-                visible[node, PREFIX + other] = is_ancestor(parents, other, node)
-        # The same tokens as a plain sequence, in other blocks.
-        layer.store(tokens[:total], plain + tokens[:total])
-        causal = torch.ones(NODES + 1, total + 1, dtype=torch.bool).tril(PREFIX)
-        as_text = layer.attend(nodes, total, 1 + BLOCKS)
-        # The deepest path, stored again in consecutive slots, and the token that follows it.
-        path = [int(tree.depth[0].argmax()) + 1]
-        while parents[path[0]]:
-            path.insert(0, parents[path[0]])
-        source = PREFIX + torch.tensor(path)
-        places = torch.arange(PREFIX + 1, PREFIX + 1 + len(path))
-        rows = layer.key[source], layer.value[source]
-        layer.module.impl.store_plain(layer.module, *rows, first + places)
-        sequence = torch.cat([tokens[: PREFIX + 1], source, tokens[total:]])
-        behind = first + len(sequence) - 1
-        layer.store(tokens[total:], torch.tensor([behind]))
-        layer.store(sequence, plain + torch.arange(len(sequence)))
-        after = layer.attend(tokens[total:], len(sequence), 1)
-        expected = layer.attend(tokens[total:], len(sequence), 1 + BLOCKS)
-        return {
-            "tree": float((found - layer.dense(nodes, visible)).abs().max()),
-            "plain": float((as_text - layer.dense(nodes, causal)).abs().max()),
-            "stored_again": float((after - expected).abs().max()),
-            "path": len(path),
-        }
+def _causal() -> torch.Tensor:
+    return torch.ones(NODES + 1, PREFIX + NODES + 2, dtype=torch.bool).tril(PREFIX)
+
+
+def _visible(tree: DraftTree) -> torch.Tensor:
+    """Return whom the root and the nodes may see, bool ``[J, T]``."""
+    parents, visible = [0, *tree.parent[0].tolist()], _causal()
+    for node in range(NODES + 1):
+        for other in range(1, node):
+            visible[node, PREFIX + other] = is_ancestor(parents, other, node)
+    return visible
+
+
+def _deepest(tree: DraftTree) -> list[int]:
+    """Return the nodes down to one of the deepest."""
+    parents = [0, *tree.parent[0].tolist()]
+    path = [int(tree.depth[0].argmax()) + 1]
+    while parents[path[0]]:
+        path.insert(0, parents[path[0]])
+    return path
+
+
+def _stored_again(layer: Layer, path: list[int]) -> float:
+    """Store a path again; return what the next token sees of it but not of a plain sequence."""
+    first, plain = BLOCK, BLOCK * (1 + BLOCKS)
+    source, last = PREFIX + torch.tensor(path), torch.tensor([PREFIX + NODES + 1])
+    places = PREFIX + 1 + torch.arange(len(path))
+    rows = layer.key[source], layer.value[source]
+    layer.module.impl.store_plain(layer.module, *rows, first + places)
+    sequence = torch.cat([torch.arange(PREFIX + 1), source, last])
+    layer.store(last, first + torch.tensor([len(sequence) - 1]))
+    layer.store(sequence, plain + torch.arange(len(sequence)))
+    after = layer.attend(last, len(sequence), 1)
+    expected = layer.attend(last, len(sequence), 1 + BLOCKS)
+    return float((after - expected).abs().max())

@@ -5,23 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.unit.tree_models import VOCAB, grow, random_model
+from tests.unit.tree_models import VOCAB, grow, random_model, slow_walk
 from vllm_vispec.tree.settings import TreeSettings
 from vllm_vispec.tree.walk import walk
-
-
-def _slow_walk(sampled: list[int], token: list[int], parent: list[int]) -> list[int]:
-    """Return the nodes visited, the root first."""
-    path = [0]
-    while True:
-        below = [
-            node
-            for node in range(1, len(token))
-            if parent[node] == path[-1] and token[node] == sampled[path[-1]] >= 0
-        ]
-        if not below:
-            return path
-        path.append(below[0])
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -43,7 +29,7 @@ def test_walk(seed: int) -> None:
     found = walk(sampled, token, parent, settings.levels)
     lengths = set()
     for request in range(requests):
-        path = _slow_walk(
+        path = slow_walk(
             sampled[request].tolist(), token[request].tolist(), parent[request].tolist()
         )
         count = len(path) - 1

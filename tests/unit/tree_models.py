@@ -106,3 +106,17 @@ def is_ancestor(parents: Sequence[int], ancestor: int, node: int) -> bool:
     while node > ancestor:
         node = parents[node]
     return node == ancestor
+
+
+def slow_walk(sampled: list[int], token: list[int], parent: list[int]) -> list[int]:
+    """Return the nodes that a walk visits, the root first."""
+    path = [0]
+    while True:
+        below = [
+            node
+            for node in range(1, len(token))
+            if parent[node] == path[-1] and token[node] == sampled[path[-1]] >= 0
+        ]
+        if not below:
+            return path
+        path.append(below[0])
