@@ -1,8 +1,8 @@
 """A tree in a row on the attention kernel that runs here, against float64 under a dense mask.
 
-A prefix of 437 tokens, 30 rows, 8 heads over 2 key/value heads.  Seen on vLLM 0.32's CPU kernel, with
-head sizes 64 and 128: 2.4e-7 and 4.4e-7 in float32, 1.1e-3 and 1.0e-3 in bfloat16, as much as a plain
-sequence has.
+A prefix of 437 tokens, 30 rows, 8 heads over 2 key/value heads.  Seen on vLLM 0.32's CPU kernel,
+with head sizes 64 and 128: 2.4e-7 and 4.4e-7 in float32, 1.1e-3 and 1.0e-3 in bfloat16, as much as
+a plain sequence has.
 """
 
 from __future__ import annotations
