@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.head_checks import require_flag, require_positive_int, require_positive_number
+from vllm_vispec.head_shapes import head_shapes
 from vllm_vispec.models.spec import QUERY, CompressorSpec, parse_compressor
 
 ARCHITECTURE = "EagleViSpecForCausalLM"
@@ -122,7 +123,7 @@ class HeadConfig:
         if not isinstance(self.compressor, str):
             raise ViSpecError(
                 f"compressor of the head is {self.compressor!r}, it must be a text like "
-                '"prune:20": correct the head's config.json'
+                '"prune:20": correct the head\'s config.json'
             )
         if self.compressor_spec.is_query:
             return
@@ -181,65 +182,7 @@ class HeadConfig:
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of every tensor such a head consists of."""
-        d = self.hidden_size
-        adaptor_bias = {"img_adaptor.k_proj.bias": (d,), "img_adaptor.v_proj.bias": (d,)}
-        shapes: dict[str, tuple[int, ...]] = {"fc.weight": (d, 2 * d), **self._layer_shapes()}
-        optional: list[tuple[bool, Mapping[str, tuple[int, ...]]]] = [
-            (self.has_embed_tokens, {"embed_tokens.weight": (self.vocab_size, d)}),
-            (self.fc_bias, {"fc.bias": (d,)}),
-            (self.has_img_fc, {"img_fc.weight": (d, 2 * d)}),
-            (self.has_img_fc and self.fc_bias, {"img_fc.bias": (d,)}),
-            (self.has_adaptor, self._adaptor_shapes()),
-            (self.has_adaptor and self.qkv_bias, adaptor_bias),
-            (self.final_norm, {"norm.weight": (d,)}),
-            (self.has_compressor, self._compressor_shapes()),
-        ]
-        for wanted, extra in optional:
-            if wanted:
-                shapes.update(extra)
-        return shapes
-
-    def _adaptor_shapes(self) -> dict[str, tuple[int, ...]]:
-        d, heads = self.hidden_size, self.num_attention_heads
-        return {
-            "img_adaptor.query": (self.num_query_tokens, heads, self.adaptor_head_dim),
-            "img_adaptor.k_proj.weight": (d, d),
-            "img_adaptor.v_proj.weight": (d, d),
-            "img_adaptor.o_proj.weight": (d, d),
-        }
-
-    def _compressor_shapes(self) -> dict[str, tuple[int, ...]]:
-        if not self.has_compressor:
-            return {}
-        # Here, because the modules need torch and this file's readers need not.
-        from vllm_vispec.models.compressor import compressor_shapes
-
-        shapes = compressor_shapes(
-            self.compressor_spec, self.hidden_size, self.num_attention_heads, self.qkv_bias
-        )
-        return {f"compressor.{name}": shape for name, shape in shapes.items()}
-
-    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        d, f = self.hidden_size, self.intermediate_size
-        q_out = self.num_attention_heads * self.head_dim
-        kv_out = self.num_key_value_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {
-            "layer.self_attn.q_proj.weight": (q_out, d),
-            "layer.self_attn.k_proj.weight": (kv_out, d),
-            "layer.self_attn.v_proj.weight": (kv_out, d),
-            "layer.self_attn.o_proj.weight": (d, q_out),
-            "layer.mlp.gate_proj.weight": (f, d),
-            "layer.mlp.up_proj.weight": (f, d),
-            "layer.mlp.down_proj.weight": (d, f),
-            "layer.post_attention_layernorm.weight": (d,),
-        }
-        if self.qkv_bias:
-            shapes["layer.self_attn.q_proj.bias"] = (q_out,)
-            shapes["layer.self_attn.k_proj.bias"] = (kv_out,)
-            shapes["layer.self_attn.v_proj.bias"] = (kv_out,)
-        if self.layer0_input_norm:
-            shapes["layer.input_layernorm.weight"] = (d,)
-        return shapes
+        return head_shapes(self)
 
     def to_llama_config_dict(self) -> dict[str, Any]:
         """Keyword arguments of a plain transformers `LlamaConfig` that describes the head to vLLM.

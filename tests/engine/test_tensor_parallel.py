@@ -1,4 +1,7 @@
-"""Two tensor-parallel workers (processes, gloo): lossless, and drafts like those of one worker."""
+"""Two tensor-parallel workers (processes, gloo): lossless, and drafts like those of one worker.
+
+With ViSpec's adaptor, and with a gated compressor, which every worker has for itself.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KIND = "qwen2_5_vl"
 COUNT = 16
+GATED = {"compressor": "select(prune:2,pool:4,text_only)", "num_q": 1, "dialect": "canonical"}
 TWO_WORKERS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
@@ -22,6 +26,7 @@ TWO_WORKERS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 def served(tiny: TinyStore) -> dict[str, dict[str, Any]]:
     """Two workers without and with the head, one worker with it."""
     target, head = tiny.pair(KIND)
+    _, gated = tiny.pair(KIND, **GATED)
     base: dict[str, Any] = {
         "model": target,
         "max_model_len": 256,
@@ -32,18 +37,23 @@ def served(tiny: TinyStore) -> dict[str, dict[str, Any]]:
         "plain": base | {"extra": TWO_WORKERS},
         "spec": base | {"extra": TWO_WORKERS, "draft": head},
         "one worker": base | {"draft": head},
+        "spec gated": base | {"extra": TWO_WORKERS, "draft": gated},
+        "one worker gated": base | {"draft": gated},
     }
     kwargs = {"kind": KIND, "runs": runs, "count": COUNT}
     items = run_in_subprocess("tests.engine.parallel_jobs:serve", kwargs, RUNNERS["v1"].env(), 1500)
     return {item["name"]: item for item in items}
 
 
-def test_lossless(served: dict[str, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("kind", ["", " gated"])
+def test_lossless(served: dict[str, dict[str, Any]], kind: str) -> None:
+    spec = served["spec" + kind]
     assert len(served["plain"]["results"]) == COUNT
-    assert outputs(served["plain"]) == outputs(served["spec"])
-    assert served["spec"]["metrics"]["vllm:spec_decode_num_drafts"] > 0
+    assert outputs(served["plain"]) == outputs(spec)
+    assert spec["metrics"]["vllm:spec_decode_num_drafts"] > 0
 
 
-def test_drafts_equal_those_of_one_worker(served: dict[str, dict[str, Any]]) -> None:
-    assert accepted(served["spec"]) == accepted(served["one worker"])
-    assert mean_accepted(served["spec"]) > 0.2
+@pytest.mark.parametrize("kind", ["", " gated"])
+def test_drafts_equal_those_of_one_worker(served: dict[str, dict[str, Any]], kind: str) -> None:
+    assert accepted(served["spec" + kind]) == accepted(served["one worker" + kind])
+    assert mean_accepted(served["spec" + kind]) > 0.2

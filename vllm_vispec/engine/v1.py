@@ -42,7 +42,9 @@ class ViSpecProposer(EagleProposer):
         """Fill row codes after vLLM has laid out the first draft pass."""
         num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
         starts = metadata.query_start_loc_cpu.tolist()
-        self.draft_rows.fill(self._requests(starts), self._runner.encoder_cache)
+        self.draft_rows.fill(
+            self._requests(starts), self._runner.encoder_cache, self.hidden_states[:num_tokens]
+        )
         on_cpu = current_platform.is_cpu()
         nothing_drafted = on_cpu and self.num_speculative_tokens == 0
         self._plan = self.draft_rows.sample_at(
@@ -108,6 +110,7 @@ class ViSpecProposer(EagleProposer):
                 features=states[request_id].mm_features,
                 first_row=int(batch.num_computed_tokens_cpu[index]),
                 num_rows=starts[index + 1] - starts[index],
+                num_prompt_tokens=int(batch.num_prompt_tokens[index]),
             )
             for index, request_id in enumerate(batch.req_ids)
         ]

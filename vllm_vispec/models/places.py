@@ -8,7 +8,6 @@ combination, because every branch's keys stay in the cache and only the query de
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -75,26 +74,45 @@ def place_tokens(spec: CompressorSpec, size: int) -> ImagePlaces:
     """
     counts = [num_tokens(branch, size) for branch in spec.primitives]
     starts = np.concatenate(([0], np.cumsum(counts)))
-    taken = np.zeros(size, dtype=bool)
+    free = _FreeRows(size)
     found: list[tuple[int, int, int]] = []
     for index in sorted(range(len(counts)), key=lambda i: counts[i]):
-        for token, row in enumerate(wanted_rows(spec.primitives[index], size).tolist()):
-            if len(found) == size:
-                break
-            free = next((r for r in _outwards(row, size) if not taken[r]), None)
-            if free is not None:
-                taken[free] = True
-                found.append((free, int(starts[index]) + token, index))
-    columns = np.array(sorted(found), dtype=np.int64).reshape(-1, 3).T
-    return ImagePlaces(*columns, num_tokens=int(starts[-1]))
+        for token, wanted in enumerate(wanted_rows(spec.primitives[index], size).tolist()):
+            row = free.take_nearest(wanted)
+            if row is not None:
+                found.append((row, int(starts[index]) + token, index))
+    rows, tokens, branches = np.array(sorted(found), dtype=np.int64).reshape(-1, 3).T
+    return ImagePlaces(rows, tokens, branches, int(starts[-1]))
 
 
-def _outwards(row: int, size: int) -> Iterator[int]:
-    """`row`, then its neighbours by distance; nothing for a row before the image."""
-    if row < 0:
-        return
-    yield row
-    for distance in range(1, size):
-        for near in (row - distance, row + distance):
-            if 0 <= near < size:
-                yield near
+class _FreeRows:
+    """Rows of one image that nobody has yet.
+
+    Links lead from every row to the next free one on either side; they are shortened whenever they
+    are followed, because a crowded image would otherwise take time that grows with its square.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        # Row r is entry r + 1; the first and the last entry stand for "none".
+        self.below, self.above = list(range(size + 2)), list(range(size + 2))
+
+    def take_nearest(self, row: int) -> int | None:
+        """Take `row` or the free row nearest to it, the earlier of two; None: none, or row < 0."""
+        if row < 0:
+            return None
+        below, above = _follow(self.below, row + 1), _follow(self.above, row + 1)
+        fits_below, fits_above = below > 0, above <= self.size
+        if not (fits_below or fits_above):
+            return None
+        nearer_below = fits_below and not (fits_above and above - row - 1 < row + 1 - below)
+        entry = below if nearer_below else above
+        self.below[entry], self.above[entry] = entry - 1, entry + 1
+        return entry - 1
+
+
+def _follow(links: list[int], entry: int) -> int:
+    while links[entry] != entry:
+        links[entry] = links[links[entry]]
+        entry = links[entry]
+    return entry
