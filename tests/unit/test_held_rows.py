@@ -38,7 +38,7 @@ def make_rows() -> DraftRows:
 
 def play(rows: DraftRows, ids: list[str], first: list[int], each: int) -> bool:
     """One round as the proposers play it; returns whether nothing had to be filled."""
-    holds = rows.holds(ids, np.array(first), each * len(ids))
+    holds = rows.holds(ids, first, each * len(ids))
     if not holds:
         requests = [
             RequestRows(name, (IMAGE,) if name[0] == "p" else (), at, each)

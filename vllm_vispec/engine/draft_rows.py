@@ -1,6 +1,7 @@
 """Keeps the draft's row codes in step with the batch; shared by both proposers."""
 
 from collections.abc import Mapping, Sequence
+from operator import le
 from typing import NamedTuple
 
 import numpy as np
@@ -55,8 +56,8 @@ class _HeldRows(NamedTuple):
 class _LastRound(NamedTuple):
     """Who had how many rows in a round of one code, and how far each request was."""
 
-    request_ids: tuple[str, ...]
-    first_rows: np.ndarray
+    request_ids: list[str]
+    first_rows: list[int]
     num_rows: int
 
 
@@ -93,7 +94,7 @@ class DraftRows:
         self.table.clear()
         self._held = self._last = None
 
-    def holds(self, request_ids: Sequence[str], first_rows: np.ndarray, num_rows: int) -> bool:
+    def holds(self, request_ids: list[str], first_rows: list[int], num_rows: int) -> bool:
         """Whether the last batch's rows serve this one, so that it needs no `fill`.
 
         So it is in most decoding rounds of one request, or of several without images: the same
@@ -101,21 +102,22 @@ class DraftRows:
 
         Args:
             request_ids: The batch's requests, in its order.
-            first_rows: Integers ``[R]``, see `RequestRows`; on the host.
+            first_rows: See `RequestRows`.
             num_rows: Rows of the whole batch.
         """
         last, held = self._last, self._held
-        ids = tuple(request_ids)
         known = (
             last is not None
             and held is not None
             and num_rows == last.num_rows
-            and ids == last.request_ids
+            and request_ids == last.request_ids
             and held.written == self.table.stats.computed
             # A request that was preempted begins anew.
-            and bool((first_rows >= last.first_rows).all())
+            and all(map(le, last.first_rows, first_rows))
         )
-        self._last = _LastRound(ids, first_rows.copy(), num_rows)
+        # The runner changes its list in place.
+        ids = last.request_ids if known and last is not None else list(request_ids)
+        self._last = _LastRound(ids, first_rows, num_rows)
         return known
 
     def fill(self, requests: Sequence[RequestRows], embeddings: Mapping[str, torch.Tensor]) -> None:

@@ -43,7 +43,7 @@ class ViSpecProposer(EagleProposer):
         num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
         self._first_draft_rows = token_indices
         batch = self._runner.input_batch
-        first_rows = batch.num_computed_tokens_cpu[: batch.num_reqs]
+        first_rows = batch.num_computed_tokens_cpu[: batch.num_reqs].tolist()
         holds = self.draft_rows.holds(batch.req_ids, first_rows, int(metadata.num_actual_tokens))
         if holds and self.num_speculative_tokens:
             return num_tokens, token_indices, metadata

@@ -42,7 +42,7 @@ class ViSpecSpeculator(EagleSpeculator):
         encoder_cache = getattr(getattr(self, "model_state", None), "encoder_cache", None)
         if encoder_cache is not None:
             count = input_batch.num_reqs
-            first_rows = input_batch.num_computed_tokens_np[:count]
+            first_rows = input_batch.num_computed_tokens_np[:count].tolist()
             ids, num_rows = input_batch.req_ids[:count], int(input_batch.num_tokens)
             if not self.draft_rows.holds(ids, first_rows, num_rows):
                 requests = _requests(input_batch, encoder_cache.mm_features)
