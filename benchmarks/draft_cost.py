@@ -11,7 +11,6 @@ proposer drives. Two numbers are printed apart, for decoding rounds:
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -50,6 +49,13 @@ def ratio_lines(profile: Profile) -> list[str]:
     ]
 
 
+def from_here(path: str) -> str:
+    """Return a path below the current folder as others can use it, any other as it is."""
+    here = Path.cwd()
+    absolute = Path(path).absolute()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else path
+
+
 def measure(settings: ProfileSettings, questions: int, folder: Path) -> Profile:
     """Write questions, ask them, and return the profile; its files lie in the folder."""
     families = settings.families or tuple(FAMILIES)
@@ -78,21 +84,20 @@ def main(
     """Compare the cost of a draft pass and of a draft step."""
     pair = Pair(model, draft_model, num_speculative_tokens)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    with tempfile.TemporaryDirectory(prefix="questions-") as data:
-        settings = ProfileSettings(
-            target=pair.model,
-            head=pair.draft_model,
-            data=data,
-            dataset="tiny",
-            num_speculative_tokens=num_speculative_tokens,
-            repetitions=repetitions,
-            max_tokens=max_tokens,
-            families=tuple(family or ()),
-            clock=clock,
-            serve=f"--dtype {dtype} --max-model-len {MAX_MODEL_LEN} --max-num-seqs 4 "
-            f"--max-num-batched-tokens {MAX_MODEL_LEN}",
-        )
-        profile = measure(settings, per_family, folder)
+    settings = ProfileSettings(
+        target=from_here(pair.model),
+        head=from_here(pair.draft_model),
+        data=str(folder / "data"),
+        dataset="tiny",
+        num_speculative_tokens=num_speculative_tokens,
+        repetitions=repetitions,
+        max_tokens=max_tokens,
+        families=tuple(family or ()),
+        clock=clock,
+        serve=f"--dtype {dtype} --max-model-len {MAX_MODEL_LEN} --max-num-seqs 4 "
+        f"--max-num-batched-tokens {MAX_MODEL_LEN}",
+    )
+    profile = measure(settings, per_family, folder)
     print_profile(profile)
     for line in ratio_lines(profile):
         print(line)

@@ -10,6 +10,7 @@ Tensor names end in their shape: T tokens of the batch, C requests decided, K br
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,9 @@ from vllm_vispec.engine.gated_attention import query_scale
 from vllm_vispec.engine.row_table import GatedRowTable
 from vllm_vispec.engine.upload import upload
 from vllm_vispec.models.compressor import ImageCompressor
+
+if TYPE_CHECKING:
+    from vllm_vispec.engine.model import DraftModel
 
 
 class Choices:
@@ -34,6 +38,13 @@ class Choices:
         self._choices: OrderedDict[str, int] = OrderedDict()
         # Grows with every decision: what the device holds of a choice may have changed.
         self.version = 0
+
+    @classmethod
+    def of(cls, model: "DraftModel") -> "Choices | None":
+        """For a draft; None if it has no gate."""
+        if model.compressor is None or not isinstance(model.rows, GatedRowTable):
+            return None
+        return cls(model.compressor, model.rows, model.head.head_dim)
 
     def choice_of(self, request_id: str) -> int:
         """Return the request's choice, 0 if nothing was decided for it."""

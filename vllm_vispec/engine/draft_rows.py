@@ -9,10 +9,11 @@ from vllm.platforms import current_platform
 
 from vllm_vispec.engine.choices import Choices
 from vllm_vispec.engine.first_pass import FirstPassPlan, is_long, visible_rows
+from vllm_vispec.engine.held_rows import HeldRows, Round
 from vllm_vispec.engine.image_table import ImageTable
 from vllm_vispec.engine.image_tokens import ImageTokens
 from vllm_vispec.engine.layout import FeatureLike, ImageRun, RequestLayout, row_rules
-from vllm_vispec.engine.model import DraftModel, EagleViSpecForCausalLM
+from vllm_vispec.engine.model import EagleViSpecForCausalLM
 from vllm_vispec.engine.row_table import GatedRowTable, RowTable
 from vllm_vispec.engine.upload import pinned, upload
 
@@ -42,26 +43,6 @@ class RequestRows(NamedTuple):
         return index if 0 <= index < self.num_rows else None
 
 
-class _HeldRows(NamedTuple):
-    """The batch buffer begins with ``num_rows`` rows of one ``code`` and one ``choice``.
-
-    ``written`` counts the table entries computed and the choices made until then: a later one may
-    be the code's or the choice.
-    """
-
-    code: int
-    choice: int
-    num_rows: int
-    written: int
-
-    def covers(self, wanted: "_HeldRows") -> bool:
-        return (
-            self.num_rows >= wanted.num_rows
-            and self[:2] == wanted[:2]
-            and (self.written == wanted.written)
-        )
-
-
 class DraftRows:
     """Writes, once per step, which table row every token of the batch uses.
 
@@ -79,12 +60,13 @@ class DraftRows:
         self._rules = row_rules(head.compress, head.global_feature)
         self.table = ImageTable(model.model.adaptor, self._rows.codes.num_slots)
         self._has_slots = head.has_adaptor
-        self._tokens = _image_tokens(model.model)
-        self._choices = _choices(model.model)
+        self._tokens = ImageTokens.of(model.model)
+        self._choices = Choices.of(model.model)
         self._layouts: dict[str, tuple[Sequence[FeatureLike], RequestLayout]] = {}
         self._max_layouts = 4 * max_num_requests
         self._warned: set[tuple[str, ImageRun]] = set()
-        self._held: _HeldRows | None = None
+        self._held: HeldRows | None = None
+        self._last: Round | None = None
         self._can_plan = head.compress
         self._plans = False
         self._visible: torch.Tensor | None = None
@@ -97,7 +79,32 @@ class DraftRows:
         self.table.clear()
         if self._tokens is not None:
             self._tokens.clear()
-        self._held = None
+        self._held = self._last = None
+
+    def holds(self, request_ids: list[str], first_rows: list[int], num_rows: int) -> bool:
+        """Whether the last batch's rows serve this one, so that it needs no `fill`.
+
+        So it is in most decoding rounds of one request, or of several without images: the same
+        requests, all further on, as many rows, and no image that was not there before. Never where
+        a gate decides, for which any round may hold a prompt's end.
+
+        Args:
+            request_ids: The batch's requests, in its order.
+            first_rows: See `RequestRows`.
+            num_rows: Rows of the whole batch.
+        """
+        last, held = self._last, self._held
+        known = (
+            last is not None
+            and held is not None
+            and self._choices is None
+            and held.written == self.table.stats.computed
+            and last.leads_to(request_ids, first_rows, num_rows)
+        )
+        # The runner changes its list in place.
+        ids = last.request_ids if known and last is not None else list(request_ids)
+        self._last = Round(ids, first_rows, num_rows)
+        return known
 
     def fill(
         self,
@@ -119,12 +126,15 @@ class DraftRows:
         total = sum(num_rows)
         self._plans = self._can_plan and is_long(num_rows, on_cpu=self._on_cpu)
         self._visible = None
+        if self._plans:
+            # A plan is for one pass; the next round needs one of its own.
+            self._last = None
         self._rows.all_text = self._is_eager and None not in codes
         if codes and codes[0] is not None and _is_uniform(codes) and _is_uniform(choices):
             self._set_uniform(codes[0], choices[0], total)
             return
         codes_T = self._row_codes(requests, codes, embeddings)
-        self._held = None
+        self._held = self._last = None
         self._upload(codes_T)
         if self._choices is not None:
             self._upload_choices(np.repeat(np.array(choices, dtype=np.int32), num_rows))
@@ -268,7 +278,7 @@ class DraftRows:
         So it is with one request that decodes, and with any number of requests without images.
         """
         made = 0 if self._choices is None else self._choices.version
-        wanted = _HeldRows(code, choice, count, self.table.stats.computed + made)
+        wanted = HeldRows(code, choice, count, self.table.stats.computed + made)
         if self._held is None or not self._held.covers(wanted):
             self._upload(np.full(count, code, dtype=np.int32))
             if self._choices is not None:
@@ -285,16 +295,3 @@ class DraftRows:
 
 def _is_uniform(values: Sequence[int | None]) -> bool:
     return values.count(values[0]) == len(values)
-
-
-def _image_tokens(model: DraftModel) -> ImageTokens | None:
-    if model.compressor is None:
-        return None
-    rows = model.rows
-    return ImageTokens(model.compressor, model.fusion, rows, rows.row_codes.shape[0])
-
-
-def _choices(model: DraftModel) -> Choices | None:
-    if model.compressor is None or not isinstance(model.rows, GatedRowTable):
-        return None
-    return Choices(model.compressor, model.rows, model.head.head_dim)

@@ -10,7 +10,7 @@ tokens of all images of a step, A rows of the batch that hold one.
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from vllm_vispec.engine.row_table import RowTable
 from vllm_vispec.engine.upload import upload
 from vllm_vispec.models.compressor import ImageCompressor
 from vllm_vispec.models.places import ImagePlaces, place_tokens
+
+if TYPE_CHECKING:
+    from vllm_vispec.engine.model import DraftModel
 
 
 class _Placed(NamedTuple):
@@ -48,6 +51,14 @@ class ImageTokens:
         self._max_tokens, self._num_tokens = max_tokens, 0
         self._known: OrderedDict[FeatureSlice, torch.Tensor] = OrderedDict()
         self._placed: list[_Placed] = []
+
+    @classmethod
+    def of(cls, model: "DraftModel") -> "ImageTokens | None":
+        """For a draft; None if it has no compressor."""
+        if model.compressor is None:
+            return None
+        rows = model.rows
+        return cls(model.compressor, model.fusion, rows, rows.row_codes.shape[0])
 
     def clear(self) -> None:
         """Forget every image, e.g. because the vision tower's weights changed."""

@@ -41,6 +41,12 @@ class ViSpecProposer(EagleProposer):
     def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> Any:
         """Fill row codes after vLLM has laid out the first draft pass."""
         num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
+        self._first_draft_rows = token_indices
+        batch = self._runner.input_batch
+        first_rows = batch.num_computed_tokens_cpu[: batch.num_reqs].tolist()
+        holds = self.draft_rows.holds(batch.req_ids, first_rows, int(metadata.num_actual_tokens))
+        if holds and self.num_speculative_tokens:
+            return num_tokens, token_indices, metadata
         starts = metadata.query_start_loc_cpu.tolist()
         self.draft_rows.fill(
             self._requests(starts), self._runner.encoder_cache, self.hidden_states[:num_tokens]
@@ -50,7 +56,6 @@ class ViSpecProposer(EagleProposer):
         self._plan = self.draft_rows.sample_at(
             token_indices, sampled_ask=on_cpu and not nothing_drafted, keys_only=nothing_drafted
         )
-        self._first_draft_rows = token_indices
         return num_tokens, token_indices, metadata
 
     def build_per_group_and_layer_attn_metadata(

@@ -52,9 +52,13 @@ class ViSpecSpeculator(EagleSpeculator):
         """Fill the row codes, then draft as EAGLE does."""
         encoder_cache = getattr(getattr(self, "model_state", None), "encoder_cache", None)
         if encoder_cache is not None:
-            requests = _requests(input_batch, encoder_cache.mm_features, self._prompts)
-            outputs = encoder_cache.encoder_outputs
-            self.draft_rows.fill(requests, outputs, last_hidden_states)
+            count = input_batch.num_reqs
+            first_rows = input_batch.num_computed_tokens_np[:count].tolist()
+            ids, num_rows = input_batch.req_ids[:count], int(input_batch.num_tokens)
+            if not self.draft_rows.holds(ids, first_rows, num_rows):
+                requests = _requests(input_batch, encoder_cache.mm_features, self._prompts)
+                outputs = encoder_cache.encoder_outputs
+                self.draft_rows.fill(requests, outputs, last_hidden_states)
             moved = moved_rows(input_batch)
             if moved is not None:
                 self.draft_rows.move(moved)
