@@ -12,12 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.ablation.arms import ARMS, EPOCHS
-from benchmarks.ablation.measure import NUM_DRAFT_TOKENS, Questions
+from benchmarks.ablation.arms import ARMS
+from benchmarks.ablation.measure import Questions
 from benchmarks.ablation.plot import draw
 from benchmarks.ablation.results import make_rows, matched, read_all, to_markdown
 from benchmarks.ablation.steps import Step, Study, choose_arms, put_tables
-from benchmarks.ablation.training import RECIPE
 from benchmarks.ablation.workspace import Workspace
 from benchmarks.report import write_report
 from examples.pair import DEFAULT_MODEL, ModelOption
@@ -57,18 +56,15 @@ def main(
     )
     study.run(step or Step)
     if Step.REPORT in (step or Step):
-        settings = {"samples": samples, "epochs": EPOCHS, "recipe": RECIPE, "seeds": study.seeds}
-        settings |= {"num_speculative_tokens": NUM_DRAFT_TOKENS, "per_family": per_family}
-        settings |= {"timed_per_family": timed, "threads": threads, "batch": 1, "temperature": 0}
-        _report(study, settings, output, page)
+        _report(study, output, page)
 
 
-def _report(study: Study, settings: dict[str, Any], output: Path, page: Path) -> None:
+def _report(study: Study, output: Path, page: Path) -> None:
     found = read_all(study.workspace, study.arms, study.seeds)
     rows, gains = make_rows(found, study.arms, study.seeds), matched(found)
     tables = to_markdown(rows, gains)
     print(tables)
-    content = {"machine": describe_machine(), "settings": settings}
+    content: dict[str, Any] = {"machine": describe_machine(), "settings": study.settings()}
     content["vispec_over_eagle"] = {name: asdict(gain) for name, gain in gains.items()}
     write_report(output, content | {"rows": [row.to_json() for row in rows]})
     put_tables(page, tables)

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from benchmarks.ablation.arms import Arm, Cell
+from benchmarks.ablation.arms import EPOCHS, Arm, Cell
 from benchmarks.ablation.data import prepare
-from benchmarks.ablation.measure import Questions, measure_all
-from benchmarks.ablation.training import fill_caches, train_arm
+from benchmarks.ablation.measure import NUM_DRAFT_TOKENS, Questions, measure_all
+from benchmarks.ablation.training import RECIPE, fill_caches, train_arm
 from benchmarks.ablation.workspace import Workspace
 
 TABLE_MARKS = ("<!-- tables: begin -->", "<!-- tables: end -->")
@@ -55,6 +56,21 @@ class Study:
             for arm in self.arms
             for epochs in arm.epochs
         ]
+
+    def settings(self) -> dict[str, Any]:
+        """What the JSON file says of the run."""
+        return {
+            "samples": self.samples,
+            "epochs": EPOCHS,
+            "recipe": RECIPE,
+            "seeds": self.seeds,
+            "num_speculative_tokens": NUM_DRAFT_TOKENS,
+            "per_family": self.questions.per_family,
+            "timed_per_family": self.questions.timed,
+            "threads": self.threads,
+            "batch": 1,
+            "temperature": 0,
+        }
 
     def run(self, steps: Iterable[Step]) -> None:
         """Do those of the steps that are not done, the report left out."""

@@ -11,9 +11,8 @@ from typing import Annotated
 import typer
 
 from benchmarks.ablation.arms import EPOCHS, Cell
-from benchmarks.ablation.measure import NUM_DRAFT_TOKENS, Questions
+from benchmarks.ablation.measure import Questions
 from benchmarks.ablation.steps import Step, Study, choose_arms, put_tables
-from benchmarks.ablation.training import RECIPE
 from benchmarks.ablation.workspace import Workspace
 from benchmarks.compressors.arms import ARMS, REFERENCE, SCALING
 from benchmarks.compressors.findings import read_findings
@@ -85,19 +84,7 @@ def _report(study: Study, output: Path, page: Path) -> None:
     findings = read_findings(study.workspace, study.arms, study.seeds)
     tables = all_tables(findings)
     print(tables)
-    settings = {
-        "samples": study.samples,
-        "epochs": EPOCHS,
-        "scaling": SCALING,
-        "recipe": RECIPE,
-        "seeds": study.seeds,
-        "num_speculative_tokens": NUM_DRAFT_TOKENS,
-        "per_family": study.questions.per_family,
-        "timed_per_family": study.questions.timed,
-        "threads": study.threads,
-        "batch": 1,
-        "temperature": 0,
-    }
+    settings = study.settings() | {"scaling": SCALING}
     content = {"machine": describe_machine(), "settings": settings}
     write_report(output, content | {"rows": [one.to_json() for one in findings]})
     put_tables(page, tables)

@@ -120,7 +120,9 @@ class ImageTokens:
     def _codes(self, places: ImagePlaces) -> np.ndarray:
         """Codes of an image's rows with tokens; without a gate branches are not told apart."""
         first = self._rows.codes.token(0)
-        return first + places.branches if self._compressor.spec.gated else first + 0 * places.rows
+        if self._compressor.spec.gated:
+            return first + places.branches
+        return np.full_like(places.rows, first)
 
     @torch.inference_mode()
     def _inputs(

@@ -38,12 +38,14 @@ class Combination:
     Attributes:
         gated: a gate reads the target's state at the prompt's end and decides.
         same_amount: all branches have one ratio, so that they are of one length.
+        balanced: training keeps the gate's choices even, since only what is chosen learns.
         default: branches if none are given; the paper's section 4.1.
         summary: one line for help texts.
     """
 
     gated: bool
     same_amount: bool
+    balanced: bool
     default: str
     summary: str
 
@@ -59,10 +61,18 @@ PRIMITIVES: Mapping[str, Primitive] = {
     "text_only": Primitive("", 0, "no image tokens at all"),
 }
 COMBINATIONS: Mapping[str, Combination] = {
-    "concat": Combination(False, False, "prune:20,pool:20,conv:3,resampler:2", "all branches"),
-    "weighted": Combination(True, True, "prune:3,pool:3,conv:3", "all, weighted by the gate"),
+    "concat": Combination(
+        False, False, False, "prune:20,pool:20,conv:3,resampler:2", "all branches"
+    ),
+    "weighted": Combination(
+        True, True, False, "prune:3,pool:3,conv:3", "all, weighted by the gate"
+    ),
     "select": Combination(
-        True, False, "prune:20,pool:20,conv:3,resampler:2,text_only", "the gate's first choice"
+        True,
+        False,
+        True,
+        "prune:20,pool:20,conv:3,resampler:2,text_only",
+        "the gate's first choice",
     ),
 }
 
@@ -95,6 +105,11 @@ class CompressorSpec:
     def gated(self) -> bool:
         """Whether a gate decides per request."""
         return self.name in COMBINATIONS and COMBINATIONS[self.name].gated
+
+    @property
+    def balanced(self) -> bool:
+        """Whether training evens the gate's choices out."""
+        return self.name in COMBINATIONS and COMBINATIONS[self.name].balanced
 
     @property
     def is_query(self) -> bool:

@@ -24,9 +24,8 @@ from vllm_vispec.train.draws import NOTHING, Draws
 from vllm_vispec.train.losses import LossInputs, get_loss
 from vllm_vispec.train.rollout import PassOutput, rollout
 
-# The load-balance term, among the parts of a loss; and the combinations that it is for.
+# The load-balance term, among the parts of a loss.
 BALANCE = "balance"
-_BALANCED = ("select",)
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ class Objective(nn.Module):
         # Detached: a parameter would be registered, trained and sharded.
         self.lm_head_VD = lm_head_VD.detach()
         self.loss = get_loss(settings.name, **settings.weights)
-        balanced = draft.config.has_compressor and draft.config.compressor_spec.name in _BALANCED
-        self.balance = settings.balance if balanced else 0.0
+        self.balance = settings.balance if draft.config.compressor_spec.balanced else 0.0
         self.part_names = (*self.loss.weights, *([BALANCE] if self.balance else []))
 
     def forward(self, batch: DraftBatch, draws: Draws = NOTHING) -> Sums:
