@@ -27,13 +27,15 @@ from vllm_vispec.cli.errors import exit_on_error
 PAIR = "examples/tiny_vlm/checkpoints"
 # Relative, so that the commands in the report can be typed in any copy of the repository.
 WORK, PAGES, RESULTS = Path("out/pair_report"), Path("docs/report"), Path("benchmarks/results")
+TUNED = RESULTS / "tune.json"
+"""What `vispec bench tune` found for the pair; its setting is one side of the report."""
 SUITE = tuple(name for name in FAMILIES if name != TEXT_FAMILY)
 """The six task families."""
 FIRST_SAMPLE = 700_000
 """Of the held-out split; not used for anything else."""
 SAMPLES = 96
 MAX_TOKENS = 32
-LEAST = 6
+LEAST = 4
 REPETITIONS = 3
 THREADS = "1"
 """Of each server: the other core is for the load generator."""
@@ -125,8 +127,8 @@ def main(
     pages: Annotated[Path, typer.Option(help="Folder of the report.")] = PAGES,
     results: Annotated[Path, typer.Option(help="Folder of the JSON.")] = RESULTS / "pair_report",
     schedule: Annotated[
-        str, typer.Option(help="K by batch size for one more side, see vispec bench tune.")
-    ] = "",
+        str, typer.Option(help="K by batch size of the tuned side; an empty text: none.")
+    ] = str(TUNED),
     repetitions: Annotated[int, typer.Option(help="Of every cell.")] = REPETITIONS,
     least: Annotated[int, typer.Option(help="Questions of a cell, at least.")] = LEAST,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = MAX_TOKENS,

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.head_checks import require_flag, require_positive_int, require_positive_number
+from vllm_vispec.head_shapes import head_shapes
+from vllm_vispec.models.spec import QUERY, CompressorSpec, parse_compressor
 
 ARCHITECTURE = "EagleViSpecForCausalLM"
 # A draft that takes the image tokens' embeddings in.
 EMBEDS_ARCHITECTURE = "EagleViSpecEmbedsForCausalLM"
 ARCHITECTURES = (ARCHITECTURE, EMBEDS_ARCHITECTURE)
-FORMAT_VERSION = 1
+# Heads with another compressor than ViSpec's need version 2; others are written as version 1.
+FORMAT_VERSION = 2
 
 # What vLLM reads from the flat part of config.json; the rest lives in the "vispec" section.
 _LLAMA_FIELDS = (
@@ -57,8 +61,10 @@ class HeadConfig:
         final_norm: the layer's output is normed before lm_head and before the next step.
         global_feature: text rows get the global feature of the image before them; without it
             there is no `img_fc` and the layer reads fc([embedding, hidden]).
-        compress: an image is replaced by its adaptor rows; without it every image token keeps
-            its row, a text row that reads the token's own image embedding.
+        compress: an image is replaced by the compressor's tokens; without it every image token
+            keeps its row, a text row that reads the token's own image embedding.
+        compressor: what makes these tokens, see `models.spec`; "query" is ViSpec's adaptor. With
+            another one the adaptor only makes the global feature and has one query.
         has_embed_tokens: the head ships its own embedding table (else the target's is used).
 
     Raises:
@@ -84,6 +90,7 @@ class HeadConfig:
     global_feature: bool = True
     compress: bool = True
     has_embed_tokens: bool = True
+    compressor: str = QUERY
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -97,7 +104,10 @@ class HeadConfig:
                 f"num_key_value_heads={self.num_key_value_heads} of the head does not divide "
                 f"num_attention_heads={self.num_attention_heads}: correct the head's config.json"
             )
-        if self.has_adaptor and self.hidden_size % self.num_attention_heads:
+        self._check_compressor()
+        if (self.has_adaptor or self.has_compressor) and (
+            self.hidden_size % self.num_attention_heads
+        ):
             raise ViSpecError(
                 f"num_attention_heads={self.num_attention_heads} of the head does not divide "
                 f"hidden_size={self.hidden_size}, which the image adaptor needs: correct the "
@@ -109,6 +119,39 @@ class HeadConfig:
                 "the head's config.json"
             )
 
+    def _check_compressor(self) -> None:
+        if not isinstance(self.compressor, str):
+            raise ViSpecError(
+                f"compressor of the head is {self.compressor!r}, it must be a text like "
+                '"prune:20": correct the head\'s config.json'
+            )
+        if self.compressor_spec.is_query:
+            return
+        if not self.compress:
+            raise ViSpecError(
+                f"compressor {self.compressor!r} of the head needs compress = true: set it, or "
+                "drop the compressor"
+            )
+        if self.num_query_tokens != 1:
+            raise ViSpecError(
+                f"num_query_tokens={self.num_query_tokens} does not go with the compressor "
+                f"{self.compressor!r} of the head: set it to 1, the global feature's query"
+            )
+
+    @cached_property
+    def compressor_spec(self) -> CompressorSpec:
+        """The compressor, read.
+
+        Raises:
+            ViSpecError: its text cannot be read.
+        """
+        return parse_compressor(self.compressor)
+
+    @property
+    def has_compressor(self) -> bool:
+        """Whether images go through a compressor other than ViSpec's adaptor."""
+        return self.compress and not self.compressor_spec.is_query
+
     @property
     def adaptor_head_dim(self) -> int:
         """Width of an adaptor head: always hidden_size / heads, whatever `head_dim` says."""
@@ -118,14 +161,14 @@ class HeadConfig:
     def rows_per_image(self) -> int | None:
         """Adaptor rows that stand for one image (a run may be too short to hold them all).
 
-        None without compression: an image has as many rows as tokens.
+        None where that depends on the image: without compression, and with a compressor.
         """
-        return self.num_query_tokens - 1 if self.compress else None
+        return self.num_query_tokens - 1 if self.compress and not self.has_compressor else None
 
     @property
     def has_adaptor(self) -> bool:
         """Whether there is an image adaptor: something has to use its output."""
-        return self.compress or self.global_feature
+        return self.global_feature or (self.compress and not self.has_compressor)
 
     @property
     def has_img_fc(self) -> bool:
@@ -139,53 +182,7 @@ class HeadConfig:
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of every tensor such a head consists of."""
-        d = self.hidden_size
-        adaptor_bias = {"img_adaptor.k_proj.bias": (d,), "img_adaptor.v_proj.bias": (d,)}
-        shapes: dict[str, tuple[int, ...]] = {"fc.weight": (d, 2 * d), **self._layer_shapes()}
-        optional: list[tuple[bool, Mapping[str, tuple[int, ...]]]] = [
-            (self.has_embed_tokens, {"embed_tokens.weight": (self.vocab_size, d)}),
-            (self.fc_bias, {"fc.bias": (d,)}),
-            (self.has_img_fc, {"img_fc.weight": (d, 2 * d)}),
-            (self.has_img_fc and self.fc_bias, {"img_fc.bias": (d,)}),
-            (self.has_adaptor, self._adaptor_shapes()),
-            (self.has_adaptor and self.qkv_bias, adaptor_bias),
-            (self.final_norm, {"norm.weight": (d,)}),
-        ]
-        for wanted, extra in optional:
-            if wanted:
-                shapes.update(extra)
-        return shapes
-
-    def _adaptor_shapes(self) -> dict[str, tuple[int, ...]]:
-        d, heads = self.hidden_size, self.num_attention_heads
-        return {
-            "img_adaptor.query": (self.num_query_tokens, heads, self.adaptor_head_dim),
-            "img_adaptor.k_proj.weight": (d, d),
-            "img_adaptor.v_proj.weight": (d, d),
-            "img_adaptor.o_proj.weight": (d, d),
-        }
-
-    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        d, f = self.hidden_size, self.intermediate_size
-        q_out = self.num_attention_heads * self.head_dim
-        kv_out = self.num_key_value_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {
-            "layer.self_attn.q_proj.weight": (q_out, d),
-            "layer.self_attn.k_proj.weight": (kv_out, d),
-            "layer.self_attn.v_proj.weight": (kv_out, d),
-            "layer.self_attn.o_proj.weight": (d, q_out),
-            "layer.mlp.gate_proj.weight": (f, d),
-            "layer.mlp.up_proj.weight": (f, d),
-            "layer.mlp.down_proj.weight": (d, f),
-            "layer.post_attention_layernorm.weight": (d,),
-        }
-        if self.qkv_bias:
-            shapes["layer.self_attn.q_proj.bias"] = (q_out,)
-            shapes["layer.self_attn.k_proj.bias"] = (kv_out,)
-            shapes["layer.self_attn.v_proj.bias"] = (kv_out,)
-        if self.layer0_input_norm:
-            shapes["layer.input_layernorm.weight"] = (d,)
-        return shapes
+        return head_shapes(self)
 
     def to_llama_config_dict(self) -> dict[str, Any]:
         """Keyword arguments of a plain transformers `LlamaConfig` that describes the head to vLLM.
@@ -210,8 +207,11 @@ class HeadConfig:
 
     def vispec_section(self) -> dict[str, Any]:
         """The explicit flags, as they stand under "vispec" in config.json."""
-        section: dict[str, Any] = {"format_version": FORMAT_VERSION, "source_dialect": self.dialect}
+        version = FORMAT_VERSION if self.has_compressor else 1
+        section: dict[str, Any] = {"format_version": version, "source_dialect": self.dialect}
         section.update({name: getattr(self, name) for name in _VISPEC_FIELDS})
+        if self.has_compressor:
+            section["compressor"] = str(self.compressor_spec)
         return section
 
     def to_config_json(self, dtype: str | None = None) -> dict[str, Any]:
@@ -240,6 +240,8 @@ class HeadConfig:
             )
         _check_version(section)
         values: dict[str, Any] = {"dialect": "canonical", "rope_theta": _rope_theta(content)}
+        if "compressor" in section:
+            values["compressor"] = section["compressor"]
         for names, source, where in (
             (_LLAMA_FIELDS, content, "config.json"),
             (_VISPEC_FIELDS, section, 'the "vispec" section of config.json'),

@@ -6,6 +6,7 @@ Each entry names what is touched, the shape it must have, and why.
 from vllm_vispec.seam_entry import Seam
 from vllm_vispec.seam_table_draft_vocab import DRAFT_VOCAB_SEAMS
 from vllm_vispec.seam_table_first_pass import FIRST_PASS_SEAMS
+from vllm_vispec.seam_table_gate import GATE_SEAMS
 from vllm_vispec.seam_table_trees import TREE_SEAMS
 
 __all__ = ["SEAMS", "Seam"]
@@ -171,7 +172,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         _V2_AR,
         "TargetDependentARSpeculator.propose",
-        ("input_batch",),
+        ("input_batch", "attn_metadata", "slot_mappings", "last_hidden_states"),
         "overrides",
         "V2: row codes for the batch",
     ),
@@ -283,4 +284,5 @@ SEAMS: tuple[Seam, ...] = (
     *FIRST_PASS_SEAMS,
     *DRAFT_VOCAB_SEAMS,
     *TREE_SEAMS,
+    *GATE_SEAMS,
 )

@@ -7,18 +7,16 @@ To use several cores, run `--step prepare` once, then one process per seed (`--s
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.ablation.arms import ARMS, EPOCHS, Arm, Cell
-from benchmarks.ablation.data import prepare
-from benchmarks.ablation.measure import NUM_DRAFT_TOKENS, Questions, measure_all
+from benchmarks.ablation.arms import ARMS
+from benchmarks.ablation.measure import Questions
 from benchmarks.ablation.plot import draw
 from benchmarks.ablation.results import make_rows, matched, read_all, to_markdown
-from benchmarks.ablation.training import RECIPE, fill_caches, train_arm
+from benchmarks.ablation.steps import Step, Study, choose_arms, put_tables
 from benchmarks.ablation.workspace import Workspace
 from benchmarks.report import write_report
 from examples.pair import DEFAULT_MODEL, ModelOption
@@ -27,26 +25,6 @@ from vllm_vispec.bench.machine import describe_machine
 DEFAULT_OUTPUT = Path("benchmarks/results/ablation.json")
 DEFAULT_PAGE = Path("docs/ablation.md")
 SEEDS = (0, 1, 2)
-TABLE_MARKS = ("<!-- tables: begin -->", "<!-- tables: end -->")
-
-
-class Step(StrEnum):
-    """Parts of the run, in their order."""
-
-    PREPARE = "prepare"
-    TRAIN = "train"
-    MEASURE = "measure"
-    REPORT = "report"
-
-
-def put_tables(page: Path, tables: str) -> None:
-    """Replace what stands between the marks of the page."""
-    begin, end = TABLE_MARKS
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(begin, 1)
-    page.write_text(
-        f"{before}{begin}\n\n{tables}\n\n{end}{rest.split(end, 1)[1]}", encoding="utf-8"
-    )
 
 
 def main(
@@ -66,47 +44,27 @@ def main(
     page: Annotated[Path, typer.Option(help="Page with the tables.")] = DEFAULT_PAGE,
 ) -> None:
     """Train and measure every arm with every seed."""
-    workspace, seeds = Workspace(work_dir.resolve()), tuple(seed or SEEDS)
-    chosen, steps = _arms(arm), set(step or Step)
-    questions = Questions(per_family, timed)
-    cells = [Cell(one, epochs, s) for s in seeds for one in chosen for epochs in one.epochs]
-    if Step.PREPARE in steps:
-        prepare(workspace, model, samples, held_out, threads)
-        fill_caches(workspace, model, chosen, threads)
-    if Step.TRAIN in steps:
-        for s in seeds:
-            for one in chosen:
-                train_arm(workspace, model, one, s, threads)
-                print(f"trained: {one.name}, seed {s}", flush=True)
-    if Step.MEASURE in steps:
-        measure_all(workspace, model, cells, questions, threads)
-    if Step.REPORT in steps:
-        settings = {"samples": samples, "epochs": EPOCHS, "recipe": RECIPE, "seeds": seeds}
-        settings |= {"num_speculative_tokens": NUM_DRAFT_TOKENS, "per_family": per_family}
-        settings |= {"timed_per_family": timed, "threads": threads, "batch": 1, "temperature": 0}
-        _report(workspace, chosen, seeds, settings, output, page)
+    study = Study(
+        Workspace(work_dir.resolve()),
+        model,
+        choose_arms(arm, ARMS),
+        tuple(seed or SEEDS),
+        samples,
+        held_out,
+        Questions(per_family, timed),
+        threads,
+    )
+    study.run(step or Step)
+    if Step.REPORT in (step or Step):
+        _report(study, output, page)
 
 
-def _arms(names: list[str] | None) -> list[Arm]:
-    unknown = [name for name in names or () if name not in ARMS]
-    if unknown:
-        raise typer.BadParameter(f"--arm {unknown[0]} is unknown: use {', '.join(ARMS)}")
-    return [ARMS[name] for name in names or ARMS]
-
-
-def _report(
-    workspace: Workspace,
-    arms: list[Arm],
-    seeds: tuple[int, ...],
-    settings: dict[str, Any],
-    output: Path,
-    page: Path,
-) -> None:
-    found = read_all(workspace, arms, seeds)
-    rows, gains = make_rows(found, arms, seeds), matched(found)
+def _report(study: Study, output: Path, page: Path) -> None:
+    found = read_all(study.workspace, study.arms, study.seeds)
+    rows, gains = make_rows(found, study.arms, study.seeds), matched(found)
     tables = to_markdown(rows, gains)
     print(tables)
-    content = {"machine": describe_machine(), "settings": settings}
+    content: dict[str, Any] = {"machine": describe_machine(), "settings": study.settings()}
     content["vispec_over_eagle"] = {name: asdict(gain) for name, gain in gains.items()}
     write_report(output, content | {"rows": [row.to_json() for row in rows]})
     put_tables(page, tables)

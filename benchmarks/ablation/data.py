@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from benchmarks.ablation.arms import Arm
 from benchmarks.ablation.workspace import Workspace, run_vispec
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import TEXT_FAMILY, write_questions
@@ -11,6 +13,7 @@ from examples.tiny_vlm.questions import TEXT_FAMILY, write_questions
 MAX_TOKENS = 320
 # Samples that the engine is asked about begin elsewhere: see benchmarks.ablation.measure.
 HELD_OUT_START = 600_000
+HELD_OUT = "held_out"
 
 
 @dataclass(frozen=True)
@@ -27,18 +30,26 @@ class QuestionSet:
 SETS = (
     QuestionSet("mixed", "train", 30_000_000, tuple(FAMILIES), 1.0),
     QuestionSet("text", "train", 31_000_000, (TEXT_FAMILY,), 1.0),
-    QuestionSet("held_out", "heldout", HELD_OUT_START, tuple(FAMILIES), 0.0),
+    QuestionSet(HELD_OUT, "heldout", HELD_OUT_START, tuple(FAMILIES), 0.0),
 )
 
 
-def prepare(workspace: Workspace, target: str, samples: int, held_out: int, threads: int) -> None:
-    """Write all question sets and let the target answer; goes on where it stopped.
+def prepare(
+    workspace: Workspace,
+    target: str,
+    samples: int,
+    held_out: int,
+    threads: int,
+    arms: Iterable[Arm],
+) -> None:
+    """Write the question sets of arms and let the target answer; goes on where it stopped.
 
     Args:
         samples: of each training set.
         held_out: of the validation set.
     """
-    for chosen in SETS:
+    wanted = {HELD_OUT, *(arm.data for arm in arms)}
+    for chosen in [one for one in SETS if one.name in wanted]:
         folder = workspace.questions(chosen.name)
         count = held_out if chosen.split == "heldout" else samples
         if not (folder / "questions.jsonl").is_file():

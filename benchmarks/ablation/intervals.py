@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any, Protocol, TypeVar
 
 from benchmarks.ablation.measure import Asked
 
 RESAMPLES = 1000
-Seeds = Sequence[Sequence[Asked]]  # per seed, the same questions in the same order
-Statistic = Callable[[Sequence[Asked]], float]
+
+
+class Accepted(Protocol):
+    """A question with the accepted draft tokens of every round of its answer."""
+
+    @property
+    def accepted(self) -> tuple[int, ...]:
+        """See above."""
+
+
+Question = TypeVar("Question", bound=Accepted)
+Seeds = Sequence[Sequence[Question]]  # per seed, the same questions in the same order
+Statistic = Callable[[Sequence[Question]], float]
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class Estimate:
         return f"{self.mean:.2f} ({self.low:.2f}-{self.high:.2f})"
 
 
-def tokens_per_round(asked: Sequence[Asked]) -> float:
+def tokens_per_round(asked: Sequence[Accepted]) -> float:
     """Accepted draft tokens per round, plus one."""
     rounds = sum(len(one.accepted) for one in asked)
     return 1 + sum(sum(one.accepted) for one in asked) / max(rounds, 1)
@@ -39,14 +51,14 @@ def decode_speedup(asked: Sequence[Asked]) -> float:
     return plain / draft if draft else float("nan")
 
 
-def estimate(seeds: Seeds, statistic: Statistic) -> Estimate:
+def estimate(seeds: Seeds[Question], statistic: Statistic[Question]) -> Estimate:
     """Mean over seeds with a 95 % bootstrap interval: seeds are drawn, then questions."""
     values = tuple(statistic(asked) for asked in seeds)
     low, high = interval(lambda pick: mean_over(seeds, pick, statistic), seeds)
     return Estimate(sum(values) / len(values), low, high, values)
 
 
-def ratio(one: Seeds, other: Seeds, statistic: Statistic) -> Estimate:
+def ratio(one: Seeds[Question], other: Seeds[Question], statistic: Statistic[Question]) -> Estimate:
     """How many times larger the statistic of `one` is; the same draws on both sides."""
     values = tuple(statistic(a) / statistic(b) for a, b in zip(one, other, strict=True))
     mean = mean_over(one, None, statistic) / mean_over(other, None, statistic)
@@ -64,7 +76,7 @@ class Pick:
     questions: tuple[int, ...]
 
 
-def mean_over(seeds: Seeds, pick: Pick | None, statistic: Statistic) -> float:
+def mean_over(seeds: Seeds[Question], pick: Pick | None, statistic: Statistic[Question]) -> float:
     """Mean of a statistic over (drawn) seeds on (drawn) questions."""
     if pick is None:
         pick = Pick(tuple(range(len(seeds))), tuple(range(len(seeds[0]))))
@@ -72,7 +84,7 @@ def mean_over(seeds: Seeds, pick: Pick | None, statistic: Statistic) -> float:
     return sum(values) / len(values)
 
 
-def interval(value: Callable[[Pick], float], seeds: Seeds) -> tuple[float, float]:
+def interval(value: Callable[[Pick], float], seeds: Sequence[Sequence[Any]]) -> tuple[float, float]:
     """95 % bootstrap interval of a value over seeds and questions."""
     random, count, asked = Random(0), len(seeds), len(seeds[0])
     found = sorted(

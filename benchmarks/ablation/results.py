@@ -74,12 +74,12 @@ def _plain(found: Mapping[str, Estimate]) -> dict[str, Any]:
     return {name: asdict(one) for name, one in found.items()}
 
 
-Found = Mapping[tuple[str, int], Seeds]  # by arm and epochs
+Found = Mapping[tuple[str, int], Seeds[Asked]]  # by arm and epochs
 
 
 def read_all(workspace: Workspace, arms: Iterable[Arm], seeds: Sequence[int]) -> Found:
     """Answers with the heads of all arms of which every seed was measured."""
-    found: dict[tuple[str, int], Seeds] = {}
+    found: dict[tuple[str, int], Seeds[Asked]] = {}
     for arm in arms:
         for epochs in arm.epochs:
             files = [workspace.measured(Cell(arm, epochs, seed)) for seed in seeds]
@@ -108,7 +108,9 @@ def matched(found: Found) -> dict[str, Estimate]:
     }
 
 
-def _row(arm: Arm, epochs: int, seeds: tuple[int, ...], asked: Seeds, before: Seeds | None) -> Row:
+def _row(
+    arm: Arm, epochs: int, seeds: tuple[int, ...], asked: Seeds[Asked], before: Seeds[Asked] | None
+) -> Row:
     everything = [one for answers in asked for one in answers]
     timed = [[one for one in answers if one.plain_seconds is not None] for answers in asked]
     return Row(
@@ -123,13 +125,13 @@ def _row(arm: Arm, epochs: int, seeds: tuple[int, ...], asked: Seeds, before: Se
     )
 
 
-def compare(asked: Seeds, before: Seeds) -> Estimate:
+def compare(asked: Seeds[Asked], before: Seeds[Asked]) -> Estimate:
     """Ratio of tokens_per_round on the image tasks."""
     names = GROUPS[IMAGES]
     return ratio(_only(asked, names), _only(before, names), tokens_per_round)
 
 
-def _only(seeds: Seeds, families: Sequence[str]) -> list[list[Asked]]:
+def _only(seeds: Seeds[Asked], families: Sequence[str]) -> list[list[Asked]]:
     return [[one for one in asked if one.family in families] for asked in seeds]
 
 
@@ -146,10 +148,12 @@ def to_markdown(rows: Sequence[Row], gains: Mapping[str, Estimate]) -> str:
         ]
         for row in rows
     ]
-    parts = [_table(ladder)]
+    parts = [markdown_table(ladder)]
     if gains:
         names = [["matched data and steps", "tokens_per_round, ratio"]]
-        parts.append(_table([*names, *([f"`{name}`", str(one)] for name, one in gains.items())]))
+        parts.append(
+            markdown_table([*names, *([f"`{name}`", str(one)] for name, one in gains.items())])
+        )
     values: tuple[tuple[str, Callable[[Row], Mapping[str, Estimate]]], ...] = (
         ("tokens_per_round", lambda row: row.tokens_per_round),
         ("decode_speedup", lambda row: row.decode_speedup),
@@ -157,10 +161,10 @@ def to_markdown(rows: Sequence[Row], gains: Mapping[str, Estimate]) -> str:
     for title, numbers in values:
         table = [[title, *FAMILIES]]
         table += [[row.label, *(str(numbers(row)[name]) for name in FAMILIES)] for row in rows]
-        parts.append(_table(table))
+        parts.append(markdown_table(table))
     return "\n\n".join(parts)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])

@@ -9,7 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.engine.acceptance_jobs import SITUATIONS, Bench, Logits, compare_results, table_stats
+from tests.engine.acceptance_jobs import (
+    SITUATIONS,
+    Bench,
+    Logits,
+    compare_results,
+    deep_requests,
+    table_stats,
+)
 from tests.engine.spies import watch
 from tests.engine.workloads import (
     Request,
@@ -29,6 +36,9 @@ STEPS = 5
 ROOMY: Mapping[str, Any] = {"max_num_batched_tokens": 256, "max_num_seqs": 8, "max_model_len": 256}
 # Budgets that split prompts inside images, right before them and right behind them.
 CHUNKS: Mapping[str, Any] = {**ROOMY, "max_num_batched_tokens": 24, "max_num_seqs": 3}
+# 9 usable blocks of 32 tokens as well: requests preempt each other.
+TIGHT: Mapping[str, Any] = {**CHUNKS, "max_num_seqs": 8, "num_blocks": 10}
+SETUPS: Mapping[str, Mapping[str, Any]] = {"roomy": ROOMY, "chunks": CHUNKS, "tight": TIGHT}
 
 
 def serve(
@@ -38,15 +48,21 @@ def serve(
     situations: list[str],
     chunk_situations: list[str] | None = None,
     count: int = 8,
+    thorough: Mapping[str, Mapping[str, list[str]]] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Serve the same requests plainly and with each head; yield what differs, head by head."""
+    """Serve the same requests plainly and with each head; yield what differs, head by head.
+
+    ``thorough`` has, for some heads, situations by name of :data:`SETUPS` in place of the others'.
+    """
     requests = [*mixed_requests(kind, count, 20, seed=3), picture(kind)]
     base: dict[str, Any] = {"model": target, "num_draft_tokens": STEPS}
     with engine.engine(engine.EngineOptions(**base, **ROOMY)) as llm:
-        requests += at_borders(llm, kind) if chunk_situations else []
+        requests += at_borders(llm, kind) if chunk_situations or thorough else []
+        requests += deep_requests(kind) if thorough else []
         plain = _ids(drive_one_by_one(llm, requests))
     for name, head in heads.items():
-        setups = (("roomy", ROOMY, situations), ("chunks", CHUNKS, chunk_situations or []))
+        usual = {"roomy": situations, "chunks": chunk_situations or []}
+        setups = (thorough or {}).get(name, usual)
         yield {"head": name} | _one_head({**base, "draft": head}, setups, kind, requests, plain)
 
 
@@ -88,23 +104,24 @@ def _plain_ids(tokenizer: Any, seed: int, count: int) -> list[int]:
 
 def _one_head(
     options: Mapping[str, Any],
-    setups: tuple[tuple[str, Mapping[str, Any], list[str]], ...],
+    setups: Mapping[str, list[str]],
     kind: str,
     requests: list[Request],
     plain: dict[str, list[int]],
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"situations": {}}
     cold: tuple[Results, dict[str, Logits]] | None = None
-    for name, changes, situations in setups:
+    for name, situations in setups.items():
         if not situations:
             continue
-        with engine.engine(engine.EngineOptions(**options, **changes)) as llm:
+        with engine.engine(engine.EngineOptions(**options, **SETUPS[name])) as llm:
             bench = Bench(llm, kind, requests)
             if cold is None:
                 watched = watch_first_round(llm)
                 cold = drive_one_by_one(llm, requests), bench.logits()
                 found |= torch_gaps(options, watched["picture"], cold)
                 found["model"] = type(draft_logits.drafter(llm).model).__name__
+                found["choices"] = choices(llm)
                 found["cold_same"] = _ids(cold[0]) == plain
                 found["accepted"] = {n: rows[0].accepted_draft for n, rows in cold[0].items()}
             for situation in situations:
@@ -117,6 +134,15 @@ def _one_head(
                     "table": {k: v - before[k] for k, v in table_stats(llm).items()},
                 }
     return found
+
+
+def choices(llm: LLM) -> dict[str, list[float]]:
+    """Return what the gate, if the head has one, decided for each request it still knows."""
+    rows, model = draft_logits.drafter(llm).draft_rows, draft_logits.drafter(llm).model.model
+    if rows._choices is None:
+        return {}
+    known = rows._choices._choices.items()
+    return {name.rsplit("-", 1)[0]: model.rows.query_code[index].tolist() for name, index in known}
 
 
 def _ids(results: Results) -> dict[str, list[int]]:

@@ -25,8 +25,8 @@ class SchedulerSpy:
     preempted: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the counters as plain data."""
-        return dict(vars(self))
+        """Return the counters as plain data, as they are now."""
+        return vars(self) | {"preempted": list(self.preempted)}
 
 
 def watch(llm: LLM) -> SchedulerSpy:

@@ -27,6 +27,14 @@ MODES: Mapping[str, dict[str, Any]] = {
     "skipped": {"skip": True},
 }
 TOKENS = 70
+# ViSpec's adaptor elsewhere; a gate decides also in steps in which nothing is drafted.
+HEADS: Mapping[str, dict[str, Any]] = {
+    "v1": {
+        "compressor": "select(prune:2,pool:4,text_only)",
+        "num_q": 1,
+        "dialect": "canonical",
+    }
+}
 Waves = dict[str, dict[str, Any]]
 
 
@@ -34,7 +42,7 @@ Waves = dict[str, dict[str, Any]]
 def waves(request: pytest.FixtureRequest, tiny: TinyStore) -> Waves:
     """The wave without speculation and in every mode of one runner."""
     runner: Runner = request.param
-    target, head = tiny.pair(KIND)
+    target, head = tiny.pair(KIND, **HEADS.get(runner.name, {}))
     kwargs = {
         "kind": KIND,
         "options": {"model": target, "draft": head, "num_draft_tokens": K, "max_model_len": 256},

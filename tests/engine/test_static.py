@@ -24,12 +24,17 @@ Batches = dict[str, dict[str, Any]]
 
 
 UNCOMPRESSED = {"compress": False, "dialect": "canonical"}
+GATED = {"compressor": "select(prune:2,pool:4,text_only)", "num_q": 1, "dialect": "canonical"}
 HEADS = [
     *(
         pytest.param((p.values[0], {}), id=p.id, marks=p.marks)
         for p in params("v1", "v2", "v2-overlay")
     ),
     pytest.param((RUNNERS["v1"], UNCOMPRESSED), id="v1-no_compress", marks=pytest.mark.slow),
+    *(
+        pytest.param((p.values[0], GATED), id=f"{p.id}-gated", marks=[*p.marks, pytest.mark.slow])
+        for p in params("v1", "v2")
+    ),
 ]
 
 

@@ -1,4 +1,7 @@
-"""Two tensor-parallel workers (processes, gloo): lossless, and drafts like those of one worker."""
+"""Two tensor-parallel workers (processes, gloo): lossless, and drafts like those of one worker.
+
+With ViSpec's adaptor, and with a gated compressor, which every worker has for itself.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KIND = "qwen2_5_vl"
 COUNT = 16
+GATED = {"compressor": "select(prune:2,pool:4,text_only)", "num_q": 1, "dialect": "canonical"}
 TWO_WORKERS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
@@ -22,6 +26,7 @@ TWO_WORKERS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 def served(tiny: TinyStore) -> dict[str, dict[str, Any]]:
     """Two workers without and with the head, one worker with it."""
     target, head = tiny.pair(KIND)
+    _, gated = tiny.pair(KIND, **GATED)
     base: dict[str, Any] = {
         "model": target,
         "max_model_len": 256,
@@ -32,6 +37,8 @@ def served(tiny: TinyStore) -> dict[str, dict[str, Any]]:
         "plain": base | {"extra": TWO_WORKERS},
         "spec": base | {"extra": TWO_WORKERS, "draft": head},
         "one worker": base | {"draft": head},
+        "spec gated": base | {"extra": TWO_WORKERS, "draft": gated},
+        "one worker gated": base | {"draft": gated},
     }
     tree = {"num_draft_tokens": 29, "tree": {"policy": "eagle2"}}
     runs |= {f"{name}, tree": runs[name] | tree for name in ("spec", "one worker")}
@@ -40,18 +47,18 @@ def served(tiny: TinyStore) -> dict[str, dict[str, Any]]:
     return {item["name"]: item for item in items}
 
 
-DRAFTS = pytest.mark.parametrize("drafts", ["", ", tree"], ids=["chain", "tree"])
+KINDS = pytest.mark.parametrize("kind", ["", " gated", ", tree"], ids=["chain", "gated", "tree"])
 
 
-@DRAFTS
-def test_lossless(served: dict[str, dict[str, Any]], drafts: str) -> None:
+@KINDS
+def test_lossless(served: dict[str, dict[str, Any]], kind: str) -> None:
     assert len(served["plain"]["results"]) == COUNT
-    spec = served["spec" + drafts]
+    spec = served["spec" + kind]
     assert outputs(served["plain"]) == outputs(spec)
     assert spec["metrics"]["vllm:spec_decode_num_drafts"] > 0
 
 
-@DRAFTS
-def test_drafts_equal_those_of_one_worker(served: dict[str, dict[str, Any]], drafts: str) -> None:
-    assert accepted(served["spec" + drafts]) == accepted(served["one worker" + drafts])
-    assert mean_accepted(served["spec" + drafts]) > 0.2
+@KINDS
+def test_drafts_equal_those_of_one_worker(served: dict[str, dict[str, Any]], kind: str) -> None:
+    assert accepted(served["spec" + kind]) == accepted(served["one worker" + kind])
+    assert mean_accepted(served["spec" + kind]) > 0.2

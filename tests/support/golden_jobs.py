@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import engine, golden, head_padding
+from tests.support.compressor_heads import with_compressor
 
 
 def serve_cases(
@@ -51,6 +52,32 @@ def serve_tree_cases(cases_dir: str, work_dir: str) -> Iterator[dict[str, Any]]:
             enable_mm_embeds=True,
         )
         yield from _serve_pair(options, list(group), model)
+
+
+def serve_compressors(
+    cases_dir: str, work_dir: str, compressors: list[list[str]]
+) -> Iterator[dict[str, Any]]:
+    """Serve the cases of every target with heads made of its draft, one compressor after another.
+
+    ``compressors`` has a list for each target; targets are taken by name. Yields as
+    :func:`serve_cases`, and the ``compressor``.
+    """
+    head_padding.install()
+    cases = sorted(golden.load_cases(Path(cases_dir)), key=lambda case: str(case.target_dir))
+    groups = groupby(cases, key=lambda case: case.target_dir)
+    for (target, group), texts in zip(groups, compressors, strict=True):
+        own = list(group)
+        model = golden.materialise_target(target, Path(work_dir) / target.name)
+        for index, text in enumerate(texts):
+            head = Path(work_dir) / f"{target.name}-head-{index}"
+            options = engine.EngineOptions(
+                model=str(model),
+                draft=str(with_compressor(own[0].draft_dir, head, text)),
+                prefix_caching=False,
+                enable_mm_embeds=True,
+            )
+            for item in _serve_pair(options, own, model):
+                yield item | {"compressor": text}
 
 
 def _serve_pair(

@@ -1,6 +1,7 @@
 """Random ViSpec heads for the tiny targets, in every layout.
 
-Heads without compression or global feature exist in the canonical layout only.
+Heads without compression or global feature, and those with a compressor of their own, exist in the
+canonical layout only.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.support.compressor_heads import random_compressor
 from tests.support.tiny_configs import FAMILIES, HEADS, HIDDEN, MAX_POSITIONS, MLP, VOCAB, Family
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ class HeadSpec:
     ``noise`` scales everything that disturbs the copied embedding: fused hidden states, the global
     feature and the decoder layer. More noise means fewer accepted tokens; from about 0.8 on the
     chain of steps also amplifies rounding, so that draft logits of two runs differ by over 1e-4.
+    A ``compressor`` other than "query" needs ``num_q`` = 1.
     """
 
     kind: str
@@ -36,6 +39,12 @@ class HeadSpec:
     seed: int = 0
     compress: bool = True
     global_feature: bool = True
+    compressor: str = "query"
+
+    @property
+    def has_compressor(self) -> bool:
+        """Whether it is another one than ViSpec's adaptor."""
+        return self.compressor != "query"
 
 
 def build_head(spec: HeadSpec, target: Path, folder: Path) -> Path:
@@ -87,11 +96,13 @@ def _tensors(spec: HeadSpec, embedding: torch.Tensor) -> Tensors:
             if spec.qkv_bias:
                 tensors[f"{owner}.{name}_proj.bias"] = normal(HIDDEN, scale=0.1)
     for prefix, wanted in (
-        ("imadpt.", spec.compress or spec.global_feature),
+        ("imadpt.", (spec.compress and not spec.has_compressor) or spec.global_feature),
         ("img_fc.", spec.global_feature),
     ):
         if not wanted:
             tensors = {name: row for name, row in tensors.items() if not name.startswith(prefix)}
+    if spec.has_compressor:
+        tensors |= random_compressor(spec.compressor, HIDDEN, HEADS, spec.qkv_bias, generator)
     if spec.dialect == "automodel":
         tensors["layers.0.input_layernorm.weight"] = 1 + normal(HIDDEN, scale=0.1)
         tensors["norm.weight"] = 1 + normal(HIDDEN, scale=0.1)
@@ -165,6 +176,7 @@ def _canonical_config(spec: HeadSpec, family: Family) -> dict[str, Any]:
         final_norm=False,
         global_feature=spec.global_feature,
         compress=spec.compress,
+        compressor=spec.compressor,
     )
     return head.to_config_json("float32")
 
@@ -172,6 +184,8 @@ def _canonical_config(spec: HeadSpec, family: Family) -> dict[str, Any]:
 def _canonical_name(name: str) -> str:
     from vllm_vispec.dialects import get_dialect
 
+    if name.startswith("compressor."):
+        return name
     found = get_dialect("reference").canonical_name(name)
     assert found is not None, name
     return found

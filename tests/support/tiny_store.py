@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class TinyStore:
     def head(self, spec: HeadSpec, target_seed: int = 0) -> Path:
         """Return the folder of the head ``spec`` for the target of the same family."""
         parts = (spec.kind, spec.dialect, spec.num_q, spec.qkv_bias, spec.noise, spec.seed)
-        flags = (spec.compress, spec.global_feature)
+        flags = (spec.compress, spec.global_feature, re.sub(r"\W+", "_", spec.compressor))
         name = "head-" + "-".join(str(part) for part in (*parts, *flags, target_seed))
         return build_head(spec, self.target(spec.kind, target_seed), self.root / name)
 

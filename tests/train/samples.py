@@ -31,6 +31,29 @@ HEADS: dict[str, HeadConfig] = {
     "no_compress": replace(BASE, compress=False),
     "eagle": replace(BASE, compress=False, global_feature=False, has_embed_tokens=False),
 }
+# Images have 1 to 8 embeddings, so ratios are larger than some and queries more than others.
+COMPRESSORS: dict[str, HeadConfig] = {
+    name: replace(
+        BASE,
+        compressor=compressor,
+        num_query_tokens=1,
+        global_feature=global_feature,
+        layer0_input_norm=True,
+        has_embed_tokens=False,
+    )
+    for name, compressor, global_feature in (
+        ("prune", "prune:3", False),
+        ("pool", "pool:2", True),
+        ("conv", "conv:3", False),
+        ("resampler", "resampler:3", True),
+        ("text_only", "text_only", False),
+        ("concat", "concat(prune:4,pool:2,conv:2,resampler:2)", False),
+        ("weighted", "weighted(prune:2,pool:2,conv:2)", True),
+        ("select", "select(prune:3,pool:2,conv:2,resampler:2,text_only)", False),
+        ("select_global", "select(pool:4,conv:2,text_only)", True),
+    )
+}
+HEADS |= COMPRESSORS
 
 
 def random_draft(config: HeadConfig, seed: int = 0) -> ViSpecDraft:

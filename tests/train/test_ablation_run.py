@@ -1,4 +1,4 @@
-"""The ablation's one command, from questions to the page, small."""
+"""The one commands of the ablation and of the compressors, from questions to the page, small."""
 
 from __future__ import annotations
 
@@ -7,40 +7,63 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.ablation.__main__ import TABLE_MARKS
+from benchmarks.ablation.steps import TABLE_MARKS
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SMALL = ("--samples", "32", "--held-out", "7", "--per-family", "1", "--seed", "0")
 
 
-def run(folder: Path) -> str:
-    """Run the command for one arm; returns what it printed."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both commands ask the same questions."""
+    return tmp_path_factory.mktemp("studies")
+
+
+def run(folder: Path, module: str, *more: str) -> dict[str, Any]:
+    """Run the command for one arm; returns its row."""
     (folder / "page.md").write_text("\n".join(TABLE_MARKS))
     files = {"--work-dir": "work", "--output": "result.json", "--page": "page.md"}
     paths = [part for option, name in files.items() for part in (option, str(folder / name))]
-    command = [sys.executable, "-m", "benchmarks.ablation", *SMALL, *paths, "--arm", "eagle_vlm"]
+    command = [sys.executable, "-m", module, *SMALL, *paths, *more]
     done = subprocess.run(
         command, env=dict(os.environ), capture_output=True, text=True, timeout=1200, check=False
     )
     assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+    (row,) = json.loads((folder / "result.json").read_text())["rows"]
+    return dict(row)
 
 
-def test_one_command(tmp_path: Path) -> None:
-    run(tmp_path)
-    (row,) = json.loads((tmp_path / "result.json").read_text())["rows"]
-    assert (row["arm"], row["seeds"]) == ("eagle_vlm", [0])
+def check(row: dict[str, Any]) -> None:
+    """What must hold for every arm in the engine."""
+    assert row["seeds"] == [0]
     assert row["identical"] == row["answers_compared"] == 7
     assert row["tokens_per_round"]["image tasks"]["mean"] >= 1.0
     assert row["decode_speedup"]["image tasks"]["mean"] > 0.0
-    assert "EagleVLM" in (tmp_path / "page.md").read_text()
-    assert (tmp_path / "page.png").is_file()
+
+
+def test_one_command(folder: Path) -> None:
+    command = ("benchmarks.ablation", "--arm", "eagle_vlm")
+    row = run(folder, *command)
+    check(row)
+    assert row["arm"] == "eagle_vlm"
+    assert "EagleVLM" in (folder / "page.md").read_text()
+    assert (folder / "page.png").is_file()
     # Run again: nothing is trained or measured anew.
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "work" / "cells").iterdir()}
+    before = {file: file.stat().st_mtime_ns for file in (folder / "work" / "cells").iterdir()}
     assert before
-    run(tmp_path)
+    run(folder, *command)
     assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_command_of_the_compressors(folder: Path) -> None:
+    row = run(folder, "benchmarks.compressors", "--arm", "weighted", "--no-prefill")
+    check(row["engine"])
+    assert row["name"] == "weighted-e2-s0"
+    assert row["replayed"]["mean"] >= 1.0
+    assert sum(sum(one["counts"]) for one in row["choices"]) == 7
+    assert "| weighted | " in (folder / "page.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -9,10 +10,16 @@ import pytest
 
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.train.config import TrainConfig
-from vllm_vispec.train.kinds import get_kind
 from vllm_vispec.train.losses import get_loss
 from vllm_vispec.train.provenance import command_line
-from vllm_vispec.train.settings import config_from_flat, explain, iter_settings, load_config
+from vllm_vispec.train.resolve import resolve
+from vllm_vispec.train.settings import (
+    config_from_flat,
+    explain,
+    full_name,
+    iter_settings,
+    load_config,
+)
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
 
@@ -45,7 +52,8 @@ def test_recipe_and_assignments(tmp_path: Path) -> None:
     ("assignment", "message"),
     [
         ("optimizer.lrr=1", "did you mean 'optimizer.lr'"),
-        ("lr=1", "did you mean 'optimizer.lr'"),
+        ("lrr=1", "did you mean 'optimizer.lr'"),
+        ("mode=online", "in several sections: write loss.mode or teacher.mode in full"),
         ("optimzer.clip_at=1", "did you mean 'optimizer.clip_at'"),
         ("zzzzzz=1", "--explain"),
         ("optimizer.lr", "has no '='"),
@@ -80,6 +88,54 @@ def test_wrong_files(text: str, message: str, tmp_path: Path) -> None:
         load_config(tmp_path / "missing.yaml")
 
 
+def test_a_name_without_its_section() -> None:
+    config = load_config(None, ["compressor=select", "lr=1e-4", "validation_share=0"])
+    assert (config.head.compressor, config.optimizer.lr) == ("select", 1e-4)
+    assert config.data.validation_share == 0
+    assert full_name("max_steps") == "schedule.max_steps"
+    assert full_name("nothing") == "nothing"
+    assert "--set compressor=select" in explain()
+
+
+@pytest.mark.parametrize(
+    ("kind", "compressor", "loss"),
+    [
+        ("vispec", "", "vispec"),
+        ("eagle_vlm", "", "vispec"),
+        ("specvlm", "", "specvlm"),
+        ("vispec", "prune:20", "specvlm"),
+        ("specvlm_global", "query", "vispec"),
+    ],
+)
+def test_the_loss_follows_the_head(kind: str, compressor: str, loss: str) -> None:
+    assignments = [f"head.kind={kind}", f"head.compressor={compressor}"]
+    resolved = resolve(load_config(None, assignments))
+    assert resolved.loss.name == loss
+    assert resolve(resolved) == resolved
+    chosen = resolve(load_config(None, [*assignments, "loss.name=kl"]))
+    assert chosen.loss.name == "kl"
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["head.kind=medusa"], "head kind 'medusa' is unknown"),
+        (["compressor=jpeg:3"], "'jpeg:3' cannot be used: use one of query, prune, pool"),
+        (["compressor=prune:0"], "the ratio of prune is a whole number from 1"),
+        (["compressor=weighted(prune:3,pool:4)"], "with one ratio"),
+        (["compressor=select", "head.kind=eagle_vlm"], "sees no compressed images: drop it or use"),
+    ],
+)
+def test_heads_that_cannot_be(assignments: list[str], message: str) -> None:
+    with pytest.raises(ViSpecError, match=re.escape(message)):
+        resolve(load_config(None, assignments))
+
+
+def test_the_temperature_falls_linearly() -> None:
+    loss = load_config(None, ["temperature_end=0.2"]).loss
+    assert [round(loss.temperature(x), 6) for x in (0.0, 0.5, 1.0)] == [1.0, 0.6, 0.2]
+
+
 def test_required_settings() -> None:
     with pytest.raises(ViSpecError, match=r"target\.model is not set"):
         TrainConfig().require_complete()
@@ -99,7 +155,7 @@ def test_every_setting_has_meaning_and_source() -> None:
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_shipped_recipes_load(file: Path) -> None:
     config = load_config(file).require_complete()
-    get_kind(config.head.kind)
+    config = resolve(config)
     get_loss(config.loss.name, **config.loss.weights)
 
 

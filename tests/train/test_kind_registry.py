@@ -56,8 +56,14 @@ def test_every_parameter_of_a_fresh_head_gets_a_gradient(kind: str) -> None:
     draft = new_draft(new_head_config(kind, text_config(), num_query_tokens=3), TABLE, seed=0)
     outputs = rollout(draft, pad_batch([random_sample(20, ((2, 9),))]), 2)
     torch.stack([(o.state_BLD[o.counts_BL] ** 2).sum() for o in outputs]).sum().backward()
+    config = draft.config
     # In [I | 0] nothing of the global feature comes through yet; a step later it does.
-    late = () if not draft.config.global_feature or draft.config.compress else ("img_adaptor.",)
+    alone = config.global_feature and (config.has_compressor or not config.compress)
+    late: tuple[str, ...] = ("img_adaptor.",) if alone else ()
+    # A fresh gate chooses its first branch everywhere; noise and the load balance, which are the
+    # trainer's, bring in the others.
+    if config.compressor_spec.gated:
+        late += ("compressor.",)
     silent = [
         name
         for name, parameter in draft.named_parameters()

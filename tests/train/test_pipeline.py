@@ -13,6 +13,7 @@ import pytest
 from tests.support.child import run_in_subprocess
 from tests.support.engine import IN_PROCESS_ENV
 from tests.support.tiny_store import TinyStore
+from vllm_vispec.dialects import inspect_head
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -67,6 +68,18 @@ def test_regenerate_train_evaluate_export_serve(
     )
     report = json.loads((tmp_path / "eval.json").read_text())
     assert "tokens_per_round" in json.dumps(report)
+    check_served(target, head)
+    # One setting more, and the head has SpecVLM's compressor.
+    paths["run.output"] = str(tmp_path / "select")
+    settings = {**SETTINGS, **paths, "compressor": "select"}
+    vispec("train", *(part for item in settings.items() for part in _set(*item)))
+    select = tmp_path / "select" / "head"
+    assert inspect_head(select).config.compressor_spec.name == "select"
+    check_served(target, select)
+
+
+def check_served(target: str, head: Path) -> None:
+    """The engine drafts with the head, and answers as without it."""
     kwargs = {"target": target, "head": str(head)}
     plain, served = run_in_subprocess("tests.train.pipeline_jobs:serve", kwargs, timeout=600)
     assert served["token_ids"] == plain["token_ids"]

@@ -17,7 +17,7 @@ from vllm_vispec.errors import ViSpecError
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.distributed import processes
 from vllm_vispec.train.loop import Outcome, train
-from vllm_vispec.train.state import Checkpoints
+from vllm_vispec.train.state import Checkpoints, check_same_settings
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
@@ -110,3 +110,11 @@ def test_a_diverging_run_says_so(tiny: TinyStore, dialogues: Path, tmp_path: Pat
                     optimizer__clip="none", schedule__warmup=0.0)  # fmt: skip
     with pytest.raises(ViSpecError, match=r"loss of step \d is .*lower optimizer\.lr"):
         run(config)
+
+
+def test_settings_that_an_older_checkpoint_does_not_know_count_as_defaults() -> None:
+    now = TrainConfig().flat()
+    saved = {name: value for name, value in now.items() if name != "loss.balance"}
+    assert check_same_settings(saved, now) == []
+    with pytest.raises(ViSpecError, match=r"loss\.balance: 0\.01 -> 0\.5"):
+        check_same_settings(saved, now | {"loss.balance": 0.5})

@@ -22,6 +22,14 @@ def counted(output: PassOutput, sample: int) -> list[int]:
     return output.counts_BL[sample].nonzero()[:, 0].tolist()
 
 
+def answer_start(sample: Observed, token: int) -> int:
+    """Where the answer that holds a token begins, as prefill takes it."""
+    start = token
+    while start > 0 and sample.answer[start - 1]:
+        start -= 1
+    return max(start, 1)
+
+
 def compact(draft: ViSpecDraft, sample: Observed, last: int) -> torch.Tensor:
     """Outputs of the compact rows of tokens 0..last, the one after them known."""
     prefill = draft.prefill(
@@ -29,6 +37,7 @@ def compact(draft: ViSpecDraft, sample: Observed, last: int) -> torch.Tensor:
         sample.embeds_LD[last + 1],
         sample.hidden_LD[: last + 1],
         [run for run in sample.runs if run[1] <= last + 1],
+        answer_start(sample, last + 1),
     )
     return prefill.out_ND
 
@@ -40,11 +49,17 @@ def chain(draft: ViSpecDraft, sample: Observed, row: int, steps: int) -> list[to
         sample.embeds_LD[row + 1],
         sample.hidden_LD[: row + 1],
         [run for run in sample.runs if run[1] <= row + 1],
+        answer_start(sample, row + 1),
     )
     states, cache = [prefill.out_ND[-1]], prefill.cache
     for position in range(row + 1, row + steps):
         state, _, cache = draft.step(
-            sample.embeds_LD[position + 1], states[-1], prefill.global_D, position, cache
+            sample.embeds_LD[position + 1],
+            states[-1],
+            prefill.global_D,
+            position,
+            cache,
+            prefill.key_bias_N,
         )
         states.append(state)
     return states
@@ -98,8 +113,9 @@ def test_a_batch_equals_its_samples_one_by_one(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_of_a_batch_are_the_sum_over_samples(mode: str) -> None:
-    draft = random_draft(HEADS["automodel"])
+@pytest.mark.parametrize("name", ["automodel", "concat", "weighted", "select"])
+def test_gradients_of_a_batch_are_the_sum_over_samples(name: str, mode: str) -> None:
+    draft = random_draft(HEADS[name])
     samples = all_samples()
 
     def loss(batch: DraftBatch) -> torch.Tensor:
@@ -167,8 +183,9 @@ def test_no_counted_row_still_gives_finite_states_and_gradients() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_autocast_stays_near_float32(mode: str) -> None:
-    draft = random_draft(HEADS["automodel"])
+@pytest.mark.parametrize("name", ["automodel", "concat", "weighted"])
+def test_autocast_stays_near_float32(name: str, mode: str) -> None:
+    draft = random_draft(HEADS[name])
     batch = pad_batch(all_samples())
     exact = rollout(draft, batch, 3, mode)
     with torch.autocast("cpu", dtype=torch.bfloat16):

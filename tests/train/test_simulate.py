@@ -47,6 +47,7 @@ def drafted_rounds(draft: ViSpecDraft, one: Observed, start: int, end: int) -> l
             one.embeds_LD[known],
             one.hidden_LD[:known],
             [run for run in one.runs if run[1] <= known],
+            start,
         )
         drafted = draft.chain(prefill, DEPTH, lm_head(), TABLE).token_ids_S.tolist()
         gold = one.token_ids[known + 1 : end].tolist()
@@ -57,7 +58,9 @@ def drafted_rounds(draft: ViSpecDraft, one: Observed, start: int, end: int) -> l
     return rounds
 
 
-@pytest.mark.parametrize("name", ["grouped", "no_compress", "eagle"])
+@pytest.mark.parametrize(
+    "name", ["grouped", "no_compress", "eagle", "concat", "weighted", "select_global"]
+)
 @torch.no_grad()
 def test_simulation_equals_drafting_every_chain(name: str) -> None:
     draft = random_draft(replace(HEADS[name], has_embed_tokens=False))

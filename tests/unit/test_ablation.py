@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ablation.__main__ import TABLE_MARKS, put_tables
 from benchmarks.ablation.arms import ARMS, EPOCHS, Arm, Cell
 from benchmarks.ablation.intervals import decode_speedup, estimate, ratio, tokens_per_round
 from benchmarks.ablation.measure import Asked, Questions
@@ -21,6 +20,7 @@ from benchmarks.ablation.results import (
     read_all,
     to_markdown,
 )
+from benchmarks.ablation.steps import TABLE_MARKS, put_tables
 from benchmarks.ablation.training import RECIPE, settings_of
 from benchmarks.ablation.workspace import Workspace
 from examples.tiny_vlm.families import FAMILIES

@@ -7,9 +7,10 @@ import torch
 
 from tests.support.golden import load_cases
 from vllm_vispec.dialects import inspect_head, iter_canonical_tensors
-from vllm_vispec.engine.adaptor import ImageAdaptor, RowTable, TextFusion, merge_partials
+from vllm_vispec.engine.adaptor import ImageAdaptor, TextFusion, merge_partials
 from vllm_vispec.engine.image_table import ImageTable
 from vllm_vispec.engine.layout import FeatureSlice, ImageRun, RowCodes
+from vllm_vispec.engine.row_table import RowTable
 from vllm_vispec.torch_draft import ViSpecDraft
 
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}

@@ -15,10 +15,12 @@ from vllm_vispec.torch_draft import ViSpecDraft, attention_mask, masked_rows, me
 Run = tuple[int, int]
 
 
-def rows(length: int, runs: list[Run], num_q: int, **options: bool) -> list[tuple[int, int, int]]:
-    """(position, run, adaptor row) of each compact row."""
-    plan = plan_rows(length, runs, num_q, **options)
-    return list(zip(plan.positions, plan.run_of_row, plan.adaptor_row, strict=True))
+def rows(
+    length: int, runs: list[Run], num_q: int, *, compress: bool = True
+) -> list[tuple[int, int, int]]:
+    """(position, run, adaptor row) of each compact row with ViSpec's adaptor."""
+    plan = plan_rows(length, runs, num_q, compress=compress)
+    return list(zip(plan.positions, plan.run_of_row, plan.token_of_row, strict=True))
 
 
 def test_image_in_the_middle() -> None:
@@ -109,9 +111,10 @@ def test_masking_equals_compaction(config: HeadConfig, num_q: int) -> None:
     torch.nn.init.normal_(draft.img_fc.weight, std=0.2)
     length, size = 17, config.hidden_size
     embeds, hidden = torch.randn(2, len(MASKED_CASES), length, size).unbind()
-    layer_in, visible, is_text, _ = masked_rows(draft, embeds, hidden, MASKED_CASES)
+    found = masked_rows(draft, embeds, hidden, MASKED_CASES)
+    visible, is_text = found.visible_BL, found.is_text_BL
     positions = torch.arange(length).expand(len(MASKED_CASES), -1)
-    out, _ = draft.run_layer(layer_in, positions, attention_mask(visible))
+    out, _ = draft.run_layer(found.layer_in_BLD, positions, attention_mask(visible))
     for b, runs in enumerate(MASKED_CASES):
         last = length - 1  # a prompt of L - 1 tokens whose sampled token is token L - 1
         want = draft.prefill(embeds[b, :last], embeds[b, last], hidden[b, :last], runs)
@@ -124,7 +127,8 @@ def test_masking_equals_compaction(config: HeadConfig, num_q: int) -> None:
 def test_masked_padding_is_invisible() -> None:
     draft = ViSpecDraft(BASE)
     embeds, hidden = torch.randn(2, 2, 8, BASE.hidden_size).unbind()
-    _, visible, is_text, _ = masked_rows(draft, embeds, hidden, [[(1, 3)], []], [5, 8])
+    found = masked_rows(draft, embeds, hidden, [[(1, 3)], []], [5, 8])
+    visible, is_text = found.visible_BL, found.is_text_BL
     assert visible[0].tolist() == [True, True, True, True] + [False] * 4
     assert is_text[0].tolist() == [False, False, True, True] + [False] * 4
     assert visible[1].sum() == 7
@@ -140,10 +144,12 @@ def test_fresh_head_ignores_images_and_trains() -> None:
         plain = draft.layer_input(embeds, hidden, torch.zeros(1, 1, BASE.hidden_size))
         seen = draft.layer_input(embeds, hidden, torch.ones(1, 1, BASE.hidden_size))
     assert torch.equal(plain, seen)
-    layer_in, visible, _, _ = masked_rows(
+    found = masked_rows(
         draft, torch.randn(1, 8, BASE.hidden_size), torch.randn(1, 8, BASE.hidden_size), [[(2, 5)]]
     )
-    out, _ = draft.run_layer(layer_in, torch.arange(8)[None], attention_mask(visible))
+    out, _ = draft.run_layer(
+        found.layer_in_BLD, torch.arange(8)[None], attention_mask(found.visible_BL)
+    )
     out.square().mean().backward()
     without = {name for name, p in draft.named_parameters() if p.grad is None}
     assert without == {"embed_tokens.weight"}

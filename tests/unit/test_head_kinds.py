@@ -106,9 +106,9 @@ def test_masked_rows_equal_compact_rows(compress: bool, global_feature: bool) ->
     draft = make_draft(make(compress, global_feature))
     embeds, hidden, runs = torch.randn(1, 12, 32), torch.randn(1, 12, 32), [(1, 4), (6, 10)]
     with torch.no_grad():
-        rows, visible, _, _ = masked_rows(draft, embeds, hidden, [runs])
+        rows = masked_rows(draft, embeds, hidden, [runs])
         positions = torch.arange(12)[None]
-        found, _ = draft.run_layer(rows, positions, attention_mask(visible))
+        found, _ = draft.run_layer(rows.layer_in_BLD, positions, attention_mask(rows.visible_BL))
         state = draft.prefill(embeds[0, :11], embeds[0, 11], hidden[0, :11], runs)
     kept = list(state.plan.positions)
     assert torch.allclose(found[0, kept], state.out_ND, atol=1e-5)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.unit.heads import BASE
-from vllm_vispec.engine.adaptor import RowTable
 from vllm_vispec.engine.draft_rows import DraftRows, RequestRows
 from vllm_vispec.engine.layout import RowCodes
+from vllm_vispec.engine.row_table import RowTable
 
 IMAGE = SimpleNamespace(
     modality="image",
@@ -32,13 +32,14 @@ class Adaptor:
 
 def make_rows() -> DraftRows:
     table = RowTable(RowCodes(4, BASE.num_query_tokens), BASE.hidden_size, 512)
-    inner = SimpleNamespace(head=BASE, rows=table, adaptor=Adaptor(), do_not_compile=True)
+    inner = SimpleNamespace(head=BASE, rows=table, adaptor=Adaptor(), compressor=None)
+    inner.do_not_compile = True
     return DraftRows(SimpleNamespace(model=inner), 8)  # type: ignore[arg-type]
 
 
 def play(rows: DraftRows, ids: list[str], first: list[int], each: int) -> bool:
     """One round as the proposers play it; returns whether nothing had to be filled."""
-    holds = rows.holds(ids, np.array(first), each * len(ids))
+    holds = rows.holds(ids, first, each * len(ids))
     if not holds:
         requests = [
             RequestRows(name, (IMAGE,) if name[0] == "p" else (), at, each)

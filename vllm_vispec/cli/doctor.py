@@ -10,8 +10,12 @@ import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
+from typing import TYPE_CHECKING
 
 from vllm_vispec import __version__, plugin
+
+if TYPE_CHECKING:
+    from vllm_vispec.head_config import HeadConfig
 
 _RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -107,9 +111,8 @@ def head_lines(head: str) -> list[str]:
         "vocabulary": f"{config.vocab_size} (the target's must be the same)",
         "kind": f"images compressed {_yes(config.compress)}, "
         f"global feature {_yes(config.global_feature)}",
-        "query tokens": f"{config.num_query_tokens} ({config.rows_per_image} rows per image)"
-        if config.compress
-        else "no image is compressed",
+        "compressor": f"{config.compressor_spec}" if config.compress else "none",
+        "query tokens": _queries(config),
         "attention": f"{config.num_attention_heads} heads, {config.num_key_value_heads} KV heads, "
         f"head size {config.head_dim}, RoPE base {config.rope_theta:g}",
         "positions": f"up to {config.max_position_embeddings}",
@@ -122,6 +125,14 @@ def head_lines(head: str) -> list[str]:
         else serve_command(guess_target(config), head),
     }
     return [f"{name:14} {value}" for name, value in facts.items()]
+
+
+def _queries(config: HeadConfig) -> str:
+    if not config.compress:
+        return "no image is compressed"
+    if config.has_compressor:
+        return "1, the global feature's" if config.has_adaptor else "no image adaptor"
+    return f"{config.num_query_tokens} ({config.rows_per_image} rows per image)"
 
 
 def _vllm_line() -> tuple[str, bool]:

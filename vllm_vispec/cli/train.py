@@ -16,7 +16,10 @@ def train(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a setting: section.name=value. Repeatable."),
+        typer.Option(
+            "--set",
+            help="Change a setting: section.name=value, or name=value. Repeatable.",
+        ),
     ] = None,
     override: Annotated[
         str, typer.Option(help="Settings that may differ from the checkpoint's, with commas.")
@@ -39,9 +42,8 @@ def train(
     if explain:
         typer.echo(explain_settings())
         return
-    names = tuple(name.strip() for name in override.split(",") if name.strip())
     with exit_on_error():
-        message = _train(recipe, settings or [], names, cache_only, workers if ray else 0)
+        message = _train(recipe, settings or [], override, cache_only, workers if ray else 0)
     if message:
         typer.echo(message)
 
@@ -49,12 +51,13 @@ def train(
 def _train(
     recipe: Path | None,
     settings: list[str],
-    override: tuple[str, ...],
+    names: str,
     cache_only: bool,
     ray_workers: int,
 ) -> str:
-    from vllm_vispec.train.settings import load_config
+    from vllm_vispec.train.settings import full_name, load_config
 
+    override = tuple(full_name(name.strip()) for name in names.split(",") if name.strip())
     config = load_config(recipe, settings).require_complete()
     if ray_workers:
         from vllm_vispec.train.ray_train import train_on_ray

@@ -8,6 +8,7 @@ from vllm_vispec.dialects import fields
 from vllm_vispec.dialects.base import Dialect, RawConfig, Shapes
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.head_config import HeadConfig
+from vllm_vispec.models.spec import QUERY
 
 
 def _detect(config: RawConfig, shapes: Shapes) -> bool:
@@ -72,7 +73,7 @@ AUTOMODEL = Dialect(
     detect=_detect,
     head_config=_head_config,
     write_config=_write_config,
-    fixed={"compress": True, "global_feature": True},
+    fixed={"compress": True, "compressor": QUERY, "global_feature": True},
     ignored=("*.rotary_emb.*",),
     switched_off=("layer.input_layernorm.weight", "norm.weight"),
 )

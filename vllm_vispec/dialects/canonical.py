@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_vispec.dialects.base import Dialect, RawConfig, Shapes
 from vllm_vispec.head_config import HeadConfig
+from vllm_vispec.head_shapes import COMPRESSOR_PREFIX
 
 
 def _detect(config: RawConfig, shapes: Shapes) -> bool:
@@ -22,6 +23,7 @@ CANONICAL = Dialect(
         "fc.*": "fc.*",
         "img_fc.*": "img_fc.*",
         "img_adaptor.*": "img_adaptor.*",
+        f"{COMPRESSOR_PREFIX}*": f"{COMPRESSOR_PREFIX}*",
         "layer.*": "layer.*",
         "norm.weight": "norm.weight",
     },

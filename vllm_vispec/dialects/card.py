@@ -72,7 +72,7 @@ def model_card(
 
 def _facts(config: HeadConfig, dtype: str, target: str, trained: bool) -> dict[str, Any]:
     queries = f"{config.num_query_tokens}"
-    if config.compress:
+    if config.rows_per_image is not None:
         queries += f" ({config.rows_per_image} draft rows per image)"
     origin = "trained" if trained else f"converted from the {config.dialect} dialect"
     return {
@@ -81,6 +81,7 @@ def _facts(config: HeadConfig, dtype: str, target: str, trained: bool) -> dict[s
         "hidden size": config.hidden_size,
         "vocabulary": config.vocab_size,
         "images": "compressed" if config.compress else "every image token keeps its row",
+        **({"compressor": config.compressor_spec} if config.has_compressor else {}),
         "global feature": config.global_feature,
         "query tokens": queries if config.has_adaptor else "none, no image adaptor",
         "layer input norm / final norm": f"{config.layer0_input_norm} / {config.final_norm}",

@@ -1,7 +1,7 @@
 """From a folder to a checked `HeadInfo`, and from there to canonical tensors.
 
 `inspect_head` runs at configuration time in the API server process: it reads config.json and
-safetensors headers only and imports neither torch nor vLLM.
+safetensors headers only and imports no vLLM, and torch only for a head with a compressor.
 """
 
 from __future__ import annotations
@@ -164,14 +164,14 @@ def _to_canonical(
     if missing:
         raise ViSpecError(
             f"the head ({dialect.name} dialect) lacks {len(missing)} tensor(s): "
-            f"{short_list(missing)}: download or export it again, or correct the bias and norm "
-            "flags in its config.json"
+            f"{short_list(missing)}: download or export it again, or correct the compressor and "
+            "the bias and norm flags in its config.json"
         )
     if extra:
         raise ViSpecError(
             f"the head ({dialect.name} dialect) has {len(extra)} tensor(s) that its config.json "
-            f"does not account for: {short_list(sorted(extra))}: correct the bias and norm flags "
-            "there, or remove them"
+            f"does not account for: {short_list(sorted(extra))}: correct the compressor and the "
+            "bias and norm flags there, or remove them"
         )
     return {name: sources[name] for name in expected}
 

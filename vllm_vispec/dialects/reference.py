@@ -7,6 +7,7 @@ from typing import Any
 from vllm_vispec.dialects import fields
 from vllm_vispec.dialects.base import Dialect, RawConfig, Shapes
 from vllm_vispec.head_config import HeadConfig
+from vllm_vispec.models.spec import QUERY
 
 
 def _detect(config: RawConfig, shapes: Shapes) -> bool:
@@ -50,6 +51,7 @@ REFERENCE = Dialect(
     write_config=_write_config,
     fixed={
         "compress": True,
+        "compressor": QUERY,
         "global_feature": True,
         "layer0_input_norm": False,
         "final_norm": False,

@@ -1,7 +1,7 @@
-"""The vision adaptor inside the engine, and the table of rows it fills.
+"""The vision adaptor inside the engine, and the fused input it contributes to.
 
 Shapes: Q num_query_tokens, N embeddings of one item, D hidden size, H heads, h head size,
-S table slots, R = S * Q + 1 row codes, T tokens in the batch, E = Q * H.
+T tokens in the batch, E = Q * H, M tokens of a compressor.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vllm_vispec.engine.first_pass import FirstPassPlan
-from vllm_vispec.engine.layout import RowCodes
+from vllm_vispec.engine.row_table import RowTable
 from vllm_vispec.head_config import HeadConfig
-
-# Added to a hole's keys through the padded head channels; a power of two is exact in every dtype.
-MASK_CHANNEL = 64.0
 
 
 @dataclass(frozen=True)
@@ -40,95 +36,6 @@ def merge_partials(partials: Sequence[AdaptorPartial]) -> torch.Tensor:
     share_PQH = log_weight_PQH.softmax(dim=0)
     value_PQHh = torch.stack([partial.value for partial in partials])
     return (share_PQH.unsqueeze(-1) * value_PQHh).sum(dim=0)
-
-
-class RowTable(nn.Module):
-    """Static buffers the draft reads: what each row code stands for, and the rows of the batch.
-
-    A draft row's layer input is ``keep * fc(embedding, hidden) + offset``: text rows keep and add
-    the constant their image's global feature contributes, compact tokens and holes replace. The
-    batch's rows are gathered once a round, before the first pass, so that a pass only slices.
-
-    Args:
-        codes: Numbering of the table's entries.
-        hidden_size: D.
-        max_num_tokens: Longest batch, in tokens; the batch's buffers are about as large as vLLM's
-            own buffer of hidden states.
-    """
-
-    def __init__(self, codes: RowCodes, hidden_size: int, max_num_tokens: int) -> None:
-        super().__init__()
-        self.codes = codes
-        self.plan: FirstPassPlan | None = None
-        # Set only where no graph is recorded: then passes over text leave two operators out.
-        self.all_text = False
-        self.row_codes: torch.Tensor
-        self.offset: torch.Tensor
-        self.keep: torch.Tensor
-        self.key_mask: torch.Tensor
-        self.batch_offset: torch.Tensor
-        self.batch_keep: torch.Tensor
-        self.batch_key_mask: torch.Tensor
-        codes_T = torch.zeros(max_num_tokens, dtype=torch.int32)
-        self.register_buffer("row_codes", codes_T, persistent=False)
-        dtype = torch.get_default_dtype()
-        for name, width in (("offset", hidden_size), ("keep", 1), ("key_mask", 1)):
-            for prefix, height in (("", codes.size), ("batch_", max_num_tokens)):
-                buffer = torch.zeros(height, width, dtype=dtype)
-                self.register_buffer(prefix + name, buffer, persistent=False)
-        self.keep[: codes.hole : codes.num_query_tokens] = 1.0
-        self.key_mask[codes.hole] = -MASK_CHANNEL
-
-    def set_batch(self, codes_T: torch.Tensor) -> None:
-        """Take the codes, int32 ``[T]`` on the host, of the tokens of the next first pass."""
-        num_tokens = codes_T.shape[0]
-        code_T = self.row_codes[:num_tokens]
-        code_T.copy_(codes_T, non_blocking=True)
-        for table, batch in self._pairs():
-            torch.index_select(table, 0, code_T, out=batch[:num_tokens])
-
-    @torch.inference_mode()
-    def set_no_image(self, fusion: "TextFusion") -> None:
-        """Write slot 0: text before the first image sees a global feature of zeros (4.4)."""
-        code = self.codes.text(0)
-        self.offset[code] = fusion.offset(torch.zeros_like(self.offset[code]))
-
-    def keep_rows(self, token_indices: torch.Tensor) -> None:
-        """Keep one row for each request, given its index in the batch, for the draft steps."""
-        for _, batch in self._pairs():
-            batch[: token_indices.shape[0]] = batch[token_indices]
-
-    def text_offset(self, num_tokens: int) -> torch.Tensor | None:
-        """Return what is added to every row, ``[T, D]``; None if some row may not be text."""
-        return self.batch_offset[:num_tokens] if self.all_text else None
-
-    def take_plan(self) -> FirstPassPlan | None:
-        """Return the plan of the next pass, once."""
-        plan, self.plan = self.plan, None
-        return plan
-
-    def mix(self, fused_TD: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the layer input ``[T, D]`` given the fused text input of every row.
-
-        Args:
-            rows: int64 ``[T]``; which rows of the batch these are. None: the first ones.
-        """
-        if rows is not None:
-            return torch.addcmul(self.batch_offset[rows], fused_TD, self.batch_keep[rows])
-        num_tokens = fused_TD.shape[0]
-        keep_T1 = self.batch_keep[:num_tokens]
-        return torch.addcmul(self.batch_offset[:num_tokens], fused_TD, keep_T1)
-
-    def key_mask_of(self, num_tokens: int) -> torch.Tensor:
-        """Return what the padded key channels hold, ``[T, 1]``: 0, or very low in a hole."""
-        return self.batch_key_mask[:num_tokens]
-
-    def _pairs(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-        return (
-            (self.offset, self.batch_offset),
-            (self.keep, self.batch_keep),
-            (self.key_mask, self.batch_key_mask),
-        )
 
 
 class TextFusion(nn.Module):
@@ -177,6 +84,11 @@ class TextFusion(nn.Module):
         if offset_TD is None:
             return F.linear(both_T2D, self.weight)
         return torch.addmm(offset_TD, both_T2D, self.weight.T)
+
+    def token_input(self, token_MD: torch.Tensor) -> torch.Tensor:
+        """Return the layer input ``[M, D]`` of a compressor's tokens: the embedding half alone."""
+        size = self.weight.shape[0]
+        return F.linear(token_MD.to(self.weight.dtype), self.weight[:, :size])
 
     def offset(self, global_D: torch.Tensor) -> torch.Tensor:
         """Return the part that depends on the global image feature, ``[D]``."""

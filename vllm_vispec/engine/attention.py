@@ -24,8 +24,8 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.selector import get_attn_backend
 
-from vllm_vispec.engine.adaptor import MASK_CHANNEL, RowTable
 from vllm_vispec.engine.first_pass import FirstPassPlan
+from vllm_vispec.engine.row_table import MASK_CHANNEL, RowTable
 from vllm_vispec.errors import ViSpecError
 
 # Below exp(-104) float32 has nothing left; the margin covers real logits of several hundred.
@@ -39,14 +39,17 @@ def mask_logit(head_dim: int, num_channels: int) -> float:
     return float(num_channels * MASK_CHANNEL**2 * head_dim**-0.5)
 
 
-def padded_head_size(head_dim: int, kv_cache_dtype: str) -> int:
+def padded_head_size(head_dim: int, kv_cache_dtype: str, num_branches: int = 0) -> int:
     """Return the smallest head size above ``head_dim`` that an attention backend serves.
+
+    Args:
+        num_branches: Channels that are needed beside those that mask.
 
     Raises:
         ViSpecError: If there is none.
     """
     for size in range(head_dim + HEAD_SIZE_STEP, head_dim + MAX_EXTRA_CHANNELS + 1, HEAD_SIZE_STEP):
-        if mask_logit(head_dim, size - head_dim) < MIN_MASK_LOGIT:
+        if mask_logit(head_dim, size - head_dim - num_branches) < MIN_MASK_LOGIT:
             continue
         try:
             backend = get_attn_backend(
@@ -58,8 +61,13 @@ def padded_head_size(head_dim: int, kv_cache_dtype: str) -> int:
             return size
     raise ViSpecError(
         f"no attention backend here serves a head size above the draft's {head_dim}, which ViSpec "
-        'needs to mask image rows; set "attention_backend": "TRITON_ATTN" in the speculative config'
+        f"needs to mask image rows{_and_branches(num_branches)}; set "
+        '"attention_backend": "TRITON_ATTN" in the speculative config'
     )
+
+
+def _and_branches(num_branches: int) -> str:
+    return f" and to weigh the compressor's {num_branches} branches" if num_branches else ""
 
 
 class HoleMaskedAttention(nn.Module):
@@ -67,6 +75,7 @@ class HoleMaskedAttention(nn.Module):
 
     Args:
         rows: The draft's row table; says which tokens of the batch are holes.
+        num_branches: Channels behind ``h`` that subclasses use; masking has those behind them.
         config: The draft's configuration.
         Others: As ``LlamaAttention`` passes them.
     """
@@ -79,6 +88,7 @@ class HoleMaskedAttention(nn.Module):
         num_kv_heads: int,
         *,
         rows: RowTable,
+        num_branches: int = 0,
         max_position_embeddings: int = 8192,
         quant_config: QuantizationConfig | None = None,
         bias: bool = False,
@@ -92,7 +102,8 @@ class HoleMaskedAttention(nn.Module):
         self.rows = rows
         head_dim = getattr(config, "head_dim", None) or hidden_size // num_heads
         kv_cache_dtype = cache_config.cache_dtype if cache_config else "auto"
-        padded_size = padded_head_size(head_dim, kv_cache_dtype)
+        padded_size = padded_head_size(head_dim, kv_cache_dtype, num_branches)
+        self.num_branches = num_branches
         self.num_heads = num_heads // tp_size
         self.num_kv_heads = max(1, num_kv_heads // tp_size)
         self.head_dim, self.padded_size = head_dim, padded_size
@@ -131,7 +142,7 @@ class HoleMaskedAttention(nn.Module):
             attn_type=attn_type,
         )
         channels_KP = torch.zeros(self.num_kv_heads, padded_size)
-        channels_KP[:, head_dim:] = 1.0
+        channels_KP[:, head_dim + num_branches :] = 1.0
         self.key_channels: torch.Tensor
         self.register_buffer("key_channels", channels_KP.view(1, -1), persistent=False)
 
@@ -139,7 +150,7 @@ class HoleMaskedAttention(nn.Module):
         """Attend over the visible rows; ``[T, D]`` in, ``[T, D]`` out."""
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q, k = self.rotary_emb(positions, q, k)
+        q, k = self.mark(*self.rotary_emb(positions, q, k))
         if not self.rows.all_text:
             k = k.addcmul_(self.rows.key_mask_of(hidden_states.shape[0]), self.key_channels)
         output, _ = self.o_proj(self.attn(q, k, v))
@@ -181,11 +192,22 @@ class HoleMaskedAttention(nn.Module):
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(plan.pick_visible(positions), q, k)
+        q, k = self.mark(q, k, plan.visible)
         if plan.visible is None:
             return q, k, v
         num_rows = positions.shape[0]
         k = plan.spread(k, self.rows.key_mask_of(num_rows) * self.key_channels)
         return q, k, plan.spread(v, v.new_zeros(num_rows, self.kv_size))
+
+    def mark(
+        self, q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return queries and keys ``[T, E]`` as they are; subclasses use channels of their own.
+
+        Args:
+            rows: int64 ``[T]``; which rows of the batch these are. None: the first ones.
+        """
+        return q, k
 
     def pad_weights(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the layer's projections widened from ``h`` to ``P`` channels a head.
@@ -194,6 +216,7 @@ class HoleMaskedAttention(nn.Module):
             weights: ``{q,k,v,o}_proj.weight`` and, where the head has them, ``{q,k,v}_proj.bias``.
         """
         extra = self.padded_size - self.head_dim
+        masking = (0, extra - self.num_branches)
         padded: dict[str, torch.Tensor] = {}
         for name, fill in (("q_proj", MASK_CHANNEL), ("k_proj", 0.0), ("v_proj", 0.0)):
             weight_ED = weights[f"{name}.weight"]
@@ -201,7 +224,8 @@ class HoleMaskedAttention(nn.Module):
             bias_Hh = bias_E.view(-1, self.head_dim)
             weight_HhD = weight_ED.view(-1, self.head_dim, weight_ED.shape[1])
             padded[f"{name}.weight"] = F.pad(weight_HhD, (0, 0, 0, extra)).flatten(0, 1)
-            padded[f"{name}.bias"] = F.pad(bias_Hh, (0, extra), value=fill).flatten()
+            bias_Hh = F.pad(bias_Hh, (0, self.num_branches))
+            padded[f"{name}.bias"] = F.pad(bias_Hh, masking, value=fill).flatten()
         out_DE = weights["o_proj.weight"]
         out_DHh = out_DE.view(out_DE.shape[0], -1, self.head_dim)
         padded["o_proj.weight"] = F.pad(out_DHh, (0, extra)).flatten(1)

@@ -21,6 +21,7 @@ from vllm_vispec.engine.trees.setting import resolve_tree
 from vllm_vispec.engine.vocab_setting import resolve_draft_vocab
 from vllm_vispec.engine.wrapping import wrap_once
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.head_config import HeadConfig
 from vllm_vispec.logs import get_logger
 
 logger = get_logger(__name__)
@@ -67,10 +68,10 @@ def _create_speculative_config(
     options = resolve_draft_vocab(options, settings, info.folder, info.config.vocab_size)
     settings.update(method="eagle", model=str(info.folder))
     logger.info(
-        "ViSpec head %s: %s dialect, %d query tokens, %d draft tokens per round",
+        "ViSpec head %s: %s dialect, %s, %d draft tokens per round",
         info.folder,
         info.dialect,
-        info.config.num_query_tokens,
+        _compression(info.config),
         settings["num_speculative_tokens"],
     )
     given, args.speculative_config = args.speculative_config, settings
@@ -80,6 +81,12 @@ def _create_speculative_config(
     finally:
         # The caller's dictionary stays as it was given.
         args.speculative_config = given
+
+
+def _compression(head: HeadConfig) -> str:
+    if head.has_compressor:
+        return f"compressor {head.compressor_spec}"
+    return f"{head.num_query_tokens} query tokens"
 
 
 def _find_head(settings: dict[str, Any]) -> HeadInfo | None:

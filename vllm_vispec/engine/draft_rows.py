@@ -7,16 +7,14 @@ import numpy as np
 import torch
 from vllm.platforms import current_platform
 
-from vllm_vispec.engine.adaptor import RowTable
+from vllm_vispec.engine.choices import Choices
 from vllm_vispec.engine.first_pass import FirstPassPlan, is_long, visible_rows
+from vllm_vispec.engine.held_rows import HeldRows, Round
 from vllm_vispec.engine.image_table import ImageTable
-from vllm_vispec.engine.layout import (
-    FeatureLike,
-    ImageRun,
-    RequestLayout,
-    row_rules,
-)
+from vllm_vispec.engine.image_tokens import ImageTokens
+from vllm_vispec.engine.layout import FeatureLike, ImageRun, RequestLayout, row_rules
 from vllm_vispec.engine.model import EagleViSpecForCausalLM
+from vllm_vispec.engine.row_table import GatedRowTable, RowTable
 from vllm_vispec.engine.upload import pinned, upload
 
 
@@ -29,35 +27,20 @@ class RequestRows(NamedTuple):
         first_row: Absolute position of its first token in the batch.  For a request past its
             prompt any position past the prompt will do.
         num_rows: Its tokens in the batch.
+        num_prompt_tokens: Length of its prompt, 0 if not known.
     """
 
     request_id: str
     features: Sequence[FeatureLike]
     first_row: int
     num_rows: int
+    num_prompt_tokens: int = 0
 
-
-class _HeldRows(NamedTuple):
-    """The batch buffer begins with ``num_rows`` rows of one ``code``.
-
-    ``written`` counts the table entries computed until then: a later one may be the code's.
-    """
-
-    code: int
-    num_rows: int
-    written: int
-
-    def covers(self, wanted: "_HeldRows") -> bool:
-        same = self.code == wanted.code and self.written == wanted.written
-        return same and self.num_rows >= wanted.num_rows
-
-
-class _LastRound(NamedTuple):
-    """Who had how many rows in a round of one code, and how far each request was."""
-
-    request_ids: tuple[str, ...]
-    first_rows: np.ndarray
-    num_rows: int
+    @property
+    def prompt_end(self) -> int | None:
+        """Index among its rows of its last prompt token; None if that is not in the batch."""
+        index = self.num_prompt_tokens - 1 - self.first_row
+        return index if 0 <= index < self.num_rows else None
 
 
 class DraftRows:
@@ -76,11 +59,14 @@ class DraftRows:
         self._rows: RowTable = model.model.rows
         self._rules = row_rules(head.compress, head.global_feature)
         self.table = ImageTable(model.model.adaptor, self._rows.codes.num_slots)
+        self._has_slots = head.has_adaptor
+        self._tokens = ImageTokens.of(model.model)
+        self._choices = Choices.of(model.model)
         self._layouts: dict[str, tuple[Sequence[FeatureLike], RequestLayout]] = {}
         self._max_layouts = 4 * max_num_requests
         self._warned: set[tuple[str, ImageRun]] = set()
-        self._held: _HeldRows | None = None
-        self._last: _LastRound | None = None
+        self._held: HeldRows | None = None
+        self._last: Round | None = None
         self._can_plan = head.compress
         self._plans = False
         self._visible: torch.Tensor | None = None
@@ -91,41 +77,50 @@ class DraftRows:
     def clear(self) -> None:
         """Forget all images, e.g. after new weights."""
         self.table.clear()
+        if self._tokens is not None:
+            self._tokens.clear()
         self._held = self._last = None
 
-    def holds(self, request_ids: Sequence[str], first_rows: np.ndarray, num_rows: int) -> bool:
+    def holds(self, request_ids: list[str], first_rows: list[int], num_rows: int) -> bool:
         """Whether the last batch's rows serve this one, so that it needs no `fill`.
 
         So it is in most decoding rounds of one request, or of several without images: the same
-        requests, all further on, as many rows, and no image that was not there before.
+        requests, all further on, as many rows, and no image that was not there before. Never where
+        a gate decides, for which any round may hold a prompt's end.
 
         Args:
             request_ids: The batch's requests, in its order.
-            first_rows: Integers ``[R]``, see `RequestRows`; on the host.
+            first_rows: See `RequestRows`.
             num_rows: Rows of the whole batch.
         """
         last, held = self._last, self._held
-        ids = tuple(request_ids)
         known = (
             last is not None
             and held is not None
-            and num_rows == last.num_rows
-            and ids == last.request_ids
+            and self._choices is None
             and held.written == self.table.stats.computed
-            # A request that was preempted begins anew.
-            and bool((first_rows >= last.first_rows).all())
+            and last.leads_to(request_ids, first_rows, num_rows)
         )
-        self._last = _LastRound(ids, first_rows.copy(), num_rows)
+        # The runner changes its list in place.
+        ids = last.request_ids if known and last is not None else list(request_ids)
+        self._last = Round(ids, first_rows, num_rows)
         return known
 
-    def fill(self, requests: Sequence[RequestRows], embeddings: Mapping[str, torch.Tensor]) -> None:
+    def fill(
+        self,
+        requests: Sequence[RequestRows],
+        embeddings: Mapping[str, torch.Tensor],
+        hidden_states: torch.Tensor | None = None,
+    ) -> None:
         """Set the codes of a batch, requests in batch order.
 
         Args:
             requests: All requests of the batch.
             embeddings: Vision-tower output by item hash, whatever is at hand in this step.
+            hidden_states: The target's, ``[T, D]``; read only where a gate decides.
         """
         self.table.begin_step()
+        choices = self._choose(requests, hidden_states)
         codes = [self._single_code(request, embeddings) for request in requests]
         num_rows = [request.num_rows for request in requests]
         total = sum(num_rows)
@@ -135,25 +130,38 @@ class DraftRows:
             # A plan is for one pass; the next round needs one of its own.
             self._last = None
         self._rows.all_text = self._is_eager and None not in codes
-        if codes and codes[0] is not None and codes.count(codes[0]) == len(codes):
-            self._set_uniform(codes[0], total)
+        if codes and codes[0] is not None and _is_uniform(codes) and _is_uniform(choices):
+            self._set_uniform(codes[0], choices[0], total)
             return
-        self._last = None
-        codes_T = np.empty(total, dtype=np.int32)
-        begin = 0
-        for request, code in zip(requests, codes, strict=True):
-            rows = codes_T[begin : begin + request.num_rows]
-            if code is None:
-                self._fill_request(request, embeddings, rows)
-            else:
-                rows[:] = code
-            begin += request.num_rows
-        self._held = None
+        codes_T = self._row_codes(requests, codes, embeddings)
+        self._held = self._last = None
         self._upload(codes_T)
+        if self._choices is not None:
+            self._upload_choices(np.repeat(np.array(choices, dtype=np.int32), num_rows))
+        if self._tokens is not None:
+            self._tokens.put_rows()
         if self._plans:
             visible_V = visible_rows(codes_T, self._rows.codes.hole)
             if len(visible_V) < total:
                 self._visible = upload(torch.from_numpy(visible_V), self._rows.row_codes.device)
+
+    def _row_codes(
+        self,
+        requests: Sequence[RequestRows],
+        codes: Sequence[int | None],
+        embeddings: Mapping[str, torch.Tensor],
+    ) -> np.ndarray:
+        """Return the codes of all rows, int32 ``[T]``, given those of requests that have one."""
+        codes_T = np.empty(sum(request.num_rows for request in requests), dtype=np.int32)
+        begin = 0
+        for request, code in zip(requests, codes, strict=True):
+            rows = codes_T[begin : begin + request.num_rows]
+            if code is None:
+                self._fill_request(request, embeddings, begin, rows)
+            else:
+                rows[:] = code
+            begin += request.num_rows
+        return codes_T
 
     def sample_at(
         self, token_indices: torch.Tensor, *, sampled_ask: bool = False, keys_only: bool = False
@@ -192,6 +200,23 @@ class DraftRows:
             self._rows.keep_rows(token_indices)
             self._held = self._held and self._held._replace(num_rows=num_rows)
 
+    def _choose(
+        self, requests: Sequence[RequestRows], hidden_states: torch.Tensor | None
+    ) -> list[int]:
+        """Return the requests' choices, after the gate decided where prompts end in this batch."""
+        if self._choices is None:
+            return [0] * len(requests)
+        ends: list[tuple[str, int]] = []
+        begin = 0
+        for request in requests:
+            end = request.prompt_end
+            if end is not None and request.features and self._layout(request).runs:
+                ends.append((request.request_id, begin + end))
+            begin += request.num_rows
+        if ends and hidden_states is not None:
+            self._choices.decide(ends, hidden_states)
+        return [self._choices.choice_of(request.request_id) for request in requests]
+
     def _single_code(
         self, request: RequestRows, embeddings: Mapping[str, torch.Tensor]
     ) -> int | None:
@@ -206,6 +231,8 @@ class DraftRows:
     def _slot_of(
         self, request: RequestRows, run: ImageRun, embeddings: Mapping[str, torch.Tensor]
     ) -> int | None:
+        if not self._has_slots:
+            return None
         slot = self.table.slot_of(run, embeddings)
         # A run that ends later is looked up again; its first rows are holes either way.
         if slot is None and run.text_row < request.first_row + request.num_rows:
@@ -216,6 +243,7 @@ class DraftRows:
         self,
         request: RequestRows,
         embeddings: Mapping[str, torch.Tensor],
+        begin: int,
         out: np.ndarray,
     ) -> None:
         def slot_of(run: ImageRun) -> int | None:
@@ -223,6 +251,10 @@ class DraftRows:
 
         layout = self._layout(request)
         self._rules.write(layout, self._rows.codes, slot_of, request.first_row, out)
+        if self._tokens is None:
+            return
+        for run in self._tokens.write_codes(layout, request.first_row, begin, embeddings, out):
+            self._note_miss(request.request_id, run)
 
     def _note_miss(self, request_id: str, run: ImageRun) -> None:
         """Count a missing image once per request, not once per step."""
@@ -243,15 +275,26 @@ class DraftRows:
         self._layouts[request.request_id] = (request.features, layout)
         return layout
 
-    def _set_uniform(self, code: int, count: int) -> None:
+    def _set_uniform(self, code: int, choice: int, count: int) -> None:
         """Set a batch whose tokens all have one code, unless the device holds it already.
 
         So it is with one request that decodes, and with any number of requests without images.
         """
-        wanted = _HeldRows(code, count, self.table.stats.computed)
+        made = 0 if self._choices is None else self._choices.version
+        wanted = HeldRows(code, choice, count, self.table.stats.computed + made)
         if self._held is None or not self._held.covers(wanted):
             self._upload(np.full(count, code, dtype=np.int32))
+            if self._choices is not None:
+                self._upload_choices(np.full(count, choice, dtype=np.int32))
             self._held = wanted
 
     def _upload(self, codes_T: np.ndarray) -> None:
         self._rows.set_batch(pinned(torch.from_numpy(codes_T), self._rows.row_codes.device))
+
+    def _upload_choices(self, choices_T: np.ndarray) -> None:
+        assert isinstance(self._rows, GatedRowTable)
+        self._rows.set_choices(pinned(torch.from_numpy(choices_T), self._rows.row_codes.device))
+
+
+def _is_uniform(values: Sequence[int | None]) -> bool:
+    return values.count(values[0]) == len(values)

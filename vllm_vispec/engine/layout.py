@@ -7,7 +7,7 @@ global feature (reference semantics 4.1 - 4.4).
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -74,6 +74,14 @@ class ImageRun:
     def text_row(self) -> int:
         """First draft row after the run, the first that carries its global feature."""
         return self.end - 1
+
+    @property
+    def part_rows(self) -> Iterator[tuple[FeatureSlice, int]]:
+        """Each image of the run with its first draft row; one row for each of its embeddings."""
+        row = self.first_row
+        for part in self.parts:
+            yield part, row
+            row += part.stop - part.start
 
 
 @dataclass(frozen=True)
@@ -160,11 +168,14 @@ class RowCodes:
 
     Image slot ``s`` owns the codes ``s * num_query_tokens + j``: ``j = 0`` is a text row that
     carries the image's global feature, ``j >= 1`` is compact token ``j - 1``.  Slot 0 is "no
-    image yet".  The last code marks a hole, a row that no query may see.
+    image yet".  The code behind them marks a hole, a row that no query may see.  The last ones are
+    those of a compressor's tokens, one code for each branch that is told apart; what such a row
+    holds is no matter of its code.
     """
 
     num_slots: int
     num_query_tokens: int
+    num_branches: int = 0
 
     @property
     def hole(self) -> int:
@@ -174,7 +185,11 @@ class RowCodes:
     @property
     def size(self) -> int:
         """Number of codes."""
-        return self.hole + 1
+        return self.hole + 1 + self.num_branches
+
+    def token(self, branch: int) -> int:
+        """Code of a row that holds a compressor's token of this branch."""
+        return self.hole + 1 + branch
 
     def text(self, slot: int) -> int:
         """Code of a text row behind the image in ``slot``."""

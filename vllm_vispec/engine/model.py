@@ -28,13 +28,19 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 
 from vllm_vispec.dialects import get_dialect
-from vllm_vispec.engine.adaptor import ImageAdaptor, RowTable, TextFusion
+from vllm_vispec.engine.adaptor import ImageAdaptor, TextFusion
 from vllm_vispec.engine.attention import HoleMaskedAttention
 from vllm_vispec.engine.draft_vocab import DraftLogits
 from vllm_vispec.engine.first_pass import FirstPassPlan
+from vllm_vispec.engine.gated_attention import GatedAttention
 from vllm_vispec.engine.layout import RowCodes
 from vllm_vispec.engine.options import EngineOptions
+from vllm_vispec.engine.row_table import GatedRowTable, RowTable
 from vllm_vispec.head_config import HeadConfig
+from vllm_vispec.models.compressor import ImageCompressor
+
+# Choices of a gate that are kept: those of requests that wait preempted too.
+CHOICES_PER_REQUEST = 4
 
 
 class DraftRMSNorm(RMSNorm):
@@ -86,17 +92,18 @@ class DraftModel(nn.Module):
         self.config = draft_hf_config(vllm_config)
         head = HeadConfig.from_config_json(self.config.to_dict())
         self.head = head
-        options = EngineOptions.from_hf_config(self.config)
-        num_slots = options.image_table_size + 1 if head.has_adaptor else 1
-        codes = RowCodes(num_slots, head.num_query_tokens)
         self.embed_tokens = VocabParallelEmbedding(
             head.vocab_size, head.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens")
         )
-        self.rows = RowTable(
-            codes, head.hidden_size, vllm_config.scheduler_config.max_num_batched_tokens
+        self.rows = make_rows(
+            head,
+            EngineOptions.from_hf_config(self.config).image_table_size,
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            vllm_config.scheduler_config.max_num_seqs,
         )
         self.fusion = TextFusion(head.hidden_size)
         self.adaptor = ImageAdaptor(head, self.fusion, self.rows) if head.has_adaptor else None
+        self.compressor = make_compressor(head)
         layer_prefix = maybe_prefix(prefix, f"layers.{layer_id}")
         layer = DraftDecoderLayer(vllm_config, head, self.attention_factory(), layer_prefix)
         self.layers = nn.ModuleList([layer])
@@ -129,12 +136,37 @@ class DraftModel(nn.Module):
         return hidden_states, hidden_states
 
 
+def make_rows(
+    head: HeadConfig, max_images: int, max_num_tokens: int, max_num_requests: int
+) -> RowTable:
+    """Return the row table that a head needs."""
+    spec = head.compressor_spec
+    num_branches = len(spec.primitives) if spec.gated else 1
+    num_slots = max_images + 1 if head.has_adaptor else 1
+    codes = RowCodes(num_slots, head.num_query_tokens, num_branches if head.has_compressor else 0)
+    if head.has_compressor and spec.gated:
+        num_choices = CHOICES_PER_REQUEST * max_num_requests + 1
+        return GatedRowTable(codes, head.hidden_size, max_num_tokens, num_choices)
+    return RowTable(codes, head.hidden_size, max_num_tokens)
+
+
+def make_compressor(head: HeadConfig) -> ImageCompressor | None:
+    """Return the compressor of a head that has one; the same on every tensor-parallel rank."""
+    if not head.has_compressor:
+        return None
+    spec, size = head.compressor_spec, head.hidden_size
+    compressor = ImageCompressor(spec, size, head.num_attention_heads, head.qkv_bias)
+    return compressor.requires_grad_(False)
+
+
 @support_torch_compile
 class ViSpecModel(DraftModel):
     """The draft of heads that compress images: adaptor rows, and holes that attention skips."""
 
     def attention_factory(self) -> Callable[..., Any]:
-        """Return the attention that leaves the table's holes out."""
+        """Return the attention that leaves the table's holes out, and heeds the gate if any."""
+        if isinstance(self.rows, GatedRowTable):
+            return partial(GatedAttention, rows=self.rows)
         return partial(HoleMaskedAttention, rows=self.rows)
 
     def forward(

@@ -43,12 +43,14 @@ class ViSpecProposer(EagleProposer):
         num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
         self._first_draft_rows = token_indices
         batch = self._runner.input_batch
-        first_rows = batch.num_computed_tokens_cpu[: batch.num_reqs]
+        first_rows = batch.num_computed_tokens_cpu[: batch.num_reqs].tolist()
         holds = self.draft_rows.holds(batch.req_ids, first_rows, int(metadata.num_actual_tokens))
         if holds and self.num_speculative_tokens:
             return num_tokens, token_indices, metadata
         starts = metadata.query_start_loc_cpu.tolist()
-        self.draft_rows.fill(self._requests(starts), self._runner.encoder_cache)
+        self.draft_rows.fill(
+            self._requests(starts), self._runner.encoder_cache, self.hidden_states[:num_tokens]
+        )
         on_cpu = current_platform.is_cpu()
         nothing_drafted = on_cpu and self.num_speculative_tokens == 0
         self._plan = self.draft_rows.sample_at(
@@ -113,6 +115,7 @@ class ViSpecProposer(EagleProposer):
                 features=states[request_id].mm_features,
                 first_row=int(batch.num_computed_tokens_cpu[index]),
                 num_rows=starts[index + 1] - starts[index],
+                num_prompt_tokens=int(batch.num_prompt_tokens[index]),
             )
             for index, request_id in enumerate(batch.req_ids)
         ]

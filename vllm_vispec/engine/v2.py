@@ -9,6 +9,7 @@ from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from vllm_vispec.engine.draft_rows import DraftRows, RequestRows
 from vllm_vispec.engine.draft_vocab import give_own_lm_head
+from vllm_vispec.engine.prompt_lengths import PromptLengths
 from vllm_vispec.engine.resets import clear_with
 from vllm_vispec.engine.trimmed import moved_rows
 from vllm_vispec.logs import get_logger
@@ -30,27 +31,40 @@ class ViSpecSpeculator(EagleSpeculator):
                 "ViSpec reads image features itself; vLLM's notice above does not apply to it."
             )
         self.draft_rows = DraftRows(self.model, self.max_num_reqs)
+        self._prompts = PromptLengths(self.max_num_reqs)
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
         """Learn where the vision tower's output is kept."""
         super().set_attn(model_state, *args, **kwargs)
+        self._prompts.follow(model_state)
         if model_state.encoder_cache is not None:
             clear_with(model_state.encoder_cache, "reset_encoder_cache", self.draft_rows.clear)
 
-    def propose(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """Fill the row codes, then draft as EAGLE does."""
         encoder_cache = getattr(getattr(self, "model_state", None), "encoder_cache", None)
         if encoder_cache is not None:
             count = input_batch.num_reqs
-            first_rows = input_batch.num_computed_tokens_np[:count]
+            first_rows = input_batch.num_computed_tokens_np[:count].tolist()
             ids, num_rows = input_batch.req_ids[:count], int(input_batch.num_tokens)
             if not self.draft_rows.holds(ids, first_rows, num_rows):
-                requests = _requests(input_batch, encoder_cache.mm_features)
-                self.draft_rows.fill(requests, encoder_cache.encoder_outputs)
+                requests = _requests(input_batch, encoder_cache.mm_features, self._prompts)
+                outputs = encoder_cache.encoder_outputs
+                self.draft_rows.fill(requests, outputs, last_hidden_states)
             moved = moved_rows(input_batch)
             if moved is not None:
                 self.draft_rows.move(moved)
-        return super().propose(input_batch, *args, **kwargs)
+        return super().propose(
+            input_batch, attn_metadata, slot_mappings, last_hidden_states, *args, **kwargs
+        )
 
     def on_prefill_begin(self, num_reqs: int) -> None:
         """Say which rows of the first pass are read."""
@@ -63,7 +77,9 @@ class ViSpecSpeculator(EagleSpeculator):
         self.draft_rows.gather(self.last_token_indices[:num_reqs])
 
 
-def _requests(input_batch: InputBatch, features: dict[str, Any]) -> list[RequestRows]:
+def _requests(
+    input_batch: InputBatch, features: dict[str, Any], prompts: PromptLengths
+) -> list[RequestRows]:
     starts = input_batch.query_start_loc_np[: input_batch.num_reqs + 1].tolist()
     computed = input_batch.num_computed_tokens_np[: input_batch.num_reqs].tolist()
     return [
@@ -73,6 +89,7 @@ def _requests(input_batch: InputBatch, features: dict[str, Any]) -> list[Request
             features=features.get(request_id, ()),
             first_row=computed[index],
             num_rows=starts[index + 1] - starts[index],
+            num_prompt_tokens=prompts.get(request_id),
         )
         for index, request_id in enumerate(input_batch.req_ids[: input_batch.num_reqs])
     ]

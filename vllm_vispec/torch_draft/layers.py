@@ -1,8 +1,7 @@
 """The draft's building blocks in plain PyTorch.
 
 Tensor names end in their shape: B batch, N query rows, M key rows (cache included), D hidden,
-F MLP width, H query heads, G key/value heads, K head_dim, Q adaptor queries, R image runs, T
-image tokens.
+F MLP width, H query heads, G key/value heads, K head_dim, R image runs.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_vispec.head_config import HeadConfig
+from vllm_vispec.models.resampler import CrossAttention
 
 # Keys after RoPE and values, each [B, G, M, K].
 KVCache = tuple[Tensor, Tensor]
@@ -32,37 +32,20 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x_BND.dtype)
 
 
-class ImageAdaptor(nn.Module):
-    """Learned queries that cross-attend over the raw embeddings of one image run.
+class ImageAdaptor(CrossAttention):
+    """ViSpec's learned queries over the raw embeddings of one image run.
 
-    No query projection, no positions, no mask, no residual and no norm.
+    No query projection, no positions, no mask, no residual and no norm. Its last row [R, -1, D] is
+    the run's global feature.
     """
 
     def __init__(self, config: HeadConfig) -> None:
-        super().__init__()
-        self.heads, self.head_dim = config.num_attention_heads, config.adaptor_head_dim
-        size = config.hidden_size
-        self.query = nn.Parameter(torch.empty(config.num_query_tokens, self.heads, self.head_dim))
-        nn.init.normal_(self.query, std=self.head_dim**-0.5)
-        self.k_proj = nn.Linear(size, size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(size, size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(size, size, bias=False)
-
-    def forward(self, images_RTD: Tensor, valid_RT: Tensor | None = None) -> Tensor:
-        """Embeddings of image runs -> adaptor rows [R, Q, D]; the last one is the global feature.
-
-        Args:
-            valid_RT: True where a token belongs to its run, at least one of each; None: all do.
-        """
-        shape = (self.heads, self.head_dim)
-        k_RHTK = self.k_proj(images_RTD).unflatten(-1, shape).transpose(1, 2)
-        v_RHTK = self.v_proj(images_RTD).unflatten(-1, shape).transpose(1, 2)
-        q_HQK = self.query.to(images_RTD.dtype).transpose(0, 1)
-        mask = None if valid_RT is None else valid_RT[:, None, None, :]
-        out_RHQK = F.scaled_dot_product_attention(
-            q_HQK.expand(len(images_RTD), -1, -1, -1), k_RHTK, v_RHTK, attn_mask=mask
+        super().__init__(
+            config.num_query_tokens,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.qkv_bias,
         )
-        return self.o_proj(out_RHQK.transpose(1, 2).flatten(2))
 
 
 def apply_rope(x_BHNK: Tensor, positions_BN: Tensor, theta: float) -> Tensor:
@@ -100,7 +83,8 @@ class Attention(nn.Module):
         """Attend to the cache and to the rows themselves.
 
         Args:
-            mask_BNM: True where a row may look; None = causal, cache first.
+            mask_BNM: True where a row may look, or what is added to scores, -inf where it may
+                not; None = causal, cache first.
             cache: keys and values of earlier rows; not changed, a longer one is returned.
         """
         q_BHNK = apply_rope(self._heads(self.q_proj(x_BND)), positions_BN, self.theta)
@@ -111,6 +95,8 @@ class Attention(nn.Module):
             v_BGMK = torch.cat((cache[1], v_BGMK), dim=2)
         if mask_BNM is None:
             mask_BNM = causal_mask(x_BND.shape[1], k_BGMK.shape[2], x_BND.device)[None]
+        if mask_BNM.is_floating_point():
+            mask_BNM = mask_BNM.to(q_BHNK.dtype)
         out_BHNK = F.scaled_dot_product_attention(
             q_BHNK,
             k_BGMK.repeat_interleave(self.groups, dim=1),

@@ -1,63 +1,26 @@
 """The ViSpec draft in pure PyTorch: the yardstick of the engine, and the module to train.
 
 Tensor names end in their shape: B batch, L prompt tokens (= rows before compression), N rows,
-D hidden, Q adaptor queries, R image runs, S chain entries, V vocabulary. Parameter names are the
-canonical tensor names.
+M keys (cache included), D hidden, Q adaptor queries, R image runs, A compressed tokens, S chain
+entries, V vocabulary. Parameter names are the canonical tensor names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_vispec.dialects import inspect_head, iter_canonical_tensors
 from vllm_vispec.head_config import HeadConfig
+from vllm_vispec.models.compressor import ImageCompressor
+from vllm_vispec.torch_draft.gating import biased_mask, prompt_key_bias
 from vllm_vispec.torch_draft.layers import DecoderLayer, ImageAdaptor, KVCache, RMSNorm
 from vllm_vispec.torch_draft.rows import RowPlan, Run, plan_rows
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """State of one sequence after its prompt.
-
-    Attributes:
-        plan: the compact rows.
-        adaptor_RQD: adaptor output of every run.
-        global_D: global feature of all later rows (zeros without an image).
-        layer_in_ND: input rows of the decoder layer.
-        out_ND: output rows; the last one feeds lm_head and the next step.
-        cache: keys and values of the compact rows, each [1, G, N, K].
-    """
-
-    plan: RowPlan
-    adaptor_RQD: Tensor
-    global_D: Tensor
-    layer_in_ND: Tensor
-    out_ND: Tensor
-    cache: KVCache
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A greedy chain of S draft tokens.
-
-    Attributes:
-        token_ids_S: the tokens.
-        logits_SV: logits behind each.
-        hidden_SD: draft output behind each (input of lm_head and of the next step).
-        layer_in_SD: decoder layer input of the row that produced it.
-        positions: RoPE position of that row.
-    """
-
-    token_ids_S: Tensor
-    logits_SV: Tensor
-    hidden_SD: Tensor
-    layer_in_SD: Tensor
-    positions: tuple[int, ...]
+from vllm_vispec.torch_draft.states import Chain, Prefill
 
 
 class ViSpecDraft(nn.Module):
@@ -75,6 +38,13 @@ class ViSpecDraft(nn.Module):
         self.img_adaptor = ImageAdaptor(config) if config.has_adaptor else None
         self.layer = DecoderLayer(config)
         self.norm = RMSNorm(size, config.rms_norm_eps) if config.final_norm else None
+        self.compressor = (
+            ImageCompressor(
+                config.compressor_spec, size, config.num_attention_heads, config.qkv_bias
+            )
+            if config.has_compressor
+            else None
+        )
         self._start_as_identity()
 
     @classmethod
@@ -110,12 +80,46 @@ class ViSpecDraft(nn.Module):
         shape = (len(images), self.config.num_query_tokens, self.config.hidden_size)
         if self.img_adaptor is None or not images:
             return self.fc.weight.new_zeros(shape)
-        images_RTD = nn.utils.rnn.pad_sequence(list(images), batch_first=True)
-        sizes_R = torch.tensor([len(image) for image in images], device=images_RTD.device)
-        if len({len(image) for image in images}) == 1:
-            return self.img_adaptor(images_RTD)
-        index_T = torch.arange(images_RTD.shape[1], device=images_RTD.device)
-        return self.img_adaptor(images_RTD, index_T < sizes_R[:, None])
+        return self.img_adaptor.of_images(images)
+
+    def image_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Decoder layer inputs [M, D] of every image [T, D], each compressed by itself.
+
+        ViSpec's adaptor rows go in as they are, without the last. Other compressors' tokens are
+        embeddings: they go through the embedding half of `fc`, without bias, state or global
+        feature.
+        """
+        if self.compressor is None:
+            return list(self.adaptor_rows(images)[:, :-1])
+        if not images:
+            return []
+        tokens = self.compressor(images)
+        input_AD = F.linear(torch.cat(tokens), self.fc.weight[:, : self.config.hidden_size])
+        return list(input_AD.split([len(one) for one in tokens]))
+
+    def read_images(
+        self, images: Sequence[Tensor], runs: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Adaptor rows [R, Q, D] of runs and `image_tokens` of images; ViSpec's come from one call.
+
+        Args:
+            images, runs: embeddings as `plan` says, each [T, D]; the same for ViSpec's adaptor.
+        """
+        adaptor_RQD = self.adaptor_rows(runs)
+        if self.compressor is None:
+            return adaptor_RQD, list(adaptor_RQD[:, :-1]) if images else []
+        return adaptor_RQD, self.image_tokens(images)
+
+    def plan(self, length: int, runs: Sequence[Run]) -> RowPlan:
+        """The compact rows of a prompt of `length` tokens with images at `runs`."""
+        config = self.config
+        return plan_rows(
+            length,
+            runs,
+            config.num_query_tokens,
+            compress=config.compress,
+            compressor=config.compressor_spec,
+        )
 
     def layer_input(self, embeds_ND: Tensor, hidden_ND: Tensor, global_ND: Tensor) -> Tensor:
         """Fuse text rows [..., D]: f = img_fc([hidden, global]), x = fc([embedding, f]).
@@ -137,7 +141,9 @@ class ViSpecDraft(nn.Module):
         """Decoder layer and, if the head has one, final norm.
 
         Args:
-            mask_BNM: True where a row may look; None = causal, cache first.
+            mask_BNM: True where a row may look, or what is added to scores; None = causal, cache
+                first.
+
         Returns:
             Output rows [B, N, D] and the cache including them.
         """
@@ -150,6 +156,7 @@ class ViSpecDraft(nn.Module):
         next_embed_D: Tensor,
         hidden_LD: Tensor,
         runs: Sequence[Run] = (),
+        answer_start: int | None = None,
     ) -> Prefill:
         """Draft prefill of one prompt.
 
@@ -157,24 +164,32 @@ class ViSpecDraft(nn.Module):
             prompt_embeds_LD: the TARGET's input embeddings, image features scattered in.
             next_embed_D: draft embedding of the first token the target sampled.
             hidden_LD: the target's hidden states after its final norm.
-            runs: image runs [start, end) in prompt indices.
+            runs: images [start, end) in prompt indices.
+            answer_start: where the answer begins if the prompt holds a part of it, at least 1; a
+                gate reads the state before it. None: behind the prompt.
         """
-        plan = plan_rows(
-            len(prompt_embeds_LD),
-            runs,
-            self.config.num_query_tokens,
-            compress=self.config.compress,
+        plan = self.plan(len(prompt_embeds_LD), runs)
+        adaptor_RQD, tokens = self.read_images(
+            [prompt_embeds_LD[a:b] for a, b in plan.images],
+            [prompt_embeds_LD[a:b] for a, b in plan.runs],
         )
-        adaptor_RQD = self.adaptor_rows([prompt_embeds_LD[a:b] for a, b in plan.runs])
         shifted_LD = torch.cat((prompt_embeds_LD[1:], next_embed_D[None]))
-        layer_in_ND = self._compact_rows(plan, adaptor_RQD, shifted_LD, hidden_LD)
+        layer_in_ND = self._compact_rows(plan, adaptor_RQD, tokens, shifted_LD, hidden_LD)
         positions_N = torch.tensor(plan.positions, device=hidden_LD.device)
-        out_BND, cache = self.run_layer(layer_in_ND[None], positions_N[None])
+        gate_row = (plan.length if answer_start is None else answer_start) - 1
+        bias_N = prompt_key_bias(self, hidden_LD[gate_row], plan.branch_of_row)
+        mask_1NN = biased_mask(bias_N, positions_N >= gate_row, len(positions_N))
+        out_BND, cache = self.run_layer(layer_in_ND[None], positions_N[None], mask_1NN)
         global_D = adaptor_RQD[-1, -1] if plan.runs else torch.zeros_like(next_embed_D)
-        return Prefill(plan, adaptor_RQD, global_D, layer_in_ND, out_BND[0], cache)
+        return Prefill(plan, adaptor_RQD, global_D, layer_in_ND, out_BND[0], cache, bias_N)
 
     def _compact_rows(
-        self, plan: RowPlan, adaptor_RQD: Tensor, shifted_LD: Tensor, hidden_LD: Tensor
+        self,
+        plan: RowPlan,
+        adaptor_RQD: Tensor,
+        tokens: Sequence[Tensor],
+        shifted_LD: Tensor,
+        hidden_LD: Tensor,
     ) -> Tensor:
         """Decoder layer input of the compact rows [N, D].
 
@@ -184,26 +199,32 @@ class ViSpecDraft(nn.Module):
         device = hidden_LD.device
         index_N = torch.tensor(plan.positions, device=device)
         run_N = torch.tensor(plan.run_of_row, device=device)
-        row_N = torch.tensor(plan.adaptor_row, device=device)
+        filler_N = torch.tensor(plan.filler_of_row([len(one) for one in tokens]), device=device)
         zero_D = torch.zeros_like(shifted_LD[:1])
         # One row of zeros behind the last run, so that run -1 (no image yet) finds it.
         globals_RD = torch.cat((adaptor_RQD[:, -1], zero_D))
         text_ND = self.layer_input(shifted_LD[index_N], hidden_LD[index_N], globals_RD[run_N])
-        if not plan.runs:
+        if not tokens:
             return text_ND
-        image_ND = adaptor_RQD[run_N.clamp(min=0), row_N.clamp(min=0)]
-        return torch.where(row_N[:, None] >= 0, image_ND, text_ND)
+        image_ND = torch.cat((*tokens, zero_D))[filler_N]
+        return torch.where(filler_N[:, None] >= 0, image_ND, text_ND)
 
     def step(
-        self, embed_D: Tensor, hidden_D: Tensor, global_D: Tensor, position: int, cache: KVCache
+        self,
+        embed_D: Tensor,
+        hidden_D: Tensor,
+        global_D: Tensor,
+        position: int,
+        cache: KVCache,
+        key_bias_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, KVCache]:
-        """One row behind the cache.
+        """One row behind the cache; `key_bias_N` is the prefill's.
 
         Returns:
             Its output [D], its layer input [D], and the cache including it.
         """
         out_ND, layer_in_ND, cache = self.extend(
-            embed_D[None], hidden_D[None], global_D, position, cache
+            embed_D[None], hidden_D[None], global_D, position, cache, key_bias_N
         )
         return out_ND[0], layer_in_ND[0], cache
 
@@ -214,15 +235,21 @@ class ViSpecDraft(nn.Module):
         global_D: Tensor,
         first_position: int,
         cache: KVCache,
+        key_bias_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, KVCache]:
         """Consecutive rows behind the cache: the catch-up on verified tokens.
+
+        Args:
+            key_bias_N: the prefill's, of the first keys of the cache.
 
         Returns:
             Output rows [N, D], layer input [N, D], and the cache including them.
         """
         layer_in_ND = self.layer_input(embeds_ND, hidden_ND, global_D)
         positions_N = torch.arange(len(embeds_ND), device=embeds_ND.device) + first_position
-        out_BND, cache = self.run_layer(layer_in_ND[None], positions_N[None], cache=cache)
+        all_N = torch.ones_like(positions_N, dtype=torch.bool)
+        mask_1NM = biased_mask(key_bias_N, all_N, cache[0].shape[2] + len(embeds_ND))
+        out_BND, cache = self.run_layer(layer_in_ND[None], positions_N[None], mask_1NM, cache)
         return out_BND[0], layer_in_ND, cache
 
     @torch.no_grad()
@@ -253,7 +280,12 @@ class ViSpecDraft(nn.Module):
             if len(ids) < num_tokens:
                 position += 1
                 hidden_D, layer_in_D, cache = self.step(
-                    table_VD[ids[-1]], hidden_D, prefill.global_D, position, cache
+                    table_VD[ids[-1]],
+                    hidden_D,
+                    prefill.global_D,
+                    position,
+                    cache,
+                    prefill.key_bias_N,
                 )
         first = prefill.plan.length - 1
         return Chain(

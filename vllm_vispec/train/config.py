@@ -10,55 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import Any
 
 from vllm_vispec.errors import ViSpecError
-
-
-def setting(
-    default: Any,
-    meaning: str,
-    source: str,
-    *,
-    choices: tuple[str, ...] = (),
-    low: float | None = None,
-    high: float | None = None,
-) -> Any:
-    """A documented field; `choices`, `low` and `high` (inclusive) are checked."""
-    metadata = {
-        "meaning": meaning,
-        "source": source,
-        "choices": choices,
-        "low": low,
-        "high": high,
-    }
-    if isinstance(default, Mapping):
-        return field(default_factory=lambda: MappingProxyType(dict(default)), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-class Section:
-    """Base of the sections: checks every field against its metadata."""
-
-    def __post_init__(self) -> None:
-        for item in fields(self):  # type: ignore[arg-type]
-            _check(f"{section_name(type(self))}.{item.name}", getattr(self, item.name), item)
-
-
-def section_name(section: type) -> str:
-    """Name of a section in the recipe: `DataConfig` -> "data"."""
-    return section.__name__.removesuffix("Config").removesuffix("Settings").lower()
-
-
-def _check(name: str, value: Any, item: Any) -> None:
-    choices, low, high = (item.metadata[key] for key in ("choices", "low", "high"))
-    if choices and value not in choices:
-        raise ViSpecError(f"{name} is {value!r}: use one of {', '.join(choices)}")
-    if low is not None and not value >= low:
-        raise ViSpecError(f"{name} is {value!r}: give at least {low}")
-    if high is not None and not value <= high:
-        raise ViSpecError(f"{name} is {value!r}: give at most {high}")
+from vllm_vispec.train.section import Section, setting
 
 
 @dataclass(frozen=True)
@@ -79,8 +34,23 @@ class HeadSettings(Section):
     """The draft to train."""
 
     kind: str = setting("vispec", "which head: see vllm_vispec.train.kinds", "ViSpec")
+    compressor: str = setting(
+        "",
+        "what makes an image's tokens, like prune:20 or select: see vllm_vispec.models.spec; "
+        "none: the kind's own",
+        "SpecVLM (select)",
+    )
     num_query_tokens: int = setting(
-        2, "learned queries; one less is the number of rows per image", "ViSpec code", low=1
+        2,
+        "learned queries of ViSpec's adaptor; one less is the number of rows per image",
+        "ViSpec code",
+        low=1,
+    )
+    input_norm: str = setting(
+        "auto",
+        "norm of the draft's input; auto: as the kind, or as head.init_from",
+        "SpecVLM (on), ViSpec code (off)",
+        choices=("auto", "on", "off"),
     )
     init_from: str = setting("", "head folder to start from (stage 2 starts from stage 1)", "ours")
     dtype: str = setting(
@@ -117,7 +87,11 @@ class DataConfig(Section):
 class LossSettings(Section):
     """What is minimised."""
 
-    name: str = setting("vispec", "a loss of vllm_vispec.train.losses", "ViSpec code, NeMo")
+    name: str = setting(
+        "auto",
+        "a loss of vllm_vispec.train.losses; auto: specvlm with a compressor, vispec without",
+        "SpecVLM; ViSpec code, NeMo",
+    )
     weights: Mapping[str, float] = setting({}, "weights of its parts; none: its own", "see losses")
     passes: int = setting(
         2, "rollout passes, the first on the target's states", "ViSpec code (1 extra pass)", low=1
@@ -135,6 +109,19 @@ class LossSettings(Section):
         0.0, "uniform noise on the target's states; ViSpec: 0.2", "SpecVLM (online: off)", low=0.0
     )
     chunk_rows: int = setting(2048, "rows whose logits are in memory at a time", "ours", low=1)
+    balance: float = setting(
+        0.01, "weight of the load balance over the branches of select", "ours", low=0.0
+    )
+    temperature_start: float = setting(
+        1.0, "of the Gumbel softmax of select at the run's start", "ours", low=0.01
+    )
+    temperature_end: float = setting(
+        0.5, "at its end, linear between; as progress goes for the rate", "ours", low=0.01
+    )
+
+    def temperature(self, progress: float) -> float:
+        """Of the Gumbel softmax when a share of the run is over."""
+        return self.temperature_start + (self.temperature_end - self.temperature_start) * progress
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm_vispec.dialects.target import check_against_target
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.torch_draft import ViSpecDraft
@@ -29,7 +31,8 @@ def make_draft(settings: HeadSettings, facts: Facts, seed: int) -> ViSpecDraft:
     """A float32 draft on the CPU, the same on every process.
 
     With `head.init_from` every tensor that the kind has is taken over; image parts that the other
-    head lacks (a text draft from stage 1) start fresh. The target's embedding table is used.
+    head lacks (a text draft from stage 1, a compressor) start fresh. The target's embedding table
+    is used.
 
     Raises:
         ViSpecError: the head does not fit the target or the kind.
@@ -40,6 +43,7 @@ def make_draft(settings: HeadSettings, facts: Facts, seed: int) -> ViSpecDraft:
             facts.text_config,
             target_model_type=facts.model_type,
             num_query_tokens=settings.num_query_tokens,
+            **_chosen(settings),
         )
         return new_draft(config, facts.embed_VD.cpu(), seed)
     other = ViSpecDraft.from_folder(settings.init_from)
@@ -50,15 +54,33 @@ def make_draft(settings: HeadSettings, facts: Facts, seed: int) -> ViSpecDraft:
         facts.text_config,
         target_model_type=facts.model_type,
         num_query_tokens=settings.num_query_tokens,
-        **{name: getattr(other.config, name) for name in _KEPT},
+        **{name: getattr(other.config, name) for name in _KEPT} | _chosen(settings),
     )
     draft = new_draft(config, facts.embed_VD.cpu(), seed)
     _take_over(draft, other, settings)
     return draft
 
 
+def _chosen(settings: HeadSettings) -> dict[str, Any]:
+    """What the recipe says beside the kind."""
+    chosen: dict[str, Any] = {"compressor": settings.compressor}
+    if settings.input_norm != "auto":
+        chosen["layer0_input_norm"] = settings.input_norm == "on"
+    return chosen
+
+
 def _take_over(draft: ViSpecDraft, other: ViSpecDraft, settings: HeadSettings) -> None:
     given = {n: t for n, t in other.state_dict().items() if not n.startswith("embed_tokens.")}
+    mine, theirs = draft.config, other.config
+    if theirs.has_compressor and mine.compressor_spec != theirs.compressor_spec:
+        raise ViSpecError(
+            f"head.compressor is {mine.compressor}, head.init_from {settings.init_from!r} has "
+            f"{theirs.compressor}: set it to that"
+        )
+    query = "img_adaptor.query"
+    if query in given and mine.has_compressor and mine.global_feature:
+        # Queries do not know of each other: the last one alone makes the global feature.
+        given[query] = given[query][-1:]
     wanted = draft.state_dict()
     lost = sorted(name for name in given if name not in wanted)
     if lost:
@@ -66,7 +88,6 @@ def _take_over(draft: ViSpecDraft, other: ViSpecDraft, settings: HeadSettings) -
             f"head.kind {settings.kind!r} has no place for {', '.join(lost[:3])} of "
             f"head.init_from {settings.init_from!r}: use its kind, or start fresh"
         )
-    query = "img_adaptor.query"
     if query in given and given[query].shape != wanted[query].shape:
         raise ViSpecError(
             f"head.num_query_tokens is {settings.num_query_tokens}, head.init_from "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.head_config import FIELD_NAMES, HeadConfig
+from vllm_vispec.models.spec import QUERY, parse_compressor
 from vllm_vispec.torch_draft import ViSpecDraft
 
 # Times in_features ** -0.5; the usual 0.02 at a width of about 1200.
@@ -30,12 +31,16 @@ class HeadKind:
         compress, global_feature: flags of `HeadConfig`.
         text_only: trained on samples without images only.
         summary: one line for help texts and model cards.
+        compressor: what makes an image's tokens unless `head.compressor` says otherwise.
+        input_norm: whether the decoder layer norms its input unless `head.input_norm` says so.
     """
 
     compress: bool
     global_feature: bool
     summary: str
     text_only: bool = False
+    compressor: str = QUERY
+    input_norm: bool = False
 
 
 HEAD_KINDS: Mapping[str, HeadKind] = {
@@ -44,6 +49,17 @@ HEAD_KINDS: Mapping[str, HeadKind] = {
     "vispec_no_compress": HeadKind(False, True, "every image token and the global feature"),
     "eagle_vlm": HeadKind(False, False, "EAGLE that sees every image token"),
     "eagle_text": HeadKind(False, False, "EAGLE trained on text only", text_only=True),
+    # SpecVLM (arXiv 2509.11815): elastic compressor, norm on the draft's input.
+    "specvlm": HeadKind(
+        True, False, "SpecVLM: elastic compressor", compressor="select", input_norm=True
+    ),
+    "specvlm_global": HeadKind(
+        True,
+        True,
+        "SpecVLM's compressor and ViSpec's global feature",
+        compressor="select",
+        input_norm=True,
+    ),
 }
 
 
@@ -58,24 +74,47 @@ def get_kind(name: str) -> HeadKind:
     return HEAD_KINDS[name]
 
 
+def compressor_of(kind: str, text: str) -> str:
+    """What a head of this kind compresses images with, in full; "query" is ViSpec's adaptor.
+
+    Args:
+        text: as `head.compressor`; "" = the kind's own.
+
+    Raises:
+        ViSpecError: unknown kind or compressor, or a kind that does not compress.
+    """
+    chosen = get_kind(kind)
+    if text and not chosen.compress:
+        able = [name for name, one in HEAD_KINDS.items() if one.compress]
+        raise ViSpecError(
+            f"head.compressor {text!r} does not go with head.kind {kind!r}, which sees no "
+            f"compressed images: drop it or use one of {', '.join(able)}"
+        )
+    return str(parse_compressor(text or chosen.compressor))
+
+
 def new_head_config(
     kind: str,
     target_text_config: Any,
     *,
     target_model_type: str = "",
     num_query_tokens: int = 2,
+    compressor: str = "",
     **changes: Any,
 ) -> HeadConfig:
     """Shape of a fresh head of the canonical dialect for a target.
 
     Widths, heads, RoPE base and norm epsilon are those of the target's text model; as in the
     reference, attention is full multi-head (as many key/value as query heads), q/k/v and fc have
-    biases and there is neither an input nor a final norm. The target's embedding table is used.
+    biases, there is no final norm and an input norm only in SpecVLM's kinds. The target's embedding
+    table is used.
 
     Args:
         target_text_config: the transformers config of the target's text model.
         target_model_type: `model_type` of the whole target, e.g. "qwen2_5_vl".
-        num_query_tokens: 2 in the reference: one row per image and the global feature.
+        num_query_tokens: 2 in the reference: one row per image and the global feature. With another
+            compressor than ViSpec's adaptor there is one, the global feature's.
+        compressor: see `compressor_of`.
         changes: other fields of `HeadConfig`, over these defaults.
 
     Raises:
@@ -89,14 +128,16 @@ def new_head_config(
     for name, value in flags.items():
         if changes.get(name, value) != value:
             raise ViSpecError(f"{name}={changes[name]} is no head of kind {kind!r}: drop {name}")
+    made_by = compressor_of(kind, compressor)
     fields: dict[str, Any] = {
         **_sizes_of(target_text_config),
         "dialect": "canonical",
         "target_model_type": target_model_type,
-        "num_query_tokens": num_query_tokens,
+        "num_query_tokens": num_query_tokens if made_by == QUERY else 1,
+        "compressor": made_by,
         "qkv_bias": True,
         "fc_bias": True,
-        "layer0_input_norm": False,
+        "layer0_input_norm": chosen.input_norm,
         "final_norm": False,
         "has_embed_tokens": False,
         **flags,
@@ -136,7 +177,8 @@ def new_draft(config: HeadConfig, embed_VD: Tensor, seed: int) -> ViSpecDraft:
 
     It starts as a plain sum: fc = [I | I] plus a little noise, so that a text row is its token's
     embedding plus its state; img_fc = [I | 0] as in the reference, so that images come in as
-    training finds them useful; all other weights are normal, biases zero, norms one.
+    training finds them useful; a compressor starts as it says itself; all other weights are normal,
+    biases zero, norms one.
 
     Args:
         embed_VD: the target's embedding table, copied and frozen if the head has its own.
@@ -162,6 +204,8 @@ def new_draft(config: HeadConfig, embed_VD: Tensor, seed: int) -> ViSpecDraft:
     if draft.img_adaptor is not None:
         std = config.adaptor_head_dim**-0.5
         nn.init.normal_(draft.img_adaptor.query, std=std, generator=generator)
+    if draft.compressor is not None:
+        draft.compressor.start(generator)
     if draft.embed_tokens is not None:
         draft.embed_tokens.weight.copy_(embed_VD)
         draft.embed_tokens.weight.requires_grad_(False)

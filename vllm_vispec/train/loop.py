@@ -12,6 +12,7 @@ import torch
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.evaluate.acceptance import OVERALL, Families
 from vllm_vispec.train.cache import cache_folder
+from vllm_vispec.train.choices import Choices
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import BatchOrder, Corpus, read_corpus
 from vllm_vispec.train.distributed import Processes
@@ -19,14 +20,16 @@ from vllm_vispec.train.files import read_json, sweep, write_json
 from vllm_vispec.train.finish import export_trained
 from vllm_vispec.train.heads import make_draft
 from vllm_vispec.train.kinds import get_kind
+from vllm_vispec.train.lines import gate_line, step_line
 from vllm_vispec.train.progress import Reporter
 from vllm_vispec.train.provenance import describe_run, now
+from vllm_vispec.train.resolve import resolve
 from vllm_vispec.train.schedule import Plan, rate_factor
 from vllm_vispec.train.source import Teacher, target_id
 from vllm_vispec.train.state import Checkpoint, Checkpoints, Progress, check_same_settings
 from vllm_vispec.train.stopping import StopRequest, stop_on_signals
 from vllm_vispec.train.teacher import TEACHERS, open_teacher
-from vllm_vispec.train.trainer import StepResult, Trainer
+from vllm_vispec.train.trainer import Trainer
 from vllm_vispec.train.validation import validate
 
 
@@ -73,7 +76,7 @@ def train(
     Raises:
         ViSpecError: settings, data, target or disk do not allow it; one line says what to do.
     """
-    config.require_complete()
+    config = resolve(config.require_complete())
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     run = Run(config, group, tuple(override), command)
@@ -120,6 +123,8 @@ class Run:
         self.reporter = Reporter(
             self.output, self.progress.step, self.plan.total_steps, silent=not group.is_main
         )
+        # Of the steps since the last line of the log.
+        self.choices = Choices()
         self.description = self._describe(len(chosen))
 
     def _saved(self, override: tuple[str, ...]) -> tuple[Checkpoint | None, list[str]]:
@@ -199,7 +204,7 @@ class Run:
         before = self.progress
         share = self.plan.progress(before.step + 1, before.seconds)
         lr = self.config.optimizer.lr * rate_factor(self.config.schedule, share)
-        result = self.trainer.step(passes, before.step, lr)
+        result = self.trainer.step(passes, before.step, lr, share)
         epoch, position = divmod(before.step + 1, self.order.steps_per_epoch)
         self.progress = replace(
             before,
@@ -210,29 +215,22 @@ class Run:
             seconds=self.group.same(before.seconds + result.seconds),
         )
         self.reporter.step(result.loss)
+        self.choices += result.choices
         if self.progress.step % self.config.run.log_every == 0:
-            self.reporter.log("train", self._line(result, lr))
-
-    def _line(self, result: StepResult, lr: float) -> dict[str, Any]:
-        return {
-            "step": self.progress.step,
-            "epoch": self.progress.epoch,
-            "loss": result.loss,
-            **{f"loss_{name}": value for name, value in result.parts.items()},
-            "accuracy": round(result.accuracy, 5),
-            "lr": lr,
-            "gradient_norm": result.gradient_norm,
-            "rows": result.rows,
-            "tokens_per_second": round(result.tokens / result.seconds, 1),
-            "seconds": round(self.progress.seconds, 3),
-        }
+            gate = gate_line(self.choices, self.trainer.head_config.compressor_spec)
+            self.reporter.log("train", step_line(self.progress, result, lr, gate))
+            self.choices = Choices()
 
     def _validate(self) -> bool:
         """Measure tokens_per_round on held-out data; returns whether it is the best so far."""
         if not self.held_out:
             return False
-        found = self._simulate()
-        self.reporter.validation(self.progress.step, self.progress.seconds, found)
+        found, choices = self._simulate()
+        spec = self.trainer.head_config.compressor_spec
+        gate = gate_line(choices, spec)
+        self.reporter.validation(self.progress.step, self.progress.seconds, found, gate)
+        if gate:
+            self.reporter.say(f"the gate's choices: {choices.line(spec)}")
         rate, step = found[OVERALL].tokens_per_round, self.progress.step
         improved = self.progress.best is None or rate > self.progress.best
         self.progress = replace(self.progress, latest=rate, latest_step=step)
@@ -240,7 +238,7 @@ class Run:
             self.progress = replace(self.progress, best=rate, best_step=step)
         return improved
 
-    def _simulate(self) -> Families:
+    def _simulate(self) -> tuple[Families, Choices]:
         entries = self.corpus.entries
         return validate(
             self.trainer.draft_with(self.trainer.weights_for_use()),

@@ -15,11 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vllm_vispec.torch_draft import ViSpecDraft
+from vllm_vispec.models.gate import balance
+from vllm_vispec.torch_draft import Decision, ViSpecDraft, decide
 from vllm_vispec.train.batch import DraftBatch
+from vllm_vispec.train.choices import count_choices
 from vllm_vispec.train.config import LossSettings
+from vllm_vispec.train.draws import NOTHING, Draws
 from vllm_vispec.train.losses import LossInputs, get_loss
 from vllm_vispec.train.rollout import PassOutput, rollout
+
+# The load-balance term, among the parts of a loss.
+BALANCE = "balance"
 
 
 @dataclass(frozen=True)
@@ -31,12 +37,14 @@ class Sums:
         rows: counted rows of pass 0, what the step's sum is divided by.
         parts: sums of every loss term over the rows of pass 0 (detached).
         right: rows of pass 0 whose most likely token is the answer's.
+        choices: see `choices.count_choices`; empty for a head without a gate.
     """
 
     loss: Tensor
     rows: int
     parts: dict[str, Tensor]
     right: Tensor
+    choices: Tensor
 
 
 class Objective(nn.Module):
@@ -49,16 +57,27 @@ class Objective(nn.Module):
         # Detached: a parameter would be registered, trained and sharded.
         self.lm_head_VD = lm_head_VD.detach()
         self.loss = get_loss(settings.name, **settings.weights)
+        self.balance = settings.balance if draft.config.compressor_spec.balanced else 0.0
+        self.part_names = (*self.loss.weights, *([BALANCE] if self.balance else []))
 
-    def forward(self, batch: DraftBatch, generator: torch.Generator | None = None) -> Sums:
+    def forward(self, batch: DraftBatch, draws: Draws = NOTHING) -> Sums:
         """Loss of a batch on the draft's device, in its dtype (or under autocast)."""
+        decision = decide(
+            self.draft,
+            batch.hidden_BLD,
+            batch.answer_BL,
+            batch.runs,
+            draws.gate,
+            draws.temperature,
+        )
         outputs = rollout(
             self.draft,
             batch,
             self.settings.passes,
             self.settings.mode,
             self.settings.noise,
-            generator,
+            draws.noise,
+            decision,
         )
         # A term without weight on every parameter: all get gradients (zeros) even where a batch
         # has no image, so that optimiser and sharding treat every step alike.
@@ -69,8 +88,20 @@ class Objective(nn.Module):
             sums = self._pass(output, batch)
             total = total + self.settings.pass_decay**number * sums["total"]
             first = first or sums
+        rows = int(outputs[0].counts_BL.sum())
         parts = {name: value.detach() for name, value in first.items() if name != "right"}
-        return Sums(total, int(outputs[0].counts_BL.sum()), parts, first["right"])
+        if self.balance:
+            # A mean over the pass's turns, not a sum over rows: passes count by their rows.
+            even = rows * self._balance(decision)
+            total = total + self.balance * even
+            parts[BALANCE] = even.detach()
+        return Sums(total, rows, parts, first["right"], _choices(decision))
+
+    def _balance(self, decision: Decision | None) -> Tensor:
+        """Of the turns that see an image; zero without any."""
+        if decision is None or not bool(decision.sees_G.any()):
+            return self.lm_head_VD.new_zeros((), dtype=torch.float32)
+        return balance(decision.of_images())
 
     def trained(self) -> list[nn.Parameter]:
         """Parameters that are trained (the embedding table is not)."""
@@ -101,3 +132,7 @@ class Objective(nn.Module):
         sums = {name: mean * len(gold_N) for name, mean in means.items()}
         sums["right"] = (draft_NV.detach().argmax(-1) == gold_N).sum()
         return sums
+
+
+def _choices(decision: Decision | None) -> Tensor:
+    return torch.zeros(0) if decision is None else count_choices(decision.of_images())

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
 
 from vllm_vispec.evaluate.acceptance import OVERALL, Acceptance
 from vllm_vispec.train.files import write_json, write_text, writing
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Reporter:
@@ -51,8 +54,14 @@ class Reporter:
             self._lines.append({"kind": kind, **values})
             _append(self._folder / "metrics.jsonl", self._lines[-1])
 
-    def validation(self, step: int, seconds: float, found: Mapping[str, Acceptance]) -> None:
-        """Print, log and draw the simulated acceptance of a validation."""
+    def validation(
+        self,
+        step: int,
+        seconds: float,
+        found: Mapping[str, Acceptance],
+        more: Mapping[str, Any] = _NOTHING,
+    ) -> None:
+        """Print, log and draw the simulated acceptance of a validation; `more` is only logged."""
         if self._silent:
             return
         rates = {name: round(one.tokens_per_round, 4) for name, one in found.items()}
@@ -70,6 +79,7 @@ class Reporter:
                 "seconds": round(seconds, 2),
                 "tokens_per_round": rates,
                 "accept_rates": accept_rates,
+                **more,
             },
         )
         self._draw()

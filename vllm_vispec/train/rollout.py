@@ -26,7 +26,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_vispec.errors import ViSpecError
-from vllm_vispec.torch_draft import ViSpecDraft, attention_mask, masked_rows
+from vllm_vispec.torch_draft import (
+    Decision,
+    KeyBias,
+    MaskedRows,
+    ViSpecDraft,
+    attention_mask,
+    decide,
+    masked_rows,
+)
 from vllm_vispec.torch_draft.layers import KVCache, apply_rope
 from vllm_vispec.train.batch import DraftBatch
 
@@ -53,15 +61,17 @@ class PassOutput:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows of a batch as pass 0 reads them; see `masked_rows`."""
+class _Rows(MaskedRows):
+    """Rows of a batch as pass 0 reads them; `bias` is None for a head without a gate."""
 
-    layer_in_BLD: Tensor
-    visible_BL: Tensor
-    is_text_BL: Tensor
-    global_BLD: Tensor
     shifted_BLD: Tensor
     positions_BL: Tensor
+    bias: KeyBias | None
+
+    @property
+    def mask_BLL(self) -> Tensor:
+        """What the rows of pass 0 see of each other."""
+        return attention_mask(self.visible_BL, self.bias)
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,7 @@ def rollout(
     mode: str = "exact",
     noise: float = 0.0,
     generator: torch.Generator | None = None,
+    decision: Decision | None = None,
 ) -> list[PassOutput]:
     """Run `passes` passes over a batch; pass 0 is the teacher-forced one.
 
@@ -88,6 +99,8 @@ def rollout(
         noise: width of the uniform noise on the target's states that pass 0 reads, times 512 /
             (tokens of the sample); the reference uses 0.2 (papers' code, not in the text).
         generator: source of the noise.
+        decision: of a head's gate; None: its first choice without noise, as in the engine. It reads
+            the target's states without noise.
 
     Raises:
         ViSpecError: unknown mode, or not at least one pass.
@@ -96,8 +109,10 @@ def rollout(
         raise ViSpecError(f"rollout mode {mode!r} is unknown: use one of {', '.join(MODES)}")
     if passes < 1:
         raise ViSpecError(f"passes={passes} leaves nothing to compute: use at least 1")
+    if decision is None:
+        decision = decide(draft, batch.hidden_BLD, batch.answer_BL, batch.runs)
     noisy = replace(batch, hidden_BLD=_with_noise(batch, noise, generator))
-    return MODES[mode](draft, noisy, _first_rows(draft, noisy), passes)
+    return MODES[mode](draft, noisy, _first_rows(draft, noisy, decision), passes)
 
 
 def _with_noise(batch: DraftBatch, noise: float, generator: torch.Generator | None) -> Tensor:
@@ -111,19 +126,15 @@ def _with_noise(batch: DraftBatch, noise: float, generator: torch.Generator | No
     return hidden_BLD + scaled_BLD.to(hidden_BLD)
 
 
-def _first_rows(draft: ViSpecDraft, batch: DraftBatch) -> _Rows:
-    layer_in_BLD, visible_BL, is_text_BL, global_BLD = masked_rows(
-        draft, batch.embeds_BLD, batch.hidden_BLD, batch.runs, batch.lengths
-    )
+def _first_rows(draft: ViSpecDraft, batch: DraftBatch, decision: Decision | None) -> _Rows:
+    rows = masked_rows(draft, batch.embeds_BLD, batch.hidden_BLD, batch.runs, batch.lengths)
     count, total = batch.ids_BL.shape
-    positions_L = torch.arange(total, device=layer_in_BLD.device)
+    positions_L = torch.arange(total, device=batch.ids_BL.device)
     return _Rows(
-        layer_in_BLD,
-        visible_BL,
-        is_text_BL,
-        global_BLD,
+        **vars(rows),
         shifted_BLD=F.pad(batch.embeds_BLD[:, 1:], (0, 0, 0, 1)),
         positions_BL=positions_L.expand(count, -1),
+        bias=None if decision is None else decision.key_bias(rows.branch_BL),
     )
 
 
@@ -134,9 +145,7 @@ def first_counts(batch: DraftBatch, is_text_BL: Tensor) -> Tensor:
 
 def _exact(draft: ViSpecDraft, batch: DraftBatch, rows: _Rows, passes: int) -> list[PassOutput]:
     first_BL = first_counts(batch, rows.is_text_BL)
-    state_BLD, cache = draft.run_layer(
-        rows.layer_in_BLD, rows.positions_BL, attention_mask(rows.visible_BL)
-    )
+    state_BLD, cache = draft.run_layer(rows.layer_in_BLD, rows.positions_BL, rows.mask_BLL)
     outputs, past = [PassOutput(state_BLD, first_BL)], _Past(cache)
     start = _first_needed(_next_counts(first_BL, first_BL)) if passes > 1 else 0
     for _ in range(1, passes):
@@ -178,15 +187,15 @@ def _chain_pass(
     q_BHNK = apply_rope(heads(attention.q_proj(normed_BND)), positions_BN, attention.theta)
     k_BGNK = apply_rope(heads(attention.k_proj(normed_BND)), positions_BN, attention.theta)
     past.own.append((k_BGNK, heads(attention.v_proj(normed_BND))))
-    attended_BHNK = _attend(q_BHNK, past, rows.visible_BL, start)
+    attended_BHNK = _attend(q_BHNK, past, rows, start)
     x_BND = x_BND + attention.o_proj(attended_BHNK.transpose(1, 2).flatten(2))
     x_BND = x_BND + layer.mlp(layer.post_attention_layernorm(x_BND))
     return x_BND if draft.norm is None else draft.norm(x_BND)
 
 
-def _attend(q_BHNK: Tensor, past: _Past, visible_BL: Tensor, start: int) -> Tensor:
+def _attend(q_BHNK: Tensor, past: _Past, rows: _Rows, start: int) -> Tensor:
     """Attention of pass s = len(past.own) over target rows up to p - s and the row's own chain."""
-    passes, total = len(past.own), visible_BL.shape[1]
+    passes, total = len(past.own), rows.visible_BL.shape[1]
     groups = q_BHNK.shape[1] // past.target[0].shape[1]
     scale = q_BHNK.shape[-1] ** -0.5
     k_BHLK, v_BHLK = (x.repeat_interleave(groups, dim=1) for x in past.target)
@@ -196,8 +205,11 @@ def _attend(q_BHNK: Tensor, past: _Past, visible_BL: Tensor, start: int) -> Tens
     ]
     row_N = torch.arange(start, total, device=q_BHNK.device)
     sees_NL = torch.arange(total, device=q_BHNK.device) <= row_N[:, None] - passes
-    sees_B1NL = visible_BL[:, None, None, :] & sees_NL
-    target_BHNL = (q_BHNK @ k_BHLK.transpose(-1, -2) * scale).masked_fill(~sees_B1NL, -torch.inf)
+    sees_B1NL = rows.visible_BL[:, None, None, :] & sees_NL
+    target_BHNL = q_BHNK @ k_BHLK.transpose(-1, -2) * scale
+    if rows.bias is not None:
+        target_BHNL = target_BHNL + rows.bias.scores(start)[:, None]
+    target_BHNL = target_BHNL.masked_fill(~sees_B1NL, -torch.inf)
     own_BHNS = torch.stack([(q_BHNK * k).sum(-1) * scale for k, _ in own], dim=-1)
     # The row itself is always there, so no softmax is empty.
     weight = torch.cat((target_BHNL, own_BHNS.to(target_BHNL)), -1).float().softmax(-1)
@@ -215,7 +227,7 @@ def _back(x_BHNK: Tensor, rows: int) -> Tensor:
 
 def _shifted(draft: ViSpecDraft, batch: DraftBatch, rows: _Rows, passes: int) -> list[PassOutput]:
     counts_BL = first_counts(batch, rows.is_text_BL)
-    mask_BLL = attention_mask(rows.visible_BL)
+    mask_BLL = rows.mask_BLL
     # A row whose predecessor was dropped, and the first one, keep the target's state.
     has_before_BL1 = F.pad(rows.visible_BL[:, :-1], (1, 0))[..., None]
     outputs: list[PassOutput] = []

@@ -11,13 +11,18 @@ from typing import Any, get_type_hints
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.train.config import TrainConfig
 
+_SHORT = (
+    "With --set and --override the section may be left out of a name that no other section has: "
+    "--set compressor=select"
+)
+
 
 def load_config(recipe: str | Path | None, assignments: Sequence[str] = ()) -> TrainConfig:
     """Read a recipe and apply assignments on top.
 
     Args:
         recipe: a YAML file with the sections of `TrainConfig`; None = defaults only.
-        assignments: "section.name=value", the value as YAML.
+        assignments: "section.name=value", the value as YAML; see `full_name`.
 
     Raises:
         ViSpecError: the file cannot be read, or a key or value is wrong; an unknown key is
@@ -27,7 +32,7 @@ def load_config(recipe: str | Path | None, assignments: Sequence[str] = ()) -> T
     flat = _flatten(content)
     for text in assignments:
         name, value = _assignment(text)
-        _take(flat, name, value)
+        _take(flat, full_name(name), value)
     return config_from_flat(flat)
 
 
@@ -56,6 +61,22 @@ def iter_settings() -> Iterator[tuple[str, type, Field[Any]]]:
             yield f"{name}.{item.name}", section, item
 
 
+def full_name(name: str) -> str:
+    """A setting's dotted name; its section may be left out where no other has such a setting.
+
+    Raises:
+        ViSpecError: several sections have one; names them.
+    """
+    if "." in name:
+        return name
+    found = [known for known, _, item in iter_settings() if item.name == name]
+    if len(found) > 1:
+        raise ViSpecError(
+            f"setting {name!r} is in several sections: write {' or '.join(found)} in full"
+        )
+    return found[0] if found else name
+
+
 def explain() -> str:
     """A text table of every setting: name, default, meaning, source of the default."""
     rows = []
@@ -65,10 +86,11 @@ def explain() -> str:
         meaning = item.metadata["meaning"] + (f" ({' | '.join(choices)})" if choices else "")
         rows.append((name, _show(default), meaning, item.metadata["source"]))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return "\n".join(
+    lines = [
         f"{name:<{widths[0]}}  {default:<{widths[1]}}  {meaning}  [{source}]"
         for name, default, meaning, source in rows
-    )
+    ]
+    return "\n".join((*lines, "", _SHORT))
 
 
 def _sections() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.files import (
     read_json,
     read_tensors,
@@ -150,6 +151,8 @@ def check_same_settings(
 ) -> list[str]:
     """Refuse to go on with settings that change what is computed.
 
+    A setting that the checkpoint does not know, because it is older, counts as its default.
+
     Args:
         allowed: settings whose change the user confirmed.
 
@@ -159,6 +162,8 @@ def check_same_settings(
     Raises:
         ViSpecError: others differ; names them and the option that allows it.
     """
+    default = TrainConfig().flat()
+    saved = {name: default.get(name) for name in now if name not in saved} | dict(saved)
     differing = sorted(
         name
         for name in {*saved, *now}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from random import Random
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,10 @@ from torch import Tensor, nn
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.torch_draft import ViSpecDraft
 from vllm_vispec.train.batch import pad_batch
+from vllm_vispec.train.choices import Choices, to_choices
 from vllm_vispec.train.config import OptimizerConfig, TrainConfig
 from vllm_vispec.train.distributed import Processes, assign, like, shard, whole
+from vllm_vispec.train.draws import Draws, source
 from vllm_vispec.train.objective import Objective, Sums
 from vllm_vispec.train.rollout import ROW_MULTIPLE
 from vllm_vispec.train.source import Teacher
@@ -60,6 +61,7 @@ class StepResult:
         tokens: tokens of the samples, prompts and images included.
         gradient_norm: before clipping.
         seconds: of this process.
+        choices: of the head's gate, if it has one.
     """
 
     loss: float
@@ -69,6 +71,7 @@ class StepResult:
     tokens: int
     gradient_norm: float
     seconds: float
+    choices: Choices = field(default_factory=Choices)
 
 
 class Trainer:
@@ -96,13 +99,16 @@ class Trainer:
             autocast == "auto" and group.device.type == "cuda"
         )
 
-    def step(self, passes: Sequence[Sequence[int]], number: int, lr: float) -> StepResult:
+    def step(
+        self, passes: Sequence[Sequence[int]], number: int, lr: float, progress: float = 0.0
+    ) -> StepResult:
         """Train on this process's samples of a step.
 
         Args:
             passes: samples of each forward pass, by index in the corpus.
             number: finished steps before this one.
             lr: learning rate.
+            progress: share of the run that is over when the step is done, 0 to 1.
 
         Raises:
             ViSpecError: the loss is not finite.
@@ -114,7 +120,7 @@ class Trainer:
             batch = batch.to(self._group.device, torch.float32)
             tokens += sum(batch.lengths)
             with torch.autocast(self._group.device.type, torch.bfloat16, self._autocast):
-                sums = self._objective(batch, self._noise_source(number, index))
+                sums = self._objective(batch, self._draws(number, index, progress))
             sums.loss.backward()
             found.append(sums)
         totals = self._totals(found, tokens)
@@ -127,30 +133,38 @@ class Trainer:
         norm = self._update(rows, number, lr)
         return StepResult(
             loss=loss,
-            parts={name: totals[f"part.{name}"] / rows for name in self._objective.loss.weights},
+            parts={name: totals[f"part.{name}"] / rows for name in self._objective.part_names},
             accuracy=totals["right"] / rows,
             rows=int(totals["rows"]),
             tokens=int(totals["tokens"]),
             gradient_norm=norm,
             seconds=time.perf_counter() - begin,
+            choices=to_choices([v for name, v in totals.items() if name.startswith("choice.")]),
         )
 
-    def _noise_source(self, number: int, index: int) -> torch.Generator | None:
-        if not self._config.loss.noise:
-            return None
-        name = f"noise {self._config.run.seed} {number} {index} {self._group.rank}"
-        seed = Random(name).getrandbits(62)
-        return torch.Generator(self._group.device).manual_seed(seed)
+    def _draws(self, number: int, index: int, progress: float) -> Draws:
+        """What a forward pass draws; validation and export never do."""
+        place = (self._config.run.seed, number, index, self._group.rank, self._group.device)
+        loss, compressor = self._config.loss, self.head_config.compressor_spec
+        return Draws(
+            source("noise", *place) if loss.noise else None,
+            source("gate", *place) if compressor.gated else None,
+            loss.temperature(progress),
+        )
 
     def _totals(self, found: Sequence[Sums], tokens: int) -> dict[str, float]:
         """Sums over forward passes and processes."""
-        names = list(self._objective.loss.weights)
+        names = self._objective.part_names
         columns = {
             "rows": [torch.tensor(float(one.rows)) for one in found],
             "tokens": [torch.tensor(float(tokens))],
             "total": [one.loss.detach() for one in found],
             "right": [one.right for one in found],
             **{f"part.{name}": [one.parts[name] for one in found] for name in names},
+            **{
+                f"choice.{index}": [one.choices[index] for one in found]
+                for index in range(len(found[0].choices))
+            },
         }
         summed = [sum(float(v) for v in values) for values in columns.values()]
         totals = self._group.sum(torch.tensor(summed, dtype=torch.float64))

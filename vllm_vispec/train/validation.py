@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from vllm_vispec.evaluate.acceptance import (
     OVERALL,
@@ -13,8 +14,9 @@ from vllm_vispec.evaluate.acceptance import (
     merge_families,
 )
 from vllm_vispec.evaluate.simulate import simulate
-from vllm_vispec.torch_draft import ViSpecDraft
-from vllm_vispec.train.batch import pad_batch
+from vllm_vispec.torch_draft import ViSpecDraft, decide
+from vllm_vispec.train.batch import DraftBatch, pad_batch
+from vllm_vispec.train.choices import Choices, count_choices, to_choices
 from vllm_vispec.train.distributed import Processes
 from vllm_vispec.train.source import Teacher
 
@@ -27,8 +29,10 @@ def validate(
     num_draft_tokens: int,
     batch_size: int,
     group: Processes,
-) -> Families:
-    """Acceptance over all samples, by family and overall; the same on every process.
+) -> tuple[Families, Choices]:
+    """Acceptance over all samples, by family and overall, and the choices of the draft's gate.
+
+    The same on every process; the gate draws nothing.
 
     Args:
         samples: held-out samples of the corpus, by index.
@@ -37,14 +41,34 @@ def validate(
     """
     mine = sorted(samples, key=lambda index: teacher.lengths[index])[group.rank :: group.world]
     found: Families = {}
+    chosen = _no_choices(draft)
     for first in range(0, len(mine), batch_size):
         batch = pad_batch(teacher.observe(mine[first : first + batch_size]))
         part = simulate(draft, teacher.facts.lm_head_VD, batch, num_draft_tokens)
         found = merge_families(found, part)
+        chosen = chosen + _choices(draft, batch)
     names = sorted({*families} - {""})
     rows = [_to_row(found.get(name), num_draft_tokens) for name in (*names, OVERALL)]
     totals = group.sum(torch.tensor(rows, dtype=torch.int64)).tolist()
-    return {name: _from_row(row) for name, row in zip((*names, OVERALL), totals, strict=True)}
+    by_name = zip((*names, OVERALL), totals, strict=True)
+    return (
+        {name: _from_row(row) for name, row in by_name},
+        to_choices(group.sum(chosen).tolist()),
+    )
+
+
+def _no_choices(draft: ViSpecDraft) -> Tensor:
+    spec = draft.config.compressor_spec
+    return torch.zeros(2 * len(spec.primitives) if spec.gated else 0, dtype=torch.float64)
+
+
+@torch.inference_mode()
+def _choices(draft: ViSpecDraft, batch: DraftBatch) -> Tensor:
+    batch = batch.to(draft.fc.weight.device)
+    decision = decide(draft, batch.hidden_BLD, batch.answer_BL, batch.runs)
+    if decision is None:
+        return _no_choices(draft)
+    return count_choices(decision.of_images()).double().cpu()
 
 
 def _to_row(one: Acceptance | None, depth: int) -> list[int]:

@@ -1,0 +1,1 @@
+"""What compressors of images buy and cost a draft, on the tiny pair of `examples/tiny_vlm`."""

@@ -1,0 +1,69 @@
+"""What a head keeps of an image and computes for it, from its configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vllm_vispec.head_config import HeadConfig
+from vllm_vispec.models.places import place_tokens
+
+IMAGE_TOKENS = (64, 256, 1024)
+
+
+@dataclass(frozen=True)
+class ImageCost:
+    """One image of `image_tokens` tokens in the draft.
+
+    Attributes:
+        kv_tokens: rows with keys and values that queries can see; the rest are holes.
+        seen: of these, fewest and most that a request sees; they differ where a gate selects.
+        megaflops: to make its tokens, and their inputs, keys and values in the layer.
+    """
+
+    image_tokens: int
+    kv_tokens: int
+    seen: tuple[int, int]
+    megaflops: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def image_cost(config: HeadConfig, image_tokens: int) -> ImageCost:
+    """What one image costs a head."""
+    kept = kept_rows(config, image_tokens)
+    seen = (
+        kept if config.has_compressor and config.compressor_spec.name == "select" else [sum(kept)]
+    )
+    width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+    # A token goes through half of fc; an image token that stays a text row through all of it.
+    inputs = 2 * width * width * (1 if config.compress else 2)
+    flops = sum(kept) * (inputs + 4 * width * kv_width) + _compressor_flops(config, image_tokens)
+    return ImageCost(image_tokens, sum(kept), (min(seen), max(seen)), flops / 1e6)
+
+
+def kept_rows(config: HeadConfig, image_tokens: int) -> list[int]:
+    """Rows of one image that are no holes, branch by branch."""
+    if not config.compress:
+        return [image_tokens]
+    if config.rows_per_image is not None:
+        return [min(config.rows_per_image, image_tokens)]
+    spec = config.compressor_spec
+    branches = place_tokens(spec, image_tokens).branches.tolist()
+    return [branches.count(number) for number in range(len(spec.primitives))]
+
+
+def _compressor_flops(config: HeadConfig, image_tokens: int) -> int:
+    from vllm_vispec.models.compressor import compressor_cost
+    from vllm_vispec.models.resampler import Resampler
+    from vllm_vispec.models.spec import CompressorSpec
+
+    flops = 0
+    if config.has_adaptor:
+        queries = CompressorSpec("resampler", config.num_query_tokens)
+        flops += Resampler.flops(queries, config.hidden_size, image_tokens)
+    if config.has_compressor:
+        flops += compressor_cost(config.compressor_spec, config.hidden_size, image_tokens)[1]
+    return flops

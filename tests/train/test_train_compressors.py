@@ -1,0 +1,194 @@
+"""Training of heads with a compressor on a tiny target: all of them, reproducible, resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.tiny_store import TinyStore
+from tests.train.dialogues import recipe
+from tests.train.jobs import losses, run_and_signal
+from vllm_vispec.dialects import inspect_head
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.torch_draft import ViSpecDraft
+from vllm_vispec.train.config import TrainConfig
+from vllm_vispec.train.distributed import processes
+from vllm_vispec.train.loop import Outcome, train
+from vllm_vispec.train.state import Checkpoints
+
+SELECT = "select(prune:3,conv:2,resampler:2,text_only)"
+BRANCHES = {"prune:3", "conv:2", "resampler:2", "text_only"}
+COMPRESSORS = (
+    "prune:3",
+    "pool:3",
+    "conv:3",
+    "resampler:2",
+    "text_only",
+    "concat(prune:4,pool:4,conv:2,resampler:2)",
+    "weighted(prune:2,pool:2,conv:2)",
+    SELECT,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # sums depend on the number of threads
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("states"))
+
+
+def run(config: TrainConfig) -> Outcome:
+    with processes("cpu") as group:
+        return train(config, group)
+
+
+def cached(tiny: TinyStore, data: Path, output: Path, cache: str, **changes: Any) -> TrainConfig:
+    settings = {"head__kind": "specvlm", "run__threads": 1, "optimizer__clip": "norm", **changes}
+    return recipe(
+        tiny.target("qwen2_5_vl"),
+        data,
+        output,
+        teacher__mode="offline",
+        teacher__cache_dir=cache,
+        **settings,
+    )
+
+
+def lines(output: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_every_compressor_learns_and_is_exported(
+    compressor: str, tiny: TinyStore, dialogues: Path, tmp_path: Path, cache: str
+) -> None:
+    config = cached(tiny, dialogues, tmp_path / "run", cache, head__compressor=compressor,
+                    schedule__max_steps=12, optimizer__lr=3e-3, schedule__warmup=0.0)  # fmt: skip
+    assert run(config).finished
+    found = list(losses(tmp_path / "run").values())
+    assert sum(found[-3:]) < 0.8 * sum(found[:3])
+    head = inspect_head(tmp_path / "run" / "head").config
+    assert (head.compressor, head.global_feature) == (compressor, False)
+    assert (head.layer0_input_norm, head.num_query_tokens) == (True, 1)
+    assert ViSpecDraft.from_folder(tmp_path / "run" / "head").compressor is not None
+    resolved = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert resolved["loss"]["name"] == "specvlm"
+    card = (tmp_path / "run" / "head" / "README.md").read_text()
+    assert f"| compressor | {compressor} |" in card
+
+
+def test_the_log_tells_what_the_gate_chose(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, cache: str
+) -> None:
+    config = cached(tiny, dialogues, tmp_path / "run", cache, head__compressor=SELECT,
+                    schedule__max_steps=6, run__log_every=3)  # fmt: skip
+    run(config)
+    logged = lines(tmp_path / "run", "train")
+    assert [line["step"] for line in logged] == [3, 6]
+    for line in (*logged, *lines(tmp_path / "run", "validation")):
+        gate = line["gate"]
+        for name in ("chosen", "share"):
+            assert set(gate[name]) == BRANCHES
+            assert sum(gate[name].values()) == pytest.approx(1.0, abs=1e-3)
+    # A draw of a fresh gate: several branches; 12 samples in three steps, some without images.
+    assert sum(share > 0 for share in logged[0]["gate"]["chosen"].values()) > 1
+    assert 3 < logged[0]["gate"]["turns"] < 12
+    assert logged[0]["loss_balance"] > 0
+
+
+def test_the_same_seed_gives_the_same_head(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, cache: str
+) -> None:
+    heads: dict[str, dict[str, torch.Tensor]] = {}
+    for name, seed in (("one", 3), ("same", 3), ("other", 4)):
+        torch.manual_seed(len(heads))  # nothing may come from there
+        run(cached(tiny, dialogues, tmp_path / name, cache, head__compressor=SELECT,
+                   schedule__max_steps=3, run__seed=seed))  # fmt: skip
+        heads[name] = ViSpecDraft.from_folder(tmp_path / name / "head").state_dict()
+    for name, tensor in heads["one"].items():
+        assert torch.equal(tensor, heads["same"][name]), name
+    kernel = "compressor.branches.1.kernel.weight"
+    assert not torch.equal(heads["one"][kernel], heads["other"][kernel])
+
+
+def test_a_stopped_run_goes_on_with_the_same_draws(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, cache: str
+) -> None:
+    def eight_steps(name: str) -> TrainConfig:
+        return cached(tiny, dialogues, tmp_path / name, cache, head__compressor=SELECT,
+                      schedule__max_steps=8, run__save_every=4, optimizer__ema=0.9,
+                      loss__noise=0.2, run__validate_every=4)  # fmt: skip
+
+    run(eight_steps("whole"))
+    config = eight_steps("stopped")
+    assert run_and_signal(config.flat(), 5, "SIGTERM")["step"] == 5
+    assert run(config).step == 8
+    whole, stopped = losses(tmp_path / "whole"), losses(tmp_path / "stopped")
+    assert stopped == pytest.approx(whole, abs=1e-6, rel=1e-6)
+    chosen = [
+        [line["gate"]["chosen"] for line in lines(tmp_path / name, "train") if "gate" in line]
+        for name in ("whole", "stopped")
+    ]
+    assert chosen[0] == chosen[1]
+    groups = [
+        Checkpoints(tmp_path / name / "checkpoints", 2).load(8).groups
+        for name in ("whole", "stopped")
+    ]
+    for group, members in groups[0].items():
+        for name, tensor in members.items():
+            torch.testing.assert_close(groups[1][group][name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_heads_start_from_other_heads(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, cache: str
+) -> None:
+    def trained(name: str, **changes: Any) -> dict[str, torch.Tensor]:
+        run(cached(tiny, dialogues, tmp_path / name, cache, schedule__max_steps=1,
+                   optimizer__lr=0.0, **changes))  # fmt: skip
+        return ViSpecDraft.from_folder(tmp_path / name / "head").state_dict()
+
+    def head(name: str) -> str:
+        return str(tmp_path / name / "head")
+
+    plain = trained("plain", head__kind="eagle_vlm", run__seed=5)
+    fresh = trained("fresh", head__compressor=SELECT, head__init_from=head("plain"))
+    assert all(torch.equal(fresh[name], plain[name]) for name in plain)
+    assert {name.split(".")[0] for name in fresh.keys() - plain.keys()} == {"compressor"}
+    again = trained("again", head__compressor=SELECT, head__init_from=head("fresh"), run__seed=6)
+    assert all(torch.equal(again[name], fresh[name]) for name in fresh)
+    # The adaptor's last query is the global feature; it is taken over alone.
+    adaptor = trained("adaptor", head__kind="vispec", run__seed=7)
+    both = trained(
+        "both",
+        head__kind="specvlm_global",
+        head__compressor="conv:2",
+        head__init_from=head("adaptor"),
+        head__input_norm="on",
+    )
+    assert torch.equal(both["img_adaptor.query"], adaptor["img_adaptor.query"][-1:])
+    assert torch.equal(both["img_adaptor.k_proj.weight"], adaptor["img_adaptor.k_proj.weight"])
+    assert both["layer.input_layernorm.weight"].tolist() == [1.0] * len(both["fc.bias"])
+    with pytest.raises(ViSpecError, match=r"compressor is pool:2, head.init_from .* has select"):
+        trained("wrong", head__compressor="pool:2", head__init_from=head("fresh"))
+
+
+def test_kinds_and_settings_that_do_not_go_together_are_refused_at_once(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, cache: str
+) -> None:
+    for compressor, kind, message in (
+        ("select", "eagle_text", "sees no compressed images"),
+        ("jpeg:3", "specvlm", "cannot be used"),
+    ):
+        config = cached(tiny, dialogues, tmp_path / "run", cache, head__compressor=compressor,
+                        head__kind=kind)  # fmt: skip
+        with pytest.raises(ViSpecError, match=message):
+            run(config)
+    assert not (tmp_path / "run").exists()
