@@ -276,4 +276,11 @@ TREE_SEAMS: tuple[Seam, ...] = (
         "calls",
         "V2, trees: passes over levels run eagerly",
     ),
+    Seam(
+        "vllm.config.speculative",
+        "SpeculativeConfig.num_speculative_tokens_per_batch_size",
+        (),
+        "reads",
+        "V2, trees: whether a recorded first pass must draw a chain's first token",
+    ),
 )

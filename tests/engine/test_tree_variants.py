@@ -81,6 +81,18 @@ def test_variants(served: Served, name: str) -> None:
     assert mean_accepted(served[name, "mixed"]) > 0.1
 
 
+def test_load_shrinks_trees_to_chains(served: Served) -> None:
+    """Rounds have as many nodes as the schedule says; two of them are a chain, and count."""
+    rounds = [
+        (drafted, accepted)
+        for rows in served["load", "mixed"]["results"].values()
+        for row in rows
+        for drafted, accepted in zip(row["drafted"], row["accepted_draft"], strict=True)
+    ]
+    assert {drafted for drafted, _ in rounds} >= {2, 7, 19}
+    assert max(accepted for drafted, accepted in rounds if drafted == 2) == 2
+
+
 def test_depth_bounds_what_is_accepted(served: Served) -> None:
     """Two levels with a depth of one; deeper ones elsewhere."""
     found = {

@@ -10,6 +10,7 @@ import pytest
 from vllm_vispec.engine.trees import limits
 from vllm_vispec.engine.trees.attention import _check_backend, _check_layer
 from vllm_vispec.engine.trees.path_rules import ChainRequests, needs_chain
+from vllm_vispec.engine.trees.setting import schedules_chains
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.tree.settings import TreeSettings
 
@@ -155,3 +156,14 @@ def test_requests_whose_sampling_depends_on_the_path_get_chains(changes: dict[st
     assert known.flags(["plain", "other"], params) == [False, True]
     # Remembered: later batches need no parameters.
     assert known.flags(["other", "plain"], {}) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "has_chains"),
+    [(None, False), ([[1, 4, 29], [5, 64, 0]], False), ([[1, 4, 29], [5, 64, 4]], True)],
+)
+def test_schedules_with_chains(schedule: list[list[int]] | None, has_chains: bool) -> None:
+    """As many draft tokens as a path has, and less, are a chain."""
+    speculative = SimpleNamespace(num_speculative_tokens_per_batch_size=schedule)
+    config = SimpleNamespace(speculative_config=speculative)
+    assert schedules_chains(config, TreeSettings(depth=3)) is has_chains

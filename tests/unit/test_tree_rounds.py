@@ -49,6 +49,20 @@ def test_positions_are_levels() -> None:
     assert torch.equal(batch.path[1 : NODES + 1], tree.path[0])
 
 
+def test_a_slot_may_hold_a_chain() -> None:
+    """Drafts that are a chain leave nothing of the tree that the slot held before."""
+    table, tree = _tables()
+    table.write_chains(torch.tensor([3, 4]))
+    batch = _round(table, [3, 1], [3, NODES])
+    assert batch.depth.tolist() == [0, 1, 2, 3, 0, *tree.depth[1].tolist()]
+    token = torch.tensor([0, 5, 6, 7, 0, *tree.token[1].tolist()])
+    sampled = torch.full_like(token, VOCAB + 1)
+    sampled[:3] = torch.tensor([5, 6, 9])
+    found = batch.walk(sampled, token)
+    assert found.accepted.tolist() == [2, 0]
+    assert found.token[0, :3].tolist() == [5, 6, 9]
+
+
 def test_accepted_paths_move_to_the_front() -> None:
     table, tree = _tables()
     counts = [NODES, 0, 7]

@@ -44,6 +44,11 @@ class TreeTable:
         self.is_node[slots, 1:] = tree.token != NO_TOKEN
         self.path[slots, 1:] = tree.path
 
+    def write_chains(self, slots: torch.Tensor) -> None:
+        """Let the drafts of a batch be plain rows."""
+        for rows in (self.depth, self.parent, self.is_node, self.path):
+            rows[slots] = rows[self.no_tree].clone()
+
 
 class Moves(NamedTuple):
     """Where the accepted paths go, ``[R * P]`` each.

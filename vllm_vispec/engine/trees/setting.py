@@ -46,3 +46,9 @@ def read_tree(vllm_config: Any) -> TreeSettings | None:
         return None
     value = EngineOptions.from_hf_config(draft.hf_config).tree
     return None if value is None else TreeSettings.from_config(value)
+
+
+def schedules_chains(vllm_config: Any, settings: TreeSettings) -> bool:
+    """Whether the load schedule has numbers of draft tokens so small that chains are drafted."""
+    schedule = vllm_config.speculative_config.num_speculative_tokens_per_batch_size
+    return any(0 < count <= settings.levels for _, _, count in schedule or ())

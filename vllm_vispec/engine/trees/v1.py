@@ -45,13 +45,19 @@ class TreeProposer(ViSpecProposer):
         self._grower = TreeGrower(self._settings)
         self._num_nodes = self.num_speculative_tokens
         self._root_hidden: torch.Tensor | None = None
+        self._grows = True
         self.trees = RunnerTrees(self._runner, self._draft_attn_layer_names)
 
     def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the trees' tokens ``[R, num_speculative_tokens]``, best nodes first."""
+        """Return the trees' tokens ``[R, num_speculative_tokens]``, best nodes first.
+
+        No more of them than a path has are drafted as vLLM drafts a chain, at a chain's cost.
+        """
         self.trees.codes.clear()
-        if num_speculative_tokens == 0:
-            return super().propose(0, *args, **kwargs)
+        self._grows = num_speculative_tokens > self._settings.levels
+        if not self._grows:
+            self.trees.write_chains()
+            return super().propose(num_speculative_tokens, *args, **kwargs)
         super().propose(1, *args, **kwargs)
         self.num_speculative_tokens = num_speculative_tokens
         tree = self._grow(kwargs["common_attn_metadata"])
@@ -63,8 +69,10 @@ class TreeProposer(ViSpecProposer):
 
     def _sample_draft_tokens(
         self, hidden_states: torch.Tensor, sampling_metadata: Any
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keep the roots' hidden states ``[R, D]``; a tree has no single draft token."""
+        if not self._grows:
+            return super()._sample_draft_tokens(hidden_states, sampling_metadata)
         self._root_hidden = hidden_states
         return hidden_states.new_zeros(hidden_states.shape[0], dtype=torch.int64), None
 

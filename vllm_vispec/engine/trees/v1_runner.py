@@ -58,6 +58,10 @@ class RunnerTrees:
         self.table.write(slice(len(ids)), tree)
         self._slots = {request_id: row for row, request_id in enumerate(ids)}
 
+    def write_chains(self) -> None:
+        """Let the drafts of the batch be plain rows."""
+        self._slots = {}
+
     def chain_rows(self) -> torch.Tensor | None:
         """Return which requests of the batch need a chain, bool ``[R, 1]``; None if none does."""
         ids, states = self._runner.input_batch.req_ids, self._runner.requests

@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_vispec.engine.trees.attention import settings_of
 from vllm_vispec.engine.trees.limits import check_engine
+from vllm_vispec.engine.trees.setting import schedules_chains
 from vllm_vispec.engine.trees.v2_state import StateTrees
 from vllm_vispec.engine.v2 import ViSpecSpeculator
 from vllm_vispec.tree.grow import DraftTree, Frontier, TreeGrower, best_path, replace_rows
@@ -33,6 +34,7 @@ class TreeSpeculator(ViSpecSpeculator):
         self._settings = settings_of(self.vllm_config)
         check_engine(self.vllm_config, self._settings)
         self._grower = TreeGrower(self._settings)
+        self._schedules_chains = schedules_chains(self.vllm_config, self._settings)
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
         """Find the trees that the target is verified with."""
@@ -40,7 +42,10 @@ class TreeSpeculator(ViSpecSpeculator):
         self.trees = model_state.vispec_trees
 
     def capture(self) -> None:
-        """Record the first pass; the levels of trees run eagerly."""
+        """Record the first pass, and a chain's steps; the levels of trees run eagerly."""
+        if self._schedules_chains:
+            super().capture()
+            return
         num_steps = self.speculative_config.num_speculative_tokens
         self.num_speculative_steps = 1
         try:
@@ -60,22 +65,31 @@ class TreeSpeculator(ViSpecSpeculator):
         skip_attn_for_dummy_run: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Return the trees' tokens ``[R, N]``, best nodes first."""
+        """Return the trees' tokens ``[R, N]``, best nodes first.
+
+        No more of them than a path has are drafted as vLLM drafts a chain, at a chain's cost.
+        """
         self.trees.accept(input_batch.input_ids, last_hidden_states, slot_mappings)
         self.trees.codes.clear()
-        nothing = num_speculative_tokens == 0
+        count = (
+            self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        )
+        is_chain = count <= self._settings.levels
         drafts = super().propose(
             input_batch,
             attn_metadata,
             slot_mappings,
             last_hidden_states,
             *args,
-            num_speculative_tokens=0 if nothing else 1,
+            num_speculative_tokens=count if is_chain else 1,
             dummy_run=dummy_run,
             skip_attn_for_dummy_run=skip_attn_for_dummy_run,
             **kwargs,
         )
-        if nothing or dummy_run:
+        if dummy_run:
+            return drafts
+        if is_chain:
+            self.trees.write_chains(input_batch.idx_mapping)
             return drafts
         tree = self._grow(input_batch)
         chain_rows = self.trees.chain_rows(input_batch.req_ids)
@@ -87,7 +101,12 @@ class TreeSpeculator(ViSpecSpeculator):
         return drafts
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return no token: a tree begins with many."""
+        """Return no token: a tree begins with many.
+
+        A recorded first pass serves trees and chains, so it draws where there may be chains.
+        """
+        if self._schedules_chains:
+            return super().sample_draft(hidden_states, *args, **kwargs)
         return hidden_states.new_zeros(hidden_states.shape[0], dtype=torch.int64)
 
     def _grow(self, input_batch: InputBatch) -> DraftTree:

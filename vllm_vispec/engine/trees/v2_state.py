@@ -63,6 +63,10 @@ class StateTrees:
         """Keep trees by vLLM's request slots, int64 ``[R]``."""
         self.table.write(slots, tree)
 
+    def write_chains(self, slots: torch.Tensor) -> None:
+        """Let the drafts of requests be plain rows, by vLLM's slots, int64 ``[R]``."""
+        self.table.write_chains(slots.long())
+
     def chain_rows(self, request_ids: list[str]) -> torch.Tensor | None:
         """Return which requests need a chain, bool ``[R, 1]``; None if none does."""
         flags = [self._needs_chain.get(request_id, False) for request_id in request_ids]
