@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.engine.setups import SMALL, Served, accepted, assert_same, mean_accepted, serve, setup
 from tests.support.runners import RUNNERS
+from tests.support.tiny_configs import VOCAB
 from tests.support.tiny_store import TinyStore
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
@@ -28,15 +31,17 @@ class Variant:
         nodes: Nodes without the root.
         head: Changes to the head.
         config: Further speculative settings.
+        tokens: What may be drafted; empty: all tokens.
     """
 
     tree: Mapping[str, Any]
     nodes: int = 19
     head: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    tokens: tuple[int, ...] = ()
 
-    def options(self, tiny: TinyStore) -> dict[str, Any]:
-        """Return the engine's options."""
+    def options(self, tiny: TinyStore, vocab: Path) -> dict[str, Any]:
+        """Return the engine's options; ``vocab`` is where a list of tokens may be written."""
         target, head = tiny.pair(KIND, **self.head)
         config = {
             "method": "vispec",
@@ -45,13 +50,19 @@ class Variant:
             "tree": dict(self.tree),
             **self.config,
         }
+        if self.tokens:
+            vocab.write_text(json.dumps({"token_ids": self.tokens}))
+            config["draft_vocab"] = str(vocab)
         extra = SMALL["extra"] | {"speculative_config": config}
         return dict(SMALL) | {"model": target, "draft": head, "extra": extra}
 
 
 LOAD = {"num_speculative_tokens_per_batch_size": [[1, 2, 19], [3, 6, 7], [7, 10, 2], [11, 16, 0]]}
+GATED = {"compressor": "select(prune:2,pool:4,text_only)", "num_q": 1, "dialect": "canonical"}
 VARIANTS: Mapping[str, Variant] = {
     "embeds": Variant(EAGLE2, head={"compress": False}),
+    "gated": Variant(EAGLE2, head=GATED),
+    "tokens": Variant(EAGLE2, tokens=tuple(token for token in range(VOCAB) if token % 3)),
     "spec_llava": Variant({"policy": "spec_llava", "depth": 3, "top_k": 3, "threshold": 0.1}),
     "entropy": Variant({"policy": "entropy", "depth": 5, "top_k": 3}),
     "load": Variant(EAGLE2, config=LOAD),
@@ -62,16 +73,17 @@ VARIANTS: Mapping[str, Variant] = {
 
 
 @pytest.fixture(scope="module")
-def served(tiny: TinyStore) -> Served:
+def served(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> Served:
     """Plain vLLM and every variant; prompts near the longest sequence for two of them."""
     mixed = {"count": 32}
     plain = dict(SMALL) | {"model": tiny.pair(KIND)[0]}
+    lists = tmp_path_factory.mktemp("lists")
     setups = [setup("plain", KIND, plain, {"mixed": mixed, "edge": {}})]
     for name, variant in VARIANTS.items():
         scenarios: dict[str, Any] = {"mixed": dict(mixed)}
         if name in ("few", "load"):
             scenarios["edge"] = {}
-        setups.append(setup(name, KIND, variant.options(tiny), scenarios))
+        setups.append(setup(name, KIND, variant.options(tiny, lists / f"{name}.json"), scenarios))
     return serve(RUNNERS["v1"], setups)
 
 
