@@ -32,6 +32,8 @@ NUM_TOKENS = 3
 LOGIT_FACTOR = 0.7
 """Flattens the tiny target's distribution so that the likeliest token has well below 90 %."""
 
+# Two levels, as many as there are tokens behind the first.
+TREE = {"num_draft_tokens": 6, "tree": {"depth": 1, "top_k": 3}}
 Sampled = dict[str, dict[str, Any]]
 
 
@@ -52,7 +54,7 @@ def sampled(
     setups = [
         {"name": "plain", "options": options},
         {"name": "spec", "options": options | {"draft": head}},
-        {"name": "tree", "options": options | {"draft": head, "num_draft_tokens": 29, "tree": {}}},
+        {"name": "tree", "options": options | {"draft": head} | TREE},
     ]
     kwargs = {"kind": KIND, "setups": setups, "count": DRAWS[runner.name], "num_tokens": NUM_TOKENS}
     items = run_in_subprocess("tests.engine.sampling_jobs:sample", kwargs, runner.env(), 1500)
