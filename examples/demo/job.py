@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from examples.pair import Pair
@@ -19,6 +19,8 @@ class Job:
         method: vLLM's name of the speculative method.
         per_family: Samples of every task family.
         families: Task families, empty for all.
+        engine: More keyword arguments of ``vllm.LLM``, which win over those made here.
+        speculative: More keys of the speculative config, such as ``tree``.
     """
 
     model: str
@@ -30,6 +32,8 @@ class Job:
     max_model_len: int = 1024
     per_family: int = 2
     families: tuple[str, ...] = ()
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    speculative: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_pair(
@@ -78,8 +82,9 @@ class Job:
                 "method": self.method,
                 "model": self.draft_model,
                 "num_speculative_tokens": self.num_speculative_tokens,
+                **self.speculative,
             }
-        return kwargs
+        return kwargs | dict(self.engine)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,123 @@
+"""Draft trees beside chains and plain vLLM: `python -m benchmarks.trees`.
+
+Run it again to go on after a stop. `--part` and `--draft` measure pieces of the grid; `--step
+report` makes the tables and the picture from what there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.ablation.steps import put_tables
+from benchmarks.report import write_report
+from benchmarks.trees.goals import find_goals, find_losses
+from benchmarks.trees.grid import BATCHES, DRAFT_VLM, PARTS, VISPEC, Draft, Part, Questions
+from benchmarks.trees.measure import Bench, measure
+from benchmarks.trees.plot import draw
+from benchmarks.trees.published import PUBLISHED
+from benchmarks.trees.results import read_rows
+from benchmarks.trees.tables import to_markdown
+from examples.pair import DEFAULT_DRAFT_MODEL, DEFAULT_MODEL, DraftOption, ModelOption, Pair
+from examples.tiny_vlm.families import FAMILIES
+from vllm_vispec.bench.machine import describe_machine
+from vllm_vispec.bench.profile import default_runner
+
+DEFAULT_OUTPUT = Path("benchmarks/results/trees.json")
+DEFAULT_PAGE = Path("docs/trees.md")
+
+
+class Step(StrEnum):
+    """Parts of the run, in their order."""
+
+    MEASURE = "measure"
+    REPORT = "report"
+
+
+def main(
+    model: ModelOption = DEFAULT_MODEL,
+    draft_model: DraftOption = DEFAULT_DRAFT_MODEL,
+    draft_vlm: Annotated[str | None, typer.Option(help="Draft VLM: a folder or hub id.")] = None,
+    work_dir: Annotated[Path, typer.Option(help="Results so far, and logs.")] = Path("out/trees"),
+    step: Annotated[list[Step] | None, typer.Option(help="Only these; repeat.")] = None,
+    part: Annotated[list[Part] | None, typer.Option(help="Only these; repeat.")] = None,
+    draft: Annotated[list[str] | None, typer.Option(help="Only these, by name; repeat.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Of part batch; repeat.")] = None,
+    family: Annotated[list[str] | None, typer.Option(help="Only these task families.")] = None,
+    per_family: Annotated[int, typer.Option(min=1, help="Questions at batch 1.")] = 2,
+    per_batch_size: Annotated[int, typer.Option(min=1, help="Least questions of a size.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=2)] = 256,
+    beside: Annotated[int, typer.Option(min=1, help="Drafts beside one plain engine.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="Of every engine.")] = 1,
+    output: Annotated[Path, typer.Option(help="JSON file.")] = DEFAULT_OUTPUT,
+    page: Annotated[Path, typer.Option(help="Page with the tables.")] = DEFAULT_PAGE,
+) -> None:
+    """Measure every draft that has no result yet, and report all results."""
+    pair = Pair(model, draft_model)
+    heads = {VISPEC: pair.draft_model} | ({DRAFT_VLM: draft_vlm} if draft_vlm else {})
+    asked = Questions(
+        per_family, tuple(family or FAMILIES), tuple(batch or BATCHES), per_batch_size
+    )
+    bench = Bench(work_dir.resolve(), pair.model, heads, asked, beside, threads, max_tokens)
+    if Step.MEASURE in (step or Step):
+        measure_parts(bench, part or tuple(PARTS), draft or ())
+    if Step.REPORT in (step or Step):
+        report(bench, output, page)
+
+
+def measure_parts(bench: Bench, parts: Sequence[Part], names: Sequence[str]) -> None:
+    """Measure parts, or of them only the drafts of these names.
+
+    Raises:
+        typer.BadParameter: A name is unknown in these parts.
+    """
+    chosen = {part: _choose(PARTS[part].drafts, names) for part in parts}
+    known = {draft.name for part in parts for draft in PARTS[part].drafts}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"--draft {unknown[0]} is unknown: use {', '.join(sorted(known))}")
+    for part, drafts in chosen.items():
+        measure(bench, PARTS[part].condition, drafts)
+
+
+def _choose(drafts: Sequence[Draft], names: Sequence[str]) -> list[Draft]:
+    return [draft for draft in drafts if not names or draft.name in names]
+
+
+def report(bench: Bench, output: Path, page: Path) -> None:
+    """Write what there is: JSON, tables and picture."""
+    rows = read_rows(bench)
+    tables = to_markdown(rows)
+    print(tables)
+    content: dict[str, Any] = {
+        "machine": describe_machine(),
+        "settings": settings(bench),
+        "goals": [goal.to_json() for goal in find_goals(rows)],
+        "losses": [asdict(loss) for loss in find_losses(rows)],
+        "results": [row.to_json() for found in rows.values() for row in found],
+        "published": [asdict(one) for one in PUBLISHED],
+    }
+    write_report(output, content)
+    put_tables(page, tables)
+    draw(rows, page.with_suffix(".png"))
+
+
+def settings(bench: Bench) -> dict[str, Any]:
+    """What the JSON file says of the run."""
+    return {
+        "runner": default_runner(),
+        "dtype": "float32",
+        "threads": bench.threads,
+        "max_tokens": bench.max_tokens,
+        "drafts_beside_plain": bench.beside,
+        **asdict(bench.questions),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)

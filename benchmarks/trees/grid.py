@@ -1,0 +1,211 @@
+"""What is measured: drafts by name, the conditions they are measured under, and the parts.
+
+A new draft or part is one entry. A draft that several parts name is measured once per condition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+from vllm_vispec.bench.schedules import SETTING as LOAD_SETTING
+from vllm_vispec.tree.settings import TreeSettings
+
+VISPEC, DRAFT_VLM = "vispec", "draft_vlm"
+NODES = 29  # and the root: 30, as ViSpec's and EAGLE-2's published settings
+BATCHES = (1, 2, 4, 8, 16)
+Schedule = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """How tokens are drafted.
+
+    Attributes:
+        nodes: vLLM's ``num_speculative_tokens``: K of a chain, or a tree's nodes without its root.
+        tree: None for a chain.
+        schedule: ``num_speculative_tokens_per_batch_size``, empty for none.
+        head: Which of the heads drafts, `VISPEC` or `DRAFT_VLM`.
+
+    Raises:
+        ViSpecError: The tree cannot have so many nodes.
+    """
+
+    nodes: int
+    tree: TreeSettings | None = None
+    schedule: Schedule = ()
+    head: str = VISPEC
+
+    def __post_init__(self) -> None:
+        if self.tree is not None:
+            self.tree.check_nodes(self.nodes)
+
+    @property
+    def policy(self) -> str:
+        """Name of the tree's rule, "chain" without a tree."""
+        return self.tree.policy if self.tree else "chain"
+
+    @property
+    def levels(self) -> int:
+        """Most draft tokens on a path."""
+        return self.tree.levels if self.tree else self.nodes
+
+    @property
+    def name(self) -> str:
+        """Of its files and in the JSON."""
+        return "-".join((*self._head(), self.policy, *self._sizes(), *self._load()))
+
+    @property
+    def label(self) -> str:
+        """In tables and plots."""
+        if self.tree is None:
+            words = f"chain, K = {self.nodes}"
+        else:
+            words = f"{self.policy}, depth {self.tree.depth}, top_k {self.tree.top_k}"
+            words += f", {self.nodes + 1} nodes"
+        words += ", load schedule" if self.schedule else ""
+        return f"draft VLM: {words}" if self.head == DRAFT_VLM else words
+
+    def speculative(self) -> dict[str, Any]:
+        """Keys of the speculative config besides method, model and num_speculative_tokens."""
+        found: dict[str, Any] = {}
+        if self.tree is not None:
+            found["tree"] = {k: v for k, v in self.tree.to_config().items() if v is not None}
+        if self.schedule:
+            found[LOAD_SETTING] = [list(entry) for entry in self.schedule]
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "name": self.name,
+            "label": self.label,
+            "head": self.head,
+            "num_speculative_tokens": self.nodes,
+            "levels": self.levels,
+            **self.speculative(),
+        }
+
+    def _head(self) -> tuple[str, ...]:
+        return () if self.head == VISPEC else (self.head,)
+
+    def _sizes(self) -> tuple[str, ...]:
+        if self.tree is None:
+            return (f"K{self.nodes}",)
+        return (f"d{self.tree.depth}", f"k{self.tree.top_k}", f"n{self.nodes + 1}")
+
+    def _load(self) -> tuple[str, ...]:
+        return ("load",) if self.schedule else ()
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Under what a draft is measured.
+
+    Attributes:
+        name: of its folder.
+        has_batches: several batch sizes, not only one request at a time.
+    """
+
+    name: str
+    temperature: float = 0.0
+    has_batches: bool = False
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether answers must equal those of plain decoding."""
+        return self.temperature == 0
+
+
+class Part(StrEnum):
+    """Parts of the evidence."""
+
+    POLICIES = "policies"
+    NODES = "nodes"
+    BATCH = "batch"
+    TEMPERATURE = "temperature"
+    DRAFT_VLM = "draft_vlm"
+
+
+def eagle2(depth: int, top_k: int = 8, nodes: int = NODES, **others: Any) -> Draft:
+    """A tree of EAGLE-2's policy."""
+    return Draft(nodes, TreeSettings("eagle2", depth, top_k), **others)
+
+
+# Deep enough for this head, and its paths still fit a tree of 8 nodes.
+CHAIN, TREE = Draft(5), eagle2(5)
+# Chains from the third request on; a chain is as long as the tree's depth admits.
+LOADED = eagle2(5, schedule=((1, 2, NODES), (3, max(BATCHES), 5)))
+# K = depth + 1 for every depth below, ViSpec's 3, and 7, which the shipped pair is served with.
+CHAINS = tuple(Draft(count) for count in (3, 4, 5, 6, 7, 8))
+_POLICIES = (
+    *CHAINS,
+    *(eagle2(depth, top_k) for depth in (3, 5, 7) for top_k in (8, 4)),
+    Draft(NODES, TreeSettings("spec_llava", 5, 8)),
+    Draft(NODES, TreeSettings("entropy", 5, 8)),
+)
+_GREEDY, _SAMPLED = Condition("greedy"), Condition("sampled", temperature=1.0)
+_BATCHED = Condition("batched", has_batches=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The drafts of one part."""
+
+    condition: Condition
+    drafts: tuple[Draft, ...]
+
+
+PARTS: Mapping[Part, Case] = MappingProxyType(
+    {
+        Part.POLICIES: Case(_GREEDY, _POLICIES),
+        Part.NODES: Case(_GREEDY, (Draft(6), *(eagle2(5, nodes=n) for n in (7, 15, NODES, 59)))),
+        Part.BATCH: Case(_BATCHED, (CHAIN, TREE, LOADED)),
+        Part.TEMPERATURE: Case(_SAMPLED, (CHAIN, TREE)),
+        Part.DRAFT_VLM: Case(_GREEDY, (Draft(5, head=DRAFT_VLM), eagle2(5, head=DRAFT_VLM))),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Held-out samples, `per_family` of each family in a row.
+
+    Attributes:
+        batches: Requests that are asked at a time.
+        per_batch_size: Least questions that each of these sizes answers.
+    """
+
+    per_family: int
+    families: tuple[str, ...]
+    batches: tuple[int, ...] = BATCHES
+    per_batch_size: int = 8
+
+    def family(self, sample: int, condition: Condition) -> str:
+        """Family of a sample by its number."""
+        return self.families[sample // self.count_per_family(condition)]
+
+    def count_per_family(self, condition: Condition) -> int:
+        """Samples of each family; the largest batch asks no question twice."""
+        if not condition.has_batches:
+            return self.per_family
+        most = max(*self.batches, self.per_batch_size)
+        return -(-most // len(self.families))
+
+    def calls(self, condition: Condition) -> list[tuple[int, ...]]:
+        """Samples that are asked at a time, families in turns so that every batch is a mixture."""
+        count = self.count_per_family(condition)
+        mixed = [
+            family * count + place for place in range(count) for family in range(len(self.families))
+        ]
+        if not condition.has_batches:
+            return [(sample,) for sample in mixed]
+        return [call for size in self.batches for call in self._of_size(mixed, size)]
+
+    def _of_size(self, mixed: Sequence[int], size: int) -> list[tuple[int, ...]]:
+        calls = -(-self.per_batch_size // size)
+        most = min(calls, len(mixed) // size)
+        return [tuple(mixed[i * size : (i + 1) * size]) for i in range(most)]

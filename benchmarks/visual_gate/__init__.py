@@ -1,0 +1,1 @@
+"""Whether attention to the image says which rounds a draft will lose, on the tiny pair."""

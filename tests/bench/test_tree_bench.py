@@ -1,0 +1,289 @@
+"""The grid, numbers, goals and page of the evidence on trees, without engines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from benchmarks.ablation.steps import TABLE_MARKS
+from benchmarks.trees import measure as measuring
+from benchmarks.trees.__main__ import measure_parts, report
+from benchmarks.trees.goals import Goal, find_goals, find_losses
+from benchmarks.trees.grid import (
+    BATCHES,
+    CHAIN,
+    DRAFT_VLM,
+    LOADED,
+    PARTS,
+    TREE,
+    VISPEC,
+    Draft,
+    Part,
+    Questions,
+    eagle2,
+)
+from benchmarks.trees.measure import Bench, Measured, compare, measure, take_turns
+from benchmarks.trees.numbers import decode_speedup, identical, round_cost, tokens_per_round
+from benchmarks.trees.results import make_row, read_rows
+from benchmarks.trees.sides import BatchSide, Memory, Reply, find_memory
+from examples.demo.job import Job
+from examples.tiny_vlm.families import FAMILIES
+from tests.bench.made_up_trees import FakeSide, made_up_call, made_up_row, made_up_rows
+from vllm_vispec.engine.trees import memory as tree_memory
+from vllm_vispec.engine.trees.kept import KeptKeys
+from vllm_vispec.errors import ViSpecError
+
+GREEDY = PARTS[Part.POLICIES].condition
+BATCHED = PARTS[Part.BATCH].condition
+SAMPLED = PARTS[Part.TEMPERATURE].condition
+QUESTIONS = Questions(2, tuple(FAMILIES))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """A bench without a draft VLM."""
+    return Bench(tmp_path / "work", "target", {VISPEC: "head"}, QUESTIONS, beside=2)
+
+
+# The grid
+
+
+def test_every_tree_of_the_grid_is_valid() -> None:
+    for case in PARTS.values():
+        for draft in case.drafts:
+            if draft.tree is not None:
+                draft.tree.check_nodes(draft.nodes)
+            assert Job("m", "d", draft.nodes, speculative=draft.speculative()).llm_kwargs()
+
+
+def test_a_tree_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ViSpecError, match="num_speculative_tokens=7"):
+        eagle2(7, nodes=7)
+
+
+def test_the_grid_has_what_the_evidence_asks_for() -> None:
+    policies = PARTS[Part.POLICIES].drafts
+    assert {draft.policy for draft in policies} == {"chain", "eagle2", "spec_llava", "entropy"}
+    chains = {draft.nodes for draft in policies if draft.tree is None}
+    assert {draft.levels for draft in policies if draft.tree is not None} <= chains
+    nodes = [draft.nodes + 1 for draft in PARTS[Part.NODES].drafts if draft.tree]
+    assert nodes == [8, 16, 30, 60]
+    assert BATCHES == (1, 2, 4, 8, 16)
+    assert SAMPLED.temperature == 1
+    assert {draft.head for draft in PARTS[Part.DRAFT_VLM].drafts} == {DRAFT_VLM}
+
+
+def test_names_tell_drafts_apart() -> None:
+    drafts = {draft for case in PARTS.values() for draft in case.drafts}
+    assert len({draft.name for draft in drafts}) == len({draft.label for draft in drafts})
+    assert len({draft.name for draft in drafts}) == len(drafts)
+
+
+def test_the_load_schedule_becomes_a_chain_and_covers_every_batch() -> None:
+    assert LOADED.tree is not None
+    assert [entry[0] for entry in LOADED.schedule][1:] == [
+        entry[1] + 1 for entry in LOADED.schedule
+    ][:-1]
+    assert LOADED.schedule[-1][1] == max(BATCHES)
+    assert LOADED.schedule[-1][2] == CHAIN.nodes <= LOADED.tree.levels
+    assert LOADED.speculative()["num_speculative_tokens_per_batch_size"][0] == [1, 2, 29]
+
+
+def test_settings_reach_the_engine(bench: Bench) -> None:
+    kwargs = bench.job(BATCHED, LOADED).llm_kwargs()
+    assert kwargs["max_num_seqs"] == 16
+    config = kwargs["speculative_config"]
+    assert config["tree"] == {"policy": "eagle2", "depth": 5, "top_k": 8}
+    assert config["num_speculative_tokens"] == 29
+    assert "tree" not in bench.job(GREEDY, CHAIN).llm_kwargs()["speculative_config"]
+    assert "speculative_config" not in bench.job(GREEDY, None).llm_kwargs()
+    sent = json.loads(json.dumps(bench.job(BATCHED, LOADED).to_json()))
+    assert Job.from_json(sent).llm_kwargs() == kwargs
+
+
+def test_questions() -> None:
+    alone = QUESTIONS.calls(GREEDY)
+    assert sorted(alone) == [(sample,) for sample in range(14)]
+    assert [QUESTIONS.family(call[0], GREEDY) for call in alone[:7]] == list(FAMILIES)
+    batched = QUESTIONS.calls(BATCHED)
+    assert [len(call) for call in batched] == [1] * 8 + [2] * 4 + [4] * 2 + [8] + [16]
+    assert all(len(set(call)) == len(call) for call in batched)
+    samples = {sample for call in batched for sample in call}
+    assert max(samples) < QUESTIONS.count_per_family(BATCHED) * len(FAMILIES)
+    assert len({QUESTIONS.family(sample, BATCHED) for sample in batched[-1]}) == len(FAMILIES)
+
+
+# Numbers
+
+
+def test_numbers_of_calls() -> None:
+    calls = [made_up_call(5, 4.0), made_up_call(3, 4.0)]
+    assert tokens_per_round(calls) == 5
+    assert decode_speedup(calls) == 3
+    # 2 s a round, 1 s a pass.
+    assert round_cost(calls) == 2
+    assert identical(calls) == (2, 2)
+    assert identical([replace(calls[0], identical=None)]) is None
+
+
+def test_speedup_is_per_token_where_answers_differ() -> None:
+    half = replace(made_up_call(5, 2.0), decoded=(6,), identical=None)
+    assert decode_speedup([half]) == 3
+
+
+def test_a_batch_takes_as_many_rounds_as_its_longest_answer() -> None:
+    call = replace(made_up_call(5, 4.0, ("charts", "captioning")), accepted=((5,), (1, 1, 1, 1)))
+    assert round_cost([call]) == 1
+    row = make_row(Part.BATCH, TREE, [call], None)
+    assert row.by_family == {}
+
+
+def test_answers_are_compared_where_they_must_be_equal() -> None:
+    plain = Reply(((1, 2, 3), (4, 5)), ((), ()), 2.0, 3.0)
+    mine = Reply(((1, 2, 3), (4, 6)), ((1,), (0,)), 1.0, 2.0)
+    families = ("charts", "captioning")
+    assert compare(families, plain, mine, GREEDY).identical == (True, False)
+    assert compare(families, plain, mine, SAMPLED).identical is None
+    assert compare(families, plain, mine, GREEDY).decoded == (2, 1)
+
+
+# Goals
+
+
+def _met(goals: list[Goal]) -> list[bool]:
+    return [goal.met for goal in goals]
+
+
+def test_goals_that_are_met() -> None:
+    tokens, speedup, stretch, load = find_goals(made_up_rows())
+    assert tokens.met
+    assert tokens.value == 6 / 4
+    assert "with every draft token accepted 1.75" in tokens.found
+    assert not speedup.met  # 3.0 is not above 3.0
+    assert speedup.value == stretch.value == 3
+    assert load.met
+    assert load.value == 1
+    assert load.found == "batch 1: 1.33, batch 2: 1.00"
+
+
+def test_goals_that_are_missed() -> None:
+    assert _met(find_goals(made_up_rows(loaded=4.1, tree_accepted=3))) == [False] * 4
+    fast = made_up_rows()
+    fast[Part.NODES] = [made_up_row(Part.NODES, eagle2(5, nodes=15), 5, 3.8)]
+    assert _met(find_goals(fast)) == [True, True, False, True]
+
+
+def test_goals_need_numbers() -> None:
+    assert find_goals({part: [] for part in Part}) == []
+
+
+def test_losses() -> None:
+    lost = {(one.tree, one.where): one.ratio for one in find_losses(made_up_rows())}
+    assert lost == {
+        (eagle2(3).label, "captioning 0.80"): pytest.approx(0.8),
+        (TREE.label, "batch 2"): pytest.approx(0.5),
+    }
+
+
+# Measuring
+
+
+def test_all_sides_are_asked_the_same() -> None:
+    plain, *drafts = sides = [FakeSide(name) for name in ("plain", "one", "two")]
+    turns = take_turns(cast(BatchSide, plain), cast(Any, drafts), QUESTIONS, SAMPLED)
+    rows = list(turns)
+    assert len(rows) == 14
+    assert all(len(row) == 2 for row in rows)
+    asked = [sorted(side.asked) for side in sides]
+    assert asked[0] == asked[1] == asked[2]
+    assert {temperature for _, temperature in asked[0]} == {1.0}
+
+
+def _fake(groups: list[list[str]]) -> Any:
+    def side_by_side(bench: Bench, condition: Any, drafts: Sequence[Draft]) -> Iterator[Measured]:
+        groups.append([draft.name for draft in drafts])
+        for _ in drafts:
+            yield Measured(
+                Memory(25.0, 1.5), (made_up_call(5, 4.0), made_up_call(3, 4.0, ("charts",)))
+            )
+
+    return side_by_side
+
+
+def test_what_is_there_is_not_measured_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[list[str]] = []
+    monkeypatch.setattr(measuring, "_side_by_side", _fake(groups))
+    measure(bench, GREEDY, [CHAIN, TREE])
+    measure(bench, GREEDY, [CHAIN, TREE, Draft(3), Draft(4), Draft(7)])
+    assert groups == [[CHAIN.name, TREE.name], ["chain-K3", "chain-K4"], ["chain-K7"]]
+    # The same drafts under another condition are something else.
+    measure(bench, SAMPLED, [CHAIN])
+    assert groups[-1] == [CHAIN.name]
+    stored = Measured.read(bench.file(GREEDY, TREE))
+    assert stored.memory == Memory(25.0, 1.5)
+    assert stored.calls == (made_up_call(5, 4.0), made_up_call(3, 4.0, ("charts",)))
+
+
+def test_a_draft_vlm_is_measured_if_there_is_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[list[str]] = []
+    monkeypatch.setattr(measuring, "_side_by_side", _fake(groups))
+    measure_parts(bench, [Part.DRAFT_VLM], ())
+    assert groups == []
+    with_vlm = replace(bench, heads={VISPEC: "head", DRAFT_VLM: "vlm"})
+    measure_parts(with_vlm, [Part.DRAFT_VLM], ())
+    assert groups == [["draft_vlm-chain-K5", "draft_vlm-eagle2-d5-k8-n30"]]
+    assert with_vlm.job(GREEDY, PARTS[Part.DRAFT_VLM].drafts[0]).draft_model == "vlm"
+
+
+def test_unknown_drafts_are_named(bench: Bench) -> None:
+    with pytest.raises(Exception, match="chain-K99"):
+        measure_parts(bench, [Part.BATCH], ["chain-K99"])
+
+
+def test_memory_is_read_from_the_line_that_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger=tree_memory.logger.name):
+        tree_memory.logger.addHandler(caplog.handler)
+        tree_memory._log([(64, 96), (64, 96)], KeptKeys(always=False))
+    tree_memory.logger.removeHandler(caplog.handler)
+    assert find_memory("before\n" + caplog.messages[-1]) == Memory(50.0, 0.0)
+    assert find_memory("nothing of the kind") is None
+
+
+# The report
+
+
+def test_report(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "_side_by_side", _fake([]))
+    measure_parts(bench, list(PARTS), ())
+    page, output = tmp_path / "page.md", tmp_path / "found.json"
+    page.write_text("before\n" + "\n".join(TABLE_MARKS) + "\nafter\n")
+    report(bench, output, page)
+    text = page.read_text()
+    assert text.startswith("before")
+    assert text.rstrip().endswith("after")
+    for words in ("| goal |", "+25.0 %", "1.5 MiB", "arXiv 2509.11961", "| charts |", "2/2"):
+        assert words in text
+    content = json.loads(output.read_text())
+    assert str(tmp_path) not in output.read_text()
+    assert len(content["results"]) == sum(len(rows) for rows in read_rows(bench).values())
+    assert {row["part"] for row in content["results"]} == set(Part) - {Part.DRAFT_VLM}
+    assert content["results"][0]["tokens_per_round"]["value"] == 5
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_of_one_part_is_a_report(bench: Bench, tmp_path: Path) -> None:
+    file = bench.file(GREEDY, CHAIN)
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(asdict(Measured(None, (made_up_call(5, 4.0),)))))
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(TABLE_MARKS))
+    report(bench, tmp_path / "found.json", page)
+    assert "chain, K = 5" in page.read_text()
+    assert json.loads((tmp_path / "found.json").read_text())["goals"] == []
