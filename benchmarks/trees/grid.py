@@ -140,13 +140,17 @@ CHAIN, TREE = Draft(5), eagle2(5)
 # Chains from the third request on; a chain is as long as the tree's depth admits.
 LOADED = eagle2(5, schedule=((1, 2, NODES), (3, max(BATCHES), 5)))
 # K = depth + 1 for every depth below, ViSpec's 3, and 7, which the shipped pair is served with.
-CHAINS = tuple(Draft(count) for count in (3, 4, 5, 6, 7, 8))
+CHAINS = tuple(Draft(count) for count in (3, 4, 5, 6, 7, 8, 12))
 _POLICIES = (
     *CHAINS,
     *(eagle2(depth, top_k) for depth in (3, 5, 7) for top_k in (8, 4)),
+    # So deep that a chain is far from its ceiling.
+    eagle2(11, nodes=59),
     Draft(NODES, TreeSettings("spec_llava", 5, 8)),
     Draft(NODES, TreeSettings("entropy", 5, 8)),
 )
+# Small trees are narrow ones: what is drafted and not kept costs a draft pass all the same.
+_SIZES = (eagle2(5, 2, 7), eagle2(5, 4, 15), eagle2(5, 8, NODES), eagle2(5, 8, 59))
 _GREEDY, _SAMPLED = Condition("greedy"), Condition("sampled", temperature=1.0)
 _BATCHED = Condition("batched", has_batches=True)
 
@@ -162,7 +166,7 @@ class Case:
 PARTS: Mapping[Part, Case] = MappingProxyType(
     {
         Part.POLICIES: Case(_GREEDY, _POLICIES),
-        Part.NODES: Case(_GREEDY, (Draft(6), *(eagle2(5, nodes=n) for n in (7, 15, NODES, 59)))),
+        Part.NODES: Case(_GREEDY, (Draft(6), *_SIZES)),
         Part.BATCH: Case(_BATCHED, (CHAIN, TREE, LOADED)),
         Part.TEMPERATURE: Case(_SAMPLED, (CHAIN, TREE)),
         Part.DRAFT_VLM: Case(_GREEDY, (Draft(5, head=DRAFT_VLM), eagle2(5, head=DRAFT_VLM))),
