@@ -137,13 +137,13 @@ def eagle2(depth: int, top_k: int = 8, nodes: int = NODES, **others: Any) -> Dra
 
 # Deep enough for this head, and its paths still fit a tree of 8 nodes.
 CHAIN, TREE = Draft(5), eagle2(5)
-# Chains from the third request on; a chain is as long as the tree's depth admits.
-LOADED = eagle2(5, schedule=((1, 2, NODES), (3, max(BATCHES), 5)))
-# K = depth + 1 for every depth below, ViSpec's 3, and 7, which the shipped pair is served with.
-CHAINS = tuple(Draft(count) for count in (3, 4, 5, 6, 7, 8, 12))
+# A chain from the second request on; its length is what the tree's depth admits.
+LOADED = eagle2(5, 2, 7, schedule=((1, 1, 7), (2, max(BATCHES), 5)))
+# K = depth + 1 for every depth below, and 5, which most heads are served with.
+CHAINS = tuple(Draft(count) for count in (4, 5, 6, 8, 12))
 _POLICIES = (
     *CHAINS,
-    *(eagle2(depth, top_k) for depth in (3, 5, 7) for top_k in (8, 4)),
+    *(eagle2(depth) for depth in (3, 5, 7)),
     # So deep that a chain is far from its ceiling.
     eagle2(11, nodes=59),
     Draft(NODES, TreeSettings("spec_llava", 5, 8)),

@@ -91,15 +91,15 @@ def test_the_load_schedule_becomes_a_chain_and_covers_every_batch() -> None:
     ][:-1]
     assert LOADED.schedule[-1][1] == max(BATCHES)
     assert LOADED.schedule[-1][2] == CHAIN.nodes <= LOADED.tree.levels
-    assert LOADED.speculative()["num_speculative_tokens_per_batch_size"][0] == [1, 2, 29]
+    assert LOADED.speculative()["num_speculative_tokens_per_batch_size"][0] == [1, 1, 7]
 
 
 def test_settings_reach_the_engine(bench: Bench) -> None:
     kwargs = bench.job(BATCHED, LOADED).llm_kwargs()
     assert kwargs["max_num_seqs"] == 16
     config = kwargs["speculative_config"]
-    assert config["tree"] == {"policy": "eagle2", "depth": 5, "top_k": 8}
-    assert config["num_speculative_tokens"] == 29
+    assert config["tree"] == {"policy": "eagle2", "depth": 5, "top_k": 2}
+    assert config["num_speculative_tokens"] == 7
     assert "tree" not in bench.job(GREEDY, CHAIN).llm_kwargs()["speculative_config"]
     assert "speculative_config" not in bench.job(GREEDY, None).llm_kwargs()
     sent = json.loads(json.dumps(bench.job(BATCHED, LOADED).to_json()))

@@ -161,7 +161,8 @@ FULL: Mapping[str, tuple[str, list[pytest.MarkDecorator]]] = {
 def other(request: pytest.FixtureRequest, tiny: TinyStore) -> Served:
     """The shorter lists of the other runners; V2 by default without the long one."""
     name, full = request.param
-    mixed = {"count": 64 if full else 16, "max_tokens": 6}
+    counts = {"v1-overlay": 64, "v2": 32 if full else 16, "v2-overlay": 24}
+    mixed = {"count": counts[name], "max_tokens": 6}
     busy = {"busy": {"run": "mixed", "count": 10, "max_tokens": 40}}
     setups = _pairs(tiny, {"mixed": mixed, "prefix": {}}, busy)
     if not full:

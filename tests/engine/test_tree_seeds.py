@@ -16,7 +16,7 @@ from tests.support.tiny_store import TinyStore
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 KIND = "qwen2_5_vl"
-COUNT = 12
+COUNT = 6
 
 
 @pytest.mark.parametrize("runner", params("v2", "v2-overlay"))
@@ -28,7 +28,7 @@ def test_same_seeds_same_tokens(runner: Runner, tiny: TinyStore) -> None:
         {"name": "plain", "options": options},
         {"name": "tree", "options": options | tree},
     ]
-    kwargs = {"kind": KIND, "setups": setups, "count": COUNT, "max_tokens": 12}
+    kwargs = {"kind": KIND, "setups": setups, "count": COUNT, "max_tokens": 10}
     items = run_in_subprocess(
         "tests.engine.tree_seed_jobs:sample_with_seeds", kwargs, runner.env(), 1500
     )
