@@ -8,16 +8,19 @@ from functools import cached_property
 from typing import Any
 
 from vllm_vispec.errors import ViSpecError
-from vllm_vispec.head_checks import require_flag, require_positive_int, require_positive_number
+from vllm_vispec.head_checks import check_head, check_version, rope_theta_of
 from vllm_vispec.head_shapes import head_shapes
 from vllm_vispec.models.spec import QUERY, CompressorSpec, parse_compressor
 
 ARCHITECTURE = "EagleViSpecForCausalLM"
 # A draft that takes the image tokens' embeddings in.
 EMBEDS_ARCHITECTURE = "EagleViSpecEmbedsForCausalLM"
-ARCHITECTURES = (ARCHITECTURE, EMBEDS_ARCHITECTURE)
-# Heads with another compressor than ViSpec's need version 2; others are written as version 1.
-FORMAT_VERSION = 2
+# An independent small vision language model as the draft.
+DRAFT_VLM_ARCHITECTURE = "EagleDraftVlmForCausalLM"
+ARCHITECTURES = (ARCHITECTURE, EMBEDS_ARCHITECTURE, DRAFT_VLM_ARCHITECTURE)
+# Heads with another compressor than ViSpec's need version 2, draft VLMs version 3; others are
+# written as version 1.
+FORMAT_VERSION = 3
 
 # What vLLM reads from the flat part of config.json; the rest lives in the "vispec" section.
 _LLAMA_FIELDS = (
@@ -41,8 +44,8 @@ _VISPEC_FIELDS = (
     "compress",
     "has_embed_tokens",
 )
-_FLAGS = _VISPEC_FIELDS[2:]
-_POSITIVE = (*(f for f in _LLAMA_FIELDS if f != "rms_norm_eps"), "num_query_tokens")
+# Written for draft VLMs only: the defaults are right for every other head.
+_DRAFT_VLM_FIELDS = ("vision_size", "num_hidden_layers", "tie_word_embeddings")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class HeadConfig:
         compressor: what makes these tokens, see `models.spec`; "query" is ViSpec's adaptor. With
             another one the adaptor only makes the global feature and has one query.
         has_embed_tokens: the head ships its own embedding table (else the target's is used).
+        num_hidden_layers: decoder layers; only a draft VLM may have more than one.
+        vision_size: width of the target's image embeddings, which a draft VLM projects to its own
+            `hidden_size`; 0 is a head on the target's hidden states.
+        tie_word_embeddings: a draft VLM's lm_head is its embedding table.
 
     Raises:
         ViSpecError: a value is impossible; the message names it.
@@ -91,52 +98,12 @@ class HeadConfig:
     compress: bool = True
     has_embed_tokens: bool = True
     compressor: str = QUERY
+    num_hidden_layers: int = 1
+    vision_size: int = 0
+    tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            require_positive_int(name, getattr(self, name))
-        for name in ("rope_theta", "rms_norm_eps"):
-            require_positive_number(name, getattr(self, name))
-        for name in _FLAGS:
-            require_flag(name, getattr(self, name))
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ViSpecError(
-                f"num_key_value_heads={self.num_key_value_heads} of the head does not divide "
-                f"num_attention_heads={self.num_attention_heads}: correct the head's config.json"
-            )
-        self._check_compressor()
-        if (self.has_adaptor or self.has_compressor) and (
-            self.hidden_size % self.num_attention_heads
-        ):
-            raise ViSpecError(
-                f"num_attention_heads={self.num_attention_heads} of the head does not divide "
-                f"hidden_size={self.hidden_size}, which the image adaptor needs: correct the "
-                "head's config.json"
-            )
-        if self.head_dim % 2:
-            raise ViSpecError(
-                f"head_dim={self.head_dim} of the head is odd, RoPE needs an even one: correct "
-                "the head's config.json"
-            )
-
-    def _check_compressor(self) -> None:
-        if not isinstance(self.compressor, str):
-            raise ViSpecError(
-                f"compressor of the head is {self.compressor!r}, it must be a text like "
-                '"prune:20": correct the head\'s config.json'
-            )
-        if self.compressor_spec.is_query:
-            return
-        if not self.compress:
-            raise ViSpecError(
-                f"compressor {self.compressor!r} of the head needs compress = true: set it, or "
-                "drop the compressor"
-            )
-        if self.num_query_tokens != 1:
-            raise ViSpecError(
-                f"num_query_tokens={self.num_query_tokens} does not go with the compressor "
-                f"{self.compressor!r} of the head: set it to 1, the global feature's query"
-            )
+        check_head(self)
 
     @cached_property
     def compressor_spec(self) -> CompressorSpec:
@@ -146,6 +113,11 @@ class HeadConfig:
             ViSpecError: its text cannot be read.
         """
         return parse_compressor(self.compressor)
+
+    @property
+    def is_draft_vlm(self) -> bool:
+        """Whether it is a vision language model of its own, which reads no target states."""
+        return self.vision_size > 0
 
     @property
     def has_compressor(self) -> bool:
@@ -178,6 +150,8 @@ class HeadConfig:
     @property
     def architecture(self) -> str:
         """Name under which vLLM knows the draft's model class."""
+        if self.is_draft_vlm:
+            return DRAFT_VLM_ARCHITECTURE
         return ARCHITECTURE if self.compress else EMBEDS_ARCHITECTURE
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -195,10 +169,10 @@ class HeadConfig:
             "architectures": [self.architecture],
             "model_type": "llama",
             **{name: getattr(self, name) for name in _LLAMA_FIELDS},
-            "num_hidden_layers": 1,
+            "num_hidden_layers": self.num_hidden_layers,
             "hidden_act": "silu",
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": self.tie_word_embeddings,
             "attention_bias": False,
             "mlp_bias": False,
             "qkv_bias": self.qkv_bias,
@@ -207,11 +181,13 @@ class HeadConfig:
 
     def vispec_section(self) -> dict[str, Any]:
         """The explicit flags, as they stand under "vispec" in config.json."""
-        version = FORMAT_VERSION if self.has_compressor else 1
+        version = 3 if self.is_draft_vlm else 2 if self.has_compressor else 1
         section: dict[str, Any] = {"format_version": version, "source_dialect": self.dialect}
         section.update({name: getattr(self, name) for name in _VISPEC_FIELDS})
         if self.has_compressor:
             section["compressor"] = str(self.compressor_spec)
+        if self.is_draft_vlm:
+            section.update({name: getattr(self, name) for name in _DRAFT_VLM_FIELDS})
         return section
 
     def to_config_json(self, dtype: str | None = None) -> dict[str, Any]:
@@ -238,10 +214,11 @@ class HeadConfig:
                 'the head\'s config.json has no "vispec" section: write the folder with '
                 "`vispec convert`"
             )
-        _check_version(section)
-        values: dict[str, Any] = {"dialect": "canonical", "rope_theta": _rope_theta(content)}
-        if "compressor" in section:
-            values["compressor"] = section["compressor"]
+        check_version(section, FORMAT_VERSION)
+        values: dict[str, Any] = {"dialect": "canonical", "rope_theta": rope_theta_of(content)}
+        for name in ("compressor", *_DRAFT_VLM_FIELDS):
+            if name in section:
+                values[name] = section[name]
         for names, source, where in (
             (_LLAMA_FIELDS, content, "config.json"),
             (_VISPEC_FIELDS, section, 'the "vispec" section of config.json'),
@@ -265,23 +242,3 @@ class HeadConfig:
 
 
 FIELD_NAMES = tuple(field.name for field in fields(HeadConfig))
-
-
-def _check_version(section: Mapping[str, Any]) -> None:
-    version = section.get("format_version", FORMAT_VERSION)
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise ViSpecError(
-            f"the head's vispec.format_version is {version!r}, this release reads up to "
-            f"{FORMAT_VERSION}: upgrade vllm-vispec"
-        )
-
-
-def _rope_theta(content: Mapping[str, Any]) -> Any:
-    parameters = content.get("rope_parameters")
-    if isinstance(parameters, Mapping) and "rope_theta" in parameters:
-        return parameters["rope_theta"]
-    if "rope_theta" in content:
-        return content["rope_theta"]
-    raise ViSpecError(
-        "config.json of the head lacks 'rope_theta': write the folder again with `vispec convert`"
-    )

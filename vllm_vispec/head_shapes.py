@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 COMPRESSOR_PREFIX = "compressor."
+PROJECTOR_PREFIX = "projector."
 
 
 def head_shapes(config: HeadConfig) -> dict[str, Shape]:
     """Canonical name -> shape of every tensor that a head of this configuration consists of."""
+    if config.is_draft_vlm:
+        return _draft_vlm_shapes(config)
     d = config.hidden_size
     adaptor_bias = {"img_adaptor.k_proj.bias": (d,), "img_adaptor.v_proj.bias": (d,)}
     shapes: dict[str, Shape] = {"fc.weight": (d, 2 * d), **_layer_shapes(config)}
@@ -34,6 +37,24 @@ def head_shapes(config: HeadConfig) -> dict[str, Shape]:
     for wanted, extra in optional:
         if wanted:
             shapes.update(extra)
+    return shapes
+
+
+def _draft_vlm_shapes(config: HeadConfig) -> dict[str, Shape]:
+    d, table = config.hidden_size, (config.vocab_size, config.hidden_size)
+    shapes: dict[str, Shape] = {
+        "embed_tokens.weight": table,
+        f"{PROJECTOR_PREFIX}linear_1.weight": (d, config.vision_size),
+        f"{PROJECTOR_PREFIX}linear_1.bias": (d,),
+        f"{PROJECTOR_PREFIX}linear_2.weight": (d, d),
+        f"{PROJECTOR_PREFIX}linear_2.bias": (d,),
+    }
+    layer = {name.removeprefix("layer."): shape for name, shape in _layer_shapes(config).items()}
+    for index in range(config.num_hidden_layers):
+        shapes.update({f"layers.{index}.{name}": shape for name, shape in layer.items()})
+    shapes["norm.weight"] = (d,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = table
     return shapes
 
 

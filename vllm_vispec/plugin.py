@@ -76,12 +76,17 @@ def supported_range() -> str:
 def _register_draft_architectures() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
-    from vllm_vispec.head_config import ARCHITECTURE, EMBEDS_ARCHITECTURE
+    from vllm_vispec.head_config import (
+        ARCHITECTURE,
+        DRAFT_VLM_ARCHITECTURE,
+        EMBEDS_ARCHITECTURE,
+    )
 
     known = ModelRegistry.get_supported_archs()
     for module, architecture in (
         ("model", ARCHITECTURE),
         ("embeds_model", EMBEDS_ARCHITECTURE),
+        ("draft_vlm", DRAFT_VLM_ARCHITECTURE),
     ):
         if architecture not in known:
             ModelRegistry.register_model(

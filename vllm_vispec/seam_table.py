@@ -4,6 +4,7 @@ Each entry names what is touched, the shape it must have, and why.
 """
 
 from vllm_vispec.seam_entry import Seam
+from vllm_vispec.seam_table_draft_vlm import DRAFT_VLM_SEAMS
 from vllm_vispec.seam_table_draft_vocab import DRAFT_VOCAB_SEAMS
 from vllm_vispec.seam_table_first_pass import FIRST_PASS_SEAMS
 from vllm_vispec.seam_table_gate import GATE_SEAMS
@@ -283,6 +284,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     *FIRST_PASS_SEAMS,
     *DRAFT_VOCAB_SEAMS,
+    *DRAFT_VLM_SEAMS,
     *TREE_SEAMS,
     *GATE_SEAMS,
 )

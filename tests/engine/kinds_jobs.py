@@ -17,7 +17,7 @@ from tests.engine.acceptance_jobs import (
     deep_requests,
     table_stats,
 )
-from tests.engine.spies import watch
+from tests.engine.spies import watch, watch_encoder
 from tests.engine.workloads import (
     Request,
     Results,
@@ -117,10 +117,11 @@ def _one_head(
         with engine.engine(engine.EngineOptions(**options, **SETUPS[name])) as llm:
             bench = Bench(llm, kind, requests)
             if cold is None:
-                watched = watch_first_round(llm)
+                watched, encoded = watch_first_round(llm), watch_encoder(llm)
                 cold = drive_one_by_one(llm, requests), bench.logits()
                 found |= torch_gaps(options, watched["picture"], cold)
                 found["model"] = type(draft_logits.drafter(llm).model).__name__
+                found["encoded"] = sum(encoded), sum(len(set(r.images)) for r in requests)
                 found["choices"] = choices(llm)
                 found["cold_same"] = _ids(cold[0]) == plain
                 found["accepted"] = {n: rows[0].accepted_draft for n, rows in cold[0].items()}
@@ -195,16 +196,14 @@ def torch_gaps(
     import torch
     from safetensors.torch import load_file
 
-    from vllm_vispec.torch_draft import ViSpecDraft
+    from vllm_vispec.torch_draft import load_draft
 
     results, logits = cold
     folder = Path(options["model"])
     config = json.loads((folder / "config.json").read_text())
     image_id = config.get("image_token_id", config.get("image_token_index"))
     weights = load_file(folder / "model.safetensors")
-    draft = ViSpecDraft.from_folder(options["draft"])
-    assert draft.embed_tokens is not None
-    next_embed_D = draft.embed_tokens.weight[results["picture"][0].token_ids[0]]
+    draft = load_draft(options["draft"])
     runs = image_runs(seen["token_ids"], image_id)
     blind_LD = seen["embeds_LD"].clone()
     for start, end in runs:
@@ -212,12 +211,35 @@ def torch_gaps(
     row = len(seen["token_ids"]) - 1
     own_KV = torch.stack([logits["picture"][row, step] for step in range(STEPS)])
     gaps = {}
+    next_id = results["picture"][0].token_ids[0]
     for name, embeds_LD in (("torch_gap", seen["embeds_LD"]), ("blind_gap", blind_LD)):
         with torch.no_grad():
-            state = draft.prefill(embeds_LD, next_embed_D, seen["hidden_LD"], runs)
-            chain_KV = draft.chain(state, STEPS, _lm_head(weights)).logits_SV
+            given = seen | {"embeds_LD": embeds_LD}
+            chain_KV = _chain(draft, given, next_id, runs, _lm_head(weights))
         gaps[name] = float((own_KV - chain_KV).abs().max() / chain_KV.abs().max())
     return gaps
+
+
+def _chain(
+    draft: Any,
+    seen: dict[str, Any],
+    next_id: int,
+    runs: list[tuple[int, int]],
+    lm_head: torch.Tensor,
+) -> torch.Tensor:
+    """Return the logits [K, V] of the PyTorch draft, a head's or a draft VLM's."""
+    import torch
+
+    if draft.config.is_draft_vlm:
+        ids_L = torch.tensor(seen["token_ids"])
+        own: torch.Tensor = draft.chain(
+            draft.prefill(ids_L, seen["embeds_LD"], next_id, runs), STEPS
+        ).logits_SV
+        return own
+    next_embed_D = draft.embed_tokens.weight[next_id]
+    state = draft.prefill(seen["embeds_LD"], next_embed_D, seen["hidden_LD"], runs)
+    shared: torch.Tensor = draft.chain(state, STEPS, lm_head).logits_SV
+    return shared
 
 
 def image_runs(token_ids: list[int], image_id: int) -> list[tuple[int, int]]:

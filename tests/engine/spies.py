@@ -56,6 +56,23 @@ def watch(llm: LLM) -> SchedulerSpy:
     return spy
 
 
+def watch_encoder(llm: LLM) -> list[int]:
+    """Return a list that grows with every run of the vision tower, by the images in it."""
+    from tests.support.draft_logits import model_runner
+
+    runs: list[int] = []
+    target = model_runner(llm).get_model()
+    embed = target.embed_multimodal
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        found = embed(*args, **kwargs)
+        runs.append(len(found))
+        return found
+
+    target.embed_multimodal = counted
+    return runs
+
+
 def _inside_image(request: Any, position: int) -> bool:
     """Whether a boundary before token ``position`` cuts one of the request's images in two."""
     spans = [item.mm_position for item in request.mm_features]

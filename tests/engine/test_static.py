@@ -32,6 +32,10 @@ HEADS = [
     ),
     pytest.param((RUNNERS["v1"], UNCOMPRESSED), id="v1-no_compress", marks=pytest.mark.slow),
     *(
+        pytest.param((p.values[0], None), id=f"{p.id}-vlm", marks=[*p.marks, pytest.mark.slow])
+        for p in params("v1", "v2")
+    ),
+    *(
         pytest.param((p.values[0], GATED), id=f"{p.id}-gated", marks=[*p.marks, pytest.mark.slow])
         for p in params("v1", "v2")
     ),
@@ -43,7 +47,7 @@ def recorded(request: pytest.FixtureRequest, tiny: TinyStore) -> Batches:
     """Operators of every draft pass, by batch."""
     runner: Runner
     runner, changes = request.param
-    target, head = tiny.pair(KIND, **changes)
+    target, head = tiny.draft_vlm(KIND) if changes is None else tiny.pair(KIND, **changes)
     options = {
         "model": target,
         "draft": head,

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tests.support.draft_vlm_heads import DraftVlmSpec, build_draft_vlm
 from tests.support.tiny_heads import HeadSpec, build_head
 from tests.support.tiny_models import build_target
 
@@ -31,3 +32,9 @@ class TinyStore:
         """Return target and head folders as strings, ready for :class:`EngineOptions`."""
         spec = replace(HeadSpec(kind), **changes)  # type: ignore[arg-type]
         return str(self.target(kind)), str(self.head(spec))
+
+    def draft_vlm(self, kind: str, **changes: object) -> tuple[str, str]:
+        """Return the folders of a target and of a draft VLM for it, as strings."""
+        spec = replace(DraftVlmSpec(kind), **changes)  # type: ignore[arg-type]
+        target = self.target(kind)
+        return str(target), str(build_draft_vlm(spec, target, self.root / spec.name))

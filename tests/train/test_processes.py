@@ -14,6 +14,7 @@ from tests.support.child import REPOSITORY
 from tests.support.tiny_store import TinyStore
 from tests.train.dialogues import recipe
 from tests.train.jobs import losses
+from tests.train.language_models import write_language_model
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.distributed import processes
 from vllm_vispec.train.loop import train
@@ -61,12 +62,22 @@ def check_equal(one: Path, two: Path) -> None:
     assert [p["tokens_per_round"] for p in curves[0]] == [p["tokens_per_round"] for p in curves[1]]
 
 
+# Every part that a head can have, and a gate that draws nothing: noise differs with the number of
+# processes.
+HEAD = {"head__kind": "specvlm_global", "head__compressor": "weighted(prune:2,conv:2)"}
+# The first stage of a draft VLM: most of it is frozen.
+DRAFT_VLM = {"head__kind": "draft_vlm", "head__trained": "projector"}
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", [HEAD, DRAFT_VLM], ids=["head", "draft VLM"])
+def test_two_processes_equal_one(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, head: dict[str, str]
+) -> None:
     target = tiny.target("qwen2_5_vl")
-    # Every part that a head can have, and a gate that draws nothing: noise differs with the number
-    # of processes.
-    head = {"head__kind": "specvlm_global", "head__compressor": "weighted(prune:2,conv:2)"}
+    if head is DRAFT_VLM:
+        write_language_model(tmp_path / "lm", vocab_size=1024)
+        head = {**head, "head__init_from": str(tmp_path / "lm")}
     alone(settings(target, dialogues, tmp_path / "one", 4, **head))
     two = settings(target, dialogues, tmp_path / "two", 2, **head)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]

@@ -178,7 +178,7 @@ AUTOMODEL: dict[str, tuple[Spoil, str]] = {
 }
 
 CANONICAL: dict[str, tuple[Spoil, str]] = {
-    "future format": (_config(vispec={"format_version": 3}), "upgrade vllm-vispec"),
+    "future format": (_config(vispec={"format_version": 99}), "upgrade vllm-vispec"),
     "flag missing": (_config(vispec={"format_version": 1}), "lacks 'target_model_type'"),
     "size missing": (_config(head_dim=None), "config.json of the head lacks 'head_dim'"),
     "no theta": (_config(rope_theta=None, rope_parameters=None), "lacks 'rope_theta'"),

@@ -107,7 +107,7 @@ def head_lines(head: str) -> list[str]:
         "head": head,
         "dialect": f"{info.dialect}: {DIALECTS[info.dialect].summary}",
         "target type": config.target_model_type or "not stated",
-        "hidden size": f"{config.hidden_size} (the target's must be the same)",
+        "hidden size": _width(config),
         "vocabulary": f"{config.vocab_size} (the target's must be the same)",
         "kind": f"images compressed {_yes(config.compress)}, "
         f"global feature {_yes(config.global_feature)}",
@@ -125,6 +125,15 @@ def head_lines(head: str) -> list[str]:
         else serve_command(guess_target(config), head),
     }
     return [f"{name:14} {value}" for name, value in facts.items()]
+
+
+def _width(config: HeadConfig) -> str:
+    if config.is_draft_vlm:
+        return (
+            f"{config.hidden_size} in {config.num_hidden_layers} layer(s), a draft VLM for image "
+            f"embeddings of {config.vision_size} (the target's hidden size must be the same)"
+        )
+    return f"{config.hidden_size} (the target's must be the same)"
 
 
 def _queries(config: HeadConfig) -> str:

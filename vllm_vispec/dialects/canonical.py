@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_vispec.dialects.base import Dialect, RawConfig, Shapes
 from vllm_vispec.head_config import HeadConfig
-from vllm_vispec.head_shapes import COMPRESSOR_PREFIX
+from vllm_vispec.head_shapes import COMPRESSOR_PREFIX, PROJECTOR_PREFIX
 
 
 def _detect(config: RawConfig, shapes: Shapes) -> bool:
@@ -24,8 +24,11 @@ CANONICAL = Dialect(
         "img_fc.*": "img_fc.*",
         "img_adaptor.*": "img_adaptor.*",
         f"{COMPRESSOR_PREFIX}*": f"{COMPRESSOR_PREFIX}*",
+        f"{PROJECTOR_PREFIX}*": f"{PROJECTOR_PREFIX}*",
         "layer.*": "layer.*",
+        "layers.*": "layers.*",
         "norm.weight": "norm.weight",
+        "lm_head.weight": "lm_head.weight",
     },
     detect=_detect,
     head_config=_head_config,

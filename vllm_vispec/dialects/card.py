@@ -27,7 +27,8 @@ _KNOWN_TARGETS = {
 
 def guess_target(config: HeadConfig) -> str:
     """The public target such a head belongs to, or the placeholder "TARGET"."""
-    return _KNOWN_TARGETS.get((config.target_model_type, config.hidden_size), "TARGET")
+    width = config.vision_size or config.hidden_size
+    return _KNOWN_TARGETS.get((config.target_model_type, width), "TARGET")
 
 
 def serve_command(target: str, head: str | Path, num_tokens: int = DEFAULT_NUM_TOKENS) -> str:
@@ -81,6 +82,7 @@ def _facts(config: HeadConfig, dtype: str, target: str, trained: bool) -> dict[s
         "hidden size": config.hidden_size,
         "vocabulary": config.vocab_size,
         "images": "compressed" if config.compress else "every image token keeps its row",
+        **(_draft_vlm_facts(config) if config.is_draft_vlm else {}),
         **({"compressor": config.compressor_spec} if config.has_compressor else {}),
         "global feature": config.global_feature,
         "query tokens": queries if config.has_adaptor else "none, no image adaptor",
@@ -88,6 +90,15 @@ def _facts(config: HeadConfig, dtype: str, target: str, trained: bool) -> dict[s
         "own embedding table": config.has_embed_tokens,
         "dtype": dtype,
         "made by": f"vllm-vispec {__version__}, {origin}",
+    }
+
+
+def _draft_vlm_facts(config: HeadConfig) -> dict[str, Any]:
+    return {
+        "kind": "draft VLM: a model of its own, which reads no target states",
+        "decoder layers": config.num_hidden_layers,
+        "image embeddings": f"{config.vision_size} wide, projected",
+        "lm_head": "the embedding table" if config.tie_word_embeddings else "its own",
     }
 
 

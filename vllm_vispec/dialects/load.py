@@ -77,8 +77,7 @@ def inspect_head(path_or_hub_id: str | Path, revision: str | None = None) -> Hea
     entries = read_entries(files)
     raw_shapes = {name: entry.shape for name, entry in entries.items()}
     dialect = _detect(folder, config, raw_shapes)
-    _refuse_more_layers(raw_shapes)
-    head = dialect.head_config(config, raw_shapes)
+    head = _head_config(dialect, config, raw_shapes)
     sources = _to_canonical(dialect, head, entries)
     _check_shapes(dialect, head, sources)
     return HeadInfo(
@@ -134,6 +133,18 @@ def _detect(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Dialect:
         f"tensors {short_list(sorted(shapes))}): expected one of {', '.join(DIALECTS)}; give a "
         "ViSpec head, or add its dialect"
     )
+
+
+def _head_config(dialect: Dialect, config: Mapping[str, Any], shapes: Shapes) -> HeadConfig:
+    if not is_draft_vlm(config):
+        _refuse_more_layers(shapes)
+    return dialect.head_config(config, shapes)
+
+
+def is_draft_vlm(config: Mapping[str, Any]) -> bool:
+    """Whether a head's config.json says that it is a draft VLM."""
+    section = config.get("vispec")
+    return isinstance(section, Mapping) and bool(section.get("vision_size"))
 
 
 def _refuse_more_layers(shapes: Shapes) -> None:

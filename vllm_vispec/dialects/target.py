@@ -20,11 +20,12 @@ def check_against_target(
         nor another known family's, else None.
 
     Raises:
-        ViSpecError: hidden size, vocabulary or family differ.
+        ViSpecError: hidden size (in a draft VLM: that of the image embeddings it projects),
+            vocabulary or family differ.
     """
     trained_for = f" (trained for {head.target_model_type})" if head.target_model_type else ""
     for name, ours, theirs in (
-        ("hidden_size", head.hidden_size, hidden_size),
+        (*_width(head), hidden_size),
         ("vocab_size", head.vocab_size, vocab_size),
     ):
         if ours != theirs:
@@ -44,3 +45,10 @@ def check_against_target(
             "sizes fit, acceptance may be low"
         )
     return None
+
+
+def _width(head: HeadConfig) -> tuple[str, int]:
+    """Which of a head's sizes the target's hidden size has to equal: (name, size)."""
+    if head.is_draft_vlm:
+        return "vision_size", head.vision_size
+    return "hidden_size", head.hidden_size

@@ -71,7 +71,7 @@ def _create_speculative_config(
         "ViSpec head %s: %s dialect, %s, %d draft tokens per round",
         info.folder,
         info.dialect,
-        _compression(info.config),
+        _kind(info.config),
         settings["num_speculative_tokens"],
     )
     given, args.speculative_config = args.speculative_config, settings
@@ -83,7 +83,9 @@ def _create_speculative_config(
         args.speculative_config = given
 
 
-def _compression(head: HeadConfig) -> str:
+def _kind(head: HeadConfig) -> str:
+    if head.is_draft_vlm:
+        return f"draft VLM, {head.num_hidden_layers} layers of width {head.hidden_size}"
     if head.has_compressor:
         return f"compressor {head.compressor_spec}"
     return f"{head.num_query_tokens} query tokens"

@@ -13,16 +13,19 @@ from vllm_vispec.engine.draft_rows import DraftRows, RequestRows
 from vllm_vispec.engine.draft_vocab import give_own_lm_head
 from vllm_vispec.engine.first_pass import FirstPassPlan
 from vllm_vispec.engine.resets import clear_with
-from vllm_vispec.engine.worker_hook import reads_embeddings
+from vllm_vispec.engine.worker_hook import reads_embeddings, reads_target_states
 
 
 class ViSpecProposer(EagleProposer):
     """vLLM's EAGLE proposer plus row codes and plain 1-D positions."""
 
     draft_rows: DraftRows
+    hidden_states: torch.Tensor
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
+        if not reads_target_states(vllm_config):
+            self.hidden_states = self.hidden_states.new_empty(self.max_num_tokens, 0)
         self._runner = runner
         self._first_draft_rows: torch.Tensor | None = None
         self._kept_tokens: torch.Tensor | None = None
@@ -40,6 +43,8 @@ class ViSpecProposer(EagleProposer):
 
     def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> Any:
         """Fill row codes after vLLM has laid out the first draft pass."""
+        width = self.hidden_states.shape[1]
+        kwargs["target_hidden_states"] = kwargs["target_hidden_states"][:, :width]
         num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
         self._first_draft_rows = token_indices
         batch = self._runner.input_batch

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
@@ -12,6 +13,7 @@ from vllm_vispec.engine.draft_vocab import give_own_lm_head
 from vllm_vispec.engine.prompt_lengths import PromptLengths
 from vllm_vispec.engine.resets import clear_with
 from vllm_vispec.engine.trimmed import moved_rows
+from vllm_vispec.engine.worker_hook import reads_target_states
 from vllm_vispec.logs import get_logger
 
 logger = get_logger(__name__)
@@ -21,6 +23,12 @@ class ViSpecSpeculator(EagleSpeculator):
     """vLLM's EAGLE speculator plus row codes; positions are 1-D here already."""
 
     draft_rows: DraftRows
+    hidden_states: torch.Tensor
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        if not reads_target_states(vllm_config):
+            self.hidden_states = self.hidden_states.new_empty(self.max_num_tokens, 0)
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; all buffers exist before any graph is captured."""
@@ -62,9 +70,8 @@ class ViSpecSpeculator(EagleSpeculator):
             moved = moved_rows(input_batch)
             if moved is not None:
                 self.draft_rows.move(moved)
-        return super().propose(
-            input_batch, attn_metadata, slot_mappings, last_hidden_states, *args, **kwargs
-        )
+        read_TD = last_hidden_states[:, : self.hidden_states.shape[1]]
+        return super().propose(input_batch, attn_metadata, slot_mappings, read_TD, *args, **kwargs)
 
     def on_prefill_begin(self, num_reqs: int) -> None:
         """Say which rows of the first pass are read."""

@@ -10,7 +10,11 @@ from typing import Any
 
 from vllm_vispec.engine.trees.setting import read_tree
 from vllm_vispec.engine.wrapping import wrap_once
-from vllm_vispec.head_config import ARCHITECTURES, EMBEDS_ARCHITECTURE
+from vllm_vispec.head_config import (
+    ARCHITECTURES,
+    DRAFT_VLM_ARCHITECTURE,
+    EMBEDS_ARCHITECTURE,
+)
 
 
 def install() -> None:
@@ -37,7 +41,13 @@ def uses_vispec(vllm_config: Any) -> bool:
 
 def reads_embeddings(vllm_config: Any) -> bool:
     """Whether the draft takes the image tokens' embeddings as its input."""
-    return EMBEDS_ARCHITECTURE in _draft_architectures(vllm_config)
+    reading = {EMBEDS_ARCHITECTURE, DRAFT_VLM_ARCHITECTURE}
+    return not _draft_architectures(vllm_config).isdisjoint(reading)
+
+
+def reads_target_states(vllm_config: Any) -> bool:
+    """Whether the draft takes the target's hidden states in; a draft VLM does not."""
+    return DRAFT_VLM_ARCHITECTURE not in _draft_architectures(vllm_config)
 
 
 def _draft_architectures(vllm_config: Any) -> set[str]:

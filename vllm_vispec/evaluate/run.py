@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from vllm_vispec.conversations.types import Rejected
     from vllm_vispec.evaluate.acceptance import Families
-    from vllm_vispec.torch_draft import ViSpecDraft
+    from vllm_vispec.torch_draft import Draft
     from vllm_vispec.train.batch import Observed
     from vllm_vispec.train.target import TrainingTarget
 
@@ -135,7 +135,7 @@ class _Pair:
     def __init__(
         self,
         target: TrainingTarget,
-        draft: ViSpecDraft,
+        draft: Draft,
         warning: str | None = None,
         token_ids: tuple[int, ...] | None = None,
     ) -> None:
@@ -153,7 +153,7 @@ class _Pair:
         import torch
 
         from vllm_vispec.dialects import check_against_target, inspect_head
-        from vllm_vispec.torch_draft import ViSpecDraft
+        from vllm_vispec.torch_draft import load_draft
         from vllm_vispec.train.target import TrainingTarget, load_target_config
         from vllm_vispec.vocabulary.files import find_vocab
 
@@ -166,7 +166,7 @@ class _Pair:
         vocab = find_vocab(options.draft_vocab, info.folder, info.config.vocab_size)
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, options.dtype)
-        draft = ViSpecDraft.from_folder(info.folder, dtype).to(device).eval()
+        draft = load_draft(info.folder, dtype).to(device).eval()
         target = TrainingTarget.load(options.target, dtype, device)
         return cls(target, draft, warning, None if vocab is None else vocab.token_ids)
 

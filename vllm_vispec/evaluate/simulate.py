@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.evaluate.acceptance import OVERALL, Acceptance, Families, merge_families
-from vllm_vispec.torch_draft import ViSpecDraft
+from vllm_vispec.torch_draft import Draft
 from vllm_vispec.train.batch import DraftBatch
 from vllm_vispec.train.rollout import PassOutput, rollout
 
@@ -31,7 +31,7 @@ ROWS_AT_ONCE = 512
 
 @torch.inference_mode()
 def simulate(
-    draft: ViSpecDraft,
+    draft: Draft,
     lm_head_VD: Tensor,
     batch: DraftBatch,
     num_draft_tokens: int,
@@ -40,7 +40,7 @@ def simulate(
     """Acceptance of greedy chains of `num_draft_tokens`, by family and "overall".
 
     Every assistant turn is a generation of its own whose prompt is everything before it. Computes
-    in the dtype of the draft; logits in the dtype of `lm_head_VD`.
+    in the dtype of the draft; logits in the dtype of the lm_head that reads it.
 
     Args:
         lm_head_VD: the target's lm_head, or some of its rows.
@@ -52,7 +52,7 @@ def simulate(
     """
     if num_draft_tokens < 1:
         raise ViSpecError(f"num_draft_tokens={num_draft_tokens} drafts nothing: use at least 1")
-    weight = draft.fc.weight
+    weight = draft.weight
     hits_SBL = draft_hits(
         draft, lm_head_VD, batch.to(weight.device, weight.dtype), num_draft_tokens, token_ids_V
     )
@@ -67,7 +67,7 @@ def simulate(
 
 
 def draft_hits(
-    draft: ViSpecDraft,
+    draft: Draft,
     lm_head_VD: Tensor,
     batch: DraftBatch,
     num_draft_tokens: int,
@@ -75,8 +75,10 @@ def draft_hits(
 ) -> Tensor:
     """Where pass s at row p drafts answer token p + 2: bool [S, B, L], on the CPU."""
     gold_BL = F.pad(batch.ids_BL[:, 2:], (0, 2))
-    passes = rollout(draft, batch, num_draft_tokens)
-    hits = [_hits_of_pass(one, gold_BL, lm_head_VD, token_ids_V) for one in passes]
+    passes = rollout(draft, batch, draft.distinct_passes(num_draft_tokens))
+    head_VD = draft.output_head(lm_head_VD, token_ids_V)
+    hits = [_hits_of_pass(one, gold_BL, head_VD, token_ids_V) for one in passes]
+    hits += hits[-1:] * (num_draft_tokens - len(hits))
     return torch.stack(hits).cpu()
 
 

@@ -21,13 +21,13 @@ from vllm_vispec.dialects.speculators import speculators_fields
 from vllm_vispec.errors import ViSpecError
 
 if TYPE_CHECKING:
-    from vllm_vispec.torch_draft import ViSpecDraft
+    from vllm_vispec.torch_draft import Draft
 
 MAX_DRAFT_TOKENS = 32
 
 
 def export_head(
-    draft: ViSpecDraft,
+    draft: Draft,
     folder: Path,
     *,
     target: str,

@@ -1,6 +1,9 @@
-"""The ViSpec draft in pure PyTorch: parity tests, training, experiments."""
+"""Drafts in pure PyTorch: parity tests, training, experiments."""
 
+from vllm_vispec.torch_draft.base import Draft
+from vllm_vispec.torch_draft.draft_vlm import DraftVlm, VlmPrefill, image_mask
 from vllm_vispec.torch_draft.gating import Decision, KeyBias, decide
+from vllm_vispec.torch_draft.load import draft_class, load_draft
 from vllm_vispec.torch_draft.masked import MaskedRows, attention_mask, masked_rows
 from vllm_vispec.torch_draft.model import ViSpecDraft
 from vllm_vispec.torch_draft.rows import RowPlan, merge_runs, plan_rows
@@ -9,13 +12,19 @@ from vllm_vispec.torch_draft.states import Chain, Prefill
 __all__ = [
     "Chain",
     "Decision",
+    "Draft",
+    "DraftVlm",
     "KeyBias",
     "MaskedRows",
     "Prefill",
     "RowPlan",
     "ViSpecDraft",
+    "VlmPrefill",
     "attention_mask",
     "decide",
+    "draft_class",
+    "image_mask",
+    "load_draft",
     "masked_rows",
     "merge_runs",
     "plan_rows",

@@ -23,6 +23,7 @@ from vllm_vispec.models.gate import GateOutput, gumbel_noise
 from vllm_vispec.torch_draft.layers import causal_mask
 
 if TYPE_CHECKING:
+    from vllm_vispec.torch_draft.base import Draft
     from vllm_vispec.torch_draft.model import ViSpecDraft
     from vllm_vispec.torch_draft.rows import Run
 
@@ -80,7 +81,7 @@ def gate_rows(answer_BL: Tensor) -> Tensor:
 
 
 def decide(
-    draft: ViSpecDraft,
+    draft: Draft,
     hidden_BLD: Tensor,
     answer_BL: Tensor,
     runs: Sequence[Sequence[Run]],

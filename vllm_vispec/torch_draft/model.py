@@ -8,28 +8,26 @@ entries, V vocabulary. Parameter names are the canonical tensor names.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_vispec.dialects import inspect_head, iter_canonical_tensors
 from vllm_vispec.head_config import HeadConfig
 from vllm_vispec.models.compressor import ImageCompressor
+from vllm_vispec.torch_draft.base import Draft
 from vllm_vispec.torch_draft.gating import biased_mask, prompt_key_bias
 from vllm_vispec.torch_draft.layers import DecoderLayer, ImageAdaptor, KVCache, RMSNorm
 from vllm_vispec.torch_draft.rows import RowPlan, Run, plan_rows
 from vllm_vispec.torch_draft.states import Chain, Prefill
 
 
-class ViSpecDraft(nn.Module):
+class ViSpecDraft(Draft):
     """One ViSpec head."""
 
     def __init__(self, config: HeadConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         size = config.hidden_size
-        self.config = config
         self.embed_tokens = (
             nn.Embedding(config.vocab_size, size) if config.has_embed_tokens else None
         )
@@ -47,16 +45,13 @@ class ViSpecDraft(nn.Module):
         )
         self._start_as_identity()
 
-    @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> ViSpecDraft:
-        """Load a head of any dialect.
+    def output_head(self, target_VD: Tensor, token_ids_V: Tensor | None = None) -> Tensor:
+        """The target's lm_head, see `Draft.output_head`."""
+        return target_VD
 
-        Raises:
-            ViSpecError: see `vllm_vispec.dialects.inspect_head`.
-        """
-        draft = cls(inspect_head(folder).config)
-        draft.load_state_dict(dict(iter_canonical_tensors(folder)))
-        return draft.to(dtype)
+    def distinct_passes(self, passes: int) -> int:
+        """All: every pass reads the states of the one before."""
+        return passes
 
     @torch.no_grad()
     def _start_as_identity(self) -> None:

@@ -52,7 +52,27 @@ class HeadSettings(Section):
         "SpecVLM (on), ViSpec code (off)",
         choices=("auto", "on", "off"),
     )
-    init_from: str = setting("", "head folder to start from (stage 2 starts from stage 1)", "ours")
+    init_from: str = setting(
+        "",
+        "head folder to start from; for a draft VLM also a small language model's",
+        "ours; MASSV",
+    )
+    num_layers: int = setting(
+        0, "decoder layers of a draft VLM; 0: those of head.init_from, else 4", "ours", low=0
+    )
+    hidden_size: int = setting(
+        0, "width of a draft VLM; 0: that of head.init_from, else the target's", "ours", low=0
+    )
+    num_heads: int = setting(
+        0, "heads of a draft VLM; 0: those of head.init_from, else as wide as the target's", "ours",
+        low=0,
+    )  # fmt: skip
+    trained: str = setting(
+        "all",
+        "which weights of a draft VLM are trained; projector: stage 1",
+        "MASSV (stage 1: projector)",
+        choices=("all", "projector"),
+    )
     dtype: str = setting(
         "bfloat16",
         "dtype of the exported weights",
@@ -89,12 +109,16 @@ class LossSettings(Section):
 
     name: str = setting(
         "auto",
-        "a loss of vllm_vispec.train.losses; auto: specvlm with a compressor, vispec without",
-        "SpecVLM; ViSpec code, NeMo",
+        "a loss of vllm_vispec.train.losses; auto: specvlm with a compressor, kl for a draft VLM, "
+        "else vispec",
+        "SpecVLM; MASSV; ViSpec code, NeMo",
     )
     weights: Mapping[str, float] = setting({}, "weights of its parts; none: its own", "see losses")
     passes: int = setting(
-        2, "rollout passes, the first on the target's states", "ViSpec code (1 extra pass)", low=1
+        2,
+        "rollout passes, the first on the target's states; a draft VLM always has one",
+        "ViSpec code (1 extra pass)",
+        low=1,
     )
     mode: str = setting(
         "exact",

@@ -6,9 +6,10 @@ from typing import Any
 
 from vllm_vispec.dialects.target import check_against_target
 from vllm_vispec.errors import ViSpecError
-from vllm_vispec.torch_draft import ViSpecDraft
+from vllm_vispec.torch_draft import Draft, ViSpecDraft, load_draft
 from vllm_vispec.train.config import HeadSettings
-from vllm_vispec.train.kinds import new_draft, new_head_config
+from vllm_vispec.train.draft_vlm import make_draft_vlm
+from vllm_vispec.train.kinds import get_kind, new_draft, new_head_config
 from vllm_vispec.train.source import Facts
 
 # What a head keeps of the one it starts from; its kind decides about images.
@@ -27,16 +28,18 @@ _KEPT = (
 )
 
 
-def make_draft(settings: HeadSettings, facts: Facts, seed: int) -> ViSpecDraft:
+def make_draft(settings: HeadSettings, facts: Facts, seed: int) -> Draft:
     """A float32 draft on the CPU, the same on every process.
 
     With `head.init_from` every tensor that the kind has is taken over; image parts that the other
     head lacks (a text draft from stage 1, a compressor) start fresh. The target's embedding table
-    is used.
+    is used. Draft VLMs: see `train.draft_vlm`.
 
     Raises:
         ViSpecError: the head does not fit the target or the kind.
     """
+    if get_kind(settings.kind).draft_vlm:
+        return make_draft_vlm(settings, facts, seed)
     if not settings.init_from:
         config = new_head_config(
             settings.kind,
@@ -46,7 +49,12 @@ def make_draft(settings: HeadSettings, facts: Facts, seed: int) -> ViSpecDraft:
             **_chosen(settings),
         )
         return new_draft(config, facts.embed_VD.cpu(), seed)
-    other = ViSpecDraft.from_folder(settings.init_from)
+    other = load_draft(settings.init_from)
+    if not isinstance(other, ViSpecDraft):
+        raise ViSpecError(
+            f"head.init_from {settings.init_from!r} is a draft VLM, head.kind is "
+            f"{settings.kind!r}: use its kind, or start fresh"
+        )
     vocab_size, hidden_size = facts.embed_VD.shape
     check_against_target(other.config, hidden_size, vocab_size, facts.model_type)
     config = new_head_config(
@@ -69,7 +77,7 @@ def _chosen(settings: HeadSettings) -> dict[str, Any]:
     return chosen
 
 
-def _take_over(draft: ViSpecDraft, other: ViSpecDraft, settings: HeadSettings) -> None:
+def _take_over(draft: Draft, other: ViSpecDraft, settings: HeadSettings) -> None:
     given = {n: t for n, t in other.state_dict().items() if not n.startswith("embed_tokens.")}
     mine, theirs = draft.config, other.config
     if theirs.has_compressor and mine.compressor_spec != theirs.compressor_spec:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.head_config import FIELD_NAMES, HeadConfig
 from vllm_vispec.models.spec import QUERY, parse_compressor
-from vllm_vispec.torch_draft import ViSpecDraft
+from vllm_vispec.torch_draft import Draft, ViSpecDraft
+from vllm_vispec.train.fresh import new_draft_vlm, start_linears
 
-# Times in_features ** -0.5; the usual 0.02 at a width of about 1200.
-WEIGHT_SCALE = 0.7
-# What disturbs the sum of embedding and state in a fresh `fc`, as a share of WEIGHT_SCALE.
+# Decoder layers of a draft VLM.
+DRAFT_VLM_LAYERS = 4
+# What disturbs the sum of embedding and state in a fresh `fc`, as a share of a linear's weights.
 FUSION_NOISE = 0.3
 
 
@@ -33,6 +34,7 @@ class HeadKind:
         summary: one line for help texts and model cards.
         compressor: what makes an image's tokens unless `head.compressor` says otherwise.
         input_norm: whether the decoder layer norms its input unless `head.input_norm` says so.
+        draft_vlm: a vision language model of its own, see `train.draft_vlm`.
     """
 
     compress: bool
@@ -41,6 +43,7 @@ class HeadKind:
     text_only: bool = False
     compressor: str = QUERY
     input_norm: bool = False
+    draft_vlm: bool = False
 
 
 HEAD_KINDS: Mapping[str, HeadKind] = {
@@ -59,6 +62,14 @@ HEAD_KINDS: Mapping[str, HeadKind] = {
         "SpecVLM's compressor and ViSpec's global feature",
         compressor="select",
         input_norm=True,
+    ),
+    # Spec-LLaVA (arXiv 2509.11961) and MASSV (arXiv 2505.10526): an independent small model.
+    "draft_vlm": HeadKind(
+        False,
+        False,
+        "a small vision language model of its own",
+        input_norm=True,
+        draft_vlm=True,
     ),
 }
 
@@ -107,7 +118,7 @@ def new_head_config(
     Widths, heads, RoPE base and norm epsilon are those of the target's text model; as in the
     reference, attention is full multi-head (as many key/value as query heads), q/k/v and fc have
     biases, there is no final norm and an input norm only in SpecVLM's kinds. The target's embedding
-    table is used.
+    table is used. A draft VLM has 4 layers, both norms and tables of its own.
 
     Args:
         target_text_config: the transformers config of the target's text model.
@@ -141,8 +152,20 @@ def new_head_config(
         "final_norm": False,
         "has_embed_tokens": False,
         **flags,
+        **(_draft_vlm_fields(target_text_config) if chosen.draft_vlm else {}),
     }
     return HeadConfig(**(fields | changes))
+
+
+def _draft_vlm_fields(text: Any) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": DRAFT_VLM_LAYERS,
+        "vision_size": text.hidden_size,
+        "num_query_tokens": 1,
+        "fc_bias": False,
+        "final_norm": True,
+        "has_embed_tokens": True,
+    }
 
 
 def _sizes_of(text: Any) -> dict[str, Any]:
@@ -172,13 +195,13 @@ def _rope_theta(text: Any) -> float:
 
 
 @torch.no_grad()
-def new_draft(config: HeadConfig, embed_VD: Tensor, seed: int) -> ViSpecDraft:
+def new_draft(config: HeadConfig, embed_VD: Tensor, seed: int) -> Draft:
     """A fresh float32 draft on the CPU; the same seed gives the same weights.
 
     It starts as a plain sum: fc = [I | I] plus a little noise, so that a text row is its token's
     embedding plus its state; img_fc = [I | 0] as in the reference, so that images come in as
     training finds them useful; a compressor starts as it says itself; all other weights are normal,
-    biases zero, norms one.
+    biases zero, norms one. For a draft VLM see `fresh.new_draft_vlm`.
 
     Args:
         embed_VD: the target's embedding table, copied and frozen if the head has its own.
@@ -186,20 +209,17 @@ def new_draft(config: HeadConfig, embed_VD: Tensor, seed: int) -> ViSpecDraft:
     Raises:
         ViSpecError: the table does not fit the head.
     """
-    wanted = (config.vocab_size, config.hidden_size)
+    wanted = (config.vocab_size, config.vision_size or config.hidden_size)
     if tuple(embed_VD.shape) != wanted:
         raise ViSpecError(
             f"the target's embedding table is {tuple(embed_VD.shape)}, the head's config says "
             f"{wanted}: set vocab_size and hidden_size of the head to the target's"
         )
+    if config.is_draft_vlm:
+        return new_draft_vlm(config, embed_VD, seed)
     draft = ViSpecDraft(config)
     generator = torch.Generator().manual_seed(seed)
-    for module in draft.modules():
-        if isinstance(module, nn.Linear):
-            std = WEIGHT_SCALE * module.in_features**-0.5
-            nn.init.normal_(module.weight, std=std, generator=generator)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    start_linears(draft, generator)
     _start_fusion(draft)
     if draft.img_adaptor is not None:
         std = config.adaptor_head_dim**-0.5

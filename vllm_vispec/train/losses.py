@@ -96,6 +96,9 @@ TERMS: Mapping[str, Term] = {
     "gold": gold_cross_entropy,
 }
 
+# Terms that compare the draft's states with the target's.
+STATE_TERMS = frozenset({"feature"})
+
 # Weights as published; sources beside them.
 LOSSES: Mapping[str, Mapping[str, float]] = {
     # ViSpec's code, stage 2: L1 of probabilities and ListMLE, no feature term.

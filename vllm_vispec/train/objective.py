@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vllm_vispec.models.gate import balance
-from vllm_vispec.torch_draft import Decision, ViSpecDraft, decide
+from vllm_vispec.torch_draft import Decision, Draft, decide
 from vllm_vispec.train.batch import DraftBatch
 from vllm_vispec.train.choices import count_choices
 from vllm_vispec.train.config import LossSettings
@@ -50,7 +50,7 @@ class Sums:
 class Objective(nn.Module):
     """One module around the draft, so that sharding can gather it before anything reads it."""
 
-    def __init__(self, draft: ViSpecDraft, lm_head_VD: Tensor, settings: LossSettings) -> None:
+    def __init__(self, draft: Draft, lm_head_VD: Tensor, settings: LossSettings) -> None:
         super().__init__()
         self.draft = draft
         self.settings = settings
@@ -73,7 +73,7 @@ class Objective(nn.Module):
         outputs = rollout(
             self.draft,
             batch,
-            self.settings.passes,
+            self.draft.distinct_passes(self.settings.passes),
             self.settings.mode,
             self.settings.noise,
             draws.noise,
@@ -124,10 +124,10 @@ class Objective(nn.Module):
         return sums
 
     def _rows(self, state_ND: Tensor, goal_ND: Tensor, gold_N: Tensor) -> dict[str, Tensor]:
-        head_VD = self.lm_head_VD
+        head_VD = self.draft.output_head(self.lm_head_VD)
         draft_NV = F.linear(state_ND.to(head_VD.dtype), head_VD)
         with torch.no_grad():
-            target_NV = F.linear(goal_ND.to(head_VD.dtype), head_VD)
+            target_NV = F.linear(goal_ND.to(self.lm_head_VD.dtype), self.lm_head_VD)
         means = self.loss(LossInputs(state_ND, goal_ND, draft_NV, target_NV, gold_N))
         sums = {name: mean * len(gold_N) for name, mean in means.items()}
         sums["right"] = (draft_NV.detach().argmax(-1) == gold_N).sum()

@@ -11,6 +11,8 @@ own output of pass s - 1, one row earlier. Two modes:
 * "shifted": all rows of a pass see each other causally, image rows included; every pass has the
   rows of pass 0. ViSpec's multi-token prediction (arXiv 2509.15235, section 3.4 and its code).
 
+A draft VLM reads no states, so it has one pass only, over all tokens of a sample.
+
 Tensor names end in their shape: B samples, L rows of a whole sample (= tokens), N rows from the
 first counted one to the end, S earlier passes, D hidden, H query heads, G key/value heads, K
 head_dim.
@@ -28,6 +30,8 @@ from torch import Tensor
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.torch_draft import (
     Decision,
+    Draft,
+    DraftVlm,
     KeyBias,
     MaskedRows,
     ViSpecDraft,
@@ -83,7 +87,7 @@ class _Past:
 
 
 def rollout(
-    draft: ViSpecDraft,
+    draft: Draft,
     batch: DraftBatch,
     passes: int,
     mode: str = "exact",
@@ -109,10 +113,18 @@ def rollout(
         raise ViSpecError(f"rollout mode {mode!r} is unknown: use one of {', '.join(MODES)}")
     if passes < 1:
         raise ViSpecError(f"passes={passes} leaves nothing to compute: use at least 1")
+    if isinstance(draft, DraftVlm):
+        return [_own_pass(draft, batch)] * passes
+    assert isinstance(draft, ViSpecDraft)  # there is no third class, see `draft_class`
     if decision is None:
         decision = decide(draft, batch.hidden_BLD, batch.answer_BL, batch.runs)
     noisy = replace(batch, hidden_BLD=_with_noise(batch, noise, generator))
     return MODES[mode](draft, noisy, _first_rows(draft, noisy, decision), passes)
+
+
+def _own_pass(draft: DraftVlm, batch: DraftBatch) -> PassOutput:
+    state_BLD = draft(batch.ids_BL, batch.embeds_BLD, batch.runs)
+    return PassOutput(state_BLD, first_counts(batch, torch.ones_like(batch.answer_BL)))
 
 
 def _with_noise(batch: DraftBatch, noise: float, generator: torch.Generator | None) -> Tensor:

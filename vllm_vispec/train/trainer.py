@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_vispec.errors import ViSpecError
-from vllm_vispec.torch_draft import ViSpecDraft
+from vllm_vispec.torch_draft import Draft, draft_class
 from vllm_vispec.train.batch import pad_batch
 from vllm_vispec.train.choices import Choices, to_choices
 from vllm_vispec.train.config import OptimizerConfig, TrainConfig
@@ -78,11 +78,15 @@ class Trainer:
     """A draft in training on one process of the run."""
 
     def __init__(
-        self, config: TrainConfig, draft: ViSpecDraft, teacher: Teacher, group: Processes
+        self, config: TrainConfig, draft: Draft, teacher: Teacher, group: Processes
     ) -> None:
         self._config, self._teacher, self._group = config, teacher, group
         self.head_config = draft.config
         objective = Objective(draft, teacher.facts.lm_head_VD, config.loss).to(group.device)
+        # Before sharding, so that one process alone can export them.
+        self._frozen: Tensors = {
+            name: w.detach() for name, w in draft.named_parameters() if not w.requires_grad
+        }
         shard(objective, group)
         self._objective = objective
         self._weights = {
@@ -192,12 +196,10 @@ class Trainer:
         """Full weights to validate and export: the average if there is one (all must ask)."""
         return {name: whole(w) for name, w in (self._average or self._weights).items()}
 
-    def draft_with(self, weights: Mapping[str, Tensor]) -> ViSpecDraft:
+    def draft_with(self, weights: Mapping[str, Tensor]) -> Draft:
         """A separate draft with these weights on the run's device, for validation and export."""
-        draft = ViSpecDraft(self.head_config)
-        draft.load_state_dict(dict(weights), strict=False)
-        if draft.embed_tokens is not None:
-            draft.embed_tokens.weight.data.copy_(self._teacher.facts.embed_VD)
+        draft = draft_class(self.head_config)(self.head_config)
+        draft.load_state_dict({**self._frozen, **weights})
         return draft.to(self._group.device).eval()
 
     def state(self) -> dict[str, Tensors]:

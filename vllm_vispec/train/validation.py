@@ -14,7 +14,7 @@ from vllm_vispec.evaluate.acceptance import (
     merge_families,
 )
 from vllm_vispec.evaluate.simulate import simulate
-from vllm_vispec.torch_draft import ViSpecDraft, decide
+from vllm_vispec.torch_draft import Draft, decide
 from vllm_vispec.train.batch import DraftBatch, pad_batch
 from vllm_vispec.train.choices import Choices, count_choices, to_choices
 from vllm_vispec.train.distributed import Processes
@@ -22,7 +22,7 @@ from vllm_vispec.train.source import Teacher
 
 
 def validate(
-    draft: ViSpecDraft,
+    draft: Draft,
     teacher: Teacher,
     samples: Sequence[int],
     families: Sequence[str],
@@ -57,14 +57,14 @@ def validate(
     )
 
 
-def _no_choices(draft: ViSpecDraft) -> Tensor:
+def _no_choices(draft: Draft) -> Tensor:
     spec = draft.config.compressor_spec
     return torch.zeros(2 * len(spec.primitives) if spec.gated else 0, dtype=torch.float64)
 
 
 @torch.inference_mode()
-def _choices(draft: ViSpecDraft, batch: DraftBatch) -> Tensor:
-    batch = batch.to(draft.fc.weight.device)
+def _choices(draft: Draft, batch: DraftBatch) -> Tensor:
+    batch = batch.to(draft.weight.device)
     decision = decide(draft, batch.hidden_BLD, batch.answer_BL, batch.runs)
     if decision is None:
         return _no_choices(draft)

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_vispec.bench.estimate.roofline import PassShape
 from vllm_vispec.dialects.fields import text_fields
+from vllm_vispec.dialects.load import is_draft_vlm
 from vllm_vispec.errors import ViSpecError
 
 DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0}
@@ -105,7 +106,7 @@ def target_shape(folder: Path, dtype: str | None = None) -> PassShape:
 def draft_shape(
     folder: Path, target: Path, dtype: str | None = None, draft_vocab: int | None = None
 ) -> PassShape:
-    """Shape of a head's pass: one layer, `fc`, and the target's lm_head.
+    """Shape of a head's pass: one layer, `fc`, and the target's lm_head; of a draft VLM's: its own.
 
     `fc` is hidden x 2 hidden. `img_fc` is a constant per image by then and the adaptor runs only in
     prefills, so neither counts.
@@ -122,7 +123,8 @@ def draft_shape(
     """
     owner = DecoderSizes.read(target, "target", dtype)
     sizes = DecoderSizes.read(folder, "head", owner.dtype)  # vLLM runs both in one dtype
-    if sizes.hidden_size != owner.hidden_size:
+    is_vlm = is_draft_vlm(_read_config(folder, "head"))
+    if sizes.hidden_size != owner.hidden_size and not is_vlm:
         raise ViSpecError(
             f"--head {folder} has hidden_size {sizes.hidden_size}, the target {owner.hidden_size}: "
             "give the target the head was trained for"
@@ -132,8 +134,10 @@ def draft_shape(
         raise ViSpecError(
             f"--draft-vocab {rows} is outside 1 to {owner.vocab_size}, the target's vocabulary"
         )
-    fc = 2 * sizes.hidden_size**2
-    return sizes.pass_shape(1, fc, sizes.hidden_size * rows)
+    lm_head = sizes.hidden_size * rows
+    if is_vlm:
+        return sizes.pass_shape(sizes.num_hidden_layers, 0, lm_head)
+    return sizes.pass_shape(1, 2 * sizes.hidden_size**2, lm_head)
 
 
 def explicit_shape(

@@ -104,7 +104,9 @@ class TreeProposer(ViSpecProposer):
         positions_R1 = (roots.position + level).unsqueeze(1).clamp(max=self.max_model_len - 1)
         self.input_ids[:num_rows] = frontier.token.flatten()
         self.positions[:num_rows] = positions_R1.expand(-1, width).flatten()
-        self.hidden_states[:num_rows] = hidden_RWD.flatten(0, 1)
+        # Logits need all of a state, the next pass what the draft reads of it.
+        width_read = self.hidden_states.shape[1]
+        self.hidden_states[:num_rows] = hidden_RWD.flatten(0, 1)[:, :width_read]
         rows_B = torch.arange(num_rows, device=frontier.path.device)
         self.trees.codes.set(rows_B, frontier.path.flatten(0, 1), num_rows)
         metadata = self._level_metadata(level, width, roots)

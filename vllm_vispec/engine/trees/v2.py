@@ -35,6 +35,9 @@ class TreeSpeculator(ViSpecSpeculator):
         check_engine(self.vllm_config, self._settings)
         self._grower = TreeGrower(self._settings)
         self._schedules_chains = schedules_chains(self.vllm_config, self._settings)
+        # Of the drafts' own width, whatever the next pass reads of it; recorded graphs write here.
+        shape = self.max_num_reqs, self.hidden_size
+        self._root_hidden = torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
         """Find the trees that the target is verified with."""
@@ -101,17 +104,18 @@ class TreeSpeculator(ViSpecSpeculator):
         return drafts
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return no token: a tree begins with many.
+        """Keep the roots' hidden states ``[R, D]``; return no token, a tree begins with many.
 
         A recorded first pass serves trees and chains, so it draws where there may be chains.
         """
+        self._root_hidden[: hidden_states.shape[0]] = hidden_states
         if self._schedules_chains:
             return super().sample_draft(hidden_states, *args, **kwargs)
         return hidden_states.new_zeros(hidden_states.shape[0], dtype=torch.int64)
 
     def _grow(self, input_batch: InputBatch) -> DraftTree:
         num_requests = input_batch.num_reqs
-        hidden_RXD = self.hidden_states[:num_requests].unsqueeze(1)
+        hidden_RXD = self._root_hidden[:num_requests].unsqueeze(1)
         root_R = self.input_buffers.positions[:num_requests].clone()
         frontier = self._grower.start(self.model.compute_logits(hidden_RXD[:, 0]))
         width = frontier.token.shape[1]
@@ -146,7 +150,9 @@ class TreeSpeculator(ViSpecSpeculator):
         buffers.input_ids[:num_rows] = frontier.token.flatten()
         positions_R1 = (root_R + level).clamp(max=last).unsqueeze(1)
         buffers.positions[:num_rows] = positions_R1.expand(-1, width).flatten()
-        self.hidden_states[:num_rows] = hidden_RWD.flatten(0, 1)
+        # Logits need all of a state, the next pass what the draft reads of it.
+        width_read = self.hidden_states.shape[1]
+        self.hidden_states[:num_rows] = hidden_RWD.flatten(0, 1)[:, :width_read]
         starts = torch.arange(0, num_rows + 1, width, device=root_R.device)
         buffers.query_start_loc[: num_requests + 1] = starts
         buffers.seq_lens[:num_requests] = (root_R + 1 + level * width).clamp(max=last + 1)

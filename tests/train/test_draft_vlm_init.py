@@ -1,0 +1,182 @@
+"""What a draft VLM starts from, and which recipes it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.train.language_models import write_language_model
+from tests.unit.heads import write_head
+from tests.unit.small_draft_vlms import write_draft_vlm
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.torch_draft import DraftVlm
+from vllm_vispec.train.config import HeadSettings
+from vllm_vispec.train.heads import make_draft
+from vllm_vispec.train.resolve import resolve
+from vllm_vispec.train.settings import config_from_flat
+from vllm_vispec.train.source import Facts
+
+GENERATOR = torch.Generator().manual_seed(1)
+TABLE, LM_HEAD = torch.randn(2, 64, 32, generator=GENERATOR)
+TEXT = SimpleNamespace(
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=64,
+    max_position_embeddings=128,
+    rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    rms_norm_eps=1e-6,
+)
+
+
+def start(init_from: Path | str = "", vocab: int = 64, **settings: Any) -> DraftVlm:
+    text = SimpleNamespace(**(vars(TEXT) | {"vocab_size": vocab}))
+    facts = Facts("qwen2_5_vl", text, TABLE[:vocab], LM_HEAD[:vocab])
+    head = HeadSettings(kind="draft_vlm", init_from=str(init_from), **settings)
+    draft = make_draft(head, facts, seed=0)
+    assert isinstance(draft, DraftVlm)
+    return draft
+
+
+def test_a_fresh_one_has_the_targets_width_and_tables() -> None:
+    draft = start()
+    config = draft.config
+    assert (config.num_hidden_layers, config.hidden_size, config.head_dim) == (4, 32, 8)
+    assert (config.intermediate_size, config.vision_size, config.rope_theta) == (48, 32, 5e5)
+    assert draft.lm_head is not None
+    assert torch.equal(draft.embed_tokens.weight, TABLE)
+    assert torch.equal(draft.lm_head.weight, LM_HEAD)
+    assert all(parameter.requires_grad for parameter in draft.parameters())
+    again, other = (
+        start(),
+        make_draft(HeadSettings(kind="draft_vlm"), Facts("", TEXT, TABLE, LM_HEAD), seed=1),
+    )
+    name = "layers.3.mlp.up_proj.weight"
+    assert torch.equal(again.state_dict()[name], draft.state_dict()[name])
+    assert not torch.equal(other.state_dict()[name], draft.state_dict()[name])
+
+
+def test_a_narrow_one() -> None:
+    config = start(hidden_size=16, num_heads=2, num_layers=3).config
+    assert (config.num_hidden_layers, config.hidden_size, config.head_dim) == (3, 16, 8)
+    assert (config.num_attention_heads, config.intermediate_size) == (2, 24)
+    assert config.vision_size == 32
+    with pytest.raises(ViSpecError, match=r"head\.num_heads 3 does not divide"):
+        start(hidden_size=16, num_heads=3)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_language_model_computes_what_it_did(tmp_path: Path, family: str, tied: bool) -> None:
+    model = write_language_model(tmp_path, family, tie_word_embeddings=tied)
+    draft = start(tmp_path)
+    assert draft.config.tie_word_embeddings == tied
+    assert draft.config.qkv_bias == (family == "qwen2")
+    ids_BL = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        logits_BLV = draft(ids_BL, torch.zeros(2, 12, 32), [(), ()]) @ draft.head_VD.T
+        # Rows are shifted: the first token is never read.
+        wanted_BLV = model(ids_BL[:, 1:]).logits
+    torch.testing.assert_close(logits_BLV[:, :-1], wanted_BLV, atol=1e-4, rtol=1e-4)
+
+
+def test_padding_of_the_vocabulary_may_differ(tmp_path: Path) -> None:
+    model = write_language_model(tmp_path, vocab_size=60)
+    draft = start(tmp_path)
+    assert draft.lm_head is not None
+    theirs = model.lm_head.weight.detach()
+    assert torch.equal(draft.lm_head.weight[:60], theirs)
+    torch.testing.assert_close(draft.lm_head.weight[60:], theirs.mean(0).expand(4, -1))
+    # A token without a row of its own is never the best.
+    states = torch.randn(500, 24, generator=torch.Generator().manual_seed(2))
+    assert int((states @ draft.head_VD.T).argmax(-1).max()) < 60
+    assert torch.equal(start(tmp_path, vocab=48).head_VD, theirs[:48])
+
+
+def test_a_projector_alone_is_trained(tmp_path: Path) -> None:
+    write_language_model(tmp_path)
+    draft = start(tmp_path, trained="projector")
+    trained = {name for name, one in draft.named_parameters() if one.requires_grad}
+    assert trained == {f"projector.linear_{n}.{part}" for n in "12" for part in ("weight", "bias")}
+
+
+def test_the_next_stage_takes_everything_over(tmp_path: Path) -> None:
+    write_draft_vlm(tmp_path)
+    draft, wanted = start(tmp_path), DraftVlm.from_folder(tmp_path).state_dict()
+    assert all(torch.equal(one, wanted[name]) for name, one in draft.state_dict().items())
+    assert all(parameter.requires_grad for parameter in draft.parameters())
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 900}, "has a vocabulary of 900 tokens, the target of 64"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, r"scales RoPE \(yarn\)"),
+        ({"num_hidden_layers": 3}, r"lacks layers\.2\."),
+        ({"num_hidden_layers": 1}, r"has no use for layers\.1\."),
+        ({"intermediate_size": 48}, r"misshapes layers\.0\.mlp"),
+        ({"model_type": "gpt_neox"}, r"\(gpt_neox\) is a language model that no draft VLM"),
+    ],
+)
+def test_language_models_that_do_not_fit(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    write_language_model(tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(ViSpecError, match=message):
+        start(tmp_path)
+
+
+def test_sizes_are_those_of_the_start(tmp_path: Path) -> None:
+    write_language_model(tmp_path)
+    with pytest.raises(ViSpecError, match=r"head\.num_layers is 5, head\.init_from .* has 2"):
+        start(tmp_path, num_layers=5)
+    assert start(tmp_path, num_layers=2, hidden_size=24, num_heads=3).config.hidden_size == 24
+
+
+def test_kinds_do_not_start_from_each_other(tmp_path: Path) -> None:
+    write_head(tmp_path / "head")
+    with pytest.raises(ViSpecError, match="is a head on the target's states"):
+        start(tmp_path / "head")
+    write_draft_vlm(tmp_path / "vlm")
+    settings = HeadSettings(kind="vispec", init_from=str(tmp_path / "vlm"))
+    with pytest.raises(ViSpecError, match=r"is a draft VLM, head\.kind is 'vispec'"):
+        make_draft(settings, Facts("qwen2_5_vl", TEXT, TABLE, LM_HEAD), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({"loss.name": "specvlm"}, r"compares hidden states \(feature\)"),
+        ({"loss.weights": {"feature": 1.0}}, r"compares hidden states \(feature\)"),
+        ({"loss.noise": 0.2}, "a draft VLM reads none"),
+        ({"head.trained": "projector"}, "would freeze a fresh draft VLM's random weights"),
+        ({"head.compressor": "prune:3"}, "sees no compressed images"),
+        ({"head.input_norm": "off"}, "does not go with a draft VLM"),
+        ({"head.kind": "vispec", "head.num_layers": 2}, "head.num_layers is 2, which head.kind"),
+        ({"head.kind": "specvlm", "head.trained": "projector"}, "head.trained is 'projector'"),
+    ],
+)
+def test_recipes_that_make_no_sense(flat: dict[str, Any], message: str) -> None:
+    with pytest.raises(ViSpecError, match=message):
+        resolve(config_from_flat({"head.kind": "draft_vlm"} | flat))
+
+
+def test_its_loss_compares_logits() -> None:
+    assert resolve(config_from_flat({"head.kind": "draft_vlm"})).loss.name == "kl"
+    kept = {"head.kind": "draft_vlm", "loss.name": "specvlm", "loss.weights": {"feature": 0.0}}
+    assert resolve(config_from_flat(kept)).loss.name == "specvlm"
+    assert resolve(config_from_flat({"head.kind": "vispec"})).loss.name == "vispec"

@@ -1,0 +1,227 @@
+"""Draft VLMs in training: one pass, simulation, stages, resume, export, evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.tiny_store import TinyStore
+from tests.train.dialogues import recipe
+from tests.train.jobs import losses
+from tests.train.language_models import write_language_model
+from tests.train.samples import random_sample
+from tests.unit.small_draft_vlms import DRAFT_VLM, random_draft_vlm
+from vllm_vispec.evaluate.data import DataSource
+from vllm_vispec.evaluate.run import EvalOptions, evaluate
+from vllm_vispec.evaluate.simulate import answer_spans, draft_hits, replay, simulate
+from vllm_vispec.head_config import DRAFT_VLM_ARCHITECTURE
+from vllm_vispec.torch_draft import DraftVlm
+from vllm_vispec.train.batch import Observed, pad_batch
+from vllm_vispec.train.config import LossSettings, TrainConfig
+from vllm_vispec.train.distributed import processes
+from vllm_vispec.train.files import read_json
+from vllm_vispec.train.loop import Outcome, train
+from vllm_vispec.train.objective import Objective
+from vllm_vispec.train.trainer import Trainer
+
+DEPTH = 4
+FEW = 3
+TARGET_HEAD = torch.randn(64, 32, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # sums depend on the number of threads
+
+
+def often_right() -> DraftVlm:
+    """A draft under whose lm_head only a few tokens are ever the best."""
+    draft = random_draft_vlm()
+    assert draft.lm_head is not None
+    with torch.no_grad():
+        draft.lm_head.weight[FEW:] = 0
+    return draft
+
+
+def sample(length: int, answers: list[tuple[int, int]]) -> Observed:
+    one = random_sample(length, ((2, 7), (9, 12)), answers)
+    return replace(one, token_ids=one.token_ids % FEW)
+
+
+def drafted_rounds(draft: DraftVlm, one: Observed, start: int, end: int) -> list[int]:
+    """Rounds of an answer, every chain drafted greedily from scratch."""
+    rounds, known = [], start
+    while known < end - 1:
+        prefill = draft.prefill(
+            one.token_ids[:known],
+            one.embeds_LD[:known],
+            int(one.token_ids[known]),
+            [run for run in one.runs if run[1] <= known],
+        )
+        drafted = draft.chain(prefill, DEPTH).token_ids_S.tolist()
+        gold = one.token_ids[known + 1 : end].tolist()
+        pairs = zip(drafted, gold, strict=False)
+        count = next((i for i, (a, b) in enumerate(pairs) if a != b), min(DEPTH, len(gold)))
+        rounds.append(count)
+        known += count + 1
+    return rounds
+
+
+@torch.no_grad()
+def test_one_pass_simulates_every_chain() -> None:
+    draft = often_right()
+    samples = [sample(60, [(14, 58)]), sample(40, [(13, 20), (24, 40)]), sample(31, [(20, 31)])]
+    batch = pad_batch(samples)
+    hits_SBL = draft_hits(draft, TARGET_HEAD, batch, DEPTH)
+    assert len(hits_SBL) == DEPTH
+    found = set()
+    for number, one in enumerate(samples):
+        for start, end in answer_spans(one.answer.tolist()):
+            wanted = drafted_rounds(draft, one, start, end)
+            assert replay(hits_SBL[:, number].tolist(), start, end) == wanted
+            found |= set(wanted)
+    assert {0, 1, 2} <= found
+    overall = simulate(draft, TARGET_HEAD, batch, DEPTH)["overall"]
+    assert overall.tokens_per_round > 1
+
+
+def test_some_tokens_only_are_proposed() -> None:
+    draft, batch = often_right(), pad_batch([sample(60, [(14, 58)])])
+    all_SBL = draft_hits(draft, TARGET_HEAD, batch, 1)
+    few_V = torch.arange(FEW)
+    assert torch.equal(draft_hits(draft, TARGET_HEAD[few_V], batch, 1, few_V), all_SBL)
+    none_V = torch.tensor([40, 41])
+    assert not draft_hits(draft, TARGET_HEAD[none_V], batch, 1, none_V).any()
+
+
+@pytest.mark.parametrize("chunk_rows", [7, 2048])
+def test_the_loss_is_that_of_its_own_logits(chunk_rows: int) -> None:
+    draft, one = random_draft_vlm(), random_sample(26, ((2, 7),), [(12, 26)])
+    settings = LossSettings(name="kl", passes=3, chunk_rows=chunk_rows)
+    sums = Objective(draft, TARGET_HEAD, settings)(pad_batch([one]))
+    states_LD = draft(one.token_ids[None], one.embeds_LD[None], [one.runs])[0]
+    rows = torch.arange(10, 24)
+    ours = (states_LD[rows] @ draft.head_VD.T).log_softmax(-1)
+    theirs = (one.hidden_LD[rows + 1] @ TARGET_HEAD.T).log_softmax(-1)
+    wanted = (theirs.exp() * (theirs - ours)).sum()
+    torch.testing.assert_close(sums.loss, wanted, atol=1e-3, rtol=1e-4)
+    assert sums.rows == len(rows)
+    sums.loss.backward()
+    assert all(parameter.grad is not None for parameter in draft.parameters())
+
+
+def test_gradients_of_the_first_stage() -> None:
+    draft = random_draft_vlm(replace(DRAFT_VLM, tie_word_embeddings=True))
+    for name, parameter in draft.named_parameters():
+        parameter.requires_grad_(name.startswith("projector."))
+    batches = [random_sample(20, ((2, 9),), [(12, 20)]), random_sample(15, (), [(6, 15)])]
+    for one, sees in zip(batches, (True, False), strict=True):
+        Objective(draft, TARGET_HEAD, LossSettings(name="kl"))(pad_batch([one])).loss.backward()
+        for name, parameter in draft.named_parameters():
+            if not name.startswith("projector."):
+                assert parameter.grad is None
+            else:
+                assert parameter.grad is not None
+                assert bool(parameter.grad.any()) == sees
+                parameter.grad = None
+
+
+def run(config: TrainConfig, *override: str) -> Outcome:
+    with processes("cpu") as group:
+        return train(config, group, override)
+
+
+def small(target: Path, data: Path, output: Path, **changes: Any) -> TrainConfig:
+    """A draft VLM of two narrow layers, for five steps unless changed."""
+    sizes = {"head__num_layers": 2, "head__hidden_size": 32, "head__num_heads": 2}
+    sizes = {} if "head__init_from" in changes else sizes
+    return recipe(target, data, output, head__kind="draft_vlm", run__threads=1,
+                  **({"schedule__max_steps": 5, **sizes} | changes))  # fmt: skip
+
+
+def test_trained_exported_and_evaluated(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:
+    target = tiny.target("qwen2_5_vl")
+    found: list[DraftVlm] = []
+    original = Trainer.draft_with
+
+    def watch(self: Trainer, weights: Any) -> Any:
+        found.append(original(self, weights))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "draft_with", watch)
+        outcome = run(small(target, dialogues, tmp_path / "run", optimizer__ema=0.5,
+                            optimizer__lr=3e-3, run__export="last"))  # fmt: skip
+    assert outcome.head is not None
+    loss = losses(tmp_path / "run")
+    assert loss[5] < loss[1]
+    config = read_json(outcome.head / "config.json")
+    assert config["architectures"] == [DRAFT_VLM_ARCHITECTURE]
+    assert (config["num_hidden_layers"], config["hidden_size"]) == (2, 32)
+    again = DraftVlm.from_folder(outcome.head)
+    ids_BL = torch.randint(1000, (2, 20), generator=torch.Generator().manual_seed(0))
+    embeds_BLE = torch.randn(2, 20, again.config.vision_size)
+    with torch.no_grad():
+        outputs = [one(ids_BL, embeds_BLE, [((3, 8),), ()]) for one in (found[-1], again)]
+    assert torch.equal(*outputs)
+    source = DataSource(dialogues)
+    report = evaluate(EvalOptions(str(target), str(outcome.head), source, 3, device="cpu"))
+    assert report.samples == 24
+    assert report.simulated["overall"].tokens_per_round >= 1
+
+
+def test_two_stages_from_a_language_model(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:
+    target = tiny.target("qwen2_5_vl")
+    model = write_language_model(tmp_path / "lm", vocab_size=1024)
+    first = run(small(target, dialogues, tmp_path / "first", head__trained="projector",
+                      head__init_from=str(tmp_path / "lm"), optimizer__ema=0.9))  # fmt: skip
+    assert first.head is not None
+    one = DraftVlm.from_folder(first.head)
+    assert torch.equal(one.head_VD, model.lm_head.weight)
+    assert torch.equal(one.norm.weight, model.model.norm.weight)
+    assert not torch.equal(one.projector.linear_1.bias, torch.zeros(24))
+    second = run(small(target, dialogues, tmp_path / "second", run__export="last",
+                       head__init_from=str(first.head)))  # fmt: skip
+    assert second.head is not None
+    two = DraftVlm.from_folder(second.head)
+    names = [name for name, parameter in two.named_parameters()
+             if torch.equal(parameter, one.state_dict()[name])]  # fmt: skip
+    assert names == []
+    assert losses(tmp_path / "second")[5] < losses(tmp_path / "first")[1]
+
+
+class CrashError(Exception):
+    """The power went."""
+
+
+@pytest.mark.parametrize("trained", ["all", "projector"])
+def test_resumed_equals_uninterrupted(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str
+) -> None:
+    target = tiny.target("qwen2_5_vl")
+    write_language_model(tmp_path / "lm", vocab_size=1024)
+    common = {"optimizer__ema": 0.9, "run__save_every": 2, "head__trained": trained,
+              "head__init_from": str(tmp_path / "lm"), "run__export": "last"}  # fmt: skip
+    whole = run(small(target, dialogues, tmp_path / "whole", **common))
+    config = small(target, dialogues, tmp_path / "cut", **common)
+    original = Trainer.step
+
+    def step(self: Trainer, passes: Any, number: int, *rest: Any) -> Any:
+        if number == 3:
+            raise CrashError
+        return original(self, passes, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        with pytest.raises(CrashError):
+            run(config)
+    cut = run(config)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert whole.head is not None
+    assert cut.head is not None
+    weights = [DraftVlm.from_folder(head).state_dict() for head in (whole.head, cut.head)]
+    assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
