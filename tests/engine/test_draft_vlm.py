@@ -82,6 +82,7 @@ def _few_tokens(tiny: TinyStore) -> dict[str, Any]:
     return setup("small-vocab", KIND, options, {"mixed": {"count": 32}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["chain", "tree"])
 @pytest.mark.parametrize("scenario", ["mixed", "prefix"])
 def test_v1_is_lossless(v1: Served, scenario: str, mode: str) -> None:
@@ -91,6 +92,7 @@ def test_v1_is_lossless(v1: Served, scenario: str, mode: str) -> None:
     assert served["table"]["misses"] == 0
 
 
+@pytest.mark.slow
 def test_v1_drafts_from_some_tokens(v1: Served) -> None:
     """Rows of its own lm_head, not of the target's."""
     served = v1["small-vocab", "mixed"]
@@ -98,6 +100,7 @@ def test_v1_drafts_from_some_tokens(v1: Served) -> None:
     assert 0.1 < mean_accepted(served) < mean_accepted(v1["small-chain", "mixed"])
 
 
+@pytest.mark.slow
 def test_v1_met_what_was_arranged(v1: Served) -> None:
     """Chunk borders cut images, prefix hits ended inside one, steps overlapped."""
     for mode in ("chain", "tree"):
@@ -107,6 +110,7 @@ def test_v1_met_what_was_arranged(v1: Served) -> None:
     assert v1["blocks-chain", "busy"]["spy"]["in_flight"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["chain", "tree"])
 def test_v1_is_lossless_under_preemption(v1: Served, mode: str) -> None:
     served = v1[f"blocks-{mode}", "busy"]
@@ -114,7 +118,7 @@ def test_v1_is_lossless_under_preemption(v1: Served, mode: str) -> None:
     assert served["metrics"]["vllm:num_preemptions"] > 0
 
 
-@pytest.fixture(scope="module", params=params("v2", "v1-overlay", "v2-overlay"))
+@pytest.fixture(scope="module", params=params("v2", "v1-overlay", "v2-overlay", slow=["v2"]))
 def other(request: pytest.FixtureRequest, tiny: TinyStore) -> Served:
     """A shorter list for the other runners."""
     mixed = {"count": 12, "max_tokens": 6}
@@ -158,9 +162,7 @@ def _assert_sound(item: dict[str, Any]) -> None:
             assert row["shared"] == row["cold_keys"] > 0, (situation, request)
 
 
-@pytest.mark.parametrize(
-    "runner", params("v1", "v2", "v1-overlay", "v2-overlay", slow=["v2", "v2-overlay"])
-)
+@pytest.mark.parametrize("runner", params("v1", "v2", slow=["v2"]))
 def test_drafts_are_those_of_pytorch(tiny: TinyStore, runner: Runner) -> None:
     own = tiny.draft_vlm(KIND)[1]
     item = _drafts(tiny, runner, KIND, {"own": own})["own"]

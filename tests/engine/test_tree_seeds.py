@@ -13,7 +13,7 @@ from tests.support.child import run_in_subprocess
 from tests.support.runners import Runner
 from tests.support.tiny_store import TinyStore
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KIND = "qwen2_5_vl"
 COUNT = 6

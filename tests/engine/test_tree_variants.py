@@ -15,7 +15,7 @@ from tests.support.runners import RUNNERS
 from tests.support.tiny_configs import VOCAB
 from tests.support.tiny_store import TinyStore
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KIND = "qwen2_5_vl"
 LIMIT = 256
