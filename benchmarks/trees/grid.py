@@ -140,12 +140,13 @@ CHAIN, TREE = Draft(5), eagle2(5)
 # A chain from the second request on; its length is what the tree's depth admits.
 LOADED = eagle2(5, 2, 7, schedule=((1, 1, 7), (2, max(BATCHES), 5)))
 # K = depth + 1 for every depth below, and 5, which most heads are served with.
-CHAINS = tuple(Draft(count) for count in (4, 5, 6, 8, 12))
+CHAINS = tuple(Draft(count) for count in (4, 5, 6, 8, 12, 16))
 _POLICIES = (
     *CHAINS,
     *(eagle2(depth) for depth in (3, 5, 7)),
-    # So deep that a chain is far from its ceiling.
-    eagle2(11, nodes=59),
+    # So deep that a chain is far from its ceiling; narrow ones cost little more than it does.
+    *(eagle2(11, top_k, nodes) for top_k, nodes in ((8, 59), (3, 19))),
+    *(eagle2(15, top_k, nodes) for top_k, nodes in ((4, 59), (3, 23))),
     Draft(NODES, TreeSettings("spec_llava", 5, 8)),
     Draft(NODES, TreeSettings("entropy", 5, 8)),
 )
