@@ -27,7 +27,6 @@ KIND = "qwen2_5_vl"
 TREE: Mapping[str, Any] = {"tree": {"policy": "eagle2", "depth": 3, "top_k": 3}}
 NODES = 19
 V1_SMALL: Mapping[str, Any] = {"mixed": {}, "prefix": {}, "abort": {}, "features": {}, "edge": {}}
-MODES = ("plain", "tree", "async")
 BUSY: Mapping[str, Any] = {"busy": {"run": "mixed", "count": 20, "max_tokens": 40}}
 
 
@@ -101,23 +100,20 @@ class Other(NamedTuple):
         runner: Its name.
         small: Scenarios of the roomy engines.
         busy: Scenarios under preemption.
-        modes: Of the roomy engines with trees; without them, all.
     """
 
     runner: str
     small: Mapping[str, Any]
     busy: Mapping[str, Any] = {}
-    modes: tuple[str, ...] = MODES
 
 
-# V2 runs in Triton's interpreter, which refuses vLLM's kernel for top_p that the case "n" needs.
-V2_FEATURES = ("stop", "logprobs", "json", "penalty", "words")
+# V2 runs in Triton's interpreter, which refuses vLLM's kernels for top_p ("n") and grammars ("json").
+V2_FEATURES = ("stop", "logprobs", "penalty", "words")
 FEW: Mapping[str, Any] = {"mixed": {"count": 12, "max_tokens": 6}, "prefix": {}}
 V2_WHOLE: Mapping[str, Any] = dict(FEW) | {"features": {"names": V2_FEATURES}, "edge": {}}
 PREEMPTED: Mapping[str, Any] = {"busy": {"run": "mixed", "count": 8, "max_tokens": 40}}
 OTHERS: Mapping[str, tuple[Other, list[pytest.MarkDecorator]]] = {
-    "v2": (Other("v2", FEW, modes=("plain", "tree")), [pytest.mark.v2]),
-    "v2-full": (Other("v2", V2_WHOLE, PREEMPTED), [pytest.mark.v2, pytest.mark.slow]),
+    "v2": (Other("v2", V2_WHOLE, PREEMPTED), [pytest.mark.v2, pytest.mark.slow]),
     "v1-overlay": (
         Other("v1-overlay", dict(V1_SMALL) | {"mixed": {"count": 24}}, BUSY),
         [pytest.mark.overlay],
@@ -134,12 +130,11 @@ OTHERS: Mapping[str, tuple[Other, list[pytest.MarkDecorator]]] = {
     params=[pytest.param(other, id=id_, marks=marks) for id_, (other, marks) in OTHERS.items()],
 )
 def other(request: pytest.FixtureRequest, tiny: TinyStore) -> Served:
-    """The shorter lists of the other runners; V2 by default without the long ones."""
+    """The shorter lists of the other runners."""
     wanted: Other = request.param
     # Two steps in flight under preemption are V1's business above.
-    left_out = {"blocks-async", *(f"small-{mode}" for mode in MODES if mode not in wanted.modes)}
     setups = _setups(tiny, wanted.small, wanted.busy)
-    setups = [one for one in setups if one["scenarios"] and one["name"] not in left_out]
+    setups = [one for one in setups if one["scenarios"] and one["name"] != "blocks-async"]
     return serve(RUNNERS[wanted.runner], setups)
 
 
@@ -152,7 +147,6 @@ def test_trees_on_other_runners(other: Served) -> None:
             compared.add((mode, scenario))
     assert {("tree", "mixed"), ("tree", "prefix")} <= compared
     assert other["small-tree", "prefix"]["metrics"]["vllm:prefix_cache_hits"] > 0
-    if ("async", "mixed") in compared:
-        assert other["small-async", "mixed"]["spy"]["in_flight"] == 2
+    assert other["small-async", "mixed"]["spy"]["in_flight"] == 2
     if ("tree", "busy") in compared:
         assert other["blocks-tree", "busy"]["metrics"]["vllm:num_preemptions"] > 0
