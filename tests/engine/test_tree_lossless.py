@@ -107,7 +107,7 @@ class Other(NamedTuple):
     busy: Mapping[str, Any] = {}
 
 
-# V2 runs in Triton's interpreter, which refuses vLLM's kernels for top_p ("n") and grammars ("json").
+# V2 runs in Triton's interpreter, which refuses vLLM's kernels of top_p ("n") and grammars.
 V2_FEATURES = ("stop", "logprobs", "penalty", "words")
 FEW: Mapping[str, Any] = {"mixed": {"count": 12, "max_tokens": 6}, "prefix": {}}
 V2_WHOLE: Mapping[str, Any] = dict(FEW) | {"features": {"names": V2_FEATURES}, "edge": {}}
