@@ -43,7 +43,7 @@ class TreeProposer(ViSpecProposer):
         self._settings = settings_of(self.vllm_config)
         check_engine(self.vllm_config, self._settings)
         self._grower = TreeGrower(self._settings)
-        self._num_nodes = self.num_speculative_tokens
+        self._num_nodes = self.speculative_config.num_speculative_tokens
         self._root_hidden: torch.Tensor | None = None
         self._grows = True
         self.trees = RunnerTrees(self._runner, self._draft_attn_layer_names)
