@@ -60,7 +60,7 @@ def _setups(tiny: TinyStore, scenarios: Mapping[str, Mapping[str, Any]]) -> list
 @pytest.fixture(scope="module")
 def v1(tiny: TinyStore) -> Served:
     """Everything that V1 serves."""
-    small: dict[str, Any] = {"mixed": {"count": 32}, "prefix": {}}
+    small: dict[str, Any] = {"mixed": {"count": 24}, "prefix": {}}
     busy = {"busy": {"run": "mixed", "count": 16, "max_tokens": 40}}
     setups = _setups(tiny, {"small": small, "blocks": busy})
     return serve(RUNNERS["v1"], [*setups, _few_tokens(tiny)])
@@ -79,7 +79,7 @@ def _few_tokens(tiny: TinyStore) -> dict[str, Any]:
     }
     extra = {**SMALL["extra"], "speculative_config": config}
     options = {**SMALL, "model": target, "draft": draft, "extra": extra}
-    return setup("small-vocab", KIND, options, {"mixed": {"count": 32}})
+    return setup("small-vocab", KIND, options, {"mixed": {"count": 24}})
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_v1_is_lossless_under_preemption(v1: Served, mode: str) -> None:
     assert served["metrics"]["vllm:num_preemptions"] > 0
 
 
-@pytest.fixture(scope="module", params=params("v2", "v1-overlay", "v2-overlay", slow=["v2"]))
+@pytest.fixture(scope="module", params=params("v2", "v2-overlay", slow=["v2"]))
 def other(request: pytest.FixtureRequest, tiny: TinyStore) -> Served:
     """A shorter list for the other runners."""
     mixed = {"count": 12, "max_tokens": 6}

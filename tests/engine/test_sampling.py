@@ -54,8 +54,10 @@ def sampled(
     setups = [
         {"name": "plain", "options": options},
         {"name": "spec", "options": options | {"draft": head}},
-        {"name": "tree", "options": options | {"draft": head} | TREE},
     ]
+    if runner.name == "v1":
+        # V2's draws with trees are those of plain decoding, one by one: `test_tree_seeds`.
+        setups.append({"name": "tree", "options": options | {"draft": head} | TREE})
     kwargs = {"kind": KIND, "setups": setups, "count": DRAWS[runner.name], "num_tokens": NUM_TOKENS}
     items = run_in_subprocess("tests.engine.sampling_jobs:sample", kwargs, runner.env(), 1500)
     return {item["name"]: item | {"bias": BIAS[runner.name]} for item in items}
@@ -65,22 +67,24 @@ def _prefixes(sampled: Sampled, name: str, length: int) -> list[two_sample.Prefi
     return [tuple(tokens[:length]) for tokens in sampled[name]["tokens"]]
 
 
-@pytest.mark.parametrize("drafts", ["spec", "tree"])
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_same_distribution(sampled: Sampled, length: int, drafts: str) -> None:
-    counts = two_sample.table(*(_prefixes(sampled, name, length) for name in ("plain", drafts)))
-    filled = (counts.sum(axis=0) >= 2 * two_sample.MIN_EXPECTED).sum()
-    # The first token involves no draft, and one token takes nearly all of its probability.
-    assert filled >= (1 if length == 1 else 3), (
-        "nothing to compare: the target is sure of its tokens"
-    )
-    assert two_sample.p_value(counts) > ALPHA
+def test_same_distribution(sampled: Sampled, length: int) -> None:
+    for drafts in set(sampled) - {"plain"}:
+        counts = two_sample.table(*(_prefixes(sampled, name, length) for name in ("plain", drafts)))
+        filled = (counts.sum(axis=0) >= 2 * two_sample.MIN_EXPECTED).sum()
+        # The first token involves no draft, and one token takes nearly all of its probability.
+        assert filled >= (1 if length == 1 else 3), (
+            f"nothing to compare with {drafts}: the target is sure of its tokens"
+        )
+        assert two_sample.p_value(counts) > ALPHA, drafts
 
 
-@pytest.mark.parametrize("drafts", ["spec", "tree"])
-def test_drafts_took_part(sampled: Sampled, drafts: str) -> None:
+def test_drafts_took_part(sampled: Sampled) -> None:
     """Some drafts were accepted and some were not."""
-    assert 0.01 < sampled[drafts]["accepted"] / sampled[drafts]["drafted"] < 0.98
+    assert {"plain", "spec"} <= set(sampled)
+    for drafts in set(sampled) - {"plain"}:
+        share = sampled[drafts]["accepted"] / sampled[drafts]["drafted"]
+        assert 0.01 < share < 0.98, drafts
 
 
 @pytest.mark.parametrize("length", [2, 3])

@@ -115,7 +115,7 @@ PREEMPTED: Mapping[str, Any] = {"busy": {"run": "mixed", "count": 8, "max_tokens
 OTHERS: Mapping[str, tuple[Other, list[pytest.MarkDecorator]]] = {
     "v2": (Other("v2", V2_WHOLE, PREEMPTED), [pytest.mark.v2, pytest.mark.slow]),
     "v1-overlay": (
-        Other("v1-overlay", dict(V1_SMALL) | {"mixed": {"count": 24}}, BUSY),
+        Other("v1-overlay", dict(V1_SMALL) | {"mixed": {"count": 16}}, PREEMPTED),
         [pytest.mark.overlay],
     ),
     "v2-overlay": (
