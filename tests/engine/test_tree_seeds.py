@@ -19,7 +19,7 @@ KIND = "qwen2_5_vl"
 COUNT = 6
 
 
-@pytest.mark.parametrize("runner", params("v2", "v2-overlay"))
+@pytest.mark.parametrize("runner", params("v2"))
 def test_same_seeds_same_tokens(runner: Runner, tiny: TinyStore) -> None:
     target, head = tiny.pair(KIND)
     options = {"model": target, "max_num_batched_tokens": 128}
