@@ -110,7 +110,7 @@ class Other(NamedTuple):
 # V2 runs in Triton's interpreter, which refuses vLLM's kernels of top_p ("n") and grammars.
 V2_FEATURES = ("stop", "logprobs", "penalty", "words")
 FEW: Mapping[str, Any] = {"mixed": {"count": 12, "max_tokens": 6}, "prefix": {}}
-V2_WHOLE: Mapping[str, Any] = dict(FEW) | {"features": {"names": V2_FEATURES}, "edge": {}}
+V2_WHOLE: Mapping[str, Any] = dict(FEW) | {"features": {"names": V2_FEATURES}}
 PREEMPTED: Mapping[str, Any] = {"busy": {"run": "mixed", "count": 8, "max_tokens": 40}}
 OTHERS: Mapping[str, tuple[Other, list[pytest.MarkDecorator]]] = {
     "v2": (Other("v2", V2_WHOLE, PREEMPTED), [pytest.mark.v2, pytest.mark.slow]),
@@ -135,6 +135,9 @@ def other(request: pytest.FixtureRequest, tiny: TinyStore) -> Served:
     # Two steps in flight under preemption are V1's business above.
     setups = _setups(tiny, wanted.small, wanted.busy)
     setups = [one for one in setups if one["scenarios"] and one["name"] != "blocks-async"]
+    for one in setups:
+        if one["name"] == "small-async":
+            one["scenarios"] = {"mixed": wanted.small["mixed"]}
     return serve(RUNNERS[wanted.runner], setups)
 
 
