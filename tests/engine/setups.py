@@ -71,3 +71,13 @@ def mean_accepted(served: Mapping[str, Any]) -> float:
     """Return ``accepted_draft`` over all rounds of all requests."""
     rounds = [n for rows in accepted(served).values() for row in rows for n in row]
     return sum(rounds) / len(rounds) if rounds else 0.0
+
+
+def assert_same(plain: Mapping[str, Any], speculative: Mapping[str, Any]) -> None:
+    """Same outputs, and the drafts took part."""
+    expected, found = outputs(plain), outputs(speculative)
+    wrong = {
+        name: (expected[name], found.get(name)) for name in found if expected[name] != found[name]
+    }
+    assert not wrong
+    assert speculative["metrics"]["vllm:spec_decode_num_drafts"] > 0

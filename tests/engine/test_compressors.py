@@ -69,7 +69,7 @@ def all_heads(tiny: TinyStore) -> Found:
     return _serve(tiny, RUNNERS["v1"], tuple(HEADS), thorough, count=1)
 
 
-@pytest.fixture(scope="module", params=params("v2", "v1-overlay", "v2-overlay"))
+@pytest.fixture(scope="module", params=params("v2", "v2-overlay"))
 def elsewhere(request: pytest.FixtureRequest, tiny: TinyStore) -> Found:
     """Gated branches, all of them in the cache, on other runners and releases."""
     return _serve(tiny, request.param, ["select"], {"select": BRIEF}, count=0)

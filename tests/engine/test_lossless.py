@@ -15,6 +15,7 @@ from tests.engine.setups import (
     FEW_BLOCKS,
     SMALL,
     Served,
+    assert_same,
     mean_accepted,
     outputs,
     serve,
@@ -67,21 +68,11 @@ def v1(tiny: TinyStore) -> Served:
     return serve(RUNNERS["v1"], setups)
 
 
-def _assert_same(plain: Mapping[str, Any], speculative: Mapping[str, Any]) -> None:
-    """Same outputs, and the drafts took part."""
-    expected, found = outputs(plain), outputs(speculative)
-    wrong = {
-        name: (expected[name], found.get(name)) for name in found if expected[name] != found[name]
-    }
-    assert not wrong
-    assert speculative["metrics"]["vllm:spec_decode_num_drafts"] > 0
-
-
 @pytest.mark.parametrize("scenario", V1_SMALL)
 def test_v1_small_budget(v1: Served, scenario: str) -> None:
     plain, spec = v1["small-plain", scenario], v1["small-spec", scenario]
     assert set(outputs(plain)) == set(outputs(spec))
-    _assert_same(plain, spec)
+    assert_same(plain, spec)
 
 
 def test_v1_images_were_split(v1: Served) -> None:
@@ -101,14 +92,14 @@ def test_v1_prefix_hits_cut_an_image(v1: Served) -> None:
 @pytest.mark.parametrize("mode", ["spec", "async"])
 def test_v1_preemption(v1: Served, mode: str) -> None:
     plain, spec = v1["blocks-plain", "busy"], v1[f"blocks-{mode}", "busy"]
-    _assert_same(plain, spec)
+    assert_same(plain, spec)
     assert spec["metrics"]["vllm:num_preemptions"] > 0
     assert spec["spy"]["preempted"]
 
 
 @pytest.mark.parametrize("num_q", [1, 4])
 def test_v1_query_tokens(v1: Served, num_q: int) -> None:
-    _assert_same(v1["small-plain", "mixed"], v1[f"q{num_q}", "mixed"])
+    assert_same(v1["small-plain", "mixed"], v1[f"q{num_q}", "mixed"])
     assert mean_accepted(v1[f"q{num_q}", "mixed"]) > 0.2
 
 
@@ -117,7 +108,7 @@ def test_v1_async_scheduling(v1: Served, scenario: str) -> None:
     """vLLM switches it off on CPU; the tests switch it back on, and two steps are in flight."""
     served = v1["small-async", scenario]
     assert served["spy"]["in_flight"] == 2
-    _assert_same(v1["small-plain", scenario], served)
+    assert_same(v1["small-plain", scenario], served)
 
 
 def test_v1_logprobs(v1: Served) -> None:
@@ -149,7 +140,7 @@ def test_v1_edge_of_the_model_length(v1: Served) -> None:
 def test_v1_table_smaller_than_a_request(v1: Served) -> None:
     """Three images and two slots: evicted rows cost acceptance at most."""
     served = v1["evicting", "mixed"]
-    _assert_same(v1["small-plain", "mixed"], served)
+    assert_same(v1["small-plain", "mixed"], served)
     assert served["table"]["evicted"] > 0
 
 
@@ -170,7 +161,8 @@ FULL: Mapping[str, tuple[str, list[pytest.MarkDecorator]]] = {
 def other(request: pytest.FixtureRequest, tiny: TinyStore) -> Served:
     """The shorter lists of the other runners; V2 by default without the long one."""
     name, full = request.param
-    mixed = {"count": 64 if full else 16, "max_tokens": 6}
+    counts = {"v1-overlay": 64, "v2": 32 if full else 16, "v2-overlay": 24}
+    mixed = {"count": counts[name], "max_tokens": 6}
     busy = {"busy": {"run": "mixed", "count": 10, "max_tokens": 40}}
     setups = _pairs(tiny, {"mixed": mixed, "prefix": {}}, busy)
     if not full:
@@ -193,7 +185,7 @@ def test_other_runners(other: Served, request: pytest.FixtureRequest) -> None:
     served = [(engine, scenario) for engine, scenario in other if engine.endswith("-spec")]
     assert {"mixed", "prefix"} <= {scenario for _, scenario in served}
     for engine, scenario in served:
-        _assert_same(other[engine.replace("-spec", "-plain"), scenario], other[engine, scenario])
+        assert_same(other[engine.replace("-spec", "-plain"), scenario], other[engine, scenario])
     assert other["small-spec", "prefix"]["metrics"]["vllm:prefix_cache_hits"] > 0
     if "overlay" not in request.node.name:
         for engine, scenario in served:
@@ -204,4 +196,4 @@ def test_other_runners_async_scheduling(other: Served) -> None:
     """With two steps in flight."""
     served = other["async", "mixed"]
     assert served["spy"]["in_flight"] == 2
-    _assert_same(other["small-plain", "mixed"], served)
+    assert_same(other["small-plain", "mixed"], served)
