@@ -66,10 +66,8 @@ def quick(tiny: TinyStore) -> Found:
 
 @pytest.fixture(scope="module", params=params("v1", "v2", "v1-overlay", slow=list(RUNNERS)))
 def thorough(request: pytest.FixtureRequest, tiny: TinyStore) -> Found:
-    """All kinds on one runner, prompts and images split as well; fewer off V1."""
-    runner: Runner = request.param
-    few = {} if runner.name == "v1" else {"count": 5}
-    return _serve(tiny, runner, **(THOROUGH | few))
+    """All kinds on one runner, prompts and images split as well."""
+    return _serve(tiny, request.param, **THOROUGH)
 
 
 def _assert_sound(item: dict[str, Any], name: str) -> None:
