@@ -8,7 +8,11 @@ vLLM is imported, also in the processes that vLLM spawns:
 * vLLM takes Triton only if Triton lists a backend for the platform, and the wheel has none for the
   CPU. For the V2 model runner, run through Triton's interpreter, a stand-in is listed.
 
-Nothing is imported here at interpreter start: an import hook waits for the two modules.
+The interpreter also prepares Triton's language anew for every launch and every nested call, and
+checks every sum of integers for overflow: half of its time. Here the language is prepared once, and
+overflow is left to wrap, as on a GPU.
+
+Nothing is imported here at interpreter start: an import hook waits for the modules.
 """
 
 from __future__ import annotations
@@ -54,6 +58,38 @@ def _list_cpu_backend() -> None:
     backends.setdefault("cpu", Backend(compiler=BaseBackend, driver=InterpreterDriver))
 
 
+def _quicken_interpreter() -> None:
+    """Let the interpreter replace the language's functions once, and not check for overflow."""
+    from dataclasses import replace
+
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    prepare = interpreter._patch_lang
+    prepared: set[frozenset[int]] = set()
+
+    class Kept:
+        """Stands in for the record from which a launch restores the language."""
+
+        def restore(self) -> None:
+            pass
+
+    def prepare_once(function: Any) -> Kept:
+        languages = (interpreter.tl, interpreter.tl.core)
+        found = frozenset(
+            index
+            for index, language in enumerate(languages)
+            if any(value is language for value in function.__globals__.values())
+        )
+        if found not in prepared:
+            prepare(function)
+            prepared.add(found)
+        return Kept()
+
+    interpreter._patch_lang = prepare_once
+
+
 class _Hook:
     """Meta path finder that runs callbacks around the first import of chosen modules."""
 
@@ -94,6 +130,7 @@ def _install() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if os.environ.get("TRITON_INTERPRET") == "1":
         hook.after["triton.backends"] = _list_cpu_backend
+        hook.after["triton.runtime.interpreter"] = _quicken_interpreter
     sys.meta_path.insert(0, hook)
 
 

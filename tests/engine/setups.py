@@ -24,6 +24,9 @@ SMALL: dict[str, Any] = {
 FEW_BLOCKS: dict[str, Any] = SMALL | {"max_num_batched_tokens": 96, "num_blocks": 10}
 """A KV cache of 9 usable blocks of 32 tokens: requests preempt each other."""
 
+BUSY: dict[str, Any] = {"busy": {"run": "mixed", "count": 20, "max_tokens": 40}}
+"""The scenario in which they do, on V1."""
+
 
 def params(*names: str, slow: Sequence[str] = ()) -> list[pytest.ParameterSet]:
     """Return the runners ``names`` as parameters; those in ``slow`` stay out of the default set."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.engine.setups import (
+    BUSY,
     FEW_BLOCKS,
     SMALL,
     Served,
@@ -22,6 +23,7 @@ from tests.support.tiny_store import TinyStore
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KIND = "qwen2_5_vl"
+SELECT = "select(prune:2,pool:4,conv:3,resampler:2,text_only)"
 # Compressor, and whether there is a global feature. Images have 4 to 16 tokens.
 HEADS: Mapping[str, tuple[str, bool]] = {
     "prune": ("prune:3", False),
@@ -31,13 +33,12 @@ HEADS: Mapping[str, tuple[str, bool]] = {
     "text_only": ("text_only", False),
     "concat": ("concat(prune:4,pool:4,conv:3,resampler:2)", False),
     "weighted": ("weighted(prune:3,pool:3,conv:3)", False),
-    "select": ("select(prune:2,pool:4,conv:3,resampler:2,text_only)", False),
+    "select": (SELECT, False),
     "prune + global": ("prune:3", True),
-    "select + global": ("select(prune:2,pool:4,conv:3,resampler:2,text_only)", True),
+    "select + global": (SELECT, True),
 }
 BRIEF: Mapping[str, Any] = {"mixed": {"count": 16}, "prefix": {}}
 WHOLE: Mapping[str, Any] = dict(BRIEF) | {"abort": {}, "features": {}, "edge": {}}
-BUSY: Mapping[str, Any] = {"busy": {"run": "mixed", "count": 20, "max_tokens": 40}}
 # The one whose state is the most there is: everything, and under preemption.
 THOROUGH = "select + global"
 

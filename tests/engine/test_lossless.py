@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.engine.setups import (
+    BUSY,
     FEW_BLOCKS,
     SMALL,
     Served,
@@ -28,7 +29,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 KIND = "qwen2_5_vl"
 V1_SMALL: Mapping[str, Any] = {"mixed": {}, "prefix": {}, "abort": {}, "features": {}, "edge": {}}
-BUSY: Mapping[str, Any] = {"busy": {"run": "mixed", "count": 20, "max_tokens": 40}}
 
 
 def _pairs(
@@ -144,25 +144,28 @@ def test_v1_table_smaller_than_a_request(v1: Served) -> None:
     assert served["table"]["evicted"] > 0
 
 
-FULL: Mapping[str, tuple[str, list[pytest.MarkDecorator]]] = {
-    "v2-full": ("v2", [pytest.mark.v2, pytest.mark.slow]),
-    "v1-overlay": ("v1-overlay", [pytest.mark.overlay]),
-    "v2-overlay": ("v2-overlay", [pytest.mark.v2, pytest.mark.overlay]),
+# Runner and requests of the mixed scenario.
+FULL: Mapping[str, tuple[str, int, list[pytest.MarkDecorator]]] = {
+    "v2-full": ("v2", 32, [pytest.mark.v2, pytest.mark.slow]),
+    "v1-overlay": ("v1-overlay", 64, [pytest.mark.overlay]),
+    "v2-overlay": ("v2-overlay", 24, [pytest.mark.v2, pytest.mark.overlay]),
 }
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(("v2", False), id="v2", marks=pytest.mark.v2),
-        *(pytest.param((name, True), id=id_, marks=marks) for id_, (name, marks) in FULL.items()),
+        pytest.param(("v2", 16, False), id="v2", marks=pytest.mark.v2),
+        *(
+            pytest.param((name, count, True), id=id_, marks=marks)
+            for id_, (name, count, marks) in FULL.items()
+        ),
     ],
 )
 def other(request: pytest.FixtureRequest, tiny: TinyStore) -> Served:
     """The shorter lists of the other runners; V2 by default without the long one."""
-    name, full = request.param
-    counts = {"v1-overlay": 64, "v2": 32 if full else 16, "v2-overlay": 24}
-    mixed = {"count": counts[name], "max_tokens": 6}
+    name, count, full = request.param
+    mixed = {"count": count, "max_tokens": 6}
     busy = {"busy": {"run": "mixed", "count": 10, "max_tokens": 40}}
     setups = _pairs(tiny, {"mixed": mixed, "prefix": {}}, busy)
     if not full:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.engine.setups import (
+    BUSY,
     FEW_BLOCKS,
     SMALL,
     Served,
@@ -27,7 +28,6 @@ KIND = "qwen2_5_vl"
 TREE: Mapping[str, Any] = {"tree": {"policy": "eagle2", "depth": 3, "top_k": 3}}
 NODES = 19
 V1_SMALL: Mapping[str, Any] = {"mixed": {}, "prefix": {}, "abort": {}, "features": {}, "edge": {}}
-BUSY: Mapping[str, Any] = {"busy": {"run": "mixed", "count": 20, "max_tokens": 40}}
 
 
 def _setups(

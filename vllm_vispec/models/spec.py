@@ -36,18 +36,18 @@ class Combination:
     """A way to use several primitives at once.
 
     Attributes:
+        default: branches if none are given; the paper's section 4.1.
+        summary: one line for help texts.
         gated: a gate reads the target's state at the prompt's end and decides.
         same_amount: all branches have one ratio, so that they are of one length.
         balanced: training keeps the gate's choices even, since only what is chosen learns.
-        default: branches if none are given; the paper's section 4.1.
-        summary: one line for help texts.
     """
 
-    gated: bool
-    same_amount: bool
-    balanced: bool
     default: str
     summary: str
+    gated: bool = False
+    same_amount: bool = False
+    balanced: bool = False
 
 
 # ViSpec's own adaptor; its number is HeadConfig.num_query_tokens.
@@ -61,18 +61,15 @@ PRIMITIVES: Mapping[str, Primitive] = {
     "text_only": Primitive("", 0, "no image tokens at all"),
 }
 COMBINATIONS: Mapping[str, Combination] = {
-    "concat": Combination(
-        False, False, False, "prune:20,pool:20,conv:3,resampler:2", "all branches"
-    ),
+    "concat": Combination("prune:20,pool:20,conv:3,resampler:2", "all branches"),
     "weighted": Combination(
-        True, True, False, "prune:3,pool:3,conv:3", "all, weighted by the gate"
+        "prune:3,pool:3,conv:3", "all, weighted by the gate", gated=True, same_amount=True
     ),
     "select": Combination(
-        True,
-        False,
-        True,
         "prune:20,pool:20,conv:3,resampler:2,text_only",
         "the gate's first choice",
+        gated=True,
+        balanced=True,
     ),
 }
 
