@@ -28,7 +28,7 @@ GATED = {"compressor": "select(prune:2,pool:4,text_only)", "num_q": 1, "dialect"
 HEADS = [
     *(
         pytest.param((p.values[0], {}), id=p.id, marks=p.marks)
-        for p in params("v1", "v2", "v2-overlay")
+        for p in params("v1", "v2", "v2-overlay", slow=["v2"])
     ),
     pytest.param((RUNNERS["v1"], UNCOMPRESSED), id="v1-no_compress", marks=pytest.mark.slow),
     *(

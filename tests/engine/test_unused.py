@@ -43,10 +43,14 @@ def served(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     )
 
 
-def test_loading_wraps_four_functions_and_adds_two_architectures() -> None:
+def test_loading_wraps_four_functions_and_adds_three_architectures() -> None:
     """Every attribute of every loaded vLLM module and class is the same object as before."""
     (found,) = run_in_subprocess("tests.engine.unused_jobs:register_twice", env=RUNNERS["v1"].env())
-    assert found["added"] == ["EagleViSpecEmbedsForCausalLM", "EagleViSpecForCausalLM"]
+    assert found["added"] == [
+        "EagleDraftVlmForCausalLM",
+        "EagleViSpecEmbedsForCausalLM",
+        "EagleViSpecForCausalLM",
+    ]
     assert found["parsers_same"]
     assert found["first"] == WRAPPED
     assert found["second"] == []

@@ -47,7 +47,9 @@ def write_input(folder: Path, pictures: Path) -> Path:
     return file
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "llava_next"])
+@pytest.fixture(
+    scope="module", params=["qwen2_5_vl", pytest.param("llava_next", marks=pytest.mark.slow)]
+)
 def runs(
     request: pytest.FixtureRequest,
     tiny: TinyStore,

@@ -161,6 +161,7 @@ def test_drafting_nothing_is_refused() -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_simulation_equals_the_engine_on_the_shipped_pair(tmp_path: Path) -> None:
     (found,) = run_in_subprocess(
         "tests.train.simulate_jobs:simulate_and_measure",
