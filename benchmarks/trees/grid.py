@@ -145,7 +145,7 @@ _POLICIES = (
     *CHAINS,
     *(eagle2(depth) for depth in (3, 5, 7)),
     # So deep that a chain is far from its ceiling; narrow ones cost little more than it does.
-    *(eagle2(11, top_k, nodes) for top_k, nodes in ((8, 59), (3, 19))),
+    *(eagle2(11, top_k, nodes) for top_k, nodes in ((10, 119), (8, 59), (3, 19))),
     *(eagle2(15, top_k, nodes) for top_k, nodes in ((4, 59), (3, 23))),
     Draft(NODES, TreeSettings("spec_llava", 5, 8)),
     Draft(NODES, TreeSettings("entropy", 5, 8)),

@@ -24,7 +24,10 @@ class Runner:
         """Return the environment to add (the overlay folder is built on first use)."""
         variables = dict(self.variables)
         if self.overlay:
-            variables["PYTHONPATH"] = overlay_folder()
+            folder = overlay_folder()
+            variables["PYTHONPATH"] = folder
+            # vLLM keeps what it knows of a model class for one release at a time.
+            variables["VLLM_CACHE_ROOT"] = f"{folder}-cache"
         return variables
 
 
