@@ -24,7 +24,7 @@ from vllm_vispec.cli.app import app
 
 pytestmark = [pytest.mark.engine, pytest.mark.serve, pytest.mark.slow]
 
-MAX_TOKENS = 24
+MAX_TOKENS = 12
 SIDES = ("plain", "ngram", "eagle", "vispec_zeroed", "vispec")
 KILLED = "ngram"
 LAST = "image_tokens_256-"

@@ -37,7 +37,7 @@ HEADS = [
     ),
     *(
         pytest.param((p.values[0], GATED), id=f"{p.id}-gated", marks=[*p.marks, pytest.mark.slow])
-        for p in params("v1", "v2")
+        for p in params("v2")
     ),
 ]
 

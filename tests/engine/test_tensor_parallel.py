@@ -18,7 +18,7 @@ from tests.support.tiny_store import TinyStore
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KIND = "qwen2_5_vl"
-COUNT = 16
+COUNT = 10
 GATED = {"compressor": "select(prune:2,pool:4,text_only)", "num_q": 1, "dialect": "canonical"}
 TWO_WORKERS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
