@@ -48,7 +48,10 @@ class Loss:
 
 def find_goals(rows: Rows) -> list[Goal]:
     """Goals for which there are numbers."""
-    goals = [_tokens(rows[Part.POLICIES])]
+    goals = [
+        _tokens(rows[part], whose)
+        for part, whose in ((Part.POLICIES, ""), (Part.DRAFT_VLM, ", draft VLM"))
+    ]
     goals += [_captioning(rows, least) for least in (SPEEDUP_GOAL, STRETCH_GOAL)]
     goals.append(_load(rows[Part.BATCH]))
     return [goal for goal in goals if goal is not None]
@@ -62,7 +65,7 @@ def same_depth(rows: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
             yield row, chains[row.draft.levels]
 
 
-def _tokens(rows: Sequence[Row]) -> Goal | None:
+def _tokens(rows: Sequence[Row], whose: str) -> Goal | None:
     pairs = [
         (tree.tokens_per_round.value / chain.tokens_per_round.value, tree, chain)
         for tree, chain in same_depth(rows)
@@ -73,7 +76,8 @@ def _tokens(rows: Sequence[Row]) -> Goal | None:
     # Nothing a tree of this depth does can reach more.
     most = (tree.draft.levels + 1) / chain.tokens_per_round.value
     return Goal(
-        f"tokens_per_round of a tree >= {TOKENS_GOAL} x the chain's at the same depth, best tree",
+        f"tokens_per_round of a tree >= {TOKENS_GOAL} x the chain's at the same depth, "
+        f"best tree{whose}",
         ratio,
         ratio >= TOKENS_GOAL,
         f"{tree.draft.label}: {tree.tokens_per_round.value:.2f}, {chain.draft.label}: "

@@ -137,8 +137,8 @@ def eagle2(depth: int, top_k: int = 8, nodes: int = NODES, **others: Any) -> Dra
 
 # Deep enough for this head, and its paths still fit a tree of 8 nodes.
 CHAIN, TREE = Draft(5), eagle2(5)
-# A chain from the second request on; its length is what the tree's depth admits.
-LOADED = eagle2(5, 2, 7, schedule=((1, 1, 7), (2, max(BATCHES), 5)))
+# A chain from the second request on, as long as the tree's paths.
+LOADED = eagle2(5, 2, 7, schedule=((1, 1, 7), (2, max(BATCHES), 6)))
 # K = depth + 1 for every depth below, and 5, which most heads are served with.
 CHAINS = tuple(Draft(count) for count in (4, 5, 6, 8, 12, 16))
 _POLICIES = (
@@ -168,9 +168,12 @@ PARTS: Mapping[Part, Case] = MappingProxyType(
     {
         Part.POLICIES: Case(_GREEDY, _POLICIES),
         Part.NODES: Case(_GREEDY, (Draft(6), *_SIZES)),
-        Part.BATCH: Case(_BATCHED, (CHAIN, TREE, LOADED)),
+        Part.BATCH: Case(_BATCHED, (Draft(6), TREE, LOADED)),
         Part.TEMPERATURE: Case(_SAMPLED, (CHAIN, TREE)),
-        Part.DRAFT_VLM: Case(_GREEDY, (Draft(5, head=DRAFT_VLM), eagle2(5, head=DRAFT_VLM))),
+        Part.DRAFT_VLM: Case(
+            _GREEDY,
+            (*(Draft(count, head=DRAFT_VLM) for count in (5, 6)), eagle2(5, head=DRAFT_VLM)),
+        ),
     }
 )
 

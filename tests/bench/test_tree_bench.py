@@ -90,7 +90,8 @@ def test_the_load_schedule_becomes_a_chain_and_covers_every_batch() -> None:
         entry[1] + 1 for entry in LOADED.schedule
     ][:-1]
     assert LOADED.schedule[-1][1] == max(BATCHES)
-    assert LOADED.schedule[-1][2] == CHAIN.nodes <= LOADED.tree.levels
+    (chain,) = [draft for draft in PARTS[Part.BATCH].drafts if draft.tree is None]
+    assert LOADED.schedule[-1][2] == chain.nodes <= LOADED.tree.levels
     assert LOADED.speculative()["num_speculative_tokens_per_batch_size"][0] == [1, 1, 7]
 
 
@@ -178,6 +179,18 @@ def test_goals_that_are_missed() -> None:
     assert _met(find_goals(fast)) == [True, True, False, True]
 
 
+def test_a_draft_vlm_is_compared_with_its_own_chain() -> None:
+    rows = made_up_rows()
+    chain, tree = Draft(6, head=DRAFT_VLM), eagle2(5, head=DRAFT_VLM)
+    rows[Part.DRAFT_VLM] = [
+        made_up_row(Part.DRAFT_VLM, chain, 1, 4.0),
+        made_up_row(Part.DRAFT_VLM, tree, 4, 4.0),
+    ]
+    found = find_goals(rows)[1]
+    assert found.text.endswith("draft VLM")
+    assert found.value == 5 / 2
+
+
 def test_goals_need_numbers() -> None:
     assert find_goals({part: [] for part in Part}) == []
 
@@ -238,7 +251,8 @@ def test_a_draft_vlm_is_measured_if_there_is_one(
     assert groups == []
     with_vlm = replace(bench, heads={VISPEC: "head", DRAFT_VLM: "vlm"})
     measure_parts(with_vlm, [Part.DRAFT_VLM], ())
-    assert groups == [["draft_vlm-chain-K5", "draft_vlm-eagle2-d5-k8-n30"]]
+    names = [f"draft_vlm-{name}" for name in ("chain-K5", "chain-K6", TREE.name)]
+    assert [name for group in groups for name in group] == names
     assert with_vlm.job(GREEDY, PARTS[Part.DRAFT_VLM].drafts[0]).draft_model == "vlm"
 
 

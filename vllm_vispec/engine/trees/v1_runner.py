@@ -59,7 +59,7 @@ class RunnerTrees:
         self._slots = {request_id: row for row, request_id in enumerate(ids)}
 
     def write_chains(self) -> None:
-        """Let the drafts of the batch be plain rows."""
+        """Let the drafts of the batch be plain rows, which vLLM verifies itself."""
         self._slots = {}
 
     def chain_rows(self) -> torch.Tensor | None:
@@ -87,10 +87,10 @@ class RunnerTrees:
     def _begin(
         self, original: Callable[..., Any], num_drafts: np.ndarray, cu_num_tokens: np.ndarray
     ) -> Any:
-        """Find the tree of every request with drafts."""
+        """Find the tree of every request with drafts; none where a schedule asked for chains."""
         metadata = original(num_drafts, cu_num_tokens)
         self._round = None
-        if num_drafts.any():
+        if self._slots and num_drafts.any():
             ids = self._runner.input_batch.req_ids
             slots = [self._slots.get(request_id, self.table.no_tree) for request_id in ids]
             host_2R = torch.from_numpy(np.stack([np.array(slots), num_drafts]).astype(np.int64))
