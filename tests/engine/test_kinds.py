@@ -64,7 +64,7 @@ def quick(tiny: TinyStore) -> Found:
     return _serve(tiny, RUNNERS["v1"], count=3, situations=["together", "prefix_hit"])
 
 
-@pytest.fixture(scope="module", params=params("v1", "v2", "v1-overlay", slow=list(RUNNERS)))
+@pytest.fixture(scope="module", params=params("v1", "v2", slow=list(RUNNERS)))
 def thorough(request: pytest.FixtureRequest, tiny: TinyStore) -> Found:
     """All kinds on one runner, prompts and images split as well."""
     return _serve(tiny, request.param, **THOROUGH)
