@@ -69,13 +69,7 @@ def _quicken_interpreter() -> None:
     prepare = interpreter._patch_lang
     prepared: set[frozenset[int]] = set()
 
-    class Kept:
-        """Stands in for the record from which a launch restores the language."""
-
-        def restore(self) -> None:
-            pass
-
-    def prepare_once(function: Any) -> Kept:
+    def prepare_once(function: Any) -> Any:
         languages = (interpreter.tl, interpreter.tl.core)
         found = frozenset(
             index
@@ -85,7 +79,8 @@ def _quicken_interpreter() -> None:
         if found not in prepared:
             prepare(function)
             prepared.add(found)
-        return Kept()
+        # Nothing in it, so nothing to restore when the launch ends.
+        return interpreter._LangPatchScope()
 
     interpreter._patch_lang = prepare_once
 
