@@ -15,7 +15,7 @@ WORKER = "benchmarks.trees.worker"
 # The line of vllm_vispec/engine/trees/memory.py.
 _MEMORY_LINE = re.compile(
     r"adds (?P<kv>[\d.]+) % to the KV cache of \d+ layers; "
-    r"buffers for accepted keys take (?P<buffers>[\d.]+) MiB"
+    r"buffers for padded rows take (?P<buffers>[\d.]+) MiB"
 )
 
 

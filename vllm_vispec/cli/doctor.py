@@ -73,7 +73,7 @@ def tree_line(head_size: int = 128) -> str:
         from vllm_vispec.tree.codes import num_channels
         from vllm_vispec.tree.settings import TreeSettings
 
-        channels = num_channels(TreeSettings().levels)
+        channels = num_channels(TreeSettings().levels, TreeSettings().top_k)
         with set_current_vllm_config(VllmConfig()):
             size = smallest_head_size(
                 head_size, channels, lambda size: find_backend(size, torch.bfloat16)

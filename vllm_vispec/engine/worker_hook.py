@@ -8,13 +8,16 @@ by replacing the name.  Installed when a worker is built: earlier the proposers 
 from collections.abc import Callable
 from typing import Any
 
-from vllm_vispec.engine.trees.setting import read_tree
+from vllm_vispec.engine.trees.setting import has_branches, read_tree
 from vllm_vispec.engine.wrapping import wrap_once
 from vllm_vispec.head_config import (
     ARCHITECTURES,
     DRAFT_VLM_ARCHITECTURE,
     EMBEDS_ARCHITECTURE,
 )
+from vllm_vispec.logs import get_logger
+
+logger = get_logger(__name__)
 
 
 def install() -> None:
@@ -29,7 +32,7 @@ def _init_worker(
 ) -> None:
     if uses_vispec(vllm_config):
         _install_proposers()
-    if read_tree(vllm_config) is not None:
+    if has_branches(vllm_config):
         _install_padding()
     original(worker, vllm_config, *args, **kwargs)
 
@@ -86,10 +89,16 @@ def _v1_proposer(vllm_config: Any) -> type:
 
 
 def _v2_speculator(vllm_config: Any) -> type:
-    if read_tree(vllm_config) is not None:
+    if has_branches(vllm_config):
         from vllm_vispec.engine.trees.v2 import TreeSpeculator
 
         return TreeSpeculator
+    if read_tree(vllm_config) is not None:
+        # Its drafts stay on the device, so that nobody could leave out their ends.
+        logger.warning(
+            "speculative config: tree has a single branch here, which the V2 model runner drafts "
+            "as a chain of full length whatever its threshold"
+        )
     from vllm_vispec.engine.v2 import ViSpecSpeculator
 
     return ViSpecSpeculator

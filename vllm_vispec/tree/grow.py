@@ -1,12 +1,14 @@
 """Growing a draft tree on the device, one level for each draft pass, with static shapes.
 
 Shapes: R requests, W nodes expanded in a pass (top_k), C children proposed for each (top_k), M
-candidates proposed so far, N nodes of the finished tree, L levels, V vocabulary.
+candidates proposed so far, X nodes expanded so far, N nodes of the finished tree, L levels, V
+vocabulary.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from vllm_vispec.tree.codes import UNUSED
 from vllm_vispec.tree.policies import NEVER, POLICIES, Children
@@ -52,12 +54,19 @@ class DraftTree(NamedTuple):
 
 
 class _Level(NamedTuple):
-    """Candidates of one level, flat: ``[R, W * C]``, paths ``[R, W * C, L]``."""
+    """Candidates of one level, children of a parent in a row, the likeliest first.
+
+    Attributes:
+        token: int64 ``[R, W * C]``.
+        score: float32 ``[R, W * C]``; for a place in the finished tree.
+        parent: int64 ``[R, W * C]``; the parent's number among all candidates.
+        parent_path: int64 ``[R, W, L]``.
+    """
 
     token: torch.Tensor
     score: torch.Tensor
     parent: torch.Tensor
-    path: torch.Tensor
+    parent_path: torch.Tensor
 
 
 class TreeGrower:
@@ -70,7 +79,7 @@ class TreeGrower:
     """
 
     def __init__(self, settings: TreeSettings) -> None:
-        self._width = 1 if settings.policy == "chain" else settings.top_k
+        self.width = settings.width
         self._levels = settings.levels
         self._policy = POLICIES[settings.policy](
             levels=settings.levels, top_k=settings.top_k, threshold=settings.threshold
@@ -84,23 +93,29 @@ class TreeGrower:
         num_requests, device = logits.shape[0], logits.device
         zeros_R1 = torch.zeros(num_requests, 1, dtype=torch.int64, device=device)
         path_R1L = torch.full((num_requests, 1, self._levels), UNUSED, device=device)
-        self._frontier = Frontier(zeros_R1, zeros_R1, zeros_R1.float(), zeros_R1 - 1, path_R1L)
+        root = Frontier(zeros_R1, zeros_R1, zeros_R1.float(), zeros_R1 - 1, path_R1L)
         self._grown.clear()
         logp_RV = logits.float().log_softmax(-1)
         self._observed = self._policy.observe(logp_RV)
-        return self._grow(logp_RV.unsqueeze(1))
+        return self._grow(root, logp_RV.unsqueeze(1))
 
     def expand(self, logits: torch.Tensor) -> Frontier:
         """Take the logits ``[R, W, V]`` of a pass over the last frontier; return the next one."""
-        return self._grow(logits.float().log_softmax(-1))
+        assert self._frontier is not None
+        return self._grow(self._frontier, logits.float().log_softmax(-1))
+
+    def is_done(self) -> bool:
+        """Whether nothing may grow any more, in any tree; waits for the device."""
+        assert self._frontier is not None
+        return bool((self._frontier.score == NEVER).all())
 
     def finish(self, num_nodes: int) -> DraftTree:
-        """Return the best N candidates.
+        """Return the best N candidates; empty places where there are fewer.
 
         A child scores at most as much as its parent and is a later candidate, so a stable sort
         keeps parents first, ties included.
         """
-        token_RM, score_RM, parent_RM, path_RML = (
+        token_RM, score_RM, parent_RM, path_RXL = (
             torch.cat(parts, dim=1) for parts in zip(*self._grown, strict=True)
         )
         score_RM, order_RM = score_RM.sort(dim=1, descending=True, stable=True)
@@ -110,47 +125,73 @@ class TreeGrower:
         order_RN = order_RM[:, :num_nodes]
         parent_RN = parent_RM.gather(1, order_RN)
         parent_RN = torch.where(parent_RN < 0, ROOT, 1 + place_RM.gather(1, parent_RN.clamp(min=0)))
-        path_RNL = path_RML.gather(1, order_RN.unsqueeze(-1).expand(-1, -1, self._levels))
         token_RN = token_RM.gather(1, order_RN)
         token_RN = token_RN.masked_fill(score_RM[:, :num_nodes] == NEVER, NO_TOKEN)
-        return DraftTree(token_RN, parent_RN, (path_RNL != UNUSED).sum(-1), path_RNL)
+        # Every parent has C candidates, one after another; a child's rank names its branch.
+        parent_row_RN1 = (order_RN // self.width).unsqueeze(-1)
+        path_RNL = path_RXL.gather(1, parent_row_RN1.expand(-1, -1, self._levels))
+        depth_RN1 = (path_RNL != UNUSED).sum(-1, keepdim=True)
+        path_RNL.scatter_(2, depth_RN1, (order_RN % self.width).unsqueeze(-1))
+        tree = DraftTree(token_RN, parent_RN, 1 + depth_RN1.squeeze(-1), path_RNL)
+        return _with_places(tree, num_nodes)
 
-    def _grow(self, logp_RWV: torch.Tensor) -> Frontier:
+    def _grow(self, parents: Frontier, logp_RWV: torch.Tensor) -> Frontier:
         """Add the children of the frontier to the candidates and choose the next frontier."""
-        assert self._frontier is not None
         assert self._observed is not None
-        parents, level = self._frontier, len(self._grown) + 1
-        logp_RWC, token_RWC = logp_RWV.topk(self._width, dim=-1)
+        level = len(self._grown) + 1
+        logp_RWC, token_RWC = logp_RWV.topk(self.width, dim=-1)
         score_RWC = parents.score.unsqueeze(-1) + logp_RWC
         keep_RWC, expand_RWC = self._policy.judge(
             Children(level, score_RWC, parents.score), self._observed
         )
-        path_RWCL = _branch(parents.path, level, self._width)
         parent_RWC = parents.candidate.unsqueeze(-1).expand_as(token_RWC)
-        first = sum(part.token.shape[1] for part in self._grown)
         grown = _Level(
-            token_RWC.flatten(1),
-            keep_RWC.flatten(1),
-            parent_RWC.flatten(1),
-            path_RWCL.flatten(1, 2),
+            token_RWC.flatten(1), keep_RWC.flatten(1), parent_RWC.flatten(1), parents.path
         )
+        self._frontier = self._choose(parents, grown, expand_RWC.flatten(1))
         self._grown.append(grown)
-        score_RW, chosen_RW = expand_RWC.flatten(1).topk(self._width, dim=-1)
-        self._frontier = Frontier(
-            token=grown.token.gather(1, chosen_RW),
-            parent_row=chosen_RW // self._width,
-            score=score_RW,
-            candidate=first + chosen_RW,
-            path=grown.path.gather(1, chosen_RW.unsqueeze(-1).expand(-1, -1, self._levels)),
-        )
         return self._frontier
 
+    def _choose(self, parents: Frontier, grown: _Level, expand_RC: torch.Tensor) -> Frontier:
+        """Return which candidates of a level are expanded next, given their scores for that."""
+        level = len(self._grown) + 1
+        first = sum(part.token.shape[1] for part in self._grown)
+        score_RW, chosen_RW = expand_RC.topk(self.width, dim=-1)
+        parent_row_RW = chosen_RW // self.width
+        row_RWL = parent_row_RW.unsqueeze(-1).expand(-1, -1, self._levels)
+        path_RWL = parents.path.gather(1, row_RWL)
+        path_RWL[..., level - 1] = chosen_RW % self.width
+        token_RW = grown.token.gather(1, chosen_RW)
+        return Frontier(token_RW, parent_row_RW, score_RW, first + chosen_RW, path_RWL)
 
-def _branch(path_RWL: torch.Tensor, level: int, width: int) -> torch.Tensor:
-    """Return the paths ``[R, W, C, L]`` of all children; a child's rank names its branch."""
-    path_RWCL = path_RWL.unsqueeze(2).repeat(1, 1, width, 1)
-    path_RWCL[..., level - 1] = torch.arange(width, device=path_RWL.device)
-    return path_RWCL
+
+class PathGrower(TreeGrower):
+    """Grows single paths, which end where the policy says so; they need no codes."""
+
+    def finish_path(self, num_tokens: int) -> torch.Tensor:
+        """Return the tokens, int64 ``[R, num_tokens]``, with `NO_TOKEN` behind the last one."""
+        token_RM = torch.cat([level.token for level in self._grown], dim=1)
+        score_RM = torch.cat([level.score for level in self._grown], dim=1)
+        token_RM.masked_fill_(score_RM == NEVER, NO_TOKEN)
+        return F.pad(token_RM, (0, num_tokens - token_RM.shape[1]), value=NO_TOKEN)
+
+    def _choose(self, parents: Frontier, grown: _Level, expand_RC: torch.Tensor) -> Frontier:
+        """Return the only child."""
+        return parents._replace(token=grown.token, score=expand_RC)
+
+
+def _with_places(tree: DraftTree, num_nodes: int) -> DraftTree:
+    """Return trees of N places: empty ones behind where fewer candidates were grown."""
+    missing = num_nodes - tree.token.shape[1]
+    if missing <= 0:
+        return tree
+    behind = (0, missing)
+    return DraftTree(
+        F.pad(tree.token, behind, value=NO_TOKEN),
+        F.pad(tree.parent, behind, value=ROOT),
+        F.pad(tree.depth, behind, value=1),
+        F.pad(tree.path, (0, 0, *behind), value=UNUSED),
+    )
 
 
 def best_path(tree: DraftTree) -> DraftTree:

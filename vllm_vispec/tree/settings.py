@@ -1,7 +1,7 @@
 """The setting ``"tree"`` of the speculative config."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from vllm_vispec.errors import ViSpecError
@@ -21,7 +21,8 @@ class TreeSettings:
     Attributes:
         policy: Name of the rule, see `policies.POLICIES`.
         depth: Draft passes after the first one; the longest path has ``depth + 1`` draft tokens.
-        top_k: Children that a node may get, and nodes that are expanded in one pass.
+        top_k: Children that a node may get, and nodes that are expanded in one pass; with 1 a tree
+            is a single path.
         threshold: Least probability, of the whole path, at which ``spec_llava`` keeps a node and
             ``entropy`` expands one; None: the policy's default.
 
@@ -59,6 +60,16 @@ class TreeSettings:
             )
 
     @property
+    def width(self) -> int:
+        """Nodes expanded in one pass, and children of each."""
+        return 1 if self.policy == "chain" else self.top_k
+
+    @property
+    def is_confident(self) -> bool:
+        """Whether paths end where the draft is unsure, so that even a single one is no chain."""
+        return POLICIES[self.policy].takes_threshold
+
+    @property
     def levels(self) -> int:
         """Most draft tokens on one path."""
         return self.depth + 1
@@ -90,6 +101,10 @@ class TreeSettings:
         if unknown:
             raise ViSpecError(f"{_PREFIX}.{unknown[0]} is unknown; the keys are {', '.join(known)}")
         return cls(**value)
+
+    def one_branch(self) -> "TreeSettings":
+        """Return the rule for trees of a single path."""
+        return replace(self, top_k=1)
 
     def to_config(self) -> dict[str, Any]:
         """Return the setting as plain data."""

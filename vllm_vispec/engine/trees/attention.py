@@ -19,7 +19,7 @@ from vllm.v1.attention.selector import get_attn_backend
 
 from vllm_vispec.engine.trees.code_rows import MAX_SPARE_CHANNELS, CodeRows
 from vllm_vispec.engine.trees.padded_impl import LayerPadding, padded_class
-from vllm_vispec.engine.trees.setting import read_tree
+from vllm_vispec.engine.trees.setting import has_branches, read_tree
 from vllm_vispec.engine.wrapping import wrap_once
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.tree.codes import MIN_LOGIT, mask_logit
@@ -67,8 +67,7 @@ def _find_code_rows(vllm_config: Any) -> CodeRows | None:
 
 def _init(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
     config = get_current_vllm_config()
-    settings = read_tree(config)
-    if settings is None:
+    if not has_branches(config):
         original(layer, *args, **kwargs)
         return
     given = signature(original).bind(layer, *args, **kwargs)
@@ -76,14 +75,14 @@ def _init(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) 
     if given.arguments["attn_type"] != AttentionType.DECODER:
         original(layer, *args, **kwargs)
         return
-    _build_padded(original, given, _find_code_rows(config) or _make_code_rows(config, settings))
+    _build_padded(original, given, _find_code_rows(config) or _make_code_rows(config))
 
 
-def _make_code_rows(config: Any, settings: TreeSettings) -> CodeRows:
+def _make_code_rows(config: Any) -> CodeRows:
     max_num_tokens = config.scheduler_config.max_num_batched_tokens
     # Models are built with the target's dtype and device as defaults.
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    return CodeRows(settings, max_num_tokens, dtype, device)
+    return CodeRows(settings_of(config), max_num_tokens, dtype, device)
 
 
 def _build_padded(original: Callable[..., None], given: BoundArguments, codes: CodeRows) -> None:
@@ -99,7 +98,7 @@ def _build_padded(original: Callable[..., None], given: BoundArguments, codes: C
     layer.head_size = layer.head_size_v = head_size
     backend_class: Any = type(layer.impl)
     layer.impl.__class__ = padded_class(backend_class)
-    layer.impl.tree_padding = LayerPadding(head_size, padded_size, codes)
+    layer.impl.tree_padding = LayerPadding.of(layer, head_size, padded_size, codes)
 
 
 def _check_layer(values: dict[str, Any]) -> None:

@@ -2,49 +2,51 @@
 
 A node's key carries its code and lies in the node's slot.  Once a path is accepted its keys and
 values are stored again, without codes, in consecutive slots, by the backend's own operator: the
-cache then is what plain decoding would have left.  References to a layer's tensors would not do,
+cache then is what plain decoding would have left.  They are read from the buffers in which layers
+pad them, one for each layer of the target; references to a layer's own tensors would not do,
 compiled graphs use their memory again for the next layer.
 
-Shapes: T tokens of a batch, A places of accepted paths, K key/value heads, h head size.
+Shapes: G layers of one shape, T tokens of a batch, A places of accepted paths, K key/value heads,
+P padded head size.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from vllm_vispec.engine.trees.code_rows import CodeRows, Shape
+from vllm_vispec.engine.trees.padded_rows import PaddedRows
+
+
+class _Group(NamedTuple):
+    """Layers whose heads have one shape, and their buffers, one for each layer."""
+
+    layers: Sequence[Any]
+    key: PaddedRows
+    value: PaddedRows
+
 
 class KeptKeys:
-    """What all layers of the target stored in the current pass.
+    """What the layers of the target stored in the current pass.
 
     Args:
-        always: Keep every pass, as recorded graphs need it; else only those over trees.
+        codes: The engine's buffers.
+        layers: vLLM's `Attention` layers of the target, padded; from now on each fills a buffer
+            of its own with keys and values.
     """
 
-    def __init__(self, *, always: bool) -> None:
-        self._always = always
-        self._wanted = False
-        self._layers: dict[str, KeptLayer] = {}
-
-    @property
-    def active(self) -> bool:
-        """Whether the current pass is kept."""
-        return self._always or self._wanted
-
-    def want(self, wanted: bool) -> None:
-        """Say whether the next pass has trees."""
-        self._wanted = wanted
-
-    def add(self, layer: Any, max_num_tokens: int) -> "KeptLayer":
-        """Allocate for one layer; vLLM's `Attention`, whose implementation pads."""
-        kept = KeptLayer(self, layer, max_num_tokens)
-        self._layers[layer.layer_name] = kept
-        return kept
+    def __init__(self, codes: CodeRows, layers: Sequence[Any]) -> None:
+        by_shape: dict[Shape, list[Any]] = defaultdict(list)
+        for layer in layers:
+            by_shape[layer.impl.tree_padding.key_shape].append(layer)
+        self._groups = [_keep(codes, shape, group) for shape, group in by_shape.items()]
 
     @property
     def num_bytes(self) -> int:
         """Memory of all buffers."""
-        return sum(kept.key.nbytes + kept.value.nbytes for kept in self._layers.values())
+        return sum(group.key.num_bytes + group.value.num_bytes for group in self._groups)
 
     def store_again(
         self,
@@ -53,7 +55,7 @@ class KeptKeys:
         place: torch.Tensor,
         is_moved: torch.Tensor,
     ) -> None:
-        """Store accepted tokens without their codes where plain decoding would have them.
+        """Store accepted tokens where plain decoding would have them; codes have been cleared.
 
         Args:
             slot_mapping: For each layer the slots ``[T]`` of the batch.
@@ -62,31 +64,20 @@ class KeptKeys:
             is_moved: bool ``[A]``; others are left alone.
         """
         slots: dict[int, torch.Tensor] = {}
-        for name, kept in self._layers.items():
-            slots_T = slot_mapping[name]
-            # Layers of one cache group share the tensor.
-            if id(slots_T) not in slots:
-                slots[id(slots_T)] = slots_T[place].masked_fill_(~is_moved, -1)
-            kept.store_again(source, slots[id(slots_T)])
+        for group in self._groups:
+            key_GAKP, value_GAKP = group.key.take(source), group.value.take(source)
+            for layer, key_AKP, value_AKP in zip(group.layers, key_GAKP, value_GAKP, strict=True):
+                slots_T = slot_mapping[layer.layer_name]
+                # Layers of one cache group share the tensor.
+                slots_A = slots.get(id(slots_T))
+                if slots_A is None:
+                    slots_A = slots_T[place].masked_fill_(~is_moved, -1)
+                    slots[id(slots_T)] = slots_A
+                layer.impl.store_padded(layer, key_AKP, value_AKP, slots_A)
 
 
-class KeptLayer:
-    """One layer's part of `KeptKeys`."""
-
-    def __init__(self, owner: KeptKeys, layer: Any, max_num_tokens: int) -> None:
-        self._owner, self._layer = owner, layer
-        shape = (max_num_tokens, layer.num_kv_heads, layer.head_size)
-        options = {"dtype": layer.dtype, "device": layer._k_scale.device}
-        self.key = torch.zeros(shape, **options)
-        self.value = torch.zeros(shape, **options)
-
-    def keep(self, key_TKh: torch.Tensor, value_TKh: torch.Tensor) -> None:
-        """Copy what the layer stores."""
-        if self._owner.active:
-            num_tokens = key_TKh.shape[0]
-            self.key[:num_tokens].copy_(key_TKh)
-            self.value[:num_tokens].copy_(value_TKh)
-
-    def store_again(self, source_A: torch.Tensor, slots_A: torch.Tensor) -> None:
-        """Store tokens of the batch at other slots, without codes."""
-        self._layer.impl.store_plain(self._layer, self.key[source_A], self.value[source_A], slots_A)
+def _keep(codes: CodeRows, shape: Shape, layers: Sequence[Any]) -> _Group:
+    key, value = codes.new_keys(len(layers), shape), codes.new_rows(len(layers), shape)
+    for layer, key_rows, value_rows in zip(layers, key.layers, value.layers, strict=True):
+        layer.impl.tree_padding.key, layer.impl.tree_padding.value = key_rows, value_rows
+    return _Group(layers, key, value)

@@ -8,48 +8,47 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from vllm_vispec.engine.trees.code_rows import CodeRows
-from vllm_vispec.engine.trees.kept import KeptLayer
+from vllm_vispec.engine.trees.code_rows import CodeRows, Shape
+from vllm_vispec.engine.trees.padded_rows import LayerRows
 
 
 @dataclass
 class LayerPadding:
-    """How one layer is padded.
+    """How one layer is padded, and the buffers that do it.
 
     Attributes:
         head_size: h.
         padded_size: P.
-        codes: What the channels of the batch's tokens hold.
-        kept: Keys and values of the batch, for the layers of the target.
+        key_shape: K, h and P.
+        codes: What all buffers belong to.
+        query, key, value, output: Buffers, shared by layers that keep nothing.
     """
 
     head_size: int
     padded_size: int
+    key_shape: Shape
     codes: CodeRows
-    kept: KeptLayer | None = None
+    query: LayerRows
+    key: LayerRows
+    value: LayerRows
+    output: LayerRows
 
-    @property
-    def extra(self) -> int:
-        """Channels added."""
-        return self.padded_size - self.head_size
-
-    def query(self, query_THh: torch.Tensor) -> torch.Tensor:
-        """Return ``[T, H, P]`` with the tokens' codes."""
-        return _append(query_THh, self.codes.query(query_THh.shape[0], self.extra))
-
-    def key(self, key_TKh: torch.Tensor) -> torch.Tensor:
-        """Return ``[T, K, P]`` with the tokens' codes."""
-        return _append(key_TKh, self.codes.key(key_TKh.shape[0], self.extra))
-
-    def plain(self, rows_TKh: torch.Tensor) -> torch.Tensor:
-        """Return ``[T, K, P]`` with zeros, as values and tokens outside trees have them."""
-        return F.pad(rows_TKh, (0, self.extra))
-
-
-def _append(rows_TXh: torch.Tensor, codes_T1E: torch.Tensor) -> torch.Tensor:
-    return torch.cat((rows_TXh, codes_T1E.expand(-1, rows_TXh.shape[1], -1)), dim=-1)
+    @classmethod
+    def of(cls, layer: Any, head_size: int, padded_size: int, codes: CodeRows) -> "LayerPadding":
+        """Return the padding of vLLM's `Attention` layer."""
+        shape = layer.num_heads, head_size, padded_size
+        key_shape = layer.num_kv_heads, head_size, padded_size
+        return cls(
+            head_size,
+            padded_size,
+            key_shape,
+            codes,
+            query=codes.query(shape),
+            key=codes.key(key_shape),
+            value=codes.plain("value", key_shape),
+            output=codes.plain("output", shape),
+        )
 
 
 @lru_cache
@@ -75,19 +74,12 @@ def padded_class(base: Any) -> Any:
             if attn_metadata is None:
                 return output.zero_()
             padding = self.tree_padding
-            padded_THP = output.new_empty((*output.shape[:-1], padding.padded_size))
+            padded_THP, own_THh = padding.output.views(output.shape[0])
+            query_THP = padding.query.fill(query)
             super().forward(
-                layer,
-                padding.query(query),
-                key,
-                value,
-                kv_cache,
-                attn_metadata,
-                padded_THP,
-                *args,
-                **kwargs,
+                layer, query_THP, key, value, kv_cache, attn_metadata, padded_THP, *args, **kwargs
             )
-            return output.copy_(padded_THP[..., : padding.head_size])
+            return output.copy_(own_THh)
 
         def do_kv_cache_update(
             self,
@@ -97,21 +89,16 @@ def padded_class(base: Any) -> Any:
             kv_cache: torch.Tensor,
             slot_mapping: torch.Tensor,
         ) -> None:
-            """Store keys with the tokens' codes, and remember what may be stored again."""
+            """Store keys with the tokens' codes; the buffers hold what may be stored again."""
             padding = self.tree_padding
-            if padding.kept is not None:
-                padding.kept.keep(key, value)
             super().do_kv_cache_update(
-                layer, padding.key(key), padding.plain(value), kv_cache, slot_mapping
+                layer, padding.key.fill(key), padding.value.fill(value), kv_cache, slot_mapping
             )
 
-        def store_plain(
+        def store_padded(
             self, layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
         ) -> None:
-            """Store ``[T, K, h]`` without codes at ``slots`` ``[T]``; -1 skips."""
-            padding = self.tree_padding
-            super().do_kv_cache_update(
-                layer, padding.plain(key), padding.plain(value), layer.kv_cache, slots
-            )
+            """Store ``[T, K, P]`` as they are at ``slots`` ``[T]``; -1 skips."""
+            super().do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
 
     return PaddedImpl

@@ -7,7 +7,6 @@ from vllm_vispec.engine.options import EngineOptions
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.tree.settings import TreeSettings
 
-_CHAIN = "chain"
 _UNSUPPORTED = {
     "draft_sample_method": ("greedy", "a tree's nodes are the draft's likeliest tokens"),
     "rejection_sample_method": ("standard", "a tree is verified by the target's own samples"),
@@ -27,7 +26,7 @@ def resolve_tree(options: EngineOptions, settings: dict[str, Any]) -> EngineOpti
     if options.tree is None:
         return options
     tree = TreeSettings.from_config(options.tree)
-    if tree.policy == _CHAIN:
+    if tree.width == 1 and not tree.is_confident:
         return replace(options, tree=None)
     tree.check_nodes(settings.get("num_speculative_tokens"))
     for name, (allowed, reason) in _UNSUPPORTED.items():
@@ -50,5 +49,18 @@ def read_tree(vllm_config: Any) -> TreeSettings | None:
 
 def schedules_chains(vllm_config: Any, settings: TreeSettings) -> bool:
     """Whether the load schedule has numbers of draft tokens so small that chains are drafted."""
+    return any(0 < count <= settings.levels for count in _scheduled(vllm_config))
+
+
+def has_branches(vllm_config: Any) -> bool:
+    """Whether there is a tree that branches, at some load; else nothing needs path codes."""
+    settings = read_tree(vllm_config)
+    if settings is None or settings.width == 1:
+        return False
+    counts = _scheduled(vllm_config)
+    return not counts or max(counts) > settings.levels
+
+
+def _scheduled(vllm_config: Any) -> list[int]:
     schedule = vllm_config.speculative_config.num_speculative_tokens_per_batch_size
-    return any(0 < count <= settings.levels for _, _, count in schedule or ())
+    return [count for _, _, count in schedule or ()]

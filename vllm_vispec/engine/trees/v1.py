@@ -10,62 +10,111 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from vllm.forward_context import set_forward_context
+from vllm.platforms import current_platform
 
 from vllm_vispec.engine.trees.attention import settings_of
 from vllm_vispec.engine.trees.limits import check_engine
-from vllm_vispec.engine.trees.v1_runner import RunnerTrees
+from vllm_vispec.engine.trees.setting import has_branches
+from vllm_vispec.engine.trees.v1_runner import RunnerChains, RunnerTrees
 from vllm_vispec.engine.v1 import ViSpecProposer
-from vllm_vispec.tree.grow import DraftTree, Frontier, TreeGrower, best_path, replace_rows
+from vllm_vispec.tree.grow import Frontier, PathGrower, TreeGrower, best_path, replace_rows
 
 _NO_SLOT = -1
 
 
-class _Roots(NamedTuple):
-    """Where the trees of a batch begin.
+class _Passes(NamedTuple):
+    """What the passes over the levels of a round's trees are told, all made at once.
 
     Attributes:
-        position: int64 ``[R]``; of each request's last row in the first pass.
-        metadata: vLLM's description of the batch.
+        batch: vLLM's description of the batch.
+        width: W.
+        positions: int64 ``[levels, B]``.
+        slots: int64 ``[levels, B]``; KV slots, none beyond the longest sequence.
+        seq_lens: ``[levels, R]``.
+        starts, starts_cpu: ``[R + 1]``; first row of each request.
     """
 
-    position: torch.Tensor
-    metadata: Any
+    batch: Any
+    width: int
+    positions: torch.Tensor
+    slots: torch.Tensor
+    seq_lens: torch.Tensor
+    starts: torch.Tensor
+    starts_cpu: torch.Tensor
+
+    def metadata(self, level: int, max_model_len: int) -> Any:
+        """Describe one level's nodes as the next ``width`` tokens of each request."""
+        batch, behind = self.batch, level * self.width
+        upper = batch.seq_lens_cpu_upper_bound
+        return replace(
+            batch,
+            query_start_loc=self.starts,
+            query_start_loc_cpu=self.starts_cpu,
+            seq_lens=self.seq_lens[level - 1],
+            num_actual_tokens=self.positions.shape[1],
+            max_query_len=self.width,
+            max_seq_len=min(batch.max_seq_len + behind, max_model_len),
+            seq_lens_cpu_upper_bound=None if upper is None else upper + behind,
+            slot_mapping=self.slots[level - 1],
+        )
 
 
 class TreeProposer(ViSpecProposer):
     """Runs vLLM's first pass for one draft, then one pass for each level of the trees."""
 
-    trees: RunnerTrees
+    trees: RunnerChains
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; everything trees need is allocated before memory is profiled."""
         super().load_model(target_model)
         self._settings = settings_of(self.vllm_config)
         check_engine(self.vllm_config, self._settings)
-        self._grower = TreeGrower(self._settings)
+        self._tree_grower = TreeGrower(self._settings)
+        self._path_grower = (
+            PathGrower(self._settings.one_branch()) if self._settings.is_confident else None
+        )
         self._num_nodes = self.speculative_config.num_speculative_tokens
         self._root_hidden: torch.Tensor | None = None
         self._grows = True
-        self.trees = RunnerTrees(self._runner, self._draft_attn_layer_names)
+        self._on_cpu = current_platform.is_cpu()
+        self.trees = self._attach()
+
+    def _attach(self) -> RunnerChains:
+        if has_branches(self.vllm_config):
+            return RunnerTrees(self._runner, self._draft_attn_layer_names)
+        return RunnerChains(self._runner)
 
     def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the trees' tokens ``[R, num_speculative_tokens]``, best nodes first.
 
-        No more of them than a path has are drafted as vLLM drafts a chain, at a chain's cost.
+        No more of them than a path has are a chain: one that ends where the draft is unsure if the
+        policy minds that, else vLLM's own.
         """
-        self.trees.codes.clear()
-        self._grows = num_speculative_tokens > self._settings.levels
-        if not self._grows:
+        count = num_speculative_tokens
+        self.trees.clear_codes()
+        is_tree = count > self._settings.levels
+        grower = self._tree_grower if is_tree else self._path_grower
+        self._grows = count > 0 and grower is not None
+        if not is_tree:
             self.trees.write_chains()
-            return super().propose(num_speculative_tokens, *args, **kwargs)
+        if not self._grows or grower is None:
+            return super().propose(count, *args, **kwargs)
         super().propose(1, *args, **kwargs)
-        self.num_speculative_tokens = num_speculative_tokens
-        tree = self._grow(kwargs["common_attn_metadata"])
+        self.num_speculative_tokens = count
+        num_passes = min(self._settings.depth, count - 1)
+        self._grow(grower, num_passes, kwargs["common_attn_metadata"])
+        if isinstance(grower, PathGrower):
+            return grower.finish_path(count)
+        return self._finish_tree()[:, :count].contiguous()
+
+    def _finish_tree(self) -> torch.Tensor:
+        assert isinstance(self.trees, RunnerTrees)
+        tree = self._tree_grower.finish(self._num_nodes)
         chain_rows = self.trees.chain_rows()
         if chain_rows is not None:
             tree = replace_rows(tree, best_path(tree), chain_rows)
         self.trees.write(tree)
-        return tree.token[:, :num_speculative_tokens].contiguous()
+        return tree.token
 
     def _sample_draft_tokens(
         self, hidden_states: torch.Tensor, sampling_metadata: Any
@@ -76,40 +125,45 @@ class TreeProposer(ViSpecProposer):
         self._root_hidden = hidden_states
         return hidden_states.new_zeros(hidden_states.shape[0], dtype=torch.int64), None
 
-    def _grow(self, metadata: Any) -> DraftTree:
+    def _grow(self, grower: TreeGrower, num_passes: int, batch: Any) -> None:
         hidden_RD, rows_R = self._root_hidden, self._first_draft_rows
         assert hidden_RD is not None
         assert rows_R is not None
         self._root_hidden = self._first_draft_rows = None
-        roots = _Roots(self.positions[rows_R], metadata)
-        frontier = self._grower.start(self.model.compute_logits(hidden_RD))
+        frontier = grower.start(self.model.compute_logits(hidden_RD))
+        if not num_passes:
+            return
         num_requests, width = frontier.token.shape
         self.draft_rows.gather(rows_R.repeat_interleave(width))
+        passes = self._passes(self.positions[rows_R], width, num_passes, batch)
         hidden_RXD = hidden_RD.unsqueeze(1)
-        for level in range(1, self._settings.depth + 1):
-            index_RWD = frontier.parent_row.unsqueeze(-1).expand(-1, -1, hidden_RXD.shape[-1])
-            hidden_BD = self._level(level, frontier, hidden_RXD.gather(1, index_RWD), roots)
+        for level in range(1, num_passes + 1):
+            # On a CPU there is no queue of work that a look at the outcome would hold up.
+            if self._on_cpu and self._settings.is_confident and grower.is_done():
+                break
+            if width > 1:
+                index_RWD = frontier.parent_row.unsqueeze(-1).expand(-1, -1, hidden_RXD.shape[-1])
+                hidden_RXD = hidden_RXD.gather(1, index_RWD)
+            hidden_BD = self._level(level, frontier, hidden_RXD, passes)
             hidden_RXD = hidden_BD.view(num_requests, width, -1)
             logits_BV = self.model.compute_logits(hidden_BD)
-            frontier = self._grower.expand(logits_BV.view(num_requests, width, -1))
-        self.trees.codes.clear()
-        return self._grower.finish(self._num_nodes)
+            frontier = grower.expand(logits_BV.view(num_requests, width, -1))
+        self.trees.clear_codes()
 
     def _level(
-        self, level: int, frontier: Frontier, hidden_RWD: torch.Tensor, roots: _Roots
+        self, level: int, frontier: Frontier, hidden_RWD: torch.Tensor, passes: _Passes
     ) -> torch.Tensor:
         """Run the draft over one level's nodes; return their hidden states ``[B, D]``."""
         num_rows = frontier.token.numel()
-        width = frontier.token.shape[1]
-        positions_R1 = (roots.position + level).unsqueeze(1).clamp(max=self.max_model_len - 1)
         self.input_ids[:num_rows] = frontier.token.flatten()
-        self.positions[:num_rows] = positions_R1.expand(-1, width).flatten()
+        self.positions[:num_rows] = passes.positions[level - 1]
         # Logits need all of a state, the next pass what the draft reads of it.
         width_read = self.hidden_states.shape[1]
         self.hidden_states[:num_rows] = hidden_RWD.flatten(0, 1)[:, :width_read]
-        rows_B = torch.arange(num_rows, device=frontier.path.device)
-        self.trees.codes.set(rows_B, frontier.path.flatten(0, 1), num_rows)
-        metadata = self._level_metadata(level, width, roots)
+        if passes.width > 1:
+            assert isinstance(self.trees, RunnerTrees)
+            self.trees.codes.set_draft(frontier.path.flatten(0, 1))
+        metadata = passes.metadata(level, self.max_model_len)
         _, per_layer = self.build_per_group_and_layer_attn_metadata(metadata, draft_index=level)
         mode, num_input, across_dp = self._determine_batch_execution_and_padding(num_rows)
         model_kwargs, num_slots = self.build_model_inputs_first_pass(num_rows, num_input, None)
@@ -124,30 +178,31 @@ class TreeProposer(ViSpecProposer):
             hidden, _ = self.model(**model_kwargs)
         return hidden[:num_rows]
 
-    def _level_metadata(self, level: int, width: int, roots: _Roots) -> Any:
-        """Describe one level's nodes as the next ``width`` tokens of each request."""
-        batch, behind = roots.metadata, level * width
-        num_requests, num_rows = roots.position.shape[0], roots.position.shape[0] * width
-        starts = torch.arange(0, num_rows + 1, width, dtype=torch.int32)
-        seq_lens = (roots.position + 1 + behind).clamp(max=self.max_model_len)
-        upper = batch.seq_lens_cpu_upper_bound
-        return replace(
+    def _passes(self, root_R: torch.Tensor, width: int, num_levels: int, batch: Any) -> _Passes:
+        """Describe the passes behind the roots, whose positions are int64 ``[R]``."""
+        num_requests = root_R.shape[0]
+        level_L1 = torch.arange(1, num_levels + 1, device=root_R.device).unsqueeze(1)
+        position_LR = (root_R + level_L1).clamp_(max=self.max_model_len - 1)
+        seq_len_LR = (root_R + 1 + level_L1 * width).clamp_(max=self.max_model_len)
+        return _Passes(
             batch,
-            query_start_loc=self.arange[: num_requests + 1] * width,
-            query_start_loc_cpu=starts,
-            seq_lens=seq_lens.to(batch.seq_lens.dtype),
-            num_actual_tokens=num_rows,
-            max_query_len=width,
-            max_seq_len=min(batch.max_seq_len + behind, self.max_model_len),
-            seq_lens_cpu_upper_bound=None if upper is None else upper + behind,
-            slot_mapping=self._level_slots(level, width, roots),
+            width,
+            positions=position_LR.repeat_interleave(width, dim=1),
+            slots=self._slots_behind(root_R, width * num_levels, batch.block_table_tensor)
+            .view(num_requests, num_levels, width)
+            .transpose(0, 1)
+            .flatten(1),
+            seq_lens=seq_len_LR.to(batch.seq_lens.dtype),
+            starts=self.arange[: num_requests + 1] * width,
+            starts_cpu=torch.arange(0, num_requests * width + 1, width, dtype=torch.int32),
         )
 
-    def _level_slots(self, level: int, width: int, roots: _Roots) -> torch.Tensor:
-        """Return the KV slots ``[B]`` of one level's nodes; none beyond the longest sequence."""
-        table = roots.metadata.block_table_tensor
-        first_R1 = roots.position.unsqueeze(1) + 1 + (level - 1) * width
-        place_RW = first_R1 + torch.arange(width, device=table.device)
-        block_RW = (place_RW // self.block_size).clamp(max=table.shape[1] - 1)
-        slot_RW = table.gather(1, block_RW).long() * self.block_size + place_RW % self.block_size
-        return slot_RW.masked_fill(place_RW >= self.max_model_len, _NO_SLOT).flatten()
+    def _slots_behind(
+        self, root_R: torch.Tensor, count: int, block_table: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the next ``count`` KV slots, int64 ``[R, count]``; none past the last position."""
+        place_RX = root_R.unsqueeze(1) + torch.arange(1, count + 1, device=root_R.device)
+        block_RX = (place_RX // self.block_size).clamp_(max=block_table.shape[1] - 1)
+        slot_RX = block_table.gather(1, block_RX).long() * self.block_size
+        slot_RX += place_RX % self.block_size
+        return slot_RX.masked_fill_(place_RX >= self.max_model_len, _NO_SLOT)

@@ -20,7 +20,43 @@ from vllm_vispec.engine.wrapping import wrap_object
 from vllm_vispec.tree.grow import NO_TOKEN, DraftTree
 
 
-class RunnerTrees:
+class RunnerChains:
+    """Drafts of a V1 runner that are single paths, of any length; changes that one object.
+
+    vLLM verifies them itself.
+
+    Args:
+        runner: vLLM's ``GPUModelRunner``, whose target is loaded.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        wrap_object(runner, "_get_draft_token_ids_cpu", self._drafts_for_scheduler)
+        wrap_object(runner, "_input_fits_in_drafter", self._fits)
+
+    def clear_codes(self) -> None:
+        """Let all tokens be plain; here they always are."""
+
+    def write_chains(self) -> None:
+        """Let the drafts of the batch be plain rows; here they always are."""
+
+    def _fits(self, original: Callable[..., bool], metadata: Any) -> bool:
+        """Draft up to the longest sequence too.
+
+        Near it the scheduler takes as many of a tree's nodes as fit, the best ones; vLLM would stop
+        a whole tree's number of tokens before it, and for all requests of the batch.
+        """
+        return metadata is not None
+
+    def _drafts_for_scheduler(
+        self, original: Callable[..., tuple[list[list[int]], list[str]]]
+    ) -> tuple[list[list[int]], list[str]]:
+        """Cut the empty places behind trees and chains off what the host sees."""
+        drafts, request_ids = original()
+        return [_without_empty(tokens) for tokens in drafts], request_ids
+
+
+class RunnerTrees(RunnerChains):
     """The trees of one V1 runner; changes that one object.
 
     Args:
@@ -29,8 +65,8 @@ class RunnerTrees:
     """
 
     def __init__(self, runner: Any, draft_layers: set[str]) -> None:
+        super().__init__(runner)
         config = runner.vllm_config
-        self._runner = runner
         self.codes = code_rows(config)
         num_nodes = config.speculative_config.num_speculative_tokens
         self.table = TreeTable(settings_of(config), num_nodes, runner.max_num_reqs, runner.device)
@@ -40,17 +76,15 @@ class RunnerTrees:
         self._round: TreeRound | None = None
         self._hidden: torch.Tensor | None = None
         self._slot_mapping: Mapping[str, torch.Tensor] = {}
-        self._attach()
-
-    def _attach(self) -> None:
-        runner = self._runner
         wrap_object(runner, "_calc_spec_decode_metadata", self._begin)
         wrap_object(runner, "_model_forward", self._forward)
-        wrap_object(runner, "_get_draft_token_ids_cpu", self._drafts_for_scheduler)
-        wrap_object(runner, "_input_fits_in_drafter", self._fits)
         sampler = TreeRejectionSampler(runner.sampler, runner.speculative_config, runner.device)
         sampler.trees = self
         runner.rejection_sampler = sampler
+
+    def clear_codes(self) -> None:
+        """Let all tokens be plain."""
+        self.codes.clear()
 
     def write(self, tree: DraftTree) -> None:
         """Keep the trees just drafted, requests in batch order."""
@@ -119,30 +153,13 @@ class RunnerTrees:
         shift_S = batch.position_shift.to(positions.dtype).expand(*positions.shape[:-1], -1)
         positions.index_add_(-1, batch.token_index, shift_S)
         self.codes.set(batch.token_index, batch.path, batch.num_tokens)
-        self.kept.want(True)
         output = original(*args, **kwargs)
-        self.kept.want(False)
         self.codes.clear()
         # The draft, and slots, count tokens.
         positions.index_add_(-1, batch.token_index, shift_S, alpha=-1)
         self._hidden = output[0] if isinstance(output, tuple) else output
         self._slot_mapping = get_forward_context().slot_mapping
         return output
-
-    def _fits(self, original: Callable[..., bool], metadata: Any) -> bool:
-        """Draft up to the longest sequence too.
-
-        Near it the scheduler takes as many of a tree's nodes as fit, the best ones; vLLM would stop
-        a whole tree's number of tokens before it, and for all requests of the batch.
-        """
-        return metadata is not None
-
-    def _drafts_for_scheduler(
-        self, original: Callable[..., tuple[list[list[int]], list[str]]]
-    ) -> tuple[list[list[int]], list[str]]:
-        """Cut the empty places behind trees and chains off what the host sees."""
-        drafts, request_ids = original()
-        return [_without_empty(tokens) for tokens in drafts], request_ids
 
 
 class _Params(Mapping[str, Any]):

@@ -73,7 +73,6 @@ class TreeSpeculator(ViSpecSpeculator):
         No more of them than a path has are drafted as vLLM drafts a chain, at a chain's cost.
         """
         self.trees.accept(input_batch.input_ids, last_hidden_states, slot_mappings)
-        self.trees.codes.clear()
         count = (
             self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         )
@@ -156,8 +155,7 @@ class TreeSpeculator(ViSpecSpeculator):
         starts = torch.arange(0, num_rows + 1, width, device=root_R.device)
         buffers.query_start_loc[: num_requests + 1] = starts
         buffers.seq_lens[:num_requests] = (root_R + 1 + level * width).clamp(max=last + 1)
-        rows_B = torch.arange(num_rows, device=root_R.device)
-        self.trees.codes.set(rows_B, frontier.path.flatten(0, 1), num_rows)
+        self.trees.codes.set_draft(frontier.path.flatten(0, 1))
         slot_mappings = self._level_slots(level, width, root_R)
         metadata = self._build_uniform_attn_metadata(
             batch_desc=BatchExecutionDescriptor(CUDAGraphMode.NONE, num_rows, None),

@@ -101,6 +101,7 @@ class StateTrees:
         self, input_ids: torch.Tensor, hidden: torch.Tensor, slots: Mapping[str, torch.Tensor]
     ) -> None:
         """Move the accepted paths to the front: tokens, hidden states, keys and values."""
+        self.codes.clear()
         for token_S, moves in self._moves:
             source_A, place_A = token_S[moves.source], token_S[moves.place]
             for rows in (input_ids, hidden):
@@ -114,9 +115,7 @@ class StateTrees:
         """Give nodes the positions of their levels and the codes of their paths."""
         inputs = original(input_batch, req_states)
         self._round, self._moves = None, []
-        has_drafts = input_batch.num_draft_tokens > 0
-        self.kept.want(has_drafts)
-        if not has_drafts:
+        if not input_batch.num_draft_tokens:
             self.codes.clear()
             return inputs
         token_S = input_batch.logits_indices.long()
