@@ -35,7 +35,6 @@ from examples.demo.job import Job
 from examples.tiny_vlm.families import FAMILIES
 from tests.bench.made_up_trees import FakeSide, made_up_call, made_up_row, made_up_rows
 from vllm_vispec.engine.trees import memory as tree_memory
-from vllm_vispec.engine.trees.kept import KeptKeys
 from vllm_vispec.errors import ViSpecError
 
 GREEDY = PARTS[Part.POLICIES].condition
@@ -264,9 +263,9 @@ def test_unknown_drafts_are_named(bench: Bench) -> None:
 def test_memory_is_read_from_the_line_that_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger=tree_memory.logger.name):
         tree_memory.logger.addHandler(caplog.handler)
-        tree_memory._log([(64, 96), (64, 96)], KeptKeys(always=False))
+        tree_memory._log([(64, 96), (64, 96)], 3 << 19)
     tree_memory.logger.removeHandler(caplog.handler)
-    assert find_memory("before\n" + caplog.messages[-1]) == Memory(50.0, 0.0)
+    assert find_memory("before\n" + caplog.messages[-1]) == Memory(50.0, 1.5)
     assert find_memory("nothing of the kind") is None
 
 

@@ -48,7 +48,9 @@ class Layer:
         config.model_config = SimpleNamespace(dtype=dtype, is_mm_prefix_lm=False, rswa_window=None)
         attention.install()
         torch.set_default_dtype(dtype)
-        settings = mock.patch.object(attention, "read_tree", return_value=TreeSettings())
+        settings = mock.patch.multiple(
+            attention, has_branches=lambda _: True, settings_of=lambda _: TreeSettings()
+        )
         with settings, set_current_vllm_config(config):
             module = Attention(
                 NUM_HEADS, head_size, head_size**-0.5, NUM_KV_HEADS, prefix="layers.0.attn"
@@ -175,8 +177,9 @@ def _stored_again(layer: Layer, path: list[int]) -> float:
     first, plain = BLOCK, BLOCK * (1 + BLOCKS)
     source, last = PREFIX + torch.tensor(path), torch.tensor([PREFIX + NODES + 1])
     places = PREFIX + 1 + torch.arange(len(path))
-    rows = layer.key[source], layer.value[source]
-    layer.module.impl.store_plain(layer.module, *rows, first + places)
+    padding = layer.module.impl.tree_padding
+    rows = padding.key.fill(layer.key[source]), padding.value.fill(layer.value[source])
+    layer.module.impl.store_padded(layer.module, *rows, first + places)
     sequence = torch.cat([torch.arange(PREFIX + 1), source, last])
     layer.store(last, first + torch.tensor([len(sequence) - 1]))
     layer.store(sequence, plain + torch.arange(len(sequence)))

@@ -29,7 +29,8 @@ BACKENDS: Mapping[str, tuple[str, str, str]] = {
 
 
 def _padded(backend: Any, head_size: int, depth: int) -> str:
-    channels = num_channels(TreeSettings(depth=depth).levels)
+    settings = TreeSettings(depth=depth)
+    channels = num_channels(settings.levels, settings.top_k)
     size = smallest_head_size(head_size, channels, lambda _: backend)
     return "refused" if size is None else str(size)
 

@@ -15,6 +15,7 @@ from vllm_vispec.tree.codes import (
     MIN_LOGIT,
     STRENGTH,
     UNUSED,
+    channels_per_level,
     encode,
     mask_logit,
     num_channels,
@@ -25,16 +26,25 @@ from vllm_vispec.tree.settings import TreeSettings
 PREFIX, NODES, HEADS = 37, 29, 4
 
 
-def test_words_of_a_level() -> None:
+@pytest.mark.parametrize("siblings", range(1, MAX_SIBLINGS + 1))
+def test_words_of_a_level(siblings: int) -> None:
     """The same word cancels, two different ones never do, unused levels are silent."""
-    query, key = word_tables(torch.float32, torch.device("cpu"))
+    query, key = word_tables(siblings, torch.float32, torch.device("cpu"))
     product = query @ key.T
-    for branch in range(MAX_SIBLINGS):
+    for branch in range(siblings):
         assert product[branch, branch] == 0
-        others = [other for other in range(MAX_SIBLINGS) if other != branch]
+        others = [other for other in range(siblings) if other != branch]
         assert bool((product[branch, others] <= -(STRENGTH**2)).all())
     assert bool((product[UNUSED] == 0).all())
     assert bool((product[:, UNUSED] == 0).all())
+
+
+def test_channels_of_a_level() -> None:
+    """As few as tell the children apart; an only child needs none."""
+    assert [channels_per_level(siblings) for siblings in range(1, 11)] == [
+        *(0, 2, 3, 4, 4, 4),
+        *(5, 5, 5, 5),
+    ]
 
 
 @pytest.mark.parametrize("head_size", [16, 64, 128, 256])
@@ -42,9 +52,11 @@ def test_hidden_nodes_lie_far_below(head_size: int) -> None:
     assert mask_logit(head_size**-0.5) >= MIN_LOGIT
 
 
-def _row(dtype: torch.dtype, head_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _row(
+    dtype: torch.dtype, head_size: int, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return padded queries and keys of a prefix and a tree, and who may see whom."""
-    settings = TreeSettings()
+    settings = TreeSettings(top_k=top_k)
     tree = grow(random_model(9), settings, 1, NODES)
     path = torch.full((PREFIX + 1 + NODES, settings.levels), UNUSED)
     path[PREFIX + 1 :] = tree.path[0]
@@ -56,12 +68,12 @@ def _row(dtype: torch.dtype, head_size: int) -> tuple[torch.Tensor, torch.Tensor
             seen = other <= node and is_ancestor(parents, other, node)
             visible[PREFIX + node, PREFIX + other] = seen
     generator = torch.Generator().manual_seed(0)
-    tables = word_tables(dtype, torch.device("cpu"))
+    tables = word_tables(top_k, dtype, torch.device("cpu"))
     padded = []
     for table in tables:
         plain = torch.randn(HEADS, total, head_size, generator=generator).to(dtype)
         codes = encode(path, table).expand(HEADS, -1, -1)
-        assert codes.shape[-1] == num_channels(settings.levels)
+        assert codes.shape[-1] == num_channels(settings.levels, top_k)
         padded.append(torch.cat([plain, codes], dim=-1))
     return padded[0], padded[1], visible
 
@@ -76,11 +88,11 @@ def _attend(
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 3e-6), (torch.bfloat16, 1.5e-2)])
-@pytest.mark.parametrize("head_size", [16, 128])
+@pytest.mark.parametrize(("head_size", "top_k"), [(16, 8), (128, 8), (128, 3)])
 def test_a_tree_in_a_row_equals_a_dense_mask(
-    dtype: torch.dtype, error: float, head_size: int
+    dtype: torch.dtype, error: float, head_size: int, top_k: int
 ) -> None:
-    query, key, visible = _row(dtype, head_size)
+    query, key, visible = _row(dtype, head_size, top_k)
     total, scale = visible.shape[0], head_size**-0.5
     generator = torch.Generator().manual_seed(1)
     value = torch.randn(HEADS, total, head_size, generator=generator).to(dtype)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from tests.unit.tree_models import VOCAB, grow, random_model
 from vllm_vispec.engine.trees.code_rows import CodeRows
-from vllm_vispec.engine.trees.kept import KeptKeys, KeptLayer
+from vllm_vispec.engine.trees.kept import KeptKeys
+from vllm_vispec.engine.trees.padded_impl import LayerPadding
+from vllm_vispec.engine.trees.padded_rows import LayerRows
 from vllm_vispec.engine.trees.rounds import TreeRound, TreeTable
 from vllm_vispec.tree.codes import UNUSED, encode, word_tables
 from vllm_vispec.tree.grow import DraftTree, best_path, replace_rows
@@ -111,50 +114,101 @@ def test_some_requests_get_chains() -> None:
         assert torch.equal(part[1], theirs[1])
 
 
-def test_codes_are_cleared() -> None:
+QUERY, KEY = (4, 3, 19), (2, 3, 19)  # heads, head size, padded head size
+
+
+def _channels(rows: LayerRows) -> torch.Tensor:
+    """Return what stands behind each token's first head, ``[T, 16]``."""
+    return rows.views(32)[0][:, 0, 3:]
+
+
+def test_codes_are_set_and_cleared() -> None:
     rows = CodeRows(SETTINGS, 32, torch.float32, CPU)
-    path = torch.randint(0, UNUSED, (3, SETTINGS.levels))
+    query, key, value = rows.query(QUERY), rows.key(KEY), rows.plain("value", KEY)
+    target = rows.new_keys(2, KEY).layers
+    path = torch.randint(0, SETTINGS.top_k, (3, SETTINGS.levels))
     rows.set(torch.tensor([4, 5, 9]), path, 10)
-    query, key = word_tables(torch.float32, CPU)
-    width = rows.num_channels + 4
-    assert torch.equal(rows.query(10, width)[[4, 5, 9], 0, :-4], encode(path, query))
-    assert torch.equal(rows.key(10, width)[[4, 5, 9], 0, :-4], encode(path, key))
-    assert int((rows.query(32, width) != 0).any(-1).sum()) == 3
+    query_table, key_table = word_tables(SETTINGS.top_k, torch.float32, CPU)
+    width = rows.num_channels
+    assert width == 4 * SETTINGS.levels
+    assert torch.equal(_channels(query)[[4, 5, 9], :width], encode(path, query_table))
+    for buffer in (key, *target):
+        assert torch.equal(_channels(buffer)[[4, 5, 9], :width], encode(path, key_table))
+        assert int(_channels(buffer).any(-1).sum()) == 3
     rows.set(torch.tensor([0]), path[:1], 1)
-    assert int((rows.query(32, width) != 0).any(-1).sum()) == 1
+    assert int(_channels(target[1]).any(-1).sum()) == 1
+    assert not _channels(value).any()
     rows.clear()
-    assert not rows.query(32, width).any()
-    assert not rows.key(32, width).any()
+    assert not any(_channels(buffer).any() for buffer in (query, key, *target))
+
+
+def test_the_draft_has_codes_of_its_own() -> None:
+    """A pass of the draft leaves the target's buffers, which still hold accepted keys, alone."""
+    rows = CodeRows(SETTINGS, 32, torch.float32, CPU)
+    query, key = rows.query(QUERY), rows.key(KEY)
+    target = rows.new_keys(1, KEY).layers[0]
+    path = torch.zeros(5, SETTINGS.levels, dtype=torch.int64)
+    rows.set_draft(path)
+    assert int(_channels(query).any(-1).sum()) == 5
+    assert int(_channels(key).any(-1).sum()) == 5
+    assert not _channels(target).any()
+    rows.clear()
+    assert not _channels(query).any()
+    assert not _channels(key).any()
+
+
+def test_layers_of_a_shape_share_buffers() -> None:
+    rows = CodeRows(SETTINGS, 32, torch.float32, CPU)
+    assert rows.query(QUERY) is rows.query(QUERY)
+    assert rows.key(KEY) is not rows.query(KEY)
+    assert rows.num_bytes == 4 * 32 * 19 * (4 + 2 + 2)
+
+
+def test_rows_are_padded() -> None:
+    rows = CodeRows(SETTINGS, 32, torch.float32, CPU).plain("value", KEY)
+    for count in (5, 5, 3):
+        given = torch.randn(count, 2, 3)
+        padded = rows.fill(given)
+        assert padded.is_contiguous()
+        assert torch.equal(padded[..., :3], given)
+        assert not padded[..., 3:].any()
 
 
 class _Layer:
     """Stands in for vLLM's attention layer; remembers what is stored."""
 
-    layer_name, num_kv_heads, head_size, dtype = "layer", 2, 3, torch.float32
-    _k_scale = torch.tensor(1.0)
+    num_heads, num_kv_heads = 4, 2
 
-    def __init__(self) -> None:
-        self.impl = self
+    def __init__(self, name: str, codes: CodeRows) -> None:
+        self.layer_name, self.impl = name, self
+        self.tree_padding = LayerPadding.of(self, 3, 19, codes)
         self.stored: list[tuple[torch.Tensor, ...]] = []
 
-    def store_plain(self, layer: _Layer, *rows: torch.Tensor) -> None:
+    def store_padded(self, layer: _Layer, *rows: torch.Tensor) -> None:
         assert layer is self
         self.stored.append(rows)
 
 
-def test_keys_are_kept_for_trees_alone() -> None:
-    owner, layer = KeptKeys(always=False), _Layer()
-    kept: KeptLayer = owner.add(layer, 8)
-    assert owner.num_bytes == 2 * 8 * 2 * 3 * 4
-    key, value = torch.randn(5, 2, 3), torch.randn(5, 2, 3)
-    kept.keep(key, value)
-    assert not kept.key.any()
-    owner.want(True)
-    kept.keep(key, value)
+def test_accepted_keys_are_stored_again() -> None:
+    """Each layer's own keys and values, without codes, at the slots of its cache group."""
+    codes = CodeRows(SETTINGS, 8, torch.float32, CPU)
+    layers = [_Layer(name, codes) for name in ("one", "two")]
+    kept = KeptKeys(codes, layers)
+    assert kept.num_bytes == 2 * 2 * 8 * 2 * 19 * 4
+    codes.set(torch.arange(5), torch.zeros(5, SETTINGS.levels, dtype=torch.int64), 5)
+    given = {layer.layer_name: torch.randn(2, 5, 2, 3) for layer in layers}
+    for layer in layers:
+        key, value = given[layer.layer_name]
+        layer.tree_padding.key.fill(key)
+        layer.tree_padding.value.fill(value)
+    codes.clear()
     source, place = torch.tensor([0, 3, 2]), torch.tensor([0, 1, 2])
     is_moved = torch.tensor([False, True, True])
-    owner.store_again({"layer": torch.tensor([70, 71, 72, 73, 74])}, source, place, is_moved)
-    found_key, found_value, slots = layer.stored[0]
-    assert torch.equal(found_key, key[source])
-    assert torch.equal(found_value, value[source])
-    assert slots.tolist() == [-1, 71, 72]
+    slots = {"one": torch.arange(70, 75), "two": torch.arange(10, 15)}
+    kept.store_again(slots, source, place, is_moved)
+    for layer, expected in zip(layers, ([-1, 71, 72], [-1, 11, 12]), strict=True):
+        key, value, found = layer.stored[0]
+        plain_key, plain_value = F.pad(given[layer.layer_name], (0, 16))[:, source]
+        assert torch.equal(key, plain_key)
+        assert torch.equal(value, plain_value)
+        assert found.tolist() == expected
