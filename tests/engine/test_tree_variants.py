@@ -59,17 +59,24 @@ class Variant:
 
 LOAD = {"num_speculative_tokens_per_batch_size": [[1, 2, 19], [3, 6, 7], [7, 10, 2], [11, 16, 0]]}
 GATED = {"compressor": "select(prune:2,pool:4,text_only)", "num_q": 1, "dialect": "canonical"}
+CONFIDENT: Mapping[str, Any] = {"policy": "spec_llava", "depth": 3, "top_k": 3, "threshold": 0.1}
+PATH: Mapping[str, Any] = {"policy": "spec_llava", "depth": 5, "top_k": 1, "threshold": 0.9999}
 VARIANTS: Mapping[str, Variant] = {
     "embeds": Variant(EAGLE2, head={"compress": False}),
     "gated": Variant(EAGLE2, head=GATED),
     "tokens": Variant(EAGLE2, tokens=tuple(token for token in range(VOCAB) if token % 3)),
-    "spec_llava": Variant({"policy": "spec_llava", "depth": 3, "top_k": 3, "threshold": 0.1}),
+    "spec_llava": Variant(CONFIDENT),
+    "path": Variant(PATH, nodes=6),
     "entropy": Variant({"policy": "entropy", "depth": 5, "top_k": 3}),
     "load": Variant(EAGLE2, config=LOAD),
+    "paths": Variant(dict(CONFIDENT) | {"threshold": 0.9999}, config=LOAD),
     # More slots are drafted into than there are nodes.
     "few": Variant(EAGLE2, nodes=4),
     "shallow": Variant({"policy": "eagle2", "depth": 1, "top_k": 3}, nodes=12),
 }
+
+# These are also asked about prompts near the longest sequence.
+EDGE = ("few", "load", "path")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +88,7 @@ def served(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> Served:
     setups = [setup("plain", KIND, plain, {"mixed": mixed, "edge": {}})]
     for name, variant in VARIANTS.items():
         scenarios: dict[str, Any] = {"mixed": dict(mixed)}
-        if name in ("few", "load"):
+        if name in EDGE:
             scenarios["edge"] = {}
         setups.append(setup(name, KIND, variant.options(tiny, lists / f"{name}.json"), scenarios))
     return serve(RUNNERS["v1"], setups)
@@ -93,14 +100,27 @@ def test_variants(served: Served, name: str) -> None:
     assert mean_accepted(served[name, "mixed"]) > 0.1
 
 
-def test_load_shrinks_trees_to_chains(served: Served) -> None:
-    """Rounds have as many nodes as the schedule says; two of them are a chain, and count."""
-    rounds = [
+def _rounds(served: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return drafted and accepted tokens of every round."""
+    return [
         (drafted, accepted)
-        for rows in served["load", "mixed"]["results"].values()
+        for rows in served["results"].values()
         for row in rows
         for drafted, accepted in zip(row["drafted"], row["accepted_draft"], strict=True)
     ]
+
+
+def test_paths_end_where_the_draft_is_unsure(served: Served) -> None:
+    """Rounds have drafts of many lengths, alone and where a schedule asks for few tokens."""
+    alone, scheduled = _rounds(served["path", "mixed"]), _rounds(served["paths", "mixed"])
+    assert {drafted for drafted, _ in alone} >= {1, 2, 3, 6}
+    assert {drafted for drafted, _ in scheduled} >= {1, 2, 4}
+    assert max(accepted for drafted, accepted in alone if drafted == 2) == 2
+
+
+def test_load_shrinks_trees_to_chains(served: Served) -> None:
+    """Rounds have as many nodes as the schedule says; two of them are a chain, and count."""
+    rounds = _rounds(served["load", "mixed"])
     assert {drafted for drafted, _ in rounds} >= {2, 7, 19}
     assert max(accepted for drafted, accepted in rounds if drafted == 2) == 2
 
@@ -115,15 +135,10 @@ def test_depth_bounds_what_is_accepted(served: Served) -> None:
     assert max(found["embeds"]) > 2
 
 
-@pytest.mark.parametrize("name", ["few", "load"])
+@pytest.mark.parametrize("name", EDGE)
 def test_near_the_longest_sequence(served: Served, name: str) -> None:
     """As many nodes as fit are verified, and some of them are accepted."""
     assert_same(served["plain", "edge"], served[name, "edge"])
-    rounds = [
-        (drafted, accepted)
-        for rows in served[name, "edge"]["results"].values()
-        for row in rows
-        for drafted, accepted in zip(row["drafted"], row["accepted_draft"], strict=True)
-    ]
+    rounds = _rounds(served[name, "edge"])
     assert {drafted for drafted, _ in rounds} >= {1, 2, 3}
     assert sum(accepted for _, accepted in rounds) > 0

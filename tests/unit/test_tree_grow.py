@@ -19,7 +19,7 @@ from tests.unit.tree_models import (
     random_model,
 )
 from vllm_vispec.tree.codes import UNUSED
-from vllm_vispec.tree.grow import NO_TOKEN, DraftTree, best_path
+from vllm_vispec.tree.grow import NO_TOKEN, DraftTree, PathGrower, TreeGrower, best_path
 from vllm_vispec.tree.settings import TreeSettings
 
 REQUESTS = 2
@@ -82,6 +82,53 @@ def test_chain_follows_the_best_child() -> None:
     for _ in range(4):
         node = children(model, 0, node, 1)[0]
     assert node_paths(tree, 0)[-1] == node.path
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.02, 0.3])
+def test_single_paths_end_where_the_draft_is_unsure(threshold: float) -> None:
+    model = random_model(5)
+    settings = TreeSettings("spec_llava", 4, 8, threshold).one_branch()
+    grower = PathGrower(settings)
+    paths: list[Path] = [() for _ in range(REQUESTS)]
+    frontier = grower.start(torch.stack([model(i, path) for i, path in enumerate(paths)]))
+    for _ in range(settings.depth):
+        tokens = frontier.token[:, 0].tolist()
+        paths = [(*path, token) for path, token in zip(paths, tokens, strict=True)]
+        logits = torch.stack([model(i, path) for i, path in enumerate(paths)])
+        frontier = grower.expand(logits.unsqueeze(1))
+    found = grower.finish_path(7)
+    for request in range(REQUESTS):
+        node, expected = Node(0.0, ()), []
+        for _ in range(settings.levels):
+            node = children(model, request, node, 1)[0]
+            sure = node.score >= (math.log(threshold) if threshold else -math.inf)
+            expected.append(node.path[-1] if sure else NO_TOKEN)
+        assert found[request].tolist() == [*expected, NO_TOKEN, NO_TOKEN]
+    assert grower.is_done() == (found[:, settings.levels - 1] == NO_TOKEN).all()
+
+
+def test_growing_may_stop_early() -> None:
+    """Levels that could grow nothing need no pass: the tree is the same without them."""
+    settings = TreeSettings("spec_llava", 5, 3, 0.3)
+    grower, logits = TreeGrower(settings), torch.full((REQUESTS, 3, VOCAB), -20.0)
+    # Two levels above the threshold, none below.
+    for level, share in enumerate((0.0, 0.0, 4.0)):
+        logits[..., : 2 + level] = share
+        if level:
+            grower.expand(logits)
+        else:
+            grower.start(logits[:, 0])
+        assert grower.is_done() == (level > 0)
+    early = grower.finish(18)
+    for _ in range(3):
+        grower.expand(logits)
+    whole = grower.finish(18)
+    assert torch.equal(early.token, whole.token)
+    kept = early.token != NO_TOKEN
+    for mine, theirs in zip(early[1:], whole[1:], strict=True):
+        assert torch.equal(mine[kept], theirs[kept])
+    assert kept.any()
+    assert [part.shape for part in early] == [part.shape for part in whole]
 
 
 @pytest.mark.parametrize("threshold", [None, 0.0, 0.02, 0.3])

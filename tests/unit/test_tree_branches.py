@@ -1,0 +1,76 @@
+"""Which engines need path codes: those with trees that branch, at some load."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from vllm_vispec.engine import worker_hook
+from vllm_vispec.engine.options import EngineOptions
+from vllm_vispec.engine.trees import attention
+from vllm_vispec.engine.trees.setting import has_branches, resolve_tree
+from vllm_vispec.head_config import ARCHITECTURE
+from vllm_vispec.tree.settings import TreeSettings
+
+CONFIDENT = TreeSettings("spec_llava", depth=3, top_k=2)
+
+
+def _config(tree: TreeSettings | None, schedule: list[list[int]] | None = None) -> Any:
+    options = EngineOptions(tree=None if tree is None else tree.to_config())
+    draft = SimpleNamespace(
+        hf_config=SimpleNamespace(**options.to_section(), architectures=[ARCHITECTURE])
+    )
+    speculative = SimpleNamespace(
+        draft_model_config=draft, num_speculative_tokens_per_batch_size=schedule
+    )
+    return SimpleNamespace(speculative_config=speculative)
+
+
+@pytest.mark.parametrize(
+    ("tree", "schedule", "branches"),
+    [
+        (None, None, False),
+        (TreeSettings(), None, True),
+        (CONFIDENT, None, True),
+        (CONFIDENT.one_branch(), None, False),
+        (TreeSettings(), [[1, 4, 29], [5, 64, 4]], True),
+        (TreeSettings(), [[1, 4, 4], [5, 64, 0]], False),
+    ],
+)
+def test_engines_without_branches_are_not_padded(
+    tree: TreeSettings | None, schedule: list[list[int]] | None, branches: bool
+) -> None:
+    """Neither a single path nor a schedule of chains alone needs codes."""
+    config = _config(tree, schedule)
+    assert has_branches(config) is branches
+    made: list[object] = []
+    with mock.patch.object(attention, "get_current_vllm_config", return_value=config):
+        if not branches:
+            attention._init(lambda *given: made.extend(given), "layer", "heads")
+            assert made == ["layer", "heads"]
+
+
+def test_single_paths_are_trees_if_they_may_end_early() -> None:
+    def resolved(**tree: Any) -> Any:
+        settings = {"num_speculative_tokens": 4}
+        return resolve_tree(EngineOptions(tree={"top_k": 1} | tree), settings).tree
+
+    assert resolved(policy="eagle2") is None
+    assert resolved(policy="spec_llava", threshold=0.3) == {
+        **CONFIDENT.one_branch().to_config(),
+        "threshold": 0.3,
+    }
+
+
+def test_v2_says_that_it_drafts_whole_chains(caplog: pytest.LogCaptureFixture) -> None:
+    worker_hook.logger.addHandler(caplog.handler)
+    try:
+        chosen = worker_hook._v2_speculator(_config(CONFIDENT.one_branch()))
+        assert chosen.__name__ == "ViSpecSpeculator"
+        assert "tree has a single branch here" in caplog.text
+        assert worker_hook._v2_speculator(_config(CONFIDENT)).__name__ == "TreeSpeculator"
+    finally:
+        worker_hook.logger.removeHandler(caplog.handler)
