@@ -12,6 +12,7 @@ import typer
 CHECKPOINTS = Path(__file__).resolve().parent / "tiny_vlm" / "checkpoints"
 DEFAULT_MODEL = str(CHECKPOINTS / "target")
 DEFAULT_DRAFT_MODEL = str(CHECKPOINTS / "vispec_head")
+DEFAULT_DRAFT_VLM = str(CHECKPOINTS / "draft_vlm")
 DEFAULT_DRAFT_TOKENS = 7  # beyond it the intervals of benchmarks/results/decode_speed.json overlap
 MAX_MODEL_LEN = 1024
 

@@ -23,7 +23,14 @@ from benchmarks.trees.plot import draw
 from benchmarks.trees.published import PUBLISHED
 from benchmarks.trees.results import read_rows
 from benchmarks.trees.tables import to_markdown
-from examples.pair import DEFAULT_DRAFT_MODEL, DEFAULT_MODEL, DraftOption, ModelOption, Pair
+from examples.pair import (
+    DEFAULT_DRAFT_MODEL,
+    DEFAULT_DRAFT_VLM,
+    DEFAULT_MODEL,
+    DraftOption,
+    ModelOption,
+    Pair,
+)
 from examples.tiny_vlm.families import FAMILIES
 from vllm_vispec.bench.machine import describe_machine
 from vllm_vispec.bench.profile import default_runner
@@ -42,15 +49,17 @@ class Step(StrEnum):
 def main(
     model: ModelOption = DEFAULT_MODEL,
     draft_model: DraftOption = DEFAULT_DRAFT_MODEL,
-    draft_vlm: Annotated[str | None, typer.Option(help="Draft VLM: a folder or hub id.")] = None,
+    draft_vlm: Annotated[
+        str, typer.Option(help="Draft VLM: a folder or hub id.")
+    ] = DEFAULT_DRAFT_VLM,
     work_dir: Annotated[Path, typer.Option(help="Results so far, and logs.")] = Path("out/trees"),
     step: Annotated[list[Step] | None, typer.Option(help="Only these; repeat.")] = None,
     part: Annotated[list[Part] | None, typer.Option(help="Only these; repeat.")] = None,
     draft: Annotated[list[str] | None, typer.Option(help="Only these, by name; repeat.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Of part batch; repeat.")] = None,
     family: Annotated[list[str] | None, typer.Option(help="Only these task families.")] = None,
-    per_family: Annotated[int, typer.Option(min=1, help="Questions at batch 1.")] = 2,
-    per_batch_size: Annotated[int, typer.Option(min=1, help="Least questions of a size.")] = 8,
+    per_family: Annotated[int, typer.Option(min=1, help="Questions at batch 1.")] = 4,
+    per_batch_size: Annotated[int, typer.Option(min=1, help="Least questions of a size.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=2)] = 256,
     beside: Annotated[int, typer.Option(min=1, help="Drafts beside one plain engine.")] = 4,
     threads: Annotated[int, typer.Option(min=1, help="Of every engine.")] = 1,
@@ -59,7 +68,7 @@ def main(
 ) -> None:
     """Measure every draft that has no result yet, and report all results."""
     pair = Pair(model, draft_model)
-    heads = {VISPEC: pair.draft_model} | ({DRAFT_VLM: draft_vlm} if draft_vlm else {})
+    heads = {VISPEC: pair.draft_model, DRAFT_VLM: draft_vlm}
     asked = Questions(
         per_family, tuple(family or FAMILIES), tuple(batch or BATCHES), per_batch_size
     )

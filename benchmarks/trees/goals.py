@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,7 +53,8 @@ def find_goals(rows: Rows) -> list[Goal]:
         for part, whose in ((Part.POLICIES, ""), (Part.DRAFT_VLM, ", draft VLM"))
     ]
     goals += [_captioning(rows, least) for least in (SPEEDUP_GOAL, STRETCH_GOAL)]
-    goals.append(_load(rows[Part.BATCH]))
+    goals += _load(rows[Part.BATCH])
+    goals += _load(rows[Part.DRAFT_VLM_BATCH])
     return [goal for goal in goals if goal is not None]
 
 
@@ -100,30 +101,52 @@ def _captioning(rows: Rows, least: float) -> Goal | None:
     return Goal(text, speedup, speedup > least, row.draft.label)
 
 
-def _load(rows: Sequence[Row]) -> Goal | None:
-    chains = {row.batch: row for row in rows if row.draft.tree is None}
-    ratios = {
-        row.batch: row.decode_speedup.value / chains[row.batch].decode_speedup.value
-        for row in rows
-        if row.draft.schedule and row.batch in chains
-    }
-    if not ratios:
-        return None
-    return Goal(
-        "decode_speedup of the tree with a load schedule >= the chain's at every batch size",
-        min(ratios.values()),
-        min(ratios.values()) >= 1,
-        ", ".join(f"batch {batch}: {ratio:.2f}" for batch, ratio in sorted(ratios.items())),
-    )
+def _load(rows: Sequence[Row]) -> Iterator[Goal]:
+    """For every tree with a schedule: against the chain as deep, and against the fastest one."""
+    for draft in dict.fromkeys(row.draft for row in rows if row.draft.schedule):
+        mine = {row.batch: row for row in rows if row.draft == draft}
+        deep = {row.batch: row for row in _chains(rows) if row.draft.nodes == draft.levels}
+        ratios = {batch: _ratio(mine[batch], deep[batch]) for batch in mine if batch in deep}
+        if not ratios:
+            continue
+        fastest = {batch: _ratio(mine[batch], _fastest(rows, batch)) for batch in ratios}
+        yield Goal(
+            "decode_speedup with a load schedule >= the chain's as deep at every batch size: "
+            f"{draft.label}",
+            min(ratios.values()),
+            min(ratios.values()) >= 1,
+            f"{_by_batch(ratios)}; over the fastest chain measured there: {_by_batch(fastest)}",
+        )
+
+
+def _by_batch(ratios: Mapping[int, float]) -> str:
+    return ", ".join(f"batch {batch}: {ratio:.2f}" for batch, ratio in sorted(ratios.items()))
+
+
+def _chains(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.draft.tree is None]
+
+
+def _fastest(rows: Sequence[Row], batch: int) -> Row:
+    chains = (row for row in _chains(rows) if row.batch == batch)
+    return max(chains, key=lambda row: row.decode_speedup.value)
+
+
+def _ratio(row: Row, other: Row) -> float:
+    return row.decode_speedup.value / other.decode_speedup.value
 
 
 def find_losses(rows: Rows) -> list[Loss]:
     """Where trees are slower than the fastest chain: by family at batch 1, and by batch size."""
-    return [*_lost_families(rows[Part.POLICIES]), *_lost_batches(rows[Part.BATCH])]
+    return [
+        *_lost_families(rows[Part.POLICIES]),
+        *_lost_batches(rows[Part.BATCH]),
+        *_lost_batches(rows[Part.DRAFT_VLM_BATCH]),
+    ]
 
 
 def _lost_families(rows: Sequence[Row]) -> Iterator[Loss]:
-    chains = [row for row in rows if row.draft.tree is None]
+    chains = _chains(rows)
     for tree in (row for row in rows if row.draft.tree is not None and chains):
         best = max(chains, key=lambda row: row.decode_speedup.value)
         ratios = {
@@ -139,11 +162,11 @@ def _lost_families(rows: Sequence[Row]) -> Iterator[Loss]:
 
 
 def _lost_batches(rows: Sequence[Row]) -> Iterator[Loss]:
-    chains = {row.batch: row for row in rows if row.draft.tree is None}
+    measured = {row.batch for row in _chains(rows)}
     for tree in rows:
-        chain = chains.get(tree.batch)
-        if tree.draft.tree is None or chain is None:
+        if tree.draft.tree is None or tree.batch not in measured:
             continue
-        ratio = tree.decode_speedup.value / chain.decode_speedup.value
+        chain = _fastest(rows, tree.batch)
+        ratio = _ratio(tree, chain)
         if ratio < 1:
             yield Loss(tree.draft.label, chain.draft.label, f"batch {tree.batch}", ratio)

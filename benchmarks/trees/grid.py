@@ -66,6 +66,7 @@ class Draft:
         else:
             words = f"{self.policy}, depth {self.tree.depth}, top_k {self.tree.top_k}"
             words += f", {self.nodes + 1} nodes"
+            words += "" if self.tree.threshold is None else f", p >= {self.tree.threshold:g}"
         words += ", load schedule" if self.schedule else ""
         return f"draft VLM: {words}" if self.head == DRAFT_VLM else words
 
@@ -95,7 +96,8 @@ class Draft:
     def _sizes(self) -> tuple[str, ...]:
         if self.tree is None:
             return (f"K{self.nodes}",)
-        return (f"d{self.tree.depth}", f"k{self.tree.top_k}", f"n{self.nodes + 1}")
+        sizes = f"d{self.tree.depth}", f"k{self.tree.top_k}", f"n{self.nodes + 1}"
+        return sizes if self.tree.threshold is None else (*sizes, f"p{self.tree.threshold:g}")
 
     def _load(self) -> tuple[str, ...]:
         return ("load",) if self.schedule else ()
@@ -128,6 +130,7 @@ class Part(StrEnum):
     BATCH = "batch"
     TEMPERATURE = "temperature"
     DRAFT_VLM = "draft_vlm"
+    DRAFT_VLM_BATCH = "draft_vlm_batch"
 
 
 def eagle2(depth: int, top_k: int = 8, nodes: int = NODES, **others: Any) -> Draft:
@@ -135,10 +138,21 @@ def eagle2(depth: int, top_k: int = 8, nodes: int = NODES, **others: Any) -> Dra
     return Draft(nodes, TreeSettings("eagle2", depth, top_k), **others)
 
 
+def confident(depth: int, top_k: int, nodes: int, threshold: float, **others: Any) -> Draft:
+    """A tree whose paths end where the draft is unsure."""
+    return Draft(nodes, TreeSettings("spec_llava", depth, top_k, threshold), **others)
+
+
 # Deep enough for this head, and its paths still fit a tree of 8 nodes.
 CHAIN, TREE = Draft(5), eagle2(5)
-# A chain from the second request on, as long as the tree's paths.
-LOADED = eagle2(5, 2, 7, schedule=((1, 1, 7), (2, max(BATCHES), 6)))
+# The longest chain, and trees as deep: with branches for one request, with one path for any load.
+LONG = Draft(16)
+_BRANCHES: Schedule = ((1, 1, 19), (2, max(BATCHES), 16))
+_PATHS: Schedule = ((1, 8, 16), (9, max(BATCHES), 12))
+LOADED = confident(15, 2, 19, 0.2, schedule=_BRANCHES)
+LOADED_PATH = confident(15, 1, 16, 0.3, schedule=_PATHS)
+# The same for the draft VLM, whose chains are wrong sooner.
+VLM_LOADED = confident(5, 3, 15, 0.1, head=DRAFT_VLM, schedule=((1, 2, 15), (3, max(BATCHES), 6)))
 # K = depth + 1 for every depth below, and 5, which most heads are served with.
 CHAINS = tuple(Draft(count) for count in (4, 5, 6, 8, 12, 16))
 _POLICIES = (
@@ -146,12 +160,20 @@ _POLICIES = (
     *(eagle2(depth) for depth in (3, 5, 7)),
     # So deep that a chain is far from its ceiling; narrow ones cost little more than it does.
     *(eagle2(11, top_k, nodes) for top_k, nodes in ((10, 119), (8, 59), (3, 19))),
-    *(eagle2(15, top_k, nodes) for top_k, nodes in ((4, 59), (3, 23))),
+    *(eagle2(15, top_k, nodes) for top_k, nodes in ((10, 127), (4, 59), (3, 23))),
     Draft(NODES, TreeSettings("spec_llava", 5, 8)),
     Draft(NODES, TreeSettings("entropy", 5, 8)),
+    confident(15, 2, 19, 0.2),
+    confident(15, 1, 16, 0.3),
 )
 # Small trees are narrow ones: what is drafted and not kept costs a draft pass all the same.
 _SIZES = (eagle2(5, 2, 7), eagle2(5, 4, 15), eagle2(5, 8, NODES), eagle2(5, 8, 59))
+_VLM = (
+    *(Draft(count, head=DRAFT_VLM) for count in (5, 6)),
+    eagle2(5, head=DRAFT_VLM),
+    confident(5, 3, 15, 0.1, head=DRAFT_VLM),
+    confident(5, 1, 6, 0.3, head=DRAFT_VLM),
+)
 _GREEDY, _SAMPLED = Condition("greedy"), Condition("sampled", temperature=1.0)
 _BATCHED = Condition("batched", has_batches=True)
 
@@ -168,12 +190,10 @@ PARTS: Mapping[Part, Case] = MappingProxyType(
     {
         Part.POLICIES: Case(_GREEDY, _POLICIES),
         Part.NODES: Case(_GREEDY, (Draft(6), *_SIZES)),
-        Part.BATCH: Case(_BATCHED, (Draft(6), TREE, LOADED)),
-        Part.TEMPERATURE: Case(_SAMPLED, (CHAIN, TREE)),
-        Part.DRAFT_VLM: Case(
-            _GREEDY,
-            (*(Draft(count, head=DRAFT_VLM) for count in (5, 6)), eagle2(5, head=DRAFT_VLM)),
-        ),
+        Part.BATCH: Case(_BATCHED, (Draft(6), LONG, TREE, LOADED, LOADED_PATH)),
+        Part.TEMPERATURE: Case(_SAMPLED, (CHAIN, TREE, LONG, confident(15, 1, 16, 0.3))),
+        Part.DRAFT_VLM: Case(_GREEDY, _VLM),
+        Part.DRAFT_VLM_BATCH: Case(_BATCHED, (Draft(6, head=DRAFT_VLM), VLM_LOADED)),
     }
 )
 

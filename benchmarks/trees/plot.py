@@ -12,7 +12,7 @@ from benchmarks.trees.results import Row, Rows
 
 SIZE_INCHES = (15, 5)
 DPI = 110
-COLORS = ("#4878a8", "#a85448", "#5a9a5a", "#8a6fb0")
+COLORS = ("#4878a8", "#a85448", "#5a9a5a", "#8a6fb0", "#b08a3c", "#555555")
 
 
 def draw(rows: Rows, file: Path) -> None:

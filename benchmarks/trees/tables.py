@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.ablation.results import markdown_table
 from benchmarks.trees.goals import Goal, Loss, find_goals, find_losses, same_depth
-from benchmarks.trees.grid import Part
+from benchmarks.trees.grid import PARTS, Part
 from benchmarks.trees.published import PUBLISHED
 from benchmarks.trees.results import CAPTIONING, Row, Rows
 
@@ -17,6 +17,7 @@ TITLES: Mapping[Part, str] = {
     Part.BATCH: "batches, greedy",
     Part.TEMPERATURE: "temperature 1, batch 1",
     Part.DRAFT_VLM: "draft VLM, batch 1, greedy",
+    Part.DRAFT_VLM_BATCH: "draft VLM, batches, greedy",
 }
 _HEADING = (
     "tokens_per_round",
@@ -34,7 +35,7 @@ def to_markdown(rows: Rows) -> str:
     """All tables for which there are numbers."""
     tables = [_goals(find_goals(rows))]
     for part, title in TITLES.items():
-        make = _batches if part is Part.BATCH else _alone
+        make = _batches if PARTS[part].condition.has_batches else _alone
         tables.append(make(title, rows[part]))
     tables += [_families(rows[Part.POLICIES]), _losses(find_losses(rows)), _published()]
     return "\n\n".join(markdown_table(table) for table in tables if len(table) > 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.trees.grid import CHAIN, LOADED, TREE, Draft, Part, eagle2
+from benchmarks.trees.grid import CHAIN, LOADED, LONG, TREE, Draft, Part, eagle2
 from benchmarks.trees.measure import Call
 from benchmarks.trees.results import Row, make_row
 from benchmarks.trees.sides import Reply
@@ -39,8 +39,10 @@ def made_up_rows(loaded: float = 4.0, tree_accepted: int = 5) -> dict[Part, list
         made_up_row(Part.POLICIES, eagle2(3), 1, 6.0),
     ]
     batches = [
-        made_up_row(Part.BATCH, CHAIN, 3, 4.0, 1),
-        made_up_row(Part.BATCH, CHAIN, 3, 4.0, 2),
+        made_up_row(Part.BATCH, LONG, 3, 4.0, 1),
+        made_up_row(Part.BATCH, LONG, 3, 4.0, 2),
+        made_up_row(Part.BATCH, CHAIN, 3, 6.0, 1),
+        made_up_row(Part.BATCH, CHAIN, 3, 3.2, 2),
         made_up_row(Part.BATCH, TREE, 3, 3.0, 1),
         made_up_row(Part.BATCH, TREE, 3, 8.0, 2),
         made_up_row(Part.BATCH, LOADED, 3, 3.0, 1),

@@ -19,9 +19,11 @@ from benchmarks.trees.grid import (
     CHAIN,
     DRAFT_VLM,
     LOADED,
+    LOADED_PATH,
     PARTS,
     TREE,
     VISPEC,
+    VLM_LOADED,
     Draft,
     Part,
     Questions,
@@ -74,7 +76,8 @@ def test_the_grid_has_what_the_evidence_asks_for() -> None:
     assert nodes == [8, 16, 30, 60]
     assert BATCHES == (1, 2, 4, 8, 16)
     assert SAMPLED.temperature == 1
-    assert {draft.head for draft in PARTS[Part.DRAFT_VLM].drafts} == {DRAFT_VLM}
+    for part in (Part.DRAFT_VLM, Part.DRAFT_VLM_BATCH):
+        assert {draft.head for draft in PARTS[part].drafts} == {DRAFT_VLM}
 
 
 def test_names_tell_drafts_apart() -> None:
@@ -83,23 +86,30 @@ def test_names_tell_drafts_apart() -> None:
     assert len({draft.name for draft in drafts}) == len(drafts)
 
 
-def test_the_load_schedule_becomes_a_chain_and_covers_every_batch() -> None:
-    assert LOADED.tree is not None
-    assert [entry[0] for entry in LOADED.schedule][1:] == [
-        entry[1] + 1 for entry in LOADED.schedule
-    ][:-1]
-    assert LOADED.schedule[-1][1] == max(BATCHES)
-    (chain,) = [draft for draft in PARTS[Part.BATCH].drafts if draft.tree is None]
-    assert LOADED.schedule[-1][2] == chain.nodes <= LOADED.tree.levels
-    assert LOADED.speculative()["num_speculative_tokens_per_batch_size"][0] == [1, 1, 7]
+@pytest.mark.parametrize("loaded", [LOADED, LOADED_PATH, VLM_LOADED])
+def test_load_schedules_shrink_and_cover_every_batch(loaded: Draft) -> None:
+    """Single paths from some batch on, beside a chain as deep under the same load."""
+    assert loaded.tree is not None
+    first, last, counts = zip(*loaded.schedule, strict=True)
+    assert first == (1, *(size + 1 for size in last[:-1]))
+    assert last[-1] == max(BATCHES)
+    assert counts == tuple(sorted(counts, reverse=True))
+    assert counts[0] == loaded.nodes
+    assert counts[-1] <= loaded.tree.levels
+    (part,) = [name for name, case in PARTS.items() if loaded in case.drafts]
+    beside = {draft.nodes for draft in PARTS[part].drafts if draft.tree is None}
+    assert loaded.tree.levels in beside
+    setting = loaded.speculative()["num_speculative_tokens_per_batch_size"]
+    assert setting == [list(entry) for entry in loaded.schedule]
 
 
 def test_settings_reach_the_engine(bench: Bench) -> None:
     kwargs = bench.job(BATCHED, LOADED).llm_kwargs()
     assert kwargs["max_num_seqs"] == 16
     config = kwargs["speculative_config"]
-    assert config["tree"] == {"policy": "eagle2", "depth": 5, "top_k": 2}
-    assert config["num_speculative_tokens"] == 7
+    tree = {"policy": "spec_llava", "depth": 15, "top_k": 2, "threshold": 0.2}
+    assert config["tree"] == tree
+    assert config["num_speculative_tokens"] == 19
     assert "tree" not in bench.job(GREEDY, CHAIN).llm_kwargs()["speculative_config"]
     assert "speculative_config" not in bench.job(GREEDY, None).llm_kwargs()
     sent = json.loads(json.dumps(bench.job(BATCHED, LOADED).to_json()))
@@ -168,7 +178,9 @@ def test_goals_that_are_met() -> None:
     assert speedup.value == stretch.value == 3
     assert load.met
     assert load.value == 1
-    assert load.found == "batch 1: 1.33, batch 2: 1.00"
+    assert load.text.endswith(LOADED.label)
+    found = "batch 1: 1.33, batch 2: 1.00; over the fastest chain measured there: "
+    assert load.found == found + "batch 1: 1.33, batch 2: 0.80"
 
 
 def test_goals_that_are_missed() -> None:
@@ -188,6 +200,13 @@ def test_a_draft_vlm_is_compared_with_its_own_chain() -> None:
     found = find_goals(rows)[1]
     assert found.text.endswith("draft VLM")
     assert found.value == 5 / 2
+    rows[Part.DRAFT_VLM_BATCH] = [
+        made_up_row(Part.DRAFT_VLM_BATCH, replace(chain, nodes=VLM_LOADED.levels), 1, 4.0),
+        made_up_row(Part.DRAFT_VLM_BATCH, VLM_LOADED, 1, 3.2),
+    ]
+    found = find_goals(rows)[-1]
+    assert found.text.endswith(VLM_LOADED.label)
+    assert found.value == pytest.approx(1.25)
 
 
 def test_goals_need_numbers() -> None:
@@ -198,7 +217,8 @@ def test_losses() -> None:
     lost = {(one.tree, one.where): one.ratio for one in find_losses(made_up_rows())}
     assert lost == {
         (eagle2(3).label, "captioning 0.80"): pytest.approx(0.8),
-        (TREE.label, "batch 2"): pytest.approx(0.5),
+        (TREE.label, "batch 2"): pytest.approx(0.4),
+        (LOADED.label, "batch 2"): pytest.approx(0.8),
     }
 
 
@@ -250,8 +270,9 @@ def test_a_draft_vlm_is_measured_if_there_is_one(
     assert groups == []
     with_vlm = replace(bench, heads={VISPEC: "head", DRAFT_VLM: "vlm"})
     measure_parts(with_vlm, [Part.DRAFT_VLM], ())
-    names = [f"draft_vlm-{name}" for name in ("chain-K5", "chain-K6", TREE.name)]
+    names = [draft.name for draft in PARTS[Part.DRAFT_VLM].drafts]
     assert [name for group in groups for name in group] == names
+    assert f"draft_vlm-{TREE.name}" in names
     assert with_vlm.job(GREEDY, PARTS[Part.DRAFT_VLM].drafts[0]).draft_model == "vlm"
 
 
@@ -286,7 +307,8 @@ def test_report(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     content = json.loads(output.read_text())
     assert str(tmp_path) not in output.read_text()
     assert len(content["results"]) == sum(len(rows) for rows in read_rows(bench).values())
-    assert {row["part"] for row in content["results"]} == set(Part) - {Part.DRAFT_VLM}
+    vlm = {Part.DRAFT_VLM, Part.DRAFT_VLM_BATCH}
+    assert {row["part"] for row in content["results"]} == set(Part) - vlm
     assert content["results"][0]["tokens_per_round"]["value"] == 5
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
