@@ -61,7 +61,7 @@ def main(
     per_family: Annotated[int, typer.Option(min=1, help="Questions at batch 1.")] = 4,
     per_batch_size: Annotated[int, typer.Option(min=1, help="Least questions of a size.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=2)] = 256,
-    beside: Annotated[int, typer.Option(min=1, help="Drafts beside one plain engine.")] = 4,
+    beside: Annotated[int, typer.Option(min=1, help="Drafts beside one plain engine.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Of every engine.")] = 1,
     output: Annotated[Path, typer.Option(help="JSON file.")] = DEFAULT_OUTPUT,
     page: Annotated[Path, typer.Option(help="Page with the tables.")] = DEFAULT_PAGE,

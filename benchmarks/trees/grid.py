@@ -151,8 +151,11 @@ _BRANCHES: Schedule = ((1, 1, 19), (2, max(BATCHES), 16))
 _PATHS: Schedule = ((1, 8, 16), (9, max(BATCHES), 12))
 LOADED = confident(15, 2, 19, 0.2, schedule=_BRANCHES)
 LOADED_PATH = confident(15, 1, 16, 0.3, schedule=_PATHS)
-# The same for the draft VLM, whose chains are wrong sooner.
-VLM_LOADED = confident(5, 3, 15, 0.1, head=DRAFT_VLM, schedule=((1, 2, 15), (3, max(BATCHES), 6)))
+# The same for the draft VLM, as deep as its longest chain.
+VLM_LOADED = confident(11, 3, 19, 0.1, head=DRAFT_VLM, schedule=((1, 1, 19), (2, max(BATCHES), 12)))
+VLM_LOADED_PATH = confident(
+    11, 1, 12, 0.3, head=DRAFT_VLM, schedule=((1, 8, 12), (9, max(BATCHES), 8))
+)
 # K = depth + 1 for every depth below, and 5, which most heads are served with.
 CHAINS = tuple(Draft(count) for count in (4, 5, 6, 8, 12, 16))
 _POLICIES = (
@@ -168,11 +171,13 @@ _POLICIES = (
 )
 # Small trees are narrow ones: what is drafted and not kept costs a draft pass all the same.
 _SIZES = (eagle2(5, 2, 7), eagle2(5, 4, 15), eagle2(5, 8, NODES), eagle2(5, 8, 59))
+_VLM_CHAINS = tuple(Draft(count, head=DRAFT_VLM) for count in (5, 6, 12))
 _VLM = (
-    *(Draft(count, head=DRAFT_VLM) for count in (5, 6)),
+    *_VLM_CHAINS,
     eagle2(5, head=DRAFT_VLM),
+    eagle2(11, 10, 119, head=DRAFT_VLM),
     confident(5, 3, 15, 0.1, head=DRAFT_VLM),
-    confident(5, 1, 6, 0.3, head=DRAFT_VLM),
+    confident(11, 1, 12, 0.3, head=DRAFT_VLM),
 )
 _GREEDY, _SAMPLED = Condition("greedy"), Condition("sampled", temperature=1.0)
 _BATCHED = Condition("batched", has_batches=True)
@@ -193,7 +198,7 @@ PARTS: Mapping[Part, Case] = MappingProxyType(
         Part.BATCH: Case(_BATCHED, (Draft(6), LONG, TREE, LOADED, LOADED_PATH)),
         Part.TEMPERATURE: Case(_SAMPLED, (CHAIN, TREE, LONG, confident(15, 1, 16, 0.3))),
         Part.DRAFT_VLM: Case(_GREEDY, _VLM),
-        Part.DRAFT_VLM_BATCH: Case(_BATCHED, (Draft(6, head=DRAFT_VLM), VLM_LOADED)),
+        Part.DRAFT_VLM_BATCH: Case(_BATCHED, (*_VLM_CHAINS[1:], VLM_LOADED, VLM_LOADED_PATH)),
     }
 )
 

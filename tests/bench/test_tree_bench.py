@@ -24,6 +24,7 @@ from benchmarks.trees.grid import (
     TREE,
     VISPEC,
     VLM_LOADED,
+    VLM_LOADED_PATH,
     Draft,
     Part,
     Questions,
@@ -86,7 +87,7 @@ def test_names_tell_drafts_apart() -> None:
     assert len({draft.name for draft in drafts}) == len(drafts)
 
 
-@pytest.mark.parametrize("loaded", [LOADED, LOADED_PATH, VLM_LOADED])
+@pytest.mark.parametrize("loaded", [LOADED, LOADED_PATH, VLM_LOADED, VLM_LOADED_PATH])
 def test_load_schedules_shrink_and_cover_every_batch(loaded: Draft) -> None:
     """Single paths from some batch on, beside a chain as deep under the same load."""
     assert loaded.tree is not None

@@ -121,6 +121,8 @@ def test_the_connector_is_checked_again() -> None:
     config.kv_transfer_config = SimpleNamespace(kv_connector="LMCacheConnectorV1")
     with pytest.raises(ViSpecError, match="LMCacheConnectorV1 may save keys"):
         limits.check_engine(config, TreeSettings())
+    # Keys of a single path are a chain's.
+    limits.check_engine(config, TreeSettings("spec_llava", top_k=1))
 
 
 def _params(**changes: Any) -> Any:

@@ -17,7 +17,7 @@ from vllm_vispec.dialects import HeadInfo, inspect_head, is_vispec_head
 from vllm_vispec.engine.guards import check_settings, check_target
 from vllm_vispec.engine.options import EngineOptions
 from vllm_vispec.engine.trees import limits
-from vllm_vispec.engine.trees.setting import resolve_tree
+from vllm_vispec.engine.trees.setting import may_branch, resolve_tree
 from vllm_vispec.engine.vocab_setting import resolve_draft_vocab
 from vllm_vispec.engine.wrapping import wrap_once
 from vllm_vispec.errors import ViSpecError
@@ -62,7 +62,7 @@ def _create_speculative_config(
     options = resolve_tree(options, settings)
     check_settings(settings, parallel, has_tree=options.tree is not None)
     check_target(info.config, target, parallel)
-    if options.tree is not None:
+    if may_branch(options):
         limits.check_target(target)
         limits.check_connector(args.kv_transfer_config)
     options = resolve_draft_vocab(options, settings, info.folder, info.config.vocab_size)

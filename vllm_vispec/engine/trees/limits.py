@@ -73,7 +73,8 @@ def check_engine(vllm_config: Any, settings: TreeSettings) -> None:
         ViSpecError: Names the settings and the remedy.
     """
     # vLLM may have chosen one since the settings were checked.
-    check_connector(vllm_config.kv_transfer_config)
+    if settings.width > 1:
+        check_connector(vllm_config.kv_transfer_config)
     _check_whole_batches(vllm_config)
     _check_buffers(vllm_config, settings)
 

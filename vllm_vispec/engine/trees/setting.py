@@ -38,6 +38,11 @@ def resolve_tree(options: EngineOptions, settings: dict[str, Any]) -> EngineOpti
     return replace(options, tree=tree.to_config())
 
 
+def may_branch(options: EngineOptions) -> bool:
+    """Whether the setting is for trees of more than one path, whatever a load schedule says."""
+    return options.tree is not None and TreeSettings.from_config(options.tree).width > 1
+
+
 def read_tree(vllm_config: Any) -> TreeSettings | None:
     """Return how the engine grows trees, None if it drafts chains or nothing."""
     draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
