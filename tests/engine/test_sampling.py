@@ -1,12 +1,12 @@
 """At temperature 1, tokens have the distribution of plain sampling.
 
-Two samples of ``DRAWS`` continuations of one prompt, drawn without speculation and with chains or
-trees, are compared by a G-test over their first one, two and three tokens (rare prefixes in a few
-pools). Tokens after the first come from the verification of drafts. Each test has ``ALPHA`` as its
-chance of a false alarm; the draws are seeded, so a result does not change from run to run. Power: a
-verifier that lets a share ``BIAS`` of its decisions fall on the likeliest token is found with a
-probability of at least 95 %, which ``test_power`` measures on simulated counts. Both depend on the
-runner: V2 under the interpreter is slow.
+Two samples of ``DRAWS`` continuations of one prompt, drawn without speculation and with chains,
+trees or single paths, are compared by a G-test over their first one, two and three tokens (rare
+prefixes in a few pools). Tokens after the first come from the verification of drafts. Each test has
+``ALPHA`` as its chance of a false alarm; the draws are seeded, so a result does not change from run
+to run. Power: a verifier that lets a share ``BIAS`` of its decisions fall on the likeliest token is
+found with a probability of at least 95 %, which ``test_power`` measures on simulated counts. Both
+depend on the runner: V2 under the interpreter is slow.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ LOGIT_FACTOR = 0.7
 
 # Two levels, as many as there are tokens behind the first.
 TREE = {"num_draft_tokens": 6, "tree": {"depth": 1, "top_k": 3}}
+# Paths of one or two tokens, as sure as the draft is.
+PATH = {
+    "num_draft_tokens": 2,
+    "tree": {"policy": "spec_llava", "depth": 1, "top_k": 1, "threshold": 0.99},
+}
 Sampled = dict[str, dict[str, Any]]
 
 
@@ -57,7 +62,8 @@ def sampled(
     ]
     if runner.name == "v1":
         # V2's draws with trees are those of plain decoding, one by one: `test_tree_seeds`.
-        setups.append({"name": "tree", "options": options | {"draft": head} | TREE})
+        for name, tree in (("tree", TREE), ("path", PATH)):
+            setups.append({"name": name, "options": options | {"draft": head} | tree})
     kwargs = {"kind": KIND, "setups": setups, "count": DRAWS[runner.name], "num_tokens": NUM_TOKENS}
     items = run_in_subprocess("tests.engine.sampling_jobs:sample", kwargs, runner.env(), 1500)
     return {item["name"]: item | {"bias": BIAS[runner.name]} for item in items}

@@ -92,12 +92,9 @@ class TreeProposer(ViSpecProposer):
         """
         count = num_speculative_tokens
         self.trees.clear_codes()
-        is_tree = count > self._settings.levels
-        grower = self._tree_grower if is_tree else self._path_grower
-        self._grows = count > 0 and grower is not None
-        if not is_tree:
-            self.trees.write_chains()
-        if not self._grows or grower is None:
+        grower = self._grower_of(count)
+        self._grows = grower is not None
+        if grower is None:
             return super().propose(count, *args, **kwargs)
         super().propose(1, *args, **kwargs)
         self.num_speculative_tokens = count
@@ -106,6 +103,13 @@ class TreeProposer(ViSpecProposer):
         if isinstance(grower, PathGrower):
             return grower.finish_path(count)
         return self._finish_tree()[:, :count].contiguous()
+
+    def _grower_of(self, count: int) -> TreeGrower | None:
+        """Return what grows so many draft tokens; None where vLLM drafts them, as a chain."""
+        if count > self._settings.levels:
+            return self._tree_grower
+        self.trees.write_chains()
+        return self._path_grower if count else None
 
     def _finish_tree(self) -> torch.Tensor:
         assert isinstance(self.trees, RunnerTrees)
