@@ -10,8 +10,9 @@ import pytest
 
 from vllm_vispec.engine import worker_hook
 from vllm_vispec.engine.options import EngineOptions
-from vllm_vispec.engine.trees import attention
+from vllm_vispec.engine.trees import attention, limits
 from vllm_vispec.engine.trees.setting import has_branches, resolve_tree
+from vllm_vispec.engine.trees.v1 import TreeProposer
 from vllm_vispec.head_config import ARCHITECTURE
 from vllm_vispec.tree.settings import TreeSettings
 
@@ -66,11 +67,31 @@ def test_single_paths_are_trees_if_they_may_end_early() -> None:
 
 
 def test_v2_says_that_it_drafts_whole_chains(caplog: pytest.LogCaptureFixture) -> None:
-    worker_hook.logger.addHandler(caplog.handler)
+    limits.logger.addHandler(caplog.handler)
     try:
         chosen = worker_hook._v2_speculator(_config(CONFIDENT.one_branch()))
         assert chosen.__name__ == "ViSpecSpeculator"
-        assert "tree has a single branch here" in caplog.text
+        assert "as chains, whatever its threshold: the V2" in caplog.text
         assert worker_hook._v2_speculator(_config(CONFIDENT)).__name__ == "TreeSpeculator"
     finally:
-        worker_hook.logger.removeHandler(caplog.handler)
+        limits.logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize(
+    ("tree", "is_async", "grows"),
+    [(CONFIDENT, False, True), (CONFIDENT, True, False), (TreeSettings(), False, False)],
+)
+def test_v1_cuts_paths_that_the_scheduler_sees(
+    tree: TreeSettings, is_async: bool, grows: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An empty place among drafts on the device would be a token to vLLM's sampler."""
+    proposer: Any = object.__new__(TreeProposer)
+    proposer.vllm_config = _config(tree, [[1, 2, 9], [3, 9, 4]])
+    proposer._settings = tree
+    proposer._runner = SimpleNamespace(use_async_scheduling=is_async)
+    limits.logger.addHandler(caplog.handler)
+    try:
+        assert (proposer._make_path_grower() is not None) is grows
+    finally:
+        limits.logger.removeHandler(caplog.handler)
+    assert ("with asynchronous scheduling" in caplog.text) is is_async

@@ -8,6 +8,7 @@ by replacing the name.  Installed when a worker is built: earlier the proposers 
 from collections.abc import Callable
 from typing import Any
 
+from vllm_vispec.engine.trees.limits import note_whole_paths
 from vllm_vispec.engine.trees.setting import has_branches, read_tree
 from vllm_vispec.engine.wrapping import wrap_once
 from vllm_vispec.head_config import (
@@ -15,9 +16,6 @@ from vllm_vispec.head_config import (
     DRAFT_VLM_ARCHITECTURE,
     EMBEDS_ARCHITECTURE,
 )
-from vllm_vispec.logs import get_logger
-
-logger = get_logger(__name__)
 
 
 def install() -> None:
@@ -94,11 +92,7 @@ def _v2_speculator(vllm_config: Any) -> type:
 
         return TreeSpeculator
     if read_tree(vllm_config) is not None:
-        # Its drafts stay on the device, so that nobody could leave out their ends.
-        logger.warning(
-            "speculative config: tree has a single branch here, which the V2 model runner drafts "
-            "as a chain of full length whatever its threshold"
-        )
+        note_whole_paths("the V2 model runner's drafts stay on the device")
     from vllm_vispec.engine.v2 import ViSpecSpeculator
 
     return ViSpecSpeculator

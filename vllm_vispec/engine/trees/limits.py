@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.logs import get_logger
 from vllm_vispec.tree.settings import TreeSettings
+
+logger = get_logger(__name__)
 
 _KEY = "kv_connector"
 _LEAVE_OUT = 'leave "tree" out of the speculative config'
@@ -77,6 +80,15 @@ def check_engine(vllm_config: Any, settings: TreeSettings) -> None:
         check_connector(vllm_config.kv_transfer_config)
     _check_whole_batches(vllm_config)
     _check_buffers(vllm_config, settings)
+
+
+def note_whole_paths(reason: str) -> None:
+    """Say that single paths do not end where the draft is unsure, and why."""
+    logger.warning(
+        "speculative config: single paths of a tree.policy are drafted and verified whole, as "
+        "chains, whatever its threshold: %s",
+        reason,
+    )
 
 
 def _check_buffers(vllm_config: Any, settings: TreeSettings) -> None:

@@ -13,8 +13,8 @@ from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
 
 from vllm_vispec.engine.trees.attention import settings_of
-from vllm_vispec.engine.trees.limits import check_engine
-from vllm_vispec.engine.trees.setting import has_branches
+from vllm_vispec.engine.trees.limits import check_engine, note_whole_paths
+from vllm_vispec.engine.trees.setting import has_branches, schedules_chains
 from vllm_vispec.engine.trees.v1_runner import RunnerChains, RunnerTrees
 from vllm_vispec.engine.v1 import ViSpecProposer
 from vllm_vispec.tree.grow import Frontier, PathGrower, TreeGrower, best_path, replace_rows
@@ -70,14 +70,24 @@ class TreeProposer(ViSpecProposer):
         self._settings = settings_of(self.vllm_config)
         check_engine(self.vllm_config, self._settings)
         self._tree_grower = TreeGrower(self._settings)
-        self._path_grower = (
-            PathGrower(self._settings.one_branch()) if self._settings.is_confident else None
-        )
+        self._path_grower = self._make_path_grower()
         self._num_nodes = self.speculative_config.num_speculative_tokens
         self._root_hidden: torch.Tensor | None = None
         self._grows = True
         self._on_cpu = current_platform.is_cpu()
         self.trees = self._attach()
+
+    def _make_path_grower(self) -> PathGrower | None:
+        """Return what grows single paths; None where vLLM's chains do."""
+        if not self._settings.is_confident:
+            return None
+        if self._runner.use_async_scheduling:
+            if not has_branches(self.vllm_config) or schedules_chains(
+                self.vllm_config, self._settings
+            ):
+                note_whole_paths("with asynchronous scheduling drafts stay on the device")
+            return None
+        return PathGrower(self._settings.one_branch())
 
     def _attach(self) -> RunnerChains:
         if has_branches(self.vllm_config):
