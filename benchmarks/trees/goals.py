@@ -91,13 +91,13 @@ def _captioning(rows: Rows, least: float) -> Goal | None:
         (speedup, row)
         for part in (Part.POLICIES, Part.NODES)
         for row in rows[part]
-        if row.draft.tree is not None and row.draft.head == VISPEC
+        if row.draft.has_branches and row.draft.head == VISPEC
         if (speedup := row.speedup_in(CAPTIONING)) is not None
     ]
     if not found:
         return None
     speedup, row = max(found, key=lambda pair: pair[0])
-    text = f"decode_speedup > {least} over plain vLLM on {CAPTIONING}, batch 1, best tree"
+    text = f"decode_speedup > {least} over plain vLLM on {CAPTIONING}, batch 1, best tree with branches"
     return Goal(text, speedup, speedup > least, row.draft.label)
 
 

@@ -54,6 +54,11 @@ class Draft:
         return self.tree.levels if self.tree else self.nodes
 
     @property
+    def has_branches(self) -> bool:
+        """Whether it is more than one path, so that heads are padded."""
+        return self.tree is not None and self.tree.width > 1
+
+    @property
     def name(self) -> str:
         """Of its files and in the JSON."""
         return "-".join((*self._head(), self.policy, *self._sizes(), *self._load()))

@@ -31,24 +31,28 @@ class Walk(NamedTuple):
 def walk(sampled: torch.Tensor, token: torch.Tensor, parent: torch.Tensor, levels: int) -> Walk:
     """Walk down the trees.
 
+    A walk visits a node if the target chose it and visits its parent; whether it does is found for
+    all nodes at once, over ancestors twice as far up every time.
+
     Args:
         sampled: int64 ``[R, J]``; the target's token behind each node.
-        token: int64 ``[R, J]``; the nodes' own tokens, negative where there is no node; the
-            root's does not matter.
-        parent: int64 ``[R, J]``; each node's parent, less than its own place.
-        levels: ``P - 1``; the walk ends there at the latest.
+        token: int64 ``[R, J]``; the nodes' own tokens, those of siblings all different; negative
+            where there is no node; the root's does not matter.
+        parent: int64 ``[R, J]``; each node's parent, less than its own place; the root is its own.
+        levels: ``P - 1``; the walk ends there at the latest; less than J.
     """
     num_nodes = sampled.shape[1]
-    is_node_RJ = (token >= 0) & (torch.arange(num_nodes, device=token.device) > 0)
-    at_R1 = torch.zeros_like(parent[:, :1])
-    alive_R1 = torch.ones_like(at_R1, dtype=torch.bool)
-    path, emitted, accepted_R1 = [at_R1], [sampled[:, :1]], torch.zeros_like(at_R1)
-    for level in range(1, levels + 1):
-        wanted_R1 = sampled.gather(1, at_R1)
-        fits_RJ = is_node_RJ & (parent == at_R1) & (token == wanted_R1)
-        alive_R1 = alive_R1 & fits_RJ.any(1, keepdim=True)
-        at_R1 = torch.where(alive_R1, fits_RJ.int().argmax(1, keepdim=True), at_R1)
-        accepted_R1 = accepted_R1 + alive_R1
-        path.append(torch.where(alive_R1, at_R1, min(level, num_nodes - 1)))
-        emitted.append(torch.where(alive_R1, sampled.gather(1, at_R1), -1))
-    return Walk(torch.cat(path, 1), accepted_R1[:, 0], torch.cat(emitted, 1))
+    places_J = torch.arange(num_nodes, device=token.device)
+    is_root_J = places_J == 0
+    visits_RJ = is_root_J | ((token >= 0) & (token == sampled.gather(1, parent)))
+    above_RJ = parent
+    for _ in range((num_nodes - 1).bit_length()):
+        visits_RJ = visits_RJ & visits_RJ.gather(1, above_RJ)
+        above_RJ = above_RJ.gather(1, above_RJ)
+    # Parents come before children: in a row's order the visited nodes are the path.
+    place_RJ = torch.where(visits_RJ, places_J, num_nodes)
+    place_RP = place_RJ.topk(levels + 1, dim=1, largest=False, sorted=True).values
+    is_on_RP = place_RP < num_nodes
+    path_RP = torch.where(is_on_RP, place_RP, places_J[: levels + 1])
+    token_RP = torch.where(is_on_RP, sampled.gather(1, path_RP), -1)
+    return Walk(path_RP, is_on_RP.sum(1) - 1, token_RP)
