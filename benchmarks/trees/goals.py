@@ -97,7 +97,7 @@ def _captioning(rows: Rows, least: float) -> Goal | None:
     if not found:
         return None
     speedup, row = max(found, key=lambda pair: pair[0])
-    text = f"decode_speedup > {least} over plain vLLM on {CAPTIONING}, batch 1, best tree with branches"
+    text = f"decode_speedup > {least} over plain vLLM on {CAPTIONING}, batch 1, best branching tree"
     return Goal(text, speedup, speedup > least, row.draft.label)
 
 
