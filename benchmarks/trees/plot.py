@@ -10,7 +10,7 @@ from benchmarks.trees.grid import Part
 from benchmarks.trees.numbers import Estimate
 from benchmarks.trees.results import Row, Rows
 
-SIZE_INCHES = (15, 5)
+SIZE_INCHES = (15, 6)
 DPI = 110
 COLORS = ("#4878a8", "#a85448", "#5a9a5a", "#8a6fb0", "#b08a3c", "#555555")
 
@@ -77,7 +77,9 @@ def _batches(axes: Any, rows: Sequence[Row]) -> None:
         axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_xlabel("requests at a time (greedy)")
     axes.set_ylabel("decode_speedup over plain vLLM at the same batch")
-    _legend(axes)
+    if rows:
+        # Below: names are longer than the axes are wide.
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize="small")
 
 
 def _legend(axes: Any) -> None:

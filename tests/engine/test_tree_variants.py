@@ -85,11 +85,15 @@ def served(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> Served:
     mixed = {"count": 32}
     plain = dict(SMALL) | {"model": tiny.pair(KIND)[0]}
     lists = tmp_path_factory.mktemp("lists")
-    setups = [setup("plain", KIND, plain, {"mixed": mixed, "edge": {}})]
+    setups = [
+        setup("plain", KIND, plain, {"mixed": mixed, "edge": {}, "prefix": {}, "features": {}})
+    ]
     for name, variant in VARIANTS.items():
         scenarios: dict[str, Any] = {"mixed": dict(mixed)}
         if name in EDGE:
             scenarios["edge"] = {}
+        if name == "path":
+            scenarios |= {"prefix": {}, "features": {}}
         setups.append(setup(name, KIND, variant.options(tiny, lists / f"{name}.json"), scenarios))
     return serve(RUNNERS["v1"], setups)
 
@@ -116,6 +120,12 @@ def test_paths_end_where_the_draft_is_unsure(served: Served) -> None:
     assert {drafted for drafted, _ in alone} >= {1, 2, 3, 6}
     assert {drafted for drafted, _ in scheduled} >= {1, 2, 4}
     assert max(accepted for drafted, accepted in alone if drafted == 2) == 2
+
+
+@pytest.mark.parametrize("scenario", ["prefix", "features"])
+def test_single_paths_are_lossless(served: Served, scenario: str) -> None:
+    """Behind prefix hits, and with penalties, logprobs, grammars and several answers."""
+    assert_same(served["plain", scenario], served["path", scenario])
 
 
 def test_load_shrinks_trees_to_chains(served: Served) -> None:
