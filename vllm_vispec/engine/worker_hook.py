@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_vispec.engine.trees.limits import note_whole_paths
-from vllm_vispec.engine.trees.setting import has_branches, read_tree
+from vllm_vispec.engine.trees.setting import has_branches, has_paths, read_tree
 from vllm_vispec.engine.wrapping import wrap_once
 from vllm_vispec.head_config import (
     ARCHITECTURES,
@@ -87,12 +87,12 @@ def _v1_proposer(vllm_config: Any) -> type:
 
 
 def _v2_speculator(vllm_config: Any) -> type:
+    if has_paths(vllm_config):
+        note_whole_paths("the V2 model runner's drafts stay on the device")
     if has_branches(vllm_config):
         from vllm_vispec.engine.trees.v2 import TreeSpeculator
 
         return TreeSpeculator
-    if read_tree(vllm_config) is not None:
-        note_whole_paths("the V2 model runner's drafts stay on the device")
     from vllm_vispec.engine.v2 import ViSpecSpeculator
 
     return ViSpecSpeculator

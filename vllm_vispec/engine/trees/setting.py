@@ -66,6 +66,14 @@ def has_branches(vllm_config: Any) -> bool:
     return not counts or max(counts) > settings.levels
 
 
+def has_paths(vllm_config: Any) -> bool:
+    """Whether there are trees of a single path that may end early, at some load."""
+    settings = read_tree(vllm_config)
+    if settings is None or not settings.is_confident:
+        return False
+    return not has_branches(vllm_config) or schedules_chains(vllm_config, settings)
+
+
 def _scheduled(vllm_config: Any) -> list[int]:
     schedule = vllm_config.speculative_config.num_speculative_tokens_per_batch_size
     return [count for _, _, count in schedule or ()]

@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 
 from vllm_vispec.engine.trees.attention import settings_of
 from vllm_vispec.engine.trees.limits import check_engine, note_whole_paths
-from vllm_vispec.engine.trees.setting import has_branches, schedules_chains
+from vllm_vispec.engine.trees.setting import has_branches, has_paths
 from vllm_vispec.engine.trees.v1_runner import RunnerChains, RunnerTrees
 from vllm_vispec.engine.v1 import ViSpecProposer
 from vllm_vispec.tree.grow import Frontier, PathGrower, TreeGrower, best_path, replace_rows
@@ -79,13 +79,10 @@ class TreeProposer(ViSpecProposer):
 
     def _make_path_grower(self) -> PathGrower | None:
         """Return what grows single paths; None where vLLM's chains do."""
-        if not self._settings.is_confident:
+        if not has_paths(self.vllm_config):
             return None
         if self._runner.use_async_scheduling:
-            if not has_branches(self.vllm_config) or schedules_chains(
-                self.vllm_config, self._settings
-            ):
-                note_whole_paths("with asynchronous scheduling drafts stay on the device")
+            note_whole_paths("with asynchronous scheduling drafts stay on the device")
             return None
         return PathGrower(self._settings.one_branch())
 
