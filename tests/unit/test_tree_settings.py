@@ -49,3 +49,10 @@ def test_bad_settings(given: Any, said: str) -> None:
 def test_bad_numbers_of_nodes(num_nodes: Any) -> None:
     with pytest.raises(ViSpecError, match=r"num_speculative_tokens=.* between 4 and 127: with a"):
         TreeSettings().check_nodes(num_nodes)
+
+
+def test_a_single_path_has_one_number_of_nodes() -> None:
+    settings = TreeSettings("spec_llava", depth=15, top_k=1)
+    settings.check_nodes(16)
+    with pytest.raises(ViSpecError, match="num_speculative_tokens=5 must be 16: with a tree"):
+        settings.check_nodes(5)

@@ -121,11 +121,13 @@ class TreeSettings:
             num_nodes = repr(num_nodes)
         elif self.levels <= num_nodes <= most:
             return
+        is_path = most == self.levels
+        allowed = most if is_path else f"an integer between {self.levels} and {most}"
         raise ViSpecError(
-            f"speculative config: num_speculative_tokens={num_nodes} must be an integer between "
-            f"{self.levels} and {most}: with a tree it is the number of nodes, and depth "
-            f"{self.depth} with top_k {self.top_k} gives paths of {self.levels} and at most "
-            f"{self.max_nodes} nodes; 29 suits most heads"
+            f"speculative config: num_speculative_tokens={num_nodes} must be {allowed}: "
+            f"with a tree it is the number of nodes, and depth {self.depth} with top_k "
+            f"{self.top_k} gives paths of {self.levels} and at most {self.max_nodes} nodes"
+            + ("" if is_path else "; 29 suits most heads")
         )
 
 
