@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ def find_goals(rows: Rows) -> list[Goal]:
 
 def same_depth(rows: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
     """Trees with the chain whose K is the longest path of the tree."""
-    chains = {row.draft.nodes: row for row in rows if row.draft.tree is None}
+    chains = {row.draft.nodes: row for row in _chains(rows)}
     for row in rows:
         if row.draft.tree is not None and row.draft.levels in chains:
             yield row, chains[row.draft.levels]
@@ -109,7 +109,7 @@ def _load(rows: Sequence[Row]) -> Iterator[Goal]:
         ratios = {batch: _ratio(mine[batch], deep[batch]) for batch in mine if batch in deep}
         if not ratios:
             continue
-        fastest = {batch: _ratio(mine[batch], _fastest(rows, batch)) for batch in ratios}
+        fastest = {batch: _ratio(mine[batch], _fastest_at(rows, batch)) for batch in ratios}
         yield Goal(
             "decode_speedup with a load schedule >= the chain's as deep at every batch size: "
             f"{draft.label}",
@@ -127,9 +127,12 @@ def _chains(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.draft.tree is None]
 
 
-def _fastest(rows: Sequence[Row], batch: int) -> Row:
-    chains = (row for row in _chains(rows) if row.batch == batch)
+def _fastest(chains: Iterable[Row]) -> Row:
     return max(chains, key=lambda row: row.decode_speedup.value)
+
+
+def _fastest_at(rows: Sequence[Row], batch: int) -> Row:
+    return _fastest(row for row in _chains(rows) if row.batch == batch)
 
 
 def _ratio(row: Row, other: Row) -> float:
@@ -148,7 +151,7 @@ def find_losses(rows: Rows) -> list[Loss]:
 def _lost_families(rows: Sequence[Row]) -> Iterator[Loss]:
     chains = _chains(rows)
     for tree in (row for row in rows if row.draft.tree is not None and chains):
-        best = max(chains, key=lambda row: row.decode_speedup.value)
+        best = _fastest(chains)
         ratios = {
             family: speedup / best.by_family[family][1]
             for family, (_, speedup) in tree.by_family.items()
@@ -166,7 +169,7 @@ def _lost_batches(rows: Sequence[Row]) -> Iterator[Loss]:
     for tree in rows:
         if tree.draft.tree is None or tree.batch not in measured:
             continue
-        chain = _fastest(rows, tree.batch)
+        chain = _fastest_at(rows, tree.batch)
         ratio = _ratio(tree, chain)
         if ratio < 1:
             yield Loss(tree.draft.label, chain.draft.label, f"batch {tree.batch}", ratio)

@@ -6,7 +6,7 @@ A new draft or part is one entry. A draft that several parts name is measured on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
@@ -151,11 +151,11 @@ def confident(depth: int, top_k: int, nodes: int, threshold: float, **others: An
 # Deep enough for this head, and its paths still fit a tree of 8 nodes.
 CHAIN, TREE = Draft(5), eagle2(5)
 # The longest chain, and trees as deep: with branches for one request, with one path for any load.
-LONG = Draft(16)
+LONG, PATH = Draft(16), confident(15, 1, 16, 0.3)
 _BRANCHES: Schedule = ((1, 1, 19), (2, max(BATCHES), 16))
 _PATHS: Schedule = ((1, 8, 16), (9, max(BATCHES), 12))
 LOADED = confident(15, 2, 19, 0.2, schedule=_BRANCHES)
-LOADED_PATH = confident(15, 1, 16, 0.3, schedule=_PATHS)
+LOADED_PATH = replace(PATH, schedule=_PATHS)
 # The same for the draft VLM, as deep as its longest chain.
 VLM_LOADED = confident(11, 3, 19, 0.1, head=DRAFT_VLM, schedule=((1, 1, 19), (2, max(BATCHES), 12)))
 VLM_LOADED_PATH = confident(
@@ -171,8 +171,8 @@ _POLICIES = (
     *(eagle2(15, top_k, nodes) for top_k, nodes in ((10, 127), (4, 59), (3, 23))),
     Draft(NODES, TreeSettings("spec_llava", 5, 8)),
     Draft(NODES, TreeSettings("entropy", 5, 8)),
-    confident(15, 2, 19, 0.2),
-    confident(15, 1, 16, 0.3),
+    replace(LOADED, schedule=()),
+    PATH,
 )
 # Small trees are narrow ones: what is drafted and not kept costs a draft pass all the same.
 _SIZES = (eagle2(5, 2, 7), eagle2(5, 4, 15), eagle2(5, 8, NODES), eagle2(5, 8, 59))
@@ -182,7 +182,7 @@ _VLM = (
     eagle2(5, head=DRAFT_VLM),
     eagle2(11, 10, 119, head=DRAFT_VLM),
     confident(5, 3, 15, 0.1, head=DRAFT_VLM),
-    confident(11, 1, 12, 0.3, head=DRAFT_VLM),
+    replace(VLM_LOADED_PATH, schedule=()),
 )
 _GREEDY, _SAMPLED = Condition("greedy"), Condition("sampled", temperature=1.0)
 _BATCHED = Condition("batched", has_batches=True)
@@ -201,7 +201,7 @@ PARTS: Mapping[Part, Case] = MappingProxyType(
         Part.POLICIES: Case(_GREEDY, _POLICIES),
         Part.NODES: Case(_GREEDY, (Draft(6), *_SIZES)),
         Part.BATCH: Case(_BATCHED, (Draft(6), LONG, TREE, LOADED, LOADED_PATH)),
-        Part.TEMPERATURE: Case(_SAMPLED, (CHAIN, TREE, LONG, confident(15, 1, 16, 0.3))),
+        Part.TEMPERATURE: Case(_SAMPLED, (CHAIN, TREE, LONG, PATH)),
         Part.DRAFT_VLM: Case(_GREEDY, _VLM),
         Part.DRAFT_VLM_BATCH: Case(_BATCHED, (*_VLM_CHAINS[1:], VLM_LOADED, VLM_LOADED_PATH)),
     }

@@ -77,11 +77,10 @@ def _batches(axes: Any, rows: Sequence[Row]) -> None:
         axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_xlabel("requests at a time (greedy)")
     axes.set_ylabel("decode_speedup over plain vLLM at the same batch")
-    if rows:
-        # Below: names are longer than the axes are wide.
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize="small")
+    # Below: names are longer than the axes are wide.
+    _legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
-def _legend(axes: Any) -> None:
+def _legend(axes: Any, **place: Any) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", **place)
