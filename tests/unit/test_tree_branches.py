@@ -10,7 +10,7 @@ import pytest
 
 from vllm_vispec.engine import worker_hook
 from vllm_vispec.engine.options import EngineOptions
-from vllm_vispec.engine.trees import attention, limits
+from vllm_vispec.engine.trees import attention, limits, v2_state
 from vllm_vispec.engine.trees.setting import has_branches, resolve_tree
 from vllm_vispec.engine.trees.v1 import TreeProposer
 from vllm_vispec.head_config import ARCHITECTURE
@@ -52,6 +52,13 @@ def test_engines_without_branches_are_not_padded(
         if not branches:
             attention._init(lambda *given: made.extend(given), "layer", "heads")
             assert made == ["layer", "heads"]
+
+
+def test_v2_keeps_vllms_sampler_for_single_paths() -> None:
+    """Even where an engine with branches was in the same process before."""
+    state = SimpleNamespace(vllm_config=_config(CONFIDENT.one_branch()))
+    assert v2_state._custom_sampler(lambda *_: None, state, "sampler") is None
+    assert not hasattr(state, "vispec_trees")
 
 
 def test_single_paths_are_trees_if_they_may_end_early() -> None:

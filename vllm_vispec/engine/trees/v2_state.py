@@ -13,7 +13,7 @@ from vllm_vispec.engine.trees.attention import code_rows, settings_of
 from vllm_vispec.engine.trees.memory import keep_target_keys
 from vllm_vispec.engine.trees.path_rules import needs_chain
 from vllm_vispec.engine.trees.rounds import Moves, TreeRound, TreeTable
-from vllm_vispec.engine.trees.setting import read_tree
+from vllm_vispec.engine.trees.setting import has_branches
 from vllm_vispec.engine.trees.v2_sampler import TreeRejectionSampler
 from vllm_vispec.engine.upload import upload
 from vllm_vispec.engine.wrapping import wrap_object, wrap_once
@@ -27,7 +27,7 @@ def install() -> None:
 
 def _custom_sampler(original: Callable[..., Any], state: Any, sampler: Any) -> Any:
     found = original(state, sampler)
-    if found is not None or read_tree(state.vllm_config) is None:
+    if found is not None or not has_branches(state.vllm_config):
         return found
     tree_sampler = TreeRejectionSampler(sampler, state.vllm_config.speculative_config, state.device)
     tree_sampler.trees = state.vispec_trees = StateTrees(state)
