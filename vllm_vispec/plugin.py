@@ -30,7 +30,7 @@ def register() -> None:
 
 def find_problem() -> str | None:
     """Return why ViSpec cannot work with the installed vLLM, or None."""
-    from vllm_vispec.seams import first_broken
+    from vllm_vispec.compat.check import first_broken
 
     problem = version_problem(installed_version())
     if problem is not None:
@@ -39,7 +39,7 @@ def find_problem() -> str | None:
     if broken is None:
         return None
     return (
-        f"seam {broken.name} does not fit this vLLM ({broken.detail}); install vLLM "
+        f"patch point {broken.name} does not fit this vLLM ({broken.detail}); install vLLM "
         f"{supported_range()} or a newer vllm-vispec, and see `vispec doctor`"
     )
 
@@ -56,13 +56,17 @@ def version_problem(version: str) -> str | None:
     try:
         major, minor = (int(part) for part in version.split(".")[:2])
     except ValueError:
-        logger.warning("ViSpec: cannot read vLLM's version %r; going by the seams alone", version)
+        logger.warning(
+            "ViSpec: cannot read vLLM's version %r; going by the patch points alone", version
+        )
         return None
     if (major, minor) < MIN_VERSION:
         return f"vLLM {version} is too old; install vLLM {supported_range()}"
     if (major, minor) > MAX_VERSION:
         logger.warning(
-            "ViSpec was tested with vLLM %s, this is %s; all seams fit", supported_range(), version
+            "ViSpec was tested with vLLM %s, this is %s; all patch points fit",
+            supported_range(),
+            version,
         )
     return None
 

@@ -262,7 +262,7 @@ def try_all(folder: str) -> Iterator[dict[str, str]]:
         yield {"name": "old vLLM"} | attempts.attempt(good, "old")
     broken = SimpleNamespace(name="EagleProposer.propose", detail="missing argument 'x'")
     with _registered_anew("find_problem", _problem_of(broken)):
-        yield {"name": "broken seam"} | attempts.attempt(good, "seam")
+        yield {"name": "broken patch point"} | attempts.attempt(good, "broken")
     yield {"name": "good again"} | attempts.attempt(good, "again")
 
 
@@ -272,7 +272,7 @@ def _problem_of(broken: Any) -> Callable[[], str | None]:
     find_problem = plugin.find_problem
 
     def find() -> str | None:
-        with mock.patch("vllm_vispec.seams.first_broken", return_value=broken):
+        with mock.patch("vllm_vispec.compat.check.first_broken", return_value=broken):
             return find_problem()
 
     return find

@@ -42,7 +42,10 @@ def test_good_start_is_accepted(refusals: Results, name: str) -> None:
     ("name", "message"),
     [
         ("old vLLM", r"^vLLM 0\.31\.2 is too old; install vLLM 0\.32 to 0\.33$"),
-        ("broken seam", r"^seam EagleProposer\.propose does not fit.*install vLLM 0\.32 to 0\.33"),
+        (
+            "broken patch point",
+            r"^patch point EagleProposer\.propose does not.*install vLLM 0\.32 to 0\.33",
+        ),
     ],
 )
 def test_unfit_vllm_is_refused(refusals: Results, name: str, message: str) -> None:

@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.unit.heads import write_head
-from vllm_vispec import seams
 from vllm_vispec.cli import doctor
 from vllm_vispec.cli.app import app
+from vllm_vispec.compat import check
 from vllm_vispec.dialects import inspect_head
 from vllm_vispec.dialects.convert import guess_target, serve_command
 
@@ -48,7 +48,7 @@ def test_doctor_prints_everything(tmp_path: Path) -> None:
         "transformers",
         "tested: 0.32 to 0.33",
         "V1 (stub)",
-        f"{len(seams.SEAMS)} of {len(seams.SEAMS)} fit",
+        f"{len(check.PATCH_POINTS)} of {len(check.PATCH_POINTS)} fit",
         "automodel: NeMo Automodel",
         "3 (2 rows per image)",
         f'"model":"{tmp_path}"',
@@ -56,9 +56,9 @@ def test_doctor_prints_everything(tmp_path: Path) -> None:
         assert expected in result.output
 
 
-def test_doctor_fails_with_a_broken_seam(monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = seams.Seam("vllm.engine.arg_utils", "NoSuchThing", (), "calls", "a test")
-    monkeypatch.setattr(seams, "check_seams", lambda: [seams._check(gone)])
+def test_doctor_fails_with_a_broken_patch_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = check.PatchPoint("vllm.engine.arg_utils", "NoSuchThing", (), "calls", "a test")
+    monkeypatch.setattr(check, "check_patch_points", lambda: [check._check(gone)])
     result = RUNNER.invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "FAIL vllm.engine.arg_utils:NoSuchThing" in result.output

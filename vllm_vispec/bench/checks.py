@@ -7,9 +7,9 @@ from pathlib import Path
 
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.sides import SIDES
+from vllm_vispec.compat.check import first_broken
+from vllm_vispec.compat.groups.bench import BENCH_POINTS
 from vllm_vispec.errors import ViSpecError
-from vllm_vispec.seam_table_bench import BENCH_SEAMS
-from vllm_vispec.seams import first_broken
 
 PACKAGES = {"vllm": "vllm", "pandas": "pandas (vllm[bench])"}
 
@@ -24,11 +24,11 @@ def check_inputs(settings: MatrixSettings) -> None:
     for module, name in PACKAGES.items():
         if importlib.util.find_spec(module) is None:
             raise ViSpecError(f"vllm bench serve needs {name}: install it here")
-    broken = first_broken(BENCH_SEAMS)
+    broken = first_broken(BENCH_POINTS)
     if broken is not None:
         raise ViSpecError(
-            f"seam {broken.name} does not fit this vLLM ({broken.detail}): measure with vLLM 0.32 "
-            "or 0.33"
+            f"patch point {broken.name} does not fit this vLLM ({broken.detail}): measure with "
+            "vLLM 0.32 or 0.33"
         )
     _check_folder("--target", settings.target)
     needed = {option for side in settings.sides for option in SIDES[side].needs}

@@ -65,7 +65,7 @@ def doctor(
         str | None, typer.Option(help="Folder or hub id of a head to look at, too.")
     ] = None,
 ) -> None:
-    """Print versions, the runner that will be used, the state of every seam, a head's needs."""
+    """Print versions, the runner that will be used, the patch points, and what a head needs."""
     from vllm_vispec.cli.doctor import head_lines, run_checks
 
     report = run_checks()

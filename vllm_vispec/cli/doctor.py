@@ -31,7 +31,7 @@ class Report:
 
 
 def run_checks() -> Report:
-    """Versions, runner and seams of this environment."""
+    """Versions, runner and patch points of this environment."""
     lines = [f"{'vllm-vispec':14} {__version__}", f"{'python':14} {platform.python_version()}"]
     for package in ("torch", "transformers"):
         lines.append(f"{package:14} {_version(package)}")
@@ -40,8 +40,8 @@ def run_checks() -> Report:
         return Report(tuple(lines), ok=False)
     vllm_line, version_ok = _vllm_line()
     lines += [vllm_line, f"{'runner':14} {runner_line()}", f"{'trees':14} {tree_line()}"]
-    seam_lines, seams_ok = _seam_lines()
-    return Report((*lines, "", *seam_lines), ok=version_ok and seams_ok)
+    point_lines, points_ok = _patch_point_lines()
+    return Report((*lines, "", *point_lines), ok=version_ok and points_ok)
 
 
 def runner_line() -> str:
@@ -156,12 +156,12 @@ def _vllm_line() -> tuple[str, bool]:
     return f"{'vllm':14} {found} ({state}; tested: {plugin.supported_range()})", True
 
 
-def _seam_lines() -> tuple[list[str], bool]:
-    from vllm_vispec.seams import check_seams
+def _patch_point_lines() -> tuple[list[str], bool]:
+    from vllm_vispec.compat.check import check_patch_points
 
-    states = check_seams()
+    states = check_patch_points()
     broken = [state for state in states if not state.ok]
-    lines = [f"{'seams':14} {len(states) - len(broken)} of {len(states)} fit"]
+    lines = [f"{'patch points':14} {len(states) - len(broken)} of {len(states)} fit"]
     for state in states:
         mark = "ok  " if state.ok else "FAIL"
         lines.append(f"  {mark} {state.name}: {state.reason if state.ok else state.detail}")

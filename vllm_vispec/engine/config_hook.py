@@ -13,13 +13,13 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.transformers_utils import config as vllm_config_module
 
+from vllm_vispec.compat.patching import wrap_once
 from vllm_vispec.dialects import HeadInfo, inspect_head, is_vispec_head
 from vllm_vispec.engine.guards import check_settings, check_target
 from vllm_vispec.engine.options import EngineOptions
 from vllm_vispec.engine.trees import limits
 from vllm_vispec.engine.trees.setting import may_branch, resolve_tree
 from vllm_vispec.engine.vocab_setting import resolve_draft_vocab
-from vllm_vispec.engine.wrapping import wrap_once
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.head_config import HeadConfig
 from vllm_vispec.logs import get_logger

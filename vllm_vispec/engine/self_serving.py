@@ -12,13 +12,13 @@ from typing import Any
 from vllm import envs
 from vllm.engine import arg_utils
 
+from vllm_vispec.compat.patching import wrap_once
 from vllm_vispec.dialects.speculators import (
     SPECULATORS_TYPE,
     is_path,
     locate_target,
     serving_of_folder,
 )
-from vllm_vispec.engine.wrapping import wrap_once
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.logs import get_logger
 

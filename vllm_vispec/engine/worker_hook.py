@@ -8,9 +8,9 @@ by replacing the name.  Installed when a worker is built: earlier the proposers 
 from collections.abc import Callable
 from typing import Any
 
+from vllm_vispec.compat.patching import wrap_once
 from vllm_vispec.engine.trees.limits import note_whole_paths
 from vllm_vispec.engine.trees.setting import has_branches, has_paths, read_tree
-from vllm_vispec.engine.wrapping import wrap_once
 from vllm_vispec.head_config import (
     ARCHITECTURES,
     DRAFT_VLM_ARCHITECTURE,

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import IO, Any
 
+from vllm_vispec.bench.profile.patch_points import check_profile_points
 from vllm_vispec.bench.profile.probes import find_runner
 from vllm_vispec.bench.profile.rounds import Wanted, find_rounds
-from vllm_vispec.bench.profile.seams import check_profile_seams
 from vllm_vispec.bench.profile.spans import CLOCKS, Recorder
 from vllm_vispec.bench.schema import Record
 from vllm_vispec.errors import ViSpecError
@@ -66,7 +66,7 @@ class ProfiledEngine:
 
         from vllm_vispec.plugin import register
 
-        check_profile_seams()
+        check_profile_points()
         register()
         self.job = job
         options = engine_options(job.serve_args)

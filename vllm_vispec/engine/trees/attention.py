@@ -17,10 +17,10 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.selector import get_attn_backend
 
+from vllm_vispec.compat.patching import wrap_once
 from vllm_vispec.engine.trees.code_rows import MAX_SPARE_CHANNELS, CodeRows
 from vllm_vispec.engine.trees.padded_impl import LayerPadding, padded_class
 from vllm_vispec.engine.trees.setting import has_branches, read_tree
-from vllm_vispec.engine.wrapping import wrap_once
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.tree.codes import MIN_LOGIT, mask_logit
 from vllm_vispec.tree.settings import TreeSettings

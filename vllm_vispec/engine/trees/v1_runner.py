@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from vllm.forward_context import get_forward_context
 
+from vllm_vispec.compat.patching import wrap_object
 from vllm_vispec.engine.trees.attention import code_rows, settings_of
 from vllm_vispec.engine.trees.memory import keep_target_keys
 from vllm_vispec.engine.trees.path_rules import ChainRequests
 from vllm_vispec.engine.trees.rounds import Moves, TreeRound, TreeTable
 from vllm_vispec.engine.trees.v1_sampler import TreeRejectionSampler
 from vllm_vispec.engine.upload import upload
-from vllm_vispec.engine.wrapping import wrap_object
 from vllm_vispec.tree.grow import NO_TOKEN, DraftTree
 
 

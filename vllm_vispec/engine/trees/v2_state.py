@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
+from vllm_vispec.compat.patching import wrap_object, wrap_once
 from vllm_vispec.engine.trees.attention import code_rows, settings_of
 from vllm_vispec.engine.trees.memory import keep_target_keys
 from vllm_vispec.engine.trees.path_rules import needs_chain
@@ -16,7 +17,6 @@ from vllm_vispec.engine.trees.rounds import Moves, TreeRound, TreeTable
 from vllm_vispec.engine.trees.setting import has_branches
 from vllm_vispec.engine.trees.v2_sampler import TreeRejectionSampler
 from vllm_vispec.engine.upload import upload
-from vllm_vispec.engine.wrapping import wrap_object, wrap_once
 from vllm_vispec.tree.grow import DraftTree
 
 

@@ -1,6 +1,6 @@
 """Places in vLLM that draft trees touch."""
 
-from vllm_vispec.seam_entry import Seam
+from vllm_vispec.compat.patch_point import PatchPoint
 
 _ATTENTION = "vllm.model_executor.layers.attention.attention"
 _V1_BASE = "vllm.v1.spec_decode.llm_base_proposer"
@@ -8,197 +8,197 @@ _V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
 _V2 = "vllm.v1.worker.gpu"
 _V1_SAMPLER = "vllm.v1.sample.rejection_sampler"
 
-TREE_SEAMS: tuple[Seam, ...] = (
-    Seam(
+TREE_POINTS: tuple[PatchPoint, ...] = (
+    PatchPoint(
         "vllm.config.vllm",
         "VllmConfig.num_lookahead_tokens",
         (),
         "wraps",
         "trees: KV slots for the draft passes over a tree",
     ),
-    Seam(
+    PatchPoint(
         _ATTENTION,
         "Attention.__init__",
         ("num_heads", "head_size", "scale", "alibi_slopes", "cache_config", "logits_soft_cap"),
         "wraps",
         "trees: heads a few channels wider, in engines with trees alone",
     ),
-    Seam(
+    PatchPoint(
         _ATTENTION,
         "Attention.get_kv_cache_spec",
         ("vllm_config",),
         "wraps",
         "trees: the KV cache has the padded head size",
     ),
-    Seam(
+    PatchPoint(
         _ATTENTION,
         "Attention.self.impl",
         (),
         "subclasses",
         "trees: the backend's implementation pads what comes in and cuts what goes out",
     ),
-    Seam(
+    PatchPoint(
         _ATTENTION,
         "get_attention_context",
         ("layer_name",),
         "reads",
         "trees: layers store into `kv_cache` of their own",
     ),
-    Seam(
+    PatchPoint(
         "vllm.v1.attention.backend",
         "AttentionBackend.forward_includes_kv_cache_update",
         (),
         "reads",
         "trees: backends that store keys while they attend are refused",
     ),
-    Seam(
+    PatchPoint(
         "vllm.v1.attention.backends.cpu_attn",
         "CPUAttentionBackendImpl.do_kv_cache_update",
         ("layer", "key", "value", "kv_cache", "slot_mapping"),
         "calls",
         "trees: accepted keys and values are stored again; -1 skips",
     ),
-    Seam(
+    PatchPoint(
         "vllm.forward_context",
         "ForwardContext.slot_mapping",
         (),
         "reads",
         "trees: where each layer stored the batch",
     ),
-    Seam(
+    PatchPoint(
         _V1_BASE,
         "SpecDecodeBaseProposer.propose",
         ("num_speculative_tokens", "common_attn_metadata"),
         "overrides",
         "V1, trees: one pass for each level behind vLLM's first pass",
     ),
-    Seam(
+    PatchPoint(
         _V1_BASE,
         "SpecDecodeBaseProposer._sample_draft_tokens",
         ("hidden_states", "sampling_metadata"),
         "overrides",
         "V1, trees: hidden states behind the roots",
     ),
-    Seam(
+    PatchPoint(
         _V1_BASE,
         "SpecDecodeBaseProposer._determine_batch_execution_and_padding",
         ("num_tokens",),
         "calls",
         "V1, trees: passes over levels",
     ),
-    Seam(
+    PatchPoint(
         _V1_BASE,
         "SpecDecodeBaseProposer._get_slot_mapping",
         ("num_tokens", "slot_mapping"),
         "calls",
         "V1, trees: passes over levels",
     ),
-    Seam(
+    PatchPoint(
         _V1_BASE,
         "SpecDecodeBaseProposer.self._draft_attn_layer_names",
         (),
         "reads",
         "V1, trees: keys of the target's layers alone are stored again",
     ),
-    Seam(
+    PatchPoint(
         _V1_RUNNER,
         "GPUModelRunner._calc_spec_decode_metadata",
         ("num_draft_tokens", "cu_num_scheduled_tokens"),
         "wraps",
         "V1, trees: which requests of a batch have drafts (one object only)",
     ),
-    Seam(
+    PatchPoint(
         _V1_RUNNER,
         "GPUModelRunner._model_forward",
         ("input_ids", "positions"),
         "wraps",
         "V1, trees: positions by level, and codes (one object only)",
     ),
-    Seam(
+    PatchPoint(
         _V1_RUNNER,
         "GPUModelRunner._get_draft_token_ids_cpu",
         (),
         "wraps",
         "V1, trees: empty places are no drafts (one object only)",
     ),
-    Seam(
+    PatchPoint(
         _V1_RUNNER,
         "GPUModelRunner._input_fits_in_drafter",
         ("common_attn_metadata",),
         "wraps",
         "V1, trees: drafted up to the longest sequence (one object only)",
     ),
-    Seam(
+    PatchPoint(
         _V1_RUNNER,
         "GPUModelRunner.self.rejection_sampler",
         (),
         "subclasses",
         "V1, trees: the walk along the target's own samples",
     ),
-    Seam(
+    PatchPoint(
         _V1_SAMPLER,
         "RejectionSampler.forward",
         ("metadata", "draft_probs", "logits", "sampling_metadata"),
         "overrides",
         "V1, trees: the walk along the target's own samples",
     ),
-    Seam(
+    PatchPoint(
         _V1_SAMPLER,
         "RejectionSampler.apply_logits_processors",
         ("logits", "sampling_metadata", "metadata"),
         "calls",
         "V1, trees: for every row of logits, the last ones included",
     ),
-    Seam(
+    PatchPoint(
         _V1_SAMPLER,
         "RejectionSampler._get_logprobs_tensors",
         ("max_num_logprobs", "metadata", "logits", "target_logits", "bonus_logits"),
         "calls",
         "V1, trees: logprobs of the accepted paths",
     ),
-    Seam(
+    PatchPoint(
         _V1_SAMPLER,
         "apply_sampling_constraints",
         ("logits", "cu_num_draft_tokens", "sampling_metadata"),
         "calls",
         "V1, trees: temperature, top_k and top_p for every row of logits",
     ),
-    Seam(
+    PatchPoint(
         f"{_V2}.model_states.interface",
         "ModelState.custom_sampler",
         ("sampler",),
         "wraps",
         "V2, trees: the walk along the target's own samples",
     ),
-    Seam(
+    PatchPoint(
         f"{_V2}.model_states.interface",
         "ModelState.prepare_inputs",
         ("input_batch", "req_states"),
         "wraps",
         "V2, trees: positions by level, and codes (one object only)",
     ),
-    Seam(
+    PatchPoint(
         f"{_V2}.model_states.interface",
         "ModelState.add_request",
         ("req_index", "new_req_data"),
         "wraps",
         "V2, trees: which requests need a chain (one object only)",
     ),
-    Seam(
+    PatchPoint(
         f"{_V2}.model_states.interface",
         "ModelState.remove_request",
         ("req_id",),
         "wraps",
         "V2, trees: which requests need a chain (one object only)",
     ),
-    Seam(
+    PatchPoint(
         f"{_V2}.spec_decode.rejection_sampler",
         "RejectionSampler.__call__",
         ("logits", "input_batch"),
         "overrides",
         "V2, trees: positions count tokens again",
     ),
-    Seam(
+    PatchPoint(
         f"{_V2}.spec_decode.rejection_sampler",
         "RejectionSampler._verify",
         (
@@ -213,70 +213,70 @@ TREE_SEAMS: tuple[Seam, ...] = (
         "overrides",
         "V2, trees: the walk along the target's own samples",
     ),
-    Seam(
+    PatchPoint(
         f"{_V2}.sample.sampler",
         "Sampler.apply_sampling_params",
         ("logits", "expanded_idx_mapping", "idx_mapping", "idx_mapping_np", "pos", "input_ids"),
         "calls",
         "V2, trees: logits as plain decoding samples from them",
     ),
-    Seam(
+    PatchPoint(
         f"{_V2}.sample.gumbel",
         "gumbel_sample",
         ("logits", "expanded_idx_mapping", "temperature", "seed", "pos", "apply_temperature"),
         "calls",
         "V2, trees: the draws of plain decoding",
     ),
-    Seam(
+    PatchPoint(
         f"{_V2}.spec_decode.target_dependent_ar.speculator",
         "TargetDependentARSpeculator._run_model",
         ("num_tokens", "attn_metadata", "slot_mappings", "num_tokens_across_dp"),
         "calls",
         "V2, trees: passes over levels",
     ),
-    Seam(
+    PatchPoint(
         f"{_V2}.spec_decode.target_dependent_ar.speculator",
         "TargetDependentARSpeculator.capture",
         (),
         "overrides",
         "V2, trees: graphs of one-token steps are not recorded",
     ),
-    Seam(
+    PatchPoint(
         f"{_V2}.spec_decode.speculator",
         "DraftModelSpeculator.sample_draft",
         ("hidden_states",),
         "overrides",
         "V2, trees: the first pass draws no token",
     ),
-    Seam(
+    PatchPoint(
         f"{_V2}.spec_decode.speculator",
         "DraftModelSpeculator._build_uniform_attn_metadata",
         ("batch_desc", "num_reqs", "num_query_per_req", "seq_lens_cpu_upper_bound", "step"),
         "calls",
         "V2, trees: passes over levels",
     ),
-    Seam(
+    PatchPoint(
         f"{_V2}.block_table",
         "BlockTables.compute_slot_mappings",
         ("idx_mapping", "query_start_loc", "positions", "num_tokens_padded"),
         "calls",
         "V2, trees: slots of a level's nodes",
     ),
-    Seam(
+    PatchPoint(
         f"{_V2}.attn_utils",
         "build_slot_mappings_by_layer",
         ("slot_mappings", "kv_cache_config"),
         "calls",
         "V2, trees: slots of a level's nodes",
     ),
-    Seam(
+    PatchPoint(
         f"{_V2}.cudagraph_utils",
         "BatchExecutionDescriptor",
         (),
         "calls",
         "V2, trees: passes over levels run eagerly",
     ),
-    Seam(
+    PatchPoint(
         "vllm.config.speculative",
         "SpeculativeConfig.num_speculative_tokens_per_batch_size",
         (),

@@ -6,7 +6,7 @@ VERSIONS = ("0.32", "0.33")
 
 
 @dataclass(frozen=True)
-class Seam:
+class PatchPoint:
     """One thing in vLLM that ViSpec calls, overrides or reads.
 
     Attributes:

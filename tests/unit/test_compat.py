@@ -1,4 +1,4 @@
-"""The seams table: complete, checked, and a mismatch disables ViSpec with one clear error."""
+"""Patch points: all listed, all checked, and a mismatch disables ViSpec with one clear error."""
 
 import dataclasses
 import re
@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from vllm_vispec import plugin, seams
-from vllm_vispec.seams import SEAMS, Seam, check_seams, first_broken
+from vllm_vispec import plugin
+from vllm_vispec.compat import check
+from vllm_vispec.compat.check import PATCH_POINTS, PatchPoint, check_patch_points, first_broken
 
 PACKAGE = Path(plugin.__file__).parent
 
 
-def test_every_seam_fits_the_installed_vllm() -> None:
-    assert [state.name for state in check_seams() if not state.ok] == []
+def test_every_patch_point_fits_the_installed_vllm() -> None:
+    assert [state.name for state in check_patch_points() if not state.ok] == []
 
 
 @pytest.mark.parametrize(
@@ -30,17 +31,17 @@ def test_every_seam_fits_the_installed_vllm() -> None:
         ({"symbol": "EngineArgs.self.never_set"}, "EngineArgs.self.never_set not found"),
     ],
 )
-def test_a_changed_seam_is_found(change: dict[str, object], said: str) -> None:
-    seam = dataclasses.replace(SEAMS[0], **change)  # type: ignore[arg-type]
-    broken = first_broken((seam,))
+def test_a_changed_patch_point_is_found(change: dict[str, object], said: str) -> None:
+    point = dataclasses.replace(PATCH_POINTS[0], **change)  # type: ignore[arg-type]
+    broken = first_broken((point,))
     assert broken is not None
     assert said in broken.detail
 
 
-def test_a_broken_seam_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = Seam("vllm.engine.arg_utils", "EngineArgs.gone", (), "wraps", "test")
-    monkeypatch.setattr(seams, "SEAMS", (broken,))
-    monkeypatch.setattr(seams, "first_broken", lambda: first_broken((broken,)))
+def test_a_broken_patch_point_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = PatchPoint("vllm.engine.arg_utils", "EngineArgs.gone", (), "wraps", "test")
+    monkeypatch.setattr(check, "PATCH_POINTS", (broken,))
+    monkeypatch.setattr(check, "first_broken", lambda: first_broken((broken,)))
     problem = plugin.find_problem()
     assert problem is not None
     assert "vllm.engine.arg_utils:EngineArgs.gone" in problem
@@ -68,7 +69,7 @@ def test_a_newer_version_warns(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_every_override_of_a_vllm_class_stands_in_the_table() -> None:
     """Methods of our proposers that vLLM's classes have too must be listed."""
-    listed = {seam.symbol.split(".")[-1] for seam in SEAMS}
+    listed = {point.symbol.split(".")[-1] for point in PATCH_POINTS}
     for name in (
         "v1.py",
         "v2.py",
@@ -85,7 +86,7 @@ def test_every_override_of_a_vllm_class_stands_in_the_table() -> None:
 
 def test_every_assignment_to_vllm_stands_in_the_table() -> None:
     """Whatever the package assigns on a vLLM class is listed as wrapped or subclassed."""
-    listed = {seam.symbol for seam in SEAMS if seam.use in ("wraps", "subclasses")}
+    listed = {point.symbol for point in PATCH_POINTS if point.use in ("wraps", "subclasses")}
     assigned = set()
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()

@@ -1,0 +1,1 @@
+"""Where ViSpec touches vLLM: patch points by feature, their check, and what patches."""

@@ -1,0 +1,1 @@
+"""Patch points, one module for each feature."""
