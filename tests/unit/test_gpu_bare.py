@@ -1,0 +1,133 @@
+"""Rehearses on a CPU what `tests.gpu.bare` asks of a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.gpu import bare_attention, bare_trees
+from tests.gpu.bare import PARTS
+from tests.gpu.setup import NotRun, Setup
+from tests.support.child import REPOSITORY
+
+CPU = Setup("cpu", None)
+NEEDS_CUDA = {"attention_fa3", "attention_fa3_fp8", "tree_memory"}
+
+
+def _vllm_folder() -> str:
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return spec.submodule_search_locations[0]
+
+
+def _run(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.gpu.bare", "--output", str(output), *arguments]
+    env = dict(os.environ) | {
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False
+    )
+
+
+def test_every_part_runs_without_vllm(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    done = _run(output, "--device", "cpu", "--vllm", _vllm_folder())
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(output.read_text())
+    states = {name: part["state"] for name, part in report["parts"].items()}
+    assert states == {name: "not run" if name in NEEDS_CUDA else "passed" for name in PARTS}, (
+        report["parts"]
+    )
+
+
+def test_a_machine_without_cuda_is_told_so(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    done = _run(output, "--only", "tree_step")
+    assert done.returncode == 0
+    part = json.loads(output.read_text())["parts"]["tree_step"]
+    assert part["state"] == "not run"
+    assert "no CUDA device" in part["reason"]
+
+
+def test_a_wrong_kernel_fails() -> None:
+    def attend(batch: bare_attention.Batch) -> torch.Tensor:
+        output = torch.zeros_like(batch.query)
+        output[..., : batch.shape.head_size] = batch.expected + 0.01
+        return output
+
+    with pytest.raises(AssertionError, match="masked 64 to 72"):
+        bare_attention._check_all(CPU, attend)
+
+
+def test_padding_that_comes_back_filled_fails() -> None:
+    def attend(batch: bare_attention.Batch) -> torch.Tensor:
+        output = torch.ones_like(batch.query)
+        output[..., : batch.shape.head_size] = batch.expected
+        return output
+
+    with pytest.raises(AssertionError, match="padding"):
+        bare_attention._check_all(CPU, attend)
+
+
+def test_a_wrong_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, calls = bare_trees.step, iter(range(1_000_000))
+
+    def step(*args: Any) -> bare_trees.Outputs:
+        outputs = right(*args)
+        # Every other call is the expectation's.
+        return outputs._replace(accepted=outputs.accepted + next(calls) % 2)
+
+    monkeypatch.setattr(bare_trees, "step", step)
+    monkeypatch.setattr(bare_trees, "_is_stable", lambda *args: True)
+    with pytest.raises(AssertionError, match="step 0"):
+        bare_trees.run_step(CPU)
+
+
+def test_flash_attention_is_called_as_its_interface_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own interface, with the compiled operator replaced by one that reads its arguments."""
+    path = Path(_vllm_folder(), "vllm_flash_attn", "flash_attn_interface.py")
+    spec = importlib.util.spec_from_file_location("flash_attn_interface", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    math = bare_attention._sdpa(torch.nn.attention.SDPBackend.MATH)
+    calls = 0
+
+    def fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        starts, lengths, table = others[4], others[8], others[11]
+        scale, causal = others[20], others[21]
+        assert causal is True
+        shape = bare_attention.Shape(
+            len(lengths), int(starts[1]), int(lengths[0]), q.shape[1], k.shape[2], 64, q.shape[2]
+        )
+        batch = bare_attention.Batch(shape, q, torch.cat((k, v), -1), table, torch.empty(0))
+        assert scale == batch.scale
+        return math(batch), None, None, None
+
+    monkeypatch.setattr(torch.ops, "_vllm_fa3_C", SimpleNamespace(fwd=fwd), raising=False)
+    monkeypatch.setattr(bare_attention, "load_flash_attention", lambda setup: module)
+    found = bare_attention.run_fa3(CPU)
+    assert list(found) == ["0 splits", "32 splits"]
+    assert calls == 6
+
+
+def test_kernels_of_vllm_need_a_folder() -> None:
+    with pytest.raises(NotRun, match="--vllm FOLDER"):
+        bare_attention.run_triton(CPU)
