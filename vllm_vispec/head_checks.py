@@ -132,7 +132,8 @@ def rope_theta_of(content: Mapping[str, Any]) -> Any:
     if "rope_theta" in content:
         return content["rope_theta"]
     raise ViSpecError(
-        "config.json of the head lacks 'rope_theta': write the folder again with `vispec convert`"
+        "config.json of the head lacks 'rope_theta': restore the config.json that was written "
+        "with these weights"
     )
 
 

@@ -211,8 +211,8 @@ class HeadConfig:
         section = content.get("vispec")
         if not isinstance(section, Mapping):
             raise ViSpecError(
-                'the head\'s config.json has no "vispec" section: write the folder with '
-                "`vispec convert`"
+                'config.json of the head has no "vispec" section, its tensors have our names: '
+                "restore the config.json that was written with these weights"
             )
         check_version(section, FORMAT_VERSION)
         values: dict[str, Any] = {"dialect": "canonical", "rope_theta": rope_theta_of(content)}
@@ -226,8 +226,8 @@ class HeadConfig:
             for name in names:
                 if name not in source:
                     raise ViSpecError(
-                        f"{where} of the head lacks {name!r}: write the folder again with "
-                        "`vispec convert`"
+                        f"{where} of the head lacks {name!r}: restore the config.json that was "
+                        "written with these weights"
                     )
                 values[name] = source[name]
         return cls(**values)

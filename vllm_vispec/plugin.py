@@ -13,9 +13,10 @@ MIN_VERSION, MAX_VERSION = (0, 32), (0, 33)
 
 def register() -> None:
     """Make vLLM accept ViSpec heads.  Idempotent; changes nothing until one is used."""
-    from vllm_vispec.engine import config_hook, self_serving, worker_hook
+    from vllm_vispec.engine import command_errors, config_hook, self_serving, worker_hook
     from vllm_vispec.engine.trees import slots
 
+    command_errors.install()
     problem = find_problem()
     if problem is not None:
         logger.error("ViSpec is disabled: %s", problem)

@@ -99,6 +99,13 @@ def _only(tensors: Mapping[str, tuple[int, ...]], architecture: str) -> Spoil:
     return spoil
 
 
+def _canonical_without_section(folder: Path) -> None:
+    write_head(folder, "canonical")
+    config = json.loads((folder / "config.json").read_text())
+    del config["vispec"], config["architectures"]
+    write_config(folder, config)
+
+
 COUNT = r"num_speculative_tokens={} must be an integer between 1 and \d+; 3 to 6 suits"
 EAGLE = {"fc.weight": (HIDDEN, 2 * HIDDEN), "layers.0.mlp.up_proj.weight": (48, HIDDEN)}
 EAGLE3 = {"fc.weight": (HIDDEN, 3 * HIDDEN), "d2t": (8,)}
@@ -171,8 +178,8 @@ BAD_STARTS: Mapping[str, BadStart] = {
         "draft_tensor_parallel_size=2 must equal the target's 1; leave it out",
         spec={"draft_tensor_parallel_size": 2},
     ),
-    "TP does not divide": BadStart(
-        "tensor_parallel_size=3 does not divide the head's 4.*choose one",
+    "TP does not fit": BadStart(
+        "tensor_parallel_size=3 does not fit the head's 4 .*choose one of 1, 2, 4",
         engine={"tensor_parallel_size": 3},
     ),
     "pipeline parallel": BadStart(
@@ -205,7 +212,49 @@ BAD_STARTS: Mapping[str, BadStart] = {
     "chain that calls itself a tree": BadStart(
         COUNT.format("100"), spec={"tree": {"policy": "chain"}, "num_speculative_tokens": 100}
     ),
-    "unknown key": BadStart("no_such_key", spec={"no_such_key": 1}, error="ValidationError"),
+    "tree with batches taken apart": BadStart(
+        "data_parallel_size=2 does not work with tree.*leave one of them out",
+        spec=TREE,
+        engine={"data_parallel_size": 2},
+    ),
+    "unknown key": BadStart(
+        r'key "no_such_key" is unknown; leave it out \(ViSpec\'s keys are draft_vocab, ',
+        spec={"no_such_key": 1},
+    ),
+    "misspelt key": BadStart(
+        r'key "num_speculative_token" is unknown; did you mean "num_speculative_tokens"\?',
+        spec={"num_speculative_tokens": None, "num_speculative_token": 4},
+    ),
+    "misspelt key of the plugin": BadStart(
+        r'key "draft_vocabs" is unknown; did you mean "draft_vocab"\?',
+        spec={"draft-vocabs": "auto"},
+    ),
+    "misspelt key of the tree": BadStart(
+        r'tree\.topk is unknown; did you mean "top_k"\?', spec=TREE | {"tree": {"topk": 4}}
+    ),
+    "method under a misspelt key": BadStart(
+        r'key "metod" is unknown; did you mean "method"\?', spec={"method": None, "metod": "vispec"}
+    ),
+    "misspelt method": BadStart(
+        "method=.vispek. is unknown; did you mean .vispec..? choose one of vispec, ngram, .*eagle3",
+        spec={"method": "vispek"},
+    ),
+    "no such method": BadStart(
+        "method='no such' is unknown; choose one of vispec, ", spec={"method": "no such"}
+    ),
+    "config without our section": BadStart(
+        'config.json of the head has no "vispec" section.*restore the config.json',
+        _canonical_without_section,
+    ),
+    "flags in place of the config": BadStart(
+        COUNT.format("77"),
+        spec=dict.fromkeys(("method", "num_speculative_tokens")),
+        engine={"spec_method": "vispec", "spec_tokens": 77},
+    ),
+    "key and flag": BadStart(
+        "num_speculative_tokens is given twice, here and as --spec-tokens; leave one of them out",
+        engine={"spec_tokens": 4},
+    ),
 }
 
 

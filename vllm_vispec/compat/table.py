@@ -24,6 +24,20 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         'accepts "method": "vispec", checks the head against the target',
     ),
     PatchPoint(
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_engine_config",
+        ("usage_context",),
+        "wraps",
+        "checks what only the finished configuration tells, before any other process starts",
+    ),
+    PatchPoint(
+        "vllm.config.speculative",
+        "SpeculativeMethod",
+        (),
+        "reads",
+        'lists the methods, "vispec" among them, where one is misspelt',
+    ),
+    PatchPoint(
         "vllm.transformers_utils.config",
         "maybe_override_with_speculators",
         ("model", "tokenizer", "vllm_speculative_config", "hf_token"),

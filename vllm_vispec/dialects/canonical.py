@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from vllm_vispec.dialects.base import Dialect, RawConfig, Shapes
-from vllm_vispec.head_config import HeadConfig
+from vllm_vispec.head_config import ARCHITECTURES, HeadConfig
 from vllm_vispec.head_shapes import COMPRESSOR_PREFIX, PROJECTOR_PREFIX
+
+# No other layout has tensors of such names.
+_OUR_LAYER = "layer.self_attn."
 
 
 def _detect(config: RawConfig, shapes: Shapes) -> bool:
-    return isinstance(config.get("vispec"), dict)
+    """Whether a folder is ours, also where its config.json lost our section or was replaced."""
+    architectures = config.get("architectures") or ()
+    return (
+        "vispec" in config
+        or any(name in ARCHITECTURES for name in architectures)
+        or any(name.startswith(_OUR_LAYER) for name in shapes)
+    )
 
 
 def _head_config(config: RawConfig, shapes: Shapes) -> HeadConfig:

@@ -48,7 +48,7 @@ def resolve_head(path_or_hub_id: str | Path, revision: str | None = None) -> Pat
     if not _HUB_ID.match(name) or "/" not in name:
         raise ViSpecError(
             f"head folder {name!r} does not exist: give an existing folder, or a hub id like "
-            "'org/name', as \"model\" in --speculative-config"
+            "'org/name'"
         )
     return _download(name, revision)
 

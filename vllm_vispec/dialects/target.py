@@ -47,6 +47,20 @@ def check_against_target(
     return None
 
 
+def tensor_parallel_sizes(head: HeadConfig) -> list[int]:
+    """The numbers of tensor-parallel ranks that a head can be spread over, ascending.
+
+    Attention heads are divided among the ranks. Key/value heads are too, or each is given whole to
+    as many ranks as there are for it.
+    """
+    kv_heads = head.num_key_value_heads
+    return [
+        size
+        for size in range(1, head.num_attention_heads + 1)
+        if head.num_attention_heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+    ]
+
+
 def _width(head: HeadConfig) -> tuple[str, int]:
     """Which of a head's sizes the target's hidden size has to equal: (name, size)."""
     if head.is_draft_vlm:

@@ -4,21 +4,28 @@ Inside vLLM the method stays ``eagle``: that is what the draft is, and every fea
 EAGLE keeps working.  The draft is told apart by its registered architecture alone.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.transformers_utils import config as vllm_config_module
 
 from vllm_vispec.compat.patching import wrap_once
 from vllm_vispec.dialects import HeadInfo, inspect_head, is_vispec_head
-from vllm_vispec.engine.guards import check_settings, check_target
+from vllm_vispec.engine.guards import (
+    METHOD,
+    check_keys,
+    check_settings,
+    check_target,
+    refuse_method,
+)
 from vllm_vispec.engine.options import EngineOptions
 from vllm_vispec.engine.trees import limits
-from vllm_vispec.engine.trees.setting import may_branch, resolve_tree
+from vllm_vispec.engine.trees.setting import may_branch, read_tree, resolve_tree
 from vllm_vispec.engine.vocab_setting import resolve_draft_vocab
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.head_config import HeadConfig
@@ -26,19 +33,22 @@ from vllm_vispec.logs import get_logger
 
 logger = get_logger(__name__)
 
-METHOD = "vispec"
+
+# vLLM's flags for single keys of the speculative config.
+_FLAGS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 
 
 def install() -> None:
-    """Wrap ``EngineArgs.create_speculative_config`` once."""
+    """Wrap, once, the two methods of ``EngineArgs`` that build what ViSpec has to check."""
     wrap_once(EngineArgs, "create_speculative_config", _create_speculative_config)
+    wrap_once(EngineArgs, "create_engine_config", _create_engine_config)
 
 
 def install_refusal(problem: str) -> None:
     """Make ``"method": "vispec"`` fail with ``problem``; everything else is vLLM's."""
 
     def refuse(original: Any, args: EngineArgs, *call_args: Any, **kwargs: Any) -> Any:
-        if (args.speculative_config or {}).get("method") == METHOD:
+        if _settings_of(args).get("method") == METHOD:
             raise ViSpecError(problem)
         return original(args, *call_args, **kwargs)
 
@@ -52,12 +62,16 @@ def _create_speculative_config(
     target_parallel_config: ParallelConfig,
 ) -> SpeculativeConfig | None:
     target, parallel = target_model_config, target_parallel_config
-    settings = {
-        key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()
-    }
+    settings = _settings_of(args)
+    if _is_meant_for_us(settings):
+        check_keys(settings)
     info = _find_head(settings)
     if info is None:
-        return original(args, target, parallel)
+        try:
+            return original(args, target, parallel)
+        except ValueError as error:
+            refuse_method(settings.get("method"), error)
+            raise
     options = EngineOptions.pop_from(settings).with_dialect(info.dialect)
     options = resolve_tree(options, settings)
     check_settings(settings, parallel, has_tree=options.tree is not None)
@@ -74,13 +88,49 @@ def _create_speculative_config(
         _kind(info.config),
         settings["num_speculative_tokens"],
     )
-    given, args.speculative_config = args.speculative_config, settings
-    try:
-        with _reading_head(info, options):
-            return original(args, target, parallel)
-    finally:
-        # The caller's dictionary stays as it was given.
-        args.speculative_config = given
+    # The caller's arguments stay as they were given.
+    ours = copy.copy(args)
+    ours.speculative_config = settings
+    for flag in _FLAGS:
+        setattr(ours, flag, None)
+    with _reading_head(info, options):
+        return original(ours, target, parallel)
+
+
+def _create_engine_config(original: Any, args: EngineArgs, *rest: Any, **kwargs: Any) -> VllmConfig:
+    """Check what only the finished configuration tells; no process but this one exists yet."""
+    vllm_config: VllmConfig = original(args, *rest, **kwargs)
+    tree = read_tree(vllm_config)
+    if tree is not None:
+        limits.check_engine(vllm_config, tree)
+    return vllm_config
+
+
+def _settings_of(args: EngineArgs) -> dict[str, Any]:
+    """Return the speculative config with vLLM's flags for single keys in it.
+
+    Raises:
+        ViSpecError: A key is given both ways.
+    """
+    given = args.speculative_config or {}
+    settings = {str(key).replace("-", "_"): value for key, value in given.items()}
+    for flag, key in _FLAGS.items():
+        value = getattr(args, flag, None)
+        if value is None:
+            continue
+        if key in settings:
+            raise ViSpecError(
+                f"speculative config: {key} is given twice, here and as "
+                f"--{flag.replace('_', '-')}; leave one of them out"
+            )
+        settings[key] = value
+    return settings
+
+
+def _is_meant_for_us(settings: dict[str, Any]) -> bool:
+    """Whether the method is ours, or stands under a misspelt key."""
+    method = settings.get("method")
+    return method == METHOD or (method is None and METHOD in settings.values())
 
 
 def _kind(head: HeadConfig) -> str:

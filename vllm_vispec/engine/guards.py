@@ -1,22 +1,68 @@
 """Refusals at start: everything that could not work, said in one line with the remedy."""
 
-from typing import Any
+from dataclasses import fields
+from typing import Any, get_args
 
-from vllm.config import ModelConfig, ParallelConfig
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config.speculative import SpeculativeMethod
 
-from vllm_vispec.dialects import check_against_target
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.dialects.target import check_against_target, tensor_parallel_sizes
+from vllm_vispec.engine.options import EngineOptions
+from vllm_vispec.errors import ViSpecError, did_you_mean
 from vllm_vispec.head_config import HeadConfig
 from vllm_vispec.logs import get_logger
 
 logger = get_logger(__name__)
 
+METHOD = "vispec"
 MAX_DRAFT_TOKENS = 32
 
 _UNSUPPORTED_SETTINGS = {
     "parallel_drafting": "a ViSpec head drafts one token at a time; leave it out",
     "use_heterogeneous_vocab": "a ViSpec head shares the target's vocabulary; leave it out",
 }
+
+
+# Fields of vLLM's `SpeculativeConfig` that vLLM fills itself.
+_FILLED_BY_VLLM = frozenset(
+    f"{model}_{kind}_config" for model in ("target", "draft") for kind in ("model", "parallel")
+)
+
+
+def check_keys(settings: dict[str, Any]) -> None:
+    """Refuse keys of the speculative config that neither vLLM nor ViSpec knows.
+
+    Raises:
+        ViSpecError: Names the key, and the known one nearest to it.
+    """
+    ours = EngineOptions.keys()
+    known = ({field.name for field in fields(SpeculativeConfig)} - _FILLED_BY_VLLM) | ours
+    for name in settings:
+        if name not in known:
+            hint = did_you_mean(name, known) or (
+                f"; leave it out (ViSpec's keys are {', '.join(sorted(ours))}, the others vLLM's)"
+            )
+            raise ViSpecError(f'speculative config: key "{name}" is unknown{hint}')
+
+
+def refuse_method(method: Any, error: Exception) -> None:
+    """Raise in vLLM's place if the method is what it refused; vLLM's list has no ``vispec``.
+
+    Raises:
+        ViSpecError: Names the methods, and the one nearest to what was given.
+    """
+    # Methods of single models ("deepseek_mtp") are deprecated names of "mtp".
+    methods = [METHOD, *(name for name in _flat(SpeculativeMethod) if not name.endswith("_mtp"))]
+    if method is None or method in _flat(SpeculativeMethod):
+        return
+    raise ViSpecError(
+        f"speculative config: method={method!r} is unknown"
+        f"{did_you_mean(method, methods) or ';'} choose one of {', '.join(methods)}"
+    ) from error
+
+
+def _flat(literal: Any) -> tuple[str, ...]:
+    return tuple(str(name) for name in get_args(literal))
 
 
 def check_settings(
@@ -86,8 +132,10 @@ def _check_parallel(head: HeadConfig, parallel: ParallelConfig) -> None:
                 f"({reason}); set it to 1"
             )
     tp_size = parallel.tensor_parallel_size
-    if head.num_attention_heads % tp_size or head.num_key_value_heads % tp_size:
+    if tp_size not in tensor_parallel_sizes(head):
+        sizes_that_fit = ", ".join(map(str, tensor_parallel_sizes(head)))
         raise ViSpecError(
-            f"tensor_parallel_size={tp_size} does not divide the head's {head.num_attention_heads} "
-            f"attention and {head.num_key_value_heads} key/value heads; choose one that does"
+            f"tensor_parallel_size={tp_size} does not fit the head's {head.num_attention_heads} "
+            f"attention heads and {head.num_key_value_heads} key/value heads; choose one of "
+            f"{sizes_that_fit}"
         )

@@ -51,10 +51,14 @@ class EngineOptions:
             )
 
     @classmethod
+    def keys(cls) -> frozenset[str]:
+        """Return the plugin's keys of the speculative config."""
+        return frozenset(option.name for option in fields(cls)) - _FOUND
+
+    @classmethod
     def pop_from(cls, speculative: dict[str, Any]) -> "EngineOptions":
         """Take the plugin's keys out of a speculative config."""
-        names = {option.name for option in fields(cls)} - _FOUND
-        return cls(**{name: speculative.pop(name) for name in names & speculative.keys()})
+        return cls(**{name: speculative.pop(name) for name in cls.keys() & speculative.keys()})
 
     def with_dialect(self, dialect: str) -> "EngineOptions":
         """Return a copy that names the head's dialect."""

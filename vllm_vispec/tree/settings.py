@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.errors import ViSpecError, did_you_mean
 from vllm_vispec.tree.codes import MAX_SIBLINGS
 from vllm_vispec.tree.policies import POLICIES
 
@@ -37,9 +37,8 @@ class TreeSettings:
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
-            raise ViSpecError(
-                f"{_PREFIX}.policy={self.policy!r} is unknown; choose one of {', '.join(POLICIES)}"
-            )
+            hint = did_you_mean(self.policy, POLICIES) or f"; choose one of {', '.join(POLICIES)}"
+            raise ViSpecError(f"{_PREFIX}.policy={self.policy!r} is unknown{hint}")
         _check_integer("depth", self.depth, 1, MAX_DEPTH)
         _check_integer("top_k", self.top_k, 1, MAX_SIBLINGS)
         self._check_threshold()
@@ -99,7 +98,8 @@ class TreeSettings:
         known = [field.name for field in fields(cls)]
         unknown = [name for name in value if name not in known]
         if unknown:
-            raise ViSpecError(f"{_PREFIX}.{unknown[0]} is unknown; the keys are {', '.join(known)}")
+            hint = did_you_mean(unknown[0], known) or f"; the keys are {', '.join(known)}"
+            raise ViSpecError(f"{_PREFIX}.{unknown[0]} is unknown{hint}")
         return cls(**value)
 
     def one_branch(self) -> "TreeSettings":

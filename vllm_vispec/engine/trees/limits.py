@@ -70,7 +70,7 @@ def check_connector(kv_transfer: Any) -> None:
 
 
 def check_engine(vllm_config: Any, settings: TreeSettings) -> None:
-    """Check what is known when an engine is built.
+    """Check what is known when the whole configuration is built.
 
     Raises:
         ViSpecError: Names the settings and the remedy.

@@ -13,7 +13,7 @@ from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
 
 from vllm_vispec.engine.trees.attention import settings_of
-from vllm_vispec.engine.trees.limits import check_engine, note_whole_paths
+from vllm_vispec.engine.trees.limits import note_whole_paths
 from vllm_vispec.engine.trees.setting import has_branches, has_paths
 from vllm_vispec.engine.trees.v1_runner import RunnerChains, RunnerTrees
 from vllm_vispec.engine.v1 import ViSpecProposer
@@ -68,7 +68,6 @@ class TreeProposer(ViSpecProposer):
         """Load the head; everything trees need is allocated before memory is profiled."""
         super().load_model(target_model)
         self._settings = settings_of(self.vllm_config)
-        check_engine(self.vllm_config, self._settings)
         self._tree_grower = TreeGrower(self._settings)
         self._path_grower = self._make_path_grower()
         self._num_nodes = self.speculative_config.num_speculative_tokens

@@ -14,7 +14,6 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_vispec.engine.trees.attention import settings_of
-from vllm_vispec.engine.trees.limits import check_engine
 from vllm_vispec.engine.trees.setting import schedules_chains
 from vllm_vispec.engine.trees.v2_state import StateTrees
 from vllm_vispec.engine.v2 import ViSpecSpeculator
@@ -32,7 +31,6 @@ class TreeSpeculator(ViSpecSpeculator):
         """Load the head."""
         super().load_model(target_model)
         self._settings = settings_of(self.vllm_config)
-        check_engine(self.vllm_config, self._settings)
         self._grower = TreeGrower(self._settings)
         self._schedules_chains = schedules_chains(self.vllm_config, self._settings)
         # Of the drafts' own width, whatever the next pass reads of it; recorded graphs write here.
