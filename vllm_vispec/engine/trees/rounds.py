@@ -17,7 +17,8 @@ from vllm_vispec.tree.walk import Walk, walk
 class TreeTable:
     """The shape of each request's tree, by slot; the tokens travel with vLLM's drafts.
 
-    The last slot, `no_tree`, is a plain row of drafts: node i is the child of node i - 1.
+    The slot `no_tree`, behind all others, is a plain row of drafts: node i is the child of node
+    i - 1. What is written to slot -1 belongs to no request: vLLM pads recorded batches with it.
 
     Args:
         settings: How trees are grown.
@@ -31,10 +32,12 @@ class TreeTable:
     ) -> None:
         self.levels, self.num_nodes, self.no_tree = settings.levels, num_nodes, num_slots
         places_J = torch.arange(num_nodes + 1, device=device)
-        self.depth = places_J.repeat(num_slots + 1, 1)
+        # One more for `no_tree`, one for the slot -1.
+        num_rows = num_slots + 2
+        self.depth = places_J.repeat(num_rows, 1)
         self.parent = (self.depth - 1).clamp_(min=0)
-        self.is_node = places_J.repeat(num_slots + 1, 1) > 0
-        shape = (num_slots + 1, num_nodes + 1, settings.levels)
+        self.is_node = places_J.repeat(num_rows, 1) > 0
+        shape = (num_rows, num_nodes + 1, settings.levels)
         self.path = torch.full(shape, UNUSED, dtype=torch.int64, device=device)
 
     def write(self, slots: slice | torch.Tensor, tree: DraftTree) -> None:
@@ -43,6 +46,16 @@ class TreeTable:
         self.parent[slots, 1:] = tree.parent
         self.is_node[slots, 1:] = tree.token != NO_TOKEN
         self.path[slots, 1:] = tree.path
+
+    def read(self, slots: torch.Tensor, token: torch.Tensor) -> DraftTree:
+        """Return the trees of a batch, whose drafts are ``token`` ``[R, N]``."""
+        is_node_RN = self.is_node[slots, 1:]
+        return DraftTree(
+            token.masked_fill(~is_node_RN, NO_TOKEN),
+            self.parent[slots, 1:],
+            self.depth[slots, 1:],
+            self.path[slots, 1:],
+        )
 
     def write_chains(self, slots: torch.Tensor) -> None:
         """Let the drafts of a batch be plain rows."""

@@ -1,7 +1,7 @@
 """Drafting trees on the V2 model runner.
 
 Shapes: R requests, W nodes expanded in a pass, B = R * W rows of a pass, D hidden size, V
-vocabulary.
+vocabulary, N nodes.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_vispec.engine.trees.attention import settings_of
+from vllm_vispec.engine.trees.attention import code_rows, settings_of
 from vllm_vispec.engine.trees.setting import schedules_chains
 from vllm_vispec.engine.trees.v2_state import StateTrees
 from vllm_vispec.engine.v2 import ViSpecSpeculator
-from vllm_vispec.tree.grow import DraftTree, Frontier, TreeGrower, best_path, replace_rows
+from vllm_vispec.tree.grow import Frontier, TreeGrower
 
 _NO_SLOT = -1
 
@@ -25,17 +25,22 @@ _NO_SLOT = -1
 class TreeSpeculator(ViSpecSpeculator):
     """Runs vLLM's first pass for one draft, then one pass for each level of the trees."""
 
-    trees: StateTrees
+    # None until vLLM has told where keys and values lie: while it profiles its memory.
+    trees: StateTrees | None = None
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head."""
         super().load_model(target_model)
         self._settings = settings_of(self.vllm_config)
-        self._grower = TreeGrower(self._settings)
+        self._width = self._settings.width
+        self._codes = code_rows(self.vllm_config)
         self._schedules_chains = schedules_chains(self.vllm_config, self._settings)
         # Of the drafts' own width, whatever the next pass reads of it; recorded graphs write here.
         shape = self.max_num_reqs, self.hidden_size
         self._root_hidden = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self._request_of_row = torch.arange(self.max_num_tokens, device=self.device) // self._width
+        requests = torch.arange(self.max_num_reqs + 1, dtype=torch.int32, device=self.device)
+        self._first_row = requests * self._width
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
         """Find the trees that the target is verified with."""
@@ -63,14 +68,17 @@ class TreeSpeculator(ViSpecSpeculator):
         *args: Any,
         num_speculative_tokens: int | None = None,
         dummy_run: bool = False,
-        skip_attn_for_dummy_run: bool = False,
+        is_profile: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Return the trees' tokens ``[R, N]``, best nodes first.
 
         No more of them than a path has are drafted as vLLM drafts a chain, at a chain's cost.
+        vLLM's memory profile grows trees of the largest batch, without attention, as its draft
+        steps run there.
         """
-        self.trees.accept(input_batch.input_ids, last_hidden_states, slot_mappings)
+        if self.trees is not None:
+            self.trees.accept(input_batch.input_ids, last_hidden_states, slot_mappings)
         count = (
             self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         )
@@ -83,21 +91,17 @@ class TreeSpeculator(ViSpecSpeculator):
             *args,
             num_speculative_tokens=count if is_chain else 1,
             dummy_run=dummy_run,
-            skip_attn_for_dummy_run=skip_attn_for_dummy_run,
+            is_profile=is_profile,
             **kwargs,
         )
-        if dummy_run:
-            return drafts
-        if is_chain:
-            self.trees.write_chains(input_batch.idx_mapping)
-            return drafts
-        tree = self._grow(input_batch)
-        chain_rows = self.trees.chain_rows(input_batch.req_ids)
-        if chain_rows is not None:
-            tree = replace_rows(tree, best_path(tree), chain_rows)
-        self.trees.write(input_batch.idx_mapping, tree)
-        # Drafts are embedded as they are: the table knows which places are empty.
-        drafts.copy_(tree.token.clamp(min=0))
+        if not is_chain and (is_profile or not dummy_run):
+            self._grow_batch(input_batch, is_profile=is_profile)
+        if self.trees is not None and not dummy_run:
+            if is_chain:
+                self.trees.write_chains(input_batch.idx_mapping)
+            else:
+                slots = input_batch.idx_mapping
+                self.trees.replace_with_chains(input_batch.req_ids, slots, drafts)
         return drafts
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -110,71 +114,120 @@ class TreeSpeculator(ViSpecSpeculator):
             return super().sample_draft(hidden_states, *args, **kwargs)
         return hidden_states.new_zeros(hidden_states.shape[0], dtype=torch.int64)
 
-    def _grow(self, input_batch: InputBatch) -> DraftTree:
+    def _grow_batch(self, input_batch: InputBatch, *, is_profile: bool) -> None:
+        """Grow the trees behind the roots that the first pass has left in the buffers."""
         num_requests = input_batch.num_reqs
-        hidden_RXD = self._root_hidden[:num_requests].unsqueeze(1)
-        root_R = self.input_buffers.positions[:num_requests].clone()
-        frontier = self._grower.start(self.model.compute_logits(hidden_RXD[:, 0]))
-        width = frontier.token.shape[1]
-        requests_R = torch.arange(num_requests, device=root_R.device)
-        self.draft_rows.move(requests_R.repeat_interleave(width))
-        bound_R = input_batch.seq_lens_cpu_upper_bound
-        behind = self._settings.draft_slots
-        longest = int(bound_R[:num_requests].max()) + behind
+        if is_profile:
+            num_requests = min(num_requests, self.max_num_tokens // self._width)
+        num_rows = num_requests * self._width
+        self.draft_rows.move(self._request_of_row[:num_rows])
+        bound_R = input_batch.seq_lens_cpu_upper_bound[:num_requests]
+        longest = int(bound_R.max()) + self._settings.draft_slots
         self.draft_max_seq_len = min(longest, self.max_model_len)
+        starts = self.input_buffers.query_start_loc
+        torch.clamp(self._first_row, max=num_rows, out=starts)
+        slot_mappings = None
+        if not is_profile:
+            slots_GB = self.block_tables.slot_mappings[:, :num_rows]
+            slot_mappings = build_slot_mappings_by_layer(slots_GB, self.kv_cache_config)
+        self._grow(num_requests, num_rows, None, slot_mappings, seq_lens_cpu_upper_bound=bound_R)
+
+    def _grow(
+        self,
+        num_requests: int,
+        num_rows: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        num_tokens_across_dp: torch.Tensor | None = None,
+        cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
+        seq_lens_cpu_upper_bound: torch.Tensor | None = None,
+    ) -> None:
+        """Grow the trees of the first requests, from buffers into buffers.
+
+        Nothing in here reads from the device, nor depends on more than the number of requests.
+
+        Args:
+            num_requests: R, padding included.
+            num_rows: B.
+            attn_metadata: Of the static buffers, refreshed for every level; None: made for every
+                level, if there are slots.
+            slot_mappings: By layer, of static memory; None: passes run without attention.
+            num_tokens_across_dp: As vLLM's passes take it.
+            cudagraph_runtime_mode: The same.
+            seq_lens_cpu_upper_bound: int32 ``[R]`` on the host; only where metadata are made.
+        """
+        root_R = self.input_buffers.positions[:num_requests].clone()
+        hidden_RXD = self._root_hidden[:num_requests].unsqueeze(1)
+        grower = TreeGrower(self._settings)
+        frontier = grower.start(self.model.compute_logits(hidden_RXD[:, 0]))
         for level in range(1, self._settings.depth + 1):
             index_RWD = frontier.parent_row.unsqueeze(-1).expand(-1, -1, hidden_RXD.shape[-1])
-            hidden_RWD = hidden_RXD.gather(1, index_RWD)
-            hidden_BD = self._level(level, frontier, hidden_RWD, root_R, bound_R)
-            hidden_RXD = hidden_BD.view(num_requests, width, -1)
-            logits_BV = self.model.compute_logits(hidden_BD)
-            frontier = self._grower.expand(logits_BV.view(num_requests, width, -1))
-        self.trees.codes.clear()
-        return self._grower.finish(self.num_speculative_steps)
+            self._write_level(level, frontier, hidden_RXD.gather(1, index_RWD), root_R)
+            if slot_mappings is not None:
+                self._write_slots(level, root_R)
+                attn_metadata = self._level_metadata(
+                    level, num_requests, attn_metadata, seq_lens_cpu_upper_bound
+                )
+            hidden_BD, _ = self._run_model(
+                num_rows, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode
+            )
+            hidden_RXD = hidden_BD[:num_rows].view(num_requests, self._width, -1)
+            logits_BV = self.model.compute_logits(hidden_BD[:num_rows])
+            frontier = grower.expand(logits_BV.view(num_requests, self._width, -1))
+        self._codes.clear()
+        tree = grower.finish(self.num_speculative_steps)
+        # Drafts are embedded as they are: the table knows which places are empty.
+        self.draft_tokens[:num_requests] = tree.token.clamp(min=0)
+        if self.trees is not None:
+            self.trees.table.write(self.idx_mapping[:num_requests], tree)
 
-    def _level(
-        self,
-        level: int,
-        frontier: Frontier,
-        hidden_RWD: torch.Tensor,
-        root_R: torch.Tensor,
-        bound_R: torch.Tensor,
-    ) -> torch.Tensor:
-        """Run the draft over one level's nodes; return their hidden states ``[B, D]``."""
-        num_requests, width = frontier.token.shape
-        num_rows, buffers = num_requests * width, self.input_buffers
-        last = self.max_model_len - 1
+    def _write_level(
+        self, level: int, frontier: Frontier, hidden_RWD: torch.Tensor, root_R: torch.Tensor
+    ) -> None:
+        """Fill the draft's buffers with one level's nodes."""
+        num_requests, num_rows = root_R.shape[0], frontier.token.numel()
+        buffers, longest = self.input_buffers, self.max_model_len
         buffers.input_ids[:num_rows] = frontier.token.flatten()
-        positions_R1 = (root_R + level).clamp(max=last).unsqueeze(1)
-        buffers.positions[:num_rows] = positions_R1.expand(-1, width).flatten()
+        position_R1 = (root_R + level).clamp_(max=longest - 1).unsqueeze(1)
+        buffers.positions[:num_rows] = position_R1.expand(-1, self._width).flatten()
+        seq_len_R = (root_R + 1 + level * self._width).clamp_(max=longest)
+        # Requests that pad a recorded batch have no keys.
+        buffers.seq_lens[:num_requests] = seq_len_R * (self.idx_mapping[:num_requests] >= 0)
         # Logits need all of a state, the next pass what the draft reads of it.
         width_read = self.hidden_states.shape[1]
         self.hidden_states[:num_rows] = hidden_RWD.flatten(0, 1)[:, :width_read]
-        starts = torch.arange(0, num_rows + 1, width, device=root_R.device)
-        buffers.query_start_loc[: num_requests + 1] = starts
-        buffers.seq_lens[:num_requests] = (root_R + 1 + level * width).clamp(max=last + 1)
-        self.trees.codes.set_draft(frontier.path.flatten(0, 1))
-        slot_mappings = self._level_slots(level, width, root_R)
-        metadata = self._build_uniform_attn_metadata(
-            batch_desc=BatchExecutionDescriptor(CUDAGraphMode.NONE, num_rows, None),
-            num_reqs=num_requests,
-            num_query_per_req=width,
-            seq_lens_cpu_upper_bound=bound_R,
-            step=level * width,
-        )
-        hidden, _ = self._run_model(num_rows, metadata, slot_mappings, None)
-        return hidden[:num_rows]
+        self._codes.set_draft(frontier.path.flatten(0, 1))
 
-    def _level_slots(self, level: int, width: int, root_R: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the KV slots ``[B]`` of one level's nodes; none beyond the longest sequence."""
+    def _write_slots(self, level: int, root_R: torch.Tensor) -> None:
+        """Find the KV slots of one level's nodes; none beyond the longest sequence."""
         num_requests = root_R.shape[0]
-        first_R1 = root_R.unsqueeze(1) + 1 + (level - 1) * width
-        place_B = (first_R1 + torch.arange(width, device=root_R.device)).flatten()
-        slots = self.block_tables.compute_slot_mappings(
+        places_W = torch.arange(self._width, device=root_R.device) + 1 + (level - 1) * self._width
+        place_B = (root_R.unsqueeze(1) + places_W).flatten()
+        slots_GB = self.block_tables.compute_slot_mappings(
             self.idx_mapping[:num_requests],
             self.input_buffers.query_start_loc[: num_requests + 1],
             place_B.clamp(max=self.max_model_len - 1),
             place_B.shape[0],
         )
-        slots.masked_fill_(place_B >= self.max_model_len, _NO_SLOT)
-        return build_slot_mappings_by_layer(slots, self.kv_cache_config)
+        slots_GB.masked_fill_(place_B >= self.max_model_len, _NO_SLOT)
+
+    def _level_metadata(
+        self,
+        level: int,
+        num_requests: int,
+        attn_metadata: dict[str, Any] | None,
+        bound_R: torch.Tensor | None,
+    ) -> dict[str, Any] | None:
+        """Describe one level's nodes as the next W tokens of each request."""
+        if bound_R is None:
+            assert attn_metadata is not None
+            self._update_draft_decode_metadata(attn_metadata, num_requests)
+            return attn_metadata
+        num_rows = num_requests * self._width
+        return self._build_uniform_attn_metadata(
+            batch_desc=BatchExecutionDescriptor(CUDAGraphMode.NONE, num_rows, None),
+            num_reqs=num_requests,
+            num_query_per_req=self._width,
+            seq_lens_cpu_upper_bound=bound_R,
+            step=level * self._width,
+        )

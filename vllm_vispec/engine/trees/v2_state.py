@@ -17,7 +17,7 @@ from vllm_vispec.engine.trees.rounds import Moves, TreeRound, TreeTable
 from vllm_vispec.engine.trees.setting import has_branches
 from vllm_vispec.engine.trees.v2_sampler import TreeRejectionSampler
 from vllm_vispec.engine.upload import upload
-from vllm_vispec.tree.grow import DraftTree
+from vllm_vispec.tree.grow import best_path, replace_rows
 
 
 def install() -> None:
@@ -59,18 +59,28 @@ class StateTrees:
         wrap_object(state, "add_request", self._add_request)
         wrap_object(state, "remove_request", self._remove_request)
 
-    def write(self, slots: torch.Tensor, tree: DraftTree) -> None:
-        """Keep trees by vLLM's request slots, int64 ``[R]``."""
-        self.table.write(slots, tree)
-
     def write_chains(self, slots: torch.Tensor) -> None:
         """Let the drafts of requests be plain rows, by vLLM's slots, int64 ``[R]``."""
         self.table.write_chains(slots.long())
 
-    def chain_rows(self, request_ids: list[str]) -> torch.Tensor | None:
-        """Return which requests need a chain, bool ``[R, 1]``; None if none does."""
+    def replace_with_chains(
+        self, request_ids: list[str], slots: torch.Tensor, token: torch.Tensor
+    ) -> None:
+        """Give requests that cannot have a tree the best line of theirs.
+
+        Args:
+            request_ids: The batch.
+            slots: Integers ``[R]``; vLLM's request slots.
+            token: int64 ``[R, N]``; the drafts; changed in place.
+        """
         flags = [self._needs_chain.get(request_id, False) for request_id in request_ids]
-        return upload(torch.tensor(flags), self._device).unsqueeze(1) if any(flags) else None
+        if not any(flags):
+            return
+        rows_R1 = upload(torch.tensor(flags), self._device).unsqueeze(1)
+        tree = self.table.read(slots.long(), token)
+        tree = replace_rows(tree, best_path(tree), rows_R1)
+        self.table.write(slots.long(), tree)
+        token.copy_(tree.token.clamp(min=0))
 
     def end_pass(self) -> None:
         """Let positions count tokens again, as samplers and the draft read them."""
