@@ -16,4 +16,36 @@ def serve(setups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Serve as :func:`lossless_jobs.serve` does; vLLM runs what it runs at start on GPUs."""
     engine.IN_PROCESS_ENV.pop(_CACHE_SIZE, None)
     os.environ.pop(_CACHE_SIZE, None)
+    engine.prepare_process()
+    _profile_on_zeros()
     yield from lossless_jobs.serve(setups)
+
+
+def _profile_on_zeros() -> None:
+    """Let attention without metadata return zeros, as it does on GPUs.
+
+    On CPUs vLLM returns memory as it finds it; Triton's interpreter ends at NaN in it.
+    """
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    original = CPUAttentionBackendImpl.forward
+
+    def forward(
+        self: Any,
+        layer: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        kv_cache: Any,
+        attn_metadata: Any,
+        output: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if attn_metadata is None and output is not None:
+            return output.zero_()
+        return original(
+            self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
+        )
+
+    CPUAttentionBackendImpl.forward = forward

@@ -62,7 +62,7 @@ class PaddedRows:
 
     def clear_codes(self, num_tokens: int) -> None:
         """Let the first tokens be plain."""
-        self._rows[:, :num_tokens, :, self._head_size :] = 0
+        self._rows[:, :num_tokens, :, self._head_size :].zero_()
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Return the rows ``[G, S, H, P]`` of tokens ``index``, int64 ``[S]``."""

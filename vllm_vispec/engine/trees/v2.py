@@ -11,10 +11,21 @@ from torch import nn
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+    SpeculatorCudaGraphManager,
+)
 
 from vllm_vispec.engine.trees.attention import code_rows, settings_of
+from vllm_vispec.engine.trees.code_rows import CodeRows
 from vllm_vispec.engine.trees.setting import schedules_chains
+from vllm_vispec.engine.trees.v2_graphs import (
+    ChainCudaGraphManager,
+    TreeCudaGraphManager,
+    log_graphs,
+    why_eager,
+)
 from vllm_vispec.engine.trees.v2_state import StateTrees
 from vllm_vispec.engine.v2 import ViSpecSpeculator
 from vllm_vispec.tree.grow import Frontier, TreeGrower
@@ -25,39 +36,75 @@ _NO_SLOT = -1
 class TreeSpeculator(ViSpecSpeculator):
     """Runs vLLM's first pass for one draft, then one pass for each level of the trees."""
 
+    num_speculative_steps: int
+    decode_cudagraph_manager: SpeculatorCudaGraphManager | None
     # None until vLLM has told where keys and values lie: while it profiles its memory.
     trees: StateTrees | None = None
+    tree_cudagraph_manager: TreeCudaGraphManager | None = None
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head."""
         super().load_model(target_model)
         self._settings = settings_of(self.vllm_config)
-        self._width = self._settings.width
-        self._codes = code_rows(self.vllm_config)
         self._schedules_chains = schedules_chains(self.vllm_config, self._settings)
-        # Of the drafts' own width, whatever the next pass reads of it; recorded graphs write here.
+        self._allocate(code_rows(self.vllm_config))
+
+    def _allocate(self, codes: CodeRows) -> None:
+        """Make what every round reads and writes; recorded graphs know its addresses."""
+        self._codes, self._width = codes, self._settings.width
+        # Of the drafts' own width, whatever the next pass reads of it.
         shape = self.max_num_reqs, self.hidden_size
         self._root_hidden = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self._request_of_row = torch.arange(self.max_num_tokens, device=self.device) // self._width
-        requests = torch.arange(self.max_num_reqs + 1, dtype=torch.int32, device=self.device)
-        self._first_row = requests * self._width
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
         """Find the trees that the target is verified with."""
         super().set_attn(model_state, *args, **kwargs)
         self.trees = model_state.vispec_trees
 
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Decide what is recorded: the first pass, the steps of short chains, whole trees."""
+        super().init_cudagraph_manager(cudagraph_mode)
+        chains = self.decode_cudagraph_manager
+        assert chains is not None
+        self.decode_cudagraph_manager = ChainCudaGraphManager(
+            self.vllm_config,
+            self.device,
+            chains.cudagraph_mode,
+            chains.decode_query_len,
+            max_num_speculative_tokens=self._settings.levels,
+        )
+        reason = why_eager(self, cudagraph_mode)
+        mode = CUDAGraphMode.FULL_DECODE_ONLY if reason is None else CUDAGraphMode.NONE
+        self.tree_cudagraph_manager = TreeCudaGraphManager(
+            self.vllm_config, self.device, mode, self._width
+        )
+        log_graphs(self.tree_cudagraph_manager, reason)
+
     def capture(self) -> None:
-        """Record the first pass, and a chain's steps; the levels of trees run eagerly."""
+        """Record the first pass, the steps of scheduled chains, and the growth of trees."""
         if self._schedules_chains:
             super().capture()
+        else:
+            num_steps = self.num_speculative_steps
+            self.num_speculative_steps = 1
+            try:
+                super().capture()
+            finally:
+                self.num_speculative_steps = num_steps
+        if self.tree_cudagraph_manager is None or not self.tree_cudagraph_manager.needs_capture():
             return
-        num_steps = self.speculative_config.num_speculative_tokens
-        self.num_speculative_steps = 1
-        try:
-            super().capture()
-        finally:
-            self.num_speculative_steps = num_steps
+        self._codes.clear()
+        # No request: nothing is stored anywhere.
+        self.idx_mapping.fill_(-1)
+        self.tree_cudagraph_manager.capture(
+            self._grow,
+            self.model_state,
+            self.input_buffers,
+            self.block_tables,
+            self.attn_groups,
+            self.kv_cache_config,
+            progress_bar_desc="Capturing draft tree CUDA graphs",
+        )
 
     def propose(
         self,
@@ -120,17 +167,40 @@ class TreeSpeculator(ViSpecSpeculator):
         if is_profile:
             num_requests = min(num_requests, self.max_num_tokens // self._width)
         num_rows = num_requests * self._width
-        self.draft_rows.move(self._request_of_row[:num_rows])
+        requests_R = torch.arange(num_requests, device=self.device)
+        self.draft_rows.move(requests_R.repeat_interleave(self._width))
         bound_R = input_batch.seq_lens_cpu_upper_bound[:num_requests]
         longest = int(bound_R.max()) + self._settings.draft_slots
         self.draft_max_seq_len = min(longest, self.max_model_len)
         starts = self.input_buffers.query_start_loc
-        torch.clamp(self._first_row, max=num_rows, out=starts)
+        torch.arange(0, len(starts) * self._width, self._width, dtype=starts.dtype, out=starts)
+        # Requests that pad a recorded batch have no rows.
+        starts.clamp_(max=num_rows)
+        desc, _ = dispatch_cg_and_sync_dp(
+            self.tree_cudagraph_manager,
+            num_requests,
+            num_rows,
+            uniform_token_count=self._width,
+            dp_size=self.dp_size,
+            dp_rank=self.dp_rank,
+            need_eager=is_profile,
+        )
+        if desc.cg_mode == CUDAGraphMode.FULL:
+            self._replay(desc)
+            return
         slot_mappings = None
         if not is_profile:
             slots_GB = self.block_tables.slot_mappings[:, :num_rows]
             slot_mappings = build_slot_mappings_by_layer(slots_GB, self.kv_cache_config)
         self._grow(num_requests, num_rows, None, slot_mappings, seq_lens_cpu_upper_bound=bound_R)
+
+    def _replay(self, desc: BatchExecutionDescriptor) -> None:
+        for groups in self.attn_groups:
+            for group in groups:
+                blocks = self.block_tables.input_block_tables[group.kv_cache_group_id]
+                group.map_to_kernel_block_table(blocks)
+        assert self.tree_cudagraph_manager is not None
+        self.tree_cudagraph_manager.run_fullgraph(desc)
 
     def _grow(
         self,
