@@ -141,7 +141,6 @@ def compare(
             bench = Bench(llm, kind, requests)
             for name in setup["situations"]:
                 spy, before = watch(llm), table_stats(llm)
-                planned = count_planned_passes(llm)
                 results = SITUATIONS[name](bench)
                 stats = {key: value - before[key] for key, value in table_stats(llm).items()}
                 yield {
@@ -149,22 +148,7 @@ def compare(
                     "requests": compare_results(cold_results, cold_logits, results, bench.logits()),
                     "spy": spy.to_json(),
                     "table": stats,
-                    "planned_passes": len(planned),
                 }
-
-
-def count_planned_passes(llm: LLM) -> list[int]:
-    """Return a list that grows by one with every first pass that leaves rows out."""
-    model = draft_logits.drafter(llm).model.model
-    passes: list[int] = []
-    original = type(model).first_pass
-
-    def counted(*args: Any) -> Any:
-        passes.append(args[-1].sampled.shape[0])
-        return original(model, *args)
-
-    model.first_pass = counted
-    return passes
 
 
 def deep_requests(kind: str) -> list[Request]:

@@ -96,8 +96,6 @@ def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[.
 def instrument(proposer: Any, record: Record) -> None:
     """Record the draft model's passes, logits and our host work of ``proposer``."""
     model = proposer.model
-    # Without graphs, text passes may leave operators out; here is looked at what a graph records.
-    proposer.draft_rows._is_eager = False
 
     def watched(label: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def make(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,7 +112,7 @@ def instrument(proposer: Any, record: Record) -> None:
         _wrap(layer.self_attn.attn, "forward", record.pausing)
     _wrap(model.model, "forward", watched("pass"))
     _wrap(model, "compute_logits", watched("logits"))
-    _wrap(proposer.draft_rows, "gather", watched("gather"))
+    _wrap(proposer.draft_rows, "move", watched("move"))
     _note_inside(proposer, record)
 
 
@@ -146,7 +144,7 @@ def _note_inside(proposer: Any, record: Record) -> None:
     for name in ("_prefill", "_multi_step_decode", "_generate_draft"):
         if hasattr(proposer, name):
             _wrap(proposer, name, capturable)
-    for name in ("fill", "gather"):
+    for name in ("fill", "move"):
         _wrap(proposer.draft_rows, name, noted(name))
     _wrap(proposer.draft_rows.table, "slot_of", noted("slot_of"))
 

@@ -93,26 +93,6 @@ def test_compact_rows_and_holes_replace_the_text_input() -> None:
     assert parts.rows.key_mask_of(1).tolist() == [[-64.0]]
 
 
-def test_text_rows_need_no_mix() -> None:
-    parts = Parts(head_folder(2))
-    parts.rows.offset[2] = torch.randn(64)
-    parts.rows.set_batch(torch.tensor([0, 2, 2], dtype=torch.int32))
-    e, h = torch.randn(3, 64), torch.randn(3, 64)
-    assert parts.rows.text_offset(3) is None
-    parts.rows.all_text = True
-    at_once = parts.fusion.fuse(e, h, parts.rows.text_offset(3))
-    torch.testing.assert_close(at_once, parts.rows.mix(parts.fusion.fuse(e, h)), **TOLERANCE)
-
-
-def test_picked_rows_are_mixed_as_in_the_batch() -> None:
-    parts = Parts(head_folder(2))
-    parts.rows.offset[1:3] = torch.randn(2, 64)
-    codes = torch.tensor([0, parts.codes.hole, 1, 2], dtype=torch.int32)
-    parts.rows.set_batch(codes)
-    fused, picked = torch.randn(4, 64), torch.tensor([0, 2, 3])
-    torch.testing.assert_close(parts.rows.mix(fused[picked], picked), parts.rows.mix(fused)[picked])
-
-
 def test_table_keeps_the_recent_and_evicts_the_oldest() -> None:
     table = Parts(head_folder(2), num_slots=3).table
     embeds = {name: torch.randn(4, 64) for name in "abc"}

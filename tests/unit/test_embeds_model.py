@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from vllm_vispec.engine.embeds_model import EagleViSpecEmbedsForCausalLM as Draft
-from vllm_vispec.engine.v1 import ViSpecProposer
+from vllm_vispec.engine.v1 import StayingRows, ViSpecProposer, staying_rows
 
 TABLE = torch.arange(40.0).view(10, 4)
 
@@ -42,7 +42,9 @@ def test_rejected_tokens_leave_the_mask(monkeypatch) -> None:  # type: ignore[no
         lambda self, *args: seen.append(args),
     )
     proposer = object.__new__(ViSpecProposer)
-    proposer._kept_tokens = torch.tensor([0, 3, 4])
+    staying = staying_rows(torch.tensor([0, 3, 5]), torch.tensor([0, 1, 3]))
+    assert staying.tolist() == [0, 3, 4]
+    proposer._staying_rows = StayingRows(torch.empty(3, device="meta"), staying)
     mask = torch.tensor([False, False, False, True, True])
     for _ in range(2):
         proposer.build_model_inputs_first_pass(3, 3, (["image"], mask))

@@ -188,7 +188,7 @@ def test_a_gate_decides_at_the_prompts_end_and_for_its_request_alone() -> None:
     wanted_2K = model.compressor.decide(state[[9, 19]]).bias_GK * query_scale(BASE.head_dim)
     torch.testing.assert_close(rows.batch_query_code[[9, 19]], wanted_2K)
     assert not torch.allclose(*wanted_2K)
-    found.gather(torch.tensor([9, 19]))
+    found.move(torch.tensor([9, 19]))
     torch.testing.assert_close(rows.batch_query_code[:2], wanted_2K)
     # Decoding: other rows, another order, a request without images between them.
     text = RequestRows("text", [], 30, 2, num_prompt_tokens=10)
@@ -224,7 +224,7 @@ def test_one_request_that_decodes_needs_no_upload(monkeypatch: pytest.MonkeyPatc
     uploads: list[str] = []
     monkeypatch.setattr(found, "_upload", lambda codes: uploads.append("codes"))
     monkeypatch.setattr(found, "_upload_choices", lambda choices: uploads.append("choices"))
-    found.gather(torch.tensor([5]))
+    found.move(torch.tensor([5]))
     found.fill([ask("a", 16, 6)], {}, torch.zeros(6, SIZE))
     assert uploads == []
     assert torch.equal(model.rows.batch_query_code[:6], held)

@@ -105,15 +105,15 @@ def test_without_a_backend_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 @torch.no_grad()
-def test_picked_rows_get_their_own_codes() -> None:
+def test_rows_keep_their_own_codes() -> None:
     attention = gated(torch.float32)
     rows = attention.rows
     rows.decide(torch.tensor([1]), torch.tensor([[1.0, 2.0, 3.0]]))
     rows.set_batch(torch.tensor([0, CODES.hole, CODES.token(2)], dtype=torch.int32))
     rows.set_choices(torch.tensor([0, 1, 1], dtype=torch.int32))
-    query, key = rows.branch_codes(2, torch.tensor([0, 2]))
-    assert query.tolist() == [[0, 0, 0], [1, 2, 3]]
-    assert key.tolist() == [[0, 0, 0], [0, 0, 128]]
+    query, key = rows.branch_codes(3)
+    assert query.tolist() == [[0, 0, 0], [1, 2, 3], [1, 2, 3]]
+    assert key.tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 128]]
     rows.keep_rows(torch.tensor([2]))
     query, key = rows.branch_codes(1)
     assert query.tolist() == [[1, 2, 3]]

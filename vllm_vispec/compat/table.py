@@ -5,7 +5,6 @@ Each entry names what is touched, the shape it must have, and why.
 
 from vllm_vispec.compat.groups.draft_vlm import DRAFT_VLM_POINTS
 from vllm_vispec.compat.groups.draft_vocab import DRAFT_VOCAB_POINTS
-from vllm_vispec.compat.groups.first_pass import FIRST_PASS_POINTS
 from vllm_vispec.compat.groups.gate import GATE_POINTS
 from vllm_vispec.compat.groups.trees import TREE_POINTS
 from vllm_vispec.compat.patch_point import PatchPoint
@@ -164,6 +163,13 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         "V1: which prompts are unfinished",
     ),
     PatchPoint(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch.self.num_tokens_no_spec",
+        (),
+        "reads",
+        "V1: where vLLM looks up the next token of an unfinished prompt; changed while it looks",
+    ),
+    PatchPoint(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner.reset_encoder_cache",
         (),
@@ -241,6 +247,20 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         "V2: image rows are dropped with the encoder cache (one object only)",
     ),
     PatchPoint(
+        "vllm.utils.torch_utils",
+        "async_tensor_h2d",
+        ("data", "device", "dtype"),
+        "calls",
+        "uploads that nothing waits for, from pinned memory where the platform has it",
+    ),
+    PatchPoint(
+        "vllm.utils.torch_utils",
+        "np_to_pinned_tensor",
+        ("array",),
+        "calls",
+        "row codes in pinned memory where the platform has it",
+    ),
+    PatchPoint(
         "vllm.multimodal.inputs",
         "PlaceholderRange.extract_embeds_range",
         (),
@@ -296,7 +316,6 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         "reads",
         "V2, adaptive verification: where requests begin after the cut",
     ),
-    *FIRST_PASS_POINTS,
     *DRAFT_VOCAB_POINTS,
     *DRAFT_VLM_POINTS,
     *TREE_POINTS,

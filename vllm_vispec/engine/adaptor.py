@@ -57,33 +57,27 @@ class TextFusion(nn.Module):
 
     @torch.no_grad()
     def load(self, weights: dict[str, torch.Tensor]) -> None:
-        """Take ``fc.*`` and, where the head has one, ``img_fc.*`` in canonical names."""
-        fc_D2D = weights["fc.weight"].float()
+        """Take ``fc.*`` and, where the head has one, ``img_fc.*`` in canonical names.
+
+        Loaders hand out tensors on the host; a wide head's products would take it up to a minute.
+        """
+        device = self.weight.device
+        given = {name: tensor.to(device, torch.float32) for name, tensor in weights.items()}
+        fc_D2D = given["fc.weight"]
         hidden_size = fc_D2D.shape[0]
-        bias_D = weights.get("fc.bias", fc_D2D.new_zeros(hidden_size)).float()
+        bias_D = given.get("fc.bias", fc_D2D.new_zeros(hidden_size))
         on_embedding_DD, on_hidden_DD = fc_D2D.split(hidden_size, dim=1)
-        if "img_fc.weight" in weights:
-            w_hidden_DD, w_global_DD = weights["img_fc.weight"].float().split(hidden_size, dim=1)
-            bias_D = bias_D + on_hidden_DD @ weights.get("img_fc.bias", bias_D * 0).float()
+        if "img_fc.weight" in given:
+            w_hidden_DD, w_global_DD = given["img_fc.weight"].split(hidden_size, dim=1)
+            bias_D = bias_D + on_hidden_DD @ given.get("img_fc.bias", bias_D * 0)
             self.global_weight.copy_(on_hidden_DD @ w_global_DD)
             on_hidden_DD = on_hidden_DD @ w_hidden_DD
         self.weight.copy_(torch.cat((on_embedding_DD, on_hidden_DD), dim=1))
         self.bias.copy_(bias_D)
 
-    def fuse(
-        self,
-        embedding_TD: torch.Tensor,
-        hidden_TD: torch.Tensor,
-        offset_TD: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the part of the layer input that depends on the token, ``[T, D]``.
-
-        With an offset for every row it is the whole layer input.
-        """
-        both_T2D = torch.cat((embedding_TD, hidden_TD), dim=-1)
-        if offset_TD is None:
-            return F.linear(both_T2D, self.weight)
-        return torch.addmm(offset_TD, both_T2D, self.weight.T)
+    def fuse(self, embedding_TD: torch.Tensor, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """Return the part of the layer input that depends on the token, ``[T, D]``."""
+        return F.linear(torch.cat((embedding_TD, hidden_TD), dim=-1), self.weight)
 
     def token_input(self, token_MD: torch.Tensor) -> torch.Tensor:
         """Return the layer input ``[M, D]`` of a compressor's tokens: the embedding half alone."""

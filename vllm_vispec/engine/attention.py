@@ -17,14 +17,12 @@ from transformers import LlamaConfig
 from vllm.config import CacheConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.selector import get_attn_backend
 
-from vllm_vispec.engine.first_pass import FirstPassPlan
 from vllm_vispec.engine.row_table import MASK_CHANNEL, RowTable
 from vllm_vispec.errors import ViSpecError
 
@@ -151,62 +149,12 @@ class HoleMaskedAttention(nn.Module):
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.mark(*self.rotary_emb(positions, q, k))
-        if not self.rows.all_text:
-            k = k.addcmul_(self.rows.key_mask_of(hidden_states.shape[0]), self.key_channels)
+        k = k.addcmul_(self.rows.key_mask_of(hidden_states.shape[0]), self.key_channels)
         output, _ = self.o_proj(self.attn(q, k, v))
         return output
 
-    def first_pass(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, plan: FirstPassPlan
-    ) -> torch.Tensor:
-        """Attend for the sampled rows only, given the visible ones.
-
-        Args:
-            positions: ``[T]``, of all rows.
-            hidden_states: ``[V, D]``, of the visible rows.
-
-        Returns:
-            ``[R, D]``.
-        """
-        q, k, v = self._project(positions, hidden_states, plan)
-        if plan.sampled_ask:
-            attended = self.attn(plan.pick_sampled(q), k, v)
-        else:
-            attended = self.attn(plan.spread(q, q.new_zeros(k.shape[0], self.q_size)), k, v)
-            attended = attended[plan.sampled]
-        output, _ = self.o_proj(attended)
-        return output
-
-    def store_keys(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, plan: FirstPassPlan
-    ) -> None:
-        """Write keys and values of all rows to the cache, as `first_pass`, and ask nothing."""
-        _, k, v = self._project(positions, hidden_states, plan)
-        rows = (-1, self.num_kv_heads, self.padded_size)
-        unified_kv_cache_update(k.view(rows), v.view(rows), self.attn.layer_name)
-
-    def _project(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, plan: FirstPassPlan
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return queries of the visible rows, and keys and values of all rows."""
-        qkv, _ = self.qkv_proj(hidden_states)
-        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q, k = self.rotary_emb(plan.pick_visible(positions), q, k)
-        q, k = self.mark(q, k, plan.visible)
-        if plan.visible is None:
-            return q, k, v
-        num_rows = positions.shape[0]
-        k = plan.spread(k, self.rows.key_mask_of(num_rows) * self.key_channels)
-        return q, k, plan.spread(v, v.new_zeros(num_rows, self.kv_size))
-
-    def mark(
-        self, q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return queries and keys ``[T, E]`` as they are; subclasses use channels of their own.
-
-        Args:
-            rows: int64 ``[T]``; which rows of the batch these are. None: the first ones.
-        """
+    def mark(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return queries and keys ``[T, E]`` as they are; subclasses use channels of their own."""
         return q, k
 
     def pad_weights(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_vispec.engine.gated_attention import query_scale
 from vllm_vispec.engine.row_table import GatedRowTable
-from vllm_vispec.engine.upload import upload
 from vllm_vispec.models.compressor import ImageCompressor
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class Choices:
             return
         self.version += 1
         choices = [self._take(request_id) for request_id, _ in ends]
-        both_2C = torch.tensor([choices, [row for _, row in ends]], dtype=torch.int64)
-        choices_C, row_C = upload(both_2C, hidden_TD.device)
+        both = [choices, [row for _, row in ends]]
+        choices_C, row_C = async_tensor_h2d(both, hidden_TD.device, torch.int64)
         bias_CK = self._compressor.decide(hidden_TD[row_C]).bias_GK
         self._rows.decide(choices_C, bias_CK * self._scale)
 

@@ -5,17 +5,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from vllm.platforms import current_platform
+from vllm.utils.torch_utils import np_to_pinned_tensor
 
 from vllm_vispec.engine.choices import Choices
-from vllm_vispec.engine.first_pass import FirstPassPlan, is_long, visible_rows
 from vllm_vispec.engine.held_rows import HeldRows, Round
 from vllm_vispec.engine.image_table import ImageTable
 from vllm_vispec.engine.image_tokens import ImageTokens
 from vllm_vispec.engine.layout import FeatureLike, ImageRun, RequestLayout, row_rules
 from vllm_vispec.engine.model import EagleViSpecForCausalLM
 from vllm_vispec.engine.row_table import GatedRowTable, RowTable
-from vllm_vispec.engine.upload import pinned, upload
 
 
 class RequestRows(NamedTuple):
@@ -67,12 +65,6 @@ class DraftRows:
         self._warned: set[tuple[str, ImageRun]] = set()
         self._held: HeldRows | None = None
         self._last: Round | None = None
-        self._can_plan = head.compress
-        self._plans = False
-        self._visible: torch.Tensor | None = None
-        self._on_cpu = current_platform.is_cpu()
-        # A recorded graph must not depend on what happened to be in the batch.
-        self._is_eager = self._on_cpu and getattr(model.model, "do_not_compile", False)
 
     def clear(self) -> None:
         """Forget all images, e.g. after new weights."""
@@ -124,12 +116,6 @@ class DraftRows:
         codes = [self._single_code(request, embeddings) for request in requests]
         num_rows = [request.num_rows for request in requests]
         total = sum(num_rows)
-        self._plans = self._can_plan and is_long(num_rows, on_cpu=self._on_cpu)
-        self._visible = None
-        if self._plans:
-            # A plan is for one pass; the next round needs one of its own.
-            self._last = None
-        self._rows.all_text = self._is_eager and None not in codes
         if codes and codes[0] is not None and _is_uniform(codes) and _is_uniform(choices):
             self._set_uniform(codes[0], choices[0], total)
             return
@@ -140,10 +126,6 @@ class DraftRows:
             self._upload_choices(np.repeat(np.array(choices, dtype=np.int32), num_rows))
         if self._tokens is not None:
             self._tokens.put_rows()
-        if self._plans:
-            visible_V = visible_rows(codes_T, self._rows.codes.hole)
-            if len(visible_V) < total:
-                self._visible = upload(torch.from_numpy(visible_V), self._rows.row_codes.device)
 
     def _row_codes(
         self,
@@ -163,37 +145,12 @@ class DraftRows:
             begin += request.num_rows
         return codes_T
 
-    def sample_at(
-        self, token_indices: torch.Tensor, *, sampled_ask: bool = False, keys_only: bool = False
-    ) -> FirstPassPlan | None:
-        """Let the first pass of a long batch compute only what is read; see `first_pass`.
-
-        Args:
-            token_indices: ``[R]``, on the device; the row of each request that is read.
-            sampled_ask: The caller makes attention's metadata for these rows alone.
-            keys_only: Nothing is read, and attention stores keys apart from being asked.
-
-        Returns:
-            The plan; None if the pass is to run as always.
-        """
-        # Short batches have no list of visible rows, and need none where all rows are text.
-        if not self._plans and not (keys_only and self._can_plan and self._rows.all_text):
-            return None
-        self._plans = False
-        plan = FirstPassPlan(self._visible, token_indices.long(), sampled_ask, keys_only)
-        self._rows.plan = plan
-        return plan
-
-    def gather(self, token_indices: torch.Tensor) -> None:
-        """Keep only the rows of the given tokens, one per request, for the draft steps."""
-        # A captured first pass has not asked for its plan.
-        self._rows.plan = None
-        # Drafts are text; what follows an unfinished prompt's last row is thrown away.
-        self._rows.all_text = self._is_eager
-        self.move(token_indices)
-
     def move(self, token_indices: torch.Tensor) -> None:
-        """Let row ``i`` of the batch be what row ``token_indices[i]`` was."""
+        """Let row ``i`` of the batch be what row ``token_indices[i]`` was.
+
+        Before the draft steps: one row for each request. Drafts are text; what follows the last row
+        of an unfinished prompt is thrown away.
+        """
         # Rows of one code serve as they are, unless more of them are needed (draft trees).
         num_rows = token_indices.shape[0]
         if self._held is None or num_rows > self._held.num_rows:
@@ -289,11 +246,11 @@ class DraftRows:
             self._held = wanted
 
     def _upload(self, codes_T: np.ndarray) -> None:
-        self._rows.set_batch(pinned(torch.from_numpy(codes_T), self._rows.row_codes.device))
+        self._rows.set_batch(np_to_pinned_tensor(codes_T))
 
     def _upload_choices(self, choices_T: np.ndarray) -> None:
         assert isinstance(self._rows, GatedRowTable)
-        self._rows.set_choices(pinned(torch.from_numpy(choices_T), self._rows.row_codes.device))
+        self._rows.set_choices(np_to_pinned_tensor(choices_T))
 
 
 def _is_uniform(values: Sequence[int | None]) -> bool:

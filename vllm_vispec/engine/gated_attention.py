@@ -35,14 +35,11 @@ class GatedAttention(HoleMaskedAttention):
         branches = rows.codes.num_branches
         super().__init__(*args, rows=rows, num_branches=branches, **kwargs)
 
-    def mark(
-        self, q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def mark(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Fill the branches' channels; the projections leave zeros there."""
-        query_TK, key_TK = self.rows.branch_codes(q.shape[0], rows)
+        query_TK, key_TK = self.rows.branch_codes(q.shape[0])
         self._channels(q).add_(query_TK.unsqueeze(1))
-        if not self.rows.all_text:
-            self._channels(k).add_(key_TK.unsqueeze(1))
+        self._channels(k).add_(key_TK.unsqueeze(1))
         return q, k
 
     def _channels(self, x_TE: torch.Tensor) -> torch.Tensor:

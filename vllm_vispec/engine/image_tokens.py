@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_vispec.engine.adaptor import TextFusion
 from vllm_vispec.engine.layout import FeatureSlice, ImageRun, RequestLayout
 from vllm_vispec.engine.row_table import RowTable
-from vllm_vispec.engine.upload import upload
 from vllm_vispec.models.compressor import ImageCompressor
 from vllm_vispec.models.places import ImagePlaces, place_tokens
 
@@ -112,8 +112,8 @@ class ImageTokens:
             [p.tokens_A + start for p, start in zip(self._placed, starts, strict=False)]
         )
         inputs_SD = torch.cat([placed.inputs_MD for placed in self._placed])
-        both_2A = torch.from_numpy(np.stack((rows_A, tokens_A)))
-        index_A, token_A = upload(both_2A, inputs_SD.device)
+        both_2A = np.stack((rows_A, tokens_A))
+        index_A, token_A = async_tensor_h2d(both_2A, inputs_SD.device)
         self._rows.put_rows(index_A, inputs_SD[token_A])
         self._placed.clear()
 

@@ -31,7 +31,6 @@ from vllm_vispec.dialects import get_dialect
 from vllm_vispec.engine.adaptor import ImageAdaptor, TextFusion
 from vllm_vispec.engine.attention import HoleMaskedAttention
 from vllm_vispec.engine.draft_vocab import DraftLogits
-from vllm_vispec.engine.first_pass import FirstPassPlan
 from vllm_vispec.engine.gated_attention import GatedAttention
 from vllm_vispec.engine.layout import RowCodes
 from vllm_vispec.engine.options import EngineOptions
@@ -123,10 +122,7 @@ class DraftModel(nn.Module):
         self, embeddings: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one draft pass given the tokens' embeddings ``[T, D]``."""
-        offset = self.rows.text_offset(embeddings.shape[0])
-        hidden_states = self.fusion.fuse(embeddings, hidden_states, offset)
-        if offset is None:
-            hidden_states = self.rows.mix(hidden_states)
+        hidden_states = self.rows.mix(self.fusion.fuse(embeddings, hidden_states))
         residual = None
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual)
@@ -175,32 +171,6 @@ class ViSpecModel(DraftModel):
         """Run one draft pass; returns the hidden states for lm_head and for the next step."""
         return self.run(self.embed_tokens(input_ids), positions, hidden_states)
 
-    def first_pass(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        hidden_states: torch.Tensor,
-        plan: FirstPassPlan,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the first pass for the rows of a plan; other rows of the result mean nothing."""
-        embeddings_VD = self.embed_tokens(plan.pick_visible(input_ids))
-        fused_VD = self.fusion.fuse(embeddings_VD, plan.pick_visible(hidden_states))
-        input_VD = self.rows.mix(fused_VD, plan.visible)
-        layer = self.layers[0]
-        normed_VD = layer.input_layernorm(input_VD)
-        if plan.keys_only:
-            layer.self_attn.store_keys(positions, normed_VD, plan)
-            return hidden_states, hidden_states
-        attended_RD = layer.self_attn.first_pass(positions, normed_VD, plan)
-        normed_RD, residual_RD = layer.post_attention_layernorm(
-            attended_RD, plan.pick_sampled(input_VD)
-        )
-        sampled_RD = layer.mlp(normed_RD) + residual_RD
-        if self.norm is not None:
-            sampled_RD = self.norm(sampled_RD)
-        rows_TD = torch.zeros_like(hidden_states).index_copy_(0, plan.sampled, sampled_RD)
-        return rows_TD, rows_TD
-
 
 class EagleViSpecForCausalLM(DraftLogits, EagleLlamaForCausalLM):
     """Registered architecture; the prefix ``Eagle`` keeps vLLM's configuration from renaming it."""
@@ -219,19 +189,6 @@ class EagleViSpecForCausalLM(DraftLogits, EagleLlamaForCausalLM):
         # Read by vLLM when it decides what to share with the target.
         self.has_own_embed_tokens = False
         self.has_own_lm_head = False
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        hidden_states: torch.Tensor,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run one draft pass, by the plan if this is a first pass that has one."""
-        plan = self.model.rows.take_plan()
-        if plan is None:
-            return super().forward(input_ids, positions, hidden_states, inputs_embeds)
-        return self.model.first_pass(input_ids, positions, hidden_states, plan)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load a head in whichever dialect its files are written."""

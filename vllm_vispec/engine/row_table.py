@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from vllm_vispec.engine.first_pass import FirstPassPlan
 from vllm_vispec.engine.layout import RowCodes
 
 if TYPE_CHECKING:
@@ -38,9 +37,6 @@ class RowTable(nn.Module):
     def __init__(self, codes: RowCodes, hidden_size: int, max_num_tokens: int) -> None:
         super().__init__()
         self.codes = codes
-        self.plan: FirstPassPlan | None = None
-        # Set only where no graph is recorded: then passes over text leave two operators out.
-        self.all_text = False
         self.row_codes: torch.Tensor
         self.offset: torch.Tensor
         self.keep: torch.Tensor
@@ -77,27 +73,12 @@ class RowTable(nn.Module):
         for _, batch in self._pairs():
             batch[: token_indices.shape[0]] = batch[token_indices]
 
-    def text_offset(self, num_tokens: int) -> torch.Tensor | None:
-        """Return what is added to every row, ``[T, D]``; None if some row may not be text."""
-        return self.batch_offset[:num_tokens] if self.all_text else None
-
     def put_rows(self, index_A: torch.Tensor, offset_AD: torch.Tensor) -> None:
         """Give rows ``[A]`` of the batch contents that are in no table: tokens of an image."""
         self.batch_offset.index_copy_(0, index_A, offset_AD.to(self.batch_offset.dtype))
 
-    def take_plan(self) -> FirstPassPlan | None:
-        """Return the plan of the next pass, once."""
-        plan, self.plan = self.plan, None
-        return plan
-
-    def mix(self, fused_TD: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the layer input ``[T, D]`` given the fused text input of every row.
-
-        Args:
-            rows: int64 ``[T]``; which rows of the batch these are. None: the first ones.
-        """
-        if rows is not None:
-            return torch.addcmul(self.batch_offset[rows], fused_TD, self.batch_keep[rows])
+    def mix(self, fused_TD: torch.Tensor) -> torch.Tensor:
+        """Return the layer input ``[T, D]`` given the fused text input of every row."""
         num_tokens = fused_TD.shape[0]
         keep_T1 = self.batch_keep[:num_tokens]
         return torch.addcmul(self.batch_offset[:num_tokens], fused_TD, keep_T1)
@@ -166,17 +147,13 @@ class GatedRowTable(RowTable):
         batch = self.batch_query_code
         batch[: token_indices.shape[0]] = batch[token_indices]
 
-    def branch_codes(
-        self, num_rows: int, rows: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what queries and keys hold in the branches' channels, ``[T, K]`` each.
+    def branch_codes(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what queries and keys of a pass hold in the branches' channels, ``[T, K]`` each.
 
         Args:
             num_rows: T.
-            rows: int64 ``[T]``; which rows of the batch these are. None: the first ones.
         """
-        index = slice(num_rows) if rows is None else rows
-        return self.batch_query_code[index], self.batch_key_code[index]
+        return self.batch_query_code[:num_rows], self.batch_key_code[:num_rows]
 
     def _pairs(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
         return (*super()._pairs(), (self.key_code, self.batch_key_code))

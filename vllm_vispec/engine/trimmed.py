@@ -8,9 +8,8 @@ its rows have one code, and only the borders between such requests have to be mo
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
-
-from vllm_vispec.engine.upload import upload
 
 
 def moved_rows(batch: InputBatch) -> torch.Tensor | None:
@@ -28,4 +27,4 @@ def moved_rows(batch: InputBatch) -> torch.Tensor | None:
     ends_V = batch.query_start_loc[1 : count + 1]
     rows_V = torch.arange(int(starts[-1]), device=ends_V.device, dtype=ends_V.dtype)
     owner_V = torch.searchsorted(ends_V, rows_V, right=True)
-    return upload(torch.from_numpy(starts[:-1]), ends_V.device)[owner_V]
+    return async_tensor_h2d(starts[:-1], ends_V.device)[owner_V]

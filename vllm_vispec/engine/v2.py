@@ -73,15 +73,10 @@ class ViSpecSpeculator(EagleSpeculator):
         read_TD = last_hidden_states[:, : self.hidden_states.shape[1]]
         return super().propose(input_batch, attn_metadata, slot_mappings, read_TD, *args, **kwargs)
 
-    def on_prefill_begin(self, num_reqs: int) -> None:
-        """Say which rows of the first pass are read."""
-        super().on_prefill_begin(num_reqs)
-        self.draft_rows.sample_at(self.last_token_indices[:num_reqs])
-
     def on_prefill_end(self, num_reqs: int) -> None:
         """Keep each request's last code for the one-token steps; outside any graph."""
         super().on_prefill_end(num_reqs)
-        self.draft_rows.gather(self.last_token_indices[:num_reqs])
+        self.draft_rows.move(self.last_token_indices[:num_reqs])
 
 
 def _requests(

@@ -144,7 +144,7 @@ class TreeProposer(ViSpecProposer):
         if not num_passes:
             return
         num_requests, width = frontier.token.shape
-        self.draft_rows.gather(rows_R.repeat_interleave(width))
+        self.draft_rows.move(rows_R.repeat_interleave(width))
         passes = self._passes(self.positions[rows_R], width, num_passes, batch)
         hidden_RXD = hidden_RD.unsqueeze(1)
         for level in range(1, num_passes + 1):

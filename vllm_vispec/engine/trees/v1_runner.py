@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.forward_context import get_forward_context
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_vispec.compat.patching import wrap_object
 from vllm_vispec.engine.trees.attention import code_rows, settings_of
@@ -16,7 +17,6 @@ from vllm_vispec.engine.trees.memory import keep_target_keys
 from vllm_vispec.engine.trees.path_rules import ChainRequests
 from vllm_vispec.engine.trees.rounds import Moves, TreeRound, TreeTable
 from vllm_vispec.engine.trees.v1_sampler import TreeRejectionSampler
-from vllm_vispec.engine.upload import upload
 from vllm_vispec.tree.grow import NO_TOKEN, DraftTree
 
 
@@ -102,7 +102,7 @@ class RunnerTrees(RunnerChains):
         flags = self._chains.flags(ids, _Params(states))
         if not any(flags):
             return None
-        return upload(torch.tensor(flags), self._runner.device).unsqueeze(1)
+        return async_tensor_h2d(flags, self._runner.device).unsqueeze(1)
 
     def take_round(self) -> TreeRound | None:
         """Return the batch whose drafts are to be verified, once; None if it has none."""
@@ -127,8 +127,8 @@ class RunnerTrees(RunnerChains):
         if self._slots and num_drafts.any():
             ids = self._runner.input_batch.req_ids
             slots = [self._slots.get(request_id, self.table.no_tree) for request_id in ids]
-            host_2R = torch.from_numpy(np.stack([np.array(slots), num_drafts]).astype(np.int64))
-            slot_R, count_R = upload(host_2R, self._runner.device)
+            host_2R = np.stack([np.array(slots), num_drafts]).astype(np.int64)
+            slot_R, count_R = async_tensor_h2d(host_2R, self._runner.device)
             start_R = metadata.cu_num_sampled_tokens - count_R - 1
             self._round = TreeRound(
                 self.table,

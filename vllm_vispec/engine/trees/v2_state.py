@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_vispec.compat.patching import wrap_object, wrap_once
@@ -16,7 +17,6 @@ from vllm_vispec.engine.trees.path_rules import needs_chain
 from vllm_vispec.engine.trees.rounds import Moves, TreeRound, TreeTable
 from vllm_vispec.engine.trees.setting import has_branches
 from vllm_vispec.engine.trees.v2_sampler import TreeRejectionSampler
-from vllm_vispec.engine.upload import upload
 from vllm_vispec.tree.grow import best_path, replace_rows
 
 
@@ -76,7 +76,7 @@ class StateTrees:
         flags = [self._needs_chain.get(request_id, False) for request_id in request_ids]
         if not any(flags):
             return
-        rows_R1 = upload(torch.tensor(flags), self._device).unsqueeze(1)
+        rows_R1 = async_tensor_h2d(flags, self._device).unsqueeze(1)
         tree = self.table.read(slots.long(), token)
         tree = replace_rows(tree, best_path(tree), rows_R1)
         self.table.write(slots.long(), tree)
