@@ -75,6 +75,12 @@ def mixed(llm: LLM, kind: str, count: int = 64, max_tokens: int = 14) -> Results
     return drive(llm, mixed_requests(kind, count, max_tokens))
 
 
+def text(llm: LLM, kind: str, count: int = 24, max_tokens: int = 14) -> Results:
+    """Serve those of the mixed requests that have no images at once."""
+    requests = mixed_requests(kind, count, max_tokens)
+    return drive(llm, [request for request in requests if not request.images])
+
+
 def prefix(llm: LLM, kind: str) -> Results:
     """Ask three rounds of different questions about the same images, then cut an image in two."""
     preamble = f"Look at {image_text(kind, 1)} and {image_text(kind, 1)}. {words(1, 40)}"
@@ -153,5 +159,5 @@ def edge(llm: LLM, kind: str) -> Results:
 
 Scenario = Callable[..., Results]
 SCENARIOS: Mapping[str, Scenario] = {
-    function.__name__: function for function in (mixed, prefix, abort, features, edge)
+    function.__name__: function for function in (mixed, text, prefix, abort, features, edge)
 }

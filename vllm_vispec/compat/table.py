@@ -219,6 +219,20 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         "V2: finds the encoder cache",
     ),
     PatchPoint(
+        "vllm.v1.worker.gpu.model_states.interface",
+        "ModelState.self.supports_mm_inputs",
+        (),
+        "reads",
+        "V2: whether there is an encoder cache; none in an engine started for text only",
+    ),
+    PatchPoint(
+        "vllm.config.kv_transfer",
+        "KVTransferConfig.is_kv_consumer",
+        (),
+        "reads",
+        "whether prompts may come without their images' features, which one line says at start",
+    ),
+    PatchPoint(
         "vllm.v1.worker.gpu.mm.encoder_runner",
         "EncoderRunner.gather_mm_embeddings",
         ("draft_lookahead",),

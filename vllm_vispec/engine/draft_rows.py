@@ -1,13 +1,14 @@
 """Keeps the draft's row codes in step with the batch; shared by both proposers."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from vllm.utils.torch_utils import np_to_pinned_tensor
 
 from vllm_vispec.engine.choices import Choices
+from vllm_vispec.engine.connectors import receiving_connector
 from vllm_vispec.engine.held_rows import HeldRows, Round
 from vllm_vispec.engine.image_table import ImageTable
 from vllm_vispec.engine.image_tokens import ImageTokens
@@ -50,13 +51,17 @@ class DraftRows:
     Args:
         model: The draft.
         max_num_requests: Most requests alive at once; bounds the cache of layouts.
+        kv_transfer: vLLM's ``KVTransferConfig``; None without a KV connector.
     """
 
-    def __init__(self, model: EagleViSpecForCausalLM, max_num_requests: int) -> None:
+    def __init__(
+        self, model: EagleViSpecForCausalLM, max_num_requests: int, kv_transfer: Any = None
+    ) -> None:
         head = model.model.head
         self._rows: RowTable = model.model.rows
         self._rules = row_rules(head.compress, head.global_feature)
-        self.table = ImageTable(model.model.adaptor, self._rows.codes.num_slots)
+        connector = receiving_connector(kv_transfer)
+        self.table = ImageTable(model.model.adaptor, self._rows.codes.num_slots, connector)
         self._has_slots = head.has_adaptor
         self._tokens = ImageTokens.of(model.model)
         self._choices = Choices.of(model.model)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_vispec.engine.adaptor import AdaptorPartial, ImageAdaptor, merge_partials
+from vllm_vispec.engine.connectors import note_connector, remedy_for_missing
 from vllm_vispec.engine.layout import FeatureSlice, ImageRun
 from vllm_vispec.logs import get_logger
 
@@ -39,10 +40,15 @@ class ImageTable:
         adaptor: The draft's vision adaptor; turns embeddings into rows and stores them. None for
             a head without one, whose table is never asked.
         num_slots: Slots in the table, slot 0 ("no image") included.
+        connector: The KV connector that may bring prompts without their images' features.
     """
 
-    def __init__(self, adaptor: ImageAdaptor | None, num_slots: int) -> None:
-        self._adaptor = adaptor
+    def __init__(
+        self, adaptor: ImageAdaptor | None, num_slots: int, connector: str | None = None
+    ) -> None:
+        self._adaptor, self._connector = adaptor, connector
+        if adaptor is not None and connector is not None:
+            note_connector(connector)
         self._free = list(range(num_slots - 1, 0, -1))
         self._slots: OrderedDict[RunKey, int] = OrderedDict()
         self._partials: OrderedDict[FeatureSlice, AdaptorPartial] = OrderedDict()
@@ -100,10 +106,10 @@ class ImageTable:
         if self.stats.misses & (self.stats.misses - 1) == 0:
             logger.warning(
                 "ViSpec: %d image lookups found neither table entry nor embeddings (last: %s); "
-                "drafts behind those images ignore them. Output is unaffected, acceptance is. "
-                "Raise `image_table_size` in the speculative config.",
+                "drafts behind those images ignore them. Output is unaffected, acceptance is. %s",
                 self.stats.misses,
                 run.parts[0].identifier,
+                remedy_for_missing(self._connector, has_room=bool(self._free)),
             )
 
     def _take_slot(self) -> int | None:

@@ -53,7 +53,8 @@ class ViSpecProposer(EagleProposer):
             self.supports_mm_inputs = False
         super().load_model(target_model)
         give_own_lm_head(self.model)
-        self.draft_rows = DraftRows(self.model, self.max_batch_size)
+        kv_transfer = self.vllm_config.kv_transfer_config
+        self.draft_rows = DraftRows(self.model, self.max_batch_size, kv_transfer)
         clear_with(self._runner, "reset_encoder_cache", self.draft_rows.clear)
 
     def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> Any:

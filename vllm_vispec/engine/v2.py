@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from vllm_vispec.engine.draft_rows import DraftRows, RequestRows
@@ -34,19 +35,24 @@ class ViSpecSpeculator(EagleSpeculator):
         """Load the head; all buffers exist before any graph is captured."""
         super().load_model(target_model)
         give_own_lm_head(self.model)
-        if not self.supports_mm_inputs:
+        takes_images = self.vllm_config.model_config.supports_multimodal_inputs
+        if takes_images and not self.supports_mm_inputs:
             logger.info(
                 "ViSpec reads image features itself; vLLM's notice above does not apply to it."
             )
-        self.draft_rows = DraftRows(self.model, self.max_num_reqs)
+        kv_transfer = self.vllm_config.kv_transfer_config
+        self.draft_rows = DraftRows(self.model, self.max_num_reqs, kv_transfer)
         self._prompts = PromptLengths(self.max_num_reqs)
+        # None before `set_attn`, and where the engine takes text only: then no request has images.
+        self._encoder_cache: EncoderCache | None = None
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
-        """Learn where the vision tower's output is kept."""
+        """Learn where the vision tower's output is kept, if the engine takes images at all."""
         super().set_attn(model_state, *args, **kwargs)
         self._prompts.follow(model_state)
-        if model_state.encoder_cache is not None:
-            clear_with(model_state.encoder_cache, "reset_encoder_cache", self.draft_rows.clear)
+        if model_state.supports_mm_inputs:
+            self._encoder_cache = model_state.encoder_cache
+            clear_with(self._encoder_cache, "reset_encoder_cache", self.draft_rows.clear)
 
     def propose(
         self,
@@ -58,20 +64,23 @@ class ViSpecSpeculator(EagleSpeculator):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Fill the row codes, then draft as EAGLE does."""
-        encoder_cache = getattr(getattr(self, "model_state", None), "encoder_cache", None)
-        if encoder_cache is not None:
-            count = input_batch.num_reqs
-            first_rows = input_batch.num_computed_tokens_np[:count].tolist()
-            ids, num_rows = input_batch.req_ids[:count], int(input_batch.num_tokens)
-            if not self.draft_rows.holds(ids, first_rows, num_rows):
-                requests = _requests(input_batch, encoder_cache.mm_features, self._prompts)
-                outputs = encoder_cache.encoder_outputs
-                self.draft_rows.fill(requests, outputs, last_hidden_states)
-            moved = moved_rows(input_batch)
-            if moved is not None:
-                self.draft_rows.move(moved)
+        self._fill_rows(input_batch, last_hidden_states)
         read_TD = last_hidden_states[:, : self.hidden_states.shape[1]]
         return super().propose(input_batch, attn_metadata, slot_mappings, read_TD, *args, **kwargs)
+
+    def _fill_rows(self, input_batch: InputBatch, hidden_states: torch.Tensor) -> None:
+        """Set the row codes of a batch, unless the device holds them already."""
+        count, cache = input_batch.num_reqs, self._encoder_cache
+        first_rows = input_batch.num_computed_tokens_np[:count].tolist()
+        ids, num_rows = input_batch.req_ids[:count], int(input_batch.num_tokens)
+        if not self.draft_rows.holds(ids, first_rows, num_rows):
+            features = {} if cache is None else cache.mm_features
+            outputs = {} if cache is None else cache.encoder_outputs
+            requests = _requests(input_batch, features, self._prompts)
+            self.draft_rows.fill(requests, outputs, hidden_states)
+        moved = moved_rows(input_batch)
+        if moved is not None:
+            self.draft_rows.move(moved)
 
     def on_prefill_end(self, num_reqs: int) -> None:
         """Keep each request's last code for the one-token steps; outside any graph."""
