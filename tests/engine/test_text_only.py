@@ -25,7 +25,7 @@ NO_IMAGES: Mapping[str, Mapping[str, Any]] = {
 }
 TREE = {"tree": {"depth": 3, "top_k": 2}, "num_draft_tokens": 6}
 OPTIONS = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64}
-SCENARIO = {"text": {}}
+SCENARIO: Mapping[str, Any] = {"text": {}}
 DEFAULT = ("chain", "tree")
 FURTHER = ("draft_vlm", "no_compress", "gated")
 
