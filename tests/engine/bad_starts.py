@@ -71,7 +71,7 @@ def _add(name: str) -> Spoil:
     return spoil
 
 
-def _rewrite(**changes: Any) -> Spoil:
+def _rewrite(dialect: str = "reference", **changes: Any) -> Spoil:
     """Replace the head by one with other sizes."""
     sizes = {
         "hidden_size": HIDDEN,
@@ -81,7 +81,7 @@ def _rewrite(**changes: Any) -> Spoil:
     }
 
     def spoil(folder: Path) -> None:
-        write_head(folder, "reference", **(sizes | changes))
+        write_head(folder, dialect, **(sizes | changes))
 
     return spoil
 
@@ -114,6 +114,10 @@ TREE = {"tree": {"policy": "eagle2"}, "num_speculative_tokens": 29}
 EXAMPLE_CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 
 BAD_STARTS: Mapping[str, BadStart] = {
+    "heads that no backend serves": BadStart(
+        "no attention backend here serves heads of 518 channels.*leave the speculative config out",
+        spoil=_rewrite("canonical", head_dim=512),
+    ),
     "missing folder": BadStart(
         "head folder '/nowhere/head' does not exist.*give", spec={"model": "/nowhere/head"}
     ),

@@ -35,5 +35,6 @@ def test_heads_of_trees_here() -> None:
 
 
 def test_heads_that_no_backend_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_vispec.engine.trees.attention.find_backend", lambda *_: None)
+    nothing = "vllm_vispec.engine.padded_heads.BackendFinder.find"
+    monkeypatch.setattr(nothing, lambda *_: None)
     assert tree_line() == "refused: no attention backend here serves heads of 128 + 20"

@@ -5,19 +5,15 @@ Shapes: T rows, H heads, h head size, P padded head size, K branches.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vllm_vispec.engine import attention as attention_module
-from vllm_vispec.engine.attention import MIN_MASK_LOGIT, mask_logit, padded_head_size
+from vllm_vispec.engine.attention import MIN_MASK_LOGIT, least_head_size, mask_logit
 from vllm_vispec.engine.gated_attention import GatedAttention, query_scale
 from vllm_vispec.engine.layout import RowCodes
 from vllm_vispec.engine.row_table import GatedRowTable
-from vllm_vispec.errors import ViSpecError
 from vllm_vispec.models.gate import HIDDEN_BIAS
 
 HEADS, HEAD, EXTRA, ROWS = 2, 16, 32, 9
@@ -84,24 +80,11 @@ def test_biases_equal_an_additive_mask(dtype: torch.dtype, tolerance: float) -> 
     assert bool((found_HTT.softmax(-1)[..., ~seen_T] == 0).all())
 
 
-@pytest.mark.parametrize(("branches", "size"), [(0, 136), (5, 136), (6, 144)])
-def test_masking_keeps_enough_channels(
-    monkeypatch: pytest.MonkeyPatch, branches: int, size: int
-) -> None:
+@pytest.mark.parametrize(("branches", "least"), [(0, 131), (5, 136), (6, 137)])
+def test_masking_keeps_enough_channels(branches: int, least: int) -> None:
     """Beside five branches, eight channels more mask a head of 128 still."""
-    serves_all = SimpleNamespace(supports_head_size=lambda size: True)
-    monkeypatch.setattr(attention_module, "get_attn_backend", lambda *a, **kw: serves_all)
-    assert padded_head_size(128, "auto", branches) == size
-    assert mask_logit(128, size - 128 - branches) >= MIN_MASK_LOGIT
-
-
-def test_without_a_backend_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise ValueError
-
-    monkeypatch.setattr(attention_module, "get_attn_backend", refuse)
-    with pytest.raises(ViSpecError, match="the compressor's 3 branches; set"):
-        padded_head_size(128, "auto", 3)
+    assert least_head_size(128, branches) == least
+    assert mask_logit(128, least - 128 - branches) >= MIN_MASK_LOGIT
 
 
 @torch.no_grad()

@@ -9,7 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from vllm_vispec.engine.trees.attention import smallest_head_size
+import torch
+
+from vllm_vispec.engine.padded_heads import BackendFinder, choose_padded_head
 from vllm_vispec.tree.codes import num_channels
 from vllm_vispec.tree.settings import TreeSettings
 
@@ -31,8 +33,9 @@ BACKENDS: Mapping[str, tuple[str, str, str]] = {
 def _padded(backend: Any, head_size: int, depth: int) -> str:
     settings = TreeSettings(depth=depth)
     channels = num_channels(settings.levels, settings.top_k)
-    size = smallest_head_size(head_size, channels, lambda _: backend)
-    return "refused" if size is None else str(size)
+    finder = BackendFinder(torch.bfloat16, "auto", {}, given=backend)
+    head = choose_padded_head(finder, head_size, head_size + channels)
+    return "refused" if head is None else str(head.size)
 
 
 def head_size_table() -> str:

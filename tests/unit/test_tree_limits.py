@@ -81,7 +81,7 @@ def _built(kv_cache_dtype: str = "auto", *, stores_inside: bool = False) -> Any:
 
 def test_backends() -> None:
     _check_backend(_built())
-    with pytest.raises(ViSpecError, match=r"SOME, which stores keys.*choose"):
+    with pytest.raises(ViSpecError, match=r"SOME, which stores keys.*leave"):
         _check_backend(_built(stores_inside=True))
     with pytest.raises(ViSpecError, match=r"kv_cache_dtype=fp8_e4m3 does not work.*leave one"):
         _check_backend(_built("fp8_e4m3"))

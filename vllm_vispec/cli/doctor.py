@@ -68,25 +68,25 @@ def tree_line(head_size: int = 128) -> str:
     try:
         import torch
         from vllm.config import VllmConfig, set_current_vllm_config
+        from vllm.utils.torch_utils import set_default_torch_dtype
 
-        from vllm_vispec.engine.trees.attention import find_backend, smallest_head_size
+        from vllm_vispec.engine.padded_heads import BackendFinder, choose_padded_head
         from vllm_vispec.tree.codes import num_channels
         from vllm_vispec.tree.settings import TreeSettings
 
         channels = num_channels(TreeSettings().levels, TreeSettings().top_k)
-        with set_current_vllm_config(VllmConfig()):
-            size = smallest_head_size(
-                head_size, channels, lambda size: find_backend(size, torch.bfloat16)
-            )
-            backend = None if size is None else find_backend(size, torch.bfloat16)
+        with set_current_vllm_config(VllmConfig()), set_default_torch_dtype(torch.bfloat16):
+            finder = BackendFinder.of_layer(1, head_size, head_size**-0.5)
+            head = choose_padded_head(finder, head_size, head_size + channels)
     # As for the runner: whatever vLLM says is passed on.
     except Exception as error:
         return f"none: vLLM's default configuration fails here: {_first_reason(error)}"
     finally:
         logging.disable(logging.NOTSET)
-    if backend is None:
+    if head is None:
         return f"refused: no attention backend here serves heads of {head_size} + {channels}"
-    return f"heads of {head_size} are padded to {size} at the default depth ({backend.get_name()})"
+    name = head.backend.get_name()
+    return f"heads of {head_size} are padded to {head.size} at the default depth ({name})"
 
 
 def head_lines(head: str) -> list[str]:

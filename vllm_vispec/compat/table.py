@@ -6,6 +6,7 @@ Each entry names what is touched, the shape it must have, and why.
 from vllm_vispec.compat.groups.draft_vlm import DRAFT_VLM_POINTS
 from vllm_vispec.compat.groups.draft_vocab import DRAFT_VOCAB_POINTS
 from vllm_vispec.compat.groups.gate import GATE_POINTS
+from vllm_vispec.compat.groups.padded_heads import PADDED_HEAD_POINTS
 from vllm_vispec.compat.groups.trees import TREE_POINTS
 from vllm_vispec.compat.patch_point import PatchPoint
 
@@ -310,13 +311,6 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         "the draft model's interface",
     ),
     PatchPoint(
-        "vllm.v1.attention.selector",
-        "get_attn_backend",
-        ("head_size", "dtype", "kv_cache_dtype", "attn_type"),
-        "calls",
-        "finds a backend for the padded head size",
-    ),
-    PatchPoint(
         "vllm.v1.worker.gpu.input_batch",
         "InputBatch.num_draft_tokens_per_req",
         (),
@@ -330,6 +324,7 @@ PATCH_POINTS: tuple[PatchPoint, ...] = (
         "reads",
         "V2, adaptive verification: where requests begin after the cut",
     ),
+    *PADDED_HEAD_POINTS,
     *DRAFT_VOCAB_POINTS,
     *DRAFT_VLM_POINTS,
     *TREE_POINTS,

@@ -10,26 +10,33 @@ Shapes: T tokens, D hidden size, H heads, K key/value heads, h head size, P padd
 E = H * h or K * h.
 """
 
+from math import ceil
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig
-from vllm.config import CacheConfig
+from vllm.config import CacheConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.attention.selector import get_attn_backend
 
+from vllm_vispec.engine import attention_scratch
+from vllm_vispec.engine.padded_heads import (
+    BackendFinder,
+    PaddedHead,
+    choose_padded_head,
+    remedy,
+)
 from vllm_vispec.engine.row_table import MASK_CHANNEL, RowTable
+from vllm_vispec.engine.trees.setting import num_code_channels
 from vllm_vispec.errors import ViSpecError
 
 # Below exp(-104) float32 has nothing left; the margin covers real logits of several hundred.
 MIN_MASK_LOGIT = 1000.0
-HEAD_SIZE_STEP = 8
-MAX_EXTRA_CHANNELS = 128
 
 
 def mask_logit(head_dim: int, num_channels: int) -> float:
@@ -37,31 +44,42 @@ def mask_logit(head_dim: int, num_channels: int) -> float:
     return float(num_channels * MASK_CHANNEL**2 * head_dim**-0.5)
 
 
-def padded_head_size(head_dim: int, kv_cache_dtype: str, num_branches: int = 0) -> int:
-    """Return the smallest head size above ``head_dim`` that an attention backend serves.
+def least_head_size(head_dim: int, num_branches: int = 0) -> int:
+    """Return the smallest head size that has channels enough to mask.
 
     Args:
         num_branches: Channels that are needed beside those that mask.
+    """
+    return head_dim + num_branches + ceil(MIN_MASK_LOGIT / mask_logit(head_dim, 1))
+
+
+def padded_head(finder: BackendFinder, head_dim: int, num_branches: int = 0) -> PaddedHead:
+    """Return the head size ``P`` of a draft's layer, and the backend that the layer is built with.
+
+    In engines with trees the layer is padded once more, for the path codes; the backend is the one
+    that serves both.
 
     Raises:
-        ViSpecError: If there is none.
+        ViSpecError: If no backend serves a head size that large.
     """
-    for size in range(head_dim + HEAD_SIZE_STEP, head_dim + MAX_EXTRA_CHANNELS + 1, HEAD_SIZE_STEP):
-        if mask_logit(head_dim, size - head_dim - num_branches) < MIN_MASK_LOGIT:
-            continue
-        try:
-            backend = get_attn_backend(
-                size, torch.get_default_dtype(), kv_cache_dtype, attn_type=AttentionType.DECODER
-            )
-        except (ValueError, NotImplementedError):
-            continue
-        if backend.supports_head_size(size):
-            return size
-    raise ViSpecError(
-        f"no attention backend here serves a head size above the draft's {head_dim}, which ViSpec "
-        f"needs to mask image rows{_and_branches(num_branches)}; set "
-        '"attention_backend": "TRITON_ATTN" in the speculative config'
-    )
+    least = least_head_size(head_dim, num_branches)
+    num_codes = num_code_channels(get_current_vllm_config())
+    if num_codes:
+        least = -(-least // finder.step) * finder.step
+    head = choose_padded_head(finder, head_dim, least + num_codes)
+    if head is None:
+        what_to_set = remedy(
+            finder,
+            head_dim,
+            least + num_codes,
+            '"attention_backend": "{}" in the speculative config',
+        )
+        raise ViSpecError(
+            f"no attention backend here serves heads of {least + num_codes} channels with "
+            f"kv_cache_dtype={finder.kv_cache_dtype}; ViSpec needs them above the draft's "
+            f"{head_dim} to mask image rows{_and_branches(num_branches)}; {what_to_set}"
+        )
+    return PaddedHead(least, head.backend) if num_codes else head
 
 
 def _and_branches(num_branches: int) -> str:
@@ -99,11 +117,21 @@ class HoleMaskedAttention(nn.Module):
         tp_size = get_tensor_model_parallel_world_size()
         self.rows = rows
         head_dim = getattr(config, "head_dim", None) or hidden_size // num_heads
-        kv_cache_dtype = cache_config.cache_dtype if cache_config else "auto"
-        padded_size = padded_head_size(head_dim, kv_cache_dtype, num_branches)
         self.num_branches = num_branches
         self.num_heads = num_heads // tp_size
         self.num_kv_heads = max(1, num_kv_heads // tp_size)
+        layer_settings = {
+            "num_kv_heads": self.num_kv_heads,
+            "cache_config": cache_config,
+            "quant_config": quant_config,
+            "prefix": f"{prefix}.attn",
+            "attn_type": attn_type,
+        }
+        scale = head_dim**-0.5
+        finder = BackendFinder.of_layer(self.num_heads, head_dim, scale, **layer_settings)
+        head = padded_head(finder, head_dim, num_branches)
+        attention_scratch.install_for(head.backend)
+        padded_size = head.size
         self.head_dim, self.padded_size = head_dim, padded_size
         self.q_size, self.kv_size = self.num_heads * padded_size, self.num_kv_heads * padded_size
         self.qkv_proj = QKVParallelLinear(
@@ -130,14 +158,7 @@ class HoleMaskedAttention(nn.Module):
             is_neox_style=True,
         )
         self.attn = Attention(
-            self.num_heads,
-            padded_size,
-            head_dim**-0.5,
-            num_kv_heads=self.num_kv_heads,
-            cache_config=cache_config,
-            quant_config=quant_config,
-            prefix=f"{prefix}.attn",
-            attn_type=attn_type,
+            self.num_heads, padded_size, scale, attn_backend=head.backend, **layer_settings
         )
         channels_KP = torch.zeros(self.num_kv_heads, padded_size)
         channels_KP[:, head_dim + num_branches :] = 1.0

@@ -23,10 +23,12 @@ from vllm_vispec.engine.guards import (
     check_target,
     refuse_method,
 )
+from vllm_vispec.engine.head_size_checks import check_padded_heads
 from vllm_vispec.engine.options import EngineOptions
 from vllm_vispec.engine.trees import limits
 from vllm_vispec.engine.trees.setting import may_branch, read_tree, resolve_tree
 from vllm_vispec.engine.vocab_setting import resolve_draft_vocab
+from vllm_vispec.engine.worker_hook import uses_vispec
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.head_config import HeadConfig
 from vllm_vispec.logs import get_logger
@@ -103,6 +105,8 @@ def _create_engine_config(original: Any, args: EngineArgs, *rest: Any, **kwargs:
     tree = read_tree(vllm_config)
     if tree is not None:
         limits.check_engine(vllm_config, tree)
+    if uses_vispec(vllm_config):
+        check_padded_heads(vllm_config)
     return vllm_config
 
 

@@ -30,6 +30,7 @@ def _init_worker(
 ) -> None:
     if uses_vispec(vllm_config):
         _install_proposers()
+        _install_scratch()
     if has_branches(vllm_config):
         _install_padding()
     original(worker, vllm_config, *args, **kwargs)
@@ -61,6 +62,15 @@ def _install_padding() -> None:
 
     attention.install()
     v2_state.install()
+
+
+def _install_scratch() -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        from vllm_vispec.engine import attention_scratch
+
+        attention_scratch.install()
 
 
 def _install_proposers() -> None:

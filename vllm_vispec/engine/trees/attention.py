@@ -15,17 +15,17 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.attention.selector import get_attn_backend
 
 from vllm_vispec.compat.patching import wrap_once
-from vllm_vispec.engine.trees.code_rows import MAX_SPARE_CHANNELS, CodeRows
+from vllm_vispec.engine import attention_scratch
+from vllm_vispec.engine.padded_heads import BackendFinder, PaddedHead, choose_padded_head, remedy
+from vllm_vispec.engine.trees.code_rows import CodeRows
 from vllm_vispec.engine.trees.padded_impl import LayerPadding, padded_class
 from vllm_vispec.engine.trees.setting import has_branches, read_tree
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.tree.codes import MIN_LOGIT, mask_logit
 from vllm_vispec.tree.settings import TreeSettings
 
-_STEP = 8
 _REFUSED = {
     "alibi_slopes": "ALiBi counts the tokens between query and key, not the levels",
     "logits_soft_cap": "a soft cap on logits lets hidden nodes through",
@@ -90,8 +90,10 @@ def _build_padded(original: Callable[..., None], given: BoundArguments, codes: C
     values = given.arguments
     _check_layer(values)
     head_size = values["head_size"]
-    padded_size = _padded_head_size(head_size, codes.num_channels, values)
-    values["head_size"] = padded_size
+    head = padded_head(_finder_of(given), head_size, codes.num_channels)
+    attention_scratch.install_for(head.backend)
+    padded_size = head.size
+    values.update(head_size=padded_size, attn_backend=head.backend)
     original(*given.args, **given.kwargs)
     layer: Any = given.args[0]
     _check_backend(layer)
@@ -129,7 +131,7 @@ def _check_backend(layer: Any) -> None:
     if layer.attn_backend.forward_includes_kv_cache_update:
         raise ViSpecError(
             f"speculative config: tree does not work with attention backend {name}, which stores "
-            "keys while it attends; choose --attention-backend FLASH_ATTN or TRITON_ATTN"
+            'keys while it attends; leave --attention-backend or "tree" out'
         )
     if layer.kv_cache_dtype.startswith(("fp8", "nvfp4", "int8")):
         raise ViSpecError(
@@ -138,46 +140,34 @@ def _check_backend(layer: Any) -> None:
         )
 
 
-def smallest_head_size(head_size: int, num_channels: int, find: Callable[[int], Any]) -> int | None:
-    """Return the smallest head size with room for the codes that a backend serves, None if none.
+def padded_head(finder: BackendFinder, head_size: int, num_channels: int) -> PaddedHead:
+    """Return the head size and the backend that a layer with path codes is built with.
 
     Args:
         head_size: The model's.
         num_channels: Channels that the codes need.
-        find: Returns vLLM's attention backend for a head size, None if there is none.
+
+    Raises:
+        ViSpecError: If no backend serves a head size that large.
     """
-    least = -(-(head_size + num_channels) // _STEP) * _STEP
-    for size in range(least, head_size + num_channels + MAX_SPARE_CHANNELS, _STEP):
-        backend = find(size)
-        if backend is not None and backend.supports_head_size(size):
-            return size
-    return None
-
-
-def find_backend(size: int, dtype: torch.dtype, cache_dtype: Any = "auto") -> Any:
-    """Return the backend that vLLM chooses for a head size, None if it finds none."""
-    try:
-        return get_attn_backend(size, dtype, cache_dtype, attn_type=AttentionType.DECODER)
-    except (ValueError, NotImplementedError):
-        return None
-
-
-def _padded_head_size(head_size: int, num_channels: int, values: dict[str, Any]) -> int:
-    cache_config = values["cache_config"]
-    cache_dtype = cache_config.cache_dtype if cache_config is not None else "auto"
-
-    def find(size: int) -> Any:
-        given = values["attn_backend"]
-        return given or find_backend(size, torch.get_default_dtype(), cache_dtype)
-
-    size = smallest_head_size(head_size, num_channels, find)
-    if size is None:
+    least = head_size + num_channels
+    head = choose_padded_head(finder, head_size, least)
+    if head is None:
+        what_to_set = remedy(finder, head_size, least, "--attention-backend {}")
         raise ViSpecError(
             f"speculative config: tree needs attention heads of {head_size} + {num_channels} "
-            "channels or more, which no attention backend here serves; lower tree.depth, or choose "
-            "--attention-backend TRITON_ATTN"
+            f"channels or more, which no attention backend here serves; lower tree.depth, or "
+            f"{what_to_set}"
         )
-    return size
+    return head
+
+
+def _finder_of(given: BoundArguments) -> BackendFinder:
+    """Return what finds the backend of the layer that ``given`` would build."""
+    backend = given.arguments["attn_backend"]
+    if backend is not None:
+        return BackendFinder(torch.get_default_dtype(), "auto", {}, given=backend)
+    return BackendFinder.of_layer(*given.args[1:], **given.kwargs)
 
 
 def _get_kv_cache_spec(original: Callable[..., Any], layer: Any, vllm_config: Any) -> Any:

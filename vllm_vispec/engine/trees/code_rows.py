@@ -11,8 +11,6 @@ from vllm_vispec.engine.trees.padded_rows import LayerRows, PaddedRows
 from vllm_vispec.tree.codes import encode, num_channels, word_tables
 from vllm_vispec.tree.settings import TreeSettings
 
-# Backends serve some head sizes only; so many channels may be left over.
-MAX_SPARE_CHANNELS = 128
 # Number of heads, head size, padded head size.
 Shape = tuple[int, int, int]
 

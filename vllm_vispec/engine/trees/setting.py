@@ -5,6 +5,7 @@ from typing import Any
 
 from vllm_vispec.engine.options import EngineOptions
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.tree.codes import num_channels
 from vllm_vispec.tree.settings import TreeSettings
 
 _UNSUPPORTED = {
@@ -64,6 +65,14 @@ def has_branches(vllm_config: Any) -> bool:
         return False
     counts = _scheduled(vllm_config)
     return not counts or max(counts) > settings.levels
+
+
+def num_code_channels(vllm_config: Any) -> int:
+    """Return how many channels heads need for path codes, 0 where nothing branches."""
+    settings = read_tree(vllm_config)
+    if settings is None or not has_branches(vllm_config):
+        return 0
+    return num_channels(settings.levels, settings.top_k)
 
 
 def has_paths(vllm_config: Any) -> bool:
