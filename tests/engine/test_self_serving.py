@@ -11,6 +11,7 @@ import pytest
 
 from tests.engine.setups import accepted, outputs, params
 from tests.support.child import run_in_subprocess
+from tests.support.hub_cache import COMMIT, hub_snapshot_folder
 from tests.support.runners import RUNNERS, Runner
 from tests.support.tiny_heads import HeadSpec
 from tests.support.tiny_store import TinyStore
@@ -72,11 +73,7 @@ def _copy(head: Path, folder: Path, target: str) -> str:
 
 def _fetched(head: Path, cache: Path) -> str:
     """Fill a hub cache by hand with a head that names a folder; returns its hub id."""
-    folder = cache / "models--org--head"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text("0123")
-    (folder / "snapshots").mkdir()
-    _copy(head, folder / "snapshots" / "0123", str(head))
+    _copy(head, hub_snapshot_folder(cache, "org/head"), str(head))
     return "org/head"
 
 
@@ -99,7 +96,11 @@ def resolved(
         "hub": {"model": _copy(head, folder / "hub", "no-such-org/no-such-target")},
         "fetched": {"model": _fetched(head, folder / "cache")},
         "plain": {"model": target},
+        "snapshot": {
+            "model": _copy(head, hub_snapshot_folder(folder / "cache", "a/b"), "a/target")
+        },
     }
+    _copy(head, hub_snapshot_folder(folder / "cache", "a/target"), target)
     env = RUNNERS["v1"].env() | {"HF_HUB_CACHE": str(folder / "cache")}
     items = run_in_subprocess("tests.engine.self_serving_jobs:resolve", {"cases": cases}, env)
     return {item["name"]: item for item in items}
@@ -119,6 +120,13 @@ def test_the_target_is_found(
     assert resolved["absolute"]["model"] == target
     assert resolved["plain"]["model"] == target
     assert resolved["plain"]["settings"] is None
+
+
+def test_a_snapshot_of_the_hub_stays_a_hub_id(resolved: dict[str, dict[str, Any]]) -> None:
+    """Offline, vLLM hands over the folder that the id has on this machine."""
+    found = resolved["snapshot"]
+    assert found["model"] == "a/target"
+    assert (found["settings"]["model"], found["settings"]["revision"]) == ("a/b", COMMIT)
 
 
 def test_the_users_settings_win(resolved: dict[str, dict[str, Any]]) -> None:

@@ -1,7 +1,8 @@
 """Two tensor-parallel workers (processes, gloo): lossless, and drafts like those of one worker.
 
 With ViSpec's adaptor, with a gated compressor, which every worker has for itself, and with a draft
-VLM, whose embedding and lm_head are shared out.
+VLM, whose embedding and lm_head are shared out. A head with fewer key/value heads than there are
+workers has them on several.
 """
 
 from __future__ import annotations
@@ -43,15 +44,21 @@ def served(tiny: TinyStore) -> dict[str, dict[str, Any]]:
     }
     tree = {"num_draft_tokens": 29, "tree": {"policy": "eagle2"}}
     runs |= {f"{name}, tree": runs[name] | tree for name in ("spec", "one worker")}
-    vlm = {"draft": tiny.draft_vlm(KIND, kv_heads=2)[1]}
-    runs |= {f"{name}, vlm": runs[name] | vlm for name in ("spec", "one worker")}
+    others = {
+        "vlm": tiny.draft_vlm(KIND, kv_heads=2)[1],
+        "one kv head": tiny.pair(KIND, kv_heads=1)[1],
+        "vlm, one kv head": tiny.draft_vlm(KIND, kv_heads=1)[1],
+    }
+    for kind, draft in others.items():
+        given = {"draft": draft}
+        runs |= {f"{name}, {kind}": runs[name] | given for name in ("spec", "one worker")}
     kwargs = {"kind": KIND, "runs": runs, "count": COUNT}
     items = run_in_subprocess("tests.engine.parallel_jobs:serve", kwargs, RUNNERS["v1"].env(), 1500)
     return {item["name"]: item for item in items}
 
 
 KINDS = pytest.mark.parametrize(
-    "kind", ["", " gated", ", tree", ", vlm"], ids=["chain", "gated", "tree", "vlm"]
+    "kind", ["", " gated", ", tree", ", vlm", ", one kv head", ", vlm, one kv head"]
 )
 
 

@@ -31,7 +31,7 @@ def check(rank: int, world: int, port: int, folder: str) -> dict[str, Any]:
         weight_VD = torch.randn(VOCAB, HIDDEN, generator=generator)
         states_TD = torch.randn(TOKENS, HIDDEN, generator=generator)
         draft = _draft(weight_VD, Path(folder) / f"ids-{rank}.json")
-        give_own_lm_head(draft)
+        give_own_lm_head(draft, Path(folder))
         found = _compare(draft, states_TD, states_TD @ weight_VD.T)
         parallel_state.destroy_model_parallel()
     return found | {"rows": draft.lm_head.weight.shape[0]}

@@ -40,6 +40,7 @@ class HeadSpec:
     compress: bool = True
     global_feature: bool = True
     compressor: str = "query"
+    kv_heads: int = HEADS
 
     @property
     def has_compressor(self) -> bool:
@@ -60,7 +61,7 @@ def build_head(spec: HeadSpec, target: Path, folder: Path) -> Path:
     rename, config = DIALECTS[spec.dialect]
     named = {rename(name): tensor.contiguous() for name, tensor in tensors.items()}
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = _base_config(FAMILIES[spec.kind]) | config(spec, FAMILIES[spec.kind])
+    settings = _base_config(spec) | config(spec, FAMILIES[spec.kind])
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return folder
 
@@ -92,9 +93,11 @@ def _tensors(spec: HeadSpec, embedding: torch.Tensor) -> Tensors:
     }
     for owner, names in (("layers.0.self_attn", "qkv"), ("imadpt", "kv")):
         for name in names:
-            tensors[f"{owner}.{name}_proj.weight"] = normal(HIDDEN, HIDDEN, scale=unit)
+            is_layers_key = owner == "layers.0.self_attn" and name != "q"
+            rows = spec.kv_heads * HIDDEN // HEADS if is_layers_key else HIDDEN
+            tensors[f"{owner}.{name}_proj.weight"] = normal(rows, HIDDEN, scale=unit)
             if spec.qkv_bias:
-                tensors[f"{owner}.{name}_proj.bias"] = normal(HIDDEN, scale=0.1)
+                tensors[f"{owner}.{name}_proj.bias"] = normal(rows, scale=0.1)
     for prefix, wanted in (
         ("imadpt.", (spec.compress and not spec.has_compressor) or spec.global_feature),
         ("img_fc.", spec.global_feature),
@@ -109,12 +112,13 @@ def _tensors(spec: HeadSpec, embedding: torch.Tensor) -> Tensors:
     return tensors
 
 
-def _base_config(family: Family) -> dict[str, Any]:
+def _base_config(spec: HeadSpec) -> dict[str, Any]:
+    family = FAMILIES[spec.kind]
     return {
         "hidden_size": HIDDEN,
         "intermediate_size": MLP,
         "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
+        "num_key_value_heads": spec.kv_heads,
         "num_hidden_layers": 1,
         "vocab_size": VOCAB,
         "max_position_embeddings": MAX_POSITIONS,
@@ -163,7 +167,7 @@ def _canonical_config(spec: HeadSpec, family: Family) -> dict[str, Any]:
         hidden_size=HIDDEN,
         intermediate_size=MLP,
         num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
+        num_key_value_heads=spec.kv_heads,
         head_dim=HIDDEN // HEADS,
         vocab_size=VOCAB,
         max_position_embeddings=MAX_POSITIONS,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.support.draft_vlm_heads import DraftVlmSpec, build_draft_vlm
+from tests.support.tiny_configs import HEADS
 from tests.support.tiny_heads import HeadSpec, build_head
 from tests.support.tiny_models import build_target
 
@@ -25,6 +26,8 @@ class TinyStore:
         """Return the folder of the head ``spec`` for the target of the same family."""
         parts = (spec.kind, spec.dialect, spec.num_q, spec.qkv_bias, spec.noise, spec.seed)
         flags = (spec.compress, spec.global_feature, re.sub(r"\W+", "_", spec.compressor))
+        if spec.kv_heads != HEADS:
+            flags = (*flags, f"kv{spec.kv_heads}")
         name = "head-" + "-".join(str(part) for part in (*parts, *flags, target_seed))
         return build_head(spec, self.target(spec.kind, target_seed), self.root / name)
 

@@ -92,7 +92,7 @@ def test_without_the_setting_nothing_changes(tmp_path: Path) -> None:
     for value in (None, False):
         settings: dict[str, Any] = {}
         found = resolve_draft_vocab(options(value), settings, tmp_path, 8)
-        assert read_setting(found, 8) is None
+        assert read_setting(found, tmp_path, 8) is None
         assert settings == {}
         assert find_vocab(value, tmp_path, 8) is None
 
@@ -106,7 +106,8 @@ def test_the_list_of_the_head(tmp_path: Path, value: Any, ids: tuple[int, ...]) 
     found = resolve_draft_vocab(options(value), settings, tmp_path, 8)
     # The way to the workers and back.
     section = json.loads(json.dumps(found.to_section()))
-    read = read_setting(EngineOptions.from_hf_config(type("Config", (), section)), 8)
+    moved = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name} of another machine"))
+    read = read_setting(EngineOptions.from_hf_config(type("Config", (), section)), moved, 8)
     assert read is not None
     assert read.token_ids == ids
     assert settings == {"use_local_argmax_reduction": True}
@@ -115,7 +116,7 @@ def test_the_list_of_the_head(tmp_path: Path, value: Any, ids: tuple[int, ...]) 
 def test_a_list_by_its_path(tmp_path: Path) -> None:
     (tmp_path / "ids.json").write_text("[6, 0]")
     found = resolve_draft_vocab(options(str(tmp_path / "ids.json")), {}, tmp_path, 8)
-    assert read_setting(found, 8) == DraftVocab((6, 0))
+    assert read_setting(found, tmp_path, 8) == DraftVocab((6, 0))
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,20 @@ def resolve_head(path_or_hub_id: str | Path, revision: str | None = None) -> Pat
     return _download(name, revision)
 
 
+def hub_snapshot(folder: Path) -> tuple[str, str] | None:
+    """Hub id and commit of a repository whose snapshot in the hub's cache the folder is, or None.
+
+    The folder means nothing on another machine, these two do.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = folder.absolute()
+    owner, snapshots = folder.parent.parent, folder.parent.name
+    if owner.parent != Path(HF_HUB_CACHE).absolute() or snapshots != "snapshots":
+        return None
+    return owner.name.removeprefix("models--").replace("--", "/"), folder.name
+
+
 def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 

@@ -23,6 +23,7 @@ from vllm_vispec.engine.guards import (
     check_target,
     refuse_method,
 )
+from vllm_vispec.engine.head_location import locate
 from vllm_vispec.engine.head_size_checks import check_padded_heads
 from vllm_vispec.engine.options import EngineOptions
 from vllm_vispec.engine.trees import limits
@@ -82,10 +83,10 @@ def _create_speculative_config(
         limits.check_target(target)
         limits.check_connector(args.kv_transfer_config)
     options = resolve_draft_vocab(options, settings, info.folder, info.config.vocab_size)
-    settings.update(method="eagle", model=str(info.folder))
+    settings |= {"method": "eagle"} | locate(settings["model"], info.folder)
     logger.info(
         "ViSpec head %s: %s dialect, %s, %d draft tokens per round",
-        info.folder,
+        settings["model"],
         info.dialect,
         _kind(info.config),
         settings["num_speculative_tokens"],
@@ -95,7 +96,7 @@ def _create_speculative_config(
     ours.speculative_config = settings
     for flag in _FLAGS:
         setattr(ours, flag, None)
-    with _reading_head(info, options):
+    with _reading_head(settings["model"], info.config, options):
         return original(ours, target, parallel)
 
 
@@ -161,29 +162,29 @@ def _find_head(settings: dict[str, Any]) -> HeadInfo | None:
 
 
 @contextmanager
-def _reading_head(info: HeadInfo, options: EngineOptions) -> Iterator[None]:
-    """While active, vLLM's ``hf`` config parser reads the head's folder our way."""
+def _reading_head(model: str, head: HeadConfig, options: EngineOptions) -> Iterator[None]:
+    """While active, vLLM's ``hf`` config parser knows the head's configuration already."""
     parsers = vllm_config_module._CONFIG_FORMAT_TO_CONFIG_PARSER
     original = parsers["hf"]
-    parsers["hf"] = _head_parser(original, info, options)
+    parsers["hf"] = _head_parser(original, model, head, options)
     try:
         yield
     finally:
         parsers["hf"] = original
 
 
-def _head_parser(base: type, info: HeadInfo, options: EngineOptions) -> type:
-    """Return a parser that knows one folder and leaves all others to ``base``."""
+def _head_parser(base: type, head_model: str, head: HeadConfig, options: EngineOptions) -> type:
+    """Return a parser that knows one model and leaves all others to ``base``."""
 
     class HeadConfigParser(base):
         def parse(self, model: Any, *args: Any, **kwargs: Any) -> tuple[dict, Any]:
-            if str(model) != str(info.folder):
+            if str(model) != head_model:
                 return super().parse(model, *args, **kwargs)
             from transformers import LlamaConfig
 
-            content = info.config.to_llama_config_dict() | options.to_section()
+            content = head.to_llama_config_dict() | options.to_section()
             config = LlamaConfig(**content)
-            config.architectures = [info.config.architecture]
+            config.architectures = [head.architecture]
             return content, config
 
     return HeadConfigParser

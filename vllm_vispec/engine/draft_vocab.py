@@ -8,6 +8,7 @@ argmax over the few logits, on each tensor-parallel rank over its share, then a 
 The target verifies with its whole lm_head, so what is answered does not change.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,16 +45,19 @@ class DraftLogits:
         return scatter_logits(logits, ids, self.config.vocab_size)
 
 
-def give_own_lm_head(model: Any) -> None:
+def give_own_lm_head(model: Any, folder: Path) -> None:
     """Replace the target's lm_head in a loaded draft model, if its settings ask for that.
 
     Memory: N x hidden size in the target's dtype, shared among tensor-parallel ranks.
+
+    Args:
+        folder: The head's, on this machine.
 
     Raises:
         ViSpecError: the list cannot be used, or the target's lm_head is quantized.
     """
     vocab_size = model.config.vocab_size
-    vocab = read_setting(EngineOptions.from_hf_config(model.config), vocab_size)
+    vocab = read_setting(EngineOptions.from_hf_config(model.config), folder, vocab_size)
     if vocab is None:
         return
     shared: VocabParallelEmbedding = model.lm_head

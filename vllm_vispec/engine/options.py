@@ -24,7 +24,8 @@ class EngineOptions:
         dialect: Whose tensor names the head's files use; found by inspection, not set by users.
         draft_vocab: Tokens the draft may propose: a file with a list of them, True or "auto" for
             the list in the head's folder, or an integer for its N most frequent; None: all.
-        draft_vocab_file: Where that list lies; found, not set by users.
+        draft_vocab_file: Where that list lies, relative to the head's folder if it lies in there;
+            found, not set by users.
         tree: How draft trees are grown, see `tree.settings.TreeSettings`; None: chains.
 
     Raises:

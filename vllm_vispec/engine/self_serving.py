@@ -13,6 +13,7 @@ from vllm import envs
 from vllm.engine import arg_utils
 
 from vllm_vispec.compat.patching import wrap_once
+from vllm_vispec.dialects.files import hub_snapshot
 from vllm_vispec.dialects.speculators import (
     SPECULATORS_TYPE,
     is_path,
@@ -40,12 +41,17 @@ def _resolve(
         resolved = original(model, tokenizer, *args, **kwargs)
         _check_fetched(model, resolved, kwargs.get("hf_token"))
         return resolved
-    target = locate_target(serving.target, Path(model))
-    _check_target(target, model, kwargs.get("hf_token"))
-    logger.info("ViSpec head %s is served with its target %s", model, target)
     settings: dict[str, Any] = {"num_speculative_tokens": serving.num_tokens}
     settings |= kwargs.get("vllm_speculative_config") or {}
     settings |= {"method": SPECULATORS_TYPE, "model": model}
+    # Offline, vLLM has put the folder of a hub id's snapshot in the id's place.
+    snapshot = hub_snapshot(Path(model))
+    if snapshot is not None:
+        settings["model"], settings["revision"] = snapshot
+        _refuse_path(serving.target, settings["model"])
+    target = locate_target(serving.target, Path(model))
+    _check_target(target, model, kwargs.get("hf_token"))
+    logger.info("ViSpec head %s is served with its target %s", settings["model"], target)
     return target, tokenizer or target, settings
 
 
@@ -54,12 +60,16 @@ def _check_fetched(model: str, resolved: Resolved, token: Any) -> None:
     target, _, settings = resolved
     if target == model or (settings or {}).get("method") != SPECULATORS_TYPE:
         return
+    _refuse_path(target, model)
+    _check_target(target, model, token)
+
+
+def _refuse_path(target: str, head: str) -> None:
     if is_path(target):
         raise ViSpecError(
-            f"head {model} names the folder {target!r} as its target, which a head from a hub may "
+            f"head {head} names the folder {target!r} as its target, which a head from a hub may "
             "not: name the target yourself, with --speculative-config for the head"
         )
-    _check_target(target, model, token)
 
 
 def _check_target(target: str, head: str, token: Any) -> None:

@@ -9,6 +9,7 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 
 from vllm_vispec.engine.draft_rows import DraftRows, RequestRows
 from vllm_vispec.engine.draft_vocab import give_own_lm_head
+from vllm_vispec.engine.head_location import loaded_from_folder
 from vllm_vispec.engine.resets import clear_with
 from vllm_vispec.engine.worker_hook import reads_embeddings, reads_target_states
 
@@ -51,8 +52,9 @@ class ViSpecProposer(EagleProposer):
         if not reads_embeddings(self.vllm_config):
             # The draft reads image features itself; vLLM would warn that it gets none.
             self.supports_mm_inputs = False
-        super().load_model(target_model)
-        give_own_lm_head(self.model)
+        with loaded_from_folder(self.speculative_config.draft_model_config) as folder:
+            super().load_model(target_model)
+        give_own_lm_head(self.model, folder)
         kv_transfer = self.vllm_config.kv_transfer_config
         self.draft_rows = DraftRows(self.model, self.max_batch_size, kv_transfer)
         clear_with(self._runner, "reset_encoder_cache", self.draft_rows.clear)

@@ -11,6 +11,7 @@ from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from vllm_vispec.engine.draft_rows import DraftRows, RequestRows
 from vllm_vispec.engine.draft_vocab import give_own_lm_head
+from vllm_vispec.engine.head_location import loaded_from_folder
 from vllm_vispec.engine.prompt_lengths import PromptLengths
 from vllm_vispec.engine.resets import clear_with
 from vllm_vispec.engine.trimmed import moved_rows
@@ -33,8 +34,9 @@ class ViSpecSpeculator(EagleSpeculator):
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; all buffers exist before any graph is captured."""
-        super().load_model(target_model)
-        give_own_lm_head(self.model)
+        with loaded_from_folder(self.speculative_config.draft_model_config) as folder:
+            super().load_model(target_model)
+        give_own_lm_head(self.model, folder)
         takes_images = self.vllm_config.model_config.supports_multimodal_inputs
         if takes_images and not self.supports_mm_inputs:
             logger.info(

@@ -8,15 +8,19 @@ from vllm_vispec.errors import ViSpecError
 from vllm_vispec.vocabulary.files import DraftVocab, choose_tokens, locate_vocab, read_vocab
 
 
-def read_setting(options: EngineOptions, vocab_size: int) -> DraftVocab | None:
+def read_setting(options: EngineOptions, folder: Path, vocab_size: int) -> DraftVocab | None:
     """Return the tokens that the settings ask for, None if they ask for all.
+
+    Args:
+        folder: the head's, on this machine.
+        vocab_size: tokens of the target.
 
     Raises:
         ViSpecError: the list cannot be used.
     """
     if options.draft_vocab_file is None:
         return None
-    vocab = read_vocab(Path(options.draft_vocab_file), vocab_size)
+    vocab = read_vocab(folder / options.draft_vocab_file, vocab_size)
     return choose_tokens(options.draft_vocab, vocab)
 
 
@@ -41,8 +45,10 @@ def resolve_draft_vocab(
             "speculative config: draft_vocab and draft_lm_head_quantization both replace the "
             "draft's lm_head: leave one of them out"
         )
-    found = options.with_draft_vocab_file(str(locate_vocab(options.draft_vocab, folder)))
-    read_setting(found, vocab_size)
+    path, folder = locate_vocab(options.draft_vocab, folder), folder.absolute()
+    is_in_head = path.is_relative_to(folder)
+    found = options.with_draft_vocab_file(str(path.relative_to(folder) if is_in_head else path))
+    read_setting(found, folder, vocab_size)
     is_greedy = settings.get("draft_sample_method", "greedy") == "greedy"
     if is_greedy and not settings.get("enable_adaptive_verification"):
         settings.setdefault("use_local_argmax_reduction", True)

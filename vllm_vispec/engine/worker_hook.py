@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_vispec.compat.patching import wrap_once
+from vllm_vispec.engine.head_location import head_folder
 from vllm_vispec.engine.trees.limits import note_whole_paths
 from vllm_vispec.engine.trees.setting import has_branches, has_paths, read_tree
 from vllm_vispec.head_config import (
@@ -29,6 +30,8 @@ def _init_worker(
     original: Callable[..., None], worker: Any, vllm_config: Any, *args: Any, **kwargs: Any
 ) -> None:
     if uses_vispec(vllm_config):
+        # A machine without the head says so before it loads the target.
+        head_folder(vllm_config.speculative_config.draft_model_config)
         _install_proposers()
         _install_scratch()
     if has_branches(vllm_config):
