@@ -37,12 +37,13 @@ def serve(kind: str, target: str, settings: dict[str, Any], caches: list[str]) -
         return config
 
     EngineArgs.create_engine_config = created
-    extra = {
+    options: dict[str, Any] = {"model": target, **OPTIONS}
+    options["extra"] = {
         "speculative_config": {"method": "vispec", "num_speculative_tokens": 4, **settings},
         "per_request_spec_decode_metrics": "detailed",
     }
     try:
-        with engine.engine(engine.EngineOptions(target, **OPTIONS, extra=extra)) as llm:
+        with engine.engine(engine.EngineOptions(**options)) as llm:
             results = as_json(drive(llm, mixed_requests(kind, 4, 12)))
     finally:
         EngineArgs.create_engine_config = create

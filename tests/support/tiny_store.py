@@ -25,7 +25,11 @@ class TinyStore:
     def head(self, spec: HeadSpec, target_seed: int = 0) -> Path:
         """Return the folder of the head ``spec`` for the target of the same family."""
         parts = (spec.kind, spec.dialect, spec.num_q, spec.qkv_bias, spec.noise, spec.seed)
-        flags = (spec.compress, spec.global_feature, re.sub(r"\W+", "_", spec.compressor))
+        flags: tuple[object, ...] = (
+            spec.compress,
+            spec.global_feature,
+            re.sub(r"\W+", "_", spec.compressor),
+        )
         if spec.kv_heads != HEADS:
             flags = (*flags, f"kv{spec.kv_heads}")
         name = "head-" + "-".join(str(part) for part in (*parts, *flags, target_seed))
