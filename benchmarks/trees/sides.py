@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,6 @@ from examples.demo.job import Job
 from examples.demo.side import Side
 
 WORKER = "benchmarks.trees.worker"
-# The line of vllm_vispec/engine/trees/memory.py.
-_MEMORY_LINE = re.compile(
-    r"adds (?P<kv>[\d.]+) % to the KV cache of \d+ layers; "
-    r"buffers for padded rows take (?P<buffers>[\d.]+) MiB"
-)
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Reply:
 
 
 class BatchSide(Side):
-    """A side that answers several samples at a time and logs what its engine says of memory."""
+    """A side that answers several samples at a time and says what its tree takes in memory."""
 
     def __init__(self, name: str, job: Job, log_file: Path, threads: int = 1) -> None:
         super().__init__(name, job, log_file, threads, WORKER)
@@ -64,14 +58,6 @@ class BatchSide(Side):
         return Reply.from_json(self.request(request))
 
     def memory(self) -> Memory | None:
-        """What the engine's log says that its tree takes; None without a tree."""
-        return find_memory(self.log_file.read_text(errors="replace"))
-
-    def _environment(self) -> dict[str, str]:
-        return super()._environment() | {"VLLM_LOGGING_LEVEL": "INFO"}
-
-
-def find_memory(log: str) -> Memory | None:
-    """What a log says of the memory of a tree."""
-    found = _MEMORY_LINE.search(log)
-    return None if found is None else Memory(float(found["kv"]), float(found["buffers"]))
+        """What the engine's tree takes; None without a tree."""
+        fields = self.request({"memory": True})["memory"]
+        return None if fields is None else Memory(**fields)

@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from benchmarks.ablation.steps import TABLE_MARKS
 from benchmarks.trees import measure as measuring
@@ -33,12 +35,15 @@ from benchmarks.trees.grid import (
 from benchmarks.trees.measure import Bench, Measured, compare, measure, take_turns
 from benchmarks.trees.numbers import decode_speedup, identical, round_cost, tokens_per_round
 from benchmarks.trees.results import make_row, read_rows
-from benchmarks.trees.sides import BatchSide, Memory, Reply, find_memory
+from benchmarks.trees.sides import BatchSide, Memory, Reply
+from benchmarks.trees.worker import memory_of
 from examples.demo.job import Job
 from examples.tiny_vlm.families import FAMILIES
 from tests.bench.made_up_trees import FakeSide, made_up_call, made_up_row, made_up_rows
-from vllm_vispec.engine.trees import memory as tree_memory
+from vllm_vispec.engine.trees.code_rows import CodeRows
+from vllm_vispec.engine.trees.padded_impl import LayerPadding
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.tree.settings import TreeSettings
 
 GREEDY = PARTS[Part.POLICIES].condition
 BATCHED = PARTS[Part.BATCH].condition
@@ -282,13 +287,32 @@ def test_unknown_drafts_are_named(bench: Bench) -> None:
         measure_parts(bench, [Part.BATCH], ["chain-K99"])
 
 
-def test_memory_is_read_from_the_line_that_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger=tree_memory.logger.name):
-        tree_memory.logger.addHandler(caplog.handler)
-        tree_memory._log([(64, 96), (64, 96)], 3 << 19)
-    tree_memory.logger.removeHandler(caplog.handler)
-    assert find_memory("before\n" + caplog.messages[-1]) == Memory(50.0, 1.5)
-    assert find_memory("nothing of the kind") is None
+def _loaded(*shapes: tuple[int, int, int], shared: bool = False) -> Any:
+    """Return a worker whose layers are padded, by K, h and P; one shares its cache or none."""
+    codes = CodeRows(TreeSettings(), 8, torch.float32, torch.device("cpu"))
+    layers: dict[str, Any] = {"vision": SimpleNamespace()}
+    for number, shape in enumerate(shapes):
+        layer = SimpleNamespace(num_heads=8, num_kv_heads=shape[0])
+        padding = LayerPadding.of(layer, *shape[1:], codes)
+        layers[f"layer {number}"] = SimpleNamespace(
+            impl=SimpleNamespace(tree_padding=padding),
+            kv_sharing_target_layer_name="layer 0" if shared and number == 1 else None,
+        )
+    compilation = SimpleNamespace(static_forward_context=layers)
+    return SimpleNamespace(vllm_config=SimpleNamespace(compilation_config=compilation))
+
+
+def test_memory_comes_from_where_it_is_computed() -> None:
+    worker = _loaded((2, 64, 96), (8, 72, 96))
+    memory = Memory(**memory_of(worker) or {})
+    assert memory.kv_percent == pytest.approx(100 * (10 * 96 / (2 * 64 + 8 * 72) - 1))
+    tables = 2 * 11 * 5 * 4
+    rows = 8 * 96 * 4 * (2 * (8 + 2) + 2 * (8 + 8))
+    assert memory.buffers_mib * 2**20 == rows + tables
+    sharing = memory_of(_loaded((2, 64, 96), (8, 72, 96), shared=True))
+    assert sharing is not None
+    assert sharing["kv_percent"] == pytest.approx(50)
+    assert memory_of(_loaded()) is None
 
 
 # The report

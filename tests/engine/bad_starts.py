@@ -213,6 +213,11 @@ BAD_STARTS: Mapping[str, BadStart] = {
         spec=TREE,
         engine={"kv_transfer_config": EXAMPLE_CONNECTOR},
     ),
+    "tree with a quantized cache": BadStart(
+        "kv_cache_dtype=fp8_e5m2 does not work with tree.*leave one of them out",
+        spec=TREE,
+        engine={"kv_cache_dtype": "fp8_e5m2"},
+    ),
     "chain that calls itself a tree": BadStart(
         COUNT.format("100"), spec={"tree": {"policy": "chain"}, "num_speculative_tokens": 100}
     ),

@@ -15,6 +15,7 @@ import torch
 
 from tests.support.engine import prepare_process
 from tests.unit.tree_models import grow, is_ancestor, random_model
+from vllm_vispec.engine.trees.target_cache import TargetCache, find_elements
 from vllm_vispec.tree.grow import DraftTree
 from vllm_vispec.tree.settings import TreeSettings
 
@@ -125,7 +126,7 @@ def measure_all(cases: list[tuple[int, str]]) -> Iterator[dict[str, float]]:
 
 
 def measure(head_size: int, dtype: str) -> dict[str, float]:
-    """Return errors of a tree in a row, of a plain sequence, and of one with a stored path."""
+    """Return errors of a tree in a row, of a plain sequence, and of one whose path was moved."""
     tree = grow(random_model(9), TreeSettings(), 1, NODES)
     total = PREFIX + 1 + NODES
     layer = Layer.build(head_size, total + 1, getattr(torch, dtype))
@@ -141,10 +142,12 @@ def measure(head_size: int, dtype: str) -> dict[str, float]:
     layer.store(tokens[:total], plain + tokens[:total])
     as_text = layer.attend(nodes, total, 1 + BLOCKS)
     path = _deepest(tree)
+    differing, seen = _moved_path(layer, path)
     return {
         "tree": float((found - layer.dense(nodes, _visible(tree))).abs().max()),
         "plain": float((as_text - layer.dense(nodes, _causal())).abs().max()),
-        "stored_again": _stored_again(layer, path),
+        "cache_differs": differing,
+        "seen_differently": seen,
         "path": len(path),
         "padded": padding.padded_size,
     }
@@ -172,17 +175,32 @@ def _deepest(tree: DraftTree) -> list[int]:
     return path
 
 
-def _stored_again(layer: Layer, path: list[int]) -> float:
-    """Store a path again; return what the next token sees of it but not of a plain sequence."""
+def _moved_path(layer: Layer, path: list[int]) -> tuple[int, float]:
+    """Move a path to the front of the tree's cache; compare with the cache of a plain sequence.
+
+    Returns:
+        Elements of the path's blocks that differ, and what the next token sees differently.
+    """
     first, plain = BLOCK, BLOCK * (1 + BLOCKS)
-    source, last = PREFIX + torch.tensor(path), torch.tensor([PREFIX + NODES + 1])
-    places = PREFIX + 1 + torch.arange(len(path))
-    padding = layer.module.impl.tree_padding
-    rows = padding.key.fill(layer.key[source]), padding.value.fill(layer.value[source])
-    layer.module.impl.store_padded(layer.module, *rows, first + places)
-    sequence = torch.cat([torch.arange(PREFIX + 1), source, last])
+    last = torch.tensor([PREFIX + NODES + 1])
+    source = torch.tensor([0, *path])
+    # The last one is no part of the path: it stays, though it has a node's slot.
+    source, place = torch.cat((source, source[-1:])), torch.arange(len(source) + 1)
+    is_moved = (place > 0) & (place <= len(path))
+    slots = {layer.module.layer_name: first + PREFIX + torch.arange(NODES + 1)}
+    TargetCache([layer.module]).move(slots, source, place, is_moved)
+    sequence = torch.cat([torch.arange(PREFIX + 1), PREFIX + torch.tensor(path), last])
     layer.store(last, first + torch.tensor([len(sequence) - 1]))
-    layer.store(sequence, plain + torch.arange(len(sequence)))
     after = layer.attend(last, len(sequence), 1)
+    layer.store(sequence, plain + torch.arange(len(sequence)))
     expected = layer.attend(last, len(sequence), 1 + BLOCKS)
-    return float((after - expected).abs().max())
+    rows = [_rows(layer, start)[: len(sequence)] for start in (1, 1 + BLOCKS)]
+    return int((rows[0] != rows[1]).sum()), float((after - expected).abs().max())
+
+
+def _rows(layer: Layer, first_block: int) -> torch.Tensor:
+    """Return what a sequence's slots hold, ``[T, K, 2 * P]``, in any order of its elements."""
+    elements_NKC = find_elements(layer.module)
+    blocks = layer.module.kv_cache[first_block : first_block + BLOCKS]
+    assert elements_NKC is not None, "keys lie packed in CPU_ATTN's blocks"
+    return blocks.flatten(1)[:, elements_NKC].flatten(0, 1)

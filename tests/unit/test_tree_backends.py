@@ -62,7 +62,7 @@ def test_head_sizes_are_current() -> None:
 
 
 def test_backends_store_keys_apart() -> None:
-    """Accepted keys are stored again by the backend's own operator, which all of these have."""
+    """Padded keys are stored by the backend's own operator, which all of these have."""
     for module, cls, _ in BACKENDS.values():
         backend = getattr(import_module(f"vllm.v1.attention.backends.{module}"), cls)
         assert not backend.forward_includes_kv_cache_update, cls

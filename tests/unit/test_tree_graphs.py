@@ -81,8 +81,8 @@ def test_replays_grow_what_the_eager_passes_grow(policy: str) -> None:
                     bound = torch.full((count,), 64, dtype=torch.int32)
                     speculator._grow(count, num, None, slots, seq_lens_cpu_upper_bound=bound)
                 found.append(_outcome(speculator, len(batch)))
-                assert not speculator.query._rows[..., 8:].any()
-                assert not speculator.key._rows[..., 8:].any()
+                assert not speculator.query.rows[..., 8:].any()
+                assert not speculator.key.rows[..., 8:].any()
             (replayed, replayed_cache), (eager, eager_cache) = found
             for mine, theirs in zip(replayed, eager, strict=True):
                 assert torch.equal(mine, theirs)

@@ -19,7 +19,15 @@ from tests.unit.tree_models import (
     random_model,
 )
 from vllm_vispec.tree.codes import UNUSED
-from vllm_vispec.tree.grow import NO_TOKEN, DraftTree, PathGrower, TreeGrower, best_path
+from vllm_vispec.tree.grow import (
+    NO_TOKEN,
+    DraftTree,
+    PathGrower,
+    TreeGrower,
+    best_path,
+    likeliest,
+)
+from vllm_vispec.tree.policies import NEVER, POLICIES
 from vllm_vispec.tree.settings import TreeSettings
 
 REQUESTS = 2
@@ -57,6 +65,57 @@ def test_trees_are_well_formed(policy: str) -> None:
             above = branches[parent - 1] if parent else [UNUSED] * settings.levels
             assert words[: len(paths[place]) - 1] == above[: len(paths[place]) - 1]
         assert len({tuple(branches[place]) for place in kept}) == len(kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_likeliest_tokens_by_their_logits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 to the bit what normalising whole rows first gave, in parts of rows or not."""
+    generator = torch.Generator().manual_seed(0)
+    logits_RWV = (4 * torch.randn(3, 5, 1000, generator=generator)).to(dtype)
+    logp_RWC, token_RWC = logits_RWV.float().log_softmax(-1).topk(8)
+    for elements in (2**24, 7 * 1000, 10):
+        monkeypatch.setattr("vllm_vispec.tree.grow._MAX_ELEMENTS", elements)
+        found = likeliest(logits_RWV, 8)
+        assert torch.equal(found.logp, logp_RWC)
+        # 16 bits have many equal logits, whose order means nothing.
+        assert torch.equal(logits_RWV.gather(-1, found.token), logits_RWV.gather(-1, token_RWC))
+        if dtype == torch.float32:
+            assert torch.equal(found.token, token_RWC)
+
+
+def test_entropy_is_that_of_the_ten_likeliest() -> None:
+    policy = POLICIES["entropy"](levels=5, top_k=8, threshold=None)
+    logits_RV = 3 * torch.randn(4, 200, generator=torch.Generator().manual_seed(1))
+    logp_RV = logits_RV.log_softmax(-1)
+    ten_RT = logp_RV.topk(10).values.softmax(-1)
+    expected_R = 1 + (ten_RT * ten_RT.log()).sum(-1) / math.log(10)
+    observed = policy.observe(likeliest(logits_RV, 10).logp)
+    assert policy.num_observed == 10
+    torch.testing.assert_close(observed.flatten(), expected_R.clamp(0, 1))
+
+
+@pytest.mark.parametrize("policy", ["eagle2", "spec_llava", "entropy"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_draft_that_overflows_grows_no_nonsense(policy: str, bad: float) -> None:
+    """The target's output depends on it: parents come first, whatever the draft's logits are."""
+    model = random_model(6)
+
+    def broken(request: int, path: Path) -> torch.Tensor:
+        logits = model(request, path)
+        if len(path) == 1 + request:
+            logits[3] = bad
+        return logits
+
+    tree = grow(broken, TreeSettings(policy, depth=4, top_k=4), REQUESTS, 40)
+    places = torch.arange(1, 41)
+    is_node = tree.token != NO_TOKEN
+    assert bool((tree.parent < places)[is_node].all())
+    assert is_node.any(1).all()
+    # Nothing grows behind a row that holds no distribution.
+    assert [int(depth) for depth in (tree.depth * is_node).amax(1)] == [1, 2]
+    assert likeliest(torch.full((1, 20), bad), 3).logp.tolist() == [[NEVER] * 3]
 
 
 def test_certain_drafts_keep_parents_first() -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from vllm.config.cache import CacheDType
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
+from vllm.model_executor.layers.attention.static_sink_attention import StaticSinkAttention
+from vllm.v1.attention.backend import AttentionImpl
 
 from vllm_vispec.engine.trees import limits
-from vllm_vispec.engine.trees.attention import _check_backend, _check_layer
+from vllm_vispec.engine.trees.attention import _check_backend, _check_class, _check_layer
+from vllm_vispec.engine.trees.padded_impl import padded_class
 from vllm_vispec.engine.trees.path_rules import ChainRequests, needs_chain
 from vllm_vispec.engine.trees.setting import schedules_chains
 from vllm_vispec.errors import ViSpecError
@@ -85,6 +91,36 @@ def test_backends() -> None:
         _check_backend(_built(stores_inside=True))
     with pytest.raises(ViSpecError, match=r"kv_cache_dtype=fp8_e4m3 does not work.*leave one"):
         _check_backend(_built("fp8_e4m3"))
+
+
+def test_every_quantized_cache_of_vllm_is_refused() -> None:
+    plain = {"auto", "float16", "bfloat16"}
+    names = set(get_args(CacheDType))
+    assert plain < names
+    for name in names:
+        if name in plain:
+            limits.check_cache_dtype(name)
+        else:
+            with pytest.raises(ViSpecError, match=f"kv_cache_dtype={name} .*leave one of them out"):
+                limits.check_cache_dtype(name)
+
+
+def test_layers_with_a_cache_of_their_own_kind_are_refused() -> None:
+    _check_class(Attention)
+    _check_class(type("Layer", (Attention,), {}))
+    for layer_class in (ChunkedLocalAttention, StaticSinkAttention):
+        with pytest.raises(ViSpecError, match=f"{layer_class.__name__} layers have a.*{OUT}"):
+            _check_class(layer_class)
+
+
+def test_padded_layers_take_part_in_no_fused_operator() -> None:
+    """What such an operator writes would not be what the padded layer copies out or stores."""
+    questions = [name for name in dir(AttentionImpl) if name.startswith("fused_")]
+    assert len(questions) >= 4
+    everything = {name: lambda *_: True for name in questions}
+    padded = padded_class(type("Impl", (), everything))()
+    for name in questions:
+        assert not getattr(padded, name)(*([None] if "output_quant" in name else []))
 
 
 WHOLE: dict[str, Any] = {

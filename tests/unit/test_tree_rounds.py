@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from tests.unit.tree_models import VOCAB, grow, random_model
 from vllm_vispec.engine.trees.code_rows import CodeRows
-from vllm_vispec.engine.trees.kept import KeptKeys
-from vllm_vispec.engine.trees.padded_impl import LayerPadding
-from vllm_vispec.engine.trees.padded_rows import LayerRows
+from vllm_vispec.engine.trees.padded_rows import PaddedRows
 from vllm_vispec.engine.trees.rounds import TreeRound, TreeTable
 from vllm_vispec.tree.codes import UNUSED, encode, word_tables
 from vllm_vispec.tree.grow import DraftTree, best_path, replace_rows
@@ -117,7 +114,7 @@ def test_some_requests_get_chains() -> None:
 QUERY, KEY = (4, 3, 19), (2, 3, 19)  # heads, head size, padded head size
 
 
-def _channels(rows: LayerRows) -> torch.Tensor:
+def _channels(rows: PaddedRows) -> torch.Tensor:
     """Return what stands behind each token's first head, ``[T, 16]``."""
     return rows.views(32)[0][:, 0, 3:]
 
@@ -125,33 +122,27 @@ def _channels(rows: LayerRows) -> torch.Tensor:
 def test_codes_are_set_and_cleared() -> None:
     rows = CodeRows(SETTINGS, 32, torch.float32, CPU)
     query, key, value = rows.query(QUERY), rows.key(KEY), rows.plain("value", KEY)
-    target = rows.new_keys(2, KEY).layers
     path = torch.randint(0, SETTINGS.top_k, (3, SETTINGS.levels))
     rows.set(torch.tensor([4, 5, 9]), path, 10)
     query_table, key_table = word_tables(SETTINGS.top_k, torch.float32, CPU)
     width = rows.num_channels
     assert width == 4 * SETTINGS.levels
-    assert torch.equal(_channels(query)[[4, 5, 9], :width], encode(path, query_table))
-    for buffer in (key, *target):
-        assert torch.equal(_channels(buffer)[[4, 5, 9], :width], encode(path, key_table))
+    for buffer, table in ((query, query_table), (key, key_table)):
+        assert torch.equal(_channels(buffer)[[4, 5, 9], :width], encode(path, table))
         assert int(_channels(buffer).any(-1).sum()) == 3
     rows.set(torch.tensor([0]), path[:1], 1)
-    assert int(_channels(target[1]).any(-1).sum()) == 1
+    assert int(_channels(key).any(-1).sum()) == 1
     assert not _channels(value).any()
     rows.clear()
-    assert not any(_channels(buffer).any() for buffer in (query, key, *target))
+    assert not any(_channels(buffer).any() for buffer in (query, key))
 
 
-def test_the_draft_has_codes_of_its_own() -> None:
-    """A pass of the draft leaves the target's buffers, which still hold accepted keys, alone."""
+def test_the_drafts_codes_are_cleared_too() -> None:
     rows = CodeRows(SETTINGS, 32, torch.float32, CPU)
     query, key = rows.query(QUERY), rows.key(KEY)
-    target = rows.new_keys(1, KEY).layers[0]
-    path = torch.zeros(5, SETTINGS.levels, dtype=torch.int64)
-    rows.set_draft(path)
+    rows.set_draft(torch.zeros(5, SETTINGS.levels, dtype=torch.int64))
     assert int(_channels(query).any(-1).sum()) == 5
     assert int(_channels(key).any(-1).sum()) == 5
-    assert not _channels(target).any()
     rows.clear()
     assert not _channels(query).any()
     assert not _channels(key).any()
@@ -161,7 +152,8 @@ def test_layers_of_a_shape_share_buffers() -> None:
     rows = CodeRows(SETTINGS, 32, torch.float32, CPU)
     assert rows.query(QUERY) is rows.query(QUERY)
     assert rows.key(KEY) is not rows.query(KEY)
-    assert rows.num_bytes == 4 * 32 * 19 * (4 + 2 + 2)
+    tables = rows.query_table.nbytes + rows.key_table.nbytes
+    assert rows.num_bytes == 4 * 32 * 19 * (4 + 2 + 2) + tables
 
 
 def test_rows_are_padded() -> None:
@@ -172,43 +164,3 @@ def test_rows_are_padded() -> None:
         assert padded.is_contiguous()
         assert torch.equal(padded[..., :3], given)
         assert not padded[..., 3:].any()
-
-
-class _Layer:
-    """Stands in for vLLM's attention layer; remembers what is stored."""
-
-    num_heads, num_kv_heads = 4, 2
-
-    def __init__(self, name: str, codes: CodeRows) -> None:
-        self.layer_name, self.impl = name, self
-        self.tree_padding = LayerPadding.of(self, 3, 19, codes)
-        self.stored: list[tuple[torch.Tensor, ...]] = []
-
-    def store_padded(self, layer: _Layer, *rows: torch.Tensor) -> None:
-        assert layer is self
-        self.stored.append(rows)
-
-
-def test_accepted_keys_are_stored_again() -> None:
-    """Each layer's own keys and values, without codes, at the slots of its cache group."""
-    codes = CodeRows(SETTINGS, 8, torch.float32, CPU)
-    layers = [_Layer(name, codes) for name in ("one", "two")]
-    kept = KeptKeys(codes, layers)
-    assert kept.num_bytes == 2 * 2 * 8 * 2 * 19 * 4
-    codes.set(torch.arange(5), torch.zeros(5, SETTINGS.levels, dtype=torch.int64), 5)
-    given = {layer.layer_name: torch.randn(2, 5, 2, 3) for layer in layers}
-    for layer in layers:
-        key, value = given[layer.layer_name]
-        layer.tree_padding.key.fill(key)
-        layer.tree_padding.value.fill(value)
-    codes.clear()
-    source, place = torch.tensor([0, 3, 2]), torch.tensor([0, 1, 2])
-    is_moved = torch.tensor([False, True, True])
-    slots = {"one": torch.arange(70, 75), "two": torch.arange(10, 15)}
-    kept.store_again(slots, source, place, is_moved)
-    for layer, expected in zip(layers, ([-1, 71, 72], [-1, 11, 12]), strict=True):
-        key, value, found = layer.stored[0]
-        plain_key, plain_value = F.pad(given[layer.layer_name], (0, 16))[:, source]
-        assert torch.equal(key, plain_key)
-        assert torch.equal(value, plain_value)
-        assert found.tolist() == expected

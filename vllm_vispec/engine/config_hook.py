@@ -82,6 +82,7 @@ def _create_speculative_config(
     if may_branch(options):
         limits.check_target(target)
         limits.check_connector(args.kv_transfer_config)
+        limits.check_cache_dtype(args.kv_cache_dtype)
     options = resolve_draft_vocab(options, settings, info.folder, info.config.vocab_size)
     settings |= {"method": "eagle"} | locate(settings["model"], info.folder)
     logger.info(

@@ -14,6 +14,8 @@ from vllm_vispec.tree.codes import UNUSED
 from vllm_vispec.tree.policies import NEVER, POLICIES, Children
 from vllm_vispec.tree.settings import TreeSettings
 
+# Rows are normalised so many elements at a time: 64 MiB in float32.
+_MAX_ELEMENTS = 2**24
 # Draft token of a place that holds no node; no target token equals it.
 NO_TOKEN = -1
 ROOT = 0
@@ -51,6 +53,42 @@ class DraftTree(NamedTuple):
     parent: torch.Tensor
     depth: torch.Tensor
     path: torch.Tensor
+
+
+class Likeliest(NamedTuple):
+    """A row's likeliest tokens, the likeliest first; C of them.
+
+    Attributes:
+        logp: float32 ``[..., C]``; `NEVER` for all tokens of a row that holds no distribution.
+        token: int64 ``[..., C]``.
+    """
+
+    logp: torch.Tensor
+    token: torch.Tensor
+
+
+def likeliest(logits: torch.Tensor, count: int) -> Likeliest:
+    """Find the likeliest tokens of each row.
+
+    They are chosen by the logits as they are; only a few whole rows at a time are normalised.
+
+    Args:
+        logits: ``[..., V]`` in the model's dtype.
+        count: C.
+    """
+    token = logits.topk(count, dim=-1).indices
+    rows_SV, token_SC = logits.flatten(0, -2), token.flatten(0, -2)
+    rows_at_a_time = max(1, _MAX_ELEMENTS // logits.shape[-1])
+    parts = [
+        part_SV.log_softmax(-1, dtype=torch.float32).gather(-1, part_SC)
+        for part_SV, part_SC in zip(
+            rows_SV.split(rows_at_a_time), token_SC.split(rows_at_a_time), strict=True
+        )
+    ]
+    logp_SC = parts[0] if len(parts) == 1 else torch.cat(parts)
+    # A draft that overflows must not put children before their parents.
+    logp_SC = logp_SC.nan_to_num(nan=NEVER, neginf=NEVER)
+    return Likeliest(logp_SC.view(token.shape), token)
 
 
 class _Level(NamedTuple):
@@ -95,14 +133,16 @@ class TreeGrower:
         path_R1L = torch.full((num_requests, 1, self._levels), UNUSED, device=device)
         root = Frontier(zeros_R1, zeros_R1, zeros_R1.float(), zeros_R1 - 1, path_R1L)
         self._grown.clear()
-        logp_RV = logits.float().log_softmax(-1)
-        self._observed = self._policy.observe(logp_RV)
-        return self._grow(root, logp_RV.unsqueeze(1))
+        num_observed = min(self._policy.num_observed, logits.shape[-1])
+        logp_R1C, token_R1C = likeliest(logits.unsqueeze(1), max(self.width, num_observed))
+        self._observed = self._policy.observe(logp_R1C[:, 0, :num_observed])
+        children = Likeliest(logp_R1C[..., : self.width], token_R1C[..., : self.width])
+        return self._grow(root, children)
 
     def expand(self, logits: torch.Tensor) -> Frontier:
         """Take the logits ``[R, W, V]`` of a pass over the last frontier; return the next one."""
         assert self._frontier is not None
-        return self._grow(self._frontier, logits.float().log_softmax(-1))
+        return self._grow(self._frontier, likeliest(logits, self.width))
 
     def is_done(self) -> bool:
         """Whether nothing may grow any more, in any tree; waits for the device."""
@@ -135,11 +175,11 @@ class TreeGrower:
         tree = DraftTree(token_RN, parent_RN, 1 + depth_RN1.squeeze(-1), path_RNL)
         return _with_places(tree, num_nodes)
 
-    def _grow(self, parents: Frontier, logp_RWV: torch.Tensor) -> Frontier:
+    def _grow(self, parents: Frontier, children: Likeliest) -> Frontier:
         """Add the children of the frontier to the candidates and choose the next frontier."""
         assert self._observed is not None
         level = len(self._grown) + 1
-        logp_RWC, token_RWC = logp_RWV.topk(self.width, dim=-1)
+        logp_RWC, token_RWC = children
         score_RWC = parents.score.unsqueeze(-1) + logp_RWC
         keep_RWC, expand_RWC = self._policy.judge(
             Children(level, score_RWC, parents.score), self._observed

@@ -4,7 +4,7 @@ A policy judges the children that the last draft pass proposes.  It returns two 
 one for its place in the finished tree, one for its place among the nodes to expand.  Minus
 infinity keeps it out, and with it all that would grow from it.
 
-Shapes: R requests, W expanded nodes, C children proposed for each, V vocabulary.
+Shapes: R requests, W expanded nodes, C children proposed for each.
 """
 
 import math
@@ -15,7 +15,6 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 
 NEVER = float("-inf")
-_TOP = 10
 
 
 class Children(NamedTuple):
@@ -40,12 +39,23 @@ class Judgement(NamedTuple):
 
 
 class Policy(Protocol):
-    """A rule; instances hold settings alone."""
+    """A rule; instances hold settings alone.
+
+    Attributes:
+        takes_threshold: Whether the setting ``threshold`` means anything.
+        num_observed: How many tokens behind the root it looks at.
+    """
 
     takes_threshold: ClassVar[bool]
+    num_observed: ClassVar[int]
 
     def observe(self, root_logp: torch.Tensor) -> torch.Tensor:
-        """Sum up the draft's distribution ``[R, V]`` behind the root; handed to `judge`."""
+        """Sum up what the draft says behind the root; handed to `judge`.
+
+        Args:
+            root_logp: float32 ``[R, num_observed]``; log-probabilities of the likeliest tokens, the
+                likeliest first.
+        """
         ...
 
     def judge(self, children: Children, observed: torch.Tensor) -> Judgement:
@@ -68,13 +78,14 @@ class Eagle2:
     """EAGLE-2's rule: the most likely paths are expanded, the most likely nodes stay."""
 
     takes_threshold: ClassVar[bool] = False
+    num_observed: ClassVar[int] = 1
     levels: int
     top_k: int
     threshold: float | None = None
 
     def observe(self, root_logp: torch.Tensor) -> torch.Tensor:
         """Return nothing of interest."""
-        return root_logp[:, :1]
+        return root_logp
 
     def judge(self, children: Children, observed: torch.Tensor) -> Judgement:
         """Score by the path's probability."""
@@ -115,14 +126,14 @@ class Entropy(Eagle2):
     """
 
     takes_threshold: ClassVar[bool] = True
+    num_observed: ClassVar[int] = 10
     least_levels: int = 3
     least_width: int = 2
 
     def observe(self, root_logp: torch.Tensor) -> torch.Tensor:
         """Return alpha, ``[R, 1, 1]``."""
-        top_RT = root_logp.topk(min(_TOP, root_logp.shape[-1])).values.log_softmax(-1)
-        entropy_R1 = torch.special.entr(top_RT.exp()).sum(-1, keepdim=True)
-        return (1 - entropy_R1 / math.log(_TOP)).clamp(0, 1).unsqueeze(-1)
+        entropy_R1 = torch.special.entr(root_logp.log_softmax(-1).exp()).sum(-1, keepdim=True)
+        return (1 - entropy_R1 / math.log(self.num_observed)).clamp(0, 1).unsqueeze(-1)
 
     def judge(self, children: Children, observed: torch.Tensor) -> Judgement:
         """Score by the path's probability, within the width and depth the entropy allows."""

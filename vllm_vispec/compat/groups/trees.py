@@ -56,7 +56,7 @@ TREE_POINTS: tuple[PatchPoint, ...] = (
         "CPUAttentionBackendImpl.do_kv_cache_update",
         ("layer", "key", "value", "kv_cache", "slot_mapping"),
         "calls",
-        "trees: accepted keys and values are stored again; -1 skips",
+        "trees: padded keys are stored; where a block keeps them is learned from it; -1 skips",
     ),
     PatchPoint(
         "vllm.forward_context",
@@ -98,7 +98,7 @@ TREE_POINTS: tuple[PatchPoint, ...] = (
         "SpecDecodeBaseProposer.self._draft_attn_layer_names",
         (),
         "reads",
-        "V1, trees: keys of the target's layers alone are stored again",
+        "V1, trees: the cache of the target's layers alone is tidied",
     ),
     PatchPoint(
         _V1_RUNNER,

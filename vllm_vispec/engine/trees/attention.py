@@ -20,6 +20,7 @@ from vllm_vispec.compat.patching import wrap_once
 from vllm_vispec.engine import attention_scratch
 from vllm_vispec.engine.padded_heads import BackendFinder, PaddedHead, choose_padded_head, remedy
 from vllm_vispec.engine.trees.code_rows import CodeRows
+from vllm_vispec.engine.trees.limits import check_cache_dtype
 from vllm_vispec.engine.trees.padded_impl import LayerPadding, padded_class
 from vllm_vispec.engine.trees.setting import has_branches, read_tree
 from vllm_vispec.errors import ViSpecError
@@ -75,7 +76,12 @@ def _init(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) 
     if given.arguments["attn_type"] != AttentionType.DECODER:
         original(layer, *args, **kwargs)
         return
-    _build_padded(original, given, _find_code_rows(config) or _make_code_rows(config))
+    known = _find_code_rows(config)
+    codes = known or _make_code_rows(config)
+    _build_padded(original, given, codes)
+    if known is None:
+        # A module of the target: when an engine sleeps, vLLM keeps buffers of its models alone.
+        layer.tree_codes = codes
 
 
 def _make_code_rows(config: Any) -> CodeRows:
@@ -88,14 +94,15 @@ def _make_code_rows(config: Any) -> CodeRows:
 def _build_padded(original: Callable[..., None], given: BoundArguments, codes: CodeRows) -> None:
     """Build the layer that ``given`` begins with for wider heads, and hide that from its model."""
     values = given.arguments
+    layer: Any = given.args[0]
     _check_layer(values)
+    _check_class(type(layer))
     head_size = values["head_size"]
     head = padded_head(_finder_of(given), head_size, codes.num_channels)
     attention_scratch.install_for(head.backend)
     padded_size = head.size
     values.update(head_size=padded_size, attn_backend=head.backend)
     original(*given.args, **given.kwargs)
-    layer: Any = given.args[0]
     _check_backend(layer)
     layer.head_size = layer.head_size_v = head_size
     backend_class: Any = type(layer.impl)
@@ -126,6 +133,15 @@ def _check_layer(values: dict[str, Any]) -> None:
         )
 
 
+def _check_class(layer_class: Any) -> None:
+    """Refuse layers whose keys and values are not kept as `Attention` keeps them."""
+    if layer_class.get_kv_cache_spec is not Attention.get_kv_cache_spec:
+        raise ViSpecError(
+            f"speculative config: tree does not work with this model, whose {layer_class.__name__} "
+            'layers have a KV cache of their own kind; leave "tree" out'
+        )
+
+
 def _check_backend(layer: Any) -> None:
     name = layer.attn_backend.get_name()
     if layer.attn_backend.forward_includes_kv_cache_update:
@@ -133,11 +149,7 @@ def _check_backend(layer: Any) -> None:
             f"speculative config: tree does not work with attention backend {name}, which stores "
             'keys while it attends; leave --attention-backend or "tree" out'
         )
-    if layer.kv_cache_dtype.startswith(("fp8", "nvfp4", "int8")):
-        raise ViSpecError(
-            f"kv_cache_dtype={layer.kv_cache_dtype} does not work with tree, whose codes are exact "
-            "in 16 bits; leave one of them out"
-        )
+    check_cache_dtype(layer.kv_cache_dtype)
 
 
 def padded_head(finder: BackendFinder, head_size: int, num_channels: int) -> PaddedHead:

@@ -11,7 +11,7 @@ logger = get_logger(__name__)
 
 _KEY = "kv_connector"
 _LEAVE_OUT = 'leave "tree" out of the speculative config'
-# These read the cache between steps, when accepted paths are stored again.
+# These read the cache between steps, when accepted paths lie in consecutive slots.
 _CONNECTORS = frozenset(
     {
         "DecodeBenchConnector",
@@ -66,6 +66,25 @@ def check_connector(kv_transfer: Any) -> None:
         raise ViSpecError(
             f"kv_connector={connector} may save keys before the accepted path is known; choose one "
             f"of {', '.join(sorted(_CONNECTORS))}, or {_LEAVE_OUT}"
+        )
+
+
+def check_cache_dtype(cache_dtype: str) -> None:
+    """Check how keys are stored; ``auto`` may still turn out to be quantized.
+
+    Args:
+        cache_dtype: vLLM's ``kv_cache_dtype``.
+
+    Raises:
+        ViSpecError: Names the setting and the remedy.
+    """
+    # vLLM's own name for its modes; workers import this module before they choose a device.
+    from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
+
+    if get_kv_quant_mode(cache_dtype) != KVQuantMode.NONE:
+        raise ViSpecError(
+            f"kv_cache_dtype={cache_dtype} does not work with tree, whose codes are exact in 16 "
+            "bits; leave one of them out"
         )
 
 

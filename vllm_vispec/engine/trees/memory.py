@@ -1,44 +1,93 @@
 """What trees take in memory: allocated when models are loaded, and said when an engine starts."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_vispec.engine.trees.attention import code_rows, padding_of
-from vllm_vispec.engine.trees.kept import KeptKeys
+from vllm_vispec.engine.trees.target_cache import TargetCache
+from vllm_vispec.errors import ViSpecError
 from vllm_vispec.logs import get_logger
 
 logger = get_logger(__name__)
 
 
-def keep_target_keys(vllm_config: Any, draft_layers: Collection[str]) -> KeptKeys:
-    """Allocate what keeps the keys and values of the target's layers for one pass.
+@dataclass(frozen=True)
+class TreeMemory:
+    """Memory of an engine's padded attention.
+
+    Attributes:
+        head_sizes: The models' and the padded ones, each pair once.
+        num_layers: Layers of target and draft.
+        kv_percent: What padding adds to the KV cache.
+        num_bytes: The buffers for padded rows.
+    """
+
+    head_sizes: tuple[tuple[int, int], ...]
+    num_layers: int
+    kv_percent: float
+    num_bytes: int
+
+
+def tree_memory(vllm_config: Any) -> TreeMemory | None:
+    """Measure an engine whose target and draft are loaded; None if nothing is padded.
+
+    Args:
+        vllm_config: vLLM's, as a worker has it.
+    """
+    shapes = [layer.impl.tree_padding.key_shape for layer in _storing_layers(vllm_config).values()]
+    if not shapes:
+        return None
+    own = sum(num_heads * head_size for num_heads, head_size, _ in shapes)
+    padded = sum(num_heads * padded_size for num_heads, _, padded_size in shapes)
+    return TreeMemory(
+        head_sizes=tuple(sorted({shape[1:] for shape in shapes})),
+        num_layers=len(shapes),
+        kv_percent=100 * (padded / own - 1),
+        num_bytes=code_rows(vllm_config).num_bytes,
+    )
+
+
+def find_target_cache(vllm_config: Any, draft_layers: Collection[str]) -> TargetCache:
+    """Return the KV cache of the target's layers, and say what trees take in memory.
 
     Args:
         vllm_config: vLLM's, whose target and draft are loaded.
         draft_layers: Names of the draft's attention layers.
+
+    Raises:
+        ViSpecError: Some layer's keys pass by its backend.
     """
-    sizes, target_layers = [], []
-    for name, layer in vllm_config.compilation_config.static_forward_context.items():
-        padding = padding_of(layer)
-        if padding is None:
-            continue
-        sizes.append((padding.head_size, padding.padded_size))
-        # A layer that shares another's cache stores nothing.
-        if name not in draft_layers and layer.kv_sharing_target_layer_name is None:
-            target_layers.append(layer)
-    codes = code_rows(vllm_config)
-    kept = KeptKeys(codes, target_layers)
-    _log(sizes, kept.num_bytes + codes.num_bytes)
-    return kept
+    stores = _storing_layers(vllm_config)
+    layers = [layer for name, layer in stores.items() if name not in draft_layers]
+    for layer in layers:
+        # vLLM 0.33 has such models.
+        if getattr(layer, "kv_cache_update_bypass", False):
+            raise ViSpecError(
+                "speculative config: tree does not work with this model, which stores keys by an "
+                'operator of its own; leave "tree" out'
+            )
+    _log(tree_memory(vllm_config))
+    return TargetCache(layers)
 
 
-def _log(sizes: list[tuple[int, int]], num_bytes: int) -> None:
-    own, padded = (sum(column) for column in zip(*sizes, strict=True))
+def _storing_layers(vllm_config: Any) -> dict[str, Any]:
+    """Return padded layers by name; not those that share another's cache."""
+    layers = vllm_config.compilation_config.static_forward_context
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if padding_of(layer) is not None and layer.kv_sharing_target_layer_name is None
+    }
+
+
+def _log(memory: TreeMemory | None) -> None:
+    assert memory is not None
     logger.info(
         "ViSpec trees: attention heads are padded (%s channels), which adds %.1f %% to the KV "
         "cache of %d layers; buffers for padded rows take %.1f MiB",
-        ", ".join(f"{head} to {wide}" for head, wide in sorted(set(sizes))),
-        100 * (padded / own - 1),
-        len(sizes),
-        num_bytes / 2**20,
+        ", ".join(f"{head} to {wide}" for head, wide in memory.head_sizes),
+        memory.kv_percent,
+        memory.num_layers,
+        memory.num_bytes / 2**20,
     )

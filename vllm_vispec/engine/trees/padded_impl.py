@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_vispec.engine.trees.code_rows import CodeRows, Shape
-from vllm_vispec.engine.trees.padded_rows import LayerRows
+from vllm_vispec.engine.trees.padded_rows import PaddedRows
 
 
 @dataclass
@@ -22,17 +22,17 @@ class LayerPadding:
         padded_size: P.
         key_shape: K, h and P.
         codes: What all buffers belong to.
-        query, key, value, output: Buffers, shared by layers that keep nothing.
+        query, key, value, output: Buffers, shared by all layers of a shape.
     """
 
     head_size: int
     padded_size: int
     key_shape: Shape
     codes: CodeRows
-    query: LayerRows
-    key: LayerRows
-    value: LayerRows
-    output: LayerRows
+    query: PaddedRows
+    key: PaddedRows
+    value: PaddedRows
+    output: PaddedRows
 
     @classmethod
     def of(cls, layer: Any, head_size: int, padded_size: int, codes: CodeRows) -> "LayerPadding":
@@ -89,16 +89,36 @@ def padded_class(base: Any) -> Any:
             kv_cache: torch.Tensor,
             slot_mapping: torch.Tensor,
         ) -> None:
-            """Store keys with the tokens' codes; the buffers hold what may be stored again."""
+            """Store keys with the tokens' codes."""
             padding = self.tree_padding
             super().do_kv_cache_update(
                 layer, padding.key.fill(key), padding.value.fill(value), kv_cache, slot_mapping
             )
 
         def store_padded(
-            self, layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
+            self,
+            layer: Any,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            slots: torch.Tensor,
         ) -> None:
-            """Store ``[T, K, P]`` as they are at ``slots`` ``[T]``; -1 skips."""
-            super().do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
+            """Store ``[T, K, P]`` as they are at ``slots`` ``[T]`` of a cache; -1 skips."""
+            super().do_kv_cache_update(layer, key, value, kv_cache, slots)
+
+        # Compiled graphs ask these.  A fused operator would write scaled 8-bit values where
+        # `forward` has a buffer of the model's dtype, or store keys whose heads nobody padded.
+
+        def fused_output_quant_supported(self, quant_key: Any) -> bool:
+            return False
+
+        def fused_rope_kvcache_supported(self) -> bool:
+            return False
+
+        def fused_qk_norm_rope_kvcache_supported(self) -> bool:
+            return False
+
+        def fused_qk_norm_mrope_kvcache_supported(self) -> bool:
+            return False
 
     return PaddedImpl

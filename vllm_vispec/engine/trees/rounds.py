@@ -7,6 +7,7 @@ tokens of a batch, N nodes, J = N + 1 nodes with the root, L levels, P = L + 1.
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from vllm_vispec.tree.codes import UNUSED
 from vllm_vispec.tree.grow import NO_TOKEN, DraftTree
@@ -14,11 +15,13 @@ from vllm_vispec.tree.settings import TreeSettings
 from vllm_vispec.tree.walk import Walk, walk
 
 
-class TreeTable:
+class TreeTable(nn.Module):
     """The shape of each request's tree, by slot; the tokens travel with vLLM's drafts.
 
     The slot `no_tree`, behind all others, is a plain row of drafts: node i is the child of node
     i - 1. What is written to slot -1 belongs to no request: vLLM pads recorded batches with it.
+
+    The buffers are a module's: those of its models are all that vLLM keeps when an engine sleeps.
 
     Args:
         settings: How trees are grown.
@@ -30,15 +33,23 @@ class TreeTable:
     def __init__(
         self, settings: TreeSettings, num_nodes: int, num_slots: int, device: torch.device
     ) -> None:
+        super().__init__()
         self.levels, self.num_nodes, self.no_tree = settings.levels, num_nodes, num_slots
-        places_J = torch.arange(num_nodes + 1, device=device)
-        # One more for `no_tree`, one for the slot -1.
-        num_rows = num_slots + 2
-        self.depth = places_J.repeat(num_rows, 1)
-        self.parent = (self.depth - 1).clamp_(min=0)
-        self.is_node = places_J.repeat(num_rows, 1) > 0
-        shape = (num_rows, num_nodes + 1, settings.levels)
-        self.path = torch.full(shape, UNUSED, dtype=torch.int64, device=device)
+        depth_J = torch.arange(num_nodes + 1, device=device)
+        rows = {
+            "depth": depth_J,
+            "parent": (depth_J - 1).clamp_(min=0),
+            "is_node": depth_J > 0,
+            "path": torch.full((num_nodes + 1, settings.levels), UNUSED, device=device),
+        }
+        for name, row in rows.items():
+            # One more for `no_tree`, one for the slot -1.
+            table = row.repeat(num_slots + 2, *(1 for _ in row.shape))
+            self.register_buffer(name, table, persistent=False)
+        self.depth: torch.Tensor
+        self.parent: torch.Tensor
+        self.is_node: torch.Tensor
+        self.path: torch.Tensor
 
     def write(self, slots: slice | torch.Tensor, tree: DraftTree) -> None:
         """Keep the trees of a batch; the root comes before them and never changes."""

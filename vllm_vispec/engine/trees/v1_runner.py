@@ -13,7 +13,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_vispec.compat.patching import wrap_object
 from vllm_vispec.engine.trees.attention import code_rows, settings_of
-from vllm_vispec.engine.trees.memory import keep_target_keys
+from vllm_vispec.engine.trees.memory import find_target_cache
 from vllm_vispec.engine.trees.path_rules import ChainRequests
 from vllm_vispec.engine.trees.rounds import Moves, TreeRound, TreeTable
 from vllm_vispec.engine.trees.v1_sampler import TreeRejectionSampler
@@ -70,7 +70,8 @@ class RunnerTrees(RunnerChains):
         self.codes = code_rows(config)
         num_nodes = config.speculative_config.num_speculative_tokens
         self.table = TreeTable(settings_of(config), num_nodes, runner.max_num_reqs, runner.device)
-        self.kept = keep_target_keys(config, draft_layers)
+        self.codes.table = self.table
+        self.cache = find_target_cache(config, draft_layers)
         self._chains = ChainRequests()
         self._slots: dict[str, int] = {}
         self._round: TreeRound | None = None
@@ -115,7 +116,7 @@ class RunnerTrees(RunnerChains):
         assert self._hidden is not None
         for rows in (self._runner.input_ids.gpu, self._hidden):
             rows[place_A] = rows[source_A]
-        self.kept.store_again(self._slot_mapping, source_A, place_A, moves.is_draft)
+        self.cache.move(self._slot_mapping, source_A, place_A, moves.is_draft)
         self._hidden, self._slot_mapping = None, {}
 
     def _begin(

@@ -12,7 +12,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_vispec.compat.patching import wrap_object, wrap_once
 from vllm_vispec.engine.trees.attention import code_rows, settings_of
-from vllm_vispec.engine.trees.memory import keep_target_keys
+from vllm_vispec.engine.trees.memory import find_target_cache
 from vllm_vispec.engine.trees.path_rules import needs_chain
 from vllm_vispec.engine.trees.rounds import Moves, TreeRound, TreeTable
 from vllm_vispec.engine.trees.setting import has_branches
@@ -46,8 +46,9 @@ class StateTrees:
         self.codes = code_rows(config)
         num_nodes = config.speculative_config.num_speculative_tokens
         self.table = TreeTable(settings_of(config), num_nodes, state.max_num_reqs, state.device)
+        self.codes.table = self.table
         layers = config.compilation_config.static_forward_context
-        self.kept = keep_target_keys(
+        self.cache = find_target_cache(
             config, [name for name in layers if getattr(layers[name], "is_draft_layer", False)]
         )
         self._device = state.device
@@ -116,7 +117,7 @@ class StateTrees:
             source_A, place_A = token_S[moves.source], token_S[moves.place]
             for rows in (input_ids, hidden):
                 rows[place_A] = rows[source_A]
-            self.kept.store_again(slots, source_A, place_A, moves.is_draft)
+            self.cache.move(slots, source_A, place_A, moves.is_draft)
         self._moves = []
 
     def _begin_pass(
