@@ -8,74 +8,53 @@ from vllm_vispec.logs import get_logger
 
 logger = get_logger("vllm_vispec")
 
-MIN_VERSION, MAX_VERSION = (0, 32), (0, 33)
-
 
 def register() -> None:
-    """Make vLLM accept ViSpec heads.  Idempotent; changes nothing until one is used."""
-    from vllm_vispec.engine import command_errors, config_hook, self_serving, worker_hook
-    from vllm_vispec.engine.trees import slots
+    """Make vLLM accept ViSpec heads.  Idempotent; changes nothing until one is used.
+
+    Only what every engine with a head needs is checked here; what single features need is checked
+    where they are used, so that one that cannot work leaves the others alone.
+    """
+    from vllm_vispec.engine import command_errors
 
     command_errors.install()
     problem = find_problem()
     if problem is not None:
         logger.error("ViSpec is disabled: %s", problem)
-        config_hook.install_refusal(problem)
+        _refuse(problem)
         return
+    from vllm_vispec.compat.check import first_broken
+    from vllm_vispec.compat.groups import SELF_SERVING
+    from vllm_vispec.compat.groups.trees import SCHEDULER_POINTS
+    from vllm_vispec.engine import patches
+
     _register_draft_architectures()
-    config_hook.install()
-    self_serving.install()
-    worker_hook.install()
-    slots.install()
+    patches.apply_core_patches()
+    # What cannot be patched is refused when a feature that needs it is asked for.
+    if first_broken(SELF_SERVING.points()) is None:
+        patches.apply_self_serving_patches()
+    if first_broken(SCHEDULER_POINTS) is None:
+        patches.apply_tree_scheduler_patches()
 
 
 def find_problem() -> str | None:
     """Return why ViSpec cannot work with the installed vLLM, or None."""
-    from vllm_vispec.compat.check import first_broken
+    from vllm_vispec.compat import versions
+    from vllm_vispec.compat.check import group_problem
+    from vllm_vispec.compat.groups import CORE
 
-    problem = version_problem(installed_version())
-    if problem is not None:
-        return problem
-    broken = first_broken()
-    if broken is None:
-        return None
-    return (
-        f"patch point {broken.name} does not fit this vLLM ({broken.detail}); install vLLM "
-        f"{supported_range()} or a newer vllm-vispec, and see `vispec doctor`"
-    )
+    return versions.version_problem(versions.installed_version()) or group_problem(CORE)
 
 
-def installed_version() -> str:
-    """Return vLLM's version, e.g. ``0.33.0``."""
-    from vllm.version import __version__
+def _refuse(problem: str) -> None:
+    """Let ``"method": "vispec"`` fail with ``problem``, if the installed vLLM lets us."""
+    from vllm.engine.arg_utils import EngineArgs
 
-    return str(__version__)
+    from vllm_vispec.compat.patching import patch
+    from vllm_vispec.engine.refusal import Refusal
 
-
-def version_problem(version: str) -> str | None:
-    """Refuse a vLLM that is too old, warn about one that is too new."""
-    try:
-        major, minor = (int(part) for part in version.split(".")[:2])
-    except ValueError:
-        logger.warning(
-            "ViSpec: cannot read vLLM's version %r; going by the patch points alone", version
-        )
-        return None
-    if (major, minor) < MIN_VERSION:
-        return f"vLLM {version} is too old; install vLLM {supported_range()}"
-    if (major, minor) > MAX_VERSION:
-        logger.warning(
-            "ViSpec was tested with vLLM %s, this is %s; all patch points fit",
-            supported_range(),
-            version,
-        )
-    return None
-
-
-def supported_range() -> str:
-    """Return the vLLM versions this release was tested with, e.g. ``0.32 to 0.33``."""
-    low, high = (".".join(map(str, version)) for version in (MIN_VERSION, MAX_VERSION))
-    return f"{low} to {high}"
+    if hasattr(EngineArgs, "create_speculative_config"):
+        patch(EngineArgs, "create_speculative_config", Refusal(problem))
 
 
 def _register_draft_architectures() -> None:

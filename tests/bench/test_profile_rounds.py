@@ -12,10 +12,11 @@ import torch
 
 from tests.bench.made_up_spans import DECODE, OURS, WANTED, K, Tape, prefill
 from vllm_vispec.bench.profile import parts
-from vllm_vispec.bench.profile.patch_points import check_profile_points
 from vllm_vispec.bench.profile.probes import RUNNERS, batch_of, find_runner
 from vllm_vispec.bench.profile.rounds import INCOMPLETE, OTHER_BATCH, Found, find_rounds
 from vllm_vispec.bench.profile.spans import Batch, Prompt, Recorder
+from vllm_vispec.compat.check import require
+from vllm_vispec.compat.groups import PROFILE
 from vllm_vispec.errors import ViSpecError
 
 
@@ -245,4 +246,4 @@ def test_every_runner_is_watched_where_it_says(name: str) -> None:
 
 
 def test_this_vllm_can_be_looked_into() -> None:
-    check_profile_points()
+    require(PROFILE)

@@ -6,6 +6,7 @@ from importlib import import_module, reload
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from vllm_vispec.bench.environment import EXTENSION, IMAGE_TABLE
 from vllm_vispec.engine.image_table import TableStats
@@ -56,12 +57,14 @@ def test_sampling_is_repaired_on_a_cpu(
     """vLLM's own EAGLE and n-gram get what our engine gives itself; a GPU needs nothing."""
     from vllm.platforms import current_platform
 
-    from vllm_vispec.engine import cpu_sampling
-
     module = import_module(EXTENSION.rpartition(".")[0])
     # The import in this process, if it was the first, has repaired the sampler already.
     monkeypatch.setattr(sampler, "expand_batch_to_tokens", faulty := lambda *_: None)
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: is_cpu)
     reload(module)
-    expected = cpu_sampling.expand_batch_to_tokens if is_cpu else faulty
-    assert sampler.expand_batch_to_tokens is expected
+    if not is_cpu:
+        assert sampler.expand_batch_to_tokens is faulty
+        return
+    counts = torch.tensor([2, 3])
+    repeated = sampler.expand_batch_to_tokens(torch.tensor([0.5, 0.7]), counts, 3)
+    assert repeated.tolist() == pytest.approx([0.5, 0.5, 0.7])

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -316,29 +315,16 @@ def try_all(folder: str) -> Iterator[dict[str, str]]:
     yield {"name": "good"} | attempts.attempt(good, "good")
     for name, case in BAD_STARTS.items():
         yield {"name": name} | attempts.attempt(case, name)
-    with _registered_anew("installed_version", lambda: "0.31.2"):
+    with _registered_anew("versions.installed_version", lambda: "0.31.2"):
         yield {"name": "old vLLM"} | attempts.attempt(good, "old")
-    broken = SimpleNamespace(name="EagleProposer.propose", detail="missing argument 'x'")
-    with _registered_anew("find_problem", _problem_of(broken)):
+    with _registered_anew("check.read_module", lambda module: None):
         yield {"name": "broken patch point"} | attempts.attempt(good, "broken")
     yield {"name": "good again"} | attempts.attempt(good, "again")
 
 
-def _problem_of(broken: Any) -> Callable[[], str | None]:
-    from vllm_vispec import plugin
-
-    find_problem = plugin.find_problem
-
-    def find() -> str | None:
-        with mock.patch("vllm_vispec.compat.check.first_broken", return_value=broken):
-            return find_problem()
-
-    return find
-
-
 @contextmanager
-def _registered_anew(name: str, replacement: Callable[[], str | None]) -> Iterator[None]:
-    """Register the plugin as in a fresh process in which ``plugin.<name>`` says something else."""
+def _registered_anew(name: str, replacement: Callable[..., str | None]) -> Iterator[None]:
+    """Register the plugin as in a fresh process in which ``compat.<name>`` says something else."""
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_vispec import plugin
@@ -346,7 +332,7 @@ def _registered_anew(name: str, replacement: Callable[[], str | None]) -> Iterat
     installed = EngineArgs.create_speculative_config
     EngineArgs.create_speculative_config = installed.__wrapped__
     try:
-        with mock.patch.object(plugin, name, replacement):
+        with mock.patch(f"vllm_vispec.compat.{name}", replacement):
             plugin.register()
         yield
     finally:

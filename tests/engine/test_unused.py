@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 KIND = "qwen2_5_vl"
 WRAPPED = [
     "vllm.config.vllm.VllmConfig.num_lookahead_tokens",
+    "vllm.engine.arg_utils.EngineArgs.create_engine_config",
     "vllm.engine.arg_utils.EngineArgs.create_speculative_config",
     "vllm.engine.arg_utils.maybe_override_with_speculators",
     "vllm.v1.worker.worker_base.WorkerBase.__init__",
@@ -43,7 +44,7 @@ def served(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     )
 
 
-def test_loading_wraps_four_functions_and_adds_three_architectures() -> None:
+def test_loading_wraps_five_functions_and_adds_three_architectures() -> None:
     """Every attribute of every loaded vLLM module and class is the same object as before."""
     (found,) = run_in_subprocess("tests.engine.unused_jobs:register_twice", env=RUNNERS["v1"].env())
     assert found["added"] == [

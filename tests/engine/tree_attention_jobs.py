@@ -42,12 +42,13 @@ class Layer:
         from vllm.config import VllmConfig, set_current_vllm_config
         from vllm.model_executor.layers.attention import Attention
 
+        from vllm_vispec.engine.patches import apply_tree_patches
         from vllm_vispec.engine.trees import attention
 
         config: Any = VllmConfig()
         config.cache_config.block_size = BLOCK
         config.model_config = SimpleNamespace(dtype=dtype, is_mm_prefix_lm=False, rswa_window=None)
-        attention.install()
+        apply_tree_patches("v1")
         torch.set_default_dtype(dtype)
         settings = mock.patch.multiple(
             attention, has_branches=lambda _: True, settings_of=lambda _: TreeSettings()

@@ -163,9 +163,9 @@ class Engine:
                 model=folder, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=512
             )
         self.config = VllmConfig(model_config=model, cache_config=CacheConfig())
-        from vllm_vispec.engine import attention_scratch
+        from vllm_vispec.engine.patches import apply_scratch_patches
 
-        attention_scratch.install()
+        apply_scratch_patches()
 
     @contextmanager
     def on(

@@ -11,6 +11,7 @@ from tests.unit.heads import write_head
 from vllm_vispec.cli import doctor
 from vllm_vispec.cli.app import app
 from vllm_vispec.compat import check
+from vllm_vispec.compat.groups import GROUPS
 from vllm_vispec.dialects import inspect_head
 from vllm_vispec.dialects.convert import guess_target, serve_command
 
@@ -19,7 +20,7 @@ RUNNER = CliRunner()
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Building vLLM's default configuration takes seconds; one test does it."""
+    """Importing vLLM takes seconds; `test_doctor_runner` does it."""
     monkeypatch.setattr(doctor, "runner_line", lambda: "V1 (stub)")
     monkeypatch.setattr(doctor, "tree_line", lambda: "heads (stub)")
 
@@ -48,7 +49,9 @@ def test_doctor_prints_everything(tmp_path: Path) -> None:
         "transformers",
         "tested: 0.32 to 0.33",
         "V1 (stub)",
-        f"{len(check.PATCH_POINTS)} of {len(check.PATCH_POINTS)} fit",
+        "  ok   core: ",
+        "  ok   chains on V2: ",
+        "  ok   trees on V1: ",
         "automodel: NeMo Automodel",
         "3 (2 rows per image)",
         f'"model":"{tmp_path}"',
@@ -56,13 +59,54 @@ def test_doctor_prints_everything(tmp_path: Path) -> None:
         assert expected in result.output
 
 
-def test_doctor_fails_with_a_broken_patch_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = check.PatchPoint("vllm.engine.arg_utils", "NoSuchThing", (), "calls", "a test")
-    monkeypatch.setattr(check, "check_patch_points", lambda: [check._check(gone)])
+def test_doctor_prints_one_line_a_group_and_all_points_if_asked() -> None:
+    lines = RUNNER.invoke(app, ["doctor"]).output.splitlines()
+    start = lines.index("patch points in vLLM:")
+    assert len(lines) - start - 1 == sum(len(group.runners) for group in GROUPS)
+    assert not any("heads (stub)" in line for line in lines)
+    verbose = RUNNER.invoke(app, ["doctor", "--verbose"]).output
+    assert "heads (stub)" in verbose
+    for group in GROUPS:
+        for point in group.points():
+            assert f"       ok   {point.name}: {point.reason}" in verbose
+
+
+@pytest.mark.parametrize(
+    ("gone", "code", "lines"),
+    [
+        (
+            "vllm.engine.arg_utils",
+            1,
+            (
+                "  FAIL core: ",
+                "       FAIL vllm.engine.arg_utils:EngineArgs.create_speculative_config: module",
+                "ViSpec is disabled here. ViSpec: patch point vllm.engine.arg_utils",
+            ),
+        ),
+        (
+            "vllm.v1.worker.gpu_model_runner",
+            0,
+            (
+                "  ok   core: ",
+                "  ok   chains on V2: ",
+                "  FAIL chains on V1: ",
+                "       FAIL vllm.v1.worker.gpu_model_runner:GPUModelRunner.self.encoder_cache: ",
+                "not available here: ViSpec on the V1 model runner: patch point ",
+                "not available here: draft trees on the V1 model runner: patch point ",
+            ),
+        ),
+        ("vllm.v1.", 1, ("  FAIL chains on V2: ", "  FAIL chains on V1: ")),
+    ],
+)
+def test_doctor_says_what_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, gone: str, code: int, lines: tuple[str, ...]
+) -> None:
+    read = check.read_module
+    monkeypatch.setattr(check, "read_module", lambda m: None if m.startswith(gone) else read(m))
     result = RUNNER.invoke(app, ["doctor"])
-    assert result.exit_code == 1
-    assert "FAIL vllm.engine.arg_utils:NoSuchThing" in result.output
-    assert "ViSpec is disabled here: install vLLM 0.32 to 0.33" in result.output
+    assert result.exit_code == code
+    for line in lines:
+        assert any(found.startswith(line) for found in result.output.splitlines()), line
 
 
 @pytest.mark.parametrize(
@@ -72,7 +116,7 @@ def test_doctor_fails_with_a_broken_patch_point(monkeypatch: pytest.MonkeyPatch)
 def test_doctor_judges_the_version(
     monkeypatch: pytest.MonkeyPatch, version: str, code: int, text: str
 ) -> None:
-    monkeypatch.setattr("vllm_vispec.plugin.installed_version", lambda: version)
+    monkeypatch.setattr("vllm_vispec.compat.versions.installed_version", lambda: version)
     result = RUNNER.invoke(app, ["doctor"])
     assert result.exit_code == code
     assert text in result.output

@@ -12,8 +12,8 @@ import torch
 from tests.unit.small_draft_vlms import DRAFT_VLM
 from vllm_vispec.engine.config_hook import _kind
 from vllm_vispec.engine.draft_vlm import EagleDraftVlmForCausalLM as Draft
+from vllm_vispec.engine.features import reads_embeddings, reads_target_states
 from vllm_vispec.engine.guards import check_target
-from vllm_vispec.engine.worker_hook import reads_embeddings, reads_target_states
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.head_config import ARCHITECTURE, DRAFT_VLM_ARCHITECTURE, EMBEDS_ARCHITECTURE
 from vllm_vispec.plugin import _register_draft_architectures

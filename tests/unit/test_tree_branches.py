@@ -50,14 +50,14 @@ def test_engines_without_branches_are_not_padded(
     made: list[object] = []
     with mock.patch.object(attention, "get_current_vllm_config", return_value=config):
         if not branches:
-            attention._init(lambda *given: made.extend(given), "layer", "heads")
+            attention.init_padded(lambda *given: made.extend(given), "layer", "heads")
             assert made == ["layer", "heads"]
 
 
 def test_v2_keeps_vllms_sampler_for_single_paths() -> None:
     """Even where an engine with branches was in the same process before."""
     state = SimpleNamespace(vllm_config=_config(CONFIDENT.one_branch()))
-    assert v2_state._custom_sampler(lambda *_: None, state, "sampler") is None
+    assert v2_state.custom_sampler(lambda *_: None, state, "sampler") is None
     assert not hasattr(state, "vispec_trees")
 
 

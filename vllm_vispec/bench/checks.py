@@ -7,8 +7,8 @@ from pathlib import Path
 
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.sides import SIDES
-from vllm_vispec.compat.check import first_broken
-from vllm_vispec.compat.groups.bench import BENCH_POINTS
+from vllm_vispec.compat.check import group_problem
+from vllm_vispec.compat.groups import BENCH
 from vllm_vispec.errors import ViSpecError
 
 PACKAGES = {"vllm": "vllm", "pandas": "pandas (vllm[bench])"}
@@ -24,12 +24,10 @@ def check_inputs(settings: MatrixSettings) -> None:
     for module, name in PACKAGES.items():
         if importlib.util.find_spec(module) is None:
             raise ViSpecError(f"vllm bench serve needs {name}: install it here")
-    broken = first_broken(BENCH_POINTS)
-    if broken is not None:
-        raise ViSpecError(
-            f"patch point {broken.name} does not fit this vLLM ({broken.detail}): measure with "
-            "vLLM 0.32 or 0.33"
-        )
+    # Which model runner the servers take is theirs to say.
+    problems = [group_problem(BENCH, "v2"), group_problem(BENCH, "v1")]
+    if all(problems):
+        raise ViSpecError(problems[0])
     _check_folder("--target", settings.target)
     needed = {option for side in settings.sides for option in SIDES[side].needs}
     if "--head" in needed and settings.head:

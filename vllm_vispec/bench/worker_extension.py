@@ -15,10 +15,10 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
-from vllm_vispec.engine import cpu_sampling
+from vllm_vispec.engine.patches import apply_cpu_sampling_patches
 
 if current_platform.is_cpu():
-    cpu_sampling.install()
+    apply_cpu_sampling_patches()
 
 _DRAFTS = ("drafter", "speculator")
 """Where the V1 and the V2 runner keep what drafts."""

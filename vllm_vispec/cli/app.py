@@ -64,11 +64,14 @@ def doctor(
     head: Annotated[
         str | None, typer.Option(help="Folder or hub id of a head to look at, too.")
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="List every patch point; say what trees need here.")
+    ] = False,
 ) -> None:
-    """Print versions, the runner that will be used, the patch points, and what a head needs."""
+    """Print versions, the runner that will be used, which features fit, and what a head needs."""
     from vllm_vispec.cli.doctor import head_lines, run_checks
 
-    report = run_checks()
+    report = run_checks(verbose=verbose)
     for line in report.lines:
         typer.echo(line)
     if head is not None:

@@ -12,7 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from typing import TYPE_CHECKING
 
-from vllm_vispec import __version__, plugin
+from vllm_vispec import __version__
+from vllm_vispec.compat import groups, versions
+from vllm_vispec.compat.check import PatchPointState, check_points, group_problem
 
 if TYPE_CHECKING:
     from vllm_vispec.head_config import HeadConfig
@@ -30,36 +32,47 @@ class Report:
     ok: bool
 
 
-def run_checks() -> Report:
-    """Versions, runner and patch points of this environment."""
+def run_checks(*, verbose: bool = False) -> Report:
+    """Versions, runner and patch points of this environment.
+
+    Args:
+        verbose: Also list all patch points, and say what draft trees make of attention heads; that
+            takes some seconds more, as vLLM has to be imported for it.
+    """
     lines = [f"{'vllm-vispec':14} {__version__}", f"{'python':14} {platform.python_version()}"]
     for package in ("torch", "transformers"):
         lines.append(f"{package:14} {_version(package)}")
     if importlib.util.find_spec("vllm") is None:
-        lines.append(f"{'vllm':14} not installed: install vLLM ({plugin.supported_range()})")
+        lines.append(f"{'vllm':14} not installed: install vLLM ({versions.supported_range()})")
         return Report(tuple(lines), ok=False)
     vllm_line, version_ok = _vllm_line()
-    lines += [vllm_line, f"{'runner':14} {runner_line()}", f"{'trees':14} {tree_line()}"]
-    point_lines, points_ok = _patch_point_lines()
+    lines += [vllm_line, f"{'runner':14} {runner_line()}"]
+    if verbose:
+        lines.append(f"{'trees':14} {tree_line()}")
+    point_lines, points_ok = _patch_point_lines(verbose=verbose)
     return Report((*lines, "", *point_lines), ok=version_ok and points_ok)
 
 
 def runner_line() -> str:
-    """Which model runner vLLM will use here, and who decides."""
+    """Which model runner vLLM will use here for a plain configuration, and who decides."""
     stated = os.environ.get(_RUNNER_VARIABLE)
     why = f"{_RUNNER_VARIABLE}={stated}" if stated else "default of this platform"
     # Only doctor's own lines are wanted, not what vLLM logs on the way.
     logging.disable(logging.WARNING)
     try:
-        from vllm.config import VllmConfig
+        from vllm import envs
+        from vllm.triton_utils import HAS_TRITON
 
-        chosen = "V2" if VllmConfig().use_v2_model_runner else "V1"
-    # vLLM refuses a runner that cannot work here; other failures are not ours to tell apart.
+        asked = envs.VLLM_USE_V2_MODEL_RUNNER
+    # Whatever vLLM says is passed on.
     except Exception as error:
-        return f"none: vLLM's default configuration fails here ({why}): {_first_reason(error)}"
+        return f"none: vLLM cannot be imported here ({why}): {_first_reason(error)}"
     finally:
         logging.disable(logging.NOTSET)
-    return f"{chosen} ({why})"
+    is_v2 = HAS_TRITON if asked is None else asked
+    if is_v2 and not HAS_TRITON:
+        return f"none: the V2 model runner needs Triton, which does not serve this machine ({why})"
+    return f"{'V2' if is_v2 else 'V1'} ({why})"
 
 
 def tree_line(head_size: int = 128) -> str:
@@ -145,32 +158,48 @@ def _queries(config: HeadConfig) -> str:
 
 
 def _vllm_line() -> tuple[str, bool]:
-    found = plugin.installed_version()
-    problem = plugin.version_problem(found)
+    found = versions.installed_version()
+    problem = versions.version_problem(found)
     if problem is not None:
         return f"{'vllm':14} {found}: refused, {problem}", False
     state = "supported"
     numbers = found.split(".")[:2]
-    if all(part.isdigit() for part in numbers) and tuple(map(int, numbers)) > plugin.MAX_VERSION:
+    if all(part.isdigit() for part in numbers) and tuple(map(int, numbers)) > versions.MAX_VERSION:
         state = "newer than tested"
-    return f"{'vllm':14} {found} ({state}; tested: {plugin.supported_range()})", True
+    return f"{'vllm':14} {found} ({state}; tested: {versions.supported_range()})", True
 
 
-def _patch_point_lines() -> tuple[list[str], bool]:
-    from vllm_vispec.compat.check import check_patch_points
+def _patch_point_lines(*, verbose: bool) -> tuple[list[str], bool]:
+    """One line for each feature and model runner; the points themselves only where one is broken.
 
-    states = check_patch_points()
-    broken = [state for state in states if not state.ok]
-    lines = [f"{'patch points':14} {len(states) - len(broken)} of {len(states)} fit"]
-    for state in states:
-        mark = "ok  " if state.ok else "FAIL"
-        lines.append(f"  {mark} {state.name}: {state.reason if state.ok else state.detail}")
-    if broken:
-        lines.append(
-            f"ViSpec is disabled here: install vLLM {plugin.supported_range()} "
-            "or a newer vllm-vispec"
-        )
-    return lines, not broken
+    Returns:
+        The lines, and whether ViSpec can work on one of the model runners at least.
+    """
+    lines, broken, chains_ok = ["patch points in vLLM:"], [], []
+    for group in groups.GROUPS:
+        for runner in group.runners:
+            states = check_points(group.points(runner))
+            misfits = [state for state in states if not state.ok]
+            name = group.name if runner is None else f"{group.name} on {runner.upper()}"
+            lines.append(
+                f"  {'FAIL' if misfits else 'ok':4} {name}: "
+                f"{len(states) - len(misfits)} of {len(states)} fit"
+            )
+            lines += [_state_line(state) for state in (states if verbose else misfits)]
+            problem = group_problem(group, runner)
+            if problem is not None:
+                broken.append(problem)
+            if group is groups.CHAINS:
+                chains_ok.append(problem is None)
+    core_problem = group_problem(groups.CORE)
+    if core_problem is not None:
+        return [*lines, f"ViSpec is disabled here. {core_problem}"], False
+    return [*lines, *(f"not available here: {problem}" for problem in broken)], any(chains_ok)
+
+
+def _state_line(state: PatchPointState) -> str:
+    mark, text = ("ok", state.point.reason) if state.problem is None else ("FAIL", state.problem)
+    return f"       {mark:4} {state.point.name}: {text}"
 
 
 def _version(package: str) -> str:

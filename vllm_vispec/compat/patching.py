@@ -1,38 +1,38 @@
-"""Wrapping a function of vLLM's, once per process however often the plugin is loaded."""
+"""The one way in which ViSpec changes vLLM: `patch`, on a class, a module or a single object."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
-_MARK = "_vispec_wrapped"
+_MARK = "_vispec_patch"
 
 
-def wrap_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-    """Replace ``owner.name`` by ``replacement(original, ...)``; its arguments follow.
+def patch(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    """Replace ``owner.name`` by ``replacement(original, ...)``, once.
+
+    A property is replaced by a property, and ``__new__`` of a class gets the class first.  A second
+    call with the same replacement changes nothing; another replacement goes around the first.
 
     Args:
-        owner: A class or a module.
-        name: Its method or function; nothing happens if that is wrapped already.
-        replacement: What runs instead, given the original first.
+        owner: A class, a module or an object; of an object only that one is changed.
+        name: Its function, method or property.
+        replacement: What runs instead: the original first, then the call's arguments.
     """
-    original = getattr(owner, name)
-    if hasattr(original, _MARK):
+    found = getattr(owner, name)
+    original = found.fget if isinstance(found, property) else found
+    if any(getattr(function, _MARK, None) == replacement for function in _layers(original)):
         return
 
     @wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def patched(*args: Any, **kwargs: Any) -> Any:
         return replacement(original, *args, **kwargs)
 
-    setattr(wrapped, _MARK, True)
-    setattr(owner, name, wrapped)
+    setattr(patched, _MARK, replacement)
+    setattr(owner, name, property(patched) if isinstance(found, property) else patched)
 
 
-def wrap_object(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-    """Replace the method ``name`` of this one object by ``replacement(original, ...)``."""
-    original = getattr(owner, name)
-
-    @wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return replacement(original, *args, **kwargs)
-
-    setattr(owner, name, wrapped)
+def _layers(function: Any) -> Iterator[Any]:
+    """Yield a function and everything it is wrapped around."""
+    while function is not None:
+        yield function
+        function = getattr(function, "__wrapped__", None)

@@ -24,13 +24,13 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.v1.attention.backend import AttentionType
 
-from vllm_vispec.engine import attention_scratch
 from vllm_vispec.engine.padded_heads import (
     BackendFinder,
     PaddedHead,
     choose_padded_head,
     remedy,
 )
+from vllm_vispec.engine.patches import apply_workspace_patches
 from vllm_vispec.engine.row_table import MASK_CHANNEL, RowTable
 from vllm_vispec.engine.trees.setting import num_code_channels
 from vllm_vispec.errors import ViSpecError
@@ -130,7 +130,7 @@ class HoleMaskedAttention(nn.Module):
         scale = head_dim**-0.5
         finder = BackendFinder.of_layer(self.num_heads, head_dim, scale, **layer_settings)
         head = padded_head(finder, head_dim, num_branches)
-        attention_scratch.install_for(head.backend)
+        apply_workspace_patches(head.backend)
         padded_size = head.size
         self.head_dim, self.padded_size = head_dim, padded_size
         self.q_size, self.kv_size = self.num_heads * padded_size, self.num_kv_heads * padded_size

@@ -12,30 +12,11 @@ from typing import Any
 import torch
 from vllm.utils.math_utils import next_power_of_2
 
-from vllm_vispec.compat.patching import wrap_once
 
-
-def install() -> None:
-    """Wrap the Triton backend's metadata builder once."""
-    from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
-
-    wrap_once(TritonAttentionMetadataBuilder, "__init__", _init_triton)
-
-
-def install_for(backend: Any) -> None:
-    """Wrap the metadata builder of FlashInfer once, where a layer was given that backend.
-
-    Importing FlashInfer initialises the device; by now vLLM's selector has done so.
-    """
-    if backend.get_name() == "FLASHINFER":
-        from vllm.v1.attention.backends.flashinfer import FlashInferMetadataBuilder
-
-        wrap_once(FlashInferMetadataBuilder, "set_workspace_buffer", _set_workspace_buffer)
-
-
-def _init_triton(
+def init_triton_builder(
     original: Callable[..., None], builder: Any, kv_cache_spec: Any, *args: Any, **kwargs: Any
 ) -> None:
+    """Stands for ``TritonAttentionMetadataBuilder.__init__``: scratch for the layer's heads."""
     original(builder, kv_cache_spec, *args, **kwargs)
     scratch = builder.softmax_segm_output
     width = next_power_of_2(kv_cache_spec.head_size)
@@ -44,10 +25,10 @@ def _init_triton(
         builder.softmax_segm_output = scratch.new_empty((*scratch.shape[:-1], width))
 
 
-def _set_workspace_buffer(
+def set_workspace_buffer(
     original: Callable[..., None], builder: Any, workspace_buffer: torch.Tensor
 ) -> None:
-    """Share the workspace if it is as large as vLLM would make one for this layer."""
+    """Stands for FlashInfer's: share the workspace if it is as large as vLLM would make one for this layer."""
     from vllm.v1.attention.backends import flashinfer
 
     num_elements = builder.max_num_batched_tokens * builder.num_qo_heads * builder.head_dim

@@ -5,18 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from vllm_vispec.compat.patching import wrap_once
+from vllm_vispec.compat.patching import patch
 from vllm_vispec.errors import ViSpecError
 
 
 def install() -> None:
-    """Wrap ``sys.excepthook``, once, in a process that runs one of vLLM's commands.
+    """Replace ``sys.excepthook``, once, in a process that runs one of vLLM's commands.
 
     Only refusals that end the process change their looks; its exit status stays 1. Programs that
     use ``vllm.LLM`` keep their tracebacks.
     """
     if is_vllm_command(sys.argv):
-        wrap_once(sys, "excepthook", _show)
+        patch(sys, "excepthook", _show)
 
 
 def is_vllm_command(arguments: list[str]) -> bool:

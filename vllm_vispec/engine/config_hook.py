@@ -5,7 +5,7 @@ EAGLE keeps working.  The draft is told apart by its registered architecture alo
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,18 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConf
 from vllm.engine.arg_utils import EngineArgs
 from vllm.transformers_utils import config as vllm_config_module
 
-from vllm_vispec.compat.patching import wrap_once
+from vllm_vispec.compat.check import require
+from vllm_vispec.compat.groups import SELF_SERVING
 from vllm_vispec.dialects import HeadInfo, inspect_head, is_vispec_head
-from vllm_vispec.engine.guards import (
-    METHOD,
-    check_keys,
-    check_settings,
-    check_target,
-    refuse_method,
-)
+from vllm_vispec.engine import self_serving
+from vllm_vispec.engine.features import check_features, uses_vispec
+from vllm_vispec.engine.guards import check_keys, check_settings, check_target, refuse_method
 from vllm_vispec.engine.head_location import locate
 from vllm_vispec.engine.head_size_checks import check_padded_heads
-from vllm_vispec.engine.options import EngineOptions
+from vllm_vispec.engine.options import METHOD, SETTING_FLAGS, EngineOptions, settings_of
 from vllm_vispec.engine.trees import limits
 from vllm_vispec.engine.trees.setting import may_branch, read_tree, resolve_tree
 from vllm_vispec.engine.vocab_setting import resolve_draft_vocab
-from vllm_vispec.engine.worker_hook import uses_vispec
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.head_config import HeadConfig
 from vllm_vispec.logs import get_logger
@@ -37,35 +33,40 @@ from vllm_vispec.logs import get_logger
 logger = get_logger(__name__)
 
 
-# vLLM's flags for single keys of the speculative config.
-_FLAGS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
+def create_engine_config(
+    original: Callable[..., VllmConfig], args: EngineArgs, *call_args: Any, **kwargs: Any
+) -> VllmConfig:
+    """Stands for ``EngineArgs.create_engine_config``; no process but this one exists yet.
+
+    Raises:
+        ViSpecError: something that only the finished configuration tells does not go together, or
+            the installed vLLM does not allow what the settings ask for.
+    """
+    if self_serving.names_target(args.model):
+        require(SELF_SERVING)
+    vllm_config = original(args, *call_args, **kwargs)
+    if uses_vispec(vllm_config):
+        check_features(vllm_config)
+        tree = read_tree(vllm_config)
+        if tree is not None:
+            limits.check_engine(vllm_config, tree)
+        check_padded_heads(vllm_config)
+    return vllm_config
 
 
-def install() -> None:
-    """Wrap, once, the two methods of ``EngineArgs`` that build what ViSpec has to check."""
-    wrap_once(EngineArgs, "create_speculative_config", _create_speculative_config)
-    wrap_once(EngineArgs, "create_engine_config", _create_engine_config)
-
-
-def install_refusal(problem: str) -> None:
-    """Make ``"method": "vispec"`` fail with ``problem``; everything else is vLLM's."""
-
-    def refuse(original: Any, args: EngineArgs, *call_args: Any, **kwargs: Any) -> Any:
-        if _settings_of(args).get("method") == METHOD:
-            raise ViSpecError(problem)
-        return original(args, *call_args, **kwargs)
-
-    wrap_once(EngineArgs, "create_speculative_config", refuse)
-
-
-def _create_speculative_config(
+def create_speculative_config(
     original: Any,
     args: EngineArgs,
     target_model_config: ModelConfig,
     target_parallel_config: ParallelConfig,
 ) -> SpeculativeConfig | None:
+    """Stands for ``EngineArgs.create_speculative_config``: accepts ViSpec heads.
+
+    Raises:
+        ViSpecError: names the setting and the remedy.
+    """
     target, parallel = target_model_config, target_parallel_config
-    settings = _settings_of(args)
+    settings = settings_of(args)
     if _is_meant_for_us(settings):
         check_keys(settings)
     info = _find_head(settings)
@@ -95,42 +96,10 @@ def _create_speculative_config(
     # The caller's arguments stay as they were given.
     ours = copy.copy(args)
     ours.speculative_config = settings
-    for flag in _FLAGS:
+    for flag in SETTING_FLAGS:
         setattr(ours, flag, None)
     with _reading_head(settings["model"], info.config, options):
         return original(ours, target, parallel)
-
-
-def _create_engine_config(original: Any, args: EngineArgs, *rest: Any, **kwargs: Any) -> VllmConfig:
-    """Check what only the finished configuration tells; no process but this one exists yet."""
-    vllm_config: VllmConfig = original(args, *rest, **kwargs)
-    tree = read_tree(vllm_config)
-    if tree is not None:
-        limits.check_engine(vllm_config, tree)
-    if uses_vispec(vllm_config):
-        check_padded_heads(vllm_config)
-    return vllm_config
-
-
-def _settings_of(args: EngineArgs) -> dict[str, Any]:
-    """Return the speculative config with vLLM's flags for single keys in it.
-
-    Raises:
-        ViSpecError: A key is given both ways.
-    """
-    given = args.speculative_config or {}
-    settings = {str(key).replace("-", "_"): value for key, value in given.items()}
-    for flag, key in _FLAGS.items():
-        value = getattr(args, flag, None)
-        if value is None:
-            continue
-        if key in settings:
-            raise ViSpecError(
-                f"speculative config: {key} is given twice, here and as "
-                f"--{flag.replace('_', '-')}; leave one of them out"
-            )
-        settings[key] = value
-    return settings
 
 
 def _is_meant_for_us(settings: dict[str, Any]) -> bool:

@@ -6,14 +6,15 @@ temperature zero the whole batch is sampled with uninitialised temperatures.  GP
 kernel and are not affected.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 
-def install() -> None:
-    """Put a PyTorch version in its place, in this process.  Idempotent."""
-    from vllm.v1.sample import rejection_sampler
-
-    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+def instead(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Stands for vLLM's ``expand_batch_to_tokens``: a PyTorch version in its place."""
+    return expand_batch_to_tokens(*args, **kwargs)
 
 
 def expand_batch_to_tokens(

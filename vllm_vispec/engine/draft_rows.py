@@ -1,6 +1,6 @@
 """Keeps the draft's row codes in step with the batch; shared by both proposers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,6 +77,14 @@ class DraftRows:
         if self._tokens is not None:
             self._tokens.clear()
         self._held = self._last = None
+
+    def reset_encoder_cache(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands for vLLM's method of this name, which is called when weights are replaced.
+
+        What was computed from the old vision tower must go with the encoder cache.
+        """
+        self.clear()
+        return original(*args, **kwargs)
 
     def holds(self, request_ids: list[str], first_rows: list[int], num_rows: int) -> bool:
         """Whether the last batch's rows serve this one, so that it needs no `fill`.

@@ -7,14 +7,13 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.speculative import SpeculativeMethod
 
 from vllm_vispec.dialects.target import check_against_target, tensor_parallel_sizes
-from vllm_vispec.engine.options import EngineOptions
+from vllm_vispec.engine.options import METHOD, EngineOptions
 from vllm_vispec.errors import ViSpecError, did_you_mean
 from vllm_vispec.head_config import HeadConfig
 from vllm_vispec.logs import get_logger
 
 logger = get_logger(__name__)
 
-METHOD = "vispec"
 MAX_DRAFT_TOKENS = 32
 
 _UNSUPPORTED_SETTINGS = {

@@ -10,7 +10,14 @@ from typing import Any
 
 from vllm_vispec.errors import ViSpecError
 
+METHOD = "vispec"
 SECTION = "vispec_engine"
+SETTING_FLAGS = {
+    "spec_method": "method",
+    "spec_model": "model",
+    "spec_tokens": "num_speculative_tokens",
+}
+"""vLLM's flags for single keys of the speculative config."""
 _FOUND = {"dialect", "draft_vocab_file"}
 
 
@@ -78,3 +85,24 @@ class EngineOptions:
         """Read the settings back in a worker; defaults where the head came without any."""
         section: Mapping[str, Any] = getattr(hf_config, SECTION, None) or {}
         return cls(**section)
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """Return the speculative config in vLLM's `EngineArgs`, with its flags for single keys in it.
+
+    Raises:
+        ViSpecError: A key is given both ways.
+    """
+    given = args.speculative_config or {}
+    settings = {str(key).replace("-", "_"): value for key, value in given.items()}
+    for flag, key in SETTING_FLAGS.items():
+        value = getattr(args, flag, None)
+        if value is None:
+            continue
+        if key in settings:
+            raise ViSpecError(
+                f"speculative config: {key} is given twice, here and as "
+                f"--{flag.replace('_', '-')}; leave one of them out"
+            )
+        settings[key] = value
+    return settings

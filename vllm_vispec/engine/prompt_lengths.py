@@ -4,8 +4,10 @@ Its batches say how many tokens a request was added with. After a preemption the
 and what was answered so far, so the prompt's own length is noted when a request is added.
 """
 
-from functools import wraps
+from collections.abc import Callable
 from typing import Any
+
+from vllm_vispec.compat.patching import patch
 
 PROMPTS_PER_REQUEST = 8
 
@@ -34,11 +36,8 @@ class PromptLengths:
 
     def follow(self, model_state: Any) -> None:
         """Note every request that is added to this object from now on."""
-        add_request = model_state.add_request
+        patch(model_state, "add_request", self._add_request)
 
-        @wraps(add_request)
-        def add_and_note(req_index: int, new_req_data: Any) -> Any:
-            self.note(new_req_data.req_id, new_req_data.prompt_len)
-            return add_request(req_index, new_req_data)
-
-        model_state.add_request = add_and_note
+    def _add_request(self, original: Callable[..., Any], req_index: int, new_req_data: Any) -> Any:
+        self.note(new_req_data.req_id, new_req_data.prompt_len)
+        return original(req_index, new_req_data)

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm import envs
-from vllm.engine import arg_utils
 
-from vllm_vispec.compat.patching import wrap_once
 from vllm_vispec.dialects.files import hub_snapshot
 from vllm_vispec.dialects.speculators import (
     SPECULATORS_TYPE,
@@ -28,14 +26,15 @@ logger = get_logger(__name__)
 Resolved = tuple[str, str | None, dict[str, Any] | None]
 
 
-def install() -> None:
-    """Wrap ``maybe_override_with_speculators`` where ``EngineArgs`` finds it, once."""
-    wrap_once(arg_utils, "maybe_override_with_speculators", _resolve)
+def names_target(model: str) -> bool:
+    """Whether a model is the local folder of a head that names its target."""
+    return Path(model).is_dir() and serving_of_folder(Path(model)) is not None
 
 
-def _resolve(
+def resolve_target(
     original: Callable[..., Resolved], model: str, tokenizer: str | None, *args: Any, **kwargs: Any
 ) -> Resolved:
+    """Stands for ``maybe_override_with_speculators``; heads in local folders are ours."""
     serving = serving_of_folder(Path(model)) if Path(model).is_dir() else None
     if serving is None:
         resolved = original(model, tokenizer, *args, **kwargs)

@@ -7,11 +7,11 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.v1.spec_decode.eagle import EagleProposer
 
+from vllm_vispec.compat.patching import patch
 from vllm_vispec.engine.draft_rows import DraftRows, RequestRows
 from vllm_vispec.engine.draft_vocab import give_own_lm_head
+from vllm_vispec.engine.features import reads_embeddings, reads_target_states
 from vllm_vispec.engine.head_location import loaded_from_folder
-from vllm_vispec.engine.resets import clear_with
-from vllm_vispec.engine.worker_hook import reads_embeddings, reads_target_states
 
 
 class StayingRows(NamedTuple):
@@ -57,7 +57,7 @@ class ViSpecProposer(EagleProposer):
         give_own_lm_head(self.model, folder)
         kv_transfer = self.vllm_config.kv_transfer_config
         self.draft_rows = DraftRows(self.model, self.max_batch_size, kv_transfer)
-        clear_with(self._runner, "reset_encoder_cache", self.draft_rows.clear)
+        patch(self._runner, "reset_encoder_cache", self.draft_rows.reset_encoder_cache)
 
     def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> Any:
         """Fill row codes after vLLM has laid out the first draft pass."""

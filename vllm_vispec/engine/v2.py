@@ -9,13 +9,13 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
+from vllm_vispec.compat.patching import patch
 from vllm_vispec.engine.draft_rows import DraftRows, RequestRows
 from vllm_vispec.engine.draft_vocab import give_own_lm_head
+from vllm_vispec.engine.features import reads_target_states
 from vllm_vispec.engine.head_location import loaded_from_folder
 from vllm_vispec.engine.prompt_lengths import PromptLengths
-from vllm_vispec.engine.resets import clear_with
 from vllm_vispec.engine.trimmed import moved_rows
-from vllm_vispec.engine.worker_hook import reads_target_states
 from vllm_vispec.logs import get_logger
 
 logger = get_logger(__name__)
@@ -53,8 +53,8 @@ class ViSpecSpeculator(EagleSpeculator):
         super().set_attn(model_state, *args, **kwargs)
         self._prompts.follow(model_state)
         if model_state.supports_mm_inputs:
-            self._encoder_cache = model_state.encoder_cache
-            clear_with(self._encoder_cache, "reset_encoder_cache", self.draft_rows.clear)
+            cache = self._encoder_cache = model_state.encoder_cache
+            patch(cache, "reset_encoder_cache", self.draft_rows.reset_encoder_cache)
 
     def propose(
         self,

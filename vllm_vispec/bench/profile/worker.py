@@ -13,14 +13,18 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
-from vllm_vispec.bench.profile.patch_points import check_profile_points
 from vllm_vispec.bench.profile.probes import find_runner
 from vllm_vispec.bench.profile.rounds import Wanted, find_rounds
 from vllm_vispec.bench.profile.spans import CLOCKS, Recorder
 from vllm_vispec.bench.schema import Record
+from vllm_vispec.compat.check import require
+from vllm_vispec.compat.groups import PROFILE
 from vllm_vispec.errors import ViSpecError
+
+if TYPE_CHECKING:
+    from vllm_vispec.compat.patch_point import Runner
 
 FIRST_ARGS = (
     # Inside of a graph nothing can be timed.
@@ -66,7 +70,7 @@ class ProfiledEngine:
 
         from vllm_vispec.plugin import register
 
-        check_profile_points()
+        require(PROFILE, cast("Runner", job.runner))
         register()
         self.job = job
         options = engine_options(job.serve_args)

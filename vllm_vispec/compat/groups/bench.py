@@ -1,8 +1,8 @@
-"""Where `vispec bench` touches vLLM beyond its command line; checked before a run."""
+"""What `vispec bench` touches in vLLM beyond its command line; checked before a run."""
 
-from vllm_vispec.compat.patch_point import PatchPoint
+from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
 
-BENCH_POINTS: tuple[PatchPoint, ...] = (
+_COMMON = (
     PatchPoint(
         "vllm.entrypoints.cli.main",
         "main",
@@ -24,18 +24,33 @@ BENCH_POINTS: tuple[PatchPoint, ...] = (
         "calls",
         "asks the workers over HTTP, in development mode",
     ),
+)
+
+_V1 = (
     PatchPoint(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner.self.drafter",
         (),
         "reads",
-        "V1: where the draft's image table is",
+        "where the draft's image table is",
     ),
+)
+
+_V2 = (
     PatchPoint(
         "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner.self.speculator",
         (),
         "reads",
-        "V2: where the draft's image table is",
+        "where the draft's image table is",
     ),
+)
+
+BENCH = PatchGroup(
+    name="bench",
+    feature="vispec bench",
+    remedy="",
+    common=_COMMON,
+    v1=_V1,
+    v2=_V2,
 )

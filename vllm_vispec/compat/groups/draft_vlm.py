@@ -1,81 +1,95 @@
-"""Places in vLLM that draft VLMs touch: buffers of hidden states, embedding and lm_head."""
+"""What draft VLMs touch in vLLM: buffers of hidden states, embedding and lm_head."""
 
-from vllm_vispec.compat.patch_point import PatchPoint
+from vllm_vispec.compat.groups.uncompressed import UNCOMPRESSED
+from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
 
-_V1_BASE = "vllm.v1.spec_decode.llm_base_proposer"
+_V1_PROPOSER = "vllm.v1.spec_decode.llm_base_proposer"
 _V2_AR = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator"
-_V2_EAGLE = "vllm.v1.worker.gpu.spec_decode.eagle.utils"
-_VOCAB = "vllm.model_executor.layers.vocab_parallel_embedding"
 
-DRAFT_VLM_POINTS: tuple[PatchPoint, ...] = (
+_COMMON = (
     PatchPoint(
-        _V1_BASE,
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "ParallelLMHead.tie_weights",
+        ("embed_tokens",),
+        "calls",
+        "an lm_head that is its embedding table",
+    ),
+)
+
+_V1 = (
+    PatchPoint(
+        _V1_PROPOSER,
         "SpecDecodeBaseProposer.self.hidden_states",
         (),
         "overrides",
-        "V1, draft VLM: has no columns, as such a draft reads no state of the target",
+        "has no columns, as such a draft reads no state of the target",
     ),
     PatchPoint(
-        _V1_BASE,
+        _V1_PROPOSER,
         "SpecDecodeBaseProposer.set_inputs_first_pass",
         ("target_hidden_states",),
         "overrides",
-        "V1, draft VLM: given by name; no column of the target's states is copied",
+        "given by name; no column of the target's states is copied",
     ),
     PatchPoint(
-        _V1_BASE,
+        _V1_PROPOSER,
         "SpecDecodeBaseProposer.self.inputs_embeds_size",
         (),
         "reads",
-        "V1, draft VLM: the draft's own width, which need not be the target's",
+        "the draft's own width, which need not be the target's",
     ),
     PatchPoint(
-        _V1_BASE,
+        _V1_PROPOSER,
         "SpecDecodeBaseProposer._maybe_share_embeddings",
         ("target_language_model",),
         "reads",
-        "V1, draft VLM: keeps its own embedding, as has_own_embed_tokens says",
+        "keeps its own embedding, as has_own_embed_tokens says",
     ),
     PatchPoint(
-        _V1_BASE,
+        _V1_PROPOSER,
         "SpecDecodeBaseProposer._maybe_share_lm_head",
         ("target_language_model",),
         "reads",
-        "V1, draft VLM: keeps its own lm_head, as has_own_lm_head says",
+        "keeps its own lm_head, as has_own_lm_head says",
     ),
+)
+
+_V2 = (
     PatchPoint(
         _V2_AR,
         "TargetDependentARSpeculator.__init__",
         ("vllm_config", "device"),
         "overrides",
-        "V2, draft VLM: its buffer of hidden states is replaced before anything is recorded",
+        "its buffer of hidden states is replaced before anything is recorded",
     ),
     PatchPoint(
         _V2_AR,
         "TargetDependentARSpeculator.self.hidden_states",
         (),
         "overrides",
-        "V2, draft VLM: has no columns, as such a draft reads no state of the target",
+        "has no columns, as such a draft reads no state of the target",
     ),
     PatchPoint(
         _V2_AR,
         "update_draft_inputs",
         ("hidden_states", "next_input_hidden_states"),
         "reads",
-        "V2, draft VLM: copies as many columns as the draft's second output has, here none",
+        "copies as many columns as the draft's second output has, here none",
     ),
     PatchPoint(
-        _V2_EAGLE,
+        "vllm.v1.worker.gpu.spec_decode.eagle.utils",
         "_should_share",
         ("eagle", "flag", "draft", "target"),
         "reads",
-        "V2, draft VLM: keeps its own embedding and lm_head",
+        "keeps its own embedding and lm_head",
     ),
-    PatchPoint(
-        _VOCAB,
-        "ParallelLMHead.tie_weights",
-        ("embed_tokens",),
-        "calls",
-        "draft VLM: an lm_head that is its embedding table",
-    ),
+)
+
+DRAFT_VLM = PatchGroup(
+    name="draft VLM",
+    feature="draft VLMs",
+    remedy="use another head",
+    common=(*UNCOMPRESSED.common, *_COMMON),
+    v1=(*UNCOMPRESSED.v1, *_V1),
+    v2=(*UNCOMPRESSED.v2, *_V2),
 )

@@ -1,11 +1,11 @@
-"""Places in vLLM that choose and size what heads with more channels need."""
+"""What attention heads with more channels than the model's touch in vLLM."""
 
-from vllm_vispec.compat.patch_point import PatchPoint
+from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
 
 _LAYER = "vllm.model_executor.layers.attention.attention"
 _BACKENDS = "vllm.v1.attention.backends"
 
-PADDED_HEAD_POINTS: tuple[PatchPoint, ...] = (
+_COMMON = (
     PatchPoint(
         "vllm.v1.attention.selector",
         "get_attn_backend",
@@ -52,6 +52,9 @@ PADDED_HEAD_POINTS: tuple[PatchPoint, ...] = (
         "calls",
         "whether keys and values are quantized; decides the step of head sizes",
     ),
+)
+
+_SCRATCH = (
     PatchPoint(
         f"{_BACKENDS}.triton_attn",
         "TritonAttentionMetadataBuilder.__init__",
@@ -71,7 +74,7 @@ PADDED_HEAD_POINTS: tuple[PatchPoint, ...] = (
         "FlashInferMetadataBuilder.set_workspace_buffer",
         ("workspace_buffer",),
         "wraps",
-        "V2: a layer shares the target's workspace only if that is large enough",
+        "on V2, a layer shares the target's workspace only if that is large enough",
     ),
     PatchPoint(
         f"{_BACKENDS}.flashinfer",
@@ -80,4 +83,18 @@ PADDED_HEAD_POINTS: tuple[PatchPoint, ...] = (
         "reads",
         "how large a workspace vLLM would make",
     ),
+)
+
+PADDED_HEADS = PatchGroup(
+    name="padded heads",
+    feature="attention heads with more channels, of heads that compress images and of draft trees",
+    remedy="use a head without image compression, and no tree",
+    common=_COMMON,
+)
+
+SCRATCH = PatchGroup(
+    name="scratch",
+    feature="attention heads with more channels on a GPU",
+    remedy="use a head without image compression, and no tree",
+    common=_SCRATCH,
 )

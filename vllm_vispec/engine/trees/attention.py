@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 
-from vllm_vispec.compat.patching import wrap_once
-from vllm_vispec.engine import attention_scratch
 from vllm_vispec.engine.padded_heads import BackendFinder, PaddedHead, choose_padded_head, remedy
+from vllm_vispec.engine.patches import apply_workspace_patches
 from vllm_vispec.engine.trees.code_rows import CodeRows
 from vllm_vispec.engine.trees.limits import check_cache_dtype
 from vllm_vispec.engine.trees.padded_impl import LayerPadding, padded_class
@@ -32,12 +30,6 @@ _REFUSED = {
     "logits_soft_cap": "a soft cap on logits lets hidden nodes through",
     "per_layer_sliding_window": "a sliding window counts the tokens between query and key",
 }
-
-
-def install() -> None:
-    """Wrap vLLM's attention layer once; engines without trees get vLLM's own layers."""
-    wrap_once(Attention, "__init__", _init)
-    wrap_once(Attention, "get_kv_cache_spec", _get_kv_cache_spec)
 
 
 def padding_of(layer: Any) -> LayerPadding | None:
@@ -66,7 +58,8 @@ def _find_code_rows(vllm_config: Any) -> CodeRows | None:
     return next((padding.codes for padding in paddings if padding is not None), None)
 
 
-def _init(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
+def init_padded(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
+    """Stands for ``Attention.__init__``; engines without trees get vLLM's own layers."""
     config = get_current_vllm_config()
     if not has_branches(config):
         original(layer, *args, **kwargs)
@@ -99,7 +92,7 @@ def _build_padded(original: Callable[..., None], given: BoundArguments, codes: C
     _check_class(type(layer))
     head_size = values["head_size"]
     head = padded_head(_finder_of(given), head_size, codes.num_channels)
-    attention_scratch.install_for(head.backend)
+    apply_workspace_patches(head.backend)
     padded_size = head.size
     values.update(head_size=padded_size, attn_backend=head.backend)
     original(*given.args, **given.kwargs)
@@ -182,7 +175,8 @@ def _finder_of(given: BoundArguments) -> BackendFinder:
     return BackendFinder.of_layer(*given.args[1:], **given.kwargs)
 
 
-def _get_kv_cache_spec(original: Callable[..., Any], layer: Any, vllm_config: Any) -> Any:
+def padded_kv_cache_spec(original: Callable[..., Any], layer: Any, vllm_config: Any) -> Any:
+    """Stands for ``Attention.get_kv_cache_spec``: the cache of a padded layer is as wide."""
     spec, padding = original(layer, vllm_config), padding_of(layer)
     if spec is None or padding is None:
         return spec

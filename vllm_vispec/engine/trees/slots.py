@@ -4,25 +4,14 @@ vLLM reserves as many as there are draft tokens.  A tree's passes may need more:
 that is expanded.
 """
 
+from collections.abc import Callable
 from typing import Any
-
-from vllm.config import VllmConfig
 
 from vllm_vispec.engine.trees.setting import read_tree
 
-_DONE = "_vispec_tree_slots"
 
-
-def install() -> None:
-    """Wrap ``VllmConfig.num_lookahead_tokens`` once; without trees it says what vLLM says."""
-    original = VllmConfig.num_lookahead_tokens
-    if getattr(original.fget, _DONE, False):
-        return
-
-    def num_lookahead_tokens(config: Any) -> int:
-        tree = read_tree(config)
-        reserved = int(original.fget(config))
-        return reserved if tree is None else max(reserved, tree.draft_slots)
-
-    setattr(num_lookahead_tokens, _DONE, True)
-    VllmConfig.num_lookahead_tokens = property(num_lookahead_tokens)
+def num_lookahead_tokens(original: Callable[[Any], int], config: Any) -> int:
+    """Stands for ``VllmConfig.num_lookahead_tokens``; without trees it says what vLLM says."""
+    tree = read_tree(config)
+    reserved = int(original(config))
+    return reserved if tree is None else max(reserved, tree.draft_slots)

@@ -11,7 +11,7 @@ import torch
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_vispec.compat.patching import wrap_object
+from vllm_vispec.compat.patching import patch
 from vllm_vispec.engine.trees.attention import code_rows, settings_of
 from vllm_vispec.engine.trees.memory import find_target_cache
 from vllm_vispec.engine.trees.path_rules import ChainRequests
@@ -31,8 +31,8 @@ class RunnerChains:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        wrap_object(runner, "_get_draft_token_ids_cpu", self._drafts_for_scheduler)
-        wrap_object(runner, "_input_fits_in_drafter", self._fits)
+        patch(runner, "_get_draft_token_ids_cpu", self._drafts_for_scheduler)
+        patch(runner, "_input_fits_in_drafter", self._fits)
 
     def clear_codes(self) -> None:
         """Let all tokens be plain; here they always are."""
@@ -77,8 +77,8 @@ class RunnerTrees(RunnerChains):
         self._round: TreeRound | None = None
         self._hidden: torch.Tensor | None = None
         self._slot_mapping: Mapping[str, torch.Tensor] = {}
-        wrap_object(runner, "_calc_spec_decode_metadata", self._begin)
-        wrap_object(runner, "_model_forward", self._forward)
+        patch(runner, "_calc_spec_decode_metadata", self._begin)
+        patch(runner, "_model_forward", self._forward)
         sampler = TreeRejectionSampler(runner.sampler, runner.speculative_config, runner.device)
         sampler.trees = self
         runner.rejection_sampler = sampler

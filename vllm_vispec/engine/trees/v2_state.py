@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from vllm_vispec.compat.patching import wrap_object, wrap_once
+from vllm_vispec.compat.patching import patch
 from vllm_vispec.engine.trees.attention import code_rows, settings_of
 from vllm_vispec.engine.trees.memory import find_target_cache
 from vllm_vispec.engine.trees.path_rules import needs_chain
@@ -20,12 +19,8 @@ from vllm_vispec.engine.trees.v2_sampler import TreeRejectionSampler
 from vllm_vispec.tree.grow import best_path, replace_rows
 
 
-def install() -> None:
-    """Wrap ``ModelState.custom_sampler`` once; engines without trees get vLLM's samplers."""
-    wrap_once(ModelState, "custom_sampler", _custom_sampler)
-
-
-def _custom_sampler(original: Callable[..., Any], state: Any, sampler: Any) -> Any:
+def custom_sampler(original: Callable[..., Any], state: Any, sampler: Any) -> Any:
+    """Stands for ``ModelState.custom_sampler``; engines without trees get vLLM's samplers."""
     found = original(state, sampler)
     if found is not None or not has_branches(state.vllm_config):
         return found
@@ -56,9 +51,9 @@ class StateTrees:
         self._round: TreeRound | None = None
         self._positions: torch.Tensor | None = None
         self._moves: list[tuple[torch.Tensor, Moves]] = []
-        wrap_object(state, "prepare_inputs", self._begin_pass)
-        wrap_object(state, "add_request", self._add_request)
-        wrap_object(state, "remove_request", self._remove_request)
+        patch(state, "prepare_inputs", self._begin_pass)
+        patch(state, "add_request", self._add_request)
+        patch(state, "remove_request", self._remove_request)
 
     def write_chains(self, slots: torch.Tensor) -> None:
         """Let the drafts of requests be plain rows, by vLLM's slots, int64 ``[R]``."""
