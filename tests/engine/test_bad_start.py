@@ -44,7 +44,7 @@ def test_good_start_is_accepted(refusals: Results, name: str) -> None:
         ("old vLLM", r"^vLLM 0\.31\.2 is too old; install vLLM 0\.32 to 0\.33$"),
         (
             "broken patch point",
-            r"^patch point EagleProposer\.propose does not.*install vLLM 0\.32 to 0\.33",
+            r"^ViSpec: patch point \S+ does not fit this vLLM.*install vLLM 0\.32 to 0\.33",
         ),
     ],
 )
