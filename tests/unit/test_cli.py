@@ -12,6 +12,7 @@ from vllm_vispec.cli import doctor
 from vllm_vispec.cli.app import app
 from vllm_vispec.compat import check
 from vllm_vispec.compat.groups import GROUPS
+from vllm_vispec.compat.source import read_module
 from vllm_vispec.dialects import inspect_head
 from vllm_vispec.dialects.convert import guess_target, serve_command
 
@@ -101,8 +102,9 @@ def test_doctor_prints_one_line_a_group_and_all_points_if_asked() -> None:
 def test_doctor_says_what_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, gone: str, code: int, lines: tuple[str, ...]
 ) -> None:
-    read = check.read_module
-    monkeypatch.setattr(check, "read_module", lambda m: None if m.startswith(gone) else read(m))
+    monkeypatch.setattr(
+        check, "read_module", lambda m: None if m.startswith(gone) else read_module(m)
+    )
     result = RUNNER.invoke(app, ["doctor"])
     assert result.exit_code == code
     for line in lines:

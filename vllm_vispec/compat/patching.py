@@ -18,8 +18,8 @@ def patch(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
         name: Its function, method or property.
         replacement: What runs instead: the original first, then the call's arguments.
     """
-    found = getattr(owner, name)
-    original = found.fget if isinstance(found, property) else found
+    found: Any = getattr(owner, name)
+    original: Any = found.fget if isinstance(found, property) else found
     if any(getattr(function, _MARK, None) == replacement for function in _layers(original)):
         return
 
