@@ -269,7 +269,7 @@ def test_plain_chains_need_the_core_chains_and_their_wider_heads_alone(runner: R
 
 
 def test_the_check_of_v2_chains_reads_no_other_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It stays cheap: a dozen texts, none of V1's, and no module is parsed."""
+    """It stays cheap: a score of texts, none of V1's, and no module is parsed."""
     read: list[str] = []
 
     def note(module: str) -> str | None:
@@ -280,7 +280,7 @@ def test_the_check_of_v2_chains_reads_no_other_modules(monkeypatch: pytest.Monke
     monkeypatch.setattr(source, "_parse", lambda text, symbol: pytest.fail(f"parsed for {symbol}"))
     for group in needed_groups(SETTINGS["chains"], "v2"):
         require(group, "v2")
-    assert len(set(read)) <= 16
+    assert len(set(read)) <= 20
     assert not [m for m in read if ".spec_decode." in m and ".gpu." not in m]
     assert "vllm.v1.worker.gpu_model_runner" not in read
 

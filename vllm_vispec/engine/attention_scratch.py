@@ -28,7 +28,7 @@ def init_triton_builder(
 def set_workspace_buffer(
     original: Callable[..., None], builder: Any, workspace_buffer: torch.Tensor
 ) -> None:
-    """Stands for FlashInfer's: share the workspace if it is as large as vLLM would make one for this layer."""
+    """Stands for FlashInfer's method; shares a workspace as large as vLLM would make it here."""
     from vllm.v1.attention.backends import flashinfer
 
     num_elements = builder.max_num_batched_tokens * builder.num_qo_heads * builder.head_dim
