@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_vispec.engine.padded_heads import BackendFinder, PaddedHead, choose_padded_head, remedy
