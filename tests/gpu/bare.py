@@ -51,6 +51,7 @@ PARTS: dict[str, Part] = {
     "head_size_cost": Part("bare_attention", "run_head_size_cost", 60),
     "tree_step": Part("bare_trees", "run_step", 120),
     "tree_graph": Part("bare_trees", "run_graph", 60),
+    "tree_cache": Part("bare_cache", "run_cache", 60),
     "tree_memory": Part("bare_trees", "run_memory", 60),
     "upload_order": Part("bare_draft", "run_upload_order", 45),
     "draft_compile": Part("bare_draft", "run_compile", 120),

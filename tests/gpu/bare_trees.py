@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ NODES = 29
 VOCAB = 152_064  # Qwen2.5-VL's
 NUM_STEPS = 8
 DTYPE = torch.bfloat16
+_Result = TypeVar("_Result")
 
 
 class Inputs(NamedTuple):
@@ -60,7 +61,7 @@ def run_step(setup: Setup) -> Any:
     for seed in range(NUM_STEPS):
         inputs = _inputs(num_requests, setup, seed)
         on_device = Inputs(*(part.to(setup.device) for part in inputs))
-        with _no_waiting(setup):
+        with no_waiting(setup):
             found = step(on_device, table)
         expected = step(inputs, host_table)
         _require_equal(found, expected, f"step {seed}")
@@ -77,7 +78,7 @@ def run_graph(setup: Setup) -> Any:
         *(part.to(setup.device).clone() for part in _inputs(num_requests, setup, seed=0))
     )
     table, eager_table = _table(num_requests, setup.device), _table(num_requests, setup.device)
-    replay, outputs = _record(lambda: step(static, table), setup)
+    replay, outputs = record(lambda: step(static, table), setup)
     for seed in range(1, NUM_STEPS):
         inputs = Inputs(*(part.to(setup.device) for part in _inputs(num_requests, setup, seed)))
         for mine, given in zip(static, inputs, strict=True):
@@ -180,7 +181,7 @@ def _table(num_requests: int, device: str) -> TreeTable:
 
 
 @contextmanager
-def _no_waiting(setup: Setup) -> Iterator[None]:
+def no_waiting(setup: Setup) -> Iterator[None]:
     """Let every operator that waits for the device raise."""
     if not setup.on_gpu:
         yield
@@ -192,15 +193,15 @@ def _no_waiting(setup: Setup) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def _record(
-    function: Callable[[], Outputs], setup: Setup
-) -> tuple[Callable[[], None], Callable[[], Outputs]]:
+def record(
+    function: Callable[[], _Result], setup: Setup
+) -> tuple[Callable[[], None], Callable[[], _Result]]:
     """Return what replays ``function``, and what returns its outputs then.
 
     Without a GPU a replay is a call.
     """
     if not setup.on_gpu:
-        made: list[Outputs] = [function()]
+        made: list[_Result] = [function()]
 
         def call() -> None:
             made[0] = function()
