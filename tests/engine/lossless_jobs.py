@@ -158,6 +158,15 @@ def edge(llm: LLM, kind: str) -> Results:
 
 
 Scenario = Callable[..., Results]
+
+
+def short(llm: LLM, kind: str, count: int = 12, max_tokens: int = 6) -> Results:
+    """Serve prompts of one and two tokens, all of them in one step."""
+    ids = [tuple(range(40 + i, 41 + i + i % 2)) for i in range(count)]
+    requests = [Request(f"short-{i}", "", (), max_tokens, ids=one) for i, one in enumerate(ids)]
+    return drive(llm, requests)
+
+
 SCENARIOS: Mapping[str, Scenario] = {
-    function.__name__: function for function in (mixed, text, prefix, abort, features, edge)
+    function.__name__: function for function in (mixed, text, prefix, abort, features, edge, short)
 }

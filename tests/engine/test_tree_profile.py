@@ -1,4 +1,7 @@
-"""Trees on V2 start as GPUs start them: vLLM profiles its memory before keys have a place."""
+"""Trees start as GPUs start them, memory profile first, and in engines of little room.
+
+vLLM profiles before keys and values have a place.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.setups import assert_same, mean_accepted, params, setup
+from tests.engine.setups import Served, assert_same, mean_accepted, params, setup
 from tests.support.child import run_in_subprocess
 from tests.support.runners import Runner
 from tests.support.tiny_store import TinyStore
@@ -25,23 +28,36 @@ def _share_of_memory() -> float:
     return GIB * 2**30 / psutil.virtual_memory().total
 
 
-@pytest.mark.parametrize("runner", params("v2", "v2-overlay"))
-def test_trees_start_without_a_size_of_the_cache(runner: Runner, tiny: TinyStore) -> None:
+@pytest.fixture(scope="module", params=params("v1", "v2", "v2-overlay"))
+def served(request: pytest.FixtureRequest, tiny: TinyStore) -> Served:
+    """Plain decoding and trees, in engines of little room, without a given size of the cache."""
     target, head = tiny.pair(KIND)
     options = {
         "max_model_len": 256,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 64,
+        "max_num_seqs": 12,
+        # Room for a level of 8 trees: in a step of 12 prompts they are grown in parts.
+        "max_num_batched_tokens": 32,
         "model": target,
         "extra": {"gpu_memory_utilization": _share_of_memory()},
     }
-    tree = {"draft": head, "num_draft_tokens": 19, "tree": {"policy": "eagle2", "top_k": 3}}
-    scenarios = {"mixed": {"count": 6, "max_tokens": 6}}
+    tree = {"draft": head, "num_draft_tokens": 19, "tree": {"policy": "eagle2", "top_k": 4}}
+    scenarios = {"mixed": {"count": 6, "max_tokens": 6}, "short": {}}
     modes: Mapping[str, dict[str, Any]] = {"plain": {}, "tree": tree}
     setups = [setup(name, KIND, options | more, scenarios) for name, more in modes.items()]
+    runner: Runner = request.param
     items = run_in_subprocess(
         "tests.engine.tree_profile_jobs:serve", {"setups": setups}, runner.env(), 900
     )
-    plain, found = items
-    assert_same(plain, found)
-    assert mean_accepted(found) > 0.2
+    return {(item["setup"], item["scenario"]): item for item in items}
+
+
+@pytest.mark.parametrize("scenario", ["mixed", "short"])
+def test_trees_in_engines_that_profiled_their_memory(served: Served, scenario: str) -> None:
+    tree = served["tree", scenario]
+    assert_same(served["plain", scenario], tree)
+    assert mean_accepted(tree) > 0.2
+
+
+def test_trees_were_grown_in_parts(served: Served) -> None:
+    """Trees of 12 prompts of one step took more passes than the levels of one batch."""
+    assert served["tree", "short"]["most_parts"] > 1

@@ -18,7 +18,26 @@ def serve(setups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     os.environ.pop(_CACHE_SIZE, None)
     engine.prepare_process()
     _profile_on_zeros()
-    yield from lossless_jobs.serve(setups)
+    parts = _watch_parts()
+    for item in lossless_jobs.serve(setups):
+        yield item | {"most_parts": max(parts, default=0)}
+        parts.clear()
+
+
+def _watch_parts() -> list[int]:
+    """Return a list that takes the parts of every batch whose trees are grown."""
+    from vllm_vispec.engine.trees import parts, v1, v2
+
+    counts: list[int] = []
+    original = parts.parts_of
+
+    def parts_of(*args: Any) -> list[slice]:
+        found = list(original(*args))
+        counts.append(len(found))
+        return found
+
+    v1.parts_of = v2.parts_of = parts_of
+    return counts
 
 
 def _profile_on_zeros() -> None:

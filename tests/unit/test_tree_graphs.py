@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu import cudagraph_utils
 
 from tests.support.recorded_graph import RecordedGraph
 from tests.unit.tree_speculators import LAYER, VOCAB, WIDTH, SmallTreeSpeculator
+from vllm_vispec.engine.trees.v2_graphs import _log
 from vllm_vispec.engine.v2 import ViSpecSpeculator
 from vllm_vispec.tree.grow import DraftTree
 from vllm_vispec.tree.policies import POLICIES
@@ -25,7 +28,7 @@ def _speculator(policy: str = "eagle2", **changes: Any) -> SmallTreeSpeculator:
     return SmallTreeSpeculator(settings, **sizes)
 
 
-def _fill(speculator: SmallTreeSpeculator, seed: int, slots: list[int], padded: int) -> None:
+def _fill(speculator: SmallTreeSpeculator, seed: int, slots: list[int]) -> None:
     """Leave in the buffers what a first pass over some requests leaves."""
     generator = torch.Generator().manual_seed(seed)
     count, width = len(slots), speculator._width
@@ -33,13 +36,12 @@ def _fill(speculator: SmallTreeSpeculator, seed: int, slots: list[int], padded: 
     positions = torch.randint(0, 60, (REQUESTS,), generator=generator)
     speculator.input_buffers.positions[:REQUESTS] = positions
     speculator.cache.normal_(generator=generator)
-    speculator.rows[:] = torch.randperm(TOKENS, generator=generator)
+    speculator.rows[:] = torch.randperm(speculator.max_num_tokens, generator=generator)
     speculator.idx_mapping[:] = -1
     speculator.idx_mapping[:count] = torch.tensor(slots)
     speculator.block_tables.gather_block_tables(speculator.idx_mapping, count)
     starts = torch.arange(REQUESTS + 1) * width
     speculator.input_buffers.query_start_loc[:] = starts.clamp(max=count * width)
-    assert padded >= count
 
 
 def _outcome(speculator: SmallTreeSpeculator, count: int) -> tuple[DraftTree, torch.Tensor]:
@@ -72,7 +74,7 @@ def test_replays_grow_what_the_eager_passes_grow(policy: str) -> None:
         for seed, batch in enumerate(([0, 1, 2, 3], [5, 2, 4], [3, 5, 0, 1], [4])):
             found = []
             for run in (graph.replay, None):
-                _fill(speculator, seed, batch, padded)
+                _fill(speculator, seed, batch)
                 if run is not None:
                     run()
                 else:
@@ -154,3 +156,113 @@ def test_the_memory_profile_grows_the_largest_trees(monkeypatch: pytest.MonkeyPa
     speculator.passes.clear()
     _propose(speculator, _dummy_batch(2))
     assert speculator.passes == []
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let vLLM's managers record on the CPU."""
+
+    def capture(manager: Any, create_forward_fn: Any, progress_bar_desc: str = "") -> None:
+        for mode in (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL):
+            for desc in manager._capture_descs.get(mode, []):
+                create_forward_fn(desc, warmup=True)(CUDAGraphMode.NONE)
+                if mode == CUDAGraphMode.FULL:
+                    forward = create_forward_fn(desc, warmup=False)
+                    with RecordedGraph() as manager.graphs[desc]:
+                        forward(CUDAGraphMode.NONE)
+        manager._graphs_captured = True
+
+    monkeypatch.setattr(cudagraph_utils.CudaGraphManager, "capture", capture)
+    group = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: group)
+    platform = SimpleNamespace(get_global_graph_pool=lambda: None)
+    monkeypatch.setattr(cudagraph_utils, "current_platform", platform)
+
+
+def _said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [text for text in caplog.messages if "ViSpec trees grow" in text]
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_batches_replay_the_graph_of_the_next_size(caplog: pytest.LogCaptureFixture) -> None:
+    """Recorded and found by vLLM's managers; more requests than are recorded grow eagerly."""
+    _log.cache_clear()
+    caplog.set_level("INFO", "vllm")
+    recorded, eager = _speculator(), _speculator()
+    for speculator in (recorded, eager):
+        speculator.place_keys()
+    width = recorded._width
+    # Sizes of up to 20 tokens hold up to five trees' levels.
+    recorded.vllm_config.compilation_config.cudagraph_capture_sizes = [4, 8, 16, 20]
+    recorded.vllm_config.compilation_config.max_cudagraph_capture_size = 20
+    with torch.inference_mode():
+        recorded.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
+        recorded.capture()
+        eager.init_cudagraph_manager(CUDAGraphMode.NONE)
+        assert _said(caplog) == [
+            "ViSpec trees grow in one CUDA graph for up to 5 requests in a step, and eagerly "
+            f"above; max_cudagraph_capture_size={REQUESTS * width} would record all",
+            "ViSpec trees grow eagerly, kernel by kernel: cudagraph_mode=NONE has no full graphs "
+            "for decoding",
+        ]
+        manager = recorded.tree_cudagraph_manager
+        assert manager is not None
+        assert sorted(desc.num_reqs for desc in manager.graphs) == [1, 2, 4, 5]
+        for seed, batch in enumerate(([2], [0, 4, 1], [5, 3, 1, 0], [3, 1, 2, 0, 5, 4])):
+            found = []
+            for speculator in (recorded, eager):
+                _fill(speculator, seed, batch)
+                speculator.passes.clear()
+                speculator._grow_batch(_dummy_batch(len(batch)), is_profile=False)
+                found.append(_outcome(speculator, len(batch))[0])
+            assert len(eager.passes) == 3
+            assert len(recorded.passes) == (3 if len(batch) > 5 else 0)
+            for mine, theirs in zip(*found, strict=True):
+                assert torch.equal(mine, theirs)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_batches_of_more_rows_than_a_pass_are_grown_in_parts() -> None:
+    """The same trees as in a pass with room for all of them."""
+    found = []
+    for num_tokens in (TOKENS, 2 * REQUESTS):
+        speculator = _speculator(max_num_tokens=num_tokens)
+        speculator.place_keys()
+        speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
+        batch = [3, 1, 2, 0, 5, 4]
+        _fill(speculator, 1, batch)
+        speculator.rows[:REQUESTS] = torch.arange(10, 10 + REQUESTS)
+        dummy = _dummy_batch(REQUESTS)
+        dummy.idx_mapping = torch.tensor(batch)
+        speculator._grow_batch(dummy, is_profile=False)
+        slots = torch.tensor(batch)
+        found.append(speculator.table.read(slots, speculator.draft_tokens))
+        assert len(speculator.passes) == (3 if num_tokens == TOKENS else 3 * REQUESTS)
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_schedule_records_no_chains_as_long_as_trees() -> None:
+    """Of 12 draft tokens vLLM would record chains, which are never drafted; of 3 they are."""
+    speculator = _speculator()
+    speculator.place_keys()
+    speculator._schedules_chains = True
+    speculative = speculator.vllm_config.speculative_config
+    speculative.num_speculative_tokens_per_batch_size = [[1, 2, 12], [3, 4, 3], [5, 6, 1]]
+    speculative.uses_dynamic_speculative_decoding = lambda: True
+    steps: list[int] = []
+    chains: Any = speculator
+    chains._generate_fused_drafts = lambda *args, num_speculative_steps: steps.append(
+        num_speculative_steps
+    )
+    with torch.inference_mode():
+        speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
+        speculator.capture()
+    assert set(steps) == {3}
+    manager = speculator.decode_cudagraph_manager
+    assert manager is not None
+    assert {desc.num_speculative_tokens for desc in manager.graphs} == {3}
+    trees = speculator.tree_cudagraph_manager
+    assert trees is not None
+    assert {desc.uniform_token_count for desc in trees.graphs} == {speculator._width}

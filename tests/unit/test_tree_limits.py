@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
+import torch
 from vllm.config.cache import CacheDType
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
@@ -15,6 +16,7 @@ from vllm.v1.attention.backend import AttentionImpl
 from vllm_vispec.engine.trees import limits
 from vllm_vispec.engine.trees.attention import _check_backend, _check_class, _check_layer
 from vllm_vispec.engine.trees.padded_impl import padded_class
+from vllm_vispec.engine.trees.parts import parts_of, requests_at_once, spread_rows
 from vllm_vispec.engine.trees.path_rules import ChainRequests, needs_chain
 from vllm_vispec.engine.trees.setting import schedules_chains
 from vllm_vispec.errors import ViSpecError
@@ -140,10 +142,44 @@ def _config(**parallel: Any) -> Any:
     )
 
 
+@pytest.mark.parametrize(
+    ("requests", "tokens", "top_k"),
+    # What vLLM's servers have without settings: 256 or 1,024 requests.
+    [(256, 2048, 8), (256, 2048, 10), (1024, 8192, 10), (16, 32, 10)],
+)
+def test_batches_larger_than_a_draft_pass(requests: int, tokens: int, top_k: int) -> None:
+    """Trees of as many requests as fit are grown at once; rows of the others have room too."""
+    config = _config()
+    config.scheduler_config = SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=tokens)
+    limits.check_engine(config, TreeSettings(top_k=top_k))
+    parts = list(parts_of(requests, top_k, tokens))
+    assert [one for part in parts for one in range(requests)[part]] == list(range(requests))
+    rows_R = torch.arange(requests)
+    owner = torch.arange(requests)
+    for part in parts:
+        count = part.stop - part.start
+        rows = spread_rows(rows_R, count, top_k)
+        assert len(rows) <= tokens
+        owner = owner[rows]
+        expected = torch.arange(part.start, part.stop).repeat_interleave(top_k)
+        assert torch.equal(owner[: count * top_k], expected)
+        rows_R = torch.arange(count * top_k, len(rows))
+    assert len(rows_R) == 0
+    for num_requests in range(1, requests + 1, 7):
+        most = requests_at_once(num_requests, top_k, tokens)
+        assert 1 <= most <= num_requests
+
+
 def test_batches_must_fit_a_draft_pass() -> None:
-    limits.check_engine(_config(), TreeSettings(top_k=8))
-    with pytest.raises(ViSpecError, match=r"top_k=9 times max_num_seqs=16 exceeds .*=128.*raise"):
-        limits.check_engine(_config(), TreeSettings(top_k=9))
+    config = _config()
+    config.scheduler_config = SimpleNamespace(max_num_seqs=120, max_num_batched_tokens=128)
+    limits.check_engine(config, TreeSettings(top_k=8))
+    with pytest.raises(
+        ViSpecError, match=r"top_k=9 and max_num_seqs=120 do not fit .*=128,.* 129 or more"
+    ):
+        limits.check_engine(config, TreeSettings(top_k=9))
+    # Drafts of single paths are a row each.
+    limits.check_engine(config, TreeSettings("spec_llava", top_k=1))
 
 
 def test_batches_must_be_whole() -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 from vllm_vispec.engine.trees.code_rows import CodeRows
@@ -22,6 +23,8 @@ _HEAD = (2, 8, 40)
 class Blocks:
     """vLLM's block tables as far as drafting knows them, in torch operators."""
 
+    cp_size = 1
+
     def __init__(self, max_num_requests: int, max_num_tokens: int) -> None:
         self.tables = torch.zeros(max_num_requests, 16, dtype=torch.int64)
         self.input_block_tables = [torch.zeros_like(self.tables)]
@@ -30,6 +33,14 @@ class Blocks:
     def gather_block_tables(self, idx_mapping: torch.Tensor, num_reqs_padded: int) -> None:
         """Bring the tables of a batch's requests to the front."""
         self.input_block_tables[0][: len(idx_mapping)] = self.tables[idx_mapping]
+
+    def get_dummy_block_tables(self, num_reqs: int) -> list[torch.Tensor]:
+        """Return the tables that graphs read, empty."""
+        return [table[:num_reqs].zero_() for table in self.input_block_tables]
+
+    def get_dummy_slot_mappings(self, num_tokens: int) -> torch.Tensor:
+        """Return the slots that graphs read, none."""
+        return self.slot_mappings.fill_(-1)[:, :num_tokens]
 
     def compute_slot_mappings(
         self, idx: torch.Tensor, starts: torch.Tensor, positions: torch.Tensor, num_tokens: int
@@ -41,6 +52,26 @@ class Blocks:
         is_real = (idx[owner] >= 0) & (rows < starts[-1])
         self.slot_mappings[0, :num_tokens] = torch.where(is_real, slots, -1)
         return self.slot_mappings[:, :num_tokens]
+
+
+def _config(settings: TreeSettings, nodes: int, max_num_reqs: int, max_num_tokens: int) -> Any:
+    """Return what vLLM's graph managers read of a configuration."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=16 * BLOCK),
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_reqs),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1),
+        compilation_config=SimpleNamespace(
+            cudagraph_capture_sizes=[1, 2, 4, 8, 16, 24],
+            max_cudagraph_capture_size=24,
+        ),
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+        speculative_config=SimpleNamespace(
+            num_speculative_tokens_per_batch_size=None,
+            uses_dynamic_speculative_decoding=lambda: False,
+            num_speculative_tokens=nodes,
+        ),
+        num_speculative_tokens=nodes,
+    )
 
 
 class SmallTreeSpeculator(TreeSpeculator):
@@ -58,7 +89,8 @@ class SmallTreeSpeculator(TreeSpeculator):
         self.dp_size, self.dp_rank = 1, 0
         self.num_speculative_steps = nodes
         self._settings, self._schedules_chains = settings, False
-        self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=16 * BLOCK))
+        self.vllm_config = _config(settings, nodes, max_num_reqs, max_num_tokens)
+        self.speculative_config = self.vllm_config.speculative_config
         if not isinstance(getattr(type(self), "max_model_len", None), property):
             self.max_model_len = 16 * BLOCK
         self.input_buffers = InputBuffers(max_num_reqs, max_num_tokens, CPU)
@@ -86,11 +118,30 @@ class SmallTreeSpeculator(TreeSpeculator):
         group = SimpleNamespace(layer_names=[LAYER])
         self.kv_cache_config: Any = SimpleNamespace(kv_cache_groups=[group])
         self.attn_groups: Any = []
+        self.target_attn_groups: Any = []
+        self.target_input_buffers = self.input_buffers
+        self.last_token_indices = torch.zeros(self.max_num_reqs, dtype=torch.int64)
+        self.model_state: Any = SimpleNamespace(
+            prepare_attn=lambda *args, **kwargs: {LAYER: self.input_buffers}
+        )
+        self.attn_cg_support: Any = SimpleNamespace(
+            min_cg_support=AttentionCGSupport.ALWAYS, min_cg_attn_backend=None
+        )
+        self.supports_decode_metadata_update = True
         self.trees: Any = SimpleNamespace(
             table=self.table,
             accept=lambda *args: None,
             replace_with_chains=lambda *args: None,
         )
+
+    def _prefill(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the roots to the tests."""
+
+    def on_prefill_begin(self, num_reqs: int) -> None:
+        """Nothing has rows to be told."""
+
+    def on_prefill_end(self, num_reqs: int) -> None:
+        """Nothing has rows to be told."""
 
     def _move(self, index: torch.Tensor) -> None:
         self.rows[: len(index)] = self.rows[index]

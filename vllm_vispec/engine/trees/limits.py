@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_vispec.engine.trees.parts import requests_at_once
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.logs import get_logger
 from vllm_vispec.tree.settings import TreeSettings
@@ -111,15 +112,14 @@ def note_whole_paths(reason: str) -> None:
 
 
 def _check_buffers(vllm_config: Any, settings: TreeSettings) -> None:
-    """A draft pass over a level of every request's tree must fit vLLM's buffers."""
+    """A level of one tree, and a row for every other request, must fit vLLM's buffers."""
     scheduler = vllm_config.scheduler_config
-    rows = scheduler.max_num_seqs * settings.top_k
-    if rows > scheduler.max_num_batched_tokens:
+    tokens, requests = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+    if requests_at_once(requests, settings.width, tokens) < 1:
         raise ViSpecError(
-            f"speculative config: tree.top_k={settings.top_k} times max_num_seqs="
-            f"{scheduler.max_num_seqs} exceeds max_num_batched_tokens="
-            f"{scheduler.max_num_batched_tokens}, the longest batch of a draft pass; raise the "
-            "latter or lower one of the others"
+            f"speculative config: tree.top_k={settings.top_k} and max_num_seqs={requests} do not "
+            f"fit max_num_batched_tokens={tokens}, the longest batch of a draft pass; raise it to "
+            f"{requests + settings.width} or more, or lower one of the others"
         )
 
 

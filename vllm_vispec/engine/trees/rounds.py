@@ -14,12 +14,15 @@ from vllm_vispec.tree.grow import NO_TOKEN, DraftTree
 from vllm_vispec.tree.settings import TreeSettings
 from vllm_vispec.tree.walk import Walk, walk
 
+# vLLM's slot of the requests that pad a recorded batch.
+NO_REQUEST = -1
+
 
 class TreeTable(nn.Module):
     """The shape of each request's tree, by slot; the tokens travel with vLLM's drafts.
 
     The slot `no_tree`, behind all others, is a plain row of drafts: node i is the child of node
-    i - 1. What is written to slot -1 belongs to no request: vLLM pads recorded batches with it.
+    i - 1. What is written to `NO_REQUEST` belongs to nobody.
 
     The buffers are a module's: those of its models are all that vLLM keeps when an engine sleeps.
 
@@ -43,7 +46,7 @@ class TreeTable(nn.Module):
             "path": torch.full((num_nodes + 1, settings.levels), UNUSED, device=device),
         }
         for name, row in rows.items():
-            # One more for `no_tree`, one for the slot -1.
+            # One more for `no_tree`, and the last one for `NO_REQUEST`.
             table = row.repeat(num_slots + 2, *(1 for _ in row.shape))
             self.register_buffer(name, table, persistent=False)
         self.depth: torch.Tensor

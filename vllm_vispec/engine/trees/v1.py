@@ -4,6 +4,7 @@ Shapes: R requests, W nodes expanded in a pass, B = R * W rows of a pass, D hidd
 vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,10 +15,18 @@ from vllm.platforms import current_platform
 
 from vllm_vispec.engine.trees.attention import settings_of
 from vllm_vispec.engine.trees.limits import note_whole_paths
+from vllm_vispec.engine.trees.parts import parts_of, spread_rows
 from vllm_vispec.engine.trees.setting import has_branches, has_paths
 from vllm_vispec.engine.trees.v1_runner import RunnerChains, RunnerTrees
 from vllm_vispec.engine.v1 import ViSpecProposer
-from vllm_vispec.tree.grow import Frontier, PathGrower, TreeGrower, best_path, replace_rows
+from vllm_vispec.tree.grow import (
+    DraftTree,
+    Frontier,
+    PathGrower,
+    TreeGrower,
+    best_path,
+    replace_rows,
+)
 
 _NO_SLOT = -1
 
@@ -105,10 +114,11 @@ class TreeProposer(ViSpecProposer):
         super().propose(1, *args, **kwargs)
         self.num_speculative_tokens = count
         num_passes = min(self._settings.depth, count - 1)
-        self._grow(grower, num_passes, kwargs["common_attn_metadata"])
+        grown = self._grow(grower, num_passes, kwargs["common_attn_metadata"])
         if isinstance(grower, PathGrower):
-            return grower.finish_path(count)
-        return self._finish_tree()[:, :count].contiguous()
+            return torch.cat([grower.finish_path(count) for _ in grown])
+        trees = [grower.finish(self._num_nodes) for _ in grown]
+        return self._write(trees)[:, :count].contiguous()
 
     def _grower_of(self, count: int) -> TreeGrower | None:
         """Return what grows so many draft tokens; None where vLLM drafts them, as a chain."""
@@ -117,9 +127,9 @@ class TreeProposer(ViSpecProposer):
         self.trees.write_chains()
         return self._path_grower if count else None
 
-    def _finish_tree(self) -> torch.Tensor:
+    def _write(self, trees: list[DraftTree]) -> torch.Tensor:
         assert isinstance(self.trees, RunnerTrees)
-        tree = self._tree_grower.finish(self._num_nodes)
+        tree = trees[0] if len(trees) == 1 else DraftTree(*map(torch.cat, zip(*trees, strict=True)))
         chain_rows = self.trees.chain_rows()
         if chain_rows is not None:
             tree = replace_rows(tree, best_path(tree), chain_rows)
@@ -135,19 +145,31 @@ class TreeProposer(ViSpecProposer):
         self._root_hidden = hidden_states
         return hidden_states.new_zeros(hidden_states.shape[0], dtype=torch.int64), None
 
-    def _grow(self, grower: TreeGrower, num_passes: int, batch: Any) -> None:
+    def _grow(self, grower: TreeGrower, num_passes: int, batch: Any) -> Iterator[None]:
+        """Grow the trees of the batch; what the grower holds at each yield is to be finished."""
         hidden_RD, rows_R = self._root_hidden, self._first_draft_rows
         assert hidden_RD is not None
         assert rows_R is not None
         self._root_hidden = self._first_draft_rows = None
-        frontier = grower.start(self.model.compute_logits(hidden_RD))
-        if not num_passes:
-            return
+        root_R, width = self.positions[rows_R], grower.width
+        for part in parts_of(len(root_R), width, self.max_num_tokens):
+            frontier = grower.start(self.model.compute_logits(hidden_RD[part]))
+            if num_passes:
+                count = part.stop - part.start
+                rows = spread_rows(rows_R, count, width)
+                self.draft_rows.move(rows)
+                rows_R = torch.arange(count * width, len(rows), device=rows.device)
+                passes = self._passes(root_R[part], width, num_passes, _part_of(batch, part))
+                self._run_passes(grower, frontier, hidden_RD[part], passes)
+            yield
+
+    def _run_passes(
+        self, grower: TreeGrower, frontier: Frontier, hidden_RD: torch.Tensor, passes: _Passes
+    ) -> None:
+        """Grow the trees behind the roots, whose hidden states are ``[R, D]``, level by level."""
         num_requests, width = frontier.token.shape
-        self.draft_rows.move(rows_R.repeat_interleave(width))
-        passes = self._passes(self.positions[rows_R], width, num_passes, batch)
         hidden_RXD = hidden_RD.unsqueeze(1)
-        for level in range(1, num_passes + 1):
+        for level in range(1, len(passes.positions) + 1):
             # On a CPU there is no queue of work that a look at the outcome would hold up.
             if self._on_cpu and self._settings.is_confident and grower.is_done():
                 break
@@ -216,3 +238,18 @@ class TreeProposer(ViSpecProposer):
         slot_RX = block_table.gather(1, block_RX).long() * self.block_size
         slot_RX += place_RX % self.block_size
         return slot_RX.masked_fill_(place_RX >= self.max_model_len, _NO_SLOT)
+
+
+def _part_of(batch: Any, part: slice) -> Any:
+    """Return vLLM's description of some requests of the batch, as far as `_Passes` reads it."""
+    if part == slice(0, batch.num_reqs):
+        return batch
+    upper = batch.seq_lens_cpu_upper_bound
+    is_prefilling = batch.is_prefilling
+    return replace(
+        batch,
+        num_reqs=part.stop - part.start,
+        block_table_tensor=batch.block_table_tensor[part],
+        seq_lens_cpu_upper_bound=None if upper is None else upper[part],
+        is_prefilling=None if is_prefilling is None else is_prefilling[part],
+    )

@@ -19,6 +19,8 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 
 from vllm_vispec.engine.trees.attention import code_rows, settings_of
 from vllm_vispec.engine.trees.code_rows import CodeRows
+from vllm_vispec.engine.trees.parts import parts_of, spread_rows
+from vllm_vispec.engine.trees.rounds import NO_REQUEST
 from vllm_vispec.engine.trees.setting import schedules_chains
 from vllm_vispec.engine.trees.v2_graphs import (
     ChainCudaGraphManager,
@@ -95,7 +97,7 @@ class TreeSpeculator(ViSpecSpeculator):
             return
         self._codes.clear()
         # No request: nothing is stored anywhere.
-        self.idx_mapping.fill_(-1)
+        self.idx_mapping.fill_(NO_REQUEST)
         self.tree_cudagraph_manager.capture(
             self._grow,
             self.model_state,
@@ -162,16 +164,41 @@ class TreeSpeculator(ViSpecSpeculator):
         return hidden_states.new_zeros(hidden_states.shape[0], dtype=torch.int64)
 
     def _grow_batch(self, input_batch: InputBatch, *, is_profile: bool) -> None:
-        """Grow the trees behind the roots that the first pass has left in the buffers."""
+        """Grow the trees behind the roots that the first pass has left in the buffers.
+
+        Trees that a pass has no room for are grown after the others, brought to the front then.
+        """
         num_requests = input_batch.num_reqs
-        if is_profile:
-            num_requests = min(num_requests, self.max_num_tokens // self._width)
-        num_rows = num_requests * self._width
-        requests_R = torch.arange(num_requests, device=self.device)
-        self.draft_rows.move(requests_R.repeat_interleave(self._width))
         bound_R = input_batch.seq_lens_cpu_upper_bound[:num_requests]
         longest = int(bound_R.max()) + self._settings.draft_slots
         self.draft_max_seq_len = min(longest, self.max_model_len)
+        if is_profile:
+            # The most that are ever grown at once.
+            num_requests = min(num_requests, self.max_num_tokens // self._width)
+        rows_R = torch.arange(num_requests, device=self.device)
+        if num_requests * self._width <= self.max_num_tokens:
+            self.draft_rows.move(spread_rows(rows_R, num_requests, self._width))
+            self._grow_first(num_requests, bound_R[:num_requests], is_profile=is_profile)
+            return
+        buffers = self.idx_mapping, self.input_buffers.positions, self._root_hidden
+        roots = [rows[:num_requests].clone() for rows in buffers]
+        drafts_RN = torch.empty_like(self.draft_tokens[:num_requests])
+        for part in parts_of(num_requests, self._width, self.max_num_tokens):
+            count = part.stop - part.start
+            for rows, root in zip(buffers, roots, strict=True):
+                rows[:count] = root[part]
+            self.idx_mapping[count:] = NO_REQUEST
+            self.block_tables.gather_block_tables(input_batch.idx_mapping[part], count)
+            rows = spread_rows(rows_R, count, self._width)
+            self.draft_rows.move(rows)
+            rows_R = torch.arange(count * self._width, len(rows), device=self.device)
+            self._grow_first(count, bound_R[part], is_profile=False)
+            drafts_RN[part] = self.draft_tokens[:count]
+        self.draft_tokens[:num_requests] = drafts_RN
+
+    def _grow_first(self, num_requests: int, bound_R: torch.Tensor, *, is_profile: bool) -> None:
+        """Grow the trees of the requests in front, by a recorded graph if there is one."""
+        num_rows = num_requests * self._width
         starts = self.input_buffers.query_start_loc
         torch.arange(0, len(starts) * self._width, self._width, dtype=starts.dtype, out=starts)
         # Requests that pad a recorded batch have no rows.
