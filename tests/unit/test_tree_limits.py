@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
+from vllm.config import VllmConfig
 from vllm.config.cache import CacheDType
+from vllm.config.compilation import CUDAGraphMode
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.layers.attention.static_sink_attention import StaticSinkAttention
@@ -241,3 +244,59 @@ def test_schedules_with_chains(schedule: list[list[int]] | None, has_chains: boo
     speculative = SimpleNamespace(num_speculative_tokens_per_batch_size=schedule)
     config = SimpleNamespace(speculative_config=speculative)
     assert schedules_chains(config, TreeSettings(depth=3)) is has_chains
+
+
+def _graph_config(requests: int, schedule: Any = None, **compilation: Any) -> Any:
+    """Return a configuration whose sizes of graphs vLLM itself has chosen."""
+    sizes: dict[str, Any] = {"max_cudagraph_capture_size": None, "cudagraph_capture_sizes": None}
+    mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(enforce_eager=False),
+        scheduler_config=SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=8192),
+        compilation_config=SimpleNamespace(
+            post_init_cudagraph_sizes=lambda: None,
+            **({"cudagraph_mode": mode} | sizes | compilation),
+        ),
+        speculative_config=SimpleNamespace(
+            num_speculative_tokens=29,
+            num_speculative_tokens_per_batch_size=schedule,
+            uses_dynamic_speculative_decoding=lambda: schedule is not None,
+        ),
+        num_speculative_tokens=29,
+        uniform_decode_query_len=30,
+        performance_mode=None,
+    )
+    VllmConfig._set_cudagraph_sizes(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (_graph_config(256), "up to 17 requests run .*_size=7680 would record all, up to 256"),
+        (_graph_config(1024), "up to 17 requests run .*_size=8192 would record all, up to 273"),
+        (_graph_config(256, max_cudagraph_capture_size=3000), "up to 99 requests run"),
+        (_graph_config(256, [[1, 20, 29], [21, 256, 4]]), "up to 17 .*_size=608 .* up to 20"),
+        (_graph_config(16), None),
+        # What the line names is enough.
+        (_graph_config(256, max_cudagraph_capture_size=7680), None),
+        (_graph_config(1024, max_cudagraph_capture_size=8192), None),
+        (_graph_config(256, [[1, 20, 29], [21, 256, 4]], max_cudagraph_capture_size=608), None),
+        (_graph_config(256, [[1, 16, 29], [17, 256, 4]]), None),
+        (_graph_config(256, cudagraph_mode=CUDAGraphMode.NONE), None),
+        (_graph_config(256, cudagraph_mode=CUDAGraphMode.PIECEWISE), None),
+    ],
+)
+def test_where_graphs_of_the_target_end(
+    config: Any, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once, with the option that raises it, where larger batches of trees may come."""
+    caplog.set_level("INFO", "vllm")
+    limits.note_graphs(config, TreeSettings())
+    assert len(caplog.messages) == (0 if said is None else 1)
+    if said is not None:
+        assert re.search(said, caplog.text)
+    caplog.clear()
+    # A single path is a chain, whose graphs vLLM sizes for chains.
+    limits.note_graphs(config, TreeSettings("spec_llava", top_k=1))
+    assert not caplog.messages

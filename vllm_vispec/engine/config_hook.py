@@ -50,6 +50,7 @@ def create_engine_config(
         tree = read_tree(vllm_config)
         if tree is not None:
             limits.check_engine(vllm_config, tree)
+            limits.note_graphs(vllm_config, tree)
         check_padded_heads(vllm_config)
     return vllm_config
 

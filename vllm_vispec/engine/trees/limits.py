@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_vispec.engine.trees.parts import requests_at_once
+from vllm_vispec.engine.trees.setting import tree_loads
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.logs import get_logger
 from vllm_vispec.tree.settings import TreeSettings
@@ -11,6 +12,8 @@ from vllm_vispec.tree.settings import TreeSettings
 logger = get_logger(__name__)
 
 _KEY = "kv_connector"
+# vLLM cuts the largest size of its graphs down to a multiple of this.
+_SIZE_STEP = 16
 _LEAVE_OUT = 'leave "tree" out of the speculative config'
 # These read the cache between steps, when accepted paths lie in consecutive slots.
 _CONNECTORS = frozenset(
@@ -100,6 +103,33 @@ def check_engine(vllm_config: Any, settings: TreeSettings) -> None:
         check_connector(vllm_config.kv_transfer_config)
     _check_whole_batches(vllm_config)
     _check_buffers(vllm_config, settings)
+
+
+def note_graphs(vllm_config: Any, settings: TreeSettings) -> None:
+    """Say up to how many requests the target verifies trees in CUDA graphs, where that is not all.
+
+    vLLM's sizes end at 512 tokens on most GPUs, which are 17 trees of 29 nodes.  The limit is
+    vLLM's choice and the user's: every size more takes memory, and time at start.
+    """
+    compilation = vllm_config.compilation_config
+    mode = compilation.cudagraph_mode
+    if settings.width == 1 or mode is None or not mode.has_full_cudagraphs():
+        return
+    size = compilation.max_cudagraph_capture_size or 0
+    budget = vllm_config.scheduler_config.max_num_batched_tokens
+    for requests, nodes in tree_loads(vllm_config, settings):
+        tokens = nodes + 1
+        recorded, most = size // tokens, min(requests, budget // tokens)
+        if recorded < most:
+            logger.warning(
+                "ViSpec trees: of steps in which the target verifies trees of %d nodes, those with "
+                "up to %d requests run in CUDA graphs; max_cudagraph_capture_size=%d would record "
+                "all, up to %d requests, which takes memory and time at start",
+                nodes,
+                recorded,
+                min(-(-most * tokens // _SIZE_STEP) * _SIZE_STEP, budget),
+                most,
+            )
 
 
 def note_whole_paths(reason: str) -> None:

@@ -75,6 +75,16 @@ def num_code_channels(vllm_config: Any) -> int:
     return num_channels(settings.levels, settings.top_k)
 
 
+def tree_loads(vllm_config: Any, settings: TreeSettings) -> list[tuple[int, int]]:
+    """Return at which loads trees with branches are drafted: most requests, and nodes."""
+    speculative = vllm_config.speculative_config
+    most = vllm_config.scheduler_config.max_num_seqs
+    schedule = speculative.num_speculative_tokens_per_batch_size
+    if not schedule:
+        schedule = [(1, most, speculative.num_speculative_tokens)]
+    return [(min(last, most), count) for _, last, count in schedule if count > settings.levels]
+
+
 def has_paths(vllm_config: Any) -> bool:
     """Whether there are trees of a single path that may end early, at some load."""
     settings = read_tree(vllm_config)
