@@ -41,14 +41,16 @@ def test_walk(seed: int) -> None:
     assert lengths >= {0, 1, 2, 3}, "the walks must differ in length"
 
 
-def test_no_more_levels_than_asked_for() -> None:
-    """A row of drafts that is longer than trees are deep is accepted up to that depth."""
-    token = torch.tensor([[0, 1, 2, 3, 4, 5]])
-    parent = torch.tensor([[0, 0, 1, 2, 3, 4]])
-    sampled = torch.tensor([[1, 2, 3, 4, 5, 6]])
-    found = walk(sampled, token, parent, levels=3)
-    assert found.accepted.tolist() == [3]
-    assert found.token.tolist() == [[1, 2, 3, 4]]
+def test_paths_of_every_length() -> None:
+    """Chains of 1 to 16 tokens, rejected at every place."""
+    for levels in range(1, 17):
+        token = torch.arange(levels + 1).expand(levels + 1, -1)
+        parent = (token - 1).clamp(min=0)
+        sampled = token + 1
+        wrong = torch.arange(levels + 1)
+        sampled = sampled.scatter(1, wrong.unsqueeze(1), 99)
+        found = walk(sampled, token, parent, levels)
+        assert found.accepted.tolist() == wrong.tolist()
 
 
 def test_a_tree_with_all_paths_rejected() -> None:

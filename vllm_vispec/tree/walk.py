@@ -39,16 +39,17 @@ def walk(sampled: torch.Tensor, token: torch.Tensor, parent: torch.Tensor, level
         token: int64 ``[R, J]``; the nodes' own tokens, those of siblings all different; negative
             where there is no node; the root's does not matter.
         parent: int64 ``[R, J]``; each node's parent, less than its own place; the root is its own.
-        levels: ``P - 1``; the walk ends there at the latest; less than J.
+        levels: ``P - 1``; less than J.  Nodes of a longer path count as no nodes: no tree has any.
     """
     num_nodes = sampled.shape[1]
     places_J = torch.arange(num_nodes, device=token.device)
     is_root_J = places_J == 0
     visits_RJ = is_root_J | ((token >= 0) & (token == sampled.gather(1, parent)))
     above_RJ = parent
-    for _ in range((num_nodes - 1).bit_length()):
+    for doubling in range((levels - 1).bit_length()):
+        if doubling:
+            above_RJ = above_RJ.gather(1, above_RJ)
         visits_RJ = visits_RJ & visits_RJ.gather(1, above_RJ)
-        above_RJ = above_RJ.gather(1, above_RJ)
     # Parents come before children: in a row's order the visited nodes are the path.
     place_RJ = torch.where(visits_RJ, places_J, num_nodes)
     place_RP = place_RJ.topk(levels + 1, dim=1, largest=False, sorted=True).values

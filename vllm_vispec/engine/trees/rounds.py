@@ -42,7 +42,8 @@ class TreeTable(nn.Module):
         rows = {
             "depth": depth_J,
             "parent": (depth_J - 1).clamp_(min=0),
-            "is_node": depth_J > 0,
+            # A plain row is accepted as far as trees are deep, and no further.
+            "is_node": (depth_J > 0) & (depth_J <= settings.levels),
             "path": torch.full((num_nodes + 1, settings.levels), UNUSED, device=device),
         }
         for name, row in rows.items():

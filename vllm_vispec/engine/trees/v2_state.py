@@ -87,7 +87,7 @@ class StateTrees:
     def part(
         self, first_row: int, num_rows: int, slot: torch.Tensor, starts: torch.Tensor
     ) -> TreeRound:
-        """Return some requests of the batch.
+        """Return some requests of the batch; vLLM takes large ones apart.
 
         Args:
             first_row: Their first row of logits.
@@ -96,6 +96,8 @@ class StateTrees:
             starts: ``[R + 1]``; their first rows and the end, from 0.
         """
         assert self._round is not None
+        if num_rows == len(self._round.token_index):
+            return self._round
         token_S = self._round.token_index[first_row : first_row + num_rows]
         return _round(self.table, slot, starts, token_S, self._round.num_tokens)
 
