@@ -286,6 +286,13 @@ _V2 = (
         "slots of a level's nodes",
     ),
     PatchPoint(
+        "vllm.v1.worker.gpu.block_table",
+        "BlockTables.gather_block_tables",
+        ("idx_mapping", "num_reqs_padded"),
+        "calls",
+        "blocks of the requests whose trees are grown after the others",
+    ),
+    PatchPoint(
         "vllm.v1.worker.gpu.attn_utils",
         "build_slot_mappings_by_layer",
         ("slot_mappings", "kv_cache_config"),
@@ -297,7 +304,7 @@ _V2 = (
         "BatchExecutionDescriptor",
         (),
         "calls",
-        "passes over levels run eagerly",
+        "passes over levels that no graph holds",
     ),
     PatchPoint(
         _V2_GRAPHS,
@@ -354,6 +361,41 @@ _V2 = (
         ("attn_metadata", "num_reqs"),
         "calls",
         "passes over levels inside a graph",
+    ),
+    PatchPoint(
+        _V2_GRAPHS,
+        "CudaGraphManager.capture",
+        ("create_forward_fn", "progress_bar_desc"),
+        "overrides",
+        "behind `SpeculatorCudaGraphManager.capture`: no graphs of chains as long as trees",
+    ),
+    PatchPoint(
+        _V2_DRAFT,
+        "DraftModelSpeculator.self.supports_decode_metadata_update",
+        (),
+        "reads",
+        "whether a graph can hold the growth of trees",
+    ),
+    PatchPoint(
+        _V2_DRAFT,
+        "DraftModelSpeculator.self.attn_cg_support",
+        (),
+        "reads",
+        "whether a graph can hold the growth of trees",
+    ),
+    PatchPoint(
+        "vllm.v1.worker.utils",
+        "AttentionGroup.map_to_kernel_block_table",
+        ("block_table",),
+        "calls",
+        "what vLLM does before it replays draft steps",
+    ),
+    PatchPoint(
+        "vllm.config.compilation",
+        "CompilationConfig.max_cudagraph_capture_size",
+        (),
+        "reads",
+        "up to how many requests the target verifies trees in graphs",
     ),
 )
 
