@@ -28,7 +28,7 @@ def _share_of_memory() -> float:
     return GIB * 2**30 / psutil.virtual_memory().total
 
 
-@pytest.fixture(scope="module", params=params("v1", "v2", "v2-overlay"))
+@pytest.fixture(scope="module", params=params("v1", "v2", "v2-overlay", slow=["v1"]))
 def served(request: pytest.FixtureRequest, tiny: TinyStore) -> Served:
     """Plain decoding and trees, in engines of little room, without a given size of the cache."""
     target, head = tiny.pair(KIND)

@@ -121,7 +121,7 @@ def note_graphs(vllm_config: Any, settings: TreeSettings) -> None:
         tokens = nodes + 1
         recorded, most = size // tokens, min(requests, budget // tokens)
         if recorded < most:
-            logger.warning(
+            logger.info(
                 "ViSpec trees: of steps in which the target verifies trees of %d nodes, those with "
                 "up to %d requests run in CUDA graphs; max_cudagraph_capture_size=%d would record "
                 "all, up to %d requests, which takes memory and time at start",
