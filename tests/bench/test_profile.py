@@ -237,7 +237,7 @@ def test_jobs_make_a_head_of_equal_size(tmp_path: Path) -> None:
     ("program", "said"),
     [
         ("import sys; print('oh no', file=sys.stderr)", "engine of eagle ended: oh no"),
-        ("""print('{"error": "no such head"}')""", "no such head (side eagle, log "),
+        ("""print('{"error": "no such head"}')""", "no such head (engine of eagle, log "),
     ],
 )
 def test_an_engine_that_does_not_start(

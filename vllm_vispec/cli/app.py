@@ -12,6 +12,7 @@ from vllm_vispec.cli.errors import exit_on_error
 from vllm_vispec.cli.evaluate import evaluate
 from vllm_vispec.cli.regenerate import regenerate
 from vllm_vispec.cli.train import train
+from vllm_vispec.cli.verify import verify
 from vllm_vispec.cli.vocab import vocab
 
 app = typer.Typer(
@@ -87,6 +88,7 @@ def doctor(
 app.command()(regenerate)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(verify)
 app.command()(vocab)
 app.add_typer(bench, name="bench")
 

@@ -1,0 +1,1 @@
+"""What `vispec verify` finds out: whether a head works on this machine, and how well."""

@@ -1,0 +1,173 @@
+"""The one page that `vispec verify` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_vispec.verify.result import (
+    AttentionError,
+    Difference,
+    EngineResult,
+    EngineState,
+    Layers,
+    Verification,
+)
+from vllm_vispec.verify.verdict import BATCHES
+
+WIDTH = 110
+NOTHING = "-"
+
+Row = tuple[str, ...]
+
+
+def print_page(found: Verification, console: Console | None = None) -> None:
+    """Print everything, the verdicts last."""
+    console = console or Console(width=WIDTH)
+    console.print(_table("Environment", (), _environment(found)))
+    for title, head, rows in _tables(found):
+        if rows:
+            console.print(_table(title, head, rows))
+    for line in _lines(found):
+        console.print(line, highlight=False, markup=False)
+
+
+def _tables(found: Verification) -> Iterator[tuple[str, Row, list[Row]]]:
+    states = {one.name: one.state for one in found.engines if one.state is not None}
+    rows = zip(*(_state(name, state) for name, state in states.items()), strict=True)
+    yield "Engines", (), [(labels[0][0], *(cell for _, cell in labels)) for labels in rows]
+    head: Row = ("", "prompt", "batch", "position", "expected", "found", "gap", "")
+    yield (
+        "Answers that differ from plain vLLM's, at the first token that does",
+        head,
+        [_difference(name, one) for name, many in found.differences.items() for one in many],
+    )
+    drafted = [one for one in found.engines if one.acceptance is not None]
+    head = ("", "drafts", "acceptance length", "acceptance rate per position")
+    yield "Acceptance (vllm:spec_decode_*)", head, [_acceptance(one) for one in drafted]
+    head = ("", "backend", "head size", "prompt", "decode", "")
+    yield (
+        f"Attention, largest error against an fp32 masked softmax ({found.tolerance:g} is allowed)",
+        head,
+        [_attention(one) for one in found.attention],
+    )
+    timed = [one for one in found.engines if one.timings is not None]
+    head = ("", "target step", "first draft pass", "draft step", "steps")
+    yield (
+        "Milliseconds of a decode step, medians, one request; timings without a verdict",
+        head,
+        [_timings(one) for one in timed],
+    )
+
+
+def _table(title: str, head: Row, rows: Iterable[Row]) -> Table:
+    rows = list(rows)
+    table = Table(title=title, title_justify="left", show_header=bool(head))
+    for name in head or rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _environment(found: Verification) -> Iterator[Row]:
+    machine = found.environment
+    yield "command", found.command
+    yield from machine.get("packages", {}).items()
+    yield "python", str(machine.get("python"))
+    for gpu in machine.get("gpus") or ["none"]:
+        yield "GPU (driver, memory)", gpu
+    yield "processor", f"{machine.get('processor')}, {machine.get('cores')} cores"
+
+
+def _state(name: str, state: EngineState) -> list[Row]:
+    """Return labels and cells; every engine has the same labels."""
+    compiled = {key: value for key, value in state.compilation.items() if key.startswith("num_")}
+    graphs = [
+        f"{one.owner} {one.mode}: {len(one.num_tokens)} of {one.num_tokens[0]} to "
+        f"{one.num_tokens[-1]} tokens"
+        for one in state.graphs
+    ]
+    return [
+        ("", name),
+        ("device", f"{state.device}, capability {state.capability}"),
+        ("model runner", f"{state.runner}, {state.dtype}"),
+        ("target layers", "\n".join(map(_layers, state.target)) or NOTHING),
+        ("draft layers", "\n".join(map(_layers, state.draft)) or NOTHING),
+        ("compilation mode", f"{state.compilation['mode']}, {state.compilation['backend']}"),
+        ("compiled", "\n".join(f"{key} {value}" for key, value in compiled.items()) or "nothing"),
+        ("cudagraph_mode", state.cudagraph_mode),
+        ("CUDA graphs", "\n".join(graphs) or "none captured"),
+    ]
+
+
+def _layers(layers: Layers) -> str:
+    padded = layers.padded_size != layers.head_size
+    size = f"{layers.head_size} padded to {layers.padded_size}" if padded else layers.head_size
+    return f"{layers.count} x {layers.backend}, head size {size}, KV cache {layers.kv_cache_dtype}"
+
+
+def _difference(feature: str, one: Difference) -> Row:
+    gap = f"{'> ' if one.gap_is_least else ''}{one.gap:.3g}"
+    places = str(one.position), str(one.expected), str(one.found)
+    return feature, one.prompt, one.batch, *places, gap, "noise" if one.is_noise else "WRONG"
+
+
+def _acceptance(engine: EngineResult) -> Row:
+    found = engine.acceptance
+    assert found is not None
+    # Behind a tree's levels vLLM has positions that no path reaches.
+    counts = found.num_accepted_tokens_per_pos
+    last = max((place for place, count in enumerate(counts, 1) if count), default=1)
+    rates = " ".join(f"{rate:.2f}" for rate in found.rate_per_pos[:last])
+    return engine.name, str(found.num_drafts), f"{found.acceptance_length:.2f}", rates
+
+
+def _attention(one: AttentionError) -> Row:
+    case = one.case
+    what = f"{case.feature}: {'path codes' if case.tree is not None else 'masked positions'}"
+    size = f"{case.head_size} in {one.used_size or case.padded_size}"
+    errors = (NOTHING if error is None else f"{error:.1e}" for error in (one.prompt, one.decode))
+    note = f"not available: {one.reason}" if one.reason else one.failure or ""
+    return what, one.backend, size, *errors, note
+
+
+def _timings(engine: EngineResult) -> Row:
+    found = engine.timings
+    assert found is not None
+    times = found.target_step, found.draft_first_pass, found.draft_step
+    cells = (NOTHING if one is None else f"{1000 * one:.2f}" for one in times)
+    return engine.name, *cells, str(found.steps)
+
+
+def _lines(found: Verification) -> Iterator[str]:
+    for name, reason in found.left_out.items():
+        yield f"left out, plain vLLM does not answer it: {name}: {reason}"
+    noise = found.noise
+    if noise is not None:
+        yield (
+            f"noise: plain vLLM answers {noise.differing} prompts otherwise alone than together; "
+            "the gap in logprob between its two likeliest tokens changes by up to "
+            f"{noise.measured:.3g}. Another token than plain vLLM's counts as noise if plain "
+            f"vLLM's gap between the two is at most {noise.limit:.3g}, the larger of that change "
+            f"and of rounding ({noise.rounding:.3g})."
+        )
+    for engine in found.engines:
+        if engine.error is not None:
+            yield f"log of {engine.name}: {engine.log}"
+    for verdict in found.verdicts:
+        counts = _equal(found, found.engine(verdict.feature))
+        yield f"{verdict.feature}: {verdict.state}{counts}"
+        yield from (f"  {reason}" for reason in verdict.reasons)
+
+
+def _equal(found: Verification, engine: EngineResult | None) -> str:
+    if engine is None or engine.answers is None:
+        return ""
+    total = sum(len(engine.answers.get(batch, ())) for batch in BATCHES)
+    differing = found.differences.get(engine.name, ())
+    wrong = sum(not one.is_noise for one in differing)
+    counts = total - len(differing), total, len(differing) - wrong, wrong
+    return " ({} of {} answers equal, {} differ within noise, {} wrong)".format(*counts)

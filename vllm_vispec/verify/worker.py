@@ -1,0 +1,138 @@
+"""The child process of `vispec verify`: one engine that answers, or the attention backends."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from vllm_vispec.bench.worker_process import serve_requests
+from vllm_vispec.verify.causes import first_line, is_refusal
+from vllm_vispec.verify.prompts import PROMPTS
+from vllm_vispec.verify.result import Acceptance, Answer, AttentionCase, AttentionError
+
+EXTENSION = "vllm_vispec.verify.worker_extension.VerifyWorker"
+TOP = 5
+_COUNTERS = "vllm:spec_decode_num_"
+
+Request = Mapping[str, Any]
+
+
+class Worker:
+    """What the process has started."""
+
+    llm: Any = None
+    vllm_config: Any = None
+
+    def start(self, request: Request) -> dict[str, Any]:
+        """Start an engine with keyword arguments of `vllm.LLM`; return its state."""
+        from vllm import LLM
+
+        from vllm_vispec.plugin import register
+
+        register()
+        self.llm = LLM(**request["engine"], worker_extension_cls=EXTENSION, disable_log_stats=False)
+        return {"state": self.llm.collective_rpc("vispec_state")[0]}
+
+    def ask(self, request: Request) -> dict[str, Any]:
+        """Answer prompts, by their places, together and greedily."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=request["max_tokens"],
+            logprobs=TOP if request["logprobs"] else None,
+        )
+        messages = [PROMPTS[place].messages() for place in request["prompts"]]
+        outputs = self.llm.chat(messages, params, use_tqdm=False)
+        return {"answers": [_answer(output.outputs[0]).to_json() for output in outputs]}
+
+    def acceptance(self, _: Request) -> dict[str, Any]:
+        """Return vLLM's counters."""
+        values = {metric.name: metric for metric in self.llm.get_metrics()}
+
+        def value(name: str, attribute: str = "value") -> Any:
+            return getattr(values[_COUNTERS + name], attribute)
+
+        found = Acceptance(
+            num_drafts=value("drafts"),
+            num_draft_tokens=value("draft_tokens"),
+            num_accepted_tokens=value("accepted_tokens"),
+            num_accepted_tokens_per_pos=tuple(value("accepted_tokens_per_pos", "values")),
+        )
+        return {"acceptance": found.to_json()}
+
+    def watch(self, _: Request) -> dict[str, Any]:
+        """Time what follows."""
+        self.llm.collective_rpc("vispec_watch")
+        return {}
+
+    def timings(self, request: Request) -> dict[str, Any]:
+        """Return medians."""
+        found = self.llm.collective_rpc("vispec_timings", args=(request["num_draft_passes"],))
+        return {"timings": found[0]}
+
+    def configure(self, request: Request) -> dict[str, Any]:
+        """Make the configuration of an engine without starting it."""
+        from vllm.engine.arg_utils import EngineArgs
+
+        from vllm_vispec.plugin import register
+
+        register()
+        self.vllm_config = EngineArgs(**request["engine"]).create_engine_config()
+        return {}
+
+    def attention(self, request: Request) -> dict[str, Any]:
+        """Check one backend; what it raises is its failure."""
+        from vllm_vispec.verify.attention import check_attention
+
+        case = AttentionCase.from_json(request["case"])
+        try:
+            found = check_attention(self.vllm_config, case, request["backend"])
+        except Exception as error:
+            traceback.print_exc()
+            found = AttentionError(case, request["backend"], failure=first_line(error))
+        return {"attention": found.to_json()}
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what a request says; an error becomes its one line."""
+        try:
+            return ACTIONS[request["do"]](self, request)
+        except Exception as error:
+            traceback.print_exc()
+            return {"error": first_line(error), "is_refusal": is_refusal(error)}
+
+
+ACTIONS: Mapping[str, Callable[[Worker, Request], dict[str, Any]]] = MappingProxyType(
+    {
+        action.__name__: action
+        for action in (
+            Worker.start,
+            Worker.ask,
+            Worker.acceptance,
+            Worker.watch,
+            Worker.timings,
+            Worker.configure,
+            Worker.attention,
+        )
+    }
+)
+
+
+def _answer(output: Any) -> Answer:
+    rows: Sequence[Any] = output.logprobs or ()
+    top = tuple({token: found.logprob for token, found in row.items()} for row in rows)
+    return Answer(tuple(output.token_ids), top)
+
+
+def main() -> None:
+    """Answer until stdin ends."""
+    worker = Worker()
+    serve_requests(worker.answer)
+    if worker.llm is not None:
+        worker.llm.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main()
