@@ -1,26 +1,27 @@
 """Attention backends of this device on the padded heads of drafts and trees, against fp32 softmax.
 
-Each check builds one attention layer of vLLM's for one backend, with vLLM's own metadata builder
-and KV cache, stores a batch of prompts and asks with the rows of a decode step. What a padded head
-adds, masked positions in the draft and path codes in the target, is put into the channels by hand.
+A layer of vLLM's for one backend, with vLLM's metadata and KV cache, stores a batch of prompts and
+asks with the rows of a decode step. What a padded head adds is put into its channels by hand:
+masked positions for the draft, path codes for the target.
 
-Shapes: R requests, S prompt tokens of one, J rows it decodes, T tokens of a batch, H heads, K KV
-heads, h head size, P padded head size.
+Shapes: R requests, S prompt tokens of one, J rows it decodes, T tokens of the batch, heads H of
+queries or keys, h head size, P padded head size, c channels behind ``h``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionBackend, AttentionType, CommonAttentionMetadata
+from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 from vllm.v1.attention.selector import AttentionSelectorConfig
@@ -31,319 +32,277 @@ from vllm_vispec.engine.row_table import MASK_CHANNEL
 from vllm_vispec.tree.codes import encode, num_channels, word_tables
 from vllm_vispec.tree.grow import DraftTree, TreeGrower
 from vllm_vispec.tree.settings import TreeSettings
-from vllm_vispec.verify.result import AttentionCase, AttentionError
+from vllm_vispec.verify.result import TREE, AttentionCase, AttentionError
 
-# Twenty requests, so that kernels which split a KV sequence fill their scratch; prompts on both
-# sides of a block's border.
+# Twenty requests, so that kernels which split a sequence fill their scratch; prompts on both sides
+# of blocks' borders.
 PROMPTS = tuple(range(33, 253, 11))
-VOCABULARY = 64
-HEAD_SIZE_STEP, MOST_CHANNELS = 8, 256
+HEAD_SIZE_STEP, MOST_CHANNELS, VOCABULARY = 8, 256, 64
+BLOCK_SIZE, WORST = 32, 1e9
+_LAYER = "model.layers.0.verify.attn"
+
+
+def check_attention(vllm_config: VllmConfig, case: AttentionCase, backend: str) -> AttentionError:
+    """Run one backend at one padded head size; if it refuses, its reason is returned."""
+    device = torch.device(current_platform.device_type)
+    try:
+        backend_class = AttentionBackendEnum[backend].get_class()
+        size, reason = _find_head_size(vllm_config, backend_class, case)
+    except (ImportError, OSError) as error:
+        return AttentionError(case, backend, reason=f"{type(error).__name__}: {error}")
+    if size is None:
+        return AttentionError(case, backend, reason=reason)
+    batch = Batch.make(case, size, vllm_config.model_config.dtype)
+    layer = PagedLayer.build(vllm_config, backend_class, case, size, device)
+    prompt = layer.run(batch, [0] * len(PROMPTS), list(PROMPTS))
+    decode = layer.run(batch, list(PROMPTS), batch.lengths)
+    expected = batch.softmax(case.head_size, _cache_dtype(vllm_config))
+    own = slice(case.head_size)
+    return AttentionError(
+        case,
+        backend,
+        size,
+        _error(prompt[..., own], [out[: -case.decode_rows] for out in expected]),
+        _error(decode[..., own], [out[-case.decode_rows :] for out in expected]),
+    )
+
+
+def _error(found_THh: torch.Tensor, expected: list[torch.Tensor]) -> float:
+    """Return the largest difference; what is no number is as wrong as can be written down."""
+    worst = (found_THh.float().cpu() - torch.cat(expected)).abs().max()
+    return float(worst.nan_to_num(nan=WORST, posinf=WORST))
+
+
+def _find_head_size(
+    vllm_config: VllmConfig, backend: Any, case: AttentionCase
+) -> tuple[int | None, str]:
+    """Return the engine's head size or the next that the backend serves; else why none."""
+    dtype, cache_dtype = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
+    capability = current_platform.get_device_capability()
+    reason = ""
+    for size in range(case.padded_size, case.head_size + MOST_CHANNELS, HEAD_SIZE_STEP):
+        if capability is None:
+            # vLLM's CPU platform asks its one backend nothing.
+            fits = backend.supports_head_size(size) and backend.supports_dtype(dtype)
+            found = [] if fits else ["head size or dtype not supported"]
+        else:
+            asked = AttentionSelectorConfig(
+                size, dtype, cache_dtype, None, attn_type=AttentionType.DECODER
+            )
+            found = backend.validate_configuration(device_capability=capability, **asked._asdict())
+        if not found:
+            return size, ""
+        reason = reason or ", ".join(found)
+    return None, reason
+
+
+def _cache_dtype(vllm_config: VllmConfig) -> torch.dtype | None:
+    name = vllm_config.cache_config.cache_dtype
+    eights = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
+    return {**eights, "fp8_e5m2": torch.float8_e5m2}.get(name)
 
 
 @dataclass
-class Rows:
-    """Queries, keys and values of all tokens ``[T, heads, h]``, and who sees whom.
+class Batch:
+    """Made-up tokens ``[T, H, P]`` of all requests, in a row, and who sees whom.
 
     Attributes:
-        visible: for each request, bool ``[S + J, S + J]``.
-        query_channels, key_channels: what stands behind ``h``, ``[T, channels]``.
+        lengths: ``S + J`` of each request.
+        visible: bool ``[S + J, S + J]`` of each request.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
+    lengths: list[int]
     visible: list[torch.Tensor]
-    query_channels: torch.Tensor
-    key_channels: torch.Tensor
 
-
-def check_attention(vllm_config: VllmConfig, case: AttentionCase, backend: str) -> AttentionError:
-    """Run one backend at one padded head size; what it refuses is its reason."""
-    device = torch.device(current_platform.device_type)
-    dtype = vllm_config.model_config.dtype
-    found = _find_head_size(vllm_config, AttentionBackendEnum[backend], case, dtype)
-    if isinstance(found, str):
-        return AttentionError(case, backend, reason=found)
-    backend_class, head_size = found
-    rows = _rows(case, head_size, dtype)
-    layer = PagedLayer.build(vllm_config, backend_class, case, head_size, dtype, device)
-    try:
-        prompt, decode = layer.run(rows, len(PROMPTS), case.decode_rows)
-    finally:
-        vllm_config.compilation_config.static_forward_context.pop(layer.name)
-    expected = [
-        _softmax(rows, request, start, length, case.head_size**-0.5)
-        for request, (start, length) in enumerate(_spans(case.decode_rows))
-    ]
-    asked = case.decode_rows
-    return AttentionError(
-        case,
-        backend,
-        head_size,
-        prompt=_error(prompt, torch.cat([one[:-asked] for one in expected])),
-        decode=_error(decode, torch.cat([one[-asked:] for one in expected])),
-    )
-
-
-def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest difference; NaN is infinitely wrong."""
-    worst = float((found.float().cpu() - expected).abs().max())
-    return worst if worst == worst else float("inf")
-
-
-def _find_head_size(
-    vllm_config: VllmConfig, backend: AttentionBackendEnum, case: AttentionCase, dtype: torch.dtype
-) -> tuple[type[AttentionBackend], int] | str:
-    """Return the class and the engine's head size, or the next that it takes; else the reason."""
-    try:
-        backend_class = backend.get_class()
-    except (ImportError, OSError) as error:
-        return f"{type(error).__name__}: {error}"
-    reasons: list[str] = []
-    most = case.head_size + MOST_CHANNELS
-    for head_size in range(case.padded_size, most + 1, HEAD_SIZE_STEP):
-        selected = AttentionSelectorConfig(
-            head_size,
-            dtype,
-            vllm_config.cache_config.cache_dtype,
-            None,
-            attn_type=AttentionType.DECODER,
+    @classmethod
+    def make(cls, case: AttentionCase, padded_size: int, dtype: torch.dtype) -> Batch:
+        """Draw random heads and write what the feature has behind them."""
+        generator = torch.Generator().manual_seed(0)
+        lengths = [prompt + case.decode_rows for prompt in PROMPTS]
+        write = _write_codes if case.feature == TREE else _write_mask
+        channels_2Tc = torch.zeros(2, sum(lengths), padded_size - case.head_size)
+        parts_Nc = [list(part.split(lengths)) for part in channels_2Tc]
+        visible = write(case, parts_Nc[0], parts_Nc[1], generator)
+        behind = *channels_2Tc, torch.zeros_like(channels_2Tc[0])
+        query, key, value = (
+            torch.cat(
+                (
+                    torch.randn(len(one), heads, case.head_size, generator=generator),
+                    one.unsqueeze(1).expand(-1, heads, -1),
+                ),
+                -1,
+            ).to(dtype)
+            for one, heads in zip(behind, (case.num_heads, *2 * [case.num_kv_heads]), strict=True)
         )
-        capability: Any = current_platform.get_device_capability()
-        if capability is None:
-            # vLLM's CPU platform asks no backend; its one backend answers these two.
-            fits = backend_class.supports_head_size(head_size)
-            fits = fits and backend_class.supports_dtype(dtype)
-            found = [] if fits else ["head size or dtype not supported"]
-        else:
-            found = backend_class.validate_configuration(
-                device_capability=capability, **selected._asdict()
-            )
-        if not found:
-            return backend_class, head_size
-        reasons = reasons or found
-    return ", ".join(reasons)
+        return cls(query, key, value, lengths, visible)
+
+    def softmax(self, head_size: int, cache_dtype: torch.dtype | None) -> list[torch.Tensor]:
+        """Return fp32 attention ``[S + J, H, h]`` of each request under its mask.
+
+        Args:
+            cache_dtype: through which keys and values pass; None: as they are.
+        """
+        groups = self.query.shape[1] // self.key.shape[1]
+        cached = (
+            self.key.to(cache_dtype or self.key.dtype),
+            self.value.to(cache_dtype or self.value.dtype),
+        )
+        rows = self.query.float(), *(one.float().repeat_interleave(groups, 1) for one in cached)
+        split = (one[..., :head_size].split(self.lengths) for one in rows)
+        found = []
+        for query, key, value, visible in zip(*split, self.visible, strict=True):
+            logits = torch.einsum("qhd,khd->hqk", query, key) * head_size**-0.5
+            weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
+            found.append(torch.einsum("hqk,khd->qhd", weights, value))
+        return found
 
 
-def _rows(case: AttentionCase, padded_size: int, dtype: torch.dtype) -> Rows:
-    """Make up a batch; values are those of the layer's dtype."""
-    generator = torch.Generator().manual_seed(0)
-    total = sum(length for _, length in _spans(case.decode_rows))
-    query, key, value = (
-        torch.randn(total, heads, case.head_size, generator=generator).to(dtype)
-        for heads in (case.num_heads, case.num_kv_heads, case.num_kv_heads)
-    )
-    spare = padded_size - case.head_size
-    make = _tree_rows if case.tree is not None else _masked_rows
-    visible, query_channels, key_channels = make(case, total, spare, generator)
-    return Rows(query, key, value, visible, query_channels.to(dtype), key_channels.to(dtype))
+Channels = list[torch.Tensor]
 
 
-def _masked_rows(
-    case: AttentionCase, total: int, spare: int, generator: torch.Generator
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Hide two thirds of each prompt behind its first token, as an image's tokens are."""
-    hidden_T = torch.rand(total, generator=generator) < 2 / 3
+def _write_mask(
+    case: AttentionCase, query: Channels, key: Channels, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """Hide two thirds of each prompt behind its first token, as if they were an image's."""
     visible = []
-    for start, length in _spans(case.decode_rows):
-        hidden_T[start] = False
-        hidden_T[start + length - case.decode_rows : start + length] = False
-        seen = ~hidden_T[start : start + length]
-        visible.append(torch.ones(length, length, dtype=torch.bool).tril() & seen)
-    query_channels = torch.full((total, spare), MASK_CHANNEL)
-    key_channels = torch.zeros(total, spare)
-    key_channels[hidden_T] = -MASK_CHANNEL
-    return visible, query_channels, key_channels
+    for query_Nc, key_Nc in zip(query, key, strict=True):
+        hidden_N = torch.rand(len(key_Nc), generator=generator) < 2 / 3
+        hidden_N[0], hidden_N[-case.decode_rows :] = False, False
+        query_Nc.fill_(MASK_CHANNEL)
+        key_Nc[hidden_N] = -MASK_CHANNEL
+        visible.append(torch.ones(2 * hidden_N.shape, dtype=torch.bool).tril() & ~hidden_N)
+    return visible
 
 
-def _tree_rows(
-    case: AttentionCase, total: int, spare: int, generator: torch.Generator
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+def _write_codes(
+    case: AttentionCase, query: Channels, key: Channels, generator: torch.Generator
+) -> list[torch.Tensor]:
     """Let each request verify a tree grown from made-up logits."""
-    assert case.tree is not None
-    settings = TreeSettings.from_config(case.tree)
+    settings, visible = TreeSettings.from_config(case.tree), []
     tree = _grow(settings, case.decode_rows - 1, generator)
     tables = word_tables(settings.top_k, torch.float32, torch.device("cpu"))
     used = num_channels(settings.levels, settings.top_k)
-    channels = torch.zeros(2, total, spare)
-    visible = []
-    for request, (start, length) in enumerate(_spans(case.decode_rows)):
-        root = length - case.decode_rows
-        seen = torch.ones(length, length, dtype=torch.bool).tril()
-        seen[root:, root + 1 :] = False
-        parents = [0, *tree.parent[request].tolist()]
-        for node in range(1, case.decode_rows):
-            above = node
-            while above:
-                seen[root + node, root + above] = True
-                above = parents[above]
-        visible.append(seen)
-        for table, written in zip(tables, channels, strict=True):
-            codes = encode(tree.path[request], table)
-            written[start + root + 1 : start + length, :used] = codes
-    return visible, channels[0], channels[1]
+    for request, channels in enumerate(zip(query, key, strict=True)):
+        for table, channels_Nc in zip(tables, channels, strict=True):
+            channels_Nc[1 - case.decode_rows :, :used] = encode(tree.path[request], table)
+        length = len(query[request])
+        seen_NN = torch.ones(length, length, dtype=torch.bool).tril()
+        rows_JJ = seen_NN[-case.decode_rows :, -case.decode_rows :]
+        rows_JJ[:, 1:] = False
+        for node, parent in enumerate(tree.parent[request].tolist(), start=1):
+            rows_JJ[node, 1:] = rows_JJ[parent, 1:]
+            rows_JJ[node, node] = True
+        visible.append(seen_NN)
+    return visible
 
 
 def _grow(settings: TreeSettings, num_nodes: int, generator: torch.Generator) -> DraftTree:
-    grower, requests = TreeGrower(settings), len(PROMPTS)
-    frontier = grower.start(3 * torch.randn(requests, VOCABULARY, generator=generator))
+    grower = TreeGrower(settings)
+    frontier = grower.start(3 * torch.randn(len(PROMPTS), VOCABULARY, generator=generator))
     for _ in range(settings.depth):
         shape = (*frontier.token.shape, VOCABULARY)
-        frontier = grower.expand(3 * torch.randn(*shape, generator=generator))
+        frontier = grower.expand(3 * torch.randn(shape, generator=generator))
     return grower.finish(num_nodes)
-
-
-def _spans(decode_rows: int) -> list[tuple[int, int]]:
-    """Return each request's first token and number of tokens, decoded rows included."""
-    lengths = [prompt + decode_rows for prompt in PROMPTS]
-    return list(zip(accumulate([0, *lengths[:-1]]), lengths, strict=True))
-
-
-def _softmax(rows: Rows, request: int, start: int, length: int, scale: float) -> torch.Tensor:
-    """Return fp32 attention of one request's rows ``[S + J, H, h]`` under its mask."""
-    query, key, value = (
-        part[start : start + length].float() for part in (rows.query, rows.key, rows.value)
-    )
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    logits = torch.einsum("qhd,khd->hqk", query, key) * scale
-    weights = logits.masked_fill(~rows.visible[request], float("-inf")).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, value)
 
 
 @dataclass
 class PagedLayer:
-    """One attention layer with a KV cache of its own.
+    """One attention layer of vLLM's with a KV cache for the whole batch.
 
     Attributes:
-        layer: vLLM's `Attention`.
-        group: makes its metadata.
-        slots: KV slots of each request, ``[S + J]``.
-        block_table: ``[R, blocks]``.
+        group: makes the metadata.
+        blocks: KV blocks of each request.
     """
 
-    name: str
     layer: Any
     group: AttentionGroup
     vllm_config: VllmConfig
-    slots: list[torch.Tensor]
-    block_table: torch.Tensor
+    blocks: list[torch.Tensor]
+    block_size: int
+    device: torch.device
 
     @classmethod
     def build(
         cls,
         vllm_config: VllmConfig,
-        backend: type[AttentionBackend],
+        backend: Any,
         case: AttentionCase,
         head_size: int,
-        dtype: torch.dtype,
         device: torch.device,
     ) -> PagedLayer:
-        """Build the layer as an engine does, and a cache that holds all prompts."""
-        cache_config = vllm_config.cache_config
-        cache_config.block_size = block_size = backend.get_preferred_block_size(32)
+        """Build layer and cache as an engine does."""
+        cache_config, dtype = vllm_config.cache_config, vllm_config.model_config.dtype
+        block_size = backend.get_preferred_block_size(BLOCK_SIZE)
         layout = get_supported_kv_cache_layouts([backend])[0]
-        cache_config.kv_cache_layout = layout.name
-        name = "model.layers.0.verify.attn"
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with set_current_vllm_config(vllm_config), device:
-                layer = Attention(
-                    case.num_heads,
-                    head_size,
-                    case.head_size**-0.5,
-                    case.num_kv_heads,
-                    cache_config=cache_config,
-                    prefix=name,
-                    attn_backend=backend,
-                )
-                layer.process_weights_after_loading(dtype)
-                spec: Any = layer.get_kv_cache_spec(vllm_config)
-                group = AttentionGroup(backend, [name], spec, 0)
-                group.create_metadata_builders(vllm_config, device)
-        finally:
-            torch.set_default_dtype(before)
-        # Blocks of 0 stay empty, as in an engine.
-        counts = [-(-length // block_size) for _, length in _spans(case.decode_rows)]
-        firsts = accumulate([1, *counts[:-1]])
-        blocks = [torch.arange(first, first + n) for first, n in zip(firsts, counts, strict=True)]
-        num_blocks, page = 1 + sum(counts), spec.page_size_bytes
-        raw = torch.zeros(num_blocks * page, dtype=torch.int8, device=device)
-        tensor = KVCacheTensor(
-            size=len(raw), layers=[name], layer_stride=len(raw), block_stride=page
-        )
-        layer.bind_kv_cache(create_kv_cache_views(raw, spec, num_blocks, layout, tensor)[0])
-        places = torch.arange(block_size)
-        slots = [
-            (one.unsqueeze(1) * block_size + places).flatten()[:length]
-            for one, (_, length) in zip(blocks, _spans(case.decode_rows), strict=True)
-        ]
-        table = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True).int().to(device)
-        return cls(name, layer, group, vllm_config, slots, table)
+        cache_config.block_size, cache_config.kv_cache_layout = block_size, layout.name
+        vllm_config.compilation_config.static_forward_context.pop(_LAYER, None)
+        with set_default_torch_dtype(dtype), set_current_vllm_config(vllm_config), device:
+            layer = Attention(
+                case.num_heads,
+                head_size,
+                case.head_size**-0.5,
+                case.num_kv_heads,
+                cache_config=cache_config,
+                prefix=_LAYER,
+                attn_backend=backend,
+            )
+            layer.process_weights_after_loading(dtype)
+            spec: Any = layer.get_kv_cache_spec(vllm_config)
+            group = AttentionGroup(backend, [_LAYER], spec, 0)
+            group.create_metadata_builders(vllm_config, device)
+        counts = [-(-(prompt + case.decode_rows) // block_size) for prompt in PROMPTS]
+        # Block 0 is nobody's, as in an engine.
+        blocks = list(torch.arange(1, 1 + sum(counts)).split(counts))
+        raw = torch.zeros((1 + sum(counts)) * spec.page_size_bytes, dtype=torch.int8, device=device)
+        tensor = KVCacheTensor(len(raw), [_LAYER], len(raw), spec.page_size_bytes)
+        views = create_kv_cache_views(raw, spec, 1 + sum(counts), layout, tensor)
+        layer.bind_kv_cache(views[0])
+        return cls(layer, group, vllm_config, blocks, block_size, device)
 
-    def run(self, rows: Rows, num_requests: int, decode_rows: int) -> tuple[torch.Tensor, ...]:
-        """Store and ask all prompts, then the rows of a decode step; ``[T, H, h]`` of both."""
-        spans = _spans(decode_rows)
-        prompts = [torch.arange(start, start + n - decode_rows) for start, n in spans]
-        steps = [torch.arange(start + n - decode_rows, start + n) for start, n in spans]
-        lengths = [n for _, n in spans]
-        before = [n - decode_rows for n in lengths]
-        return (
-            self._pass(rows, prompts, [0] * num_requests, before),
-            self._pass(rows, steps, before, lengths),
-        )
-
-    def _pass(
-        self,
-        rows: Rows,
-        tokens: list[torch.Tensor],
-        computed: list[int],
-        lengths: list[int],
-    ) -> torch.Tensor:
-        device = self.block_table.device
-        counts = [len(one) for one in tokens]
-        starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+    def run(self, batch: Batch, begins: list[int], ends: list[int]) -> torch.Tensor:
+        """Store and ask with some tokens of each request; ``[T, H, P]``."""
+        spans = list(zip(begins, ends, strict=True))
+        places = [torch.arange(*span) for span in spans]
+        firsts = accumulate([0, *batch.lengths[:-1]])
+        token_T = torch.cat([first + place for first, place in zip(firsts, places, strict=True)])
         slot_T = torch.cat(
-            [one[a:b] for one, a, b in zip(self.slots, computed, lengths, strict=True)]
-        ).to(device)
-        seq_len_R = torch.tensor(lengths, dtype=torch.int32)
+            [
+                blocks[place // self.block_size] * self.block_size + place % self.block_size
+                for blocks, place in zip(self.blocks, places, strict=True)
+            ]
+        ).to(self.device)
+        counts = [end - begin for begin, end in spans]
+        starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+        seq_len_R = torch.tensor(ends, dtype=torch.int32)
         metadata = self.group.build_metadata(
             CommonAttentionMetadata(
-                query_start_loc=starts.to(device),
+                query_start_loc=starts.to(self.device),
                 query_start_loc_cpu=starts,
-                seq_lens=seq_len_R.to(device),
-                num_reqs=len(tokens),
-                num_actual_tokens=int(starts[-1]),
+                seq_lens=seq_len_R.to(self.device),
+                num_reqs=len(spans),
+                num_actual_tokens=len(token_T),
                 max_query_len=max(counts),
-                max_seq_len=max(lengths),
-                block_table_tensor=self.block_table,
+                max_seq_len=max(ends),
+                block_table_tensor=pad_sequence(self.blocks, batch_first=True)
+                .int()
+                .to(self.device),
                 slot_mapping=slot_T,
                 seq_lens_cpu_upper_bound=seq_len_R,
             )
         )
-        index_T = torch.cat(tokens)
-        no_channels = rows.key_channels.new_zeros(len(index_T), rows.key_channels.shape[1])
-        parts: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = {
-            "query": (rows.query, rows.query_channels[index_T]),
-            "key": (rows.key, rows.key_channels[index_T]),
-            "value": (rows.value, no_channels),
-        }
-        q, k, v = (
-            torch.cat([own[index_T], channels[:, None].expand(-1, own.shape[1], -1)], -1)
-            .to(device)
-            .flatten(1)
-            for own, channels in parts.values()
-        )
+        rows = (one[token_T].to(self.device) for one in (batch.query, batch.key, batch.value))
         with (
             torch.inference_mode(),
             set_current_vllm_config(self.vllm_config),
             set_forward_context(
-                {self.name: metadata},
+                {_LAYER: metadata},
                 self.vllm_config,
-                num_tokens=len(index_T),
-                slot_mapping={self.name: slot_T},
+                num_tokens=len(token_T),
+                slot_mapping={_LAYER: slot_T},
             ),
         ):
-            found = self.layer(q, k, v)
-        return found.view(len(index_T), self.layer.num_heads, -1)[..., : rows.query.shape[-1]]
+            found = self.layer(*(one.flatten(1) for one in rows))
+        return found.view(len(token_T), self.layer.num_heads, -1)

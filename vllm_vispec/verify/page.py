@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_vispec.verify.result import (
+    ALONE,
+    TREE,
     AttentionError,
     Difference,
     EngineResult,
@@ -15,7 +17,6 @@ from vllm_vispec.verify.result import (
     Layers,
     Verification,
 )
-from vllm_vispec.verify.verdict import BATCHES
 
 WIDTH = 110
 NOTHING = "-"
@@ -53,7 +54,7 @@ def _tables(found: Verification) -> Iterator[tuple[str, Row, list[Row]]]:
         head,
         [_attention(one) for one in found.attention],
     )
-    timed = [one for one in found.engines if one.timings is not None]
+    timed = [one for one in found.engines if one.timings]
     head = ("", "target step", "first draft pass", "draft step", "steps")
     yield (
         "Milliseconds of a decode step, medians, one request; timings without a verdict",
@@ -86,9 +87,8 @@ def _state(name: str, state: EngineState) -> list[Row]:
     """Return labels and cells; every engine has the same labels."""
     compiled = {key: value for key, value in state.compilation.items() if key.startswith("num_")}
     graphs = [
-        f"{one.owner} {one.mode}: {len(one.num_tokens)} of {one.num_tokens[0]} to "
-        f"{one.num_tokens[-1]} tokens"
-        for one in state.graphs
+        f"{name}: {len(sizes)}, {sizes[0]} to {sizes[-1]} tokens"
+        for name, sizes in state.graphs.items()
     ]
     return [
         ("", name),
@@ -110,7 +110,7 @@ def _layers(layers: Layers) -> str:
 
 
 def _difference(feature: str, one: Difference) -> Row:
-    gap = f"{'> ' if one.gap_is_least else ''}{one.gap:.3g}"
+    gap = NOTHING if one.gap is None else f"{one.gap:.3g}"
     places = str(one.position), str(one.expected), str(one.found)
     return feature, one.prompt, one.batch, *places, gap, "noise" if one.is_noise else "WRONG"
 
@@ -127,7 +127,7 @@ def _acceptance(engine: EngineResult) -> Row:
 
 def _attention(one: AttentionError) -> Row:
     case = one.case
-    what = f"{case.feature}: {'path codes' if case.tree is not None else 'masked positions'}"
+    what = f"{case.feature}: {'path codes' if case.feature == TREE else 'masked positions'}"
     size = f"{case.head_size} in {one.used_size or case.padded_size}"
     errors = (NOTHING if error is None else f"{error:.1e}" for error in (one.prompt, one.decode))
     note = f"not available: {one.reason}" if one.reason else one.failure or ""
@@ -135,16 +135,16 @@ def _attention(one: AttentionError) -> Row:
 
 
 def _timings(engine: EngineResult) -> Row:
+    names = "target_step", "draft_first_pass", "draft_step"
     found = engine.timings
-    assert found is not None
-    times = found.target_step, found.draft_first_pass, found.draft_step
-    cells = (NOTHING if one is None else f"{1000 * one:.2f}" for one in times)
-    return engine.name, *cells, str(found.steps)
+    cells = (f"{1000 * found[name]:.2f}" if name in found else NOTHING for name in names)
+    return engine.name, *cells, f"{found['steps']:g}"
 
 
 def _lines(found: Verification) -> Iterator[str]:
-    for name, reason in found.left_out.items():
-        yield f"left out, plain vLLM does not answer it: {name}: {reason}"
+    for name, answer in found.engines[0].answers.get(ALONE, {}).items():
+        if answer.error is not None:
+            yield f"left out, plain vLLM does not answer it: {name}: {answer.error}"
     noise = found.noise
     if noise is not None:
         yield (
@@ -158,16 +158,17 @@ def _lines(found: Verification) -> Iterator[str]:
         if engine.error is not None:
             yield f"log of {engine.name}: {engine.log}"
     for verdict in found.verdicts:
-        counts = _equal(found, found.engine(verdict.feature))
-        yield f"{verdict.feature}: {verdict.state}{counts}"
+        yield f"{verdict.feature}: {verdict.state}{_equal(found, verdict.feature)}"
         yield from (f"  {reason}" for reason in verdict.reasons)
 
 
-def _equal(found: Verification, engine: EngineResult | None) -> str:
-    if engine is None or engine.answers is None:
+def _equal(found: Verification, feature: str) -> str:
+    """Count the feature's answers, if there are any."""
+    engine = next((one for one in found.engines if one.name == feature), None)
+    if engine is None or not engine.answers:
         return ""
-    total = sum(len(engine.answers.get(batch, ())) for batch in BATCHES)
-    differing = found.differences.get(engine.name, ())
+    total = sum(len(answers) for answers in engine.answers.values())
+    differing = found.differences.get(feature, ())
     wrong = sum(not one.is_noise for one in differing)
     counts = total - len(differing), total, len(differing) - wrong, wrong
     return " ({} of {} answers equal, {} differ within noise, {} wrong)".format(*counts)

@@ -16,41 +16,36 @@ from vllm_vispec.tree.settings import TreeSettings
 from vllm_vispec.verify.causes import cause_in_log, points_at_log
 from vllm_vispec.verify.prompts import PROMPTS
 from vllm_vispec.verify.result import (
+    ALONE,
     CHAIN,
     FAILED,
     PLAIN,
     SCHEMA_VERSION,
+    TOGETHER,
     TREE,
     Acceptance,
     Answer,
+    Answers,
     AttentionCase,
     AttentionError,
     EngineResult,
     EngineState,
     Layers,
-    Timings,
     Verdict,
     Verification,
 )
-from vllm_vispec.verify.settings import MAX_TOKENS, TIMED_TOKENS, VerifySettings
-from vllm_vispec.verify.verdict import (
-    ALONE,
-    TOGETHER,
-    find_differences,
-    find_noise,
-    judge,
-    tolerance,
-)
+from vllm_vispec.verify.settings import VerifySettings
+from vllm_vispec.verify.verdict import find_differences, find_noise, judge, tolerance
 
 WORKER = "vllm_vispec.verify.worker"
-TIMED_PROMPTS = (0, 2)
+MAX_TOKENS, TIMED_TOKENS, TIMED_PROMPTS = 48, 64, (0, 2)
 MASK_CHANNELS = 8
-"""What masking adds to a draft's heads at least, in steps of which head sizes grow."""
+"""What masking adds to a draft's heads at least; head sizes grow in such steps."""
 BACKENDS = {
     "cpu": ("CPU_ATTN",),
     "cuda": ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION"),
 }
-"""Which are tried, by the name of vLLM's device; each says itself whether it can serve."""
+"""Which are tried, by vLLM's type of device; each says itself whether it can serve."""
 _CONFIG_ARGS = (
     "model",
     "dtype",
@@ -63,33 +58,27 @@ _CONFIG_ARGS = (
 )
 """What of the engine's arguments attention depends on."""
 
-Step = Callable[[str], None]
-MakeProcess = Callable[[str, Path], Any]
-
-
-class Refused(RequestFailed):
-    """vllm-vispec refuses the settings of an engine."""
-
 
 class VerifyProcess(WorkerProcess):
     """The child process of one engine, or of one attention backend; its errors are one line."""
 
     def __init__(self, name: str, log_file: Path) -> None:
         super().__init__(name, WORKER, {}, log_file)
+        self.refused = False
 
     def error(self, what: str) -> ViSpecError:
         """Name the cause, if the log has one."""
-        cause = cause_in_log(self.log_file.read_text(errors="replace"))
-        return ViSpecError(f"the engine {what}: {cause or f'see {self.log_file}'}")
+        return ViSpecError(f"the engine {what}: {self._cause() or f'see {self.log_file}'}")
 
     def failed(self, reply: Mapping[str, Any]) -> RequestFailed:
-        """Return what the child said, or the cause where vLLM says only where to look."""
-        if reply["is_refusal"]:
-            return Refused(reply["error"])
-        cause = None
-        if points_at_log(reply["error"]):
-            cause = cause_in_log(self.log_file.read_text(errors="replace"))
-        return RequestFailed(cause or reply["error"])
+        """Return what the child said, or the cause where vLLM only says that there is one."""
+        line = reply["error"]
+        cause = (points_at_log(line) and self._cause()) or line
+        self.refused = reply["is_refusal"] or cause.startswith(ViSpecError.__name__)
+        return RequestFailed(cause)
+
+    def _cause(self) -> str | None:
+        return cause_in_log(self.log_file.read_text(errors="replace"))
 
 
 @dataclass(frozen=True)
@@ -100,9 +89,9 @@ class Tools:
         step: called before each step, with what it does.
     """
 
-    make_process: MakeProcess = VerifyProcess
+    make_process: Callable[[str, Path], Any] = VerifyProcess
     machine: Callable[[], dict[str, Any]] = describe_machine
-    step: Step = lambda _: None
+    step: Callable[[str], None] = lambda _: None
 
 
 def num_steps() -> int:
@@ -124,12 +113,13 @@ def verify(
     """
     tools = tools or Tools()
     with interruptible():
-        engines = [run_engine(settings, PLAIN, range(len(PROMPTS)), output, tools)]
-        plain = engines[0]
+        plain = run_engine(settings, PLAIN, range(len(PROMPTS)), output, tools)
+        engines = [plain]
         if plain.error is None:
-            places = _answered(plain)
+            alone = plain.answers[ALONE]
+            places = [i for i, one in enumerate(PROMPTS) if alone[one.name].error is None]
             engines += [run_engine(settings, name, places, output, tools) for name in (CHAIN, TREE)]
-        attention = tuple(check_backends(settings, engines, output, tools))
+        attention = list(check_backends(settings, engines, output, tools))
     return summarise(settings, engines, attention, command, tools.machine())
 
 
@@ -142,69 +132,53 @@ def run_engine(
         name: plain, chain or tree.
         places: of the prompts.
     """
-    log = _log(output, name)
-    found: dict[str, Any] = {}
-    try:
-        with tools.make_process(name, log) as process:
+    log, found = _log(output, name), dict[str, Any]()
+    with tools.make_process(name, log) as process:
+        try:
             tools.step(f"{name}: start")
-            engine = settings.engine_args(name)
-            reply = process.request({"do": "start", "engine": engine})
+            reply = process.request({"do": "start", "engine": settings.engine_args(name)})
             found["state"] = EngineState.from_json(reply["state"])
-            found["answers"] = _answers(process, name, places, tools.step)
+            found["answers"] = _answers(process, name, places, tools)
             if name != PLAIN:
                 reply = process.request({"do": "acceptance"})
                 found["acceptance"] = Acceptance.from_json(reply["acceptance"])
             tools.step(f"{name}: timings")
             process.request({"do": "watch"})
-            for place in TIMED_PROMPTS:
-                if place in places:
-                    process.request(_ask([place], TIMED_TOKENS))
+            for place in set(TIMED_PROMPTS).intersection(places):
+                process.request(_ask([place], TIMED_TOKENS))
             passes = settings.num_draft_passes(name)
-            reply = process.request({"do": "timings", "num_draft_passes": passes})
-            found["timings"] = Timings.from_json(reply["timings"])
-    except ViSpecError as error:
-        found |= {"error": str(error), "is_refusal": isinstance(error, Refused)}
+            found |= process.request({"do": "timings", "num_draft_passes": passes})
+        except ViSpecError as error:
+            found |= {"error": str(error), "is_refusal": process.refused}
     return EngineResult(name, str(log), **found)
 
 
-def _answers(
-    process: Any, name: str, places: Sequence[int], step: Step
-) -> dict[str, dict[str, Answer]]:
-    """Ask prompts one by one, then all together; plain vLLM's logprobs are kept."""
+def _answers(process: Any, name: str, places: Sequence[int], tools: Tools) -> Answers:
+    """Ask prompts one by one, then all together."""
     alone: dict[str, Answer] = {}
-    answered = []
     for place in places:
-        step(f"{name}: {PROMPTS[place].name}")
+        prompt = PROMPTS[place].name
+        tools.step(f"{name}: {prompt}")
         try:
             reply = process.request(_ask([place], MAX_TOKENS, logprobs=name == PLAIN))
+            alone[prompt] = Answer.from_json(reply["answers"][0])
         except RequestFailed as error:
-            alone[PROMPTS[place].name] = Answer(error=str(error))
-            continue
-        alone[PROMPTS[place].name] = Answer.from_json(reply["answers"][0])
-        answered.append(place)
+            alone[prompt] = Answer(error=str(error))
+    answered = [place for place in places if alone[PROMPTS[place].name].error is None]
     if not answered:
         raise ViSpecError(f"no prompt was answered: {next(iter(alone.values())).error}")
-    step(f"{name}: all together")
+    tools.step(f"{name}: all together")
     reply = process.request(_ask(answered, MAX_TOKENS, logprobs=name == PLAIN))
+    names = (PROMPTS[place].name for place in answered)
     together = {
-        PROMPTS[place].name: Answer.from_json(answer)
-        for place, answer in zip(answered, reply["answers"], strict=True)
+        prompt: Answer.from_json(one) for prompt, one in zip(names, reply["answers"], strict=True)
     }
     return {ALONE: alone, TOGETHER: together}
 
 
 def _ask(places: Sequence[int], max_tokens: int, logprobs: bool = False) -> dict[str, Any]:
-    return {
-        "do": "ask",
-        "prompts": list(places),
-        "max_tokens": max_tokens,
-        "logprobs": logprobs,
-    }
-
-
-def _answered(plain: EngineResult) -> list[int]:
-    alone = (plain.answers or {})[ALONE]
-    return [place for place, prompt in enumerate(PROMPTS) if alone[prompt.name].error is None]
+    asked = {"prompts": list(places), "max_tokens": max_tokens, "logprobs": logprobs}
+    return {"do": "ask", **asked}
 
 
 def _log(output: Path, name: str) -> Path:
@@ -221,57 +195,46 @@ def attention_cases(
     plain = states[PLAIN].target[0]
     chain = states[CHAIN].draft[0] if CHAIN in states else _padded(plain, MASK_CHANNELS)
     if chain.padded_size > chain.head_size:
-        yield _case(CHAIN, chain, 1)
+        yield _case(CHAIN, chain, 1, {})
     tree = TreeSettings.from_config(settings.tree)
-    channels = num_channels(tree.levels, tree.top_k)
+    channels = num_channels(tree.levels, tree.width)
     if channels:
         target = states[TREE].target[0] if TREE in states else _padded(plain, channels)
         yield _case(TREE, target, settings.tree_nodes + 1, settings.tree)
 
 
 def _padded(layers: Layers, channels: int) -> Layers:
-    step = MASK_CHANNELS
-    return replace(layers, padded_size=-(-(layers.head_size + channels) // step) * step)
+    steps = -(-(layers.head_size + channels) // MASK_CHANNELS)
+    return replace(layers, padded_size=steps * MASK_CHANNELS)
 
 
-def _case(
-    feature: str, layers: Layers, decode_rows: int, tree: dict[str, Any] | None = None
-) -> AttentionCase:
-    return AttentionCase(
-        feature,
-        layers.head_size,
-        layers.padded_size,
-        layers.num_heads,
-        layers.num_kv_heads,
-        decode_rows,
-        tree,
-    )
+def _case(feature: str, layers: Layers, rows: int, tree: dict[str, Any]) -> AttentionCase:
+    sizes = layers.head_size, layers.padded_size, layers.num_heads, layers.num_kv_heads
+    return AttentionCase(feature, *sizes, rows, tree)
 
 
 def check_backends(
     settings: VerifySettings, engines: Sequence[EngineResult], output: Path, tools: Tools
 ) -> Iterator[AttentionError]:
-    """Yield the errors of every backend, each in a process of its own: some end theirs."""
-    cases = list(attention_cases(settings, engines))
-    if not cases:
+    """Yield the errors of every backend, each in a process of its own, which it may end."""
+    waiting = list(attention_cases(settings, engines))
+    if not waiting:
         return
-    state = engines[0].state
-    assert state is not None
+    assert engines[0].state is not None
     args = settings.engine_args(PLAIN)
-    config = {"do": "configure", "engine": {k: args[k] for k in _CONFIG_ARGS if k in args}}
-    for backend in BACKENDS.get(state.device_type, ()):
+    config = {name: args[name] for name in _CONFIG_ARGS if name in args}
+    for backend in BACKENDS.get(engines[0].state.device_type, ()):
         tools.step(f"attention: {backend}")
-        waiting = list(cases)
-        try:
-            with tools.make_process(backend, _log(output, f"attention-{backend}")) as process:
-                process.request(config)
-                while waiting:
-                    asked = {"do": "attention", "case": waiting[0].to_json(), "backend": backend}
+        cases = list(waiting)
+        with tools.make_process(backend, _log(output, f"attention-{backend}")) as process:
+            try:
+                process.request({"do": "configure", "engine": config})
+                while cases:
+                    asked = {"do": "attention", "case": cases[0].to_json(), "backend": backend}
                     yield AttentionError.from_json(process.request(asked)["attention"])
-                    waiting.pop(0)
-        except ViSpecError as error:
-            for case in waiting:
-                yield AttentionError(case, backend, failure=str(error))
+                    cases.pop(0)
+            except ViSpecError as error:
+                yield from (AttentionError(case, backend, failure=str(error)) for case in cases)
 
 
 def summarise(
@@ -283,33 +246,39 @@ def summarise(
 ) -> Verification:
     """Compare and judge."""
     plain, others = engines[0], engines[1:]
-    dtype = plain.state.dtype if plain.state is not None else "bfloat16"
+    dtype = plain.state.dtype if plain.state is not None else ""
     allowed = tolerance(dtype, str(settings.engine.get("kv_cache_dtype", "auto")))
-    noise, differences = None, {}
-    if plain.error is None and plain.answers is not None:
-        noise = find_noise(plain.answers, dtype)
-        differences = {
-            one.name: tuple(find_differences(plain.answers, one.answers or {}, noise))
-            for one in others
-        }
+    noise = find_noise(plain.answers, dtype) if plain.answers else None
+    differences = {
+        one.name: tuple(find_differences(plain.answers, one.answers, noise))
+        for one in others
+        if noise is not None
+    }
     verdicts = [
         judge(one, differences[one.name], attention, allowed, settings.is_shipped_pair)
         for one in others
-    ] or [
-        Verdict(name, FAILED, (f"plain vLLM does not start: {plain.error}",))
-        for name in (CHAIN, TREE)
     ]
-    alone = (plain.answers or {}).get(ALONE, {})
+    if not others:
+        reason = f"plain vLLM: {plain.error}"
+        verdicts = [Verdict(name, FAILED, (reason,)) for name in (CHAIN, TREE)]
     return Verification(
         SCHEMA_VERSION,
         command,
         machine,
         settings.to_json(),
-        tuple(engines),
-        {name: answer.error for name, answer in alone.items() if answer.error is not None},
+        (_without_logprobs(plain), *others),
         noise,
         differences,
         tuple(attention),
         allowed,
         tuple(verdicts),
     )
+
+
+def _without_logprobs(plain: EngineResult) -> EngineResult:
+    """Leave out what was only there to be compared."""
+    answers = {
+        batch: {name: replace(one, top=()) for name, one in many.items()}
+        for batch, many in plain.answers.items()
+    }
+    return replace(plain, answers=answers)

@@ -15,7 +15,6 @@ from vllm_vispec.verify.result import CHAIN, PLAIN, TREE
 _CHECKPOINTS = Path(__file__).resolve().parents[2] / "examples" / "tiny_vlm" / "checkpoints"
 SHIPPED_PAIR = str(_CHECKPOINTS / "target"), str(_CHECKPOINTS / "vispec_head")
 TREE_NODES = 29
-MAX_TOKENS, TIMED_TOKENS = 48, 64
 _OURS = ("model", "speculative_config", "worker_extension_cls", "disable_log_stats")
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from vllm_vispec.verify.result import (
-    CHAIN,
+    ALONE,
+    BATCHES,
     FAILED,
     PASSED,
     REFUSED,
+    TOGETHER,
+    TREE,
     Answer,
+    Answers,
     AttentionError,
     Difference,
     EngineResult,
@@ -17,82 +21,65 @@ from vllm_vispec.verify.result import (
     Verdict,
 )
 
-ALONE, TOGETHER = "alone", "together"
-BATCHES = (ALONE, TOGETHER)
-_EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-_LOGIT = 16.0
-"""Two logits of this size, each off by one rounding step, move their gap by `Noise.rounding`."""
+EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 TOLERANCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 3e-2}
-"""Largest error of an attention backend, of outputs of about 3; float32 leaves room for TF32."""
+"""Largest error of attention, whose outputs here reach 4; float32 leaves room for TF32."""
 QUANTIZED_TOLERANCE = 0.25
 FEWEST_DRAFTS = 20
 SHIPPED_FIRST_TOKEN = {"chain": 0.55, "tree": 0.8}
 """Least share of first draft tokens accepted of the shipped pair; on a CPU 0.70 and 0.95."""
-
-Answers = Mapping[str, Mapping[str, Answer]]
+_LIKE_THE_TARGET = ("auto", *TOLERANCE)
 
 
 def tolerance(dtype: str, kv_cache_dtype: str) -> float:
-    """Return what an attention backend may be off by."""
-    quantized = kv_cache_dtype not in ("auto", *TOLERANCE)
-    return QUANTIZED_TOLERANCE if quantized else TOLERANCE.get(dtype, TOLERANCE["bfloat16"])
+    """Return what attention may be off by."""
+    is_quantized = kv_cache_dtype not in _LIKE_THE_TARGET
+    return QUANTIZED_TOLERANCE if is_quantized else TOLERANCE.get(dtype, TOLERANCE["bfloat16"])
 
 
 def find_noise(plain: Answers, dtype: str) -> Noise:
-    """Compare plain vLLM's answers to prompts alone and together, as far as they agree."""
+    """Compare plain vLLM's answers alone and together, as far as they agree."""
     measured, differing = 0.0, 0
-    for name, alone in plain[ALONE].items():
-        together = plain[TOGETHER].get(name)
-        if together is None:
-            continue
-        same = _first_difference(alone.token_ids, together.token_ids)
-        differing += same is not None
-        last = len(alone.top) if same is None else same + 1
-        for one, other in zip(alone.top[:last], together.top[:last], strict=False):
+    for name, together in plain[TOGETHER].items():
+        alone = plain[ALONE][name]
+        place = _first_difference(alone.token_ids, together.token_ids)
+        differing += place is not None
+        last = len(alone.top) if place is None else place + 1
+        for one, other in zip(alone.top[:last], together.top, strict=False):
             first, second = sorted(one, key=one.__getitem__, reverse=True)[:2]
             if first in other and second in other:
                 change = (one[first] - one[second]) - (other[first] - other[second])
                 measured = max(measured, abs(change))
-    epsilon = _EPSILON.get(dtype, _EPSILON["bfloat16"])
-    return Noise(measured, 2 * _LOGIT * epsilon, differing)
+    return Noise(measured, 2 * 16.0 * EPSILON.get(dtype, EPSILON["bfloat16"]), differing)
 
 
 def find_differences(plain: Answers, other: Answers, noise: Noise) -> Iterator[Difference]:
     """Yield where a speculative engine's answers first differ from plain vLLM's."""
     for batch in BATCHES:
-        for name, expected in plain[batch].items():
-            found = other.get(batch, {}).get(name)
-            if found is None or found.error is not None:
+        for name, found in other.get(batch, {}).items():
+            expected = plain[batch].get(name)
+            if expected is None or found.error is not None:
                 continue
-            position = _first_difference(expected.token_ids, found.token_ids)
-            if position is not None:
-                yield _difference(name, batch, position, expected, found, noise)
+            place = _first_difference(expected.token_ids, found.token_ids)
+            if place is not None:
+                tokens = _token(expected, place), _token(found, place)
+                gap = _gap(expected.top[place] if place < len(expected.top) else {}, *tokens)
+                is_noise = gap is not None and gap <= noise.limit
+                yield Difference(name, batch, place, *tokens, gap, is_noise)
 
 
-def _difference(
-    name: str, batch: str, position: int, expected: Answer, found: Answer, noise: Noise
-) -> Difference:
-    tokens = _token(expected, position), _token(found, position)
-    # Where one answer ends the other goes on, and there are no logprobs to look up.
-    top = expected.top[position] if position < len(expected.top) else {}
-    own, other = top.get(tokens[0]), top.get(tokens[1])
-    if own is None:
-        gap, is_least = float("inf"), False
-    else:
-        gap = own - (min(top.values()) if other is None else other)
-        is_least = other is None
-    is_noise = not is_least and gap <= noise.limit
-    return Difference(name, batch, position, *tokens, gap, is_least, is_noise)
+def _gap(top: Mapping[int, float], expected: int, found: int) -> float | None:
+    return top[expected] - top[found] if expected in top and found in top else None
 
 
-def _token(answer: Answer, position: int) -> int:
-    return answer.token_ids[position] if position < len(answer.token_ids) else -1
+def _token(answer: Answer, place: int) -> int:
+    return answer.token_ids[place] if place < len(answer.token_ids) else -1
 
 
 def _first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    pairs = zip(one, other, strict=False)
-    found = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
-    return min(len(one), len(other)) if found is None and len(one) != len(other) else found
+    pairs = enumerate(zip(one, other, strict=False))
+    behind = min(len(one), len(other)) if len(one) != len(other) else None
+    return next((place for place, (a, b) in pairs if a != b), behind)
 
 
 def judge(
@@ -102,56 +89,53 @@ def judge(
     allowed: float,
     is_shipped_pair: bool = False,
 ) -> Verdict:
-    """Return the verdict on a feature.
+    """Return the verdict on a chain or tree; a tree that is refused has not failed.
 
-    It fails if its engine does not start or does not answer; if an answer differs where plain
-    vLLM's gap is larger than its noise; if none of the draft tokens is accepted (of the shipped
-    pair's first ones: too few); or if a backend's attention is wrong. A tree may be refused.
+    It fails if
 
-    Args:
-        engine: the feature's.
-        attention: all errors; those of other features are passed over.
-        allowed: the largest error.
+    - its engine does not start, or does not answer a prompt that plain vLLM answers;
+    - a token differs from plain vLLM's where plain vLLM's gap between the two is above its noise;
+    - no draft token at all is accepted, or too few first ones of the shipped pair;
+    - a backend's attention, asked for what the feature needs, is off by more than ``allowed``, or
+      fails although the engine uses it.
     """
-    if engine.is_refusal and engine.name != CHAIN:
-        return Verdict(engine.name, REFUSED, (engine.error or "",))
-    reasons = [] if engine.error is None else [engine.error]
-    reasons += _wrong_tokens(differences)
-    reasons += _unanswered(engine)
-    reasons += _acceptance(engine, is_shipped_pair)
-    reasons += _attention(engine, attention, allowed)
+    if engine.is_refusal and engine.name == TREE:
+        return Verdict(engine.name, REFUSED, (str(engine.error),))
+    reasons = [
+        *([] if engine.error is None else [engine.error]),
+        *_unanswered(engine),
+        *_wrong_tokens(differences),
+        *_acceptance(engine, is_shipped_pair),
+        *_attention(engine, attention, allowed),
+    ]
     return Verdict(engine.name, FAILED if reasons else PASSED, tuple(reasons))
+
+
+def _unanswered(engine: EngineResult) -> Iterator[str]:
+    for name, answer in engine.answers.get(ALONE, {}).items():
+        if answer.error is not None:
+            yield f"no answer: {name}: {answer.error}"
 
 
 def _wrong_tokens(differences: Sequence[Difference]) -> Iterator[str]:
     for one in differences:
         if not one.is_noise:
+            gap = "much likelier" if one.gap is None else f"likelier by {one.gap:.3g}"
             yield (
                 f"wrong token: {one.prompt} ({one.batch}), position {one.position}: {one.found} "
-                f"instead of {one.expected}, which plain vLLM holds likelier by "
-                f"{'more than ' if one.gap_is_least else ''}{one.gap:.3g}"
+                f"instead of {one.expected}, which plain vLLM holds {gap}"
             )
-
-
-def _unanswered(engine: EngineResult) -> Iterator[str]:
-    for batch, answers in (engine.answers or {}).items():
-        for name, answer in answers.items():
-            if answer.error is not None:
-                yield f"no answer: {name} ({batch}): {answer.error}"
 
 
 def _acceptance(engine: EngineResult, is_shipped_pair: bool) -> Iterator[str]:
     found = engine.acceptance
     if found is None or found.num_drafts < FEWEST_DRAFTS:
         return
-    first = found.rate_per_pos[0] if found.rate_per_pos else 0.0
+    first, least = found.rate_per_pos[0], SHIPPED_FIRST_TOKEN[engine.name]
     if found.num_accepted_tokens == 0:
         yield f"acceptance: none of {found.num_draft_tokens} draft tokens was accepted"
-    elif is_shipped_pair and first < (least := SHIPPED_FIRST_TOKEN[engine.name]):
-        yield (
-            f"acceptance: {first:.2f} of the first draft tokens, less than {least}, which the "
-            "shipped pair reaches on a CPU"
-        )
+    elif is_shipped_pair and first < least:
+        yield f"acceptance: {first:.2f} of first draft tokens; the shipped pair reaches {least}"
 
 
 def _attention(
@@ -162,7 +146,7 @@ def _attention(
     for one in attention:
         if one.case.feature != engine.name:
             continue
-        if not one.worst <= allowed:
+        if one.worst > allowed:
             yield (
                 f"attention: {one.backend} with heads of {one.used_size} is off by "
                 f"{one.worst:.2g}, more than {allowed:g}"

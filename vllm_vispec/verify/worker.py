@@ -1,20 +1,21 @@
-"""The child process of `vispec verify`: one engine that answers, or the attention backends."""
+"""The child process of `vispec verify`: one engine that answers, or one attention backend."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from vllm_vispec.bench.worker_process import serve_requests
-from vllm_vispec.verify.causes import first_line, is_refusal
+from vllm_vispec.errors import ViSpecError
+from vllm_vispec.verify.causes import first_line
 from vllm_vispec.verify.prompts import PROMPTS
 from vllm_vispec.verify.result import Acceptance, Answer, AttentionCase, AttentionError
 
 EXTENSION = "vllm_vispec.verify.worker_extension.VerifyWorker"
-TOP = 5
-_COUNTERS = "vllm:spec_decode_num_"
+TOP = 20
+"""Logprobs that are kept; vLLM's default limit."""
 
 Request = Mapping[str, Any]
 
@@ -29,9 +30,6 @@ class Worker:
         """Start an engine with keyword arguments of `vllm.LLM`; return its state."""
         from vllm import LLM
 
-        from vllm_vispec.plugin import register
-
-        register()
         self.llm = LLM(**request["engine"], worker_extension_cls=EXTENSION, disable_log_stats=False)
         return {"state": self.llm.collective_rpc("vispec_state")[0]}
 
@@ -50,16 +48,13 @@ class Worker:
 
     def acceptance(self, _: Request) -> dict[str, Any]:
         """Return vLLM's counters."""
-        values = {metric.name: metric for metric in self.llm.get_metrics()}
-
-        def value(name: str, attribute: str = "value") -> Any:
-            return getattr(values[_COUNTERS + name], attribute)
-
+        metrics = {
+            one.name.removeprefix("vllm:spec_decode_"): one for one in self.llm.get_metrics()
+        }
+        names = "num_drafts", "num_draft_tokens", "num_accepted_tokens"
         found = Acceptance(
-            num_drafts=value("drafts"),
-            num_draft_tokens=value("draft_tokens"),
-            num_accepted_tokens=value("accepted_tokens"),
-            num_accepted_tokens_per_pos=tuple(value("accepted_tokens_per_pos", "values")),
+            **{name: metrics[name].value for name in names},
+            num_accepted_tokens_per_pos=tuple(metrics["num_accepted_tokens_per_pos"].values),
         )
         return {"acceptance": found.to_json()}
 
@@ -77,9 +72,6 @@ class Worker:
         """Make the configuration of an engine without starting it."""
         from vllm.engine.arg_utils import EngineArgs
 
-        from vllm_vispec.plugin import register
-
-        register()
         self.vllm_config = EngineArgs(**request["engine"]).create_engine_config()
         return {}
 
@@ -101,33 +93,33 @@ class Worker:
             return ACTIONS[request["do"]](self, request)
         except Exception as error:
             traceback.print_exc()
-            return {"error": first_line(error), "is_refusal": is_refusal(error)}
+            return {"error": first_line(error), "is_refusal": isinstance(error, ViSpecError)}
 
 
+_METHODS = (
+    Worker.start,
+    Worker.ask,
+    Worker.acceptance,
+    Worker.watch,
+    Worker.timings,
+    Worker.configure,
+    Worker.attention,
+)
 ACTIONS: Mapping[str, Callable[[Worker, Request], dict[str, Any]]] = MappingProxyType(
-    {
-        action.__name__: action
-        for action in (
-            Worker.start,
-            Worker.ask,
-            Worker.acceptance,
-            Worker.watch,
-            Worker.timings,
-            Worker.configure,
-            Worker.attention,
-        )
-    }
+    {method.__name__: method for method in _METHODS}
 )
 
 
 def _answer(output: Any) -> Answer:
-    rows: Sequence[Any] = output.logprobs or ()
-    top = tuple({token: found.logprob for token, found in row.items()} for row in rows)
-    return Answer(tuple(output.token_ids), top)
+    top = ({token: one.logprob for token, one in row.items()} for row in output.logprobs or ())
+    return Answer(tuple(output.token_ids), tuple(top))
 
 
 def main() -> None:
     """Answer until stdin ends."""
+    from vllm_vispec.plugin import register
+
+    register()
     worker = Worker()
     serve_requests(worker.answer)
     if worker.llm is not None:

@@ -1,12 +1,9 @@
-"""What `vispec verify` asks of vLLM's workers (`worker_extension_cls`); plain data only.
-
-Read from the worker's state, with both runners and wherever the worker's process is.
-"""
+"""What `vispec verify` asks of vLLM's workers (`worker_extension_cls`), of both model runners."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -17,7 +14,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
 from vllm_vispec.bench.profile.spans import wall_time
-from vllm_vispec.verify.result import EngineState, Graphs, Layers
+from vllm_vispec.verify.result import EngineState, Layers
 
 _FIRST_PASS_ENDS = {"drafter": "_sample_draft_tokens", "speculator": "on_prefill_end"}
 """Where the V1 and the V2 runner keep what drafts, and what that calls right behind its first pass,
@@ -27,7 +24,7 @@ _MANAGERS = {
     "prefill_cudagraph_manager": "draft's first pass",
     "decode_cudagraph_manager": "draft steps",
 }
-"""The V2 runner's and its speculator's attributes that hold full graphs."""
+"""Attributes of the V2 runner and its speculator that hold full graphs."""
 
 
 class VerifyWorker:
@@ -39,33 +36,36 @@ class VerifyWorker:
     def vispec_state(self) -> dict[str, Any]:
         """Return an `EngineState` as plain data."""
         config, runner = self.vllm_config, self.model_runner
-        draft, compilation = _draft_of(runner), config.compilation_config
-        capability = current_platform.get_device_capability()
-        state = EngineState(
+        compilation, capability = (
+            config.compilation_config,
+            current_platform.get_device_capability(),
+        )
+        drafts = (getattr(runner, name, None) for name in _FIRST_PASS_ENDS)
+        draft = next((one for one in drafts if one is not None), None)
+        return EngineState(
             runner="V2" if config.use_v2_model_runner else "V1",
             device_type=current_platform.device_type,
             device=current_platform.get_device_name(),
             capability=capability.as_version_str() if capability else "none",
             dtype=str(config.model_config.dtype).removeprefix("torch."),
             target=_layers(config, runner.get_model()),
-            draft=_layers(config, getattr(draft, "model", None)),
+            draft=_layers(config, draft.model) if draft is not None else (),
             compilation={
                 "mode": compilation.mode.name,
                 "backend": compilation.backend or "none",
                 **{name: count for name, count in vars(compilation_counter).items() if count},
             },
             cudagraph_mode=compilation.cudagraph_mode.name,
-            graphs=tuple(_graphs(runner, draft)),
-        )
-        return state.to_json()
+            graphs=_graphs(runner, draft),
+        ).to_json()
 
     def vispec_watch(self) -> None:
         """Begin to time decode steps; the device is waited for from now on."""
         self._vispec_steps = StepTimes()
         self._vispec_steps.watch(self.model_runner)
 
-    def vispec_timings(self, num_draft_passes: int) -> dict[str, Any]:
-        """Return medians since `vispec_watch`, as `Timings` has them."""
+    def vispec_timings(self, num_draft_passes: int) -> dict[str, float]:
+        """Return `EngineResult.timings` since `vispec_watch`."""
         return self._vispec_steps.medians(num_draft_passes)
 
 
@@ -86,9 +86,9 @@ class StepTimes:
                 _wrap(draft, "propose", self._propose)
                 _wrap(draft, first_pass_end, self._end_first_pass)
 
-    def medians(self, num_draft_passes: int) -> dict[str, Any]:
-        """Return medians; a draft's passes behind the first one share their time."""
-        found: dict[str, Any] = {name: median(times) for name, times in self._seconds.items()}
+    def medians(self, num_draft_passes: int) -> dict[str, float]:
+        """Return medians; the passes behind a draft's first one share their time."""
+        found = {name: median(times) for name, times in self._seconds.items()}
         behind = found.pop("behind_first_pass", None)
         if behind is not None and num_draft_passes > 1:
             found["draft_step"] = behind / (num_draft_passes - 1)
@@ -128,49 +128,40 @@ def _wrap(owner: Any, name: str, timed: Callable[..., Any]) -> None:
     setattr(owner, name, lambda *args, **kwargs: timed(original, *args, **kwargs))
 
 
-def _draft_of(runner: Any) -> Any:
-    return next((one for name in _FIRST_PASS_ENDS if (one := getattr(runner, name, None))), None)
-
-
 def _layers(vllm_config: Any, model: Any) -> tuple[Layers, ...]:
-    """Count a model's attention layers; a module around a layer knows its unpadded head size."""
+    """Count a model's attention layers; the module around a layer knows its unpadded head size."""
     found: Counter[Layers] = Counter()
-    for parent in model.modules() if model is not None else ():
+    for parent in model.modules():
         for layer in parent.children():
             if isinstance(layer, Attention):
                 spec: Any = layer.get_kv_cache_spec(vllm_config)
                 holds = str(getattr(layer.kv_cache, "dtype", "")).removeprefix("torch.")
                 head_size = getattr(parent, "head_dim", layer.head_size)
-                found[
-                    Layers(
-                        count=1,
-                        backend=layer.attn_backend.get_name(),
-                        head_size=head_size,
-                        padded_size=getattr(spec, "head_size", head_size),
-                        num_heads=layer.num_heads,
-                        num_kv_heads=layer.num_kv_heads,
-                        kv_cache_dtype=f"{layer.kv_cache_dtype} ({holds})",
-                    )
-                ] += 1
-    return tuple(replace(layers, count=count) for layers, count in found.items())
+                kind = Layers(
+                    count=1,
+                    backend=layer.attn_backend.get_name(),
+                    head_size=head_size,
+                    padded_size=getattr(spec, "head_size", head_size),
+                    num_heads=layer.num_heads,
+                    num_kv_heads=layer.num_kv_heads,
+                    kv_cache_dtype=f"{layer.kv_cache_dtype} ({holds})",
+                )
+                found[kind] += 1
+    return tuple(replace(kind, count=count) for kind, count in found.items())
 
 
-def _graphs(runner: Any, draft: Any) -> Iterator[Graphs]:
-    """Yield the V2 runner's full graphs, and those inside of vLLM's wrappers."""
+def _graphs(runner: Any, draft: Any) -> dict[str, tuple[int, ...]]:
+    """Return sizes of the V2 runner's full graphs, and of those inside of vLLM's wrappers."""
+    found: defaultdict[str, set[int]] = defaultdict(set)
     for owner in (runner, draft):
         for name, what in _MANAGERS.items():
-            captured = getattr(getattr(owner, name, None), "graphs", None) or {}
-            if captured:
-                yield Graphs(what, "FULL", tuple(sorted({one.num_tokens for one in captured})))
-    models = {
-        id(getattr(runner, "model", None)): "target",
-        id(getattr(draft, "model", None)): "draft",
-    }
-    sizes: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+            for batch in getattr(getattr(owner, name, None), "graphs", None) or ():
+                found[f"{what}, FULL"].add(batch.num_tokens)
     for wrapper in CUDAGraphWrapper._all_instances:
-        key = models.get(id(wrapper), "compiled pieces"), wrapper.runtime_mode.name
+        models = {"target": runner, "draft": draft}.items()
+        owners = (name for name, one in models if getattr(one, "model", None) is wrapper)
+        key = f"{next(owners, 'compiled pieces')}, {wrapper.runtime_mode.name}"
         for batch, entry in wrapper.concrete_cudagraph_entries.items():
             if entry.cudagraph is not None:
-                sizes[key].add(batch.num_tokens)
-    for (what, mode), tokens in sizes.items():
-        yield Graphs(what, mode, tuple(sorted(tokens)))
+                found[key].add(batch.num_tokens)
+    return {name: tuple(sorted(sizes)) for name, sizes in found.items()}
