@@ -28,6 +28,8 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import KVCacheTensor, create_kv_cache_views
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_vispec.engine import attention_scratch
+from vllm_vispec.engine.padded_heads import MAX_EXTRA_CHANNELS, BackendFinder
 from vllm_vispec.engine.row_table import MASK_CHANNEL
 from vllm_vispec.tree.codes import encode, num_channels, word_tables
 from vllm_vispec.tree.grow import DraftTree, TreeGrower
@@ -37,8 +39,7 @@ from vllm_vispec.verify.result import TREE, AttentionCase, AttentionError
 # Twenty requests, so that kernels which split a sequence fill their scratch; prompts on both sides
 # of blocks' borders.
 PROMPTS = tuple(range(33, 253, 11))
-HEAD_SIZE_STEP, MOST_CHANNELS, VOCABULARY = 8, 256, 64
-BLOCK_SIZE, WORST = 32, 1e9
+VOCABULARY, BLOCK_SIZE, WORST = 64, 32, 1e9
 _LAYER = "model.layers.0.verify.attn"
 
 
@@ -47,7 +48,8 @@ def check_attention(vllm_config: VllmConfig, case: AttentionCase, backend: str) 
     device = torch.device(current_platform.device_type)
     try:
         backend_class = AttentionBackendEnum[backend].get_class()
-        size, reason = _find_head_size(vllm_config, backend_class, case)
+        with set_current_vllm_config(vllm_config):
+            size, reason = _find_head_size(vllm_config, backend_class, case)
     except (ImportError, OSError) as error:
         return AttentionError(case, backend, reason=f"{type(error).__name__}: {error}")
     if size is None:
@@ -78,22 +80,24 @@ def _find_head_size(
 ) -> tuple[int | None, str]:
     """Return the engine's head size or the next that the backend serves; else why none."""
     dtype, cache_dtype = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
+    finder = BackendFinder(dtype, cache_dtype, {}, given=backend)
+    # A CPU has none; vLLM's platform asks its one backend nothing.
     capability = current_platform.get_device_capability()
-    reason = ""
-    for size in range(case.padded_size, case.head_size + MOST_CHANNELS, HEAD_SIZE_STEP):
-        if capability is None:
-            # vLLM's CPU platform asks its one backend nothing.
-            fits = backend.supports_head_size(size) and backend.supports_dtype(dtype)
-            found = [] if fits else ["head size or dtype not supported"]
-        else:
-            asked = AttentionSelectorConfig(
-                size, dtype, cache_dtype, None, attn_type=AttentionType.DECODER
-            )
-            found = backend.validate_configuration(device_capability=capability, **asked._asdict())
-        if not found:
+    reasons: list[str] = []
+    first = -(-case.padded_size // finder.step) * finder.step
+    for size in range(first, case.head_size + MAX_EXTRA_CHANNELS + 1, finder.step):
+        asked = AttentionSelectorConfig(
+            size, dtype, cache_dtype, None, attn_type=AttentionType.DECODER
+        )
+        found: list[str] = (
+            backend.validate_configuration(device_capability=capability, **asked._asdict())
+            if capability is not None
+            else []
+        )
+        if not found and finder.find(size) is not None:
             return size, ""
-        reason = reason or ", ".join(found)
-    return None, reason
+        reasons = reasons or found
+    return None, ", ".join(reasons) or "serves no such head size, dtype or cache"
 
 
 def _cache_dtype(vllm_config: VllmConfig) -> torch.dtype | None:
@@ -234,10 +238,17 @@ class PagedLayer:
         device: torch.device,
     ) -> PagedLayer:
         """Build layer and cache as an engine does."""
+        if not current_platform.is_cpu():
+            attention_scratch.install()
+            attention_scratch.install_for(backend)
         cache_config, dtype = vllm_config.cache_config, vllm_config.model_config.dtype
         block_size = backend.get_preferred_block_size(BLOCK_SIZE)
-        layout = get_supported_kv_cache_layouts([backend])[0]
+        counts = [-(-(prompt + case.decode_rows) // block_size) for prompt in PROMPTS]
+        # Block 0 is nobody's, as in an engine.
+        blocks = list(torch.arange(1, 1 + sum(counts)).split(counts))
+        num_blocks, layout = 1 + sum(counts), get_supported_kv_cache_layouts([backend])[0]
         cache_config.block_size, cache_config.kv_cache_layout = block_size, layout.name
+        cache_config.num_gpu_blocks = num_blocks
         vllm_config.compilation_config.static_forward_context.pop(_LAYER, None)
         with set_default_torch_dtype(dtype), set_current_vllm_config(vllm_config), device:
             layer = Attention(
@@ -253,12 +264,9 @@ class PagedLayer:
             spec: Any = layer.get_kv_cache_spec(vllm_config)
             group = AttentionGroup(backend, [_LAYER], spec, 0)
             group.create_metadata_builders(vllm_config, device)
-        counts = [-(-(prompt + case.decode_rows) // block_size) for prompt in PROMPTS]
-        # Block 0 is nobody's, as in an engine.
-        blocks = list(torch.arange(1, 1 + sum(counts)).split(counts))
-        raw = torch.zeros((1 + sum(counts)) * spec.page_size_bytes, dtype=torch.int8, device=device)
+        raw = torch.zeros(num_blocks * spec.page_size_bytes, dtype=torch.int8, device=device)
         tensor = KVCacheTensor(len(raw), [_LAYER], len(raw), spec.page_size_bytes)
-        views = create_kv_cache_views(raw, spec, 1 + sum(counts), layout, tensor)
+        views = create_kv_cache_views(raw, spec, num_blocks, layout, tensor)
         layer.bind_kv_cache(views[0])
         return cls(layer, group, vllm_config, blocks, block_size, device)
 
