@@ -37,6 +37,24 @@ def test_the_attention_check_sees_a_leak(dtype: str) -> None:
         assert errors["NaN"].worst > 1e6
 
 
+def test_cudas_backends_with_stand_ins() -> None:
+    """Triton's kernels run interpreted, in float32; the others are built, down to the KV cache."""
+    job = "tests.engine.verify_jobs:cuda_attention"
+    found = run_in_subprocess(job, {"target": SHIPPED_PAIR[0]}, V1_ENV | {"TRITON_INTERPRET": "1"})
+    triton, built = found[:2], found[2:]
+    assert [(one["case"], one["size"]) for one in triton] == [("chain", 72), ("tree", 152)]
+    assert all(0 < one["error"] <= TOLERANCE["float32"] for one in triton)
+    sizes: dict[str, list[int]] = {}
+    for one in built:
+        sizes.setdefault(one["backend"], []).append(one["size"])
+    assert sizes == {
+        "FLASH_ATTN": [72, 152],
+        "FLASHINFER": [128, 256],
+        "TRITON_ATTN": [72, 152],
+        "FLEX_ATTENTION": [72, 152],
+    }
+
+
 @pytest.mark.slow
 def test_the_command_on_the_shipped_pair(tmp_path: Path) -> None:
     output = tmp_path / "found.json"

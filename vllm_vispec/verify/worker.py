@@ -8,7 +8,11 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_vispec.bench.worker_process import serve_requests
+from vllm_vispec.compat.check import first_broken
+from vllm_vispec.compat.groups.verify import ATTENTION_POINTS, WORKER_POINTS
+from vllm_vispec.compat.patch_point import PatchPoint
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.plugin import register, supported_range
 from vllm_vispec.verify.causes import first_line
 from vllm_vispec.verify.prompts import PROMPTS
 from vllm_vispec.verify.result import Acceptance, Answer, AttentionCase, AttentionError
@@ -30,6 +34,7 @@ class Worker:
         """Start an engine with keyword arguments of `vllm.LLM`; return its state."""
         from vllm import LLM
 
+        check_points(WORKER_POINTS)
         self.llm = LLM(**request["engine"], worker_extension_cls=EXTENSION, disable_log_stats=False)
         return {"state": self.llm.collective_rpc("vispec_state")[0]}
 
@@ -72,6 +77,7 @@ class Worker:
         """Make the configuration of an engine without starting it."""
         from vllm.engine.arg_utils import EngineArgs
 
+        check_points(ATTENTION_POINTS)
         self.vllm_config = EngineArgs(**request["engine"]).create_engine_config()
         return {}
 
@@ -110,6 +116,20 @@ ACTIONS: Mapping[str, Callable[[Worker, Request], dict[str, Any]]] = MappingProx
 )
 
 
+def check_points(points: tuple[PatchPoint, ...]) -> None:
+    """Refuse a vLLM that this version of the package cannot look into.
+
+    Raises:
+        ViSpecError: names the place.
+    """
+    broken = first_broken(points)
+    if broken is not None:
+        raise ViSpecError(
+            f"patch point {broken.name} does not fit this vLLM ({broken.detail}): verify with vLLM "
+            f"{supported_range()}"
+        )
+
+
 def _answer(output: Any) -> Answer:
     top = ({token: one.logprob for token, one in row.items()} for row in output.logprobs or ())
     return Answer(tuple(output.token_ids), tuple(top))
@@ -117,8 +137,6 @@ def _answer(output: Any) -> Answer:
 
 def main() -> None:
     """Answer until stdin ends."""
-    from vllm_vispec.plugin import register
-
     register()
     worker = Worker()
     serve_requests(worker.answer)
