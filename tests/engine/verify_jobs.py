@@ -39,7 +39,7 @@ def attention_errors(target: str, dtype: str) -> Iterator[dict[str, Any]]:
 
 
 def cuda_attention(target: str) -> Iterator[dict[str, Any]]:
-    """Yield what comes of CUDA's backends with stand-ins; only Triton's kernels run, interpreted."""
+    """Yield what comes of CUDA's backends with stand-ins; only Triton's kernels run."""
     from tests.support import cuda_stand_in
 
     platform = cuda_stand_in.install()
@@ -59,7 +59,7 @@ def cuda_attention(target: str) -> Iterator[dict[str, Any]]:
     ).create_engine_config()
     with (
         mock.patch.object(attention, "PROMPTS", (17, 33, 50)),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
     ):
         for case in CASES:
             found = attention.check_attention(config, case, "TRITON_ATTN")

@@ -298,6 +298,7 @@ def test_first_line() -> None:
         (["--engine-args", '{"model": "a"}'], "--engine-args: model is set by vispec verify"),
         (["--speculative-config", '{"tree": {}}'], "--speculative-config: tree has an option"),
         (["--tree", '{"dept": 3}'], "tree.dept is unknown"),
+        (["--target", "a", "--head", "/nowhere"], "head folder '/nowhere' does not exist"),
     ],
 )
 def test_bad_options_are_one_line(arguments: list[str], said: str) -> None:

@@ -67,6 +67,7 @@ def verify(
         "kv_cache_dtype": kv_cache_dtype,
     }
     with exit_on_error():
+        from vllm_vispec.dialects import inspect_head
         from vllm_vispec.verify.settings import VerifySettings, choose_pair
 
         pair = choose_pair(target, head)
@@ -79,6 +80,8 @@ def verify(
             engine=_json_object("--engine-args", engine_args) | given,
             speculative_config=_json_object("--speculative-config", speculative_config),
         )
+        # A head that cannot be read is known before an engine has started.
+        inspect_head(settings.head)
         found = run(settings, output)
     raise typer.Exit(found.exit_status)
 
