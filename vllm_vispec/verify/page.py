@@ -57,7 +57,7 @@ def _tables(found: Verification) -> Iterator[tuple[str, Row, list[Row]]]:
     timed = [one for one in found.engines if one.timings]
     head = ("", "target step", "first draft pass", "draft step", "steps")
     yield (
-        "Milliseconds of a decode step, medians, one request; timings without a verdict",
+        "Decode steps of one request, medians in ms; no verdict",
         head,
         [_timings(one) for one in timed],
     )

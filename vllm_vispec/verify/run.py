@@ -192,15 +192,18 @@ def attention_cases(
     states = {one.name: one.state for one in engines if one.state is not None}
     if PLAIN not in states:
         return
-    plain = states[PLAIN].target[0]
-    chain = states[CHAIN].draft[0] if CHAIN in states else _padded(plain, MASK_CHANNELS)
-    if chain.padded_size > chain.head_size:
-        yield _case(CHAIN, chain, 1, {})
     tree = TreeSettings.from_config(settings.tree)
     channels = num_channels(tree.levels, tree.width)
-    if channels:
-        target = states[TREE].target[0] if TREE in states else _padded(plain, channels)
-        yield _case(TREE, target, settings.tree_nodes + 1, settings.tree)
+    # Layers of other kinds than vLLM's `Attention`, such as MLA, are not among an engine's.
+    for plain in states[PLAIN].target[:1]:
+        drafts = states[CHAIN].draft if CHAIN in states else (_padded(plain, MASK_CHANNELS),)
+        for layers in drafts[:1]:
+            if layers.padded_size > layers.head_size:
+                yield _case(CHAIN, layers, 1, {})
+        targets = states[TREE].target if TREE in states else (_padded(plain, channels),)
+        for layers in targets[:1]:
+            if channels:
+                yield _case(TREE, layers, settings.tree_nodes + 1, settings.tree)
 
 
 def _padded(layers: Layers, channels: int) -> Layers:
