@@ -26,6 +26,8 @@ from vllm_vispec.compat.groups import (
     PROFILE,
     SCRATCH,
     SELF_SERVING,
+    VERIFY,
+    VERIFY_ATTENTION,
 )
 from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint, Runner
 from vllm_vispec.compat.patching import patch
@@ -224,7 +226,8 @@ def test_a_broken_patch_point_disables_its_feature_alone(
 def test_every_feature_has_a_group_and_a_configuration_that_needs_it() -> None:
     """Those that no engine needs: `vllm serve HEAD`, and what measures."""
     needed = {g for s in SETTINGS.values() for used in ("v1", "v2") for g in needed_groups(s, used)}
-    assert set(GROUPS) - needed == {SCRATCH, SELF_SERVING, BENCH, PROFILE}
+    measuring = {BENCH, PROFILE, VERIFY, VERIFY_ATTENTION}
+    assert set(GROUPS) - needed == {SCRATCH, SELF_SERVING, *measuring}
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import KVCacheTensor, create_kv_cache_views
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_vispec.engine import attention_scratch
+from vllm_vispec.engine import patches
 from vllm_vispec.engine.padded_heads import MAX_EXTRA_CHANNELS, BackendFinder
 from vllm_vispec.engine.row_table import MASK_CHANNEL
 from vllm_vispec.tree.codes import encode, num_channels, word_tables
@@ -238,9 +238,8 @@ class PagedLayer:
         device: torch.device,
     ) -> PagedLayer:
         """Build layer and cache as an engine does."""
-        if not current_platform.is_cpu():
-            attention_scratch.install()
-            attention_scratch.install_for(backend)
+        patches.apply_scratch_patches()
+        patches.apply_workspace_patches(backend)
         cache_config, dtype = vllm_config.cache_config, vllm_config.model_config.dtype
         block_size = backend.get_preferred_block_size(BLOCK_SIZE)
         counts = [-(-(prompt + case.decode_rows) // block_size) for prompt in PROMPTS]

@@ -8,11 +8,10 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_vispec.bench.worker_process import serve_requests
-from vllm_vispec.compat.check import first_broken
-from vllm_vispec.compat.groups.verify import ATTENTION_POINTS, WORKER_POINTS
-from vllm_vispec.compat.patch_point import PatchPoint
+from vllm_vispec.compat.check import require
+from vllm_vispec.compat.groups import VERIFY, VERIFY_ATTENTION
 from vllm_vispec.errors import ViSpecError
-from vllm_vispec.plugin import register, supported_range
+from vllm_vispec.plugin import register
 from vllm_vispec.verify.causes import first_line
 from vllm_vispec.verify.prompts import PROMPTS
 from vllm_vispec.verify.result import Acceptance, Answer, AttentionCase, AttentionError
@@ -34,9 +33,10 @@ class Worker:
         """Start an engine with keyword arguments of `vllm.LLM`; return its state."""
         from vllm import LLM
 
-        check_points(WORKER_POINTS)
         self.llm = LLM(**request["engine"], worker_extension_cls=EXTENSION, disable_log_stats=False)
-        return {"state": self.llm.collective_rpc("vispec_state")[0]}
+        state = self.llm.collective_rpc("vispec_state")[0]
+        require(VERIFY, state["runner"].lower())
+        return {"state": state}
 
     def ask(self, request: Request) -> dict[str, Any]:
         """Answer prompts, by their places, together and greedily."""
@@ -77,7 +77,7 @@ class Worker:
         """Make the configuration of an engine without starting it."""
         from vllm.engine.arg_utils import EngineArgs
 
-        check_points(ATTENTION_POINTS)
+        require(VERIFY_ATTENTION)
         self.vllm_config = EngineArgs(**request["engine"]).create_engine_config()
         return {}
 
@@ -114,20 +114,6 @@ _METHODS = (
 ACTIONS: Mapping[str, Callable[[Worker, Request], dict[str, Any]]] = MappingProxyType(
     {method.__name__: method for method in _METHODS}
 )
-
-
-def check_points(points: tuple[PatchPoint, ...]) -> None:
-    """Refuse a vLLM that this version of the package cannot look into.
-
-    Raises:
-        ViSpecError: names the place.
-    """
-    broken = first_broken(points)
-    if broken is not None:
-        raise ViSpecError(
-            f"patch point {broken.name} does not fit this vLLM ({broken.detail}): verify with vLLM "
-            f"{supported_range()}"
-        )
 
 
 def _answer(output: Any) -> Answer:

@@ -12,6 +12,7 @@ from vllm_vispec.compat.groups.profile import PROFILE
 from vllm_vispec.compat.groups.self_serving import SELF_SERVING
 from vllm_vispec.compat.groups.trees import TREES
 from vllm_vispec.compat.groups.uncompressed import UNCOMPRESSED
+from vllm_vispec.compat.groups.verify import VERIFY, VERIFY_ATTENTION
 
 __all__ = [
     "ADAPTIVE",
@@ -28,6 +29,8 @@ __all__ = [
     "SELF_SERVING",
     "TREES",
     "UNCOMPRESSED",
+    "VERIFY",
+    "VERIFY_ATTENTION",
 ]
 
 GROUPS = (
@@ -44,5 +47,7 @@ GROUPS = (
     SELF_SERVING,
     BENCH,
     PROFILE,
+    VERIFY,
+    VERIFY_ATTENTION,
 )
 """All groups, in the order in which `vispec doctor` prints them."""
