@@ -8,7 +8,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from tests.support import gpu_start
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -33,6 +35,10 @@ class EngineOptions:
     ``num_blocks`` limits the KV cache to that many blocks of ``block_size`` tokens (small values
     force preemption). ``draft`` switches speculation with ``num_draft_tokens`` tokens on;
     ``tree`` is the setting of that name.
+
+    Engines start eagerly, in fp32 and with a KV cache of a given size unless ``compiler``, ``dtype``
+    and ``memory_profile`` say otherwise. ``compiler`` is the backend that gets the models' graphs:
+    "inductor", or "eager", which runs them as they are and takes a second.
     """
 
     model: str
@@ -47,7 +53,9 @@ class EngineOptions:
     block_size: int = 32
     prefix_caching: bool = True
     async_scheduling: bool = False
-    enforce_eager: bool = True
+    compiler: Literal["eager", "inductor"] | None = None
+    dtype: str = "float32"
+    memory_profile: bool = False
     enable_mm_embeds: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -55,7 +63,7 @@ class EngineOptions:
         """Return the keyword arguments for ``vllm.LLM``."""
         kwargs: dict[str, Any] = {
             "model": self.model,
-            "dtype": "float32",
+            "dtype": self.dtype,
             "seed": 0,
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.max_num_seqs,
@@ -63,11 +71,13 @@ class EngineOptions:
             "block_size": self.block_size,
             "enable_prefix_caching": self.prefix_caching,
             "async_scheduling": self.async_scheduling,
-            "enforce_eager": self.enforce_eager,
+            "enforce_eager": self.compiler is None,
             "disable_log_stats": False,
         }
         if self.num_blocks is not None:
             kwargs["num_gpu_blocks_override"] = self.num_blocks
+        if self.memory_profile:
+            kwargs["gpu_memory_utilization"] = gpu_start.memory_fraction()
         if self.enable_mm_embeds:
             kwargs["enable_mm_embeds"] = True
         if self.draft is not None:
@@ -130,7 +140,11 @@ def engine(options: EngineOptions) -> Iterator[LLM]:
     _take_over_freezing()
     llm: LLM | None = None
     try:
-        with _cpu_keeps_async_scheduling(options.async_scheduling):
+        with (
+            _cpu_keeps_async_scheduling(options.async_scheduling),
+            gpu_start.compiler(options.compiler),
+            gpu_start.memory_profile(options.memory_profile),
+        ):
             llm = LLM(**options.llm_kwargs())
         yield llm
     finally:

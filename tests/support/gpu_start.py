@@ -1,0 +1,83 @@
+"""What a start on a GPU does and vLLM's CPU backend leaves out: compiling, and a memory profile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+from unittest.mock import patch
+
+_KV_CACHE_BYTES = 2**30
+
+
+def memory_fraction() -> float:
+    """Return the ``gpu_memory_utilization`` that leaves about 1 GiB to the KV cache.
+
+    On CPU it is a fraction of the machine's memory, and the process counts as what it holds.
+    """
+    import psutil
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
+
+    total = get_memory_node_info(get_allowed_cpu_list()[0].numa_node).total_memory
+    held: int = psutil.Process().memory_info().rss
+    return (held + _KV_CACHE_BYTES) / total
+
+
+@contextmanager
+def compiler(name: str | None) -> Iterator[None]:
+    """Let engines that start in here compile with backend ``name``, if they compile."""
+    if name is None:
+        yield
+        return
+    # The CPU platform takes its backend from this variable alone.
+    with _environment("VLLM_CPU_CI_ENV", "1" if name == "eager" else "0"):
+        yield
+
+
+@contextmanager
+def memory_profile(wanted: bool) -> Iterator[None]:
+    """Let engines that start in here find out by themselves how large their KV cache can be.
+
+    vLLM's CPU worker does without the profile run in several cases; a GPU's never does. And where a
+    profile run skips attention, GPU backends fill its output with zeros, while the CPU's leaves
+    what the memory held: Triton's interpreter finds no largest logit if that is NaN.
+    """
+    if not wanted:
+        yield
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    attend = CPUAttentionBackendImpl.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = signature(attend).bind(*args, **kwargs).arguments
+        if given["attn_metadata"] is None:
+            return given["output"].zero_()
+        return attend(*args, **kwargs)
+
+    with (
+        _environment("VLLM_CPU_KVCACHE_SPACE", None),
+        patch.object(CPUWorker, "_should_warm_up_model", lambda worker: True),
+        patch.object(CPUAttentionBackendImpl, "forward", forward),
+    ):
+        yield
+
+
+@contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    """Set or remove a variable; vLLM reads it again although an engine has run before."""
+    from vllm import envs
+
+    envs.disable_envs_cache()
+    given = os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if given is not None:
+            os.environ[name] = given
