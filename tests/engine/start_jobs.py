@@ -20,8 +20,24 @@ def serve(kind: str, starts: list[dict[str, Any]], max_tokens: int = 8) -> Itera
     for start in starts:
         options = engine.EngineOptions(**start["options"])
         with engine.engine(options) as llm:
+            drafted = watch_drafts(llm)
             results = drive(llm, requests(kind, max_tokens))
-            yield {"name": start["name"], "results": as_json(results), **started(llm)}
+            answer = {"name": start["name"], "results": as_json(results), "drafts": drafted}
+            yield answer | started(llm)
+
+
+def watch_drafts(llm: LLM) -> list[list[list[int]]]:
+    """Return a list that grows with every round by its drafts, requests by tokens."""
+    proposer = draft_logits.drafter(llm)
+    propose, rounds = proposer.propose, []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        drafts = propose(*args, **kwargs)
+        rounds.append(drafts.tolist())
+        return drafts
+
+    proposer.propose = watched
+    return rounds
 
 
 def requests(kind: str, max_tokens: int) -> list[Request]:

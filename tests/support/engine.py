@@ -36,7 +36,7 @@ class EngineOptions:
     force preemption). ``draft`` switches speculation with ``num_draft_tokens`` tokens on;
     ``tree`` is the setting of that name.
 
-    Engines start eagerly, in fp32 and with a KV cache of a given size unless ``compiler``, ``dtype``
+    Engines run eagerly, in fp32 and with a KV cache of a given size unless ``compiler``, ``dtype``
     and ``memory_profile`` say otherwise. ``compiler`` is the backend that gets the models' graphs:
     "inductor", or "eager", which runs them as they are and takes a second.
     """

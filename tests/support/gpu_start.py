@@ -42,13 +42,15 @@ def memory_profile(wanted: bool) -> Iterator[None]:
 
     vLLM's CPU worker does without the profile run in several cases; a GPU's never does. And where a
     profile run skips attention, GPU backends fill its output with zeros, while the CPU's leaves
-    what the memory held: Triton's interpreter finds no largest logit if that is NaN.
+    what the memory held: Triton's interpreter finds no largest logit if that is NaN. The warm-up of
+    vLLM 0.33's V2 runner goes without grammars, whose kernel the interpreter refuses.
     """
     if not wanted:
         yield
         return
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
     from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
     attend = CPUAttentionBackendImpl.forward
 
@@ -62,6 +64,7 @@ def memory_profile(wanted: bool) -> Iterator[None]:
         _environment("VLLM_CPU_KVCACHE_SPACE", None),
         patch.object(CPUWorker, "_should_warm_up_model", lambda worker: True),
         patch.object(CPUAttentionBackendImpl, "forward", forward),
+        patch.object(StructuredOutputsWorker, "apply_grammar_bitmask", lambda *args: None),
     ):
         yield
 
