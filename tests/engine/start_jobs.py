@@ -27,13 +27,16 @@ def serve(kind: str, starts: list[dict[str, Any]], max_tokens: int = 8) -> Itera
 
 
 def watch_drafts(llm: LLM) -> list[list[list[int]]]:
-    """Return a list that grows with every round by its drafts, requests by tokens."""
+    """Return a list that grows with every round by its drafts, requests by tokens.
+
+    Where a schedule asks for fewer tokens than the engine's most, the rest of them is left over.
+    """
     proposer = draft_logits.drafter(llm)
     propose, rounds = proposer.propose, []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         drafts = propose(*args, **kwargs)
-        rounds.append(drafts.tolist())
+        rounds.append(drafts[:, : kwargs.get("num_speculative_tokens")].tolist())
         return drafts
 
     proposer.propose = watched

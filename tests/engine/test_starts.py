@@ -77,7 +77,7 @@ def assert_same(eager: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     assert mean_accepted(found) > 0
 
 
-@pytest.fixture(scope="module", params=params(*RUNNERS, slow=["v1", "v2"]))
+@pytest.fixture(scope="module", params=params(*RUNNERS, slow=["v2"]))
 def starts(
     request: pytest.FixtureRequest, tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory
 ) -> Started:

@@ -42,17 +42,24 @@ def memory_profile(wanted: bool) -> Iterator[None]:
 
     vLLM's CPU worker does without the profile run in several cases; a GPU's never does. And where a
     profile run skips attention, GPU backends fill its output with zeros, while the CPU's leaves
-    what the memory held: Triton's interpreter finds no largest logit if that is NaN. The warm-up of
-    vLLM 0.33's V2 runner goes without grammars, whose kernel the interpreter refuses.
+    what the memory held: Triton's interpreter finds no largest logit if that is NaN. vLLM 0.33 then
+    warms up the V2 runner with requests of every kind; here with greedy ones and without grammars,
+    since the interpreter refuses the kernels of the others.
     """
     if not wanted:
         yield
         return
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
     from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu import warmup
     from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
     attend = CPUAttentionBackendImpl.forward
+    warm_up: Any = getattr(warmup, "_warmup_kernels", None)
+
+    def greedily(*args: Any, greedy: bool = False) -> None:
+        if greedy:
+            warm_up(*args, greedy=True)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         given = signature(attend).bind(*args, **kwargs).arguments
@@ -64,6 +71,7 @@ def memory_profile(wanted: bool) -> Iterator[None]:
         _environment("VLLM_CPU_KVCACHE_SPACE", None),
         patch.object(CPUWorker, "_should_warm_up_model", lambda worker: True),
         patch.object(CPUAttentionBackendImpl, "forward", forward),
+        patch.object(warmup, "_warmup_kernels", greedily, create=True),
         patch.object(StructuredOutputsWorker, "apply_grammar_bitmask", lambda *args: None),
     ):
         yield
