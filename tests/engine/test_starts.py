@@ -26,6 +26,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 KIND = "qwen2_5_vl"
 SIZES: Mapping[str, Any] = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64}
 GPU: Mapping[str, Any] = {"compiler": "eager", "memory_profile": True, "dtype": "bfloat16"}
+# Engines that compile leave norms and activations to the compiler, others have kernels for them.
+UNCOMPILED: Mapping[str, Any] = {"compilation_config": {"custom_ops": ["none"]}}
 EAGLE2 = {"policy": "eagle2", "depth": 3, "top_k": 2}
 PATH = {"policy": "spec_llava", "depth": 3, "top_k": 1, "threshold": 0.9}
 GATED = {"compressor": "select(prune:2,pool:4,text_only)", "num_q": 1, "dialect": "canonical"}
@@ -86,9 +88,10 @@ def starts(
     lists = tmp_path_factory.mktemp("lists")
     wanted = []
     for kind in KINDS:
-        eager = options(tiny, kind, lists)
-        wanted.append({"name": f"{kind}-eager", "options": eager | {"dtype": GPU["dtype"]}})
-        wanted.append({"name": f"{kind}-gpu", "options": eager | dict(GPU)})
+        base = options(tiny, kind, lists)
+        eager = {**base, "dtype": GPU["dtype"], "extra": base["extra"] | UNCOMPILED}
+        wanted.append({"name": f"{kind}-eager", "options": eager})
+        wanted.append({"name": f"{kind}-gpu", "options": base | dict(GPU)})
     return serve(runner, wanted)
 
 
