@@ -4,8 +4,8 @@ A layer of vLLM's for one backend, with vLLM's metadata and KV cache, stores a b
 asks with the rows of a decode step. What a padded head adds is put into its channels by hand:
 masked positions for the draft, path codes for the target.
 
-Shapes: R requests, S prompt tokens of one, J rows it decodes, T tokens of the batch, heads H of
-queries or keys, h head size, P padded head size, c channels behind ``h``.
+Shapes: R requests, S prompt tokens of one, J rows it decodes, N = S + J, T tokens in all, H heads
+of queries or of keys, h head size, P padded head size, c channels behind ``h``.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from vllm_vispec.tree.settings import TreeSettings
 from vllm_vispec.verify.result import TREE, AttentionCase, AttentionError
 
 # Twenty requests, so that kernels which split a sequence fill their scratch; prompts on both sides
-# of blocks' borders.
-PROMPTS = tuple(range(33, 253, 11))
+# of blocks' borders, and no more tokens than vLLM's smallest default batch.
+PROMPTS = tuple(range(33, 133, 5))
 VOCABULARY, BLOCK_SIZE, WORST = 64, 32, 1e9
 _LAYER = "model.layers.0.verify.attn"
 
