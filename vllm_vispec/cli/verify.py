@@ -27,12 +27,15 @@ def verify(
         str | None, typer.Option(help="Head: a folder or hub id, any dialect; default as above.")
     ] = None,
     num_speculative_tokens: Annotated[
-        int, typer.Option("--num-speculative-tokens", "-k", help="Draft tokens of the chain (K).")
+        int,
+        typer.Option("--num-speculative-tokens", "-k", min=1, help="Of the chain."),
     ] = 4,
     tree: Annotated[
         str, typer.Option(help="""The tree's setting, e.g. '{"depth": 5}'; JSON.""")
     ] = "{}",
-    tree_nodes: Annotated[int, typer.Option(help="Draft tokens of the tree.")] = 29,
+    tree_nodes: Annotated[
+        int, typer.Option(min=1, help="As --num-speculative-tokens, of the tree.")
+    ] = 29,
     tensor_parallel_size: Annotated[int | None, typer.Option(help="As vLLM's.")] = None,
     dtype: Annotated[str | None, typer.Option(help="As vLLM's.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="As vLLM's.")] = None,
@@ -106,6 +109,8 @@ def run(settings: VerifySettings, output: Path) -> Verification:
 
         def step(what: str) -> None:
             progress.update(task, advance=1, description=what)
+            if not progress.console.is_terminal and what.endswith("start"):
+                typer.echo(what)
 
         try:
             found = verify(
