@@ -22,7 +22,7 @@ from examples.pair import (
     DraftTokensOption,
     ModelOption,
     Pair,
-    prepare_environment,
+    start_llm,
 )
 from examples.pictures import held_out_pictures, load_picture
 
@@ -88,10 +88,9 @@ def main(
     print(f"{len(done)} tasks done, {len(tasks)} to do")
     if not tasks:
         return
-    prepare_environment()
-    from vllm import LLM, SamplingParams
+    llm = start_llm(pair)
+    from vllm import SamplingParams
 
-    llm = LLM(**pair.llm_kwargs())
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("a", encoding="utf-8") as sink:

@@ -19,7 +19,7 @@ from examples.pair import (
     DraftTokensOption,
     ModelOption,
     Pair,
-    prepare_environment,
+    start_llm,
 )
 from examples.pictures import held_out_pictures, load_picture
 
@@ -35,10 +35,9 @@ def main(
     """Ask one question about several images."""
     pair = Pair(model, draft_model, num_speculative_tokens)
     pictures = [load_picture(file) for file in image or ()] or held_out_pictures("captioning", 2)
-    prepare_environment()
-    from vllm import LLM, SamplingParams
+    llm = start_llm(pair, limit_mm_per_prompt={"image": len(pictures)})
+    from vllm import SamplingParams
 
-    llm = LLM(**pair.llm_kwargs(), limit_mm_per_prompt={"image": len(pictures)})
     content: list[dict[str, Any]] = [
         {"type": "image_pil", "image_pil": picture} for picture in pictures
     ]

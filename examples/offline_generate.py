@@ -15,7 +15,7 @@ from examples.pair import (
     DraftTokensOption,
     ModelOption,
     Pair,
-    prepare_environment,
+    start_llm,
 )
 from examples.pictures import load_picture
 
@@ -30,12 +30,9 @@ def main(
 ) -> None:
     """Answer one question about one image."""
     pair = Pair(model, draft_model, num_speculative_tokens)
-    prepare_environment()
-    from vllm import LLM, SamplingParams
+    llm = start_llm(pair, per_request_spec_decode_metrics="summary", disable_log_stats=False)
+    from vllm import SamplingParams
 
-    llm = LLM(
-        **pair.llm_kwargs(), per_request_spec_decode_metrics="summary", disable_log_stats=False
-    )
     content = [
         {"type": "image_pil", "image_pil": load_picture(image)},
         {"type": "text", "text": question},

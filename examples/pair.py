@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 CHECKPOINTS = Path(__file__).resolve().parent / "tiny_vlm" / "checkpoints"
 DEFAULT_MODEL = str(CHECKPOINTS / "target")
@@ -32,7 +35,7 @@ ENVIRONMENT = {
 
 
 class PairError(SystemExit):
-    """A missing checkpoint; ends the program with one line and status 2."""
+    """No checkpoint, or no engine; ends the program with one line and status 2."""
 
     def __init__(self, message: str) -> None:
         typer.echo(f"error: {message}", err=True)
@@ -72,6 +75,28 @@ class Pair:
             "max_num_batched_tokens": MAX_MODEL_LEN,
             "enforce_eager": not has_gpu(),
         }
+
+
+def start_llm(pair: Pair, **more: Any) -> LLM:
+    """Return the running pair.
+
+    Args:
+        more: Further arguments of ``vllm.LLM``.
+
+    Raises:
+        PairError: It does not start, with the cause.
+    """
+    prepare_environment()
+    from vllm import LLM
+
+    from vllm_vispec.engine_start import starting_engine
+    from vllm_vispec.errors import ViSpecError
+
+    try:
+        with starting_engine(pair.model, lambda name, value: f"{name}={value} for vllm.LLM"):
+            return LLM(**pair.llm_kwargs(), **more)
+    except ViSpecError as error:
+        raise PairError(str(error)) from error
 
 
 def prepare_environment() -> None:

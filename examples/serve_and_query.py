@@ -30,6 +30,7 @@ from examples.pair import (
     DraftTokensOption,
     ModelOption,
     Pair,
+    PairError,
     has_gpu,
     prepare_environment,
 )
@@ -62,7 +63,7 @@ def running_server(arguments: list[str], url: str, patience: float) -> Iterator[
     """Run ``vllm`` until the block ends.
 
     Raises:
-        RuntimeError: The server ended, or was not ready in time.
+        PairError: The server ended, or was not ready in time.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments]
     process = subprocess.Popen(command, env=os.environ.copy())
@@ -80,13 +81,13 @@ def running_server(arguments: list[str], url: str, patience: float) -> Iterator[
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, deadline: float) -> None:
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"the server ended with status {process.returncode}")
+            raise PairError(f"the server ended with status {process.returncode}; see its log above")
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=2):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(1)
-    raise RuntimeError("the server was not ready in time; see its log above")
+    raise PairError("the server was not ready in time, see its log above; raise --patience")
 
 
 def ask(url: str, data_url: str, question: str, max_tokens: int) -> None:

@@ -70,7 +70,7 @@ class Draft:
             words = f"chain, K = {self.nodes}"
         else:
             words = f"{self.policy}, depth {self.tree.depth}, top_k {self.tree.top_k}"
-            words += f", {self.nodes + 1} nodes"
+            words += f", {self.nodes} nodes"
             words += "" if self.tree.threshold is None else f", p >= {self.tree.threshold:g}"
         words += ", load schedule" if self.schedule else ""
         return f"draft VLM: {words}" if self.head == DRAFT_VLM else words
@@ -101,7 +101,7 @@ class Draft:
     def _sizes(self) -> tuple[str, ...]:
         if self.tree is None:
             return (f"K{self.nodes}",)
-        sizes = f"d{self.tree.depth}", f"k{self.tree.top_k}", f"n{self.nodes + 1}"
+        sizes = f"d{self.tree.depth}", f"k{self.tree.top_k}", f"n{self.nodes}"
         return sizes if self.tree.threshold is None else (*sizes, f"p{self.tree.threshold:g}")
 
     def _load(self) -> tuple[str, ...]:
@@ -148,7 +148,7 @@ def confident(depth: int, top_k: int, nodes: int, threshold: float, **others: An
     return Draft(nodes, TreeSettings("spec_llava", depth, top_k, threshold), **others)
 
 
-# Deep enough for this head, and its paths still fit a tree of 8 nodes.
+# Deep enough for this head, and its paths still fit a tree of 7 nodes.
 CHAIN, TREE = Draft(5), eagle2(5)
 # The longest chain, and trees as deep: with branches for one request, with one path for any load.
 LONG, PATH = Draft(16), confident(15, 1, 16, 0.3)

@@ -49,7 +49,7 @@ def _bars(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _nodes(axes: Any, rows: Sequence[Row]) -> None:
-    nodes = [row.draft.nodes + 1 for row in rows]
+    nodes = [row.draft.nodes for row in rows]
     for name, color in zip(("tokens_per_round", "decode_speedup"), COLORS, strict=False):
         found = [getattr(row, name) for row in rows]
         values = [one.value for one in found]
@@ -59,7 +59,7 @@ def _nodes(axes: Any, rows: Sequence[Row]) -> None:
     costs = [row.round_cost for row in rows]
     axes.plot(nodes, costs, marker="s", color=COLORS[2], label="round / plain pass")
     axes.set_xticks(nodes)
-    axes.set_xlabel("nodes of the tree, root included (batch 1, greedy)")
+    axes.set_xlabel("nodes (num_speculative_tokens), batch 1, greedy")
     _legend(axes)
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from examples.demo.job import Answer, Job
 from examples.pair import ENVIRONMENT
+from vllm_vispec.engine_start import why
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_SECONDS = 900.0
 REPLY_SECONDS = 600.0
-LOG_TAIL = 3000
 
 
 class SideError(RuntimeError):
@@ -100,8 +100,9 @@ class Side:
         return dict(json.loads(line))
 
     def _error(self, what: str) -> SideError:
-        tail = self.log_file.read_text(errors="replace")[-LOG_TAIL:]
-        return SideError(f"the {self.name} engine {what}; the end of {self.log_file}:\n{tail}")
+        log = self.log_file.read_text(errors="replace")
+        reason = why(log, lambda name, value: f"{name}={value}")
+        return SideError(f"the {self.name} engine {what}: {reason} (log: {self.log_file})")
 
     def _environment(self) -> dict[str, str]:
         engine_in_process = {

@@ -78,8 +78,10 @@ def test_the_grid_has_what_the_evidence_asks_for() -> None:
     assert {draft.policy for draft in policies} == {"chain", "eagle2", "spec_llava", "entropy"}
     chains = {draft.nodes for draft in policies if draft.tree is None}
     assert {draft.levels for draft in policies if draft.tree is not None} <= chains
-    nodes = [draft.nodes + 1 for draft in PARTS[Part.NODES].drafts if draft.tree]
-    assert nodes == [8, 16, 30, 60]
+    trees = [draft for draft in PARTS[Part.NODES].drafts if draft.tree]
+    assert [draft.nodes for draft in trees] == [7, 15, 29, 59]
+    # As the setting counts them.
+    assert [f", {draft.nodes} nodes" in draft.label for draft in trees] == [True] * 4
     assert BATCHES == (1, 2, 4, 8, 16)
     assert SAMPLED.temperature == 1
     for part in (Part.DRAFT_VLM, Part.DRAFT_VLM_BATCH):

@@ -247,6 +247,11 @@ BAD_STARTS: Mapping[str, BadStart] = {
         "method=.vispek. is unknown; did you mean .vispec..? choose one of vispec, ngram, .*eagle3",
         spec={"method": "vispek"},
     ),
+    "another method": BadStart(
+        'method=.draft_model. does not fit, .* is a ViSpec head; use "method": "vispec"',
+        spec={"method": "draft_model"},
+    ),
+    "no method": BadStart(COUNT.format("77"), spec={"method": None, "num_speculative_tokens": 77}),
     "no such method": BadStart(
         "method='no such' is unknown; choose one of vispec, ", spec={"method": "no such"}
     ),

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from tests.regenerate.fakes import FakeBackend
-from vllm_vispec.cli.regenerate import backend_name, parse_engine, regenerate
+from vllm_vispec.cli.regenerate import backend_name, regenerate
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.regenerate import job
 from vllm_vispec.regenerate.settings import RegenerateSettings
@@ -77,7 +77,6 @@ def test_choices() -> None:
     assert backend_name("", False) == "offline"
     assert backend_name("http://x", False) == "server"
     assert backend_name("", True) == "ray"
-    assert parse_engine('{"tensor_parallel_size": 2}') == {"tensor_parallel_size": 2}
 
 
 def test_unknown_backend(settings: RegenerateSettings) -> None:

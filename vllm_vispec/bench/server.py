@@ -22,12 +22,12 @@ from vllm_vispec.bench.counters import parse_counters, parse_kv_blocks
 from vllm_vispec.bench.environment import EXTENSION, IMAGE_TABLE, server_environment
 from vllm_vispec.bench.memory import peak_bytes
 from vllm_vispec.bench.schema import MemoryFacts, SpecCounters
+from vllm_vispec.engine_start import find_cause, spelled_as_option, why
 from vllm_vispec.errors import ViSpecError
 
 HOST = "127.0.0.1"
 CLI = ("-m", "vllm.entrypoints.cli.main")
 CACHES = ("reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache")
-LOG_TAIL = 1500
 STOP_S = 20.0
 
 
@@ -92,18 +92,22 @@ class BenchServer:
         """Wait for an answer of `/health`.
 
         Raises:
-            ServerError: with the end of the log.
+            ServerError: with the cause, as the log says it.
         """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if not self.alive:
-                raise ServerError(f"server of {self.spec.side} ended: {self._log_tail()}")
+                reason = why(self._log(), spelled_as_option)
+                raise ServerError(
+                    f"server of {self.spec.side} ended: {reason} (log: {self.spec.log_file})"
+                )
             with contextlib.suppress(OSError):
                 self._get("/health")
                 return
             time.sleep(0.5)
         raise ServerError(
-            f"server of {self.spec.side} was not ready in {seconds:.0f} s: {self._log_tail()}"
+            f"server of {self.spec.side} was not ready in {seconds:.0f} s (log: "
+            f"{self.spec.log_file})"
         )
 
     @property
@@ -180,16 +184,16 @@ class BenchServer:
             return self._get("/metrics")
         except OSError as error:
             raise ServerError(
-                f"server of {self.spec.side} does not answer ({error}): {self._log_tail()}"
+                f"server of {self.spec.side} does not answer ({error}): {find_cause(self._log())} "
+                f"(log: {self.spec.log_file})"
             ) from error
 
     def _get(self, path: str) -> str:
         with opener().open(self.url + path, timeout=30) as response:
             return str(response.read().decode())
 
-    def _log_tail(self) -> str:
-        text = self.spec.log_file.read_text(errors="replace")
-        return f"{text[-LOG_TAIL:].strip()}\n(all of it in {self.spec.log_file})"
+    def _log(self) -> str:
+        return self.spec.log_file.read_text(errors="replace")
 
 
 def choose_ports(count: int, first: int = 0) -> tuple[int, ...]:

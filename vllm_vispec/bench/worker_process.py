@@ -15,11 +15,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from vllm_vispec.bench.environment import server_environment
+from vllm_vispec.engine_start import spelled_as_option, why
 from vllm_vispec.errors import ViSpecError
 
 ROOT = Path(__file__).resolve().parents[2]
 REPLY_S, STOP_S = 3600.0, 30.0
-LOG_TAIL = 1500
 
 
 class RequestFailed(ViSpecError):
@@ -90,10 +90,8 @@ class WorkerProcess:
 
     def error(self, what: str) -> ViSpecError:
         """Return the error of a process that cannot be asked any more."""
-        tail = self.log_file.read_text(errors="replace")[-LOG_TAIL:].strip()
-        return ViSpecError(
-            f"the engine of {self.name} {what}: {tail}\n(all of it in {self.log_file})"
-        )
+        reason = why(self.log_file.read_text(errors="replace"), spelled_as_option)
+        return ViSpecError(f"the engine of {self.name} {what}: {reason} (log: {self.log_file})")
 
     def failed(self, reply: Mapping[str, Any]) -> RequestFailed:
         """Return the error of a request that the process answered with one."""

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vllm_vispec.cli.errors import exit_on_error
+from vllm_vispec.cli.options import json_object
 
 
 def evaluate(
@@ -31,6 +32,9 @@ def evaluate(
     engine: Annotated[
         bool, typer.Option(help="Measure the same questions with the engine, too.")
     ] = False,
+    engine_args: Annotated[
+        str, typer.Option(help="JSON object of further vllm.LLM settings for --engine.")
+    ] = "{}",
     check_greedy: Annotated[
         bool, typer.Option(help="Report how many answer tokens are the target's greedy choice.")
     ] = False,
@@ -72,6 +76,7 @@ def evaluate(
             check_greedy=check_greedy,
             engine=engine,
             draft_vocab=_number_or_text(draft_vocab),
+            engine_args=json_object("--engine-args", engine_args),
         )
         report = run(options)
         Console().print(make_table(report))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vllm_vispec.errors import ViSpecError
 
@@ -24,6 +25,24 @@ def split(flag: str, text: str, convert: Callable[[str], T]) -> tuple[T, ...]:
         return tuple(convert(item.strip()) for item in text.split(",") if item.strip())
     except ValueError as error:
         raise ViSpecError(f"{flag} {text}: give values separated by commas ({error})") from error
+
+
+EXAMPLE = "'{\"gpu_memory_utilization\": 0.5}'"
+
+
+def json_object(flag: str, text: str) -> dict[str, Any]:
+    """Return the value of an option that takes a JSON object.
+
+    Raises:
+        ViSpecError: it is none.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ViSpecError(f"{flag} is not JSON ({error}); write e.g. {EXAMPLE}") from error
+    if not isinstance(found, dict):
+        raise ViSpecError(f"{flag} is not a JSON object; write e.g. {EXAMPLE}")
+    return found
 
 
 def number_of_image_tokens(text: str) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vllm_vispec.cli.errors import exit_on_error
+from vllm_vispec.cli.options import json_object
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.regenerate.picture_folder import write_questions
 from vllm_vispec.regenerate.prompts import PROMPT_STYLES
@@ -76,7 +76,7 @@ def regenerate(
             strict=strict,
             dtype=dtype,
             max_model_len=max_model_len,
-            engine=parse_engine(engine),
+            engine=json_object("--engine", engine),
             server=server,
             concurrency=concurrency,
             workers=workers,
@@ -111,24 +111,6 @@ def backend_name(server: str, ray: bool) -> str:
         raise ViSpecError("--server and --ray exclude each other; leave one out")
     chosen = {"server": bool(server), "ray": ray, "offline": True}
     return next(name for name, wanted in chosen.items() if wanted)
-
-
-def parse_engine(text: str) -> dict[str, Any]:
-    """Return the engine's further settings.
-
-    Raises:
-        ViSpecError: not a JSON object.
-    """
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ViSpecError(f"--engine is not JSON ({error}); write e.g. {EXAMPLE}") from error
-    if not isinstance(found, dict):
-        raise ViSpecError(f"--engine is not a JSON object; write e.g. {EXAMPLE}")
-    return found
-
-
-EXAMPLE = "'{\"tensor_parallel_size\": 2}'"
 
 
 def summary_lines(summary: Summary, output: Path) -> list[str]:

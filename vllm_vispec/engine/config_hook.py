@@ -19,7 +19,13 @@ from vllm_vispec.compat.groups import SELF_SERVING
 from vllm_vispec.dialects import HeadInfo, inspect_head, is_vispec_head
 from vllm_vispec.engine import self_serving
 from vllm_vispec.engine.features import check_features, uses_vispec
-from vllm_vispec.engine.guards import check_keys, check_settings, check_target, refuse_method
+from vllm_vispec.engine.guards import (
+    check_keys,
+    check_settings,
+    check_target,
+    refuse_method,
+    refuse_other_method,
+)
 from vllm_vispec.engine.head_location import locate
 from vllm_vispec.engine.head_size_checks import check_padded_heads
 from vllm_vispec.engine.options import METHOD, SETTING_FLAGS, EngineOptions, settings_of
@@ -68,8 +74,6 @@ def create_speculative_config(
     """
     target, parallel = target_model_config, target_parallel_config
     settings = settings_of(args)
-    if _is_meant_for_us(settings):
-        check_keys(settings)
     info = _find_head(settings)
     if info is None:
         try:
@@ -119,17 +123,22 @@ def _kind(head: HeadConfig) -> str:
 
 def _find_head(settings: dict[str, Any]) -> HeadInfo | None:
     """Return the ViSpec head the settings ask for, None if they ask for something else."""
-    method, model = settings.get("method"), settings.get("model")
-    if method == METHOD:
+    model = settings.get("model")
+    if _is_meant_for_us(settings):
+        check_keys(settings)
         if not isinstance(model, str) or not model:
             raise ViSpecError(
                 'speculative config: "model" is missing; give the folder or hub id of a ViSpec head'
             )
         return inspect_head(model, settings.get("revision"))
-    if method != "eagle" or not isinstance(model, str) or not Path(model).is_dir():
+    # Any other draft is vLLM's to judge.
+    if not isinstance(model, str) or not Path(model).is_dir() or not is_vispec_head(model):
         return None
-    # Any other EAGLE head is vLLM's to judge.
-    return inspect_head(model) if is_vispec_head(model) else None
+    if settings.get("method") not in (None, "eagle"):
+        refuse_other_method(settings["method"], model)
+        return None
+    check_keys(settings)
+    return inspect_head(model)
 
 
 @contextmanager

@@ -60,6 +60,19 @@ def refuse_method(method: Any, error: Exception) -> None:
     ) from error
 
 
+def refuse_other_method(method: Any, model: str) -> None:
+    """Refuse one of vLLM's methods for a ViSpec head.
+
+    Raises:
+        ViSpecError: Names the method to use.
+    """
+    if method in _flat(SpeculativeMethod):
+        raise ViSpecError(
+            f"speculative config: method={method!r} does not fit, {model} is a ViSpec head; use "
+            f'"method": "{METHOD}"'
+        )
+
+
 def _flat(literal: Any) -> tuple[str, ...]:
     return tuple(str(name) for name in get_args(literal))
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vllm_vispec.conversations.encode import Encoder
 from vllm_vispec.conversations.images import open_image
 from vllm_vispec.conversations.types import Turn
+from vllm_vispec.engine_start import spelled_as_json, starting_engine
 from vllm_vispec.evaluate.acceptance import OVERALL, Acceptance, Families, merge_families
 from vllm_vispec.evaluate.data import EvalSample
 from vllm_vispec.evaluate.simulate import answer_spans
@@ -27,6 +29,7 @@ class EngineSettings:
         dtype: "float32" or "bfloat16"; only float32 is compared token by token.
         max_model_len: longest prompt and answer.
         draft_vocab: what the draft may propose; None: all tokens.
+        arguments: further ones of `vllm.LLM`, before all others.
     """
 
     target: str
@@ -35,6 +38,7 @@ class EngineSettings:
     dtype: str = "float32"
     max_model_len: int = 4096
     draft_vocab: str | int | None = None
+    arguments: Mapping[str, Any] = MappingProxyType({})
 
     def llm_kwargs(self, eager: bool) -> dict[str, Any]:
         """Keyword arguments of `vllm.LLM`."""
@@ -54,6 +58,7 @@ class EngineSettings:
                 "num_speculative_tokens": self.num_speculative_tokens,
                 **vocab,
             },
+            **self.arguments,
         }
 
 
@@ -120,14 +125,19 @@ def measure(
 
 @contextmanager
 def open_engine(settings: EngineSettings) -> Iterator[LLM]:
-    """A running engine with the head."""
+    """A running engine with the head.
+
+    Raises:
+        ViSpecError: it does not start, with the cause.
+    """
     import torch
     from vllm import LLM
 
     from vllm_vispec.plugin import register
 
     register()
-    llm = LLM(**settings.llm_kwargs(eager=not torch.cuda.is_available()))
+    with starting_engine(settings.target, spelled_as_json("--engine-args")):
+        llm = LLM(**settings.llm_kwargs(eager=not torch.cuda.is_available()))
     try:
         yield llm
     finally:

@@ -5,8 +5,9 @@ Tensor names end in their shape: L tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vllm_vispec.errors import ViSpecError
@@ -41,6 +42,7 @@ class EvalOptions:
         check_greedy: count the answer tokens that are the target's argmax.
         engine: ask the engine, too.
         draft_vocab: what the draft may propose, as in the speculative config; None: all tokens.
+        engine_args: further arguments of `vllm.LLM` for the engine.
 
     Raises:
         ViSpecError: a value is impossible.
@@ -57,6 +59,7 @@ class EvalOptions:
     check_greedy: bool = False
     engine: bool = False
     draft_vocab: str | int | None = None
+    engine_args: Mapping[str, Any] = MappingProxyType({})
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -126,6 +129,7 @@ def _engine(options: EvalOptions, max_model_len: int) -> EngineSettings:
         options.dtype,
         max_model_len,
         options.draft_vocab,
+        options.engine_args,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_vispec.conversations.encode import Encoder, load_processor
 from vllm_vispec.conversations.images import open_image
 from vllm_vispec.conversations.types import Conversation, Rejected
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.engine_start import spelled_as_json, starting_engine
 from vllm_vispec.regenerate.dialogue import Answer, Dialogue, Regenerated
 from vllm_vispec.regenerate.settings import RegenerateSettings
 
@@ -100,7 +100,7 @@ def start_engine(settings: RegenerateSettings) -> LLM:
     """Start `vllm.LLM` for a job.
 
     Raises:
-        ViSpecError: it does not start.
+        ViSpecError: it does not start, with the cause.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM
@@ -113,14 +113,10 @@ def start_engine(settings: RegenerateSettings) -> LLM:
     }
     if settings.max_model_len is not None:
         arguments["max_model_len"] = settings.max_model_len
-    if current_platform.is_cpu():
-        arguments |= cpu_arguments(settings)
-    try:
+    with starting_engine(settings.target, spelled_as_json("--engine")):
+        if current_platform.is_cpu():
+            arguments |= cpu_arguments(settings)
         return LLM(**(arguments | dict(settings.engine)))
-    except (ValueError, RuntimeError, OSError, TypeError, ImportError) as error:
-        raise ViSpecError(
-            f"the engine does not start with --target {settings.target}: {one_line(error)}"
-        ) from error
 
 
 def cpu_arguments(settings: RegenerateSettings) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_vispec.conversations.types import Conversation, Rejected
+from vllm_vispec.engine_start import find_cause
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.regenerate.backends.offline import OfflineBackend
 from vllm_vispec.regenerate.backends.wire import (
@@ -167,9 +168,8 @@ def drain(queue: Any, job: BlockJob, poll: float = POLL_S) -> Iterator[Regenerat
 
 
 def user_reason(error: BaseException) -> str:
-    """Return the last line that says something: Ray puts the cause at the end of a traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    """Return what was raised in an actor: Ray puts it at the end of a traceback."""
+    return find_cause(str(error)) if str(error).strip() else type(error).__name__
 
 
 def to_blocks(items: Sequence[Item], workers: int) -> Blocks:
