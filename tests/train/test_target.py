@@ -14,8 +14,9 @@ from tests.support.tiny_store import TinyStore
 from vllm_vispec.conversations.encode import Encoded, Encoder, load_processor
 from vllm_vispec.conversations.read import read_conversations
 from vllm_vispec.conversations.types import Conversation
+from vllm_vispec.dialects.target import load_target_config
 from vllm_vispec.errors import ViSpecError
-from vllm_vispec.train.target import TrainingTarget, load_target_config, merge_vision
+from vllm_vispec.train.target import TrainingTarget, merge_vision
 
 
 def load(folder: Path) -> TrainingTarget:

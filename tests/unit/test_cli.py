@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from tests.unit.heads import write_head
+from tests.unit.heads import write_config, write_head
 from vllm_vispec.cli import doctor
 from vllm_vispec.cli.app import app
 from vllm_vispec.compat import check
@@ -128,6 +130,41 @@ def test_doctor_with_a_bad_head(tmp_path: Path) -> None:
     result = RUNNER.invoke(app, ["doctor", "--head", str(tmp_path / "none")])
     assert result.exit_code == 1
     assert "does not exist" in result.stderr
+
+
+TARGETS: dict[str, tuple[dict[str, Any], str]] = {
+    "fits": ({}, "yes, head and target go together"),
+    "wide": ({"hidden_size": 48}, "hidden_size of the head is 32 .* is 48: use the head that"),
+    "long": ({"vocab_size": 65}, "vocab_size of the head is 64 .* is 65: use the head that"),
+    "of another kind": ({"model_type": "qwen2_vl"}, "the target is qwen2_vl: use the head that"),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_doctor_says_whether_head_and_target_fit(tmp_path: Path, name: str) -> None:
+    changes, said = TARGETS[name]
+    write_head(tmp_path / "head")
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text = sizes | {"num_hidden_layers": 1, "vocab_size": 64, "intermediate_size": 48}
+    text |= {"bos_token_id": 1, "eos_token_id": 2}
+    (tmp_path / "target").mkdir()
+    kind = {"model_type": changes.get("model_type", "qwen2_5_vl"), "vision_config": {}}
+    write_config(tmp_path / "target", kind | {"text_config": text | changes})
+    options = ["--head", str(tmp_path / "head"), "--target", str(tmp_path / "target")]
+    result = RUNNER.invoke(app, ["doctor", *options])
+    assert result.exit_code == (0 if name == "fits" else 1), result.output
+    assert re.search(said, result.stdout if name == "fits" else result.stderr)
+    if name == "fits":
+        assert "up to 4 (1, 2, 4)" in result.stdout
+    else:
+        assert result.stderr.count("\n") == 1
+
+
+def test_doctor_with_a_bad_target(tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["doctor", "--target", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"vispec: --target {str(tmp_path)!r} cannot be read")
+    assert result.stderr.count("\n") == 1
 
 
 def test_known_targets(tmp_path: Path) -> None:

@@ -65,12 +65,16 @@ def doctor(
     head: Annotated[
         str | None, typer.Option(help="Folder or hub id of a head to look at, too.")
     ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a target; says whether the head fits.")
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="List every patch point; say what trees need here.")
     ] = False,
 ) -> None:
     """Print versions, the runner that will be used, which features fit, and what a head needs."""
     from vllm_vispec.cli.doctor import head_lines, run_checks
+    from vllm_vispec.cli.doctor_target import target_lines
 
     report = run_checks(verbose=verbose)
     for line in report.lines:
@@ -79,6 +83,12 @@ def doctor(
         typer.echo("")
         with exit_on_error():
             lines = head_lines(head)
+        for line in lines:
+            typer.echo(line)
+    if target is not None:
+        typer.echo("")
+        with exit_on_error():
+            lines = target_lines(target, head)
         for line in lines:
             typer.echo(line)
     if not report.ok:

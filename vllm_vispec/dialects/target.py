@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from vllm_vispec.errors import ViSpecError
+from pathlib import Path
+from typing import Any
+
+from vllm_vispec.errors import ViSpecError, first_line
 from vllm_vispec.head_config import HeadConfig
 
 # Hidden states of one of these mean nothing to a head of another. A name that is not listed may be
@@ -45,6 +48,34 @@ def check_against_target(
             "sizes fit, acceptance may be low"
         )
     return None
+
+
+def load_target_config(folder: str | Path, setting: str = "target.model") -> Any:
+    """Configuration of a target.
+
+    Args:
+        setting: what the user calls the target, for messages.
+
+    Raises:
+        ViSpecError: it cannot be read or has no vision part.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=Path(folder).is_dir()
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ViSpecError(
+            f"{setting} {str(folder)!r} cannot be read ({first_line(error)}): give the folder "
+            "or hub id of a vision-language model that transformers knows"
+        ) from error
+    if getattr(config, "vision_config", None) is None:
+        raise ViSpecError(
+            f"{setting} {str(folder)!r} ({config.model_type}) has no vision part: give a "
+            "vision-language model, or train a text draft with EAGLE's own tools"
+        )
+    return config
 
 
 def tensor_parallel_sizes(head: HeadConfig) -> list[int]:

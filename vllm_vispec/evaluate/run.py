@@ -157,8 +157,9 @@ class _Pair:
         import torch
 
         from vllm_vispec.dialects import check_against_target, inspect_head
+        from vllm_vispec.dialects.target import load_target_config
         from vllm_vispec.torch_draft import load_draft
-        from vllm_vispec.train.target import TrainingTarget, load_target_config
+        from vllm_vispec.train.target import TrainingTarget
         from vllm_vispec.vocabulary.files import find_vocab
 
         # Before any weights are read.

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vllm_vispec.conversations.encode import Encoded, load_processor
+from vllm_vispec.dialects.target import load_target_config
 from vllm_vispec.train.batch import Observed
 from vllm_vispec.train.chunks import Record, finish_chunks
 from vllm_vispec.train.config import TrainConfig
@@ -38,7 +39,7 @@ from vllm_vispec.train.source import (
     split_records,
     target_dtype,
 )
-from vllm_vispec.train.target import TrainingTarget, load_target_config
+from vllm_vispec.train.target import TrainingTarget
 
 
 def cache_folder(config: TrainConfig) -> Path:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.dialects.target import load_target_config
+from vllm_vispec.errors import ViSpecError, first_line
 from vllm_vispec.train.batch import Observed
 
 if TYPE_CHECKING:
@@ -151,31 +152,6 @@ class TrainingTarget:
         )
 
 
-def load_target_config(folder: str | Path) -> Any:
-    """Configuration of a target.
-
-    Raises:
-        ViSpecError: it cannot be read or has no vision part.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=Path(folder).is_dir()
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ViSpecError(
-            f"target.model {str(folder)!r} cannot be read ({_first_line(error)}): give the folder "
-            "or hub id of a vision-language model that transformers knows"
-        ) from error
-    if getattr(config, "vision_config", None) is None:
-        raise ViSpecError(
-            f"target.model {str(folder)!r} ({config.model_type}) has no vision part: give a "
-            "vision-language model, or train a text draft with EAGLE's own tools"
-        )
-    return config
-
-
 def image_token_id(config: Any) -> int:
     """Id of the image placeholder in a target's token ids.
 
@@ -247,7 +223,7 @@ def _load_model(folder: str | Path, dtype: torch.dtype) -> Any:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ViSpecError(
-            f"target.model {str(folder)!r} cannot be loaded ({_first_line(error)}): give a "
+            f"target.model {str(folder)!r} cannot be loaded ({first_line(error)}): give a "
             "complete vision-language model with safetensors weights"
         ) from error
 
@@ -265,7 +241,3 @@ def _check_structure(model: Any, folder: str | Path) -> None:
             f"target.model {str(folder)!r} ({model.config.model_type}) has a bias in lm_head, "
             "which drafts cannot share: this family is not supported for training"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vllm_vispec.conversations.encode import load_processor
+from vllm_vispec.dialects.target import load_target_config
 from vllm_vispec.train.batch import Observed
 from vllm_vispec.train.cache import offline_teacher
 from vllm_vispec.train.chunks import Record, finish_chunks
@@ -21,7 +22,6 @@ from vllm_vispec.train.source import (
     source_key,
     split_records,
 )
-from vllm_vispec.train.target import load_target_config
 
 SCAN_SAMPLES = 256
 

@@ -10,6 +10,7 @@ from vllm_vispec.conversations.encode import Encoder, load_processor
 from vllm_vispec.conversations.images import open_image
 from vllm_vispec.conversations.types import Conversation, Rejected
 from vllm_vispec.engine_start import spelled_as_json, starting_engine
+from vllm_vispec.errors import first_line
 from vllm_vispec.regenerate.dialogue import Answer, Dialogue, Regenerated
 from vllm_vispec.regenerate.settings import RegenerateSettings
 
@@ -58,7 +59,7 @@ class OfflineBackend:
             dialogue = Dialogue.start(conversation, self.settings.request)
             running[self._enqueue(dialogue)] = dialogue
         except ValueError as error:
-            return Rejected(conversation.sample_id, one_line(error))
+            return Rejected(conversation.sample_id, first_line(error))
         return None
 
     def _step(self, running: dict[str, Dialogue]) -> Iterator[Regenerated | Rejected]:
@@ -73,7 +74,7 @@ class OfflineBackend:
                 else:
                     running[self._enqueue(dialogue)] = dialogue
             except ValueError as error:
-                yield Rejected(dialogue.source.sample_id, one_line(error))
+                yield Rejected(dialogue.source.sample_id, first_line(error))
 
     def _enqueue(self, dialogue: Dialogue) -> str:
         """Hand the current question to the engine; return the request's id in its outputs.
@@ -161,9 +162,3 @@ def to_answer(output: RequestOutput) -> Answer:
         token_ids=tuple(first.token_ids),
         prompt_token_ids=tuple(output.prompt_token_ids or ()),
     )
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's first line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

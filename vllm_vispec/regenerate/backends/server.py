@@ -12,8 +12,8 @@ from typing import Any
 from vllm_vispec.conversations.encode import Encoder, load_processor
 from vllm_vispec.conversations.images import image_file, open_image
 from vllm_vispec.conversations.types import Conversation, Part, Rejected, Turn
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.regenerate.backends.offline import NO_LIMIT, one_line
+from vllm_vispec.errors import ViSpecError, first_line
+from vllm_vispec.regenerate.backends.offline import NO_LIMIT
 from vllm_vispec.regenerate.dialogue import Answer, Dialogue, Regenerated
 from vllm_vispec.regenerate.settings import RegenerateSettings
 
@@ -95,7 +95,7 @@ class ServerBackend:
 
     def _no_server(self, error: Exception) -> ViSpecError:
         return ViSpecError(
-            f"--server {self.settings.server} does not answer ({one_line(error)}); start vllm "
+            f"--server {self.settings.server} does not answer ({first_line(error)}); start vllm "
             "serve and run the same command again"
         )
 
@@ -116,9 +116,9 @@ class ServerBackend:
         except APIConnectionError as error:
             raise self._no_server(error) from error
         except APIStatusError as error:
-            return Rejected(conversation.sample_id, f"the server refuses: {one_line(error)}")
+            return Rejected(conversation.sample_id, f"the server refuses: {first_line(error)}")
         except ValueError as error:
-            return Rejected(conversation.sample_id, one_line(error))
+            return Rejected(conversation.sample_id, first_line(error))
 
     def _ask(self, dialogue: Dialogue) -> Answer:
         sampling = self.settings.sampling
