@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vllm_vispec.conversations.encode import Encoder
@@ -38,7 +37,7 @@ class EngineSettings:
     dtype: str = "float32"
     max_model_len: int = 4096
     draft_vocab: str | int | None = None
-    arguments: Mapping[str, Any] = MappingProxyType({})
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def llm_kwargs(self, eager: bool) -> dict[str, Any]:
         """Keyword arguments of `vllm.LLM`."""

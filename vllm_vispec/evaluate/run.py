@@ -6,8 +6,7 @@ Tensor names end in their shape: L tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_vispec.errors import ViSpecError
@@ -59,7 +58,7 @@ class EvalOptions:
     check_greedy: bool = False
     engine: bool = False
     draft_vocab: str | int | None = None
-    engine_args: Mapping[str, Any] = MappingProxyType({})
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
