@@ -13,11 +13,14 @@ import torch
 from scipy.stats import chisquare
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import random_sample
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
+from tests.support.live_bytes import LiveBytes
 from tests.unit.tree_models import VOCAB, grow, random_model, slow_walk
 from vllm_vispec.engine import cpu_sampling
+from vllm_vispec.engine.trees import v1_sampler
 from vllm_vispec.engine.trees.rounds import Moves, TreeRound, TreeTable
 from vllm_vispec.engine.trees.v1_sampler import TreeRejectionSampler
 from vllm_vispec.tree.grow import DraftTree
@@ -264,3 +267,52 @@ def test_a_requests_own_generator_decides() -> None:
         rows.append(_sample(batch, metadata, logits.clone(), sampling).sampled_token_ids.tolist())
     assert rows[0][0] == rows[0][2] == rows[1][0] == rows[1][2]
     assert rows[0][1] != rows[1][1]
+
+
+def test_parts_of_a_batch_draw_what_the_whole_batch_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few rows are drawn at a time; a greedy request and one without drafts among them."""
+    tree = grow(random_model(6), SETTINGS, 4, NODES)
+    table = TreeTable(SETTINGS, NODES, 4, CPU)
+    table.write(slice(4), tree)
+    lengths = [NODES, 0, 6, NODES]
+    metadata = _metadata([tree.token[r, :n].tolist() for r, n in enumerate(lengths)])
+    logits = torch.randn(sum(lengths) + 4, VOCAB, generator=torch.Generator().manual_seed(4))
+    found = []
+    for max_rows in (1000, 20, 12, 1):
+        monkeypatch.setattr(v1_sampler, "_MAX_ELEMENTS", max_rows * VOCAB)
+        generators = {r: torch.Generator().manual_seed(r) for r in (0, 1, 3)}
+        sampling = _sampling(4, 1.0, all_random=False, generators=generators)
+        sampling = replace(sampling, temperature=torch.tensor([1.0, 1.0, 0.0, 0.7]))
+        batch = _batch(table, [0, 1, 2, 3], metadata)
+        found.append(_sample(batch, metadata, logits.clone(), sampling).sampled_token_ids)
+    assert all(torch.equal(tokens, found[0]) for tokens in found)
+
+
+def test_what_is_drawn_is_what_plain_decoding_draws() -> None:
+    """The first token behind a root, by its request's seed, as vLLM's own sampler draws it."""
+    tree = grow(random_model(7), SETTINGS, 1, NODES)
+    table = TreeTable(SETTINGS, NODES, 1, CPU)
+    table.write(slice(1), tree)
+    metadata = _metadata([tree.token[0].tolist()])
+    logits = torch.randn(NODES + 1, VOCAB, generator=torch.Generator().manual_seed(8))
+    for seed in range(8):
+        generators = {0: torch.Generator().manual_seed(seed)}
+        sampling = _sampling(1, 1.0, generators=generators)
+        found = _sample(_batch(table, [0], metadata), metadata, logits.clone(), sampling)
+        generators = {0: torch.Generator().manual_seed(seed)}
+        plain = random_sample(logits[:1].softmax(-1), generators)
+        assert int(found.sampled_token_ids[0, 0]) == int(plain[0])
+
+
+def test_rows_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling takes one copy in float32 of 16-bit logits, and parts of a bounded size."""
+    requests, vocab = 16, 4096
+    metadata = _metadata([[1] * NODES] * requests)
+    table = TreeTable(SETTINGS, NODES, requests, CPU)
+    logits = torch.randn(requests * (NODES + 1), vocab).bfloat16()
+    batch = _batch(table, list(range(requests)), metadata)
+    monkeypatch.setattr(v1_sampler, "_MAX_ELEMENTS", 2 * (NODES + 1) * vocab)
+    with LiveBytes() as live:
+        _sample(batch, metadata, logits, _sampling(requests, 1.0))
+    whole = logits.numel() * 4
+    assert whole <= live.peak < 1.7 * whole

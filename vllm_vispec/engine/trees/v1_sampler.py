@@ -3,7 +3,9 @@
 Shapes: R requests, S rows of logits, V vocabulary, P nodes on the longest path with the root.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,9 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler, apply_sampling_co
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_vispec.engine.trees.rounds import Moves, TreeRound
+
+# Rows of so many elements are drawn at a time, 64 MiB in float32, one request's at least.
+_MAX_ELEMENTS = 2**24
 
 if TYPE_CHECKING:
     from vllm_vispec.engine.trees.v1_runner import RunnerTrees
@@ -36,8 +41,14 @@ class TreeRejectionSampler(RejectionSampler):
             return super().forward(metadata, draft_probs, logits, sampling_metadata)
         each_row = _each_row(metadata)
         raw_SV = logits.float()
+        # vLLM lets samplers change logits in place; the raw ones are read for log probabilities.
+        reads_raw = (
+            sampling_metadata.max_num_logprobs is not None and not self.is_processed_logprobs_mode
+        )
         scaled_SV = self.apply_logits_processors(
-            raw_SV.clone(), _with_last_row(sampling_metadata, metadata), each_row
+            raw_SV.clone() if reads_raw else raw_SV,
+            _with_last_row(sampling_metadata, metadata),
+            each_row,
         )
         scaled_SV = apply_sampling_constraints(
             scaled_SV, each_row.cu_num_draft_tokens, sampling_metadata
@@ -47,7 +58,7 @@ class TreeRejectionSampler(RejectionSampler):
         moves = batch.moves(found)
         self.trees.accept(batch, moves)
         tokens = found.token[:, : metadata.max_spec_len + 1].int().contiguous()
-        shown_SV = scaled_SV if self.is_processed_logprobs_mode else raw_SV
+        shown_SV = raw_SV if reads_raw else scaled_SV
         logprobs = self._logprobs(metadata, sampling_metadata, shown_SV, moves, tokens)
         return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
 
@@ -65,10 +76,15 @@ class TreeRejectionSampler(RejectionSampler):
         greedy_S = logits_SV.argmax(-1)
         if sampling.all_greedy:
             return greedy_S
-        noise_RPV = self._noise(batch.table.levels + 1, num_drafts, sampling, logits_SV)
-        depth_S = batch.depth.clamp(max=batch.table.levels)
-        probs_SV = logits_SV.softmax(-1, dtype=torch.float32)
-        drawn_S = (probs_SV / noise_RPV[batch.owner, depth_S]).argmax(-1)
+        num_depths, vocab = batch.table.levels + 1, logits_SV.shape[1]
+        depth_S = batch.depth.clamp(max=num_depths - 1)
+        drawn = []
+        for requests, rows in _parts(num_drafts, num_depths, _MAX_ELEMENTS // vocab):
+            noise_RPV = self._noise(requests, num_depths, num_drafts, sampling, logits_SV)
+            owner_S = batch.owner[rows] - requests.start
+            probs_SV = logits_SV[rows].softmax(-1, dtype=torch.float32)
+            drawn.append((probs_SV / noise_RPV[owner_S, depth_S[rows]]).argmax(-1))
+        drawn_S = torch.cat(drawn)
         if sampling.all_random:
             return drawn_S
         assert sampling.temperature is not None
@@ -77,21 +93,24 @@ class TreeRejectionSampler(RejectionSampler):
 
     def _noise(
         self,
+        requests: range,
         num_depths: int,
         num_drafts: list[int],
         sampling: SamplingMetadata,
         logits_SV: torch.Tensor,
     ) -> torch.Tensor:
-        """Return exponential noise ``[R, P, V]``, with each request's own generator."""
+        """Return exponential noise ``[R, P, V]`` of some requests, with their own generators."""
         noise_RPV = torch.empty(
-            (len(num_drafts), num_depths, logits_SV.shape[1]),
+            (len(requests), num_depths, logits_SV.shape[1]),
             dtype=torch.float64 if self.use_fp64_gumbel else torch.float32,
             device=logits_SV.device,
         ).exponential_()
-        for request, generator in sampling.generators.items():
-            # Without drafts one draw is all that plain decoding would take.
-            used = num_depths if num_drafts[request] else 1
-            noise_RPV[request, :used].exponential_(generator=generator)
+        for request in requests:
+            generator = sampling.generators.get(request)
+            if generator is not None:
+                # Without drafts one draw is all that plain decoding would take.
+                used = num_depths if num_drafts[request] else 1
+                noise_RPV[request - requests.start, :used].exponential_(generator=generator)
         return noise_RPV
 
     def _logprobs(
@@ -105,16 +124,31 @@ class TreeRejectionSampler(RejectionSampler):
         """Return logprobs of the accepted paths, which vLLM reads in consecutive rows."""
         if sampling.max_num_logprobs is None:
             return None
-        moved_SV = logits_SV.clone()
-        moved_SV[moves.place] = logits_SV[moves.source]
+        # In place: nobody reads the others.
+        logits_SV[moves.place] = logits_SV[moves.source]
         return self._get_logprobs_tensors(
             sampling.max_num_logprobs,
             metadata,
-            moved_SV,
-            moved_SV[metadata.target_logits_indices],
-            moved_SV[metadata.bonus_logits_indices],
+            logits_SV,
+            logits_SV[metadata.target_logits_indices],
+            logits_SV[metadata.bonus_logits_indices],
             tokens,
         )
+
+
+def _parts(
+    num_drafts: Sequence[int], num_depths: int, max_rows: int
+) -> Iterator[tuple[range, slice]]:
+    """Yield requests and their rows of logits, so many that neither rows nor noise are too many."""
+    starts = [0, *accumulate(count + 1 for count in num_drafts)]
+    first = rows = 0
+    for request, count in enumerate(num_drafts):
+        own = max(count + 1, num_depths)
+        if request > first and rows + own > max_rows:
+            yield range(first, request), slice(starts[first], starts[request])
+            first, rows = request, 0
+        rows += own
+    yield range(first, len(num_drafts)), slice(starts[first], starts[-1])
 
 
 def _each_row(metadata: SpecDecodeMetadata) -> SpecDecodeMetadata:
