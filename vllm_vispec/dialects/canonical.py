@@ -12,6 +12,10 @@ _OUR_LAYER = "layer.self_attn."
 
 def _detect(config: RawConfig, shapes: Shapes) -> bool:
     """Whether a folder is ours, also where its config.json lost our section or was replaced."""
+    if isinstance(config.get("vispec"), dict):
+        return True
+    if config.get("speculators_model_type") not in (None, "vispec"):
+        return False
     architectures = config.get("architectures") or ()
     return (
         "vispec" in config
