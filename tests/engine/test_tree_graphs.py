@@ -27,11 +27,12 @@ def test_recorded_trees(runner: Runner, tiny: TinyStore) -> None:
         "max_num_seqs": 12,
         "max_num_batched_tokens": 96,
     }
-    # Graphs for 1, 3 and 6 requests.
+    # Trees of 1, 3 and 6 requests, and walks of 4 and 12.
     kwargs = {"kind": KIND, "options": options, "sizes": [WIDTH, 3 * WIDTH, 6 * WIDTH]}
     eager, recorded = run_in_subprocess(
         "tests.engine.tree_graph_jobs:serve", kwargs, runner.env(), 900
     )
     assert outputs(recorded) == outputs(eager)
     assert accepted(recorded) == accepted(eager)
-    assert set(recorded["replayed"]) >= {3, 6}
+    replayed = {tuple(graph) for graph in recorded["replayed"]}
+    assert replayed >= {(WIDTH, 3), (WIDTH, 6), (1, 4)}

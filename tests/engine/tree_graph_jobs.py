@@ -1,4 +1,4 @@
-"""A child-process job: a V2 engine whose trees grow in "graphs" that vLLM's managers record.
+"""A child-process job: a V2 engine whose trees grow, and are walked, in what vLLM records.
 
 On a CPU a recording is the function itself, called again with what it was recorded with: static
 buffers, metadata and the padded number of requests.
@@ -26,8 +26,8 @@ def serve(kind: str, options: dict[str, Any], sizes: list[int]) -> Iterator[dict
         yield {"name": "recorded", "results": results, "replayed": replayed}
 
 
-def _record(speculator: Any, sizes: list[int]) -> list[int]:
-    """Record the growth of trees; return a list that takes the requests of each replay."""
+def _record(speculator: Any, sizes: list[int]) -> list[tuple[int, int]]:
+    """Record walks and growth; return a list of (rows a request, requests) of all replays."""
     from vllm.config.compilation import CUDAGraphMode
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backend import AttentionCGSupport
@@ -37,7 +37,7 @@ def _record(speculator: Any, sizes: list[int]) -> list[int]:
         SpeculatorCudaGraphManager,
     )
 
-    replayed: list[int] = []
+    replayed: list[tuple[int, int]] = []
 
     def capture(manager: Any, create_forward_fn: Any, progress_bar_desc: str = "") -> None:
         for desc in manager._capture_descs.get(CUDAGraphMode.FULL, []):
@@ -67,11 +67,13 @@ def _record(speculator: Any, sizes: list[int]) -> list[int]:
     return replayed
 
 
-def _replay(forward: Callable[..., None], desc: Any, replayed: list[int]) -> Callable[[], None]:
+def _replay(
+    forward: Callable[..., None], desc: Any, replayed: list[tuple[int, int]]
+) -> Callable[[], None]:
     from vllm.config.compilation import CUDAGraphMode
 
     def replay() -> None:
-        replayed.append(desc.num_reqs)
+        replayed.append((desc.uniform_token_count, desc.num_reqs))
         forward(CUDAGraphMode.NONE)
 
     return replay

@@ -11,7 +11,9 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu import cudagraph_utils
 
 from tests.support.recorded_graph import RecordedGraph
+from tests.unit.tree_models import grow, random_model
 from tests.unit.tree_speculators import LAYER, VOCAB, WIDTH, SmallTreeSpeculator
+from vllm_vispec.engine.trees.rounds import TreeRound
 from vllm_vispec.engine.trees.v2_graphs import _log
 from vllm_vispec.engine.v2 import ViSpecSpeculator
 from vllm_vispec.tree.grow import DraftTree
@@ -266,3 +268,45 @@ def test_a_schedule_records_no_chains_as_long_as_trees() -> None:
     trees = speculator.tree_cudagraph_manager
     assert trees is not None
     assert {desc.uniform_token_count for desc in trees.graphs} == {speculator._width}
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_batches_replay_the_walk_of_the_next_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged batches of one to six requests find what an eager walk finds."""
+    settings, num_rows = TreeSettings(depth=3, top_k=4), REQUESTS * (NODES + 1)
+    speculator = _speculator(max_num_tokens=2 * num_rows)
+    speculator.place_keys()
+    speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
+    speculator.capture()
+    manager = speculator.walk_cudagraph_manager
+    assert manager is not None
+    assert sorted(desc.num_reqs for desc in manager.graphs) == [1, 2, 4]
+    walks = speculator.trees.static_walk
+    walks.find_manager = lambda: manager
+    replayed: list[int] = []
+    run = manager.run_fullgraph
+
+    def run_fullgraph(desc: Any) -> None:
+        replayed.append(desc.num_reqs)
+        run(desc)
+
+    monkeypatch.setattr(manager, "run_fullgraph", run_fullgraph)
+    speculator.table.write(slice(REQUESTS), grow(random_model(5), settings, REQUESTS, NODES))
+    accepted = set()
+    for seed, count in enumerate((1, 3, 4, 2, 6, 3, 1, 4)):
+        generator = torch.Generator().manual_seed(seed)
+        count_R = torch.randint(0, NODES + 1, (count,), generator=generator)
+        start_R = (count_R + 1).cumsum(0) - count_R - 1
+        num_rows = int((count_R + 1).sum())
+        slot_R = torch.randperm(REQUESTS, generator=generator)[:count]
+        # Few tokens: the target agrees with many nodes.
+        sampled_S, token_S = torch.randint(2, (2, num_rows), generator=generator)
+        index_S = torch.arange(num_rows)
+        batch = TreeRound(speculator.table, slot_R, start_R, count_R, index_S, num_rows)
+        found, moves = walks.walk(batch, sampled_S, token_S)
+        expected = batch.walk(sampled_S, token_S)
+        for mine, theirs in zip((*found, *moves), (*expected, *batch.moves(expected)), strict=True):
+            assert torch.equal(mine, theirs)
+        accepted.update(found.accepted.tolist())
+    assert replayed == [1, 4, 4, 2, 4, 1, 4]
+    assert len(accepted) > 1

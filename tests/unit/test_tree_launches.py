@@ -3,8 +3,8 @@
 Counted are the operators of ours that run one by one in every step: codes and positions before the
 target's pass, the walk behind vLLM's sampling, the accepted path's move, and what is told to the
 graph in which trees grow.  Views launch nothing.  Left out are vLLM's own operators, and what is
-recorded in a graph: the growth of the trees with all draft passes, and the copies in which layers
-pad their rows.
+recorded in a graph: the growth of the trees with all draft passes, the walk where that is recorded,
+and the copies in which layers pad their rows.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from vllm_vispec.engine.trees.rounds import TreeRound, TreeTable
 from vllm_vispec.engine.trees.target_cache import TargetCache
 from vllm_vispec.engine.trees.v2_sampler import TreeRejectionSampler
 from vllm_vispec.engine.trees.v2_state import StateTrees
+from vllm_vispec.engine.trees.v2_walk import StaticWalk
 from vllm_vispec.tree.settings import TreeSettings
 
 CPU = torch.device("cpu")
@@ -36,7 +37,8 @@ SETTINGS, NODES, REQUESTS, VOCAB, WIDTH = TreeSettings(depth=3, top_k=8), 29, 3,
 ROWS = REQUESTS * (NODES + 1)
 LAYERS, BLOCKS, SLOTS = 28, 64, 16
 TARGET_HEADS, DRAFT_HEADS = (2, 8, 32), (2, 9, 40)
-BUDGET = 120
+# 106 and 72 as this is written.
+EAGER_BUDGET, BUDGET = 120, 85
 _NO_KERNEL = (
     "view",
     "slice",
@@ -137,6 +139,7 @@ class Step:
 def _state_trees(codes: CodeRows, table: TreeTable) -> StateTrees:
     trees = object.__new__(StateTrees)
     trees.codes, trees.table = codes, table
+    trees.static_walk = StaticWalk(table, REQUESTS, 2 * ROWS)
     trees._round, trees._positions, trees._moves, trees._needs_chain = None, None, [], {}
     num_heads, head_size, padded_size = TARGET_HEADS
     caches = torch.randn(LAYERS, BLOCKS, num_heads, SLOTS, 2 * padded_size)
@@ -185,17 +188,23 @@ def _speculator() -> SmallTreeSpeculator:
     return speculator
 
 
-def test_a_step_launches_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_walk", [False, True], ids=["eager walk", "recorded walk"])
+def test_a_step_launches_few_kernels(has_walk: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step()
     graph = SimpleNamespace(cg_mode=CUDAGraphMode.FULL)
     replayed: list[Any] = []
     monkeypatch.setattr(v2, "dispatch_cg_and_sync_dp", lambda *args, **kwargs: (graph, None))
     monkeypatch.setattr(v2.TreeSpeculator, "_replay", lambda self, desc: replayed.append(desc))
+    if has_walk:
+        manager: Any = SimpleNamespace(
+            dispatch=lambda *args: graph, run_fullgraph=lambda desc: None
+        )
+        step.trees.static_walk.find_manager = lambda: manager
     # The first step looks at the caches from the host.
     step.run(monkeypatch)
     step.run(monkeypatch)
     assert replayed == [graph, graph]
-    assert sum(step.counts.values()) <= BUDGET, step.counts
+    assert sum(step.counts.values()) <= (BUDGET if has_walk else EAGER_BUDGET), step.counts
     # Nothing is left out by mistake.
     assert all(count > 0 for count in step.counts.values()), step.counts
 

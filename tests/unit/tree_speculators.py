@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu.input_batch import InputBuffers
 from vllm_vispec.engine.trees.code_rows import CodeRows
 from vllm_vispec.engine.trees.rounds import TreeTable
 from vllm_vispec.engine.trees.v2 import TreeSpeculator
+from vllm_vispec.engine.trees.v2_walk import StaticWalk
 from vllm_vispec.tree.settings import TreeSettings
 
 CPU = torch.device("cpu")
@@ -130,6 +131,7 @@ class SmallTreeSpeculator(TreeSpeculator):
         self.supports_decode_metadata_update = True
         self.trees: Any = SimpleNamespace(
             table=self.table,
+            static_walk=StaticWalk(self.table, self.max_num_reqs, self.max_num_tokens),
             accept=lambda *args: None,
             replace_with_chains=lambda *args: None,
         )

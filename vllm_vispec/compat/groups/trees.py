@@ -322,10 +322,24 @@ _V2 = (
     ),
     PatchPoint(
         _V2_GRAPHS,
+        "CudaGraphManager.__init__",
+        ("vllm_config", "device", "cudagraph_mode", "decode_query_len"),
+        "calls",
+        "graphs of the walk, one row for each request",
+    ),
+    PatchPoint(
+        _V2_GRAPHS,
+        "CudaGraphManager.dispatch",
+        ("num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"),
+        "calls",
+        "the walk's graph for a batch",
+    ),
+    PatchPoint(
+        _V2_GRAPHS,
         "CudaGraphManager.run_fullgraph",
         ("desc",),
         "calls",
-        "replays the growth of trees",
+        "replays the growth of trees, and the walk",
     ),
     PatchPoint(
         _V2_AR_GRAPHS,

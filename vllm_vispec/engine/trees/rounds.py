@@ -77,6 +77,29 @@ class TreeTable(nn.Module):
         for rows in (self.depth, self.parent, self.is_node, self.path):
             rows[slots] = rows[self.no_tree].clone()
 
+    def walk(
+        self,
+        slot_R: torch.Tensor,
+        start_R: torch.Tensor,
+        count_R: torch.Tensor,
+        sampled_S: torch.Tensor,
+        token_S: torch.Tensor,
+    ) -> Walk:
+        """Walk down the trees of a batch, described as for `TreeRound`.
+
+        Args:
+            slot_R: The requests' slots.
+            start_R: Their first rows of logits.
+            count_R: Their drafts.
+            sampled_S: The target's own token behind each row.
+            token_S: Each row's own draft token; the roots' do not matter.
+        """
+        places_J = torch.arange(self.num_nodes + 1, device=sampled_S.device)
+        is_node_RJ = self.is_node[slot_R] & (places_J <= count_R.unsqueeze(1))
+        row_RJ = _rows(start_R, count_R, places_J)
+        token_RJ = token_S[row_RJ].masked_fill(~is_node_RJ, NO_TOKEN)
+        return walk(sampled_S[row_RJ].long(), token_RJ.long(), self.parent[slot_R], self.levels)
+
 
 class Moves(NamedTuple):
     """Where the accepted paths go, ``[R * P]`` each.
@@ -114,7 +137,7 @@ class TreeRound:
         num_tokens: int,
     ) -> None:
         self.table, self.num_tokens, self.token_index = table, num_tokens, token_index
-        self._slot, self._start, self._count = slot, start, count
+        self.slot, self.start, self.count = slot, start, count
         num_rows = token_index.shape[0]
         requests_R = torch.arange(slot.shape[0], device=slot.device)
         self.owner = torch.repeat_interleave(requests_R, count + 1, output_size=num_rows)
@@ -126,26 +149,24 @@ class TreeRound:
         self.position_shift = self.depth - node_S
 
     def walk(self, sampled_S: torch.Tensor, token_S: torch.Tensor) -> Walk:
-        """Walk down all trees.
-
-        Args:
-            sampled_S: The target's own token behind each row.
-            token_S: Each row's own draft token; the roots' do not matter.
-        """
-        places_J = torch.arange(self.table.num_nodes + 1, device=sampled_S.device)
-        is_node_RJ = self.table.is_node[self._slot] & (places_J <= self._count.unsqueeze(1))
-        row_RJ = self._rows(places_J)
-        token_RJ = token_S[row_RJ].masked_fill(~is_node_RJ, NO_TOKEN)
-        parent_RJ = self.table.parent[self._slot]
-        return walk(sampled_S[row_RJ].long(), token_RJ.long(), parent_RJ, self.table.levels)
+        """Walk down all trees; see `TreeTable.walk`."""
+        return self.table.walk(self.slot, self.start, self.count, sampled_S, token_S)
 
     def moves(self, found: Walk) -> Moves:
         """Return how to bring each accepted path to the front of its request's rows."""
-        places_P = torch.arange(self.table.levels + 1, device=found.path.device)
-        is_draft_RP = (places_P > 0) & (places_P <= found.accepted.unsqueeze(1))
-        source_RP = self._start.unsqueeze(1) + torch.minimum(found.path, self._count.unsqueeze(1))
-        return Moves(source_RP.flatten(), self._rows(places_P).flatten(), is_draft_RP.flatten())
+        return find_moves(self.start, self.count, found)
 
-    def _rows(self, places_X: torch.Tensor) -> torch.Tensor:
-        """Return rows of logits ``[R, X]`` by place; a request's last one where it has fewer."""
-        return self._start.unsqueeze(1) + torch.minimum(places_X, self._count.unsqueeze(1))
+
+def find_moves(start_R: torch.Tensor, count_R: torch.Tensor, found: Walk) -> Moves:
+    """Return how to bring accepted paths to the front; arguments as those of `TreeRound`."""
+    places_P = torch.arange(found.path.shape[1], device=found.path.device)
+    is_draft_RP = (places_P > 0) & (places_P <= found.accepted.unsqueeze(1))
+    source_RP = _rows(start_R, count_R, found.path)
+    return Moves(
+        source_RP.flatten(), _rows(start_R, count_R, places_P).flatten(), is_draft_RP.flatten()
+    )
+
+
+def _rows(start_R: torch.Tensor, count_R: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return rows of logits ``[R, X]`` by place; a request's last one where it has fewer."""
+    return start_R.unsqueeze(1) + torch.minimum(places, count_R.unsqueeze(1))

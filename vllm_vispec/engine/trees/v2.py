@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
-from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
@@ -43,6 +43,7 @@ class TreeSpeculator(ViSpecSpeculator):
     # None until vLLM has told where keys and values lie: while it profiles its memory.
     trees: StateTrees | None = None
     tree_cudagraph_manager: TreeCudaGraphManager | None = None
+    walk_cudagraph_manager: CudaGraphManager | None = None
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head."""
@@ -61,7 +62,9 @@ class TreeSpeculator(ViSpecSpeculator):
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
         """Find the trees that the target is verified with."""
         super().set_attn(model_state, *args, **kwargs)
-        self.trees = model_state.vispec_trees
+        trees: StateTrees = model_state.vispec_trees
+        trees.static_walk.find_manager = lambda: self.walk_cudagraph_manager
+        self.trees = trees
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Decide what is recorded: the first pass, the steps of short chains, whole trees."""
@@ -81,9 +84,13 @@ class TreeSpeculator(ViSpecSpeculator):
             self.vllm_config, self.device, mode, self._width
         )
         log_graphs(self.tree_cudagraph_manager, reason)
+        # A walk is nobody's pass: it has one row for each request.
+        self.walk_cudagraph_manager = CudaGraphManager(
+            self.vllm_config, self.device, chains.cudagraph_mode, decode_query_len=1
+        )
 
     def capture(self) -> None:
-        """Record the first pass, the steps of scheduled chains, and the growth of trees."""
+        """Record the first pass, the steps of scheduled chains, and trees: walk and growth."""
         if self._schedules_chains:
             super().capture()
         else:
@@ -93,6 +100,9 @@ class TreeSpeculator(ViSpecSpeculator):
                 super().capture()
             finally:
                 self.num_speculative_steps = num_steps
+        if self.walk_cudagraph_manager is not None and self.walk_cudagraph_manager.needs_capture():
+            assert self.trees is not None
+            self.trees.static_walk.record(self.walk_cudagraph_manager)
         if self.tree_cudagraph_manager is None or not self.tree_cudagraph_manager.needs_capture():
             return
         self._codes.clear()

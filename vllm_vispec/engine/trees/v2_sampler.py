@@ -67,8 +67,7 @@ class TreeRejectionSampler(RejectionSampler):
             is_drafting=False,
             use_fp64=self.sampler.use_fp64_gumbel,
         )
-        found = batch.walk(sampled_S, verify_draft_sampled)
-        moves = batch.moves(found)
+        found, moves = self.trees.walk(batch, sampled_S, verify_draft_sampled)
         self.trees.note(batch, moves)
         # Log probabilities are read in consecutive rows.
         for rows in (logits,) if scaled_SV is logits else (logits, scaled_SV):

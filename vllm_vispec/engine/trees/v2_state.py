@@ -16,7 +16,9 @@ from vllm_vispec.engine.trees.path_rules import needs_chain
 from vllm_vispec.engine.trees.rounds import Moves, TreeRound, TreeTable
 from vllm_vispec.engine.trees.setting import has_branches
 from vllm_vispec.engine.trees.v2_sampler import TreeRejectionSampler
+from vllm_vispec.engine.trees.v2_walk import StaticWalk
 from vllm_vispec.tree.grow import best_path, replace_rows
+from vllm_vispec.tree.walk import Walk
 
 
 def custom_sampler(original: Callable[..., Any], state: Any, sampler: Any) -> Any:
@@ -42,6 +44,8 @@ class StateTrees:
         num_nodes = config.speculative_config.num_speculative_tokens
         self.table = TreeTable(settings_of(config), num_nodes, state.max_num_reqs, state.device)
         self.codes.table = self.table
+        max_num_tokens = config.scheduler_config.max_num_batched_tokens
+        self.static_walk = StaticWalk(self.table, state.max_num_reqs, max_num_tokens)
         layers = config.compilation_config.static_forward_context
         self.cache = find_target_cache(
             config, [name for name in layers if getattr(layers[name], "is_draft_layer", False)]
@@ -100,6 +104,15 @@ class StateTrees:
             return self._round
         token_S = self._round.token_index[first_row : first_row + num_rows]
         return _round(self.table, slot, starts, token_S, self._round.num_tokens)
+
+    def walk(
+        self, batch: TreeRound, sampled_S: torch.Tensor, token_S: torch.Tensor
+    ) -> tuple[Walk, Moves]:
+        """Walk down the trees of a batch or, where vLLM took it apart, of some of its requests."""
+        if batch is self._round:
+            return self.static_walk.walk(batch, sampled_S, token_S)
+        found = batch.walk(sampled_S, token_S)
+        return found, batch.moves(found)
 
     def note(self, batch: TreeRound, moves: Moves) -> None:
         """Remember accepted paths until the draft's turn."""
