@@ -197,7 +197,7 @@ def test_a_step_launches_few_kernels(has_walk: bool, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(v2.TreeSpeculator, "_replay", lambda self, desc: replayed.append(desc))
     if has_walk:
         manager: Any = SimpleNamespace(
-            dispatch=lambda *args: graph, run_fullgraph=lambda desc: None
+            dispatch=lambda *args, **kwargs: graph, run_fullgraph=lambda desc: None
         )
         step.trees.static_walk.find_manager = lambda: manager
     # The first step looks at the caches from the host.

@@ -329,13 +329,6 @@ _V2 = (
     ),
     PatchPoint(
         _V2_GRAPHS,
-        "CudaGraphManager.dispatch",
-        ("num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"),
-        "calls",
-        "the walk's graph for a batch",
-    ),
-    PatchPoint(
-        _V2_GRAPHS,
         "CudaGraphManager.run_fullgraph",
         ("desc",),
         "calls",

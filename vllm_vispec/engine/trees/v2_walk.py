@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
 
 from vllm_vispec.engine.trees.rounds import NO_REQUEST, Moves, TreeRound, TreeTable, find_moves
 from vllm_vispec.tree.walk import Walk
@@ -45,8 +46,17 @@ class StaticWalk:
         """
         num_requests = batch.slot.shape[0]
         manager = self.find_manager()
-        desc = manager.dispatch(num_requests, num_requests, 1, 0) if manager is not None else None
-        if manager is None or desc is None or desc.cg_mode != CUDAGraphMode.FULL:
+        # Engines that are data parallel have no trees.
+        desc, _ = dispatch_cg_and_sync_dp(
+            manager,
+            num_requests,
+            num_requests,
+            uniform_token_count=1,
+            dp_size=1,
+            dp_rank=0,
+            need_eager=manager is None,
+        )
+        if manager is None or desc.cg_mode != CUDAGraphMode.FULL:
             found = batch.walk(sampled_S, token_S)
             return found, batch.moves(found)
         num_rows = sampled_S.shape[0]
