@@ -5,11 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from tests.support import cuda_stand_in
+from tests.unit.heads import BASE
 
 CAPABILITIES = ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))
 CACHE_DTYPES = ("auto", "fp8")
@@ -34,6 +36,8 @@ def everything() -> Iterator[dict[str, Any]]:
     yield from ({"heads": row} for row in chosen_heads(engine))
     yield from ({"refusal": line} for line in refusals(engine))
     yield from ({"layer": layer} for layer in built_layers(engine))
+    yield from ({"question": question} for question in questions(engine))
+    yield from ({"start": line} for line in starts(engine))
 
 
 def chosen_heads(engine: Engine) -> Iterator[list[str]]:
@@ -116,6 +120,67 @@ def built_layers(engine: Engine) -> Iterator[dict[str, Any]]:
             }
 
 
+def questions(engine: Engine) -> Iterator[list[Any]]:
+    """Yield what kinds of layers ask the selector for, beyond what is usual, and their backend."""
+    import torch
+
+    from vllm_vispec.engine.padded_heads import BackendFinder, choose_padded_head
+
+    plain: dict[str, Any] | None = None
+    model = vars(engine.config.model_config)
+    model["is_mm_prefix_lm"] = False
+    layers: tuple[dict[str, Any], ...] = (
+        {},
+        {"per_layer_sliding_window": 64},
+        {"sinks": torch.zeros(HEADS)},
+        {"quant_config": SimpleNamespace(kv_cache_scheme={"strategy": "tensor"})},
+        {"quant_config": SimpleNamespace(kv_cache_scheme={"strategy": "attn_head"})},
+    )
+    # The last one is a layer of a model whose images see themselves as a whole.
+    for settings in (*layers, {}):
+        with engine.on((9, 0), "auto") as config:
+            if plain is not None and not settings:
+                model["is_mm_prefix_lm"] = True
+            finder = BackendFinder.of_layer(
+                HEADS,
+                128,
+                128**-0.5,
+                cache_config=config.cache_config,
+                prefix="layers.0",
+                **settings,
+            )
+            plain = plain or finder.options
+            changed = {k: v for k, v in finder.options.items() if v != plain[k]}
+            head = choose_padded_head(finder, 128, 131)
+            found = None if head is None else f"{head.backend.get_name()} {head.size}"
+            yield [finder.kv_cache_dtype, changed, found]
+    model["is_mm_prefix_lm"] = False
+
+
+def starts(engine: Engine) -> Iterator[str]:
+    """Yield what is said while the configuration is built, for the target's and draft's backend."""
+    from vllm_vispec.engine.head_size_checks import check_padded_heads
+    from vllm_vispec.errors import ViSpecError
+
+    cases = (
+        ((8, 9), "fp8", None, None),
+        ((8, 9), "fp8", "FLASHINFER", None),
+        ((8, 9), "fp8", "FLASHINFER", "FLASH_ATTN"),
+        ((8, 0), "fp8", None, "TRITON_ATTN"),
+        ((9, 0), "auto", "FLASH_ATTN", None),
+    )
+    for capability, cache_dtype, backend, draft_backend in cases:
+        with engine.on(capability, cache_dtype, backend) as config:
+            config.speculative_config = engine.speculative_config(draft_backend)
+            try:
+                check_padded_heads(config)
+                yield "no objection"
+            except ViSpecError as error:
+                yield str(error)
+            finally:
+                config.speculative_config = None
+
+
 def _shares_workspaces(builder: Any) -> list[bool] | None:
     """Whether FlashInfer's layer takes a workspace made for 128 channels, and one for its own."""
     import torch
@@ -188,6 +253,21 @@ class Engine:
         self.config.compilation_config.static_forward_context.clear()
         with set_current_vllm_config(self.config):
             yield self.config
+
+    def speculative_config(self, backend: str | None) -> Any:
+        """Return what a head for this model makes of the setting, as far as it is read here."""
+        from transformers import LlamaConfig
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        head = replace(BASE, hidden_size=HEADS * 128, head_dim=128, num_attention_heads=HEADS)
+        config = LlamaConfig(**head.to_llama_config_dict())
+        return SimpleNamespace(
+            draft_model_config=SimpleNamespace(hf_config=config),
+            attention_backend=AttentionBackendEnum[backend] if backend else None,
+            kv_cache_dtype=None,
+            num_speculative_tokens_per_batch_size=None,
+            enable_adaptive_verification=False,
+        )
 
     def draft_layer(self, config: Any) -> Any:
         """Return a draft's attention layer without memory, as on one device."""

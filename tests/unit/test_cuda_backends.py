@@ -57,12 +57,33 @@ REFUSALS = [
     ("heads of 518 channels with kv_cache_dtype=fp8; .*image rows; leave kv_cache_dtype out"),
 ]
 
+# What a layer asks the selector for beyond a plain one: with a sliding window, sinks, a quantized
+# cache by the checkpoint's own word, per head, and in a model whose images see themselves whole.
+QUESTIONS = [
+    ["auto", {}, "FLASH_ATTN 136"],
+    ["auto", {"has_sliding_window": True}, "FLASH_ATTN 136"],
+    ["auto", {"has_sink": True}, "FLASH_ATTN 136"],
+    ["fp8", {}, "FLASH_ATTN 144"],
+    ["fp8", {"use_per_head_quant_scales": True}, "FLASH_ATTN 144"],
+    ["auto", {"use_mm_prefix": True}, "TRITON_ATTN 136"],
+]
+# While the configuration is built nothing imports FlashInfer: then nothing is known, or no other
+# backend is stated.
+STARTS = [
+    "^no objection$",
+    "^no objection$",
+    'heads of 131 channels with kv_cache_dtype=fp8; .*set "attention_backend": "FLASHINFER"',
+    'heads of 131 channels with kv_cache_dtype=fp8; .*set "attention_backend": "FLASHINFER"',
+    "^no objection$",
+]
+
 
 def check(env: dict[str, str]) -> None:
     """Compare all that the process with stand-ins says."""
     said = run_in_subprocess("tests.unit.cuda_backend_jobs:everything", env=env, timeout=300)
-    heads, refused, layers = (
-        [item[name] for item in said if name in item] for name in ("heads", "refusal", "layer")
+    kinds = ("heads", "refusal", "layer", "question", "start")
+    heads, refused, layers, questions, starts = (
+        [item[kind] for item in said if kind in item] for kind in kinds
     )
     expected = [
         [*words.split(), *(cell.strip() for cell in cells)]
@@ -70,8 +91,8 @@ def check(env: dict[str, str]) -> None:
     ]
     assert heads == expected
     assert [_sizes(layer) for layer in layers] == LAYERS
-    assert len(refused) == len(REFUSALS)
-    for line, pattern in zip(refused, REFUSALS, strict=True):
+    assert questions == QUESTIONS
+    for line, pattern in zip([*refused, *starts], [*REFUSALS, *STARTS], strict=True):
         assert "\n" not in line
         assert re.search(pattern, line), line
 
