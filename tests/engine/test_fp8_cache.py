@@ -53,5 +53,4 @@ def test_chains(tiny: TinyStore, runner: Runner) -> None:
     ]
     assert ids[1] == ids[0]
     # Images are masked as with an exact cache: a draft that saw them would be refused more often.
-    print(_accepted(chain), _accepted(exact))
     assert _accepted(chain) > 0.85 * _accepted(exact)
