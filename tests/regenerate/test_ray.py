@@ -55,7 +55,7 @@ def test_failed_workers_after_some_results() -> None:
     job = ray_data.BlockJob(hand_out, ray_data.Cluster(SETTINGS, results, 2, 0), [])
     taken = ray_data.drain(results, job, poll=0.05)
     assert next(taken) == Rejected("a", "bad")
-    with pytest.raises(ViSpecError, match="the Ray job failed: ViSpecError: no such target"):
+    with pytest.raises(ViSpecError, match="the Ray job failed: no such target"):
         next(taken)
 
 
