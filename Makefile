@@ -12,7 +12,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all lint format bench report clean
+.PHONY: help setup demo test test-slow test-gpu test-all lint format bench report clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,11 @@ test-slow: setup ## the long matrix: vLLM 0.33, and everything marked slow
 
 test-all: setup lint ## every test
 	@$(PYTEST) -m "" $(PYTEST_ARGS)
+
+test-gpu: setup ## what needs a GPU: starts, graphs, attention, vispec verify (under 15 minutes)
+	@$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "make test-gpu: torch finds no CUDA device here" >&2; exit 1; }
+	@$(PY) -m pytest -q tests/gpu $(PYTEST_ARGS)
 
 lint: setup ## ruff and mypy
 	@$(PY) -m ruff check --quiet .
