@@ -32,12 +32,13 @@ V1_SMALL: Mapping[str, Any] = {"mixed": {}, "prefix": {}, "abort": {}, "features
 
 
 def _pairs(
-    tiny: TinyStore, small: Mapping[str, Any], busy: Mapping[str, Any]
+    tiny: TinyStore, small: Mapping[str, Any], busy: Mapping[str, Any], **changes: Any
 ) -> list[dict[str, Any]]:
-    """Return the setups of both engines, each without and with the head."""
+    """Return the setups of both engines, each without and with the head, options changed."""
     target, head = tiny.pair(KIND)
+    changes["model"] = target
     return [
-        setup(f"{name}-{kind}", KIND, options | {"model": target, "draft": draft}, scenarios)
+        setup(f"{name}-{kind}", KIND, options | changes | {"draft": draft}, scenarios)
         for name, options, scenarios in (
             ("small", dict(SMALL), small),
             ("blocks", dict(FEW_BLOCKS), busy),
@@ -142,6 +143,26 @@ def test_v1_table_smaller_than_a_request(v1: Served) -> None:
     served = v1["evicting", "mixed"]
     assert_same(v1["small-plain", "mixed"], served)
     assert served["table"]["evicted"] > 0
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny: TinyStore) -> Served:
+    """V1 with compiled models, those of plain vLLM too."""
+    return serve(RUNNERS["v1"], _pairs(tiny, V1_SMALL, BUSY, compiler="eager"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", V1_SMALL)
+def test_v1_compiled(compiled: Served, scenario: str) -> None:
+    assert_same(compiled["small-plain", scenario], compiled["small-spec", scenario])
+
+
+@pytest.mark.slow
+def test_v1_compiled_preemption(compiled: Served) -> None:
+    plain, spec = compiled["blocks-plain", "busy"], compiled["blocks-spec", "busy"]
+    assert_same(plain, spec)
+    assert spec["metrics"]["vllm:num_preemptions"] > 0
+    assert mean_accepted(spec) > 0.2
 
 
 # Runner and requests of the mixed scenario.

@@ -61,13 +61,10 @@ def options(tiny: TinyStore, kind: str, lists: Path) -> dict[str, Any]:
     return {**SIZES, "model": target, "draft": head, "extra": extra}
 
 
-def serve(
-    runner: Runner, starts: list[dict[str, Any]], env: Mapping[str, str] | None = None
-) -> Started:
+def serve(runner: Runner, starts: list[dict[str, Any]]) -> Started:
     """Serve with one engine after another in a child process; what each answered by its name."""
     kwargs = {"kind": KIND, "starts": starts}
-    variables = runner.env() | dict(env or {})
-    items = run_in_subprocess("tests.engine.start_jobs:serve", kwargs, variables, 1500)
+    items = run_in_subprocess("tests.engine.start_jobs:serve", kwargs, runner.env(), 1500)
     return {item["name"]: item for item in items}
 
 

@@ -46,10 +46,7 @@ class Batch:
 
 def kernels(dtypes: list[str]) -> Iterator[dict[str, Any]]:
     """Yield error, leak and writes outside the scratch for every batch and dtype."""
-    from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
-
-    from vllm_vispec.compat.patching import patch
-    from vllm_vispec.engine.attention_scratch import init_triton_builder
+    from vllm_vispec.engine import attention_scratch
 
     _let_dots_take_bfloat16()
     cases: tuple[tuple[str, Any, dict[str, int]], ...] = (
@@ -62,7 +59,7 @@ def kernels(dtypes: list[str]) -> Iterator[dict[str, Any]]:
     for fits in (False, True):
         make_builder.cache_clear()
         if fits:
-            patch(TritonAttentionMetadataBuilder, "__init__", init_triton_builder)
+            attention_scratch.install()
         for head_size in (64, 128) if fits else (128,):
             for name in dtypes if fits else dtypes[:1]:
                 dtype = getattr(torch, name)

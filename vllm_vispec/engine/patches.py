@@ -58,6 +58,7 @@ def apply_chain_patches(runner: Runner) -> None:
     patch(EagleProposer, "__new__", worker_hook.new_proposer)
     if current_platform.is_cpu():
         apply_cpu_sampling_patches()
+        _apply_cpu_gemm_patches()
 
 
 def apply_cpu_sampling_patches() -> None:
@@ -67,6 +68,14 @@ def apply_cpu_sampling_patches() -> None:
     from vllm_vispec.engine import cpu_sampling
 
     patch(rejection_sampler, "expand_batch_to_tokens", cpu_sampling.instead)
+
+
+def _apply_cpu_gemm_patches() -> None:
+    from vllm._custom_ops import CPUDNNLGEMMHandler
+
+    from vllm_vispec.engine import cpu_gemm
+
+    patch(CPUDNNLGEMMHandler, "__del__", cpu_gemm.release)
 
 
 def apply_scratch_patches() -> None:

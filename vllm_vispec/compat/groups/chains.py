@@ -115,6 +115,13 @@ _V1 = (
         "V1 on CPU only: vLLM's CPU kernel leaves the temperatures of sampled requests unset",
     ),
     PatchPoint(
+        "vllm._custom_ops",
+        "CPUDNNLGEMMHandler.__del__",
+        (),
+        "wraps",
+        "V1 on CPU only: a handler that is collected while a model is traced prints a traceback",
+    ),
+    PatchPoint(
         _V1_PROPOSER,
         "SpecDecodeBaseProposer.self.hidden_states",
         (),
