@@ -26,7 +26,11 @@ SETTLE_S = 0.2
 
 # "(EngineCore pid=12) ", "ERROR 11-30 06:37:16 [core.py:1186] " in front of a line.
 _PREFIX = re.compile(r"^(?:\([^()]*pid=\d+\)\s*)?(?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]+\]\s?)?")
-_EXCEPTION = re.compile(r"^(?:[\w]+\.)*(\w*(?:Error|Exception|Interrupt|Exit)): (.+)$")
+_EXCEPTION = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Interrupt|Exit))(?:: ?(.*))?$")
+# Their messages are sentences; those of other exceptions ("KeyError: 3") need the class.
+_WORDED = re.compile(
+    r"^(ViSpec|Value|OS|Runtime|Validation|OutOfMemory|NotImplemented|\w*NotFound)Error$|^Exception$"
+)
 _OURS = re.compile(r"^vllm-vispec: (.+)$")
 # Exceptions of processes that only waited for another one.
 _WAITING = re.compile(
@@ -71,8 +75,15 @@ def find_cause(text: str) -> str:
     found = [match for line in lines if (match := _OURS.match(line) or _EXCEPTION.match(line))]
     telling = [match for match in found if not _WAITING.search(match.group(0))]
     if telling:
-        return _without_pydantic(telling[-1].groups()[-1], lines)
+        return _without_pydantic(_message(*telling[-1].groups()), lines)
     return lines[-1] if lines else "it said nothing"
+
+
+def _message(first: str, text: str | None = "") -> str:
+    """The message of a class and its text, or of a line of ours, which has no class."""
+    if not _EXCEPTION.match(first):
+        return first
+    return f"{first}: {text}" if text and not _WORDED.match(first) else text or first
 
 
 def _without_pydantic(message: str, lines: list[str]) -> str:

@@ -98,6 +98,11 @@ def test_the_last_of_a_chain_was_worded_for_users() -> None:
     assert find_cause(text) == "no such model"
 
 
+@pytest.mark.parametrize("error", ["KeyError: 'layers'", "AssertionError", "TypeError: f() got x"])
+def test_errors_without_words_keep_their_class(error: str) -> None:
+    assert find_cause(log_of(error)) == error
+
+
 def test_nothing_said() -> None:
     assert find_cause("") == "it said nothing"
     assert find_cause("Killed\n") == "Killed"

@@ -46,7 +46,10 @@ class Batch:
 
 def kernels(dtypes: list[str]) -> Iterator[dict[str, Any]]:
     """Yield error, leak and writes outside the scratch for every batch and dtype."""
-    from vllm_vispec.engine import attention_scratch
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
+
+    from vllm_vispec.compat.patching import patch
+    from vllm_vispec.engine.attention_scratch import init_triton_builder
 
     _let_dots_take_bfloat16()
     cases: tuple[tuple[str, Any, dict[str, int]], ...] = (
@@ -59,7 +62,7 @@ def kernels(dtypes: list[str]) -> Iterator[dict[str, Any]]:
     for fits in (False, True):
         make_builder.cache_clear()
         if fits:
-            attention_scratch.install()
+            patch(TritonAttentionMetadataBuilder, "__init__", init_triton_builder)
         for head_size in (64, 128) if fits else (128,):
             for name in dtypes if fits else dtypes[:1]:
                 dtype = getattr(torch, name)

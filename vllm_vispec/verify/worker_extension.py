@@ -23,6 +23,7 @@ _MANAGERS = {
     "cudagraph_manager": "target",
     "prefill_cudagraph_manager": "draft's first pass",
     "decode_cudagraph_manager": "draft steps",
+    "tree_cudagraph_manager": "growth of draft trees",
 }
 """Attributes of the V2 runner and its speculator that hold full graphs."""
 

@@ -25,7 +25,10 @@ ORDER, BY_FREQUENCY = "order", "frequency"
 MIN_TOKENS = 2
 
 _KEY = "speculative config: draft_vocab"
-_MAKE = "make one with `vispec vocab --head HEAD`, or leave draft_vocab out"
+_MAKE = (
+    "make one with `vispec vocab --head HEAD --target TARGET --data ANSWERS`, or leave draft_vocab "
+    "out"
+)
 
 
 @dataclass(frozen=True)
