@@ -65,6 +65,7 @@ def test_v2_without_the_v1_runner(tiny: TinyStore, tmp_path: Path) -> None:
     _check(served, ("ViSpecSpeculator", "TreeSpeculator"), "V1")
 
 
+@pytest.mark.slow
 def test_v1_without_the_v2_runner(tiny: TinyStore, tmp_path: Path) -> None:
     gone = ["vllm.v1.worker.gpu.model_runner", "vllm.v1.worker.gpu.spec_decode.speculator"]
     served = _serve(tiny, without_v2_runner(tmp_path), "v1", gone)

@@ -1,6 +1,7 @@
 """The one way in which ViSpec changes vLLM: `patch`, on a class, a module or a single object."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -29,6 +30,17 @@ def patch(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
 
     setattr(patched, _MARK, replacement)
     setattr(owner, name, property(patched) if isinstance(found, property) else patched)
+
+
+@contextmanager
+def patched(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """`patch` as long as the context is active."""
+    original = vars(owner)[name]
+    patch(owner, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def _layers(function: Any) -> Iterator[Any]:

@@ -5,17 +5,18 @@ EAGLE keeps working.  The draft is told apart by its registered architecture alo
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.transformers_utils import config as vllm_config_module
+from vllm.transformers_utils.config import HFConfigParser
 
 from vllm_vispec.compat.check import require
 from vllm_vispec.compat.groups import SELF_SERVING
+from vllm_vispec.compat.patching import patched
 from vllm_vispec.dialects import HeadInfo, inspect_head, is_vispec_head
 from vllm_vispec.engine import self_serving
 from vllm_vispec.engine.features import check_features, uses_vispec
@@ -141,30 +142,21 @@ def _find_head(settings: dict[str, Any]) -> HeadInfo | None:
     return inspect_head(model)
 
 
-@contextmanager
-def _reading_head(model: str, head: HeadConfig, options: EngineOptions) -> Iterator[None]:
+def _reading_head(
+    head_model: str, head: HeadConfig, options: EngineOptions
+) -> AbstractContextManager[None]:
     """While active, vLLM's ``hf`` config parser knows the head's configuration already."""
-    parsers = vllm_config_module._CONFIG_FORMAT_TO_CONFIG_PARSER
-    original = parsers["hf"]
-    parsers["hf"] = _head_parser(original, model, head, options)
-    try:
-        yield
-    finally:
-        parsers["hf"] = original
 
+    def parse(
+        original: Callable[..., Any], parser: Any, model: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if str(model) != head_model:
+            return original(parser, model, *args, **kwargs)
+        from transformers import LlamaConfig
 
-def _head_parser(base: type, head_model: str, head: HeadConfig, options: EngineOptions) -> type:
-    """Return a parser that knows one model and leaves all others to ``base``."""
+        content = head.to_llama_config_dict() | options.to_section()
+        config = LlamaConfig(**content)
+        config.architectures = [head.architecture]
+        return content, config
 
-    class HeadConfigParser(base):
-        def parse(self, model: Any, *args: Any, **kwargs: Any) -> tuple[dict, Any]:
-            if str(model) != head_model:
-                return super().parse(model, *args, **kwargs)
-            from transformers import LlamaConfig
-
-            content = head.to_llama_config_dict() | options.to_section()
-            config = LlamaConfig(**content)
-            config.architectures = [head.architecture]
-            return content, config
-
-    return HeadConfigParser
+    return patched(HFConfigParser, "parse", parse)

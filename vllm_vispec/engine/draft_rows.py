@@ -71,6 +71,11 @@ class DraftRows:
         self._held: HeldRows | None = None
         self._last: Round | None = None
 
+    @property
+    def has_gate(self) -> bool:
+        """Whether a gate decides at the ends of prompts; else nothing reads their lengths."""
+        return self._choices is not None
+
     def clear(self) -> None:
         """Forget all images, e.g. after new weights."""
         self.table.clear()

@@ -14,10 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    VocabParallelEmbedding,
-)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_vispec.engine.options import EngineOptions
 from vllm_vispec.engine.vocab_setting import read_setting
@@ -91,6 +88,8 @@ def scatter_logits(logits: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> 
 
 
 def _head_of(rows: torch.Tensor) -> nn.Module:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
     with rows.device:
         head = ParallelLMHead(*rows.shape, params_dtype=rows.dtype, prefix="draft_vocab.lm_head")
     head.weight_loader(head.weight, rows)

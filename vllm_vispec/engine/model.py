@@ -17,7 +17,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer
+from vllm.model_executor.models.llama import LlamaDecoderLayer
 from vllm.model_executor.models.llama_eagle import EagleLlamaForCausalLM
 from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
@@ -112,6 +112,8 @@ class DraftModel(nn.Module):
 
     def attention_factory(self) -> Callable[..., Any]:
         """Return what builds the layer's attention; by default vLLM's own."""
+        from vllm.model_executor.models.llama import LlamaAttention
+
         return LlamaAttention
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

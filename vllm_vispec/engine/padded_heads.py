@@ -6,7 +6,7 @@ serves.  vLLM's selector is asked exactly as the layer would ask it, and a backe
 its implementation can be built: some refuse a device or a cache dtype no earlier.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import unwrap
@@ -19,6 +19,8 @@ from vllm.model_executor.layers.attention import attention as attention_module
 from vllm.platforms import current_platform
 from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
+
+from vllm_vispec.compat.patching import patched
 
 # FlashInfer goes from 256 to 512 at once.
 MAX_EXTRA_CHANNELS = 256
@@ -55,7 +57,7 @@ class BackendFinder:
         Args:
             args, kwargs: As `Attention.__init__` takes them, ``attn_backend`` left out.
         """
-        with _selector_replaced(_stop):
+        with patched(attention_module, "get_attn_backend", _stop):
             try:
                 # Without our own wrapper, and no further than to the question.
                 unwrap(Attention.__init__)(Attention.__new__(Attention), *args, **kwargs)
@@ -151,19 +153,10 @@ class _SelectorCalled(Exception):
         self.dtype, self.kv_cache_dtype, self.options = dtype, kv_cache_dtype, options
 
 
-def _stop(_head_size: int, dtype: torch.dtype, kv_cache_dtype: str, **options: Any) -> None:
+def _stop(
+    _original: Any, _head_size: int, dtype: torch.dtype, kv_cache_dtype: str, **options: Any
+) -> None:
     raise _SelectorCalled(dtype, kv_cache_dtype, options)
-
-
-@contextmanager
-def _selector_replaced(replacement: Callable[..., Any]) -> Iterator[None]:
-    """While active, layers ask ``replacement`` for a backend."""
-    original = attention_module.get_attn_backend
-    attention_module.get_attn_backend = replacement
-    try:
-        yield
-    finally:
-        attention_module.get_attn_backend = original
 
 
 @contextmanager

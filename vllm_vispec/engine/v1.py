@@ -107,13 +107,14 @@ class ViSpecProposer(EagleProposer):
 
     def _requests(self, starts: list[int]) -> list[RequestRows]:
         batch, states = self._runner.input_batch, self._runner.requests
+        has_gate = self.draft_rows.has_gate
         return [
             RequestRows(
                 request_id=request_id,
                 features=states[request_id].mm_features,
                 first_row=int(batch.num_computed_tokens_cpu[index]),
                 num_rows=starts[index + 1] - starts[index],
-                num_prompt_tokens=int(batch.num_prompt_tokens[index]),
+                num_prompt_tokens=int(batch.num_prompt_tokens[index]) if has_gate else 0,
             )
             for index, request_id in enumerate(batch.req_ids)
         ]

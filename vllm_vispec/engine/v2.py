@@ -12,7 +12,7 @@ from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.engine.draft_rows import DraftRows, RequestRows
 from vllm_vispec.engine.draft_vocab import give_own_lm_head
-from vllm_vispec.engine.features import reads_target_states
+from vllm_vispec.engine.features import reads_target_states, trims_drafts
 from vllm_vispec.engine.head_location import loaded_from_folder
 from vllm_vispec.engine.prompt_lengths import PromptLengths
 from vllm_vispec.engine.trimmed import moved_rows
@@ -45,13 +45,15 @@ class ViSpecSpeculator(EagleSpeculator):
         kv_transfer = self.vllm_config.kv_transfer_config
         self.draft_rows = DraftRows(self.model, self.max_num_reqs, kv_transfer)
         self._prompts = PromptLengths(self.max_num_reqs)
+        self._trims_drafts = trims_drafts(self.vllm_config)
         # None before `set_attn`, and where the engine takes text only: then no request has images.
         self._encoder_cache: EncoderCache | None = None
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
         """Learn where the vision tower's output is kept, if the engine takes images at all."""
         super().set_attn(model_state, *args, **kwargs)
-        self._prompts.follow(model_state)
+        if self.draft_rows.has_gate:
+            self._prompts.follow(model_state)
         if model_state.supports_mm_inputs:
             cache = self._encoder_cache = model_state.encoder_cache
             patch(cache, "reset_encoder_cache", self.draft_rows.reset_encoder_cache)
@@ -80,7 +82,7 @@ class ViSpecSpeculator(EagleSpeculator):
             outputs = {} if cache is None else cache.encoder_outputs
             requests = _requests(input_batch, features, self._prompts)
             self.draft_rows.fill(requests, outputs, hidden_states)
-        moved = moved_rows(input_batch)
+        moved = moved_rows(input_batch) if self._trims_drafts else None
         if moved is not None:
             self.draft_rows.move(moved)
 

@@ -30,17 +30,10 @@ _COMMON = (
     ),
     PatchPoint(
         _CONFIG,
-        "_CONFIG_FORMAT_TO_CONFIG_PARSER",
-        (),
-        "wraps",
-        "reads a head's config.json, which calls itself a VLM; swapped only while a head is read",
-    ),
-    PatchPoint(
-        _CONFIG,
         "HFConfigParser.parse",
         ("model", "trust_remote_code", "revision"),
-        "overrides",
-        "returns the head's configuration as a plain LlamaConfig",
+        "wraps",
+        "returns the head's configuration as a plain LlamaConfig; only while a head is read",
     ),
     PatchPoint(
         "vllm.v1.worker.worker_base",
