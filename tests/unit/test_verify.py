@@ -17,11 +17,10 @@ from vllm_vispec.bench.worker_process import RequestFailed
 from vllm_vispec.cli.app import app
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.verify import settings as verify_settings
-from vllm_vispec.verify.causes import cause_in_log, first_line
 from vllm_vispec.verify.page import print_page
 from vllm_vispec.verify.prompts import PROMPTS
 from vllm_vispec.verify.result import Acceptance, Answer, EngineState, Layers, Verification
-from vllm_vispec.verify.run import Tools, num_steps, verify
+from vllm_vispec.verify.run import Tools, VerifyProcess, num_steps, verify
 from vllm_vispec.verify.settings import VerifySettings, choose_pair
 
 SETTINGS = VerifySettings("target", "head")
@@ -269,24 +268,30 @@ def test_pictures_are_the_same_every_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("log", "cause"),
+    ("log", "cause", "refused"),
     [
-        ("nothing\n", None),
-        ("Traceback:\nvllm_vispec.errors.ViSpecError: tree: no\n", "ViSpecError: tree: no"),
+        ("vllm_vispec.errors.ViSpecError: tree: leave it out\n", "tree: leave it out", True),
         (
-            "(EngineCore pid=7) ERROR 11-30 [core.py:1] ValueError: Free memory (1/80 GiB)\n"
+            "(EngineCore pid=7) ERROR 11-30 06:00:00 [core.py:1] ValueError: no such kernel\n"
             "RuntimeError: Engine core initialization failed. See root cause above.\n",
-            "ValueError: Free memory (1/80 GiB)",
+            "no such kernel",
+            False,
+        ),
+        (
+            "(EngineCore pid=7) ERROR 11-30 06:00:00 [core.py:1] "
+            "vllm_vispec.errors.ViSpecError: tree: leave it out\n"
+            "RuntimeError: Engine core initialization failed. See root cause above.\n",
+            "tree: leave it out",
+            True,
         ),
     ],
 )
-def test_the_cause_in_a_log(log: str, cause: str | None) -> None:
-    assert cause_in_log(log) == cause
-
-
-def test_first_line() -> None:
-    assert first_line(ValueError("one\ntwo")) == "one"
-    assert first_line(RuntimeError()) == "RuntimeError"
+def test_the_cause_of_a_failed_request(log: str, cause: str, refused: bool, tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    file.write_text(log)
+    process = VerifyProcess("tree", file)
+    assert str(process.failed({"error": "see above", "is_refusal": False})) == cause
+    assert process.refused == refused
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from typing import Any
 from vllm_vispec.bench.machine import describe_machine, has_gpu
 from vllm_vispec.bench.runner import interruptible
 from vllm_vispec.bench.worker_process import RequestFailed, WorkerProcess
+from vllm_vispec.engine_start import find_cause, spelled_as_option, why
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.tree.codes import num_channels
 from vllm_vispec.tree.settings import TreeSettings
-from vllm_vispec.verify.causes import cause_in_log, points_at_log
 from vllm_vispec.verify.prompts import PROMPTS
 from vllm_vispec.verify.result import (
     ALONE,
@@ -60,25 +60,23 @@ _CONFIG_ARGS = (
 
 
 class VerifyProcess(WorkerProcess):
-    """The child process of one engine, or of one attention backend; its errors are one line."""
+    """The child process of one engine, or of one attention backend.
+
+    Attributes:
+        refused: vllm-vispec refused the settings.
+    """
+
+    refused = False
 
     def __init__(self, name: str, log_file: Path) -> None:
         super().__init__(name, WORKER, {}, log_file)
-        self.refused = False
-
-    def error(self, what: str) -> ViSpecError:
-        """Name the cause, if the log has one."""
-        return ViSpecError(f"the engine {what}: {self._cause() or f'see {self.log_file}'}")
 
     def failed(self, reply: Mapping[str, Any]) -> RequestFailed:
-        """Return what the child said, or the cause where vLLM only says that there is one."""
-        line = reply["error"]
-        cause = (points_at_log(line) and self._cause()) or line
-        self.refused = reply["is_refusal"] or cause.startswith(ViSpecError.__name__)
-        return RequestFailed(cause)
-
-    def _cause(self) -> str | None:
-        return cause_in_log(self.log_file.read_text(errors="replace"))
+        """Return the cause: the child's own error may only say that another process has one."""
+        log = self.log_file.read_text(errors="replace")
+        own = f"{ViSpecError.__name__}: {find_cause(log)}"
+        self.refused = reply["is_refusal"] or own in log
+        return RequestFailed(why(log, spelled_as_option))
 
 
 @dataclass(frozen=True)
