@@ -16,6 +16,7 @@ from tests.support.tiny_configs import HEAD_DIM, HIDDEN, VOCAB
 from tests.support.tiny_heads import HeadSpec
 from tests.support.tiny_store import TinyStore
 from tests.unit.heads import edit_config, edit_tensors, write_config, write_head
+from vllm_vispec.dialects.speculators import SPECULATORS_TYPE
 
 Spoil = Callable[[Path], None]
 
@@ -29,7 +30,7 @@ class BadStart:
         spoil: Changes a copy of a good head.
         spec: Changes to the speculative config; None removes a key.
         engine: Further engine arguments.
-        target: ``vision`` or ``text``.
+        target: ``vision``, ``text``, or ``head``: one that names its target.
         error: Name of the exception's class.
     """
 
@@ -279,7 +280,11 @@ class Attempts:
         self._folder = folder
         self._head = store.head(HeadSpec("qwen2_5_vl"))
         vision = store.target("qwen2_5_vl")
-        self._targets = {"vision": vision, "text": text_target(folder / "text", vision)}
+        self._targets = {
+            "vision": vision,
+            "text": text_target(folder / "text", vision),
+            "head": _head_with_target(self._head, folder / "head-with-target", vision),
+        }
 
     def attempt(self, case: BadStart, name: str = "head") -> dict[str, str]:
         """Return the class and the message of the error, both empty without one."""
@@ -300,6 +305,15 @@ class Attempts:
         except Exception as error:
             return {"error": type(error).__name__, "message": str(error)}
         return {"error": "", "message": ""}
+
+
+def _head_with_target(head: Path, folder: Path, target: Path) -> Path:
+    """Write a head that names its target, as far as `vllm serve HEAD` reads it."""
+    shutil.copytree(head, folder)
+    proposal = {"speculative_tokens": 3}
+    section = {"verifier": {"name_or_path": str(target)}, "proposal_methods": [proposal]}
+    edit_config(folder, speculators_model_type=SPECULATORS_TYPE, speculators_config=section)
+    return folder
 
 
 def text_target(folder: Path, vision: Path) -> Path:
@@ -324,7 +338,29 @@ def try_all(folder: str) -> Iterator[dict[str, str]]:
         yield {"name": "old vLLM"} | attempts.attempt(good, "old")
     with _registered_anew("check.read_module", lambda module: None):
         yield {"name": "broken patch point"} | attempts.attempt(good, "broken")
+    tree, served_alone = BadStart("", spec=TREE), BadStart("", target="head")
+    with _without("vllm.model_executor.layers.attention.attention", "get_kv_cache_spec"):
+        yield {"name": "good without trees"} | attempts.attempt(good, "chain")
+        yield {"name": "broken trees"} | attempts.attempt(tree, "tree")
+    with _without("vllm.transformers_utils.config", "maybe_override_with_speculators"):
+        yield {"name": "good without self-serving"} | attempts.attempt(good, "plain")
+        yield {"name": "broken self-serving"} | attempts.attempt(served_alone, "alone")
     yield {"name": "good again"} | attempts.attempt(good, "again")
+
+
+@contextmanager
+def _without(module: str, name: str) -> Iterator[None]:
+    """Let vLLM's source text have another name for one of its definitions."""
+    from vllm_vispec.compat import check
+
+    read = check.__dict__["read_module"]
+
+    def other(asked: str) -> str | None:
+        text: str | None = read(asked)
+        return text.replace(name, f"{name}_2") if text and asked == module else text
+
+    with mock.patch.object(check, "read_module", other):
+        yield
 
 
 @contextmanager

@@ -32,7 +32,9 @@ def test_refused(refusals: Results, name: str) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", ["good", "good again"])
+@pytest.mark.parametrize(
+    "name", ["good", "good without trees", "good without self-serving", "good again"]
+)
 def test_good_start_is_accepted(refusals: Results, name: str) -> None:
     assert refusals[name]["error"] == "", refusals[name]["message"]
 
@@ -45,6 +47,14 @@ def test_good_start_is_accepted(refusals: Results, name: str) -> None:
         (
             "broken patch point",
             r"^ViSpec: patch point \S+ does not fit this vLLM.*install vLLM 0\.32 to 0\.33",
+        ),
+        (
+            "broken trees",
+            r'^draft trees: patch point \S+Attention\.get_kv_cache_spec .*; leave "tree" out of ',
+        ),
+        (
+            "broken self-serving",
+            r"^serving a head with the target it names: .*; serve the target, with the head in",
         ),
     ],
 )
