@@ -1,9 +1,11 @@
 """The engine's adaptor, fused input and image table against the plain draft module."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.golden import load_cases
 from vllm_vispec.dialects import inspect_head, iter_canonical_tensors
@@ -91,6 +93,30 @@ def test_compact_rows_and_holes_replace_the_text_input() -> None:
     assert parts.rows.key_mask_of(3).flatten().tolist() == [0.0, -64.0, 0.0]
     parts.rows.keep_rows(torch.tensor([1]))
     assert parts.rows.key_mask_of(1).tolist() == [[-64.0]]
+
+
+def test_products_are_formed_where_the_weights_are() -> None:
+    """Loaders hand out the host's tensors; here the meta device stands in for a GPU."""
+    found: list[str] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.mv.default):
+                found.append(result.device.type)
+            return result
+
+    weights = {
+        "fc.weight": torch.randn(8, 16),
+        "img_fc.weight": torch.randn(8, 16),
+        "img_fc.bias": torch.randn(8),
+    }
+    fusion = TextFusion(8).to("meta")
+    with Products():
+        fusion.load(weights)
+    assert found == ["meta"] * 3
 
 
 def test_table_keeps_the_recent_and_evicts_the_oldest() -> None:

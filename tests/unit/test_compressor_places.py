@@ -115,6 +115,9 @@ def test_segments_share_an_image(size: int, count: int) -> None:
     assert lengths.max() - lengths.min() <= 1
     assert lengths.min() >= 1
     middle = middles(size, count)
+    device = torch.device("cpu")
+    assert borders_on(device, size, count).tolist() == segments(size, count).tolist()
+    assert middles_on(device, size, count).tolist() == middle.tolist()
     assert (np.diff(middle) >= 1).all() if count > 1 else len(middle) == 1
 
 

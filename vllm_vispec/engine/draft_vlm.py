@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.llama import LlamaAttention
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_vispec.engine.layout import RowCodes
 from vllm_vispec.engine.model import (
@@ -112,7 +113,10 @@ class EagleDraftVlmForCausalLM(EagleViSpecForCausalLM):
         embeds_TD = self.model.embed_tokens(input_ids)
         if multimodal_embeddings:
             vision_NW = torch.cat([item[:, : self._vision_size] for item in multimodal_embeddings])
-            embeds_TD[is_multimodal] = self.model.projector(vision_NW.to(embeds_TD.dtype))
+            projected_ND = self.model.projector(vision_NW.to(embeds_TD.dtype))
+            assert is_multimodal is not None
+            index_N = async_tensor_h2d(is_multimodal.nonzero().flatten(), embeds_TD.device)
+            embeds_TD.index_copy_(0, index_N, projected_ND)
         return embeds_TD
 
     def forward(

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 import torch
 from vllm.compilation.decorators import support_torch_compile
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_vispec.engine.model import DraftModel, EagleViSpecForCausalLM
 
@@ -50,7 +51,9 @@ class EagleViSpecEmbedsForCausalLM(EagleViSpecForCausalLM):
         if multimodal_embeddings:
             size = embeds_TD.shape[-1]
             rows_ND = torch.cat([item[:, :size] for item in multimodal_embeddings])
-            embeds_TD[is_multimodal] = rows_ND.to(embeds_TD.dtype)
+            assert is_multimodal is not None
+            index_N = async_tensor_h2d(is_multimodal.nonzero().flatten(), embeds_TD.device)
+            embeds_TD.index_copy_(0, index_N, rows_ND.to(embeds_TD.dtype))
         return embeds_TD
 
     def forward(

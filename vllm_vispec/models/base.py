@@ -66,6 +66,7 @@ class Compressor(nn.Module):
     def gather(self, images: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
         """Pick embeddings of every image by their places [M, ...] in it: [A, ..., D].
 
+        Places lie on the images' device, so that nothing has to be copied there.
         A place of -1 is a row of zeros.
         """
         first = images[0]
@@ -79,4 +80,15 @@ class Compressor(nn.Module):
                 for place, start in zip(places, starts, strict=False)
             ]
         )
-        return rows_SD[index.to(rows_SD.device)]
+        return rows_SD[index]
+
+
+def borders_on(device: torch.device, size: int, count: int) -> Tensor:
+    """`places.segments` computed on a device, int64 [count + 1]: nothing is copied there."""
+    return torch.arange(count + 1, device=device) * size // max(count, 1)
+
+
+def middles_on(device: torch.device, size: int, count: int) -> Tensor:
+    """`places.middles` computed on a device, int64 [count]."""
+    borders = borders_on(device, size, count)
+    return (borders[:-1] + borders[1:] - 1) // 2

@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vllm_vispec.models.base import Compressor
-from vllm_vispec.models.places import num_tokens, segments
+from vllm_vispec.models.base import Compressor, borders_on
+from vllm_vispec.models.places import num_tokens
 from vllm_vispec.models.spec import CompressorSpec
 
 # What disturbs the mean that a fresh kernel computes, as a share of a normal start.
@@ -33,13 +33,15 @@ class Conv(Compressor):
 
     def forward(self, images: Sequence[Tensor]) -> Tensor:
         """See `Compressor.forward`."""
-        window_ARD = self.gather(images, [self._windows(len(image)) for image in images])
+        device = images[0].device
+        windows = [self._windows(len(image), device) for image in images]
+        window_ARD = self.gather(images, windows)
         return self.kernel(window_ARD.flatten(1))
 
-    def _windows(self, size: int) -> Tensor:
+    def _windows(self, size: int, device: torch.device) -> Tensor:
         """Embeddings under the kernel for every token, int64 [M, R]; -1 behind the image's end."""
-        starts = torch.from_numpy(segments(size, self.num_tokens(size))[:-1])
-        window_MR = starts[:, None] + torch.arange(self.spec.amount)
+        starts = borders_on(device, size, self.num_tokens(size))[:-1]
+        window_MR = starts[:, None] + torch.arange(self.spec.amount, device=device)
         return torch.where(window_MR < size, window_MR, -1)
 
     @torch.no_grad()

@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_vispec.models.base import Compressor
-from vllm_vispec.models.places import segments
+from vllm_vispec.models.base import Compressor, borders_on
 from vllm_vispec.models.spec import CompressorSpec
 
 
@@ -28,10 +26,10 @@ class Pool(Compressor):
     def forward(self, images: Sequence[Tensor]) -> Tensor:
         """See `Compressor.forward`."""
         rows_SD = torch.cat(list(images))
-        lengths = np.concatenate(
-            [np.diff(segments(len(image), self.num_tokens(len(image)))) for image in images]
+        sizes = [len(image) for image in images]
+        length_A = torch.cat(
+            [borders_on(rows_SD.device, size, self.num_tokens(size)).diff() for size in sizes]
         )
-        length_A = torch.from_numpy(lengths).to(rows_SD.device)
         owner_S = torch.repeat_interleave(
             torch.arange(len(length_A), device=rows_SD.device),
             length_A,

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from vllm_vispec.models.base import Compressor
-from vllm_vispec.models.places import middles
+from vllm_vispec.models.base import Compressor, middles_on
 
 
 class Prune(Compressor):
@@ -24,6 +22,7 @@ class Prune(Compressor):
     def forward(self, images: Sequence[Tensor]) -> Tensor:
         """See `Compressor.forward`."""
         sizes = [len(image) for image in images]
+        device = images[0].device
         return self.gather(
-            images, [torch.from_numpy(middles(size, self.num_tokens(size))) for size in sizes]
+            images, [middles_on(device, size, self.num_tokens(size)) for size in sizes]
         )
