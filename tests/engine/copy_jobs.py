@@ -63,7 +63,7 @@ def _watch_steps(llm: LLM, copies: CopyWatch) -> None:
         with copies.watching():
             return step()
 
-    llm.llm_engine.step = watched_step  # type: ignore[method-assign]
+    llm.llm_engine.step = watched_step
 
 
 def _serve(llm: LLM, kind: str) -> Results:

@@ -6,8 +6,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.models.base import borders_on, middles_on
 from vllm_vispec.models.places import (
     ImagePlaces,
     middles,

@@ -30,7 +30,7 @@ def on_host(*values: float) -> torch.Tensor:
 
 
 def set_rows(index: object, value: object) -> None:
-    ROWS.clone()[index] = value  # type: ignore[index, assignment]
+    ROWS.clone()[index] = value
 
 
 UPLOADS: dict[str, Call] = {

@@ -30,6 +30,7 @@ from vllm_vispec.engine.guards import (
 from vllm_vispec.engine.head_location import locate
 from vllm_vispec.engine.head_size_checks import check_padded_heads
 from vllm_vispec.engine.options import METHOD, SETTING_FLAGS, EngineOptions, settings_of
+from vllm_vispec.engine.setting_notes import note_settings_without_effect
 from vllm_vispec.engine.trees import limits
 from vllm_vispec.engine.trees.setting import may_branch, read_tree, resolve_tree
 from vllm_vispec.engine.vocab_setting import resolve_draft_vocab
@@ -59,6 +60,7 @@ def create_engine_config(
             limits.check_engine(vllm_config, tree)
             limits.note_graphs(vllm_config, tree)
         check_padded_heads(vllm_config)
+        note_settings_without_effect(vllm_config)
     return vllm_config
 
 

@@ -1,10 +1,12 @@
 """ViSpec on the V2 model runner, vLLM's default on GPUs."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
@@ -58,6 +60,13 @@ class ViSpecSpeculator(EagleSpeculator):
             cache = self._encoder_cache = model_state.encoder_cache
             patch(cache, "reset_encoder_cache", self.draft_rows.reset_encoder_cache)
 
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Say so if draft steps will not be recorded although the target's passes are."""
+        super().init_cudagraph_manager(cudagraph_mode)
+        is_recorded = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        if cudagraph_mode != CUDAGraphMode.NONE and not is_recorded:
+            _note_eager_steps(cudagraph_mode.name)
+
     def propose(
         self,
         input_batch: InputBatch,
@@ -90,6 +99,16 @@ class ViSpecSpeculator(EagleSpeculator):
         """Keep each request's last code for the one-token steps; outside any graph."""
         super().on_prefill_end(num_reqs)
         self.draft_rows.move(self.last_token_indices[:num_reqs])
+
+
+@lru_cache
+def _note_eager_steps(cudagraph_mode: str) -> None:
+    """Once: vLLM asks what to record when it profiles its memory, and again."""
+    logger.warning(
+        "ViSpec: the steps of chains run without CUDA graphs, kernel by kernel, since "
+        "cudagraph_mode=%s records no whole decoding passes; FULL_AND_PIECEWISE does",
+        cudagraph_mode,
+    )
 
 
 def _requests(

@@ -147,6 +147,13 @@ _V2 = (
     ),
     PatchPoint(
         _V2_AR,
+        "TargetDependentARSpeculator.init_cudagraph_manager",
+        ("cudagraph_mode",),
+        "overrides",
+        "says so where draft steps are not recorded",
+    ),
+    PatchPoint(
+        _V2_AR,
         "TargetDependentARSpeculator.on_prefill_end",
         ("num_reqs",),
         "overrides",
