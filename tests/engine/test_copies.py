@@ -13,7 +13,7 @@ import pytest
 
 from tests.engine.setups import params
 from tests.support.child import run_in_subprocess
-from tests.support.runners import Runner
+from tests.support.runners import RUNNERS, Runner
 from tests.support.tiny_store import TinyStore
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
@@ -34,6 +34,7 @@ UPLOADS = {
     "concat": {ROWS, "engine/image_tokens.py:put_rows"},
     # Where an image's embeddings go.
     "no_compress": {ROWS, "engine/embeds_model.py:embed_input_ids"},
+    "unpadded": {ROWS, "engine/embeds_model.py:embed_input_ids"},
     "draft_vlm": {ROWS, "engine/draft_vlm.py:embed_input_ids"},
 }
 # V1 tells the device which tree each request has; on V2 the device knows.
@@ -49,12 +50,20 @@ def _drafts(tiny: TinyStore) -> dict[str, dict[str, Any]]:
         return tiny.pair(KIND, **changes)[1]
 
     compressing = {"num_q": 1, "dialect": "canonical"}
+    embedding = head(compress=False, dialect="canonical")
+    unpadded = {
+        "method": "vispec",
+        "model": embedding,
+        "num_speculative_tokens": 5,
+        "disable_padded_drafter_batch": True,
+    }
     return {
         "chain": {"draft": head()},
         "tree": {"draft": head(), "tree": {"depth": 3, "top_k": 2}, "num_draft_tokens": 6},
         "gated": {"draft": head(compressor="select(prune:2,pool:4,text_only)", **compressing)},
         "concat": {"draft": head(compressor="concat(resampler:2,conv:2,pool:3)", **compressing)},
-        "no_compress": {"draft": head(compress=False, dialect="canonical")},
+        "no_compress": {"draft": embedding},
+        "unpadded": {"draft": embedding, "extra": {"speculative_config": unpadded}},
         "draft_vlm": {"draft": tiny.draft_vlm(KIND)[1]},
     }
 
@@ -96,3 +105,9 @@ def test_listed_uploads_only(default: Found, name: str) -> None:
 @pytest.mark.parametrize("name", FURTHER)
 def test_listed_uploads_only_with_other_heads(further: Found, name: str) -> None:
     _assert_listed_uploads_only(further[name])
+
+
+@pytest.mark.slow
+def test_rejected_rows_are_found_on_the_host(tiny: TinyStore) -> None:
+    """V1 where `disable_padded_drafter_batch` takes rejected tokens out of the draft's batch."""
+    _assert_listed_uploads_only(_watch(tiny, RUNNERS["v1"], ("unpadded",))["unpadded"])
