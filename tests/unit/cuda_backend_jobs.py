@@ -36,6 +36,7 @@ def everything() -> Iterator[dict[str, Any]]:
     yield from ({"heads": row} for row in chosen_heads(engine))
     yield from ({"refusal": line} for line in refusals(engine))
     yield from ({"layer": layer} for layer in built_layers(engine))
+    yield {"flex": _uses_of_head_size_in_flex()}
     yield from ({"question": question} for question in questions(engine))
     yield from ({"start": line} for line in starts(engine))
 
@@ -179,6 +180,15 @@ def starts(engine: Engine) -> Iterator[str]:
                 yield str(error)
             finally:
                 config.speculative_config = None
+
+
+def _uses_of_head_size_in_flex() -> int:
+    """How often FlexAttention's builder names the target's head size that it keeps."""
+    from inspect import getsource
+
+    from vllm.v1.attention.backends import flex_attention
+
+    return getsource(flex_attention).count(".headdim")
 
 
 def _shares_workspaces(builder: Any) -> list[bool] | None:

@@ -91,6 +91,7 @@ def check(env: dict[str, str]) -> None:
     ]
     assert heads == expected
     assert [_sizes(layer) for layer in layers] == LAYERS
+    assert [item["flex"] for item in said if "flex" in item] == [1]
     assert questions == QUESTIONS
     for line, pattern in zip([*refused, *starts], [*REFUSALS, *STARTS], strict=True):
         assert "\n" not in line

@@ -34,6 +34,9 @@ from vllm_vispec.engine.patches import apply_workspace_patches
 from vllm_vispec.engine.row_table import MASK_CHANNEL, RowTable
 from vllm_vispec.engine.trees.setting import num_code_channels
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.logs import get_logger
+
+logger = get_logger(__name__)
 
 # Below exp(-104) float32 has nothing left; the margin covers real logits of several hundred.
 MIN_MASK_LOGIT = 1000.0
@@ -131,6 +134,12 @@ class HoleMaskedAttention(nn.Module):
         finder = BackendFinder.of_layer(self.num_heads, head_dim, scale, **layer_settings)
         head = padded_head(finder, head_dim, num_branches)
         apply_workspace_patches(head.backend)
+        logger.info(
+            "ViSpec draft: attention heads of %d are padded to %d for %s",
+            head_dim,
+            head.size,
+            head.backend.get_name(),
+        )
         padded_size = head.size
         self.head_dim, self.padded_size = head_dim, padded_size
         self.q_size, self.kv_size = self.num_heads * padded_size, self.num_kv_heads * padded_size
