@@ -55,7 +55,8 @@ def _noting_loaded() -> Iterator[list[torch.Tensor]]:
     engine.prepare_process()
     from vllm.v1.worker.gpu_worker import Worker
 
-    original, loaded = Worker.load_model, []
+    original = Worker.load_model
+    loaded: list[torch.Tensor] = []
 
     def load_model(worker: Any, *args: Any, **kwargs: Any) -> Any:
         known = {_address(tensor) for tensor in _all_tensors()}

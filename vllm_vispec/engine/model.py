@@ -36,10 +36,16 @@ from vllm_vispec.engine.layout import RowCodes
 from vllm_vispec.engine.options import EngineOptions
 from vllm_vispec.engine.row_table import GatedRowTable, RowTable
 from vllm_vispec.head_config import HeadConfig
+from vllm_vispec.logs import get_logger
 from vllm_vispec.models.compressor import ImageCompressor
 
 # Choices of a gate that are kept: those of requests that wait preempted too.
 CHOICES_PER_REQUEST = 4
+# Without the setting the table of images takes no more than either.
+_MAX_IMAGES = 1024
+_MAX_TABLE_BYTES = 384 * 2**20
+
+logger = get_logger(__name__)
 
 
 class DraftRMSNorm(RMSNorm):
@@ -135,9 +141,18 @@ class DraftModel(nn.Module):
 
 
 def make_rows(
-    head: HeadConfig, max_images: int, max_num_tokens: int, max_num_requests: int
+    head: HeadConfig, max_images: int | None, max_num_tokens: int, max_num_requests: int
 ) -> RowTable:
-    """Return the row table that a head needs."""
+    """Return the row table that a head needs.
+
+    Args:
+        head: The head.
+        max_images: Images it holds; None: the default, fewer where they would take much memory.
+        max_num_tokens: Longest batch.
+        max_num_requests: Most requests at once.
+    """
+    if max_images is None:
+        max_images = _default_images(head)
     spec = head.compressor_spec
     num_branches = len(spec.primitives) if spec.gated else 1
     num_slots = max_images + 1 if head.has_adaptor else 1
@@ -146,6 +161,19 @@ def make_rows(
         num_choices = CHOICES_PER_REQUEST * max_num_requests + 1
         return GatedRowTable(codes, head.hidden_size, max_num_tokens, num_choices)
     return RowTable(codes, head.hidden_size, max_num_tokens)
+
+
+def _default_images(head: HeadConfig) -> int:
+    bytes_of_image = head.num_query_tokens * head.hidden_size * torch.get_default_dtype().itemsize
+    count = min(_MAX_IMAGES, max(1, _MAX_TABLE_BYTES // bytes_of_image))
+    if head.has_adaptor and count < _MAX_IMAGES:
+        logger.info(
+            "ViSpec: the device keeps the adaptor's output of %d images, %.1f MiB each; set "
+            "`image_table_size` in the speculative config for another number",
+            count,
+            bytes_of_image / 2**20,
+        )
+    return count
 
 
 def make_compressor(head: HeadConfig) -> ImageCompressor | None:

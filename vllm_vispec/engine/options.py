@@ -27,7 +27,8 @@ class EngineOptions:
 
     Attributes:
         image_table_size: Images whose adaptor output is kept on the device, least recently used
-            first out.  One image takes ``num_query_tokens * hidden_size`` elements.
+            first out.  One image takes ``num_query_tokens * hidden_size`` elements.  None: 1024,
+            or as many as fit into 384 MiB, see `model.make_rows`.
         dialect: Whose tensor names the head's files use; found by inspection, not set by users.
         draft_vocab: Tokens the draft may propose: a file with a list of them, True or "auto" for
             the list in the head's folder, or an integer for its N most frequent; None: all.
@@ -39,7 +40,7 @@ class EngineOptions:
         ViSpecError: If a value is out of range.
     """
 
-    image_table_size: int = 1024
+    image_table_size: int | None = None
     dialect: str = "canonical"
     draft_vocab: str | int | None = None
     draft_vocab_file: str | None = None
@@ -47,7 +48,8 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         size = self.image_table_size
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= 1_000_000:
+        is_count = isinstance(size, int) and not isinstance(size, bool)
+        if size is not None and not (is_count and 1 <= size <= 1_000_000):
             raise ViSpecError(
                 f"speculative config: image_table_size={size!r} must be an integer between 1 and "
                 "1000000; leave it out for the default of 1024"

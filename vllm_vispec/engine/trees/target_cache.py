@@ -143,6 +143,8 @@ def _move(layers: _Layers, slots_2A: torch.Tensor) -> None:
         moved_GAKC = rows[index, *source]
         moved_GAKC[..., padding.head_size : padding.padded_size].zero_()
         rows[index, *place] = moved_GAKC
+        # Else it lives until the next layers' rows have been gathered.
+        del moved_GAKC
 
 
 def find_elements(layer: Any) -> torch.Tensor | None:
