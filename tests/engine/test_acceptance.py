@@ -12,13 +12,14 @@ request's largest logit). Two exceptions:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.engine.setups import params
 from tests.support.child import run_in_subprocess
-from tests.support.runners import Runner
+from tests.support.runners import RUNNERS, Runner
 from tests.support.tiny_store import TinyStore
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
@@ -58,14 +59,27 @@ EQUAL = [
 ]
 
 
-@pytest.fixture(scope="module", params=params("v1", "v2", "v1-overlay", slow=["v2"]))
+COMPILED = replace(RUNNERS["v1"], name="v1-compiled")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        *params("v1", "v2", "v1-overlay", slow=["v2"]),
+        pytest.param(COMPILED, id=COMPILED.name, marks=pytest.mark.slow),
+    ],
+)
 def found(request: pytest.FixtureRequest, tiny: TinyStore) -> Situations:
     """Every situation of one runner, compared with cold single runs."""
     runner: Runner = request.param
     target, head = tiny.pair(KIND)
     kwargs = {
         "kind": KIND,
-        "options": {"model": target, "draft": head},
+        "options": {
+            "model": target,
+            "draft": head,
+            "compiler": "eager" if runner is COMPILED else None,
+        },
         "setups": SETUPS[runner.name.split("-")[0]],
         "count": 8,
     }

@@ -34,12 +34,14 @@ def run_in_subprocess(
     kwargs: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
     timeout: float = 900,
+    log_file: Path | None = None,
 ) -> list[Any]:
     """Call ``module:function`` with ``kwargs`` in a child process and return what it yields.
 
     The function returns or yields JSON data: a generator gives one item per ``yield`` (kept even if
     the child dies later), anything else a list of one item. ``env`` is added to this process's
-    environment; its ``PYTHONPATH`` goes in front of the repository's.
+    environment; its ``PYTHONPATH`` goes in front of the repository's. ``log_file`` gets what the
+    process printed.
 
     Raises:
         ChildError: the function raised, the process died or the time was up.
@@ -52,6 +54,8 @@ def run_in_subprocess(
         )
         items = _read(result)
         text = log.read_text(errors="replace")
+        if log_file is not None:
+            log_file.write_text(text)
     if reason or not items or items[-1] != {"done": True}:
         raise ChildError(f"{target}: {reason or 'ended early'}", _values(items), text)
     return _values(items)

@@ -37,8 +37,9 @@ class EngineOptions:
     ``tree`` is the setting of that name.
 
     Engines run eagerly, in fp32 and with a KV cache of a given size unless ``compiler``, ``dtype``
-    and ``memory_profile`` say otherwise. ``compiler`` is the backend that gets the models' graphs:
-    "inductor", or "eager", which runs them as they are and takes a second.
+    and ``memory_profile`` say otherwise. ``compiler`` says what compiles the models: "inductor" as
+    vLLM does on CPU, "piecewise" as it does on GPUs (inductor too, between attention layers), or
+    "eager", which runs the graphs as they are and takes a second.
     """
 
     model: str
@@ -53,7 +54,7 @@ class EngineOptions:
     block_size: int = 32
     prefix_caching: bool = True
     async_scheduling: bool = False
-    compiler: Literal["eager", "inductor"] | None = None
+    compiler: Literal["eager", "inductor", "piecewise"] | None = None
     dtype: str = "float32"
     memory_profile: bool = False
     enable_mm_embeds: bool = False

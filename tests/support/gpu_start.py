@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from typing import Any
 from unittest.mock import patch
@@ -32,7 +32,34 @@ def compiler(name: str | None) -> Iterator[None]:
         yield
         return
     # The CPU platform takes its backend from this variable alone.
-    with _environment("VLLM_CPU_CI_ENV", "1" if name == "eager" else "0"):
+    environment = _environment("VLLM_CPU_CI_ENV", "1" if name == "eager" else "0")
+    with environment, _piecewise() if name == "piecewise" else nullcontext():
+        yield
+
+
+@contextmanager
+def _piecewise() -> Iterator[None]:
+    """Keep vLLM's own compile mode, a GPU's default, which the CPU platform replaces."""
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        mode = vllm_config.compilation_config.mode
+        original(vllm_config)
+        if mode == CompilationMode.VLLM_COMPILE:
+            vllm_config.compilation_config.mode = mode
+            # Read with the sizes of recorded graphs elsewhere.
+            vllm_config.compilation_config.compile_sizes = []
+
+    platform = staticmethod(check_and_update_config)
+    with (
+        patch.object(CpuPlatform, "check_and_update_config", platform),
+        # It names operators that CUDA builds have; inductor has a pass of its own for ours.
+        patch.object(FixFunctionalizationPass, "__call__", lambda *args: None),
+    ):
         yield
 
 
