@@ -42,13 +42,17 @@ def test_its_width_need_not_be_the_targets() -> None:
     check_target(DRAFT_VLM, _target(), _parallel())
 
 
+def test_key_value_heads_may_be_repeated() -> None:
+    check_target(DRAFT_VLM, _target(), _parallel(3))
+
+
 @pytest.mark.parametrize(
     ("changes", "size", "message"),
     [
         ({"vision_size": 40}, 1, "vision_size of the head is 40.*is 32: use the head"),
         ({"vocab_size": 65}, 1, "vocab_size of the head is 65.*is 64: use the head"),
-        ({}, 3, "tensor_parallel_size=3 does not divide the head's 3 attention and 1 key/value"),
-        ({}, 2, "tensor_parallel_size=2 does not divide the head's 3 attention and 1 key/value"),
+        # One key/value head is repeated for every worker; attention heads are divided.
+        ({}, 2, "tensor_parallel_size=2 does not fit the head's 3 attention heads.*one of 1, 3"),
     ],
 )
 def test_refused(changes: dict[str, Any], size: int, message: str) -> None:
