@@ -24,7 +24,7 @@ from vllm_vispec.verify.result import (
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 TOLERANCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 3e-2}
 """Largest error of attention, whose outputs here reach 4; float32 leaves room for TF32."""
-QUANTIZED_TOLERANCE = 0.25
+QUANTIZED_TOLERANCE = 0.5
 FEWEST_DRAFTS = 20
 SHIPPED_FIRST_TOKEN = {"chain": 0.55, "tree": 0.8}
 """Least share of first draft tokens accepted of the shipped pair; on a CPU 0.70 and 0.95."""

@@ -74,9 +74,13 @@ class Worker:
 
     def configure(self, request: Request) -> dict[str, Any]:
         """Make the configuration of an engine without starting it."""
+        import torch
         from vllm.engine.arg_utils import EngineArgs
 
         require(VERIFY_ATTENTION)
+        if torch.cpu._is_amx_tile_supported():
+            # In an engine the model's products ask the kernel for these registers first.
+            torch.cpu._init_amx()
         self.vllm_config = EngineArgs(**request["engine"]).create_engine_config()
         return {}
 
