@@ -36,7 +36,8 @@ def _watch_parts() -> list[int]:
         counts.append(len(found))
         return found
 
-    v1.parts_of = v2.parts_of = parts_of
+    for module in (v1, v2):
+        setattr(module, "parts_of", parts_of)  # noqa: B010
     return counts
 
 
