@@ -67,8 +67,10 @@ class StaticWalk:
             (self._count, batch.count),
         ):
             rows[:num_requests] = of_batch
-        # Requests that pad the batch have no drafts.
-        self._count[num_requests:].zero_()
+        # Requests that pad the batch have no drafts.  Their rows are read all the same: after a
+        # sleep of level 2, memory that was allocated with the models holds anything.
+        for rows in (self._start, self._count):
+            rows[num_requests:].zero_()
         self._slot[num_requests:].fill_(NO_REQUEST)
         manager.run_fullgraph(desc)
         found = Walk(*(rows[:num_requests] for rows in self._found))
