@@ -32,10 +32,11 @@ _WORDED = re.compile(
     r"^(ViSpec|Value|OS|Runtime|Validation|OutOfMemory|NotImplemented|\w*NotFound)Error$|^Exception$"
 )
 _OURS = re.compile(r"^vllm-vispec: (.+)$")
-# Exceptions of processes that only waited for another one.
+# Exceptions of processes that only waited for another one, or were ended since one had failed.
 _WAITING = re.compile(
     r"(?i)core initialization failed|WorkerProc initialization failed|root cause|"
-    r"background process|cancelled|broken pipe"
+    r"background process|cancelled|broken pipe|connection (?:reset|closed) by peer|"
+    r"^(?:SystemExit|KeyboardInterrupt)\b"
 )
 _FREE = re.compile(r"\(([\d.]+)/([\d.]+) GiB\) on startup")
 _SEE = re.compile(r"\s*See https?://\S+.*$")

@@ -62,6 +62,7 @@ def test_the_v2_runner_records_graphs(found: tuple[str, Served], kind: str) -> N
     assert "target" in graphs or "compiled pieces" in graphs, graphs
     if kind == "tree" and dtype == "bfloat16":
         assert "growth of draft trees, FULL" in graphs
+        assert "walks down draft trees, FULL" in graphs
 
 
 def test_without_graphs(tiny: TinyStore, tmp_path: Path) -> None:

@@ -53,6 +53,23 @@ def log_of(error: str) -> str:
 
 
 @pytest.mark.parametrize(
+    "end",
+    [
+        "SystemExit: 1",
+        "SystemExit",
+        "KeyboardInterrupt: terminated",
+        "torch.distributed.DistBackendError: [2] recv failed: Connection reset by peer",
+    ],
+)
+def test_processes_that_are_ended_after_the_cause(end: str) -> None:
+    """With several workers the one that failed speaks first."""
+    other = WORKER.replace("-0", "-1")
+    text = f"{WORKER}{CACHE}\n{other}Traceback (most recent call last):\n{other}{end}"
+    assert why(text, ENGINE).startswith("To serve at least one request")
+    assert find_cause(f"{other}{end}").endswith(end)
+
+
+@pytest.mark.parametrize(
     ("error", "said"),
     [
         (

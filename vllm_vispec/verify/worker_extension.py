@@ -24,6 +24,7 @@ _MANAGERS = {
     "prefill_cudagraph_manager": "draft's first pass",
     "decode_cudagraph_manager": "draft steps",
     "tree_cudagraph_manager": "growth of draft trees",
+    "walk_cudagraph_manager": "walks down draft trees",
 }
 """Attributes of the V2 runner and its speculator that hold full graphs."""
 
