@@ -7,6 +7,7 @@ _V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
 _V2_AR = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator"
 _V2_DRAFT = "vllm.v1.worker.gpu.spec_decode.speculator"
 _V2_ENCODER_CACHE = "vllm.v1.worker.gpu.mm.encoder_cache"
+_V2_BATCH = "vllm.v1.worker.gpu.input_batch"
 
 _V1 = (
     PatchPoint(
@@ -214,6 +215,15 @@ _V2 = (
         (),
         "reads",
         "whether vLLM hands the draft the image tokens' embeddings",
+    ),
+    *(
+        PatchPoint(_V2_BATCH, f"InputBatch.{field}", (), "reads", reason)
+        for field, reason in (
+            ("req_ids", "whose rows a batch has"),
+            ("num_tokens", "rows of a batch"),
+            ("num_computed_tokens_np", "where each request's rows begin in its prompt and answer"),
+            ("query_start_loc_np", "where each request's rows begin in the batch"),
+        )
     ),
 )
 

@@ -11,6 +11,8 @@ _V2_SAMPLER = "vllm.v1.worker.gpu.spec_decode.rejection_sampler"
 _V2_AR = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator"
 _V2_DRAFT = "vllm.v1.worker.gpu.spec_decode.speculator"
 _V2_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
+_V2_BATCH = "vllm.v1.worker.gpu.input_batch"
+_V2_TABLES = "vllm.v1.worker.gpu.block_table"
 _V2_AR_GRAPHS = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils"
 
 # Patched when the plugin is loaded: schedulers run in processes without a worker, too.
@@ -279,14 +281,14 @@ _V2 = (
         "passes over levels",
     ),
     PatchPoint(
-        "vllm.v1.worker.gpu.block_table",
+        _V2_TABLES,
         "BlockTables.compute_slot_mappings",
         ("idx_mapping", "query_start_loc", "positions", "num_tokens_padded"),
         "calls",
         "slots of a level's nodes",
     ),
     PatchPoint(
-        "vllm.v1.worker.gpu.block_table",
+        _V2_TABLES,
         "BlockTables.gather_block_tables",
         ("idx_mapping", "num_reqs_padded"),
         "calls",
@@ -403,6 +405,53 @@ _V2 = (
         (),
         "reads",
         "up to how many requests the target verifies trees in graphs",
+    ),
+    *(
+        PatchPoint(_V2_BATCH, f"InputBatch.{field}", (), "reads", reason)
+        for field, reason in (
+            ("idx_mapping", "whose trees a batch has"),
+            ("num_draft_tokens", "whether a batch has drafts"),
+            ("logits_indices", "which tokens are the trees' nodes"),
+            ("cu_num_logits", "where each request's nodes begin"),
+            ("input_ids", "accepted tokens move to the front"),
+            ("positions", "nodes have the positions of their levels"),
+            ("seq_lens_cpu_upper_bound", "longest sequence of a batch"),
+        )
+    ),
+    PatchPoint(
+        _V2_DRAFT,
+        "DraftModelSpeculator.self.idx_mapping",
+        (),
+        "reads",
+        "whose trees are grown, -1 for requests that pad a recorded batch",
+    ),
+    PatchPoint(
+        _V2_DRAFT,
+        "DraftModelSpeculator.self.input_buffers",
+        (),
+        "reads",
+        "what passes over levels read",
+    ),
+    PatchPoint(
+        _V2_DRAFT,
+        "DraftModelSpeculator.self.draft_tokens",
+        (),
+        "reads",
+        "where vLLM looks for the drafts",
+    ),
+    PatchPoint(
+        _V2_TABLES,
+        "BlockTables.self.slot_mappings",
+        (),
+        "reads",
+        "slots of a level's nodes, in memory that graphs know",
+    ),
+    PatchPoint(
+        _V2_TABLES,
+        "BlockTables.self.input_block_tables",
+        (),
+        "reads",
+        "what vLLM maps before it replays draft steps",
     ),
 )
 
