@@ -44,7 +44,8 @@ class _Impl:
         cache: torch.Tensor,
         slots: torch.Tensor,
     ) -> None:
-        for row, slot in zip(torch.cat((key, value), -1), slots.tolist(), strict=True):
+        rows = torch.cat((_as_gpus_read(key), _as_gpus_read(value)), -1)
+        for row, slot in zip(rows, slots.tolist(), strict=True):
             block = self.read(cache)[slot // SLOTS]
             block[slot % SLOTS] = row
             cache[slot // SLOTS] = self._pack(block)
@@ -55,6 +56,11 @@ class _Impl:
         rows_BE = torch.zeros(len(cache), order_E.amax() + 1, dtype=cache.dtype)
         rows_BE[:, order_E] = cache.reshape(len(cache), -1)
         return rows_BE.view(len(cache), SLOTS, HEADS, 2 * PADDED)
+
+
+def _as_gpus_read(rows_NKP: torch.Tensor) -> torch.Tensor:
+    """Return what vLLM's operators for GPUs read: only the stride of tokens counts for them."""
+    return rows_NKP.as_strided(rows_NKP.shape, (rows_NKP.stride(0), rows_NKP.shape[2], 1))
 
 
 def _plain(block_NKC: torch.Tensor) -> torch.Tensor:

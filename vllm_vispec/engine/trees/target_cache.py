@@ -169,7 +169,9 @@ def find_elements(layer: Any) -> torch.Tensor | None:
     # A digit at a time: 16 bits hold no large integers.
     for shift in range(0, max(1, number_NKC.numel() - 1).bit_length(), _DIGIT_BITS):
         digit_NKC = (number_NKC >> shift & (1 << _DIGIT_BITS) - 1).to(block_1KNC)
-        layer.impl.store_padded(layer, *digit_NKC.split(padded_size, -1), block_1KNC, slots_N)
+        # Operators for GPUs take a token's heads as one piece, as `PaddedRows` has them.
+        key_NKP, value_NKP = (half.contiguous() for half in digit_NKC.split(padded_size, -1))
+        layer.impl.store_padded(layer, key_NKP, value_NKP, block_1KNC, slots_N)
         found_KNC += block_1KNC[0].long().cpu() << shift
     if torch.equal(found_KNC.transpose(0, 1), number_NKC):
         return None
