@@ -36,6 +36,8 @@ class _Impl:
         slots: torch.Tensor,
     ) -> None:
         rows = cache.transpose(1, 2)
+        assert key.is_contiguous(), "GPU operators take a token's heads as one piece"
+        assert value.is_contiguous(), "GPU operators take a token's heads as one piece"
         rows[slots // BLOCK, slots % BLOCK] = torch.cat((key, value), dim=-1)
 
 
