@@ -37,3 +37,10 @@ def test_padded_heads() -> None:
 def test_padded_heads_0_33() -> None:
     env = V2_ENV | {"PYTHONPATH": overlay_folder()}
     check(run_in_subprocess(JOB, {"dtypes": list(TOLERANCE)}, env, timeout=300))
+
+
+def test_where_elements_lie() -> None:
+    """By vLLM's own kernel, which takes only the stride of tokens from keys and values."""
+    found = run_in_subprocess("tests.unit.triton_attention_jobs:places", {}, V2_ENV, timeout=120)
+    assert len(found) == 4
+    assert all(item["as_strides_say"] for item in found), found

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,29 @@ def kernels(dtypes: list[str]) -> Iterator[dict[str, Any]]:
                     size = head_size + (24 if make is tree_batch else 8 * 2 // dtype.itemsize)
                     batch = make(head_size, size, dtype, **settings)
                     yield {"case": case, "head": size, "dtype": name, "fits": fits} | run(batch)
+
+
+def places() -> Iterator[dict[str, Any]]:
+    """Yield whether a layer with several heads is found to store as its cache's strides say."""
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
+
+    from vllm_vispec.engine.trees.padded_impl import padded_class
+    from vllm_vispec.engine.trees.target_cache import find_elements
+
+    heads, head_size, padded = 3, 16, 24
+    impl: Any = TritonAttentionImpl(heads, padded, 1.0, heads, None, None, "auto")
+    impl.__class__ = padded_class(TritonAttentionImpl)
+    impl.tree_padding = SimpleNamespace(key_shape=(heads, head_size, padded))
+    one = torch.ones(())
+    # Only which tile the kernel takes depends on it.
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)):
+        for dtype in (torch.float16, torch.bfloat16):
+            shape = 4, heads, BLOCK, 2 * padded
+            by_token = torch.zeros(4, BLOCK, heads, 2 * padded, dtype=dtype).transpose(1, 2)
+            for cache in (torch.zeros(shape, dtype=dtype), by_token):
+                layer = SimpleNamespace(kv_cache=cache, impl=impl, _k_scale=one, _v_scale=one)
+                found = find_elements(layer)
+                yield {"strides": list(cache.stride()), "as_strides_say": found is None}
 
 
 def masked_batch(
