@@ -71,7 +71,7 @@ VARIANTS: Mapping[str, Variant] = {
     "load": Variant(EAGLE2, config=LOAD),
     "paths": Variant(dict(CONFIDENT) | {"threshold": 0.9999}, config=LOAD),
     # More slots are drafted into than there are nodes.
-    "few": Variant(EAGLE2, nodes=4),
+    "few": Variant(EAGLE2, nodes=5),
     "shallow": Variant({"policy": "eagle2", "depth": 1, "top_k": 3}, nodes=12),
 }
 

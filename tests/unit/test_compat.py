@@ -156,6 +156,7 @@ def _settings(
         speculative_config=SimpleNamespace(
             draft_model_config=SimpleNamespace(hf_config=SimpleNamespace(**named)),
             enable_adaptive_verification=adaptive,
+            num_speculative_tokens=29,
             num_speculative_tokens_per_batch_size=None,
         ),
     )

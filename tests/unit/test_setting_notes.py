@@ -29,11 +29,12 @@ def engine(
     table: int = 1024,
     has_adaptor: bool = True,
     takes_images: bool = True,
+    tree: dict[str, Any] | None = None,
 ) -> Any:
     values = BASE.as_dict() if has_adaptor else BASE.as_dict() | {"compress": False}
     values |= {} if has_adaptor else {"global_feature": False}
     head = HeadConfig(**values)
-    section = EngineOptions(image_table_size=table).to_section()
+    section = EngineOptions(image_table_size=table, tree=tree).to_section()
     draft = DraftConfig(**head.to_llama_config_dict(), **section)
     return SimpleNamespace(
         speculative_config=SimpleNamespace(
@@ -58,6 +59,9 @@ def engine(
         ({"schedule": [[1, 16, 5], [17, 32, 0]]}, ["is never used, since max_num_seqs=16"]),
         ({"table": 64, "has_adaptor": False}, ["this head keeps no rows of images"]),
         ({"table": 64, "takes_images": False}, ["this engine takes no images"]),
+        ({"tree": {"depth": 3}}, []),
+        ({"tree": {"depth": 4}}, ["no load drafts more than the 5 tokens of one path"]),
+        ({"tree": {"depth": 4, "policy": "entropy", "top_k": 1}}, []),
     ],
 )
 def test_each_is_named_in_a_line(

@@ -19,33 +19,45 @@ from vllm_vispec.tree.settings import TreeSettings
 CONFIDENT = TreeSettings("spec_llava", depth=3, top_k=2)
 
 
-def _config(tree: TreeSettings | None, schedule: list[list[int]] | None = None) -> Any:
+def _config(
+    tree: TreeSettings | None, schedule: list[list[int]] | None = None, num_nodes: int = 29
+) -> Any:
     options = EngineOptions(tree=None if tree is None else tree.to_config())
     draft = SimpleNamespace(
         hf_config=SimpleNamespace(**options.to_section(), architectures=[ARCHITECTURE])
     )
     speculative = SimpleNamespace(
-        draft_model_config=draft, num_speculative_tokens_per_batch_size=schedule
+        draft_model_config=draft,
+        num_speculative_tokens=num_nodes,
+        num_speculative_tokens_per_batch_size=schedule,
     )
     return SimpleNamespace(speculative_config=speculative)
 
 
 @pytest.mark.parametrize(
-    ("tree", "schedule", "branches"),
+    ("tree", "schedule", "num_nodes", "branches"),
     [
-        (None, None, False),
-        (TreeSettings(), None, True),
-        (CONFIDENT, None, True),
-        (CONFIDENT.one_branch(), None, False),
-        (TreeSettings(), [[1, 4, 29], [5, 64, 4]], True),
-        (TreeSettings(), [[1, 4, 4], [5, 64, 0]], False),
+        (None, None, 29, False),
+        (TreeSettings(), None, 29, True),
+        (TreeSettings(), None, 5, True),
+        # As many nodes as a path has are a chain.
+        (TreeSettings(), None, 4, False),
+        (CONFIDENT, None, 29, True),
+        (CONFIDENT.one_branch(), None, 4, False),
+        (TreeSettings(), [[1, 4, 29], [5, 64, 4]], 29, True),
+        (TreeSettings(), [[1, 4, 4], [5, 64, 0]], 29, False),
+        # vLLM drafts no more than num_speculative_tokens, whatever a schedule says.
+        (TreeSettings(), [[1, 4, 29], [5, 64, 0]], 4, False),
     ],
 )
 def test_engines_without_branches_are_not_padded(
-    tree: TreeSettings | None, schedule: list[list[int]] | None, branches: bool
+    tree: TreeSettings | None,
+    schedule: list[list[int]] | None,
+    num_nodes: int,
+    branches: bool,
 ) -> None:
     """Neither a single path nor a schedule of chains alone needs codes."""
-    config = _config(tree, schedule)
+    config = _config(tree, schedule, num_nodes)
     assert has_branches(config) is branches
     made: list[object] = []
     with mock.patch.object(attention, "get_current_vllm_config", return_value=config):

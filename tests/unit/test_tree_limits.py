@@ -241,7 +241,9 @@ def test_requests_whose_sampling_depends_on_the_path_get_chains(changes: dict[st
 )
 def test_schedules_with_chains(schedule: list[list[int]] | None, has_chains: bool) -> None:
     """As many draft tokens as a path has, and less, are a chain."""
-    speculative = SimpleNamespace(num_speculative_tokens_per_batch_size=schedule)
+    speculative = SimpleNamespace(
+        num_speculative_tokens=29, num_speculative_tokens_per_batch_size=schedule
+    )
     config = SimpleNamespace(speculative_config=speculative)
     assert schedules_chains(config, TreeSettings(depth=3)) is has_chains
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import fields
+from itertools import chain
 from typing import Any
 
 from vllm_vispec.engine.options import EngineOptions
+from vllm_vispec.engine.trees.setting import has_branches, read_tree
 from vllm_vispec.head_config import HeadConfig
 from vllm_vispec.logs import get_logger
 
@@ -19,8 +21,19 @@ def note_settings_without_effect(vllm_config: Any) -> None:
     Args:
         vllm_config: vLLM's finished configuration, whose draft is ours.
     """
-    for line in (*_schedule_lines(vllm_config), *_image_table_lines(vllm_config)):
+    lines = _tree_lines(vllm_config), _schedule_lines(vllm_config), _image_table_lines(vllm_config)
+    for line in chain.from_iterable(lines):
         logger.warning("speculative config: %s", line)
+
+
+def _tree_lines(vllm_config: Any) -> Iterator[str]:
+    settings = read_tree(vllm_config)
+    if settings is not None and settings.width > 1 and not has_branches(vllm_config):
+        yield (
+            f"tree has no branches, since no load drafts more than the {settings.levels} tokens of "
+            "one path: these are drafted and verified as a chain; raise num_speculative_tokens "
+            "(29 suits most heads)"
+        )
 
 
 def _schedule_lines(vllm_config: Any) -> Iterator[str]:

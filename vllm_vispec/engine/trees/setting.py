@@ -63,8 +63,7 @@ def has_branches(vllm_config: Any) -> bool:
     settings = read_tree(vllm_config)
     if settings is None or settings.width == 1:
         return False
-    counts = _scheduled(vllm_config)
-    return not counts or max(counts) > settings.levels
+    return max(_scheduled(vllm_config)) > settings.levels
 
 
 def num_code_channels(vllm_config: Any) -> int:
@@ -78,11 +77,10 @@ def num_code_channels(vllm_config: Any) -> int:
 def tree_loads(vllm_config: Any, settings: TreeSettings) -> list[tuple[int, int]]:
     """Return at which loads trees with branches are drafted: most requests, and nodes."""
     speculative = vllm_config.speculative_config
-    most = vllm_config.scheduler_config.max_num_seqs
-    schedule = speculative.num_speculative_tokens_per_batch_size
-    if not schedule:
-        schedule = [(1, most, speculative.num_speculative_tokens)]
-    return [(min(last, most), count) for _, last, count in schedule if count > settings.levels]
+    most, most_nodes = vllm_config.scheduler_config.max_num_seqs, speculative.num_speculative_tokens
+    schedule = speculative.num_speculative_tokens_per_batch_size or [(1, most, most_nodes)]
+    loads = ((min(last, most), min(count, most_nodes)) for _, last, count in schedule)
+    return [(requests, nodes) for requests, nodes in loads if nodes > settings.levels]
 
 
 def has_paths(vllm_config: Any) -> bool:
@@ -94,5 +92,8 @@ def has_paths(vllm_config: Any) -> bool:
 
 
 def _scheduled(vllm_config: Any) -> list[int]:
-    schedule = vllm_config.speculative_config.num_speculative_tokens_per_batch_size
-    return [count for _, _, count in schedule or ()]
+    """Return how many draft tokens there are, at one load or another."""
+    speculative = vllm_config.speculative_config
+    most = speculative.num_speculative_tokens
+    schedule = speculative.num_speculative_tokens_per_batch_size
+    return [min(count, most) for _, _, count in schedule or ((1, 1, most),)]
