@@ -1,4 +1,4 @@
-"""Rehearses on a CPU the job behind the tests that need a GPU (`tests/gpu/test_starts.py`)."""
+"""Rehearses on a CPU the job behind the tests that need a GPU (`tests/gpu/test_gpu_starts.py`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.setups import mean_accepted, outputs
-from tests.gpu.test_starts import serve, start
+from tests.gpu.test_gpu_starts import serve, start
 from tests.support.runners import V1_ENV
 from tests.support.tiny_store import TinyStore
 
