@@ -26,7 +26,7 @@ def read_long_description() -> str:
 # vLLM, torch and transformers are not listed: the plugin goes into an environment that has them,
 # and must never up- or downgrade anything there. What is listed comes with vLLM anyway.
 INSTALL_REQUIRES = ["huggingface_hub", "rich", "safetensors", "typer"]
-BENCH = ["matplotlib", "openai", "pandas", "scipy"]
+BENCH = ["jinja2", "markdown-it-py", "matplotlib", "openai", "pandas", "scipy"]
 
 setup(
     name="vllm-vispec",
@@ -37,7 +37,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vllm_vispec", "vllm_vispec.*"]),
-    package_data={"vllm_vispec": ["py.typed"]},
+    package_data={"vllm_vispec": ["py.typed", "bench/report/templates/*.j2"]},
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "train": ["matplotlib", "pillow", "pyyaml", "tqdm"],

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
-from vllm_vispec.bench.report import make_report, to_markdown
-from vllm_vispec.bench.report.blocks import Chapter, Document, Paragraph, Table
-from vllm_vispec.bench.report.facts import Facts
-from vllm_vispec.bench.report.sections import SECTIONS
+from vllm_vispec.bench.report import Report, make_report
 from vllm_vispec.bench.schema import (
     BenchRun,
     CellKey,
@@ -23,6 +21,22 @@ SAMPLES = 4
 TOKENS = 21
 RESAMPLES = 40
 EVIL = "<script>alert('x')</script> | `tick` **bold** $x_1$ & [a](http://evil.example/)"
+TITLES = {
+    "answer": "Answer",
+    "environment": "Environment",
+    "concurrency": "Speedup against concurrency",
+    "image_tokens": "Speedup against image tokens",
+    "num_speculative_tokens": "Speedup against K",
+    "temperature": "Speedup against temperature",
+    "acceptance": "Acceptance per position",
+    "tasks": "By task",
+    "losses": "Where it loses, and what limits the loss",
+    "failures": "Failed and missing cells",
+    "cells": "All speedups",
+    "costs": "Latency, throughput, memory",
+    "definitions": "What the words mean",
+    "commands": "Commands",
+}
 Change = Callable[[CellResult], CellResult | None]
 
 
@@ -97,22 +111,41 @@ def made_up(
     return BenchRun(1, machine, settings, tuple(one for one in cells if one is not None))
 
 
-def report(run: BenchRun) -> Document:
+def report(run: BenchRun) -> Report:
     return make_report(run, RESAMPLES)
 
 
-def chapter(run: BenchRun, name: str) -> Chapter:
-    blocks = tuple(SECTIONS[name].build(Facts(run, RESAMPLES)))
-    return Chapter(name, SECTIONS[name].title, blocks or (Paragraph(SECTIONS[name].empty),))
+def sections(run: BenchRun) -> dict[str, str]:
+    """Sections of a report as Markdown by their short names, escapes taken out."""
+    text = report(run).markdown.replace("\\", "")
+    parts = dict(part.split("\n\n", 1) for part in text.split("\n## ")[1:])
+    assert list(parts) == list(TITLES.values())
+    return {name: parts[title].strip("\n") for name, title in TITLES.items()}
 
 
 def text_of(run: BenchRun, name: str) -> str:
-    """A section as Markdown, escapes taken out."""
-    return to_markdown(Document("", (chapter(run, name),))).replace("\\", "")
+    """One of them."""
+    return sections(run)[name]
 
 
-def table(run: BenchRun, name: str) -> Table:
-    return next(block for block in chapter(run, name).blocks if isinstance(block, Table))
+def tables_in(text: str) -> list[list[list[str]]]:
+    """Tables as rows of cells, the head first."""
+    tables = re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE)
+    found = [[row[2:-2].split(" | ") for row in table.splitlines()] for table in tables]
+    for table in found:
+        assert len({len(row) for row in table}) == 1
+        assert all(set(cell) <= set("-:") for cell in table.pop(1))
+    return found
+
+
+def table(run: BenchRun, name: str) -> list[list[str]]:
+    """Rows of the first table of a section, without its head."""
+    return tables_in(text_of(run, name))[0][1:]
+
+
+def alt_texts(text: str) -> dict[str, str]:
+    """What the pictures of a section say in words, by name."""
+    return {name: alt for alt, name in re.findall(r"!\[(.*)\]\(plots/(.*)\.svg\)", text)}
 
 
 def fail_vispec_at_4(one: CellResult) -> CellResult | None:

@@ -9,32 +9,25 @@ import pytest
 
 from tests.bench.made_up_runs import (
     FAMILIES,
-    chapter,
+    RESAMPLES,
+    alt_texts,
     fail_vispec_at_4,
     made_up,
     report,
+    sections,
     table,
+    tables_in,
     text_of,
 )
-from vllm_vispec.bench.report import to_html, to_markdown
-from vllm_vispec.bench.report.blocks import (
-    Figure,
-    Paragraph,
-    Strong,
-    Table,
-)
+from vllm_vispec.bench.report.answers import share
 from vllm_vispec.bench.report.facts import Facts
-from vllm_vispec.bench.report.sections import SECTIONS
-from vllm_vispec.bench.report.sections.base import share
 from vllm_vispec.bench.schema import BenchRun, CellResult
 
 # What it says
 
 
 def test_the_answer_is_one_sentence_with_everything_a_sceptic_asks_for() -> None:
-    blocks = chapter(made_up(), "answer").blocks
-    assert len(blocks) == 1
-    assert text_of(made_up(), "answer").split("\n\n")[2].strip() == (
+    assert text_of(made_up(), "answer") == (
         "With ViSpec, K = 2 (the fastest of 2), greedy, at concurrency 1 on tiny suite, decoding "
         "is **2.20x (95 %: 2.20 to 2.20)** as fast as with plain vLLM, with 100 % of the outputs "
         "identical and 21.0 output tokens on average against 21.0; it gains at every concurrency "
@@ -69,66 +62,52 @@ def test_a_loss_is_called_one() -> None:
 
 def test_without_vispec_the_report_is_about_the_side_that_was_measured() -> None:
     answer = text_of(made_up(sides=("plain", "ngram")), "answer")
-    assert answer.startswith("# \n\n## Answer\n\nWith n-gram lookup, K = 2 (")
+    assert answer.startswith("With n-gram lookup, K = 2 (")
 
 
 @pytest.mark.parametrize("name", ["concurrency", "num_speculative_tokens"])
 def test_axes_have_a_chart_with_a_line_at_parity_and_a_table(name: str) -> None:
-    blocks = chapter(made_up(), name).blocks
-    figure = next(block for block in blocks if isinstance(block, Figure))
-    assert "vispec: " in figure.alt
-    assert "eagle: " in figure.alt
-    assert "stroke-width: 3" in figure.svg  # the bold line
-    assert "bold line at 1.0" in text_of(made_up(), name)
-    assert "decode_speedup" in str(table(made_up(), name).head)
+    made = report(made_up())
+    text = text_of(made_up(), name)
+    alt = alt_texts(text)[f"speedup_{name}"]
+    assert "vispec: " in alt
+    assert "eagle: " in alt
+    assert "stroke-width: 3" in made.pictures[f"speedup_{name}"]  # the bold line
+    assert "bold line at 1.0" in text
+    assert "decode_speedup (95 %)" in tables_in(text)[0][0]
 
 
 def test_every_table_with_a_speedup_has_equality_and_length_beside_it() -> None:
-    document = report(made_up(image_tokens=(0, 64, -1), temperatures=(0.0, 1.0)))
-    tables = [
-        block for one in document.chapters for block in one.blocks if isinstance(block, Table)
-    ]
-    with_speedup = [one for one in tables if any("decode_speedup" in str(h) for h in one.head)]
+    text = report(made_up(image_tokens=(0, 64, -1), temperatures=(0.0, 1.0))).markdown
+    heads = [one[0] for one in tables_in(text)]
+    with_speedup = [head for head in heads if any("decode_speedup" in name for name in head)]
     assert len(with_speedup) >= 6
-    for one in with_speedup:
-        place = next(i for i, head in enumerate(one.head) if "decode_speedup" in str(head))
-        assert one.head[place + 2 : place + 4] == (
-            "identical outputs",
-            "mean output, side / plain",
-        )
+    for head in with_speedup:
+        place = next(i for i, name in enumerate(head) if "decode_speedup" in name)
+        assert head[place + 2 : place + 4] == ["identical outputs", "mean output, side / plain"]
 
 
 def test_image_tokens_are_an_axis_with_images_as_they_are_at_its_end() -> None:
-    figure = chapter(made_up(image_tokens=(-1, 64, 0)), "image_tokens").blocks[1]
-    assert isinstance(figure, Figure)
-    assert re.search(r"at 0, .* at 64, .* at as they are", figure.alt)
+    text = text_of(made_up(image_tokens=(-1, 64, 0)), "image_tokens")
+    assert re.search(r"at 0, .* at 64, .* at as they are", alt_texts(text)["speedup_image_tokens"])
 
 
 def test_sampled_cells_have_their_own_chart_and_no_equality() -> None:
-    run = made_up(temperatures=(0.0, 1.0))
-    figures = [b for b in chapter(run, "concurrency").blocks if isinstance(b, Figure)]
-    assert [one.name for one in figures] == ["speedup_concurrency", "speedup_concurrency_2"]
-    assert "sampled" in text_of(run, "concurrency")
+    text = text_of(made_up(temperatures=(0.0, 1.0)), "concurrency")
+    assert list(alt_texts(text)) == ["speedup_concurrency", "speedup_concurrency_2"]
+    assert "sampled" in text
 
 
 def test_acceptance_per_position_adds_up() -> None:
     run = made_up(ks=(4,))
-    assert table(run, "acceptance").rows[-1] == (
-        "vispec",
-        "90 %",
-        "80 %",
-        "70 %",
-        "60 %",
-        "3.00",
-        "4.00",
-        "3",
-    )
+    expected = ["vispec", "90 %", "80 %", "70 %", "60 %", "3.00", "4.00", "3"]
+    assert table(run, "acceptance")[-1] == expected
 
 
 def test_tasks_are_shown_one_by_one() -> None:
-    rows = table(made_up(), "tasks").rows
+    rows = table(made_up(), "tasks")
     assert [row[:2] for row in rows] == [
-        (family, side) for family in FAMILIES for side in ("eagle", "vispec")
+        [family, side] for family in FAMILIES for side in ("eagle", "vispec")
     ]
     assert rows[0][-2] == "4"  # two samples, two repetitions
 
@@ -189,9 +168,8 @@ def test_all_but_one_identical_is_not_rounded_up() -> None:
         return replace(one, requests=many)
 
     run = made_up(one_of_many, sides=("plain", "vispec"), concurrency=(1,), ks=(4,))
-    row = next(row for row in Facts(run).rows if row.key.side == "vispec")
-    found = row.value("identical_outputs")
-    assert found is not None
+    rows = Facts.of(run, RESAMPLES).table
+    found = rows[rows.side == "vispec"].identical_outputs.item()
     assert 0.9995 < found < 1
     assert share(found) == "99.9 %"
 
@@ -204,22 +182,21 @@ def test_failed_and_missing_cells_are_shown_as_such() -> None:
     failures = text_of(run, "failures")
     assert "**failed** in repetition 1: server died: out of memory" in failures
     assert "**missing**: repetition 2 of row 9 was not measured" in failures
-    rows = {(row[1], row[4]): row for row in table(run, "cells").rows}
-    assert rows["vispec", "4"][7] == Strong("failed")
-    assert rows["vispec", "4"][8:] == (Strong("failed"), *("-",) * 4)
+    rows = {(row[1], row[4]): row for row in table(run, "cells")}
+    assert rows["vispec", "4"][7:] == ["**failed**", "**failed**", *["-"] * 4]
     # In the section on concurrency, too; the line of the chart has a gap there.
-    assert "| vispec | 4 | **failed** |" in text_of(run, "concurrency")
-    figure = chapter(run, "concurrency").blocks[1]
-    assert isinstance(figure, Figure)
-    assert re.search(r"vispec: \S+ at 1, \S+ at 16", figure.alt)
-    assert rows["vispec", "16"][7] == Strong("1 of 2")
+    text = text_of(run, "concurrency")
+    assert "| vispec | 4 | **failed** |" in text
+    alt = alt_texts(text)["speedup_concurrency"]
+    assert re.search(r"vispec: \S+ at 1, \S+ at 16", alt)
+    assert rows["vispec", "16"][7] == "**1 of 2**"
     assert rows["vispec", "1"][7] == "ok"
 
 
 def test_cells_that_were_never_begun_are_missing_rows() -> None:
     run = made_up(lambda one: None if one.key.side == "vispec" else one, ks=(4,))
-    rows = [row for row in table(run, "cells").rows if row[1] == "vispec"]
-    assert [row[7] for row in rows] == [Strong("missing")] * 3
+    rows = [row for row in table(run, "cells") if row[1] == "vispec"]
+    assert [row[7] for row in rows] == ["**missing**"] * 3
     assert "No answer" in text_of(run, "answer")
     line = "- **missing**: repetition 1, 2 of rows 3, 6, 9 was not measured"
     assert line in text_of(run, "failures")
@@ -233,7 +210,7 @@ def test_a_failed_plain_side_leaves_no_speedup() -> None:
     run = made_up(no_plain)
     assert "No answer" in text_of(run, "answer")
     assert "Not known: no speedup" in text_of(run, "losses")
-    assert table(run, "cells").rows[0][8] == "-"
+    assert table(run, "cells")[0][8] == "-"
 
 
 def test_failed_requests_are_counted_and_their_reason_given() -> None:
@@ -260,11 +237,14 @@ def test_a_run_without_flaws_says_so() -> None:
     ],
 )
 def test_sections_without_data_say_so_in_one_line(run: BenchRun) -> None:
-    document = report(run)
-    assert [one.name for one in document.chapters] == list(SECTIONS)
-    for name in ("answer", "concurrency", "image_tokens", "num_speculative_tokens", "tasks"):
-        one = next(one for one in document.chapters if one.name == name)
-        assert one.blocks == (Paragraph(SECTIONS[name].empty),)
-        assert "\n" not in SECTIONS[name].empty
-    assert to_html(document)
-    assert to_markdown(document)
+    found = sections(run)
+    for name, empty in {
+        "answer": "No answer: ",
+        "concurrency": "Not shown: fewer than two concurrencies ",
+        "image_tokens": "Not shown: fewer than two numbers of image tokens ",
+        "num_speculative_tokens": "Not shown: fewer than two values of K ",
+        "tasks": "Not shown: the requests name no task families.",
+    }.items():
+        assert found[name].startswith(empty)
+        assert "\n" not in found[name]
+    assert report(run).html

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -10,8 +11,7 @@ from rich.table import Table as RichTable
 from vllm_vispec.bench.profile.parts import KINDS, WHOLES, columns, label_of
 from vllm_vispec.bench.profile.result import ImageTokens, Profile
 from vllm_vispec.bench.profile.statistics import Comparison, Summary
-from vllm_vispec.bench.report.blocks import Bullets, Chapter, Document, Paragraph, Table, Verbatim
-from vllm_vispec.bench.report.markdown import to_markdown
+from vllm_vispec.bench.report.pages import to_markdown
 
 HEAD = ("part", "EAGLE, ms", "ViSpec, ms", "ratio", "95 %", "ratio of first deciles")
 IMAGE_HEAD = ("image tokens", "requests", "rounds", *HEAD[1:])
@@ -19,6 +19,14 @@ FIRST_PASS_TITLE = "The draft's first pass over a prompt, by image tokens"
 ALT = "Stacked bars of where the time goes, EAGLE next to ViSpec"
 NOTHING = "-"
 WIDTH = 110
+
+
+class Table(NamedTuple):
+    """A table; the first ``text_columns`` hold text, the others numbers."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text_columns: int = 1
 
 
 def kind_table(profile: Profile, kind: str) -> Table:
@@ -70,24 +78,14 @@ def to_page(profile: Profile, picture: str) -> str:
     Args:
         picture: file of the stacked bars, beside the page.
     """
-    target, head = profile.settings["target"], profile.settings["head"]
-    chapters = [
-        Chapter(f"table-{number}", title, (table,))
-        for number, (title, table) in enumerate(tables(profile), start=1)
-    ]
-    reading = Bullets((*profile.notes, *left_out_lines(profile)))
-    conditions = Bullets(tuple(f"{name}: {value}" for name, value in profile.machine.items()))
-    made = Verbatim("Made with", profile.command)
-    document = Document(
-        "Where a round's time goes",
-        (
-            Chapter("what", "What was compared", (Paragraph(f"Target {target}, head {head}."),)),
-            *chapters,
-            Chapter("reading", "How to read this", (reading,)),
-            Chapter("conditions", "Conditions", (conditions, made)),
-        ),
+    return to_markdown(
+        "profile.md.j2",
+        profile=profile,
+        tables=list(tables(profile)),
+        notes=[*profile.notes, *left_out_lines(profile)],
+        alt=ALT,
+        picture=picture,
     )
-    return f"{to_markdown(document)}\n![{ALT}]({picture})\n"
 
 
 def left_out_lines(profile: Profile) -> list[str]:
