@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from math import nan
@@ -12,13 +13,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from tests.bench.made_up_runs import EVIL, RESAMPLES, made_up, report, text_of
+from vllm_vispec.bench.pages import code, escape, fenced
 from vllm_vispec.bench.report import write_report
 from vllm_vispec.bench.report.facts import Facts
-from vllm_vispec.bench.report.pages import code, escape, fenced
 from vllm_vispec.bench.report.plots import Chart
 from vllm_vispec.bench.schema import CELLS_FILE, RUN_FILE, BenchRun, CellResult
+from vllm_vispec.cli.bench import app
 from vllm_vispec.errors import ViSpecError
 
 
@@ -169,3 +172,12 @@ def test_labels_of_any_kind_can_be_drawn() -> None:
     chart = Chart("n", "$\\frac", "_x_$", "$$", points, ["$a$", "b"], "other")
     assert chart.draw().count("<svg") == 1
     assert "1.00 at b" in chart.alt
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("vllm_vispec.bench.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    result = CliRunner().invoke(app, ["report", str(tmp_path), "--output", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "the report needs pandas: pip install 'vllm-vispec[bench]'" in result.output

@@ -9,13 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from types import MappingProxyType
 from typing import Literal
 
-from vllm_vispec.bench import metric_functions as functions
-from vllm_vispec.bench.pairing import PLAIN_SIDE, Cells, align
+from vllm_vispec.bench.pairing import (
+    PLAIN_SIDE,
+    Cells,
+    align,
+    answered,
+    decoded,
+    pairs,
+    percentile,
+    ratio,
+)
 from vllm_vispec.bench.schema import CellKey, CellResult
-from vllm_vispec.bench.time_ratio import DECODING, END_TO_END
+from vllm_vispec.bench.time_ratio import DECODING, END_TO_END, succeeded
 from vllm_vispec.errors import ViSpecError
 
 Value = float | tuple[float, ...] | None
@@ -48,13 +57,89 @@ class Metric:
     resampled: Resampled = "requests"
 
 
+def _accepted(cells: Cells, own: int = 0) -> float | None:
+    """Draft tokens accepted per round, and the target's own."""
+    counters = [cell.spec for cell in cells if cell.spec is not None]
+    rounds = sum(spec.rounds for spec in counters)
+    return ratio(sum(spec.accepted_tokens for spec in counters) + own * rounds, rounds)
+
+
+def _accepted_at(cells: Cells) -> tuple[float, ...] | None:
+    """Share of rounds that accepted the draft token at each position."""
+    counters = [cell.spec for cell in cells if cell.spec is not None]
+    rounds = sum(spec.rounds for spec in counters)
+    places = zip_longest(*(spec.accepted_by_position for spec in counters), fillvalue=0)
+    return tuple(sum(place) / rounds for place in places) if rounds else None
+
+
+def _milliseconds(
+    share: float, seconds: Callable[[Cells], Iterable[float]]
+) -> Callable[[Cells, Cells], float | None]:
+    return lambda cells, _: percentile((1000 * value for value in seconds(cells)), share)
+
+
+def _ttft(cells: Cells) -> list[float]:
+    return [request.ttft_s for request in answered(cells)]
+
+
+def _tpot(cells: Cells) -> list[float]:
+    return [request.decode_s / (request.output_tokens - 1) for request in decoded(cells)]
+
+
+def _itl(cells: Cells) -> list[float]:
+    return [gap for request in answered(cells) for gap in request.itl_s]
+
+
+def _tokens(cells: Cells) -> int:
+    return sum(request.output_tokens for request in answered(cells))
+
+
+def _tokens_per_chunk(cells: Cells) -> float | None:
+    requests = decoded(cells)
+    tokens = sum(request.output_tokens - 1 for request in requests)
+    return ratio(tokens, sum(len(request.itl_s) for request in requests))
+
+
+def _ttft_ratio(cells: Cells, plain: Cells) -> float | None:
+    mine, theirs = percentile(_ttft(cells), 0.5), percentile(_ttft(plain), 0.5)
+    return None if mine is None or theirs is None else ratio(mine, theirs)
+
+
+def _identical_outputs(cells: Cells, plain: Cells) -> float | None:
+    """Share of plain's answers that the side gave, too; None unless greedy."""
+    if any(cell.key.temperature > 0 for cell in cells):
+        return None
+    asked = [pair for pair in pairs(cells, plain) if succeeded(pair[1])]
+    return ratio(sum(mine.same_output(theirs) for mine, theirs in asked), len(asked))
+
+
+def _failed_requests(cells: Cells) -> float | None:
+    total = sum(len(cell.requests) for cell in cells)
+    return ratio(total - len(answered(cells)), total)
+
+
+def _image_table_hit_rate(cells: Cells) -> float | None:
+    hits = sum(cell.memory.image_table_hits or 0 for cell in cells)
+    return ratio(hits, hits + sum(cell.memory.image_table_misses or 0 for cell in cells))
+
+
+def _peak_memory(cells: Cells) -> float | None:
+    found = (cell.memory.peak_bytes for cell in cells)
+    return max((peak / 2**30 for peak in found if peak is not None), default=None)
+
+
+def _kv_blocks(cells: Cells) -> float | None:
+    found = (cell.memory.kv_blocks for cell in cells)
+    return min((blocks for blocks in found if blocks is not None), default=None)
+
+
 _METRICS = (
     Metric(
         "tokens_per_round",
         "tokens",
         "Tokens that a round yields: the accepted draft tokens and the target's own.",
         "accepted_draft + 1",
-        functions.tokens_per_round,
+        lambda cells, _: _accepted(cells, own=1),
         better="higher",
         resampled="repetitions",
     ),
@@ -63,7 +148,7 @@ _METRICS = (
         "tokens",
         "Draft tokens accepted in a round, the target's own token not counted.",
         "Σ accepted_tokens / Σ rounds, pooled over repetitions, never a mean of means",
-        functions.accepted_draft,
+        lambda cells, _: _accepted(cells),
         better="higher",
         resampled="repetitions",
     ),
@@ -73,7 +158,7 @@ _METRICS = (
         "For each draft position, the share of rounds that accepted its token. Their sum is "
         "accepted_draft.",
         "Σ accepted_by_position[i] / Σ rounds",
-        functions.accepted_at,
+        lambda cells, _: _accepted_at(cells),
         better="higher",
         resampled="repetitions",
     ),
@@ -84,7 +169,7 @@ _METRICS = (
         "the counters' where an answer ends inside a round, higher where the server sends two "
         "rounds as one chunk; 1 for plain.",
         "Σ (output_tokens - 1) / Σ len(itl_s), requests of two tokens or more",
-        functions.tokens_per_chunk,
+        lambda cells, _: _tokens_per_chunk(cells),
         better="higher",
     ),
     Metric(
@@ -112,7 +197,7 @@ _METRICS = (
         "ms",
         "TTFT, time to first token: from sending a request to the first chunk of its answer.",
         "median of ttft_s",
-        functions.at_percentile(0.50, functions.ttft_seconds),
+        _milliseconds(0.50, _ttft),
         better="lower",
     ),
     Metric(
@@ -120,7 +205,7 @@ _METRICS = (
         "ms",
         "The TTFT that 99 % of the requests stay below.",
         "99th percentile of ttft_s, interpolated",
-        functions.at_percentile(0.99, functions.ttft_seconds),
+        _milliseconds(0.99, _ttft),
         better="lower",
     ),
     Metric(
@@ -128,7 +213,7 @@ _METRICS = (
         "x",
         "What drafting does to the first token: 1.05 is 5 % later than plain.",
         "median ttft_s(side) / median ttft_s(plain)",
-        functions.ttft_ratio,
+        _ttft_ratio,
         compares=True,
         better="lower",
     ),
@@ -137,7 +222,7 @@ _METRICS = (
         "ms",
         "TPOT, time per output token: a request's decode time per token after the first.",
         "median over requests of (e2e_s - ttft_s) / (output_tokens - 1)",
-        functions.at_percentile(0.50, functions.tpot_seconds),
+        _milliseconds(0.50, _tpot),
         better="lower",
     ),
     Metric(
@@ -145,7 +230,7 @@ _METRICS = (
         "ms",
         "The TPOT that 99 % of the requests stay below.",
         "99th percentile of the same, interpolated",
-        functions.at_percentile(0.99, functions.tpot_seconds),
+        _milliseconds(0.99, _tpot),
         better="lower",
     ),
     Metric(
@@ -155,7 +240,7 @@ _METRICS = (
         "stream. With speculation a chunk holds a round's tokens, so gaps are longer and fewer: "
         "compare TPOT between sides, and ITL for how evenly text appears.",
         "median of all itl_s",
-        functions.at_percentile(0.50, functions.itl_seconds),
+        _milliseconds(0.50, _itl),
         better="lower",
     ),
     Metric(
@@ -163,7 +248,7 @@ _METRICS = (
         "ms",
         "The gap that 99 % of the gaps stay below.",
         "99th percentile of all itl_s, interpolated",
-        functions.at_percentile(0.99, functions.itl_seconds),
+        _milliseconds(0.99, _itl),
         better="lower",
     ),
     Metric(
@@ -171,7 +256,7 @@ _METRICS = (
         "tokens/s",
         "Output tokens per second of the whole server at this concurrency.",
         "Σ output_tokens / Σ wall_s",
-        functions.output_throughput,
+        lambda cells, _: ratio(_tokens(cells), sum(cell.wall_s for cell in cells)),
         better="higher",
         resampled="repetitions",
     ),
@@ -182,7 +267,7 @@ _METRICS = (
         "(special tokens included) and as many tokens. Greedy cells only; a request that failed "
         "on the side counts as different.",
         "share of pairs with same_output, same repetition",
-        functions.identical_outputs,
+        _identical_outputs,
         compares=True,
         better="higher",
     ),
@@ -191,14 +276,14 @@ _METRICS = (
         "tokens",
         "Mean length of an answer, so that a side that merely answers shorter shows.",
         "Σ output_tokens / answered requests",
-        functions.mean_output_tokens,
+        lambda cells, _: ratio(_tokens(cells), len(answered(cells))),
     ),
     Metric(
         "failed_requests",
         "share",
         "Share of requests without an answer.",
         "requests with an error or no token / requests",
-        functions.failed_requests,
+        lambda cells, _: _failed_requests(cells),
         better="lower",
         resampled="nothing",
     ),
@@ -208,7 +293,7 @@ _METRICS = (
         "Most memory the side's server held since its start: device memory on a GPU, resident "
         "memory on a CPU.",
         "max peak_bytes / 2^30",
-        functions.peak_memory,
+        lambda cells, _: _peak_memory(cells),
         better="lower",
         resampled="nothing",
     ),
@@ -217,7 +302,7 @@ _METRICS = (
         "blocks",
         "KV-cache blocks that the server has, what the draft takes subtracted.",
         "min kv_blocks",
-        functions.kv_blocks,
+        lambda cells, _: _kv_blocks(cells),
         better="higher",
         resampled="nothing",
     ),
@@ -227,7 +312,7 @@ _METRICS = (
         "Of the lookups of an image in ViSpec's image table, one per request and step, the share "
         "that found it, so that the adaptor did not run.",
         "Σ image_table_hits / Σ (image_table_hits + image_table_misses)",
-        functions.image_table_hit_rate,
+        lambda cells, _: _image_table_hit_rate(cells),
         better="higher",
         resampled="nothing",
     ),

@@ -159,9 +159,9 @@ def report(
     output: Annotated[Path, typer.Option(help="Folder to write the pages to.")],
 ) -> None:
     """Turn a run into a page, HTML and Markdown."""
-    from vllm_vispec.bench.report import write_report
-
     with exit_on_error():
+        from vllm_vispec.bench.report import write_report
+
         files = write_report(results, output)
     typer.echo(f"wrote {files.html} and {files.markdown}")
 

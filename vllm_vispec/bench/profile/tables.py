@@ -8,10 +8,10 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from vllm_vispec.bench.pages import to_markdown
 from vllm_vispec.bench.profile.parts import KINDS, WHOLES, columns, label_of
 from vllm_vispec.bench.profile.result import ImageTokens, Profile
 from vllm_vispec.bench.profile.statistics import Comparison, Summary
-from vllm_vispec.bench.report.pages import to_markdown
 
 HEAD = ("part", "EAGLE, ms", "ViSpec, ms", "ratio", "95 %", "ratio of first deciles")
 IMAGE_HEAD = ("image tokens", "requests", "rounds", *HEAD[1:])

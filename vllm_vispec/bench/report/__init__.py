@@ -1,8 +1,8 @@
 """`vispec bench report`: a run as Markdown and as one HTML page.
 
-`facts` turns a run into one table of cells, `answers` says what follows from it, and
-`templates/report.md.j2` holds the sentences. The HTML page is that Markdown, rendered, with its
-pictures inside.
+`facts` turns a run into one table of cells, `answers` says what follows from it, and the sentences
+are in `bench/templates/report.md.j2`. The HTML page is that Markdown, rendered, with its pictures
+inside.
 """
 
 from __future__ import annotations
@@ -11,10 +11,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from vllm_vispec.errors import ViSpecError
+
+try:
+    import matplotlib  # noqa: F401
+    import pandas  # noqa: F401
+except ImportError as error:
+    raise ViSpecError(f"the report needs {error.name}: pip install 'vllm-vispec[bench]'") from error
+
 from vllm_vispec.bench.intervals import RESAMPLES
+from vllm_vispec.bench.pages import to_html, to_markdown
 from vllm_vispec.bench.report.answers import answers
 from vllm_vispec.bench.report.facts import Facts
-from vllm_vispec.bench.report.pages import to_html, to_markdown
 from vllm_vispec.bench.report.plots import Chart
 from vllm_vispec.bench.schema import BenchRun
 from vllm_vispec.train.files import write_text
@@ -66,7 +74,7 @@ def write_report(results: Path, output: Path, resamples: int = RESAMPLES) -> Rep
         resamples: of every interval.
 
     Raises:
-        ViSpecError: the run cannot be read, matplotlib is missing, or the folder cannot be written.
+        ViSpecError: the run cannot be read, or the folder cannot be written.
     """
     report = make_report(BenchRun.load(results), resamples)
     plots = {output / "plots" / f"{name}.svg": svg for name, svg in report.pictures.items()}

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from math import floor, isnan
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
 
 from vllm_vispec.bench.estimate.schedule import best_schedule
 from vllm_vispec.bench.metrics import METRICS
+from vllm_vispec.bench.pages import escape
 from vllm_vispec.bench.report.facts import OURS, Facts, families, timed
-from vllm_vispec.bench.report.pages import escape
 from vllm_vispec.bench.report.plots import Chart
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE
 from vllm_vispec.bench.sides import SIDES
@@ -88,44 +88,25 @@ def speedups(row: Any) -> Markup:
     return Markup(" | ".join(cells))
 
 
-class Slice(NamedTuple):
-    """A chart and a table against one axis, at one temperature and dataset."""
-
-    where: str
-    chart: Chart
-    rows: list[Any]
-
-
-class Axis(NamedTuple):
-    """An axis of the matrix: its field, and how it is spoken of."""
-
-    place: str
-    title: str
-    label: str
-    text: Callable[[Any], str]
-    what: str
-    slices: tuple[Slice, ...] = ()
-
-
-AXES = (
-    Axis("concurrency", "concurrency", "concurrency", str, "concurrencies"),
-    Axis(
-        "image_tokens",
+AXES: dict[str, tuple[str, str, Callable[[Any], str], str]] = {
+    "concurrency": ("concurrency", "concurrency", str, "concurrencies"),
+    "image_tokens": (
         "image tokens",
         "image tokens per request",
         image_text,
         "numbers of image tokens",
     ),
-    Axis(K, "K", "K", str, "values of K"),
-    Axis("temperature", "temperature", "temperature", temperature_text, "temperatures"),
-)
+    K: ("K", "K", str, "values of K"),
+    "temperature": ("temperature", "temperature", temperature_text, "temperatures"),
+}
+"""Fields of a cell: in the title, at the axis, a value as text, and several of them."""
 
 
 def answers(facts: Facts) -> dict[str, Any]:
     """Return what the template needs, and the ``charts`` it refers to."""
-    axes = [one._replace(slices=tuple(_slices(facts, one))) for one in AXES]
+    axes = {axis: list(_slices(facts, axis)) for axis in AXES}
     acceptance = _acceptance(facts)
-    charts = [slice.chart for axis in axes for slice in axis.slices]
+    charts = [chart for slices in axes.values() for chart, _ in slices]
     return {
         "charts": (*charts, *([acceptance["chart"]] if acceptance else [])),
         "filters": {
@@ -147,7 +128,7 @@ def answers(facts: Facts) -> dict[str, Any]:
         "sides": {one: SIDES[one].summary for one in facts.table.side.unique() if one in SIDES},
         "environment": list(_flat({"machine": facts.run.machine, "settings": facts.run.settings})),
         "commands": list(_commands(facts)),
-        "axes": axes,
+        "axes": [(axis, *AXES[axis], slices) for axis, slices in axes.items()],
         "acceptance": acceptance,
         **_answer(facts),
         **_losses(facts),
@@ -196,29 +177,29 @@ def _answer(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _slices(facts: Facts, axis: Axis) -> Iterator[Slice]:
+def _slices(facts: Facts, axis: str) -> Iterator[tuple[Chart, list[Any]]]:
     """decode_speedup against one axis, the others held, for every temperature and dataset."""
     if facts.main is None:
         return
-    names = [name for name in ("dataset", "temperature") if name != axis.place]
-    place = 0
-    for _, rows in facts.like(facts.main, "side", axis.place, *names).groupby(names):
+    _, label, text, _ = AXES[axis]
+    names = [name for name in ("dataset", "temperature") if name != axis]
+    count = 0
+    for _, rows in facts.like(facts.main, "side", axis, *names).groupby(names):
         measured = timed(rows)
-        if measured[axis.place].nunique() < 2:
+        if measured[axis].nunique() < 2:
             continue
-        place += 1
-        where = point_text(_rows(rows)[0], axis.place)
-        order = "images" if axis.place == "image_tokens" else axis.place
+        count += 1
+        order = "images" if axis == "image_tokens" else axis
         chart = Chart(
-            f"speedup_{axis.place}" + (f"_{place}" if place > 1 else ""),
-            where,
-            axis.label,
+            f"speedup_{axis}" + (f"_{count}" if count > 1 else ""),
+            point_text(_rows(rows)[0], axis),
+            label,
             "decode_speedup over plain vLLM",
-            measured.assign(x=measured[axis.place].map(axis.text), y=measured.decode_speedup),
-            list(dict.fromkeys(rows.sort_values(order)[axis.place].map(axis.text))),
+            measured.assign(x=measured[axis].map(text), y=measured.decode_speedup),
+            list(dict.fromkeys(rows.sort_values(order)[axis].map(text))),
             facts.side,
         )
-        yield Slice(where, chart, _rows(rows))
+        yield chart, _rows(rows)
 
 
 def _acceptance(facts: Facts) -> dict[str, Any]:

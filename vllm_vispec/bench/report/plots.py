@@ -9,8 +9,9 @@ from itertools import cycle
 from typing import Any
 
 import pandas as pd
-
-from vllm_vispec.errors import ViSpecError
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 
 # Colours that are told apart with any kind of sight; the marker differs, too.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#56b4e9", "#5b5b5b")
@@ -56,19 +57,7 @@ class Chart:
         return f"{self.title}. {self.y_label} against {self.x_label}. " + "; ".join(lines)
 
     def draw(self) -> str:
-        """Return the picture.
-
-        Raises:
-            ViSpecError: matplotlib is not installed.
-        """
-        try:
-            from matplotlib import rc_context
-            from matplotlib.backends.backend_svg import FigureCanvasSVG
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ViSpecError(
-                "the report needs matplotlib: pip install 'vllm-vispec[bench]'"
-            ) from error
+        """Return the picture."""
         buffer = io.StringIO()
         with rc_context(_SVG):
             figure = Figure(figsize=(8.0, 4.2), layout="constrained")

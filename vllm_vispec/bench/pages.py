@@ -99,7 +99,7 @@ def _fence(text: str, least: int) -> str:
 
 def _environment(**options: Any) -> Environment:
     return Environment(
-        loader=PackageLoader("vllm_vispec.bench.report"),
+        loader=PackageLoader("vllm_vispec.bench"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
