@@ -13,10 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.bench.fakes import HEAD, SAMPLES, SETTINGS, TARGET, World, answer, lines
+from vllm_vispec.bench.cell import lookups_between
 from vllm_vispec.bench.checks import check_inputs
-from vllm_vispec.bench.counters import (
-    lookups_between,
-)
 from vllm_vispec.bench.environment import EXTENSION
 from vllm_vispec.bench.load import (
     LoadError,

@@ -3,108 +3,104 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vllm_vispec.bench.counters import difference, lookups_between
 from vllm_vispec.bench.load import LoadError, LoadJob, LoadResult
 from vllm_vispec.bench.matrix import MatrixSettings, Visit
 from vllm_vispec.bench.questions import QuestionStore
-from vllm_vispec.bench.schema import CellResult, MemoryFacts
-from vllm_vispec.bench.serving import Group, Server
+from vllm_vispec.bench.schema import CellResult, MemoryFacts, SpecCounters
+from vllm_vispec.bench.server import BenchServer, option_value
+from vllm_vispec.bench.serving import Group
 from vllm_vispec.errors import ViSpecError
 
+NOTHING_DRAFTED = SpecCounters(0, 0, 0, ())
 
+
+@dataclass(frozen=True)
 class Measure:
     """Puts load on servers and turns what comes back into records.
 
-    Args:
-        make_load: `run_load` or a stand-in.
+    Attributes:
+        make_load: a `LoadGenerator` or a stand-in.
         result: file for the load generator's own result.
     """
 
-    def __init__(
-        self,
-        settings: MatrixSettings,
-        store: QuestionStore,
-        make_load: Callable[[LoadJob], LoadResult],
-        result: Path,
-    ) -> None:
-        self._settings, self._store = settings, store
-        self._make_load, self._result = make_load, result
+    settings: MatrixSettings
+    store: QuestionStore
+    make_load: Callable[[LoadJob], LoadResult]
+    result: Path
 
-    def warm_up(self, visits: Sequence[Visit], server: Server) -> None:
+    def warm_up(self, visits: Sequence[Visit], server: BenchServer) -> None:
         """Send a few questions of the first cell, so that nothing is compiled in a measured one.
 
         Raises:
             ViSpecError: no question was answered.
         """
-        if not self._settings.warm_up:
-            return
-        job = self._job(visits[0], server, server, self._settings.warm_up)
-        _check(self._make_load(job))
+        if self.settings.warm_up:
+            self._load(self._job(visits[0], server, server, self.settings.warm_up))
 
     def cell(self, visit: Visit, group: Group) -> CellResult:
         """Measure a cell; whatever goes wrong is in the result's `error`."""
         commands: list[str] = []
+        cell = CellResult(visit.key, visit.repetition, (), 0.0, None, MemoryFacts(), "")
         try:
             server = group.server(visit.key.side)
             commands.append(server.spec.command)
-            limit = self._settings.num_questions(visit.key.concurrency)
+            limit = self.settings.num_questions(visit.key.concurrency)
             job = self._job(visit, server, group.first() or server, limit)
             commands.append(job.command)
             server.forget()
-            before, memory_before = server.counters(), server.memory()
-            result = self._make_load(job)
-            _check(result)
-            spec = difference(server.counters(), before)
-            memory = lookups_between(server.memory(), memory_before)
+            before = server.memory()
+            result = self._load(job)
+            speculates = option_value(server.spec.arguments, "--speculative-config") is not None
+            return replace(
+                cell,
+                requests=result.requests,
+                wall_s=round(result.wall_s, 6),
+                spec=result.spec or NOTHING_DRAFTED if speculates else None,
+                memory=lookups_between(server.memory(), before),
+                command="\n".join(commands),
+            )
         except ViSpecError as error:
-            return _failed(visit, commands, str(error))
-        return CellResult(
-            key=visit.key,
-            repetition=visit.repetition,
-            requests=result.requests,
-            wall_s=round(result.wall_s, 6),
-            spec=spec,
-            memory=memory,
-            command="\n".join(commands),
-        )
+            return replace(cell, command="\n".join(commands), error=str(error))
 
-    def _job(self, visit: Visit, server: Server, helper: Server, limit: int) -> LoadJob:
+    def _job(self, visit: Visit, server: BenchServer, helper: BenchServer, limit: int) -> LoadJob:
         """Return the load of a cell; `helper` answers earlier questions of dialogues."""
         key = visit.key
-        samples, file = self._store.questions(key.image_tokens, helper, limit)
+        samples, file = self.store.questions(key.image_tokens, helper, limit)
         return LoadJob(
             url=server.url,
-            model=self._settings.target,
+            model=self.settings.target,
             samples=samples,
             questions=file,
             concurrency=key.concurrency,
             temperature=key.temperature,
-            result=self._result,
-            timeout_s=self._settings.cell_timeout_s,
+            result=self.result,
+            timeout_s=self.settings.cell_timeout_s,
         )
 
+    def _load(self, job: LoadJob) -> LoadResult:
+        """Make a load; one in which nothing was answered is refused.
 
-def _check(result: LoadResult) -> None:
-    """Refuse a load in which nothing was answered.
+        Raises:
+            LoadError: with the first request's reason.
+        """
+        result = self.make_load(job)
+        errors = [request.error for request in result.requests]
+        if None not in errors:
+            raise LoadError(f"no request was answered: {errors[0] if errors else 'none was sent'}")
+        return result
 
-    Raises:
-        LoadError: with the first request's reason.
-    """
-    errors = [request.error for request in result.requests]
-    if all(error is not None for error in errors):
-        raise LoadError(f"no request was answered: {errors[0] if errors else 'none was sent'}")
 
-
-def _failed(visit: Visit, commands: Sequence[str], error: str) -> CellResult:
-    return CellResult(
-        key=visit.key,
-        repetition=visit.repetition,
-        requests=(),
-        wall_s=0.0,
-        spec=None,
-        memory=MemoryFacts(),
-        command="\n".join(commands),
-        error=error,
+def lookups_between(after: MemoryFacts, before: MemoryFacts) -> MemoryFacts:
+    """Return the later reading, image lookups counted from the earlier one on."""
+    return replace(
+        after,
+        image_table_hits=_less(after.image_table_hits, before.image_table_hits),
+        image_table_misses=_less(after.image_table_misses, before.image_table_misses),
     )
+
+
+def _less(after: int | None, before: int | None) -> int | None:
+    return None if after is None or before is None else after - before

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vllm_vispec.bench.design import POINT_AXES, find_design, points
+from vllm_vispec.bench.design import DESIGNS, POINT_AXES, points
 from vllm_vispec.bench.schedules import Ranges, check_ranges
-from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, CellKey
+from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, CellKey, Record
 from vllm_vispec.bench.sides import check_sides
 from vllm_vispec.errors import ViSpecError
 
@@ -20,7 +20,7 @@ LATE = ("schedule",)
 
 
 @dataclass(frozen=True)
-class MatrixSettings:
+class MatrixSettings(Record):
     """The matrix and what all its cells share.
 
     Attributes:
@@ -75,11 +75,12 @@ class MatrixSettings:
         _check_range("--num-speculative-tokens", self.num_speculative_tokens, 0, MAX_DRAFT_TOKENS)
         _check_range("--temperatures", self.temperatures, 0, 10)
         _check_range("--image-tokens", self.image_tokens, IMAGES_AS_THEY_ARE, None)
-        find_design(self.design)
-        _check_range("--repetitions", (self.repetitions,), 1, None)
-        _check_range("--waves", (self.waves,), 1, None)
-        _check_range("--least", (self.least,), 1, None)
-        _check_range("--warm-up", (self.warm_up,), 0, None)
+        if self.design not in DESIGNS:
+            raise ViSpecError(
+                f"--design {self.design} is unknown: choose from {', '.join(DESIGNS)}"
+            )
+        for name, least in (("repetitions", 1), ("waves", 1), ("least", 1), ("warm_up", 0)):
+            _check_range("--" + name.replace("_", "-"), (getattr(self, name),), least, None)
         if self.schedule:
             check_ranges(self.schedule)
         options = {"--head": self.head, "--eagle-head": self.eagle_head}
@@ -90,21 +91,10 @@ class MatrixSettings:
         return max(self.waves * concurrency, self.least)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
-        return {
-            "target": self.target,
-            "dataset": self.dataset,
-            "head": self.head,
-            "eagle_head": self.eagle_head,
-            **{name: list(getattr(self, name)) for name in AXES},
-            "schedule": [list(entry) for entry in self.schedule] or None,
-            "design": self.design,
-            "repetitions": self.repetitions,
-            "waves": self.waves,
-            "least": self.least,
-            "warm_up": self.warm_up,
-            "serve_args": list(self.serve_args),
-        }
+        """Return plain data; how long things may take is no setting of a run."""
+        content = super().to_json()
+        del content["ready_timeout_s"], content["cell_timeout_s"]
+        return {**content, "schedule": content["schedule"] or None}
 
     def groups(self) -> Iterator[tuple[int, list[Visit]]]:
         """Yield, for every K, the cells to be measured while its servers are up, in order.

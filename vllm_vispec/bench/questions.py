@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from vllm_vispec.bench.follow_up import Ask, ask_server, with_answers
 from vllm_vispec.bench.images import TokensOf, samples_for, tokens_of_target
@@ -14,8 +15,7 @@ from vllm_vispec.bench.load import write_questions
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.run_folder import read_samples, write_samples
 from vllm_vispec.bench.schema import BenchSample
-from vllm_vispec.bench.server import option_value
-from vllm_vispec.bench.serving import Server
+from vllm_vispec.bench.server import BenchServer, option_value
 from vllm_vispec.errors import ViSpecError
 
 
@@ -39,7 +39,7 @@ class QuestionStore:
         self._ready: dict[int, tuple[BenchSample, ...]] = {}
 
     def questions(
-        self, image_tokens: int, helper: Server, limit: int
+        self, image_tokens: int, helper: BenchServer, limit: int
     ) -> tuple[tuple[BenchSample, ...], Path]:
         """Return samples and the file from which `vllm bench serve` asks them.
 
@@ -74,17 +74,9 @@ class QuestionStore:
 
     @cached_property
     def _counter(self) -> TokensOf:
-        given = option_value(self._settings.serve_args, "--mm-processor-kwargs")
-        return tokens_of_target(self._settings.target, _json_object(given))
-
-
-def _json_object(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ViSpecError(f"--mm-processor-kwargs {text} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ViSpecError(f"--mm-processor-kwargs {text} is no JSON object")
-    return content
+        given = option_value(self._settings.serve_args, "--mm-processor-kwargs") or "{}"
+        try:
+            options = TypeAdapter(dict[str, Any]).validate_json(given)
+        except ValidationError as error:
+            raise ViSpecError(f"--mm-processor-kwargs {given} is no JSON object") from error
+        return tokens_of_target(self._settings.target, options)

@@ -17,9 +17,9 @@ from vllm_vispec.bench.schema import (
     BenchRun,
     BenchSample,
     CellResult,
-    read_cells,
 )
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.train.files import write_text
 
 
 class RunFolder:
@@ -43,7 +43,6 @@ class RunFolder:
             self._handle = os.open(path / CELLS_FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             self._lock()
             self._check_run_file(settings, machine)
-            self._load()
         except OSError as error:
             self.close()
             raise ViSpecError(
@@ -83,6 +82,7 @@ class RunFolder:
             ) from error
 
     def _check_run_file(self, settings: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+        """Compare with an earlier call, note which cells are there, write what covers both."""
         file = self.path / RUN_FILE
         if file.exists():
             earlier = BenchRun.load(self.path)
@@ -94,23 +94,12 @@ class RunFolder:
                     "folder or the earlier setting"
                 )
             settings, machine = _widened(earlier.settings, settings), earlier.machine
-        part = file.with_name(RUN_FILE + ".part")
+            measured = (cell for cell in earlier.cells if cell.error is None)
+            self.done = {Visit(cell.key, cell.repetition) for cell in measured}
         content = {"format": FORMAT, "machine": dict(machine), "settings": dict(settings)}
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        part.replace(file)
-
-    def _load(self) -> None:
-        """Read which cells are there and drop a last line that was cut off."""
-        file = self.path / CELLS_FILE
-        content = file.read_bytes()
-        os.ftruncate(self._handle, content.rfind(b"\n") + 1)
-        for number, line in enumerate(read_cells(file), start=1):
-            try:
-                cell = CellResult.from_json(line)
-            except ViSpecError as error:
-                raise ViSpecError(f"{file}, line {number}: {error}") from error
-            visit = Visit(cell.key, cell.repetition)
-            (self.done.add if cell.error is None else self.done.discard)(visit)
+        write_text(file, json.dumps(content, indent=2) + "\n")
+        # A last line that was cut off is measured again.
+        os.ftruncate(self._handle, (self.path / CELLS_FILE).read_bytes().rfind(b"\n") + 1)
 
 
 def read_samples(file: Path) -> tuple[BenchSample, ...] | None:
@@ -123,20 +112,13 @@ def read_samples(file: Path) -> tuple[BenchSample, ...] | None:
 
 def write_samples(file: Path, samples: Sequence[BenchSample]) -> None:
     """Write samples, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
     lines = [json.dumps(sample.to_json(), ensure_ascii=False) + "\n" for sample in samples]
-    part.write_text("".join(lines), encoding="utf-8")
-    part.replace(file)
+    write_text(file, "".join(lines))
 
 
 def _widened(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings that cover what both calls asked for."""
     axes = {name: list(dict.fromkeys([*earlier[name], *now[name]])) for name in AXES}
     late = {name: now.get(name) or earlier.get(name) for name in LATE}
-    return {
-        **earlier,
-        **axes,
-        **late,
-        "repetitions": max(earlier["repetitions"], now["repetitions"]),
-    }
+    repetitions = max(earlier["repetitions"], now["repetitions"])
+    return {**earlier, **axes, **late, "repetitions": repetitions}

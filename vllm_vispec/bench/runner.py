@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,34 +14,25 @@ from typing import Any
 from vllm_vispec.bench.cell import Measure
 from vllm_vispec.bench.checks import check_inputs
 from vllm_vispec.bench.environment import describe_conditions
-from vllm_vispec.bench.load import LoadJob, LoadResult
-from vllm_vispec.bench.load_process import LoadGenerator
+from vllm_vispec.bench.load import LoadGenerator, LoadJob, LoadResult
 from vllm_vispec.bench.matrix import MatrixSettings, Visit
 from vllm_vispec.bench.questions import QuestionStore
 from vllm_vispec.bench.run_folder import RunFolder
 from vllm_vispec.bench.schema import BenchSample
-from vllm_vispec.bench.server import BenchServer, choose_ports
-from vllm_vispec.bench.serving import Group, MakeServer
+from vllm_vispec.bench.server import BenchServer, ServerSpec, choose_ports
+from vllm_vispec.bench.serving import Group, serve_arguments
 from vllm_vispec.bench.sides import Heads
-
-MakeLoad = Callable[[LoadJob], LoadResult]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a run uses of the world outside; tests put stand-ins here.
+    """What a run uses of the world outside; tests put stand-ins here."""
 
-    Attributes:
-        make_load: one that is a context manager is entered for the time in which cells are
-            measured.
-    """
-
-    make_server: MakeServer = BenchServer
-    make_load: MakeLoad = field(default_factory=LoadGenerator)
+    make_server: Callable[[ServerSpec], BenchServer] = BenchServer
+    make_load: Callable[[LoadJob], LoadResult] = field(default_factory=LoadGenerator)
     check: Callable[[MatrixSettings], None] = check_inputs
     machine: Callable[[], dict[str, Any]] = describe_conditions
-    say: Say = print
+    say: Callable[[str], None] = print
 
 
 @dataclass(frozen=True)
@@ -85,68 +75,59 @@ def run_matrix(
         return _Run(settings, folder, store, ports, tools).all_groups()
 
 
+@dataclass(frozen=True)
 class _Run:
     """One call of `run_matrix`."""
 
-    def __init__(
-        self,
-        settings: MatrixSettings,
-        folder: RunFolder,
-        store: QuestionStore,
-        ports: dict[str, int],
-        tools: Tools,
-    ) -> None:
-        self.settings, self.folder, self.store = settings, folder, store
-        self.ports, self.tools = ports, tools
-        self.heads = Heads(
-            settings.target,
-            settings.head or "",
-            settings.eagle_head or "",
-            folder.path / "heads",
-            settings.schedule,
-        )
-        self.measure = Measure(settings, store, tools.make_load, folder.path / "load.json")
+    settings: MatrixSettings
+    folder: RunFolder
+    store: QuestionStore
+    ports: Mapping[str, int]
+    tools: Tools
 
     def all_groups(self) -> Outcome:
-        total = Outcome(0, 0, 0)
-        with ExitStack() as stack:
-            if isinstance(self.tools.make_load, AbstractContextManager):
-                stack.enter_context(self.tools.make_load)
-            for num_tokens, visits in self.settings.groups():
-                wanted = [visit for visit in visits if visit not in self.folder.done]
-                failed = self._group(num_tokens, wanted) if wanted else 0
-                total = Outcome(
-                    total.measured + len(wanted) - failed,
-                    total.failed + failed,
-                    total.found + len(visits) - len(wanted),
-                )
-        return total
+        groups = [
+            (num_tokens, visits, [visit for visit in visits if visit not in self.folder.done])
+            for num_tokens, visits in self.settings.groups()
+        ]
+        make_load, failed = self.tools.make_load, 0
+        with make_load if isinstance(make_load, LoadGenerator) else nullcontext():
+            for num_tokens, _, wanted in groups:
+                failed += self._group(num_tokens, wanted) if wanted else 0
+        total = sum(len(visits) for _, visits, _ in groups)
+        to_do = sum(len(wanted) for _, _, wanted in groups)
+        return Outcome(to_do - failed, failed, total - to_do)
 
     def _group(self, num_tokens: int, visits: Sequence[Visit]) -> int:
         """Measure the cells of one K; returns how many failed."""
         there = {visit.key.side for visit in visits}
         sides = [side for side in self.settings.sides if side in there]
-        self.tools.say(f"K={num_tokens}: starting {', '.join(sides)}")
-        if isinstance(self.tools.make_load, LoadGenerator):
-            # Its imports take long; a server's start is the time for them.
-            self.tools.make_load.prepare()
-        group = Group(
-            self.settings,
-            sides,
-            num_tokens,
-            self.heads,
-            self.ports,
-            self.folder.path / "logs",
-            self.tools.make_server,
-            partial(self.measure.warm_up, visits),
+        path, settings, tools, failed = self.folder.path, self.settings, self.tools, 0
+        heads = Heads(
+            settings.target,
+            settings.head or "",
+            settings.eagle_head or "",
+            path / "heads",
+            settings.schedule,
         )
-        failed = 0
-        with group:
+        measure = Measure(settings, self.store, tools.make_load, path / "load.json")
+
+        def make(side: str) -> BenchServer:
+            arguments = serve_arguments(settings, side, heads, num_tokens, len(sides))
+            log_file = path / "logs" / f"{side}-k{num_tokens}.log"
+            return tools.make_server(ServerSpec(side, arguments, self.ports[side], log_file))
+
+        def wait(server: BenchServer) -> None:
+            server.wait_until_ready(settings.ready_timeout_s)
+            measure.warm_up(visits, server)
+
+        tools.say(f"K={num_tokens}: starting {', '.join(sides)}")
+        with Group(sides, make, wait) as group:
             for number, visit in enumerate(visits, start=1):
-                cell = self.measure.cell(visit, group)
+                cell = measure.cell(visit, group)
                 self.folder.add(cell)
                 failed += cell.error is not None
-                self.tools.say(f"  [{number}/{len(visits)}] {describe(visit)}: {state(cell.error)}")
+                tools.say(f"  [{number}/{len(visits)}] {describe(visit)}: {state(cell.error)}")
         return failed
 
 
