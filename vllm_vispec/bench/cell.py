@@ -10,8 +10,9 @@ from vllm_vispec.bench.load import LoadError, LoadJob, LoadResult
 from vllm_vispec.bench.matrix import MatrixSettings, Visit
 from vllm_vispec.bench.questions import QuestionStore
 from vllm_vispec.bench.schema import CellResult, MemoryFacts, SpecCounters
-from vllm_vispec.bench.server import BenchServer, option_value
+from vllm_vispec.bench.server import BenchServer
 from vllm_vispec.bench.serving import Group
+from vllm_vispec.bench.sides import SIDES
 from vllm_vispec.errors import ViSpecError
 
 NOTHING_DRAFTED = SpecCounters(0, 0, 0, ())
@@ -53,7 +54,7 @@ class Measure:
             server.forget()
             before = server.memory()
             result = self._load(job)
-            speculates = option_value(server.spec.arguments, "--speculative-config") is not None
+            speculates = SIDES[visit.key.side].draft is not None
             return replace(
                 cell,
                 requests=result.requests,

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_vispec.bench.matrix import AXES, LATE, Visit, different_settings
-from vllm_vispec.bench.schema import (
-    CELLS_FILE,
-    FORMAT,
-    RUN_FILE,
-    BenchRun,
-    BenchSample,
-    CellResult,
-)
+from vllm_vispec.bench.schema import CELLS_FILE, FORMAT, RUN_FILE, BenchRun, CellResult
 from vllm_vispec.errors import ViSpecError
 from vllm_vispec.train.files import write_text
 
@@ -37,49 +29,39 @@ class RunFolder:
     def __init__(self, path: Path, settings: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
         self.path = path
         self.done: set[Visit] = set()
-        self._handle = -1
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(path / CELLS_FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            self._lock()
-            self._check_run_file(settings, machine)
+            self._cells = (path / CELLS_FILE).open("ab")
         except OSError as error:
-            self.close()
             raise ViSpecError(
                 f"--output {path} cannot be written ({error.strerror or error}): choose another "
                 "folder"
             ) from error
-        except ViSpecError:
-            self.close()
-            raise
-
-    def add(self, cell: CellResult) -> None:
-        """Append a measured cell, failed or not."""
-        line = json.dumps(cell.to_json(), ensure_ascii=False) + "\n"
-        with os.fdopen(os.dup(self._handle), "ab") as file:
-            file.write(line.encode("utf-8", "replace"))
-        if cell.error is None:
-            self.done.add(Visit(cell.key, cell.repetition))
-
-    def close(self) -> None:
-        """Close the file and give the lock back."""
-        if self._handle >= 0:
-            os.close(self._handle)
-        self._handle = -1
+        try:
+            fcntl.flock(self._cells, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check_run_file(settings, machine)
+        except BaseException as error:
+            self._cells.close()
+            if not isinstance(error, BlockingIOError):
+                raise
+            raise ViSpecError(
+                f"--output {path} is in use by another benchmark: choose another folder"
+            ) from error
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        # Gives the lock back.
+        self._cells.close()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ViSpecError(
-                f"--output {self.path} is in use by another benchmark: choose another folder"
-            ) from error
+    def add(self, cell: CellResult) -> None:
+        """Append a measured cell, failed or not."""
+        line = json.dumps(cell.to_json(), ensure_ascii=False) + "\n"
+        self._cells.write(line.encode("utf-8", "replace"))
+        self._cells.flush()
+        if cell.error is None:
+            self.done.add(Visit(cell.key, cell.repetition))
 
     def _check_run_file(self, settings: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
         """Compare with an earlier call, note which cells are there, write what covers both."""
@@ -99,21 +81,7 @@ class RunFolder:
         content = {"format": FORMAT, "machine": dict(machine), "settings": dict(settings)}
         write_text(file, json.dumps(content, indent=2) + "\n")
         # A last line that was cut off is measured again.
-        os.ftruncate(self._handle, (self.path / CELLS_FILE).read_bytes().rfind(b"\n") + 1)
-
-
-def read_samples(file: Path) -> tuple[BenchSample, ...] | None:
-    """Return the samples an earlier call wrote, None if there are none."""
-    if not file.exists():
-        return None
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return tuple(BenchSample.from_json(json.loads(line)) for line in lines)
-
-
-def write_samples(file: Path, samples: Sequence[BenchSample]) -> None:
-    """Write samples, whole or not at all."""
-    lines = [json.dumps(sample.to_json(), ensure_ascii=False) + "\n" for sample in samples]
-    write_text(file, "".join(lines))
+        self._cells.truncate((self.path / CELLS_FILE).read_bytes().rfind(b"\n") + 1)
 
 
 def _widened(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
