@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tests.bench.fakes import HEAD, SAMPLES, SETTINGS, TARGET, World, answer, lines
-from vllm_vispec.bench.cell import lookups_between
 from vllm_vispec.bench.checks import check_inputs
 from vllm_vispec.bench.environment import EXTENSION
 from vllm_vispec.bench.load import (
@@ -21,7 +20,7 @@ from vllm_vispec.bench.load import (
     LoadJob,
     LoadResult,
 )
-from vllm_vispec.bench.runner import run_matrix
+from vllm_vispec.bench.runner import lookups_between, run_matrix
 from vllm_vispec.bench.schema import (
     BenchRun,
     BenchSample,

@@ -11,17 +11,19 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from vllm_vispec.bench.cell import Measure
 from vllm_vispec.bench.checks import check_inputs
 from vllm_vispec.bench.environment import describe_conditions
-from vllm_vispec.bench.load import LoadGenerator, LoadJob, LoadResult
+from vllm_vispec.bench.load import LoadError, LoadGenerator, LoadJob, LoadResult
 from vllm_vispec.bench.matrix import MatrixSettings, Visit
 from vllm_vispec.bench.questions import QuestionStore
 from vllm_vispec.bench.run_folder import RunFolder
-from vllm_vispec.bench.schema import BenchSample
+from vllm_vispec.bench.schema import BenchSample, CellResult, MemoryFacts, SpecCounters
 from vllm_vispec.bench.server import BenchServer, ServerSpec, choose_ports
 from vllm_vispec.bench.serving import Group, serve_arguments
-from vllm_vispec.bench.sides import Heads
+from vllm_vispec.bench.sides import SIDES, Heads
+from vllm_vispec.errors import ViSpecError
+
+NOTHING_DRAFTED = SpecCounters(0, 0, 0, ())
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,6 @@ class _Run:
             path / "heads",
             settings.schedule,
         )
-        measure = Measure(settings, self.store, tools.make_load, path / "load.json")
 
         def make(side: str) -> BenchServer:
             arguments = serve_arguments(settings, side, heads, num_tokens, len(sides))
@@ -119,16 +120,70 @@ class _Run:
 
         def wait(server: BenchServer) -> None:
             server.wait_until_ready(settings.ready_timeout_s)
-            measure.warm_up(visits, server)
+            # A few questions of the first cell, so that nothing is compiled in a measured one.
+            if settings.warm_up:
+                self._load(self._job(visits[0], server, server, settings.warm_up))
 
         tools.say(f"K={num_tokens}: starting {', '.join(sides)}")
         with Group(sides, make, wait) as group:
             for number, visit in enumerate(visits, start=1):
-                cell = measure.cell(visit, group)
+                cell = self._cell(visit, group)
                 self.folder.add(cell)
                 failed += cell.error is not None
                 tools.say(f"  [{number}/{len(visits)}] {describe(visit)}: {state(cell.error)}")
         return failed
+
+    def _cell(self, visit: Visit, group: Group) -> CellResult:
+        """Measure a cell; whatever goes wrong is in the result's `error`."""
+        commands: list[str] = []
+        cell = CellResult(visit.key, visit.repetition, (), 0.0, None, MemoryFacts(), "")
+        try:
+            server = group.server(visit.key.side)
+            commands.append(server.spec.command)
+            limit = self.settings.num_questions(visit.key.concurrency)
+            job = self._job(visit, server, group.first() or server, limit)
+            commands.append(job.command)
+            server.forget()
+            before = server.memory()
+            result = self._load(job)
+            speculates = SIDES[visit.key.side].draft is not None
+            return replace(
+                cell,
+                requests=result.requests,
+                wall_s=round(result.wall_s, 6),
+                spec=(result.spec or NOTHING_DRAFTED) if speculates else None,
+                memory=lookups_between(server.memory(), before),
+                command="\n".join(commands),
+            )
+        except ViSpecError as error:
+            return replace(cell, command="\n".join(commands), error=str(error))
+
+    def _job(self, visit: Visit, server: BenchServer, helper: BenchServer, limit: int) -> LoadJob:
+        """Return the load of a cell; `helper` answers earlier questions of dialogues."""
+        key = visit.key
+        samples, file = self.store.questions(key.image_tokens, helper, limit)
+        return LoadJob(
+            url=server.url,
+            model=self.settings.target,
+            samples=samples,
+            questions=file,
+            concurrency=key.concurrency,
+            temperature=key.temperature,
+            result=self.folder.path / "load.json",
+            timeout_s=self.settings.cell_timeout_s,
+        )
+
+    def _load(self, job: LoadJob) -> LoadResult:
+        """Make a load; one in which nothing was answered is refused.
+
+        Raises:
+            LoadError: with the first request's reason.
+        """
+        result = self.tools.make_load(job)
+        errors = [request.error for request in result.requests]
+        if None not in errors:
+            raise LoadError(f"no request was answered: {errors[0] if errors else 'none was sent'}")
+        return result
 
 
 @contextmanager
@@ -179,3 +234,16 @@ def _content(image: str) -> bytes:
     except OSError:
         # Whoever sends it reports it.
         return image.encode()
+
+
+def lookups_between(after: MemoryFacts, before: MemoryFacts) -> MemoryFacts:
+    """Return the later reading, image lookups counted from the earlier one on."""
+    return replace(
+        after,
+        image_table_hits=_less(after.image_table_hits, before.image_table_hits),
+        image_table_misses=_less(after.image_table_misses, before.image_table_misses),
+    )
+
+
+def _less(after: int | None, before: int | None) -> int | None:
+    return None if after is None or before is None else after - before
