@@ -13,7 +13,7 @@ from vllm_vispec.bench.load import LoadJob, LoadResult
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.runner import Tools
 from vllm_vispec.bench.schema import BenchSample, MemoryFacts, Request, SpecCounters
-from vllm_vispec.bench.server import ServerError, ServerSpec
+from vllm_vispec.bench.server import BenchServer, ServerError, ServerSpec
 from vllm_vispec.conversations.types import Part, Turn
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "examples" / "tiny_vlm" / "checkpoints"
@@ -77,13 +77,18 @@ class World:
         assert [one.side for one in self.up()].count(server.side) == 1
         self.events.append(f"load {server.side} {len(job.samples)}")
         self.on_load(job)
-        server.rounds += 2 * len(job.samples)
+        rounds = 2 * len(job.samples)
+        server.rounds += rounds
         requests = [answer(sample) for sample in job.samples]
         if self.answers is not None:
             texts = [self.answers(server.side, sample) for sample in job.samples]
             pairs = zip(requests, texts, strict=True)
             requests = [replace(request, output_text=text) for request, text in pairs]
-        return LoadResult(tuple(requests), 0.5)
+        accepted, refused = self.accepted, 4 - self.accepted
+        positions = (rounds,) * accepted + (0,) * refused
+        spec = SpecCounters(rounds, 4 * rounds, accepted * rounds, positions)
+        speculates = "--speculative-config" in server.spec.arguments
+        return LoadResult(tuple(requests), 0.5, spec if speculates else None)
 
     def up(self) -> list[FakeServer]:
         """Servers that run now."""
@@ -94,16 +99,18 @@ class World:
         return [event for event in self.events if event.startswith("load ")]
 
 
-class FakeServer:
+class FakeServer(BenchServer):
     """A server that counts two rounds a question, of which each accepts the world's number.
 
     Every round looks an image up; the first one of a question does not find it.
     """
 
+    alive = False
+
     def __init__(self, spec: ServerSpec, world: World) -> None:
-        self.spec, self.side, self._world = spec, spec.side, world
+        super().__init__(spec)
+        self.side, self._world = spec.side, world
         self.url = f"http://{spec.side}:{spec.port}"
-        self.alive = False
         self.rounds = 0
 
     def start(self) -> None:
@@ -118,16 +125,9 @@ class FakeServer:
     def forget(self) -> None:
         self._world.events.append(f"forget {self.side}")
 
-    def counters(self) -> SpecCounters | None:
-        if "--speculative-config" not in self.spec.arguments:
-            return None
+    def memory(self) -> MemoryFacts:
         if not self.alive:
             raise ServerError(f"server of {self.side} does not answer")
-        accepted, refused = self._world.accepted, 4 - self._world.accepted
-        positions = (self.rounds,) * accepted + (0,) * refused
-        return SpecCounters(self.rounds, 4 * self.rounds, accepted * self.rounds, positions)
-
-    def memory(self) -> MemoryFacts:
         if "vispec" not in self.side:
             return MemoryFacts(peak_bytes=1000, kv_blocks=10)
         return MemoryFacts(1000, 10, self.rounds, self.rounds // 2)

@@ -13,8 +13,7 @@ from benchmarks.pair_report import PAIR, SERVE_ARGS, SUITE
 from examples.tiny_vlm.questions import write_questions
 from tests.bench.real_servers import serve_as_a_user
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
-from vllm_vispec.bench.load import LoadJob, LoadResult
-from vllm_vispec.bench.load_process import LoadGenerator
+from vllm_vispec.bench.load import LoadGenerator, LoadJob, LoadResult
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.report import write_report
 from vllm_vispec.bench.runner import Outcome, Tools, run_matrix

@@ -14,16 +14,13 @@ import pytest
 
 from tests.bench.fakes import HEAD, SAMPLES, SETTINGS, TARGET, World, answer, lines
 from vllm_vispec.bench.checks import check_inputs
-from vllm_vispec.bench.counters import (
-    lookups_between,
-)
 from vllm_vispec.bench.environment import EXTENSION
 from vllm_vispec.bench.load import (
     LoadError,
     LoadJob,
     LoadResult,
 )
-from vllm_vispec.bench.runner import run_matrix
+from vllm_vispec.bench.runner import lookups_between, run_matrix
 from vllm_vispec.bench.schema import (
     BenchRun,
     BenchSample,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,24 +14,23 @@ from pathlib import Path
 import pytest
 
 from tests.bench.fakes import SAMPLES, SETTINGS, World, lines
-from vllm_vispec.bench.counters import (
-    difference,
-    parse_counters,
-    parse_kv_blocks,
-)
+from vllm_vispec.bench.environment import EXTENSION, IMAGE_TABLE
 from vllm_vispec.bench.follow_up import Ask, with_answers
 from vllm_vispec.bench.load import (
     LoadError,
     LoadJob,
+    LoadResult,
     chat_messages,
     read_result,
     write_questions,
 )
+from vllm_vispec.bench.memory import peak_bytes
 from vllm_vispec.bench.questions import QuestionStore
 from vllm_vispec.bench.runner import digest, interruptible
 from vllm_vispec.bench.schema import (
     BenchSample,
     CellResult,
+    MemoryFacts,
     SpecCounters,
 )
 from vllm_vispec.bench.server import (
@@ -145,32 +145,57 @@ def test_result_of_the_load(tmp_path: Path) -> None:
         read_result(tmp_path / "nothing.json", SAMPLES)
 
 
+def test_what_was_drafted(tmp_path: Path) -> None:
+    """vLLM gives shares of the rounds; the counts behind them come back whole."""
+    file = tmp_path / "r.json"
+    assert read_result_of(file).spec is None
+    accepted = (67, 31, 7)
+    drafted = {
+        "spec_decode_num_drafts": 97,
+        "spec_decode_draft_tokens": 291,
+        "spec_decode_accepted_tokens": sum(accepted),
+        "spec_decode_per_position_acceptance_rates": [count / 97 for count in accepted],
+    }
+    assert read_result_of(file, **drafted).spec == SpecCounters(97, 291, 105, accepted)
+    with pytest.raises(LoadError, match="cannot be read: KeyError"):
+        read_result_of(file, spec_decode_num_drafts=1)
+
+
+def read_result_of(file: Path, **change: object) -> LoadResult:
+    file.write_text(json.dumps(result_of(**change)))
+    return read_result(file, SAMPLES[:2])
+
+
 METRICS = """\
-# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
-# TYPE vllm:spec_decode_num_drafts_total counter
-vllm:spec_decode_num_drafts_total{engine="0",model_name="m"} 10.0
-vllm:spec_decode_num_drafts_total{engine="1",model_name="m"} 2.0
-# TYPE vllm:spec_decode_num_drafts_created gauge
-vllm:spec_decode_num_drafts_created{engine="0",model_name="m"} 1.76e+09
-# TYPE vllm:spec_decode_num_draft_tokens_total counter
-vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="m"} 24.0
-# TYPE vllm:spec_decode_num_accepted_tokens_total counter
-vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="m"} 11.0
-# TYPE vllm:spec_decode_num_accepted_tokens_per_pos_total counter
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="0"} 8.0
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="1"} 3.0
 # TYPE vllm:cache_config_info gauge
 vllm:cache_config_info{block_size="16",num_gpu_blocks="309"} 1.0
+# TYPE vllm:prompt_tokens_total counter
+vllm:prompt_tokens_total{engine="0",model_name="m"} 10.0
 """
 
 
-def test_counters() -> None:
-    found = parse_counters(METRICS)
-    assert found == SpecCounters(12, 24, 11, (8, 3))
-    assert difference(found, SpecCounters(2, 4, 1, (1, 0))) == SpecCounters(10, 20, 10, (7, 3))
-    assert parse_kv_blocks(METRICS) == 309
-    assert parse_counters("") is None
-    assert parse_kv_blocks("") is None
+def test_memory_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(url: str, body: bytes | None = None) -> str:
+        found = {
+            "/metrics": METRICS,
+            "/collective_rpc": '{"results": [null, {"hits": 7, "misses": 2}]}',
+        }
+        assert body is None or json.loads(body) == {"method": IMAGE_TABLE}
+        return found[url.removeprefix(f"http://127.0.0.1:{spec.port}")]
+
+    monkeypatch.setattr("vllm_vispec.bench.server.call", call)
+    spec = ServerSpec("plain", (), 1, tmp_path / "log.txt")
+    assert BenchServer(spec).memory() == MemoryFacts(kv_blocks=309)
+    spec = replace(spec, arguments=("--worker-extension-cls", EXTENSION))
+    assert BenchServer(spec).memory() == MemoryFacts(None, 309, 7, 2)
+    METRICS_WITHOUT = METRICS.replace("num_gpu_blocks", "other")
+    monkeypatch.setattr("vllm_vispec.bench.server.call", lambda *_: METRICS_WITHOUT)
+    assert BenchServer(replace(spec, arguments=())).memory() == MemoryFacts()
+
+
+def test_memory_of_a_process_and_its_children() -> None:
+    assert (peak_bytes(os.getpid()) or 0) > 1 << 20
+    assert peak_bytes(2**22 + 1) is None
 
 
 def test_ports() -> None:
@@ -202,8 +227,11 @@ def test_stopping_ends_children_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             time.sleep(0.05)
         pid = pids.read_text()
     ps = ["ps", "-o", "stat=", "-p", pid]
-    # Gone, or a zombie that its new parent has not yet collected.
-    assert subprocess.run(ps, capture_output=True, text=True).stdout.strip()[:1] in ("", "Z")
+    deadline = time.monotonic() + 30
+    # Gone, or a zombie that its new parent has not yet collected; a killed process takes a moment.
+    while subprocess.run(ps, capture_output=True, text=True).stdout.strip()[:1] not in ("", "Z"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_sigterm_becomes_an_interrupt() -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from vllm_vispec.bench.load import CHAT, chat_messages
 from vllm_vispec.bench.schema import BenchSample
-from vllm_vispec.bench.server import ServerError, opener
+from vllm_vispec.bench.server import ServerError, call
 from vllm_vispec.conversations.types import Part, Turn
 
 TIMEOUT_S = 3600.0
@@ -48,16 +46,12 @@ def ask_server(url: str, model: str) -> Ask:
             "temperature": 0,
             "max_completion_tokens": sample.max_tokens,
         }
-        request = urllib.request.Request(
-            url + CHAT, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
         try:
-            with opener().open(request, timeout=TIMEOUT_S) as response:
-                content: dict[str, Any] = json.load(response)
+            answer = call(url + CHAT, json.dumps(body).encode(), TIMEOUT_S)
         except OSError as error:
             raise ServerError(
                 f"sample {sample.sample_id}: its earlier questions get no answer ({error})"
             ) from error
-        return str(content["choices"][0]["message"]["content"] or "")
+        return str(json.loads(answer)["choices"][0]["message"]["content"] or "")
 
     return ask

@@ -9,25 +9,19 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from vllm_vispec.bench.schema import BenchSample, Request
+from vllm_vispec.bench.schema import BenchSample, Request, SpecCounters
+from vllm_vispec.bench.worker_process import WorkerProcess
+from vllm_vispec.engine_start import find_cause
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.train.files import write_text
 
 CHAT = "/v1/chat/completions"
-_DIGITS = 6
-_RESULT_LISTS = (
-    "generated_texts",
-    "output_lens",
-    "input_lens",
-    "ttfts",
-    "latencies",
-    "itls",
-    "errors",
-)
+WORKER = "vllm_vispec.bench.load_worker"
+_LISTS = ("generated_texts", "output_lens", "input_lens", "ttfts", "latencies", "itls", "errors")
 
 
 class LoadError(ViSpecError):
@@ -46,7 +40,6 @@ class LoadJob:
         concurrency: requests in flight.
         temperature: 0 is greedy.
         result: JSON file to write.
-        extra: further fields of every request.
         timeout_s: longest run.
     """
 
@@ -57,11 +50,16 @@ class LoadJob:
     concurrency: int
     temperature: float
     result: Path
-    extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     timeout_s: float = 7200.0
 
     def arguments(self) -> list[str]:
         """Return what follows `vllm` on the command line."""
+        body = {
+            # vLLM's dataset has one limit for all requests.
+            "max_completion_tokens": max(sample.max_tokens for sample in self.samples),
+            # So that texts differ wherever tokens do.
+            "skip_special_tokens": False,
+        }
         options = {
             "--backend": "openai-chat",
             "--base-url": self.url,
@@ -72,7 +70,7 @@ class LoadJob:
             "--num-prompts": str(len(self.samples)),
             "--max-concurrency": str(self.concurrency),
             "--temperature": f"{self.temperature:g}",
-            "--extra-body": json.dumps(self._body()),
+            "--extra-body": json.dumps(body),
             # Whoever asks has seen the server answer; a test request would count as load.
             "--ready-check-timeout-sec": "0",
             "--result-dir": str(self.result.parent),
@@ -87,22 +85,60 @@ class LoadJob:
         """What a user types to make this load."""
         return shlex.join(["vllm", *self.arguments()])
 
-    def _body(self) -> dict[str, Any]:
-        return {
-            # vLLM's dataset has one limit for all requests.
-            "max_completion_tokens": max(sample.max_tokens for sample in self.samples),
-            # So that texts differ wherever tokens do.
-            "skip_special_tokens": False,
-            **self.extra,
-        }
-
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What a load came to: its requests in order, and the seconds it took."""
+    """What a load came to: its requests in order, the seconds it took, what was drafted."""
 
     requests: tuple[Request, ...]
     wall_s: float
+    spec: SpecCounters | None = None
+
+
+class _LoadWorker(WorkerProcess):
+    def error(self, what: str) -> LoadError:
+        cause = find_cause(self.log_file.read_text(errors="replace"))
+        return LoadError(f"vllm bench serve {what}: {cause} (log: {self.log_file})")
+
+
+class LoadGenerator:
+    """Makes loads in a child process that starts with the first. Use it as a context manager.
+
+    After a load that fails or takes too long the next one has a new child.
+    """
+
+    _worker: _LoadWorker | None = None
+
+    def __enter__(self) -> LoadGenerator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __call__(self, job: LoadJob) -> LoadResult:
+        """Make the load and read what came of it.
+
+        Raises:
+            LoadError: the generator fails or takes too long, or its result is not whole.
+        """
+        job.result.unlink(missing_ok=True)
+        job.result.parent.mkdir(parents=True, exist_ok=True)
+        if self._worker is None:
+            self._worker = _LoadWorker("load", WORKER, {}, job.result.with_suffix(".log"))
+            self._worker.start()
+        try:
+            self._worker.request({"arguments": job.arguments()}, job.timeout_s)
+        except BaseException:
+            # Also on a signal: what it is still doing would be load on the next cell.
+            self.close()
+            raise
+        return read_result(job.result, job.samples)
+
+    def close(self) -> None:
+        """End the child and what it started."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.stop(0)
 
 
 def write_questions(samples: Sequence[BenchSample], file: Path) -> None:
@@ -111,12 +147,8 @@ def write_questions(samples: Sequence[BenchSample], file: Path) -> None:
     Raises:
         ViSpecError: an image is missing or broken.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    with part.open("w", encoding="utf-8") as target:
-        for sample in samples:
-            target.write(json.dumps({"prompt": chat_messages(sample)}) + "\n")
-    part.replace(file)
+    lines = [json.dumps({"prompt": chat_messages(sample)}) + "\n" for sample in samples]
+    write_text(file, "".join(lines))
 
 
 def chat_messages(sample: BenchSample) -> list[dict[str, Any]]:
@@ -144,12 +176,25 @@ def read_result(file: Path, samples: Sequence[BenchSample]) -> LoadResult:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        columns = [content[name] for name in _RESULT_LISTS]
-        rows = list(zip(samples, *columns, strict=True))
-        wall_s = float(content["duration"])
+        rows = list(zip(samples, *(content[name] for name in _LISTS), strict=True))
+        requests = tuple(_request(*row) for row in rows)
+        return LoadResult(requests, float(content["duration"]), _spec(content))
     except (OSError, ValueError, KeyError) as error:
         raise LoadError(f"the result of vllm bench serve cannot be read: {error!r}") from error
-    return LoadResult(tuple(_request(*row) for row in rows), wall_s)
+
+
+def _spec(content: Mapping[str, Any]) -> SpecCounters | None:
+    """Return what was drafted; vLLM is silent where that is nothing."""
+    if "spec_decode_num_drafts" not in content:
+        return None
+    drafts = content["spec_decode_num_drafts"]
+    rates = content["spec_decode_per_position_acceptance_rates"]
+    return SpecCounters(
+        rounds=drafts,
+        draft_tokens=content["spec_decode_draft_tokens"],
+        accepted_tokens=content["spec_decode_accepted_tokens"],
+        accepted_by_position=tuple(round(rate * drafts) for rate in rates),
+    )
 
 
 def _request(
@@ -168,11 +213,11 @@ def _request(
         output_text=text,
         output_tokens=output_tokens,
         prompt_tokens=prompt_tokens,
-        ttft_s=round(ttft_s, _DIGITS),
-        e2e_s=round(e2e_s, _DIGITS),
+        ttft_s=round(ttft_s, 6),
+        e2e_s=round(e2e_s, 6),
         # The stream opens with an empty chunk that names the role, sent along with the first
         # token's; the gap between these two is no time between tokens.
-        itl_s=tuple(round(gap, _DIGITS) for gap in itl_s[1:]),
+        itl_s=tuple(round(gap, 6) for gap in itl_s[1:]),
         # vLLM keeps a traceback; its last line says what happened.
         error=error.strip().splitlines()[-1] if error.strip() else None,
     )

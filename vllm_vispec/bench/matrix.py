@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any
 
-from vllm_vispec.bench.design import POINT_AXES, find_design, points
+from vllm_vispec.bench.design import DESIGNS, POINT_AXES, points
 from vllm_vispec.bench.schedules import Ranges, check_ranges
-from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, CellKey
+from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, CellKey, Record
 from vllm_vispec.bench.sides import check_sides
 from vllm_vispec.errors import ViSpecError
 
 MAX_DRAFT_TOKENS = 32
 AXES = ("sides", "concurrency", "num_speculative_tokens", "temperatures", "image_tokens")
 """Settings that a later call may widen; all others must stay as they were in a run's folder."""
+_LIMITS = {
+    "concurrency": (1, inf),
+    "num_speculative_tokens": (0, MAX_DRAFT_TOKENS),
+    "temperatures": (0, 10),
+    "image_tokens": (IMAGES_AS_THEY_ARE, inf),
+    "repetitions": (1, inf),
+    "waves": (1, inf),
+    "least": (1, inf),
+    "warm_up": (0, inf),
+}
 LATE = ("schedule",)
 """Settings that a later call may add or leave out, but not change."""
 
 
 @dataclass(frozen=True)
-class MatrixSettings:
+class MatrixSettings(Record):
     """The matrix and what all its cells share.
 
     Attributes:
@@ -70,16 +81,20 @@ class MatrixSettings:
     def __post_init__(self) -> None:
         """Check everything that needs no files."""
         for name in AXES:
-            _check_axis(name, getattr(self, name))
-        _check_range("--concurrency", self.concurrency, 1, None)
-        _check_range("--num-speculative-tokens", self.num_speculative_tokens, 0, MAX_DRAFT_TOKENS)
-        _check_range("--temperatures", self.temperatures, 0, 10)
-        _check_range("--image-tokens", self.image_tokens, IMAGES_AS_THEY_ARE, None)
-        find_design(self.design)
-        _check_range("--repetitions", (self.repetitions,), 1, None)
-        _check_range("--waves", (self.waves,), 1, None)
-        _check_range("--least", (self.least,), 1, None)
-        _check_range("--warm-up", (self.warm_up,), 0, None)
+            flag, values = _flag(name), getattr(self, name)
+            if not values:
+                raise ViSpecError(f"{flag} has no value: give at least one")
+            if len(set(values)) < len(values):
+                raise ViSpecError(f"{flag} names a value twice: name each once")
+        for name, (low, high) in _LIMITS.items():
+            values = getattr(self, name)
+            for value in values if isinstance(values, tuple) else (values,):
+                if not low <= value <= high:
+                    limits = f"at least {low}" if high == inf else f"{low} to {high}"
+                    raise ViSpecError(f"{_flag(name)} {value}: choose {limits}")
+        if self.design not in DESIGNS:
+            known = ", ".join(DESIGNS)
+            raise ViSpecError(f"--design {self.design} is unknown: choose from {known}")
         if self.schedule:
             check_ranges(self.schedule)
         options = {"--head": self.head, "--eagle-head": self.eagle_head}
@@ -90,21 +105,10 @@ class MatrixSettings:
         return max(self.waves * concurrency, self.least)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
-        return {
-            "target": self.target,
-            "dataset": self.dataset,
-            "head": self.head,
-            "eagle_head": self.eagle_head,
-            **{name: list(getattr(self, name)) for name in AXES},
-            "schedule": [list(entry) for entry in self.schedule] or None,
-            "design": self.design,
-            "repetitions": self.repetitions,
-            "waves": self.waves,
-            "least": self.least,
-            "warm_up": self.warm_up,
-            "serve_args": list(self.serve_args),
-        }
+        """Return plain data; how long things may take is no setting of a run."""
+        content = super().to_json()
+        del content["ready_timeout_s"], content["cell_timeout_s"]
+        return {**content, "schedule": content["schedule"] or None}
 
     def groups(self) -> Iterator[tuple[int, list[Visit]]]:
         """Yield, for every K, the cells to be measured while its servers are up, in order.
@@ -122,7 +126,7 @@ class MatrixSettings:
                     Visit(CellKey(side, dataset=self.dataset, **asdict(point)), repetition)
                     for repetition in range(self.repetitions)
                     for number, point in enumerate(here)
-                    for side in turned(self.sides, repetition + number)
+                    for side in self.sides[:: -1 if (repetition + number) % 2 else 1]
                 ],
             )
 
@@ -135,37 +139,19 @@ class Visit:
     repetition: int
 
 
-def turned(sides: Sequence[str], turn: int) -> tuple[str, ...]:
-    """Return the sides forwards on even turns, backwards on odd ones."""
-    return tuple(sides) if turn % 2 == 0 else tuple(reversed(sides))
-
-
 def different_settings(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """Return the first setting that two calls of one run must share and do not; None if none."""
-    free = {*AXES, "repetitions"}
-    names = [name for name in now if name not in free]
-    changed = [name for name in names if earlier.get(name) != now[name]]
-    changed = [name for name in changed if not _is_late(name, earlier, now)]
+    changed = [
+        name
+        for name in now
+        if name not in (*AXES, "repetitions") and earlier.get(name) != now[name]
+        if not (name in LATE and None in (earlier.get(name), now[name]))
+    ]
     if now.get("design") == "star":
         # The other axes were varied around their first values.
         changed += [name for name in POINT_AXES.values() if earlier[name][0] != now[name][0]]
     return next(iter(changed), None)
 
 
-def _is_late(name: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    return name in LATE and None in (earlier.get(name), now[name])
-
-
-def _check_axis(name: str, values: Sequence[Any]) -> None:
-    flag = "--" + name.replace("_", "-")
-    if not values:
-        raise ViSpecError(f"{flag} has no value: give at least one")
-    if len(set(values)) < len(values):
-        raise ViSpecError(f"{flag} names a value twice: name each once")
-
-
-def _check_range(flag: str, values: Sequence[float], low: float, high: float | None) -> None:
-    for value in values:
-        if value < low or (high is not None and value > high):
-            limits = f"at least {low}" if high is None else f"{low} to {high}"
-            raise ViSpecError(f"{flag} {value}: choose {limits}")
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_vispec.bench.matrix import AXES, LATE, Visit, different_settings
-from vllm_vispec.bench.schema import (
-    CELLS_FILE,
-    FORMAT,
-    RUN_FILE,
-    BenchRun,
-    BenchSample,
-    CellResult,
-    read_cells,
-)
+from vllm_vispec.bench.schema import CELLS_FILE, FORMAT, RUN_FILE, BenchRun, CellResult
 from vllm_vispec.errors import ViSpecError
+from vllm_vispec.train.files import write_text
 
 
 class RunFolder:
@@ -37,52 +29,42 @@ class RunFolder:
     def __init__(self, path: Path, settings: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
         self.path = path
         self.done: set[Visit] = set()
-        self._handle = -1
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(path / CELLS_FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            self._lock()
-            self._check_run_file(settings, machine)
-            self._load()
+            self._cells = (path / CELLS_FILE).open("ab")
         except OSError as error:
-            self.close()
             raise ViSpecError(
                 f"--output {path} cannot be written ({error.strerror or error}): choose another "
                 "folder"
             ) from error
-        except ViSpecError:
-            self.close()
-            raise
-
-    def add(self, cell: CellResult) -> None:
-        """Append a measured cell, failed or not."""
-        line = json.dumps(cell.to_json(), ensure_ascii=False) + "\n"
-        with os.fdopen(os.dup(self._handle), "ab") as file:
-            file.write(line.encode("utf-8", "replace"))
-        if cell.error is None:
-            self.done.add(Visit(cell.key, cell.repetition))
-
-    def close(self) -> None:
-        """Close the file and give the lock back."""
-        if self._handle >= 0:
-            os.close(self._handle)
-        self._handle = -1
+        try:
+            fcntl.flock(self._cells, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check_run_file(settings, machine)
+        except BaseException as error:
+            self._cells.close()
+            if not isinstance(error, BlockingIOError):
+                raise
+            raise ViSpecError(
+                f"--output {path} is in use by another benchmark: choose another folder"
+            ) from error
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        # Gives the lock back.
+        self._cells.close()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ViSpecError(
-                f"--output {self.path} is in use by another benchmark: choose another folder"
-            ) from error
+    def add(self, cell: CellResult) -> None:
+        """Append a measured cell, failed or not."""
+        line = json.dumps(cell.to_json(), ensure_ascii=False) + "\n"
+        self._cells.write(line.encode("utf-8", "replace"))
+        self._cells.flush()
+        if cell.error is None:
+            self.done.add(Visit(cell.key, cell.repetition))
 
     def _check_run_file(self, settings: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+        """Compare with an earlier call, note which cells are there, write what covers both."""
         file = self.path / RUN_FILE
         if file.exists():
             earlier = BenchRun.load(self.path)
@@ -94,49 +76,17 @@ class RunFolder:
                     "folder or the earlier setting"
                 )
             settings, machine = _widened(earlier.settings, settings), earlier.machine
-        part = file.with_name(RUN_FILE + ".part")
+            measured = (cell for cell in earlier.cells if cell.error is None)
+            self.done = {Visit(cell.key, cell.repetition) for cell in measured}
         content = {"format": FORMAT, "machine": dict(machine), "settings": dict(settings)}
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        part.replace(file)
-
-    def _load(self) -> None:
-        """Read which cells are there and drop a last line that was cut off."""
-        file = self.path / CELLS_FILE
-        content = file.read_bytes()
-        os.ftruncate(self._handle, content.rfind(b"\n") + 1)
-        for number, line in enumerate(read_cells(file), start=1):
-            try:
-                cell = CellResult.from_json(line)
-            except ViSpecError as error:
-                raise ViSpecError(f"{file}, line {number}: {error}") from error
-            visit = Visit(cell.key, cell.repetition)
-            (self.done.add if cell.error is None else self.done.discard)(visit)
-
-
-def read_samples(file: Path) -> tuple[BenchSample, ...] | None:
-    """Return the samples an earlier call wrote, None if there are none."""
-    if not file.exists():
-        return None
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return tuple(BenchSample.from_json(json.loads(line)) for line in lines)
-
-
-def write_samples(file: Path, samples: Sequence[BenchSample]) -> None:
-    """Write samples, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    lines = [json.dumps(sample.to_json(), ensure_ascii=False) + "\n" for sample in samples]
-    part.write_text("".join(lines), encoding="utf-8")
-    part.replace(file)
+        write_text(file, json.dumps(content, indent=2) + "\n")
+        # A last line that was cut off is measured again.
+        self._cells.truncate((self.path / CELLS_FILE).read_bytes().rfind(b"\n") + 1)
 
 
 def _widened(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings that cover what both calls asked for."""
     axes = {name: list(dict.fromkeys([*earlier[name], *now[name]])) for name in AXES}
     late = {name: now.get(name) or earlier.get(name) for name in LATE}
-    return {
-        **earlier,
-        **axes,
-        **late,
-        "repetitions": max(earlier["repetitions"], now["repetitions"]),
-    }
+    repetitions = max(earlier["repetitions"], now["repetitions"])
+    return {**earlier, **axes, **late, "repetitions": repetitions}

@@ -250,15 +250,11 @@ class BenchRun(Record):
                 return cls.of_this_format(json.loads(path.read_text(encoding="utf-8")))
             content = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
             return cls.of_this_format({**content, "cells": read_cells(path / CELLS_FILE)})
-        except OSError as error:
+        except (OSError, json.JSONDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ViSpecError(
-                f"benchmark run {path} cannot be read ({error.strerror or error}): give the folder "
-                "that `vispec bench run` wrote"
-            ) from error
-        except json.JSONDecodeError as error:
-            raise ViSpecError(
-                f"benchmark run {path} is not JSON ({error}): give the folder that `vispec bench "
-                "run` wrote"
+                f"benchmark run {path} cannot be read ({reason}): give the folder that "
+                "`vispec bench run` wrote"
             ) from error
 
 

@@ -1,34 +1,28 @@
-"""A `vllm serve` process: started, watched, asked for its counters, ended."""
+"""A `vllm serve` process: started, watched, asked what it holds, ended."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
+import re
 import shlex
-import signal
 import socket
-import subprocess
-import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_vispec.bench.children import end_with_parent
-from vllm_vispec.bench.counters import parse_counters, parse_kv_blocks
+from vllm_vispec.bench.children import ChildProcess
 from vllm_vispec.bench.environment import EXTENSION, IMAGE_TABLE, server_environment
 from vllm_vispec.bench.memory import peak_bytes
-from vllm_vispec.bench.schema import MemoryFacts, SpecCounters
+from vllm_vispec.bench.schema import MemoryFacts
 from vllm_vispec.engine_start import find_cause, spelled_as_option, why
 from vllm_vispec.errors import ViSpecError
 
 HOST = "127.0.0.1"
 CLI = ("-m", "vllm.entrypoints.cli.main")
 CACHES = ("reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache")
-STOP_S = 20.0
 
 
 class ServerError(ViSpecError):
@@ -63,7 +57,7 @@ class BenchServer:
     def __init__(self, spec: ServerSpec) -> None:
         self.spec = spec
         self.url = f"http://{HOST}:{spec.port}"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ChildProcess | None = None
 
     def __enter__(self) -> BenchServer:
         self.start()
@@ -74,19 +68,9 @@ class BenchServer:
 
     def start(self) -> None:
         """Start the process; it is not ready when this returns."""
-        spec = self.spec
-        spec.log_file.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, *CLI, "serve", *spec.arguments]
-        with spec.log_file.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*command, "--host", HOST, "--port", str(spec.port)],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=server_environment(),
-                # A key press reaches only us; we end the servers in order.
-                start_new_session=True,
-                preexec_fn=end_with_parent,
-            )
+        address = ["--host", HOST, "--port", str(self.spec.port)]
+        command = [*CLI, "serve", *self.spec.arguments, *address]
+        self._process = ChildProcess(command, server_environment(), self.spec.log_file)
 
     def wait_until_ready(self, seconds: float) -> None:
         """Wait for an answer of `/health`.
@@ -97,23 +81,17 @@ class BenchServer:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if not self.alive:
-                reason = why(self._log(), spelled_as_option)
-                raise ServerError(
-                    f"server of {self.spec.side} ended: {reason} (log: {self.spec.log_file})"
-                )
+                raise self._error(f"ended: {why(self._log(), spelled_as_option)}")
             with contextlib.suppress(OSError):
-                self._get("/health")
+                call(f"{self.url}/health")
                 return
             time.sleep(0.5)
-        raise ServerError(
-            f"server of {self.spec.side} was not ready in {seconds:.0f} s (log: "
-            f"{self.spec.log_file})"
-        )
+        raise self._error(f"was not ready in {seconds:.0f} s")
 
     @property
     def alive(self) -> bool:
         """Whether the process is there."""
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self._process.alive
 
     def forget(self) -> None:
         """Empty the caches of prefixes, images and vision embeddings, as after a start.
@@ -122,15 +100,7 @@ class BenchServer:
             ServerError: the server does not do it.
         """
         for name in CACHES:
-            self._post(name)
-
-    def counters(self) -> SpecCounters | None:
-        """Return the counters of speculation since the start; None without speculation.
-
-        Raises:
-            ServerError: the server does not answer.
-        """
-        return parse_counters(self._metrics())
+            self._call(name, b"")
 
     def memory(self) -> MemoryFacts:
         """Return what the server's processes hold; image lookups are those since the start.
@@ -138,11 +108,11 @@ class BenchServer:
         Raises:
             ServerError: the server does not answer.
         """
-        leader = None if self._process is None else self._process.pid
+        blocks = re.search(r'cache_config_info\{.*num_gpu_blocks="(\d+)"', self._call("metrics"))
         hits, misses = self._image_lookups()
         return MemoryFacts(
-            peak_bytes=None if leader is None else peak_bytes(leader),
-            kv_blocks=parse_kv_blocks(self._metrics()),
+            peak_bytes=None if self._process is None else peak_bytes(self._process.pid),
+            kv_blocks=None if blocks is None else int(blocks[1]),
             image_table_hits=hits,
             image_table_misses=misses,
         )
@@ -150,47 +120,27 @@ class BenchServer:
     def stop(self) -> None:
         """End the process and its children: politely, then not."""
         process, self._process = self._process, None
-        if process is None:
-            return
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_S)
-        # The group outlives its leader when an engine process hangs.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(STOP_S)
+        if process is not None:
+            process.stop()
 
     def _image_lookups(self) -> tuple[int, int] | tuple[None, None]:
         """Return hits and misses of the draft's image table, Nones if it has none."""
         if option_value(self.spec.arguments, "--worker-extension-cls") != EXTENSION:
             return None, None
-        answer = json.loads(self._post("collective_rpc", {"method": IMAGE_TABLE}))
+        answer = self._call("collective_rpc", json.dumps({"method": IMAGE_TABLE}).encode())
         # All tensor-parallel workers look the same images up.
-        found = next((one for one in answer["results"] if one), None)
+        found = next((one for one in json.loads(answer)["results"] if one), None)
         return (None, None) if found is None else (found["hits"], found["misses"])
 
-    def _post(self, path: str, body: object = None) -> str:
-        data = b"" if body is None else json.dumps(body).encode()
-        kind = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.url}/{path}", data, kind, method="POST")
+    def _call(self, path: str, body: bytes | None = None) -> str:
         try:
-            with opener().open(request, timeout=60) as response:
-                return str(response.read().decode())
+            return call(f"{self.url}/{path}", body)
         except OSError as error:
-            raise ServerError(f"{self.spec.side}: POST /{path} failed ({error})") from error
+            cause = find_cause(self._log())
+            raise self._error(f"does not answer /{path} ({error}): {cause}") from error
 
-    def _metrics(self) -> str:
-        try:
-            return self._get("/metrics")
-        except OSError as error:
-            raise ServerError(
-                f"server of {self.spec.side} does not answer ({error}): {find_cause(self._log())} "
-                f"(log: {self.spec.log_file})"
-            ) from error
-
-    def _get(self, path: str) -> str:
-        with opener().open(self.url + path, timeout=30) as response:
-            return str(response.read().decode())
+    def _error(self, what: str) -> ServerError:
+        return ServerError(f"server of {self.spec.side} {what} (log: {self.spec.log_file})")
 
     def _log(self) -> str:
         return self.spec.log_file.read_text(errors="replace")
@@ -219,9 +169,16 @@ def choose_ports(count: int, first: int = 0) -> tuple[int, ...]:
     return tuple(found)
 
 
-def opener() -> urllib.request.OpenerDirector:
-    """Loopback is never asked for through a proxy."""
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def call(url: str, body: bytes | None = None, seconds: float = 60) -> str:
+    """Return the answer to a GET, or to a POST of JSON; loopback is not asked through a proxy.
+
+    Raises:
+        OSError: there is none, or it is an error.
+    """
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=seconds) as response:
+        return str(response.read().decode())
 
 
 def option_value(arguments: Sequence[str], name: str) -> str | None:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from types import TracebackType
-from typing import Protocol
 
 from vllm_vispec.bench.environment import EXTENSION
 from vllm_vispec.bench.machine import has_gpu
 from vllm_vispec.bench.matrix import MatrixSettings
-from vllm_vispec.bench.schema import MemoryFacts, SpecCounters
-from vllm_vispec.bench.server import ServerError, ServerSpec, option_value
+from vllm_vispec.bench.server import BenchServer, ServerError, option_value
 from vllm_vispec.bench.sides import SIDES, Heads
 from vllm_vispec.errors import ViSpecError
 
@@ -25,38 +21,6 @@ MOST_STARTS = 4
 """At once, however many cores there are: a start reads the target's weights."""
 MAX_STARTS = 2
 """A server that dies under load is started once more."""
-
-
-class Server(Protocol):
-    """What `BenchServer` offers."""
-
-    spec: ServerSpec
-    url: str
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process is there."""
-
-    def start(self) -> None:
-        """Start the process."""
-
-    def wait_until_ready(self, seconds: float) -> None:
-        """Wait until it answers."""
-
-    def forget(self) -> None:
-        """Empty the caches."""
-
-    def counters(self) -> SpecCounters | None:
-        """Counters of speculation."""
-
-    def memory(self) -> MemoryFacts:
-        """What it holds."""
-
-    def stop(self) -> None:
-        """End it."""
-
-
-MakeServer = Callable[[ServerSpec], Server]
 
 
 def serve_arguments(
@@ -99,32 +63,25 @@ class Group:
     measured.
 
     Args:
-        ports: one for each side.
-        warm_up: called with each server that has just become ready.
+        make: makes a side's server.
+        wait: called with each server that was started; returns when it may be measured.
     """
 
     def __init__(
         self,
-        settings: MatrixSettings,
         sides: Sequence[str],
-        num_tokens: int,
-        heads: Heads,
-        ports: Mapping[str, int],
-        logs: Path,
-        make: MakeServer,
-        warm_up: Callable[[Server], None],
+        make: Callable[[str], BenchServer],
+        wait: Callable[[BenchServer], None],
     ) -> None:
-        self._settings, self._num_tokens, self._heads = settings, num_tokens, heads
-        self._ports, self._logs, self._make, self._warm_up = ports, logs, make, warm_up
-        self._sides = tuple(sides)
-        self._servers: dict[str, Server] = {}
-        self._starts: dict[str, int] = dict.fromkeys(sides, 0)
+        self._make, self._wait = make, wait
+        self._servers: dict[str, BenchServer] = {}
+        self._starts = dict.fromkeys(sides, 0)
         self._errors: dict[str, str] = {}
 
     def __enter__(self) -> Group:
         launched: deque[str] = deque()
         try:
-            for side in self._sides:
+            for side in self._starts:
                 self._launch(side)
                 launched.append(side)
                 if len(launched) >= starts_at_once():
@@ -132,58 +89,52 @@ class Group:
             for side in launched:
                 self._finish(side)
         except BaseException:
-            self._stop()
+            self.__exit__()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop()
+    def __exit__(self, *_: object) -> None:
+        # All are stopped, also when another signal arrives meanwhile.
+        with ExitStack() as stack:
+            for server in self._servers.values():
+                stack.callback(server.stop)
+        self._servers.clear()
 
-    def server(self, side: str) -> Server:
+    def server(self, side: str) -> BenchServer:
         """Return a side's server; one that died is started again once.
 
         Raises:
             ServerError: it is not there, with the reason.
         """
-        server = self._servers.get(side)
-        if server is not None and server.alive:
-            return server
-        if self._starts[side] >= MAX_STARTS:
+        if not self._is_up(side) and self._starts[side] < MAX_STARTS:
+            self._launch(side)
+            self._finish(side)
+        if not self._is_up(side):
             raise ServerError(self._errors.get(side, f"server of {side} died {MAX_STARTS} times"))
-        return self._start(side) or self.server(side)
+        return self._servers[side]
 
-    def first(self) -> Server | None:
+    def first(self) -> BenchServer | None:
         """Return a server that is up, that of "plain" if possible."""
         order = sorted(self._servers, key=lambda side: SIDES[side].draft is not None)
-        return next((self._servers[side] for side in order if self._servers[side].alive), None)
+        return next((self._servers[side] for side in order if self._is_up(side)), None)
 
-    def _start(self, side: str) -> Server | None:
-        self._launch(side)
-        return self._finish(side)
+    def _is_up(self, side: str) -> bool:
+        return side in self._servers and self._servers[side].alive
 
     def _launch(self, side: str) -> None:
         """Start a process without waiting for it; a failure is kept in `_errors`."""
         self._starts[side] += 1
-        old = self._servers.pop(side, None)
-        if old is not None:
-            old.stop()
+        if side in self._servers:
+            self._servers.pop(side).stop()
         with self._failing(side):
-            server = self._make(self._spec(side))
-            self._servers[side] = server
-            server.start()
+            self._servers[side] = self._make(side)
+            self._servers[side].start()
 
-    def _finish(self, side: str) -> Server | None:
-        """Wait until a launched server is ready and warm it up; None if it failed."""
+    def _finish(self, side: str) -> None:
+        """Wait for a server that was launched."""
         with self._failing(side):
             if side in self._servers:
-                self._servers[side].wait_until_ready(self._settings.ready_timeout_s)
-                self._warm_up(self._servers[side])
-        return self._servers.get(side)
+                self._wait(self._servers[side])
 
     @contextmanager
     def _failing(self, side: str) -> Iterator[None]:
@@ -192,22 +143,7 @@ class Group:
             yield
         except (ViSpecError, OSError) as error:
             self._errors[side] = str(error)
-            failed = self._servers.pop(side, None)
-            if failed is not None:
-                failed.stop()
+            if side in self._servers:
+                self._servers.pop(side).stop()
             # Settings do not get better: a server that never came up is not tried again.
             self._starts[side] = MAX_STARTS
-
-    def _spec(self, side: str) -> ServerSpec:
-        arguments = serve_arguments(
-            self._settings, side, self._heads, self._num_tokens, len(self._sides)
-        )
-        log_file = self._logs / f"{side}-k{self._num_tokens}.log"
-        return ServerSpec(side, arguments, self._ports[side], log_file)
-
-    def _stop(self) -> None:
-        # All are stopped, also when another signal arrives meanwhile.
-        with ExitStack() as stack:
-            for server in self._servers.values():
-                stack.callback(server.stop)
-        self._servers.clear()

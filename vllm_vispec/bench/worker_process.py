@@ -6,20 +6,18 @@ import contextlib
 import json
 import os
 import select
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
+from vllm_vispec.bench.children import STOP_S, ChildProcess
 from vllm_vispec.bench.environment import server_environment
 from vllm_vispec.engine_start import spelled_as_option, why
 from vllm_vispec.errors import ViSpecError
 
 ROOT = Path(__file__).resolve().parents[2]
-REPLY_S, STOP_S = 3600.0, 30.0
+REPLY_S = 3600.0
 
 
 class RequestFailed(ViSpecError):
@@ -43,26 +41,17 @@ class WorkerProcess:
         self._module, self._environment = module, environment
 
     def __enter__(self) -> Self:
-        self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_file.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", self._module],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=worker_environment() | dict(self._environment),
-                # A key press reaches only us; we end the children in order.
-                start_new_session=True,
-            )
+        self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def start(self) -> None:
+        """Start the process; requests wait until it has done its imports."""
+        self.log_file.unlink(missing_ok=True)
+        environment = worker_environment() | dict(self._environment)
+        self._process = ChildProcess(["-m", self._module], environment, self.log_file, piped=True)
 
     def request(self, content: Mapping[str, Any], seconds: float = REPLY_S) -> dict[str, Any]:
         """Send one line and return the reply.
@@ -97,20 +86,9 @@ class WorkerProcess:
         """Return the error of a request that the process answered with one."""
         return RequestFailed(f"{reply['error']} (engine of {self.name}, log {self.log_file})")
 
-    def stop(self) -> None:
-        """End the process and what it started."""
-        process = self._process
-        if process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_S)
-        # The group outlives its leader when a helper process hangs.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(STOP_S)
-        if process.stdout is not None:
-            process.stdout.close()
+    def stop(self, seconds: float = STOP_S) -> None:
+        """End the process and what it started; it gets some seconds to end by itself."""
+        self._process.stop(seconds)
 
 
 def worker_environment() -> dict[str, str]:
