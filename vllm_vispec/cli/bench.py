@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_vispec.cli.bench_calibrate import calibrate
-from vllm_vispec.cli.bench_estimate import estimate
+from vllm_vispec.cli.bench_estimate import calibrate, estimate
 from vllm_vispec.cli.bench_profile import profile
 from vllm_vispec.cli.bench_tune import tune
 from vllm_vispec.cli.errors import exit_on_error
