@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -196,7 +197,7 @@ def test_the_schedule_is_what_vllm_takes(tmp_path: Path) -> None:
         assert first == last + 1
 
 
-NUMBERS = {
+NUMBERS: dict[str, Any] = {
     "target_parameters": 7e9,
     "head_parameters": 0.25e9,
     "lm_head_parameters": 0.5e9,

@@ -14,7 +14,7 @@ from vllm_vispec.bench.estimate.request import (
 )
 from vllm_vispec.bench.estimate.request import estimate as make_estimate
 from vllm_vispec.cli.errors import exit_on_error
-from vllm_vispec.cli.options import options_of
+from vllm_vispec.cli.settings import options_of
 
 Dtype = Annotated[str | None, typer.Option(help="As measured; default: config.json's.")]
 DraftVocab = Annotated[int | None, typer.Option(help="Rows of a smaller lm_head for the draft.")]
