@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from vllm_vispec.bench.estimate.request import EstimateOptions
+from vllm_vispec.bench.matrix import MatrixSettings
+from vllm_vispec.bench.profile.settings import ProfileSettings
+from vllm_vispec.cli.bench_tune import TuneSettings
 from vllm_vispec.cli.settings import attribute_docs, options_of
 from vllm_vispec.errors import ViSpecError
 
 CLI = CliRunner()
+SETTINGS = (EstimateOptions, MatrixSettings, ProfileSettings, TuneSettings)
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,11 @@ def test_help_is_the_first_sentence_about_a_field() -> None:
     for said in ("Draw a shape.", "Numbers, separated by commas. [default: 1,2]", "0,0.5", "--hue"):
         assert said in text
     assert "Later sentences" not in text
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_every_option_of_a_bench_command_has_a_help(settings: type) -> None:
+    assert {field.name for field in fields(settings)} == attribute_docs(settings).keys()
 
 
 @pytest.mark.parametrize(

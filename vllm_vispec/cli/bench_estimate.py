@@ -8,29 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_vispec.bench.estimate.request import (
-    EstimateOptions,
-    estimate_to_markdown,
-)
-from vllm_vispec.bench.estimate.request import estimate as make_estimate
+from vllm_vispec.bench.estimate import request as model
 from vllm_vispec.cli.errors import exit_on_error
 from vllm_vispec.cli.settings import options_of
 
-Dtype = Annotated[str | None, typer.Option(help="As measured; default: config.json's.")]
-DraftVocab = Annotated[int | None, typer.Option(help="Rows of a smaller lm_head for the draft.")]
-Context = Annotated[
-    float | None, typer.Option(help="Tokens per sequence, where the file does not tell.")
-]
 
-
-@options_of(EstimateOptions)
+@options_of(model.EstimateOptions)
 def estimate(
-    options: EstimateOptions,
+    options: model.EstimateOptions,
     output: Annotated[Path | None, typer.Option(help="Write the estimates as JSON.")] = None,
 ) -> None:
     """Estimate decode_speedup from sizes, bandwidth, K and acceptance. Measures nothing."""
-    found = make_estimate(options)
-    _tell(estimate_to_markdown(found), found, output)
+    found = model.estimate(options)
+    _tell(model.estimate_to_markdown(found), found, output)
 
 
 def calibrate(
@@ -46,23 +36,27 @@ def calibrate(
     hold_out: Annotated[
         str, typer.Option(help="Cells to predict unseen: every-third, batch=16,32 or k=5.")
     ] = "every-third",
-    dtype: Dtype = None,
-    draft_vocab: DraftVocab = None,
-    context: Context = None,
+    dtype: Annotated[str | None, typer.Option(help="As measured; default: config.json's.")] = None,
+    draft_vocab: Annotated[
+        int | None, typer.Option(help="Rows of a smaller lm_head for the draft.")
+    ] = None,
+    context: Annotated[
+        float | None, typer.Option(help="Tokens per sequence, where the file does not tell.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write rates and cells as JSON.")] = None,
 ) -> None:
     """Fit the cost model to some cells of a run and predict the others. Measures nothing."""
-    from vllm_vispec.bench.estimate import calibrate as model
+    from vllm_vispec.bench.estimate import calibrate as fit
     from vllm_vispec.bench.estimate.shapes import draft_shape, target_shape
 
     with exit_on_error():
-        found = model.calibrate(
-            model.read_measured(run, side, context),
+        found = fit.calibrate(
+            fit.read_measured(run, side, context),
             target_shape(target, dtype),
             draft_shape(head, target, dtype, draft_vocab),
-            model.hold_out(hold_out),
+            fit.hold_out(hold_out),
         )
-    _tell(model.calibration_to_markdown(found), found, output)
+    _tell(fit.calibration_to_markdown(found), found, output)
 
 
 def _tell(text: str, found: dict[str, Any], output: Path | None) -> None:

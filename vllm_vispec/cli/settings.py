@@ -59,13 +59,17 @@ def options_of(*settings: type) -> Callable[[Command], Callable[..., None]]:
 
         def run(**values: Any) -> None:
             with exit_on_error():
-                made = []
-                for one, group in zip(settings, options, strict=True):
-                    given = {name: (values.pop(name), option) for name, option in group.items()}
-                    # None stands for what the class decides itself.
-                    made.append(
-                        one(**{n: o.read(v) for n, (v, o) in given.items() if v is not None})
+                # None stands for what the class decides itself.
+                made = [
+                    one(
+                        **{
+                            n: o.read(v)
+                            for n, o in group.items()
+                            if (v := values.pop(n)) is not None
+                        }
                     )
+                    for one, group in zip(settings, options, strict=True)
+                ]
                 raise typer.Exit(command(*made, **values) or 0)
 
         every = [option.parameter for group in options for option in group.values()]
@@ -80,8 +84,8 @@ def options_of(*settings: type) -> Callable[[Command], Callable[..., None]]:
 
 def attribute_docs(settings: type) -> dict[str, str]:
     """Return the first sentence about each field under `Attributes:` in a class's docstring."""
-    section = inspect.cleandoc(settings.__doc__ or "").partition("Attributes:\n")[2]
-    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    _, _, section = inspect.cleandoc(settings.__doc__ or "").partition("Attributes:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section.split("\n\n")[0], re.MULTILINE)
     texts = {name: " ".join(text.split()) for name, text in entries}
     return {name: re.split(r"(?<=\.)\s+(?=[A-Z])", text)[0] for name, text in texts.items()}
 
@@ -101,7 +105,7 @@ def _option(settings: type, field: Field[Any]) -> SettingsOption:
         item, default = get_args(kind)[0], form.default or ",".join(map(_as_text, default))
         convert = form.read or (lambda flag, text: split(flag, text, item))
         kind, read = str, lambda text: convert(flag, text) if text else ()
-    option = typer.Option(*form.names, help=attribute_docs(settings)[field.name])
+    option = typer.Option(*form.names, help=attribute_docs(settings).get(field.name))
     parameter = inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,

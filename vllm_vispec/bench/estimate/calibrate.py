@@ -13,10 +13,12 @@ from statistics import mean
 from typing import Any
 
 from vllm_vispec.bench.estimate.roofline import Hardware, PassShape, Prediction, predict
+from vllm_vispec.bench.metric_functions import accepted_at
+from vllm_vispec.bench.pairing import PLAIN_SIDE, decoded
 from vllm_vispec.bench.schema import BenchRun, CellKey, CellResult
 from vllm_vispec.errors import ViSpecError
 
-PLAIN, EVERY_THIRD, MIN_CELLS = "plain", "every-third", 3
+EVERY_THIRD, MIN_CELLS = "every-third", 3
 # Where the fit begins, and its limits: overhead in s, bytes/s, FLOP/s.
 _STARTS = ((1e-4, 1e-2), (1e10, 1e12), (1e11, 1e14))
 _LIMITS = ((1e-9, 1e6, 1e6), (10.0, 1e16, 1e19))
@@ -64,17 +66,13 @@ def read_measured(path: Path, side: str, context: float | None = None) -> list[M
     try:
         for one in json.loads(path.read_text(encoding="utf-8"))["results"]:
             k, accepted = int(one["num_speculative_tokens"]), tuple(one["accepted_at"])
-            plain, ours = (1 / float(one[f"{x}_tokens_per_second"]) for x in (PLAIN, "vispec"))
+            plain, ours = (1 / float(one[f"{x}_tokens_per_second"]) for x in ("plain", "vispec"))
             cells.append(MeasuredCell(1, 0, context, (), plain, k))
             cells.append(MeasuredCell(1, k, context, accepted, ours, k))
-    except OSError as error:
+    except (OSError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ViSpecError(
-            f"{path} cannot be read ({error.strerror}): give a run folder or a result file"
-        ) from error
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ViSpecError(
-            f"{path} is no result of `python -m benchmarks decode-speed` ({error!r}): give one, or "
-            "the folder of a `vispec bench run`"
+            f"{path} cannot be read as a result of `python -m benchmarks decode-speed` "
+            f"({error!r}): give one, or the folder of a `vispec bench run`"
         ) from error
     return cells
 
@@ -83,24 +81,21 @@ def measured_cells(run: BenchRun, side: str) -> list[MeasuredCell]:
     """Return the plain cells and those of a side, repetitions pooled, without what failed."""
     pools: dict[CellKey, list[CellResult]] = defaultdict(list)
     for cell in run.cells:
-        if cell.key.side in (PLAIN, side) and cell.error is None:
+        if cell.key.side in (PLAIN_SIDE, side) and cell.error is None:
             pools[cell.key].append(cell)
     found = []
     for key, pool in pools.items():
-        requests = [one for cell in pool for one in cell.requests if one.error is None]
-        requests = [one for one in requests if one.output_tokens > 1]
+        requests, is_plain = decoded(pool), key.side == PLAIN_SIDE
+        acceptance = () if is_plain else accepted_at(pool, ())
         seconds = sum(one.decode_s for one in requests)
-        spec = [cell.spec for cell in pool if cell.spec is not None and key.side != PLAIN]
-        rounds = sum(one.rounds for one in spec)
-        if seconds <= 0 or (key.side != PLAIN and not rounds):
+        if seconds <= 0 or acceptance is None:
             continue
-        counts = zip(*(one.accepted_by_position for one in spec), strict=True)
         found.append(
             MeasuredCell(
                 batch=key.concurrency,
-                num_speculative_tokens=0 if key.side == PLAIN else key.num_speculative_tokens,
+                num_speculative_tokens=0 if is_plain else key.num_speculative_tokens,
                 context=mean(one.prompt_tokens + one.output_tokens / 2 for one in requests),
-                acceptance=tuple(sum(one) / rounds for one in counts),
+                acceptance=acceptance,
                 seconds_per_token=seconds / sum(one.output_tokens - 1 for one in requests),
                 group=key.num_speculative_tokens,
             )
@@ -239,24 +234,23 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def calibration_to_markdown(found: Mapping[str, Any]) -> str:
     """Return the rates and the errors in a few lines, then every cell beside its prediction."""
-    rates, used = found["hardware"], found["fitted"]["cells"]
-    peak = "peak not seen (no pass was limited by it)"
+    rates, peak = found["hardware"], "peak not seen (no pass was limited by it)"
     if found["compute_seen"]:
         peak = f"{rates['flops'] / 1e9:.4g} GFLOP/s"
     lines = [
-        f"**estimate**, fitted to {used} cells: {1000 * rates['pass_overhead_s']:.3g} ms overhead "
-        f"per pass, {rates['bandwidth'] / 1e9:.4g} GB/s effective, {peak}",
+        f"**estimate**, fitted to {found['fitted']['cells']} cells: "
+        f"{1000 * rates['pass_overhead_s']:.3g} ms overhead per pass, "
+        f"{rates['bandwidth'] / 1e9:.4g} GB/s effective, {peak}",
         "",
         "| cells | number | seconds per token: mean error | worst | decode_speedup: mean error "
         "| worst |",
         "|---" * 6 + "|",
     ]
     for name in ("fitted", "held_out"):
-        cells = [name.replace("_", " "), str(found[name]["cells"])]
-        for part in ("seconds_per_token", "decode_speedup"):
-            errors = (found[name][part] or {"mean_error": None, "worst_error": None}).values()
-            cells += [_shown(one, ".1%") for one in errors]
-        lines.append("| " + " | ".join(cells) + " |")
+        one = found[name]
+        errors = [one[part] or {} for part in ("seconds_per_token", "decode_speedup")]
+        values = [part.get(which) for part in errors for which in ("mean_error", "worst_error")]
+        lines.append(_row(name.replace("_", " "), one["cells"], *(_as(".1%", x) for x in values)))
     lines += [
         "",
         "| batch | K | cell | ms per token: measured | predicted | error | decode_speedup: "
@@ -264,21 +258,25 @@ def calibration_to_markdown(found: Mapping[str, Any]) -> str:
         "|---" * 9 + "|",
     ]
     for row in sorted(found["cells"], key=lambda row: _place(row["cell"])):
-        cell = row["cell"]
-        cells = [
-            str(cell["batch"]),
-            str(cell["num_speculative_tokens"] or "plain"),
-            "held out" if row["held_out"] else "fitted",
-            f"{1000 * cell['seconds_per_token']:.3g}",
-            f"{1000 * row['predicted_s']:.3g}",
-            f"{row['relative']:+.1%}",
-            _shown(row["measured_speedup"], ".2f"),
-            _shown(row["predicted_speedup"], ".2f"),
-            _shown(row["relative_speedup"], "+.1%"),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        cell, speedups = row["cell"], (row["measured_speedup"], row["predicted_speedup"])
+        times = (1000 * cell["seconds_per_token"], 1000 * row["predicted_s"])
+        lines.append(
+            _row(
+                cell["batch"],
+                cell["num_speculative_tokens"] or "plain",
+                "held out" if row["held_out"] else "fitted",
+                *(_as(".3g", one) for one in times),
+                _as("+.1%", row["relative"]),
+                *(_as(".2f", one) for one in speedups),
+                _as("+.1%", row["relative_speedup"]),
+            )
+        )
     return "\n".join(lines) + "\n"
 
 
-def _shown(value: float | None, form: str) -> str:
+def _row(*cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _as(form: str, value: float | None) -> str:
     return "-" if value is None else format(value, form)
