@@ -21,7 +21,9 @@ LATE = ("schedule",)
 
 @dataclass(frozen=True)
 class MatrixSettings:
-    """The matrix and what all its cells share. First sentences are the options' help.
+    """The matrix and what all its cells share.
+
+    First sentences are the options' help.
 
     Attributes:
         target: Target: a folder or hub id.
