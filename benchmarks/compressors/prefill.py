@@ -22,11 +22,11 @@ from examples.tiny_vlm.questions import write_questions
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
 from vllm_vispec.bench.images import samples_for, tokens_of_target
 from vllm_vispec.bench.machine import has_gpu
-from vllm_vispec.bench.profile import default_runner
 from vllm_vispec.bench.profile.engines import EngineProcess
 from vllm_vispec.bench.profile.measure import Engine, Group, groups_of
 from vllm_vispec.bench.profile.parts import PREFILL
 from vllm_vispec.bench.profile.rounds import Found
+from vllm_vispec.bench.profile.settings import default_runner
 from vllm_vispec.bench.profile.worker import Job
 from vllm_vispec.train.files import write_json
 

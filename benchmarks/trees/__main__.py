@@ -33,7 +33,7 @@ from examples.pair import (
 )
 from examples.tiny_vlm.families import FAMILIES
 from vllm_vispec.bench.machine import describe_machine
-from vllm_vispec.bench.profile import default_runner
+from vllm_vispec.bench.profile.settings import default_runner
 
 DEFAULT_OUTPUT = Path("benchmarks/results/trees.json")
 DEFAULT_PAGE = Path("docs/trees.md")

@@ -5,20 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vllm_vispec.bench.estimate import (
-    EstimateOptions,
-    Hardware,
-    PassShape,
-    Workload,
-    explicit_shape,
-    predict,
-)
+from vllm_vispec.bench.estimate.request import EstimateOptions
+from vllm_vispec.bench.estimate.roofline import Hardware, PassShape, predict
 
 # A 7B target and a one-layer head on something like an H100.
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = ROOT / "examples/tiny_vlm/checkpoints"
-TARGET = explicit_shape(7e9, 0.5e9, kv_bytes_per_token=57344)
-DRAFT = explicit_shape(0.25e9, 0.5e9, kv_bytes_per_token=2048)
+TARGET = PassShape(15e9, 7e9, 0.5e9, kv_bytes_per_token=57344)
+DRAFT = PassShape(1.5e9, 0.25e9, 0.5e9, kv_bytes_per_token=2048)
 HARDWARE = Hardware(bandwidth=3e12, flops=6e14, pass_overhead_s=1e-4)
 PERFECT = (1.0,) * 8
 TYPICAL = (0.8, 0.6, 0.45, 0.35, 0.25, 0.2, 0.15, 0.1)
@@ -42,8 +36,7 @@ def speedup(
     hardware: Hardware = HARDWARE,
     context: float = 500.0,
 ) -> float:
-    work = Workload(batch, context)
-    return predict(TARGET, draft, hardware, work, acceptance, k).decode_speedup
+    return predict(TARGET, draft, hardware, acceptance, k, batch, context).decode_speedup
 
 
 def folder(path: Path, config: object) -> Path:
@@ -55,5 +48,5 @@ def folder(path: Path, config: object) -> Path:
 def options(tmp_path: Path, **others: object) -> EstimateOptions:
     target = folder(tmp_path / "target", QWEN_7B)
     head = folder(tmp_path / "head", QWEN_7B)
-    settings = {"device": "h100-sxm", "acceptance_rate": 0.7, **others}
-    return EstimateOptions(target, head, **settings)  # type: ignore[arg-type]
+    settings = {"device": "h100-sxm", "acceptance_rate": 0.7, "target": target, "head": head}
+    return EstimateOptions(**{**settings, **others})  # type: ignore[arg-type]

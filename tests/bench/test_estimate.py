@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,21 +22,20 @@ from tests.bench.pairs_to_estimate import (
     options,
     speedup,
 )
-from vllm_vispec.bench.estimate import (
+from vllm_vispec.bench.estimate.request import (
     DEVICES,
-    Acceptance,
     EstimateOptions,
+    estimate,
+    estimate_to_markdown,
+)
+from vllm_vispec.bench.estimate.roofline import (
+    FREE,
     Hardware,
     PassShape,
-    Workload,
-    draft_shape,
-    estimate,
-    explicit_shape,
-    get_device,
     predict,
-    target_shape,
+    tokens_per_round,
 )
-from vllm_vispec.bench.estimate.roofline import FREE
+from vllm_vispec.bench.estimate.shapes import draft_shape, target_shape
 from vllm_vispec.errors import ViSpecError
 
 # Limits
@@ -57,14 +57,13 @@ def test_without_drafts_it_is_plain() -> None:
 
 
 def test_a_pass_at_batch_1_is_bound_by_bandwidth_and_verifying_is_free() -> None:
-    one = predict(TARGET, DRAFT, HARDWARE, Workload(1, 500), TYPICAL, 4)
+    one = predict(TARGET, DRAFT, HARDWARE, TYPICAL, 4, 1, 500)
     assert (one.plain_bound, one.verify_bound, one.draft_bound) == ("bandwidth",) * 3
     assert one.verify_s == one.plain_s
 
 
 def test_a_large_batch_is_bound_by_compute_and_loses() -> None:
-    short = Workload(1024, 1)
-    one = predict(TARGET, FREE, replace(HARDWARE, pass_overhead_s=0), short, TYPICAL, 4)
+    one = predict(TARGET, FREE, replace(HARDWARE, pass_overhead_s=0), TYPICAL, 4, 1024, 1)
     assert one.verify_bound == one.plain_bound == "compute"
     # Every drafted token costs as much as a decoded one: what is rejected is lost.
     assert one.decode_speedup == pytest.approx(one.tokens_per_round / 5)
@@ -75,25 +74,20 @@ def test_it_rises_with_the_acceptance_of_every_position() -> None:
         better = list(TYPICAL)
         better[position] += 0.02
         assert speedup(tuple(better)) > speedup(TYPICAL)
-    rates = [speedup(Acceptance.constant(rate / 10, 4).by_position) for rate in range(11)]
+    rates = [speedup(tuple((rate / 10) ** k for k in (1, 2, 3, 4))) for rate in range(11)]
     assert rates == sorted(rates)
 
 
 def test_it_falls_with_the_batch_and_never_exceeds_the_tokens_of_a_round() -> None:
     found = [speedup(batch=batch, context=1) for batch in (1, 64, 256, 1024)]
     assert found == sorted(found, reverse=True)
-    assert found[0] < Acceptance(TYPICAL).tokens_per_round(4)
+    assert found[0] < tokens_per_round(TYPICAL, 4)
 
 
 def test_a_smaller_draft_and_less_context_for_it_gain() -> None:
-    work = Workload(64, 4000)
-    less = replace(work, draft_context=1000)
-    args = (TARGET, DRAFT, HARDWARE)
-    assert (
-        predict(*args, less, TYPICAL, 4).decode_speedup
-        > predict(*args, work, TYPICAL, 4).decode_speedup
-    )
-    assert speedup(draft=explicit_shape(0.25e9, 0.1e9)) > speedup()
+    args = (TARGET, DRAFT, HARDWARE, TYPICAL, 4, 64, 4000)
+    assert predict(*args, 1000).decode_speedup > predict(*args).decode_speedup
+    assert speedup(draft=PassShape(0.7e9, 0.25e9, 0.1e9)) > speedup()
 
 
 # Numbers by hand
@@ -103,7 +97,7 @@ def test_numbers_worked_out_by_hand() -> None:
     target = PassShape(1000, 400, 100, kv_bytes_per_token=10, attention_flops_per_token=4)
     draft = PassShape(200, 50, 50, kv_bytes_per_token=1)
     hardware = Hardware(bandwidth=100, flops=500, pass_overhead_s=0.5)
-    one = predict(target, draft, hardware, Workload(2, 5), (0.5, 0.25), 2)
+    one = predict(target, draft, hardware, (0.5, 0.25), 2, 2, 5)
     # plain: 1000 + 2 * 5 * 10 = 1100 bytes, 11 s; 2 * (2 * 400 + 2 * 100) + 2 * 5 * 4 = 2040 FLOP
     assert one.plain_s == pytest.approx(0.5 + 11)
     # verify: 6 tokens, 6 rows: 2 * 6 * 500 + 6 * 5 * 4 = 6120 FLOP, 12.24 s
@@ -115,7 +109,6 @@ def test_numbers_worked_out_by_hand() -> None:
     assert one.round_s == pytest.approx(12.74 + 2.6 + 2.6)
     assert one.seconds_per_token == pytest.approx(17.94 / 1.75)
     assert one.decode_speedup == pytest.approx(1.75 * 11.5 / 17.94)
-    assert one.to_json()["kind"] == "estimate"
 
 
 def test_sizes_of_a_published_target_and_its_head(tmp_path: Path) -> None:
@@ -155,17 +148,18 @@ def test_the_shipped_pair_has_sizes() -> None:
 
 
 @pytest.mark.parametrize("name", ["h100-sxm", "h200", "a100-80gb", "l40s"])
-def test_public_figures_are_sourced_and_dense(name: str) -> None:
-    device = get_device(name)
+def test_public_figures_are_sourced_and_dense(tmp_path: Path, name: str) -> None:
+    device = DEVICES[name]
     assert "NVIDIA" in device.source
-    assert 100e12 < device.flops["bfloat16"] < 1000e12
-    full = device.hardware(bandwidth_share=1, compute_share=1, pass_overhead_s=0)
-    assert full == Hardware(device.bandwidth, device.flops["bfloat16"], 0)
+    assert 100 < device.half < 1000
+    whole = options(
+        tmp_path, device=name, bandwidth_share=1, compute_share=1, pass_overhead_ms=0
+    ).hardware()
+    assert whole == Hardware(device.terabytes * 1e12, device.half * 1e12, 0)
 
 
 def test_public_figures() -> None:
-    found = {n: (d.bandwidth / 1e12, d.flops["bfloat16"] / 1e12) for n, d in DEVICES.items()}
-    assert found == {
+    assert {name: (one.terabytes, one.half) for name, one in DEVICES.items()} == {
         "h100-sxm": (3.35, 989.4),
         "h200": (4.8, 989.4),
         "a100-80gb": (2.039, 312.0),
@@ -177,46 +171,56 @@ def test_public_figures() -> None:
 
 
 def test_the_table_is_marked_as_an_estimate_and_names_its_assumptions(tmp_path: Path) -> None:
-    table = estimate(options(tmp_path, num_speculative_tokens=(2, 4), batch_sizes=(1, 64)))
-    text, content = table.to_markdown(), table.to_json()
+    content = estimate(options(tmp_path, num_speculative_tokens=(2, 4), batch_size=(1, 64)))
+    text = estimate_to_markdown(content)
     assert text.startswith("**estimate")
     assert "decode_speedup (estimate)" in text
     assert "NVIDIA H100 data sheet" in text
     assert "0.2 ms of every pass" in text
     assert len(content["rows"]) == 4
+    assert content["kind"] == "estimate"
     assert all(row["kind"] == "estimate" for row in content["rows"])
-    row = table.rows[0]
-    assert row.with_twice < row.prediction.decode_speedup < row.without_overhead
+    row, *_ = content["rows"]
+    ends = row["decode_speedup_by_overhead"]
+    assert ends["twice"] < row["decode_speedup"] < ends["without"]
     assert json.loads(json.dumps(content)) == content
 
 
 def test_the_schedule_is_what_vllm_takes(tmp_path: Path) -> None:
     batches = (1, 2, 8, 64, 2048)
-    table = estimate(options(tmp_path, batch_sizes=batches, context=64, acceptance_rate=0.6))
-    schedule = table.schedule()
+    found = estimate(options(tmp_path, batch_size=batches, context=64, acceptance_rate=0.6))
+    schedule = found["num_speculative_tokens_per_batch_size"]
     assert schedule[0][0] == 1
-    assert schedule[-1] == (2048, 2048, 0)  # nothing gains there
+    assert schedule[-1] == [2048, 2048, 0]  # nothing gains there
     assert schedule[0][2] > 0
     for (_, last, _), (first, *_) in pairwise(schedule):
         assert first == last + 1
 
 
+NUMBERS: dict[str, Any] = {
+    "target_parameters": 7e9,
+    "head_parameters": 0.25e9,
+    "lm_head_parameters": 0.5e9,
+    "target_kv_bytes_per_token": 57344,
+    "head_kv_bytes_per_token": 2048,
+}
+
+
 def test_numbers_instead_of_folders_and_of_a_device() -> None:
-    table = estimate(
+    found = estimate(
         EstimateOptions(
-            TARGET,
-            DRAFT,
+            **NUMBERS,
             bandwidth_gbs=3000,
             tflops=600,
             pass_overhead_ms=0.1,
             acceptance=TYPICAL,
             num_speculative_tokens=(4,),
-            batch_sizes=(1,),
+            batch_size=(1,),
             context=500,
         )
     )
-    assert table.rows[0].prediction.decode_speedup == pytest.approx(speedup())
-    assert "bandwidth and peak as given" in table.to_markdown()
+    assert found["rows"][0]["decode_speedup"] == pytest.approx(speedup())
+    assert "bandwidth and peak as given" in estimate_to_markdown(found)
 
 
 @pytest.mark.parametrize(
@@ -233,9 +237,15 @@ def test_numbers_instead_of_folders_and_of_a_device() -> None:
         ({"bandwidth_share": 1.2}, "--bandwidth-share 1.2 is no share"),
         ({"dtype": "float32"}, "no public peak for dtype float32"),
         ({"dtype": "int3"}, "dtype int3 is unknown"),
-        ({"batch_sizes": ()}, "at least one"),
-        ({"batch_sizes": (0,)}, "batch 0 is too small"),
-        ({"context": -1.0}, "negative"),
+        ({"batch_size": ()}, "at least one"),
+        ({"batch_size": (0,)}, "--batch-size of at least 1"),
+        ({"num_speculative_tokens": (2, -1)}, "--num-speculative-tokens -1 is negative"),
+        ({"context": -1.0}, "--context -1.0 is negative"),
+        ({"lm_head_parameters": -1.0}, "--lm-head-parameters -1.0 is negative"),
+        ({"target": None}, r"give either --target \(a folder\) or --target-parameters"),
+        ({"head_parameters": 1e9}, r"give either --head \(a folder\) or --head-parameters"),
+        ({"head": None, "head_parameters": 1e9, "target_kv_bytes_per_token": 1.0}, "leave it out"),
+        ({"target": None, "target_parameters": 7e9}, "--head is a folder, the target is given"),
         ({"draft_vocab": 10**9}, "--draft-vocab 1000000000 is outside"),
     ],
 )
@@ -268,11 +278,9 @@ def test_unreadable_folders_and_heads_of_other_targets_are_refused(tmp_path: Pat
         target_shape(tmp_path / "nowhere")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "config.json").write_text("{")
-    with pytest.raises(ViSpecError, match="is not JSON"):
+    with pytest.raises(ViSpecError, match=r"has no readable config\.json .*column"):
         target_shape(tmp_path / "bad")
     target = folder(tmp_path / "target", QWEN_7B)
     head = folder(tmp_path / "head", {**QWEN_7B, "hidden_size": 2048})
     with pytest.raises(ViSpecError, match="hidden_size 2048, the target 3584"):
         draft_shape(head, target)
-    with pytest.raises(ViSpecError, match="negative"):
-        explicit_shape(-1, 0)

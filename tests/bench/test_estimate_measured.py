@@ -15,16 +15,14 @@ from tests.bench.pairs_to_estimate import (
     TARGET,
     TYPICAL,
 )
-from vllm_vispec.bench.estimate import (
-    Hardware,
+from vllm_vispec.bench.estimate.calibrate import (
     MeasuredCell,
-    Workload,
     calibrate,
-    draft_shape,
+    calibration_to_markdown,
     measured_cells,
-    predict,
-    target_shape,
 )
+from vllm_vispec.bench.estimate.roofline import Hardware, predict
+from vllm_vispec.bench.estimate.shapes import draft_shape, target_shape
 from vllm_vispec.bench.schema import (
     BenchRun,
     CellKey,
@@ -42,7 +40,7 @@ def made_up_cells(hardware: Hardware, noise: float = 0.0) -> list[MeasuredCell]:
     cells: list[MeasuredCell] = []
     for batch in (1, 4, 16, 64, 256):
         for k in (0, 1, 2, 4, 6):
-            one = predict(TARGET, DRAFT, hardware, Workload(batch, 500), TYPICAL, k)
+            one = predict(TARGET, DRAFT, hardware, TYPICAL, k, batch, 500)
             sign = 1 if len(cells) % 2 else -1
             seconds = one.seconds_per_token * (1 + sign * noise)
             cells.append(MeasuredCell(batch, k, 500, TYPICAL if k else (), seconds))
@@ -52,13 +50,13 @@ def made_up_cells(hardware: Hardware, noise: float = 0.0) -> list[MeasuredCell]:
 def test_calibration_finds_the_rates_that_made_the_cells() -> None:
     truth = Hardware(bandwidth=2.2e12, flops=3.1e14, pass_overhead_s=4e-4)
     found = calibrate(made_up_cells(truth), TARGET, DRAFT)
-    assert found.compute_seen
-    assert found.hardware.bandwidth == pytest.approx(truth.bandwidth, rel=0.01)
-    assert found.hardware.flops == pytest.approx(truth.flops, rel=0.01)
-    assert found.hardware.pass_overhead_s == pytest.approx(truth.pass_overhead_s, rel=0.02)
-    assert len(found.fitted) + len(found.held_out) == 25
-    assert found.to_json()["held_out"]["seconds_per_token"]["worst_error"] < 0.01
-    assert found.to_json()["kind"] == "estimate"
+    assert found["compute_seen"]
+    assert found["hardware"]["bandwidth"] == pytest.approx(truth.bandwidth, rel=0.01)
+    assert found["hardware"]["flops"] == pytest.approx(truth.flops, rel=0.01)
+    assert found["hardware"]["pass_overhead_s"] == pytest.approx(truth.pass_overhead_s, rel=0.02)
+    assert found["fitted"]["cells"] + found["held_out"]["cells"] == len(found["cells"]) == 25
+    assert found["held_out"]["seconds_per_token"]["worst_error"] < 0.01
+    assert found["kind"] == "estimate"
 
 
 def test_the_error_is_reported_on_cells_held_out() -> None:
@@ -66,11 +64,11 @@ def test_the_error_is_reported_on_cells_held_out() -> None:
     found = calibrate(
         made_up_cells(truth, noise=0.05), TARGET, DRAFT, lambda cell: cell.batch == 16
     )
-    assert [error.cell.batch for error in found.held_out] == [16] * 5
-    summary = found.to_json()["held_out"]
+    assert [row["cell"]["batch"] for row in found["cells"] if row["held_out"]] == [16] * 5
+    summary = found["held_out"]
     assert 0.02 < summary["seconds_per_token"]["mean_error"] < 0.08
     assert summary["decode_speedup"]["worst_error"] < 0.15
-    assert "| held out | 5 |" in found.to_markdown()
+    assert "| held out | 5 |" in calibration_to_markdown(found)
     assert calibrate(list(reversed(made_up_cells(truth))), TARGET, DRAFT) == calibrate(
         made_up_cells(truth), TARGET, DRAFT
     )
@@ -90,7 +88,7 @@ def test_the_form_of_the_model_fits_what_was_measured_on_the_shipped_pair() -> N
             MeasuredCell(1, 0, 150, (), 1 / one["plain_tokens_per_second"], k),
             MeasuredCell(1, k, 150, accepted, 1 / one["vispec_tokens_per_second"], k),
         ]
-    summary = calibrate(cells, *shapes).to_json()["held_out"]
+    summary = calibrate(cells, *shapes)["held_out"]
     assert summary["cells"] == len(cells) // 2 - 1
     assert summary["decode_speedup"]["mean_error"] < 0.10
     assert summary["decode_speedup"]["worst_error"] < 0.20
@@ -99,8 +97,8 @@ def test_the_form_of_the_model_fits_what_was_measured_on_the_shipped_pair() -> N
 def test_a_peak_that_no_cell_shows_is_not_claimed() -> None:
     truth = Hardware(bandwidth=2.2e12, flops=1e18, pass_overhead_s=4e-4)
     found = calibrate(made_up_cells(truth), TARGET, DRAFT)
-    assert not found.compute_seen
-    assert "peak not seen" in found.to_markdown()
+    assert not found["compute_seen"]
+    assert "peak not seen" in calibration_to_markdown(found)
 
 
 def test_too_few_cells_are_refused() -> None:

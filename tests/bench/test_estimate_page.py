@@ -7,20 +7,19 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.bench.pairs_to_estimate import CHECKPOINTS, QWEN_7B, ROOT, folder, options
-from vllm_vispec.bench.estimate import (
-    EstimateOptions,
+from vllm_vispec.bench.estimate.calibrate import (
     calibrate,
-    draft_shape,
-    estimate,
+    calibration_to_markdown,
     hold_out,
     read_measured,
-    target_shape,
 )
-from vllm_vispec.bench.estimate.request import Row
+from vllm_vispec.bench.estimate.request import EstimateOptions, estimate
+from vllm_vispec.bench.estimate.shapes import draft_shape, target_shape
 
 PAGE = ROOT / "docs/estimate.md"
 BATCHES = (1, 8, 32, 64, 128)
@@ -40,14 +39,14 @@ def qwen(tmp_path: Path, rate: float, batches: tuple[int, ...]) -> EstimateOptio
         head=head,
         acceptance_rate=rate,
         num_speculative_tokens=tuple(range(1, 8)),
-        batch_sizes=batches,
+        batch_size=batches,
         context=1500,
     )
 
 
-def best(settings: EstimateOptions, batch: int = 1) -> Row:
-    rows = [row for row in estimate(settings).rows if row.prediction.batch == batch]
-    return max(rows, key=lambda row: row.prediction.decode_speedup)
+def best(settings: EstimateOptions) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = estimate(settings)["rows"]
+    return max(rows, key=lambda row: row["decode_speedup"])
 
 
 def speedups(tmp_path: Path) -> str:
@@ -56,10 +55,12 @@ def speedups(tmp_path: Path) -> str:
     for batch in BATCHES:
         cells = []
         for rate in (0.6, 0.7, 0.8):
-            row = best(qwen(tmp_path, rate, (batch,)), batch)
-            ends = f"{row.with_twice:.1f} to {row.without_overhead:.1f}"
-            k = row.prediction.num_speculative_tokens
-            cells.append(f"{row.prediction.decode_speedup:.1f} ({ends}), K = {k}")
+            row = best(qwen(tmp_path, rate, (batch,)))
+            ends = row["decode_speedup_by_overhead"]
+            cells.append(
+                f"{row['decode_speedup']:.1f} ({ends['twice']:.1f} to {ends['without']:.1f}), "
+                f"K = {row['num_speculative_tokens']}"
+            )
         lines.append(f"| {batch} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -75,23 +76,24 @@ def published(tmp_path: Path) -> str:
         for batch in (1, 16):
             whole = qwen(tmp_path, rate, (batch,))
             small = replace(whole, draft_vocab=DRAFT_VOCAB)
-            one, other = best(whole, batch).prediction, best(small, batch).prediction
-            gain = other.decode_speedup / one.decode_speedup - 1
+            one, other = best(whole), best(small)
+            gain = other["decode_speedup"] / one["decode_speedup"] - 1
             lines.append(
-                f"| {name} | {batch} | {one.decode_speedup:.2f}, K = {one.num_speculative_tokens} "
-                f"| {other.decode_speedup:.2f}, K = {other.num_speculative_tokens} | {gain:+.0%} | "
-                f"{break_even(small, batch, rate, one.decode_speedup):.1%} |"
+                f"| {name} | {batch} | {one['decode_speedup']:.2f}, "
+                f"K = {one['num_speculative_tokens']} | {other['decode_speedup']:.2f}, "
+                f"K = {other['num_speculative_tokens']} | {gain:+.0%} | "
+                f"{break_even(small, rate, one['decode_speedup']):.1%} |"
             )
     return "\n".join(lines)
 
 
-def break_even(small: EstimateOptions, batch: int, rate: float, wanted: float) -> float:
+def break_even(small: EstimateOptions, rate: float, wanted: float) -> float:
     """The coverage with which a smaller lm_head is as fast as the whole one."""
     low, high = 0.0, 1.0
     for _ in range(20):
         middle = (low + high) / 2
-        found = best(replace(small, acceptance_rate=rate * middle), batch)
-        low, high = (low, middle) if found.prediction.decode_speedup > wanted else (middle, high)
+        found = best(replace(small, acceptance_rate=rate * middle))["decode_speedup"]
+        low, high = (low, middle) if found > wanted else (middle, high)
     return high
 
 
@@ -104,7 +106,7 @@ def calibration(tmp_path: Path) -> str:
         draft_shape(CHECKPOINTS / "vispec_head", CHECKPOINTS / "target", "float32"),
         hold_out("k=5,10"),
     )
-    return f"{found.to_markdown()}\n{found.cells_to_markdown()}".strip()
+    return calibration_to_markdown(found).strip()
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

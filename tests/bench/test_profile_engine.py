@@ -10,10 +10,12 @@ import pytest
 from examples.tiny_vlm.questions import write_questions
 from tests.bench.fakes import HEAD, SAMPLES, TARGET
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
-from vllm_vispec.bench.profile import Profile, ProfileSettings, run_profile
 from vllm_vispec.bench.profile.parts import columns
 from vllm_vispec.bench.profile.probes import INTERPRETED
+from vllm_vispec.bench.profile.result import Profile
 from vllm_vispec.bench.profile.rounds import INCOMPLETE
+from vllm_vispec.bench.profile.run import run_profile
+from vllm_vispec.bench.profile.settings import ProfileSettings
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE
 from vllm_vispec.errors import ViSpecError
 

@@ -34,33 +34,37 @@ LATE = ("schedule",)
 class MatrixSettings(Record):
     """The matrix and what all its cells share.
 
+    First sentences are the options' help.
+
     Attributes:
-        target: folder or hub id.
-        dataset: its name, for the record; the samples are given apart.
-        head: ViSpec head, folder or hub id; None if no side needs it.
-        eagle_head: head of the side "eagle"; None if it is not asked for.
-        sides: names in `SIDES`.
-        concurrency: requests in flight, each value a cell.
-        num_speculative_tokens: K; every value is a group of servers of its own. At 0 the draft is
-            kept up and proposes nothing.
-        schedule: K by batch size, for the side "vispec_tuned".
-        temperatures: 0 is greedy.
-        image_tokens: tokens of a request's image, 0 for no image, `IMAGES_AS_THEY_ARE`.
-        design: a name in `vllm_vispec.bench.design.DESIGNS`: which combinations are measured.
-        repetitions: of every cell.
-        waves: a cell asks at least this many questions for every request in flight.
-        least: a cell asks at least this many questions, or all there are.
-        warm_up: requests sent to a server before its first cell; not recorded.
-        serve_args: options of `vllm serve` for all sides.
+        target: Target: a folder or hub id.
+        dataset: How to read --data: mmspec, vispec, openai or tiny.
+        head: ViSpec head: a folder or hub id. None if no side needs it.
+        eagle_head: Text-trained head for the side eagle.
+        sides: Of plain, ngram, eagle, vispec_zeroed, vispec, vispec_tuned.
+        concurrency: Requests in flight, e.g. 1,4,16. Each value is a cell.
+        num_speculative_tokens: K, e.g. 3,5. Every value is a group of servers of its own. At 0 the
+            draft is kept up and proposes nothing.
+        schedule: K by batch size for vispec_tuned: JSON or a file.
+        temperatures: 0 is greedy; e.g. 0,1.
+        image_tokens: Image tokens of a request, e.g. native,0,256. Native is
+            `IMAGES_AS_THEY_ARE`, and 0 sends no image.
+        design: full: every combination; star: each axis by itself. A name in
+            `vllm_vispec.bench.design.DESIGNS`.
+        repetitions: Of every cell.
+        waves: Questions of a cell per request in flight. It asks at least so many.
+        least: Questions of a cell, at least. Or all there are.
+        warm_up: Requests before a server's first cell. They are not recorded.
+        serve_args: Options of vllm serve for all sides, one string.
         ready_timeout_s: longest start of a server.
-        cell_timeout_s: longest cell.
+        cell_timeout_s: Longest cell, in seconds.
 
     Raises:
         ViSpecError: a value is unknown, missing or impossible.
     """
 
     target: str
-    dataset: str
+    dataset: str = "openai"
     head: str | None = None
     eagle_head: str | None = None
     sides: tuple[str, ...] = ("plain", "vispec")

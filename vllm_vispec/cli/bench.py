@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_vispec.cli.bench_calibrate import calibrate
-from vllm_vispec.cli.bench_estimate import estimate
+from vllm_vispec.bench.datasets.types import DatasetOptions
+from vllm_vispec.bench.matrix import MatrixSettings
+from vllm_vispec.cli.bench_estimate import calibrate, estimate
 from vllm_vispec.cli.bench_profile import profile
 from vllm_vispec.cli.bench_tune import tune
 from vllm_vispec.cli.errors import exit_on_error
-from vllm_vispec.cli.options import AS_THEY_ARE, INTERRUPTED, number_of_image_tokens, split
+from vllm_vispec.cli.options import INTERRUPTED
+from vllm_vispec.cli.settings import options_of
 
 if TYPE_CHECKING:
     from vllm_vispec.bench.datasets import LoadedDataset
-    from vllm_vispec.bench.matrix import MatrixSettings
 
 TINY_PAIR = "examples/tiny_vlm/checkpoints"
 
@@ -36,80 +37,21 @@ MaxTokens = Annotated[int | None, typer.Option(help="Longest answer; default: th
 
 
 @app.command()
+@options_of(MatrixSettings, DatasetOptions)
 def run(
-    target: Target,
+    settings: MatrixSettings,
+    options: DatasetOptions,
     data: Data,
     output: Annotated[Path, typer.Option(help="Folder; an earlier run in it is continued.")],
-    dataset: Dataset = "openai",
-    head: Annotated[str | None, typer.Option(help="ViSpec head: a folder or hub id.")] = None,
-    eagle_head: Annotated[
-        str | None, typer.Option(help="Text-trained head for the side eagle.")
-    ] = None,
-    sides: Annotated[
-        str, typer.Option(help="Of plain, ngram, eagle, vispec_zeroed, vispec, vispec_tuned.")
-    ] = "plain,vispec",
-    concurrency: Annotated[str, typer.Option(help="Requests in flight, e.g. 1,4,16.")] = "1",
-    num_speculative_tokens: Annotated[
-        str, typer.Option("--num-speculative-tokens", "-k", help="K, e.g. 3,5.")
-    ] = "4",
-    schedule: Annotated[
-        str | None, typer.Option(help="K by batch size for vispec_tuned: JSON or a file.")
-    ] = None,
-    temperatures: Annotated[str, typer.Option(help="0 is greedy; e.g. 0,1.")] = "0",
-    image_tokens: Annotated[
-        str, typer.Option(help="Image tokens of a request, e.g. native,0,256.")
-    ] = AS_THEY_ARE,
-    design: Annotated[
-        str, typer.Option(help="full: every combination; star: each axis by itself.")
-    ] = "full",
-    repetitions: Annotated[int, typer.Option(help="Of every cell.")] = 3,
-    waves: Annotated[int, typer.Option(help="Questions of a cell per request in flight.")] = 2,
-    least: Annotated[int, typer.Option(help="Questions of a cell, at least.")] = 24,
-    warm_up: Annotated[int, typer.Option(help="Requests before a server's first cell.")] = 2,
-    families: Annotated[str, typer.Option(help="Only these, separated by commas.")] = "",
-    limit: Limit = None,
-    max_tokens: MaxTokens = None,
-    seed: Annotated[int, typer.Option(help="Which samples --limit keeps.")] = 0,
-    image_root: Annotated[Path | None, typer.Option(help="Where image paths start.")] = None,
-    serve: Serve = "",
     port: Annotated[int, typer.Option(help="First port of the servers; 0: any.")] = 0,
-    cell_timeout: Annotated[float, typer.Option(help="Longest cell, in seconds.")] = 7200.0,
-) -> None:
+) -> int:
     """Measure a matrix of sides and settings, cell by cell, sides taking turns.
 
     The sides are servers on this machine, up at the same time; `vllm bench serve` makes the load.
     """
+    from vllm_vispec.bench.datasets.load import load_dataset
 
-    def measure() -> int:
-        from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
-        from vllm_vispec.bench.matrix import MatrixSettings
-        from vllm_vispec.bench.schedules import read_schedule
-
-        settings = MatrixSettings(
-            target=target,
-            dataset=dataset,
-            head=head,
-            eagle_head=eagle_head,
-            sides=split("--sides", sides, str),
-            concurrency=split("--concurrency", concurrency, int),
-            num_speculative_tokens=split("-k", num_speculative_tokens, int),
-            schedule=read_schedule(schedule) if schedule else (),
-            temperatures=split("--temperatures", temperatures, float),
-            image_tokens=split("--image-tokens", image_tokens, number_of_image_tokens),
-            design=design,
-            repetitions=repetitions,
-            waves=waves,
-            least=least,
-            warm_up=warm_up,
-            serve_args=tuple(shlex.split(serve)),
-            cell_timeout_s=cell_timeout,
-        )
-        wanted = split("--families", families, str) if families else ()
-        options = DatasetOptions(wanted, limit, seed, max_tokens, image_root)
-        return measure_matrix(settings, load_dataset(dataset, data, options), output, port)
-
-    with exit_on_error():
-        raise typer.Exit(measure())
+    return measure_matrix(settings, load_dataset(settings.dataset, data, options), output, port)
 
 
 @app.command()
@@ -133,7 +75,7 @@ def quick(
 
     def check() -> int:
         from vllm_vispec.bench import quick as small
-        from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
+        from vllm_vispec.bench.datasets.load import load_dataset
         from vllm_vispec.bench.schema import BenchRun
 
         serve_args = shlex.split(serve) or small.SERVE_ARGS

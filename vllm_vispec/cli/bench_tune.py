@@ -3,103 +3,86 @@
 from __future__ import annotations
 
 import json
-import shlex
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from vllm_vispec.cli.errors import exit_on_error
-from vllm_vispec.cli.options import INTERRUPTED, split
+from vllm_vispec.bench.datasets.types import DatasetOptions
+from vllm_vispec.bench.matrix import MatrixSettings
+from vllm_vispec.cli.options import INTERRUPTED
+from vllm_vispec.cli.settings import options_of
 from vllm_vispec.errors import ViSpecError
 
 if TYPE_CHECKING:
-    from vllm_vispec.bench.datasets import LoadedDataset
-    from vllm_vispec.bench.matrix import MatrixSettings
     from vllm_vispec.bench.tune import Tuning
 
-MEASURED = "measured"
 T = TypeVar("T")
+MEASURED = "measured"
 
 
+@dataclass(frozen=True)
+class TuneSettings:
+    """What is tuned. First sentences are the options' help.
+
+    Attributes:
+        target: Target: a folder or hub id.
+        data: The dataset's file or folder.
+        output: Folder; an earlier tuning in it is continued.
+        head: ViSpec head: a folder or hub id.
+        dataset: How to read --data: mmspec, vispec, openai or tiny.
+        concurrency: Requests in flight; the loads that are tuned.
+        num_speculative_tokens: K to choose from.
+        temperatures: 0 is greedy; several are averaged.
+        repetitions: Of every cell.
+        waves: Questions of a cell per request in flight.
+        least: Questions of a cell, at least.
+        limit: Most samples; default: all.
+        max_tokens: Longest answer; default: the dataset's.
+        serve_args: Options of vllm serve, one string.
+        port: First port of the servers; 0: any.
+        by: What counts: decode_speedup or e2e_speedup.
+        verify: Serve with the setting and measure it against plain vLLM.
+    """
+
+    target: str | None = None
+    data: Path | None = None
+    output: Path | None = None
+    head: str | None = None
+    dataset: str = "openai"
+    concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    num_speculative_tokens: tuple[int, ...] = (0, 1, 2, 3, 5)
+    temperatures: tuple[float, ...] = (0.0,)
+    repetitions: int = 3
+    waves: int = 2
+    least: int = 24
+    limit: int | None = None
+    max_tokens: int | None = None
+    serve_args: tuple[str, ...] = ()
+    port: int = 0
+    by: str = "decode_speedup"
+    verify: bool = True
+
+    def part(self, settings: type[T]) -> T:
+        """Return other settings with the values of the same names."""
+        names = {field.name for field in fields(settings)} & vars(self).keys()  # type: ignore[arg-type]
+        return settings(**{name: getattr(self, name) for name in names})
+
+
+@options_of(TuneSettings)
 def tune(
-    target: Annotated[str | None, typer.Option(help="Target: a folder or hub id.")] = None,
-    data: Annotated[Path | None, typer.Option(help="The dataset's file or folder.")] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder; an earlier tuning in it is continued.")
-    ] = None,
-    head: Annotated[str | None, typer.Option(help="ViSpec head: a folder or hub id.")] = None,
+    settings: TuneSettings,
     run: Annotated[
         Path | None,
         typer.Option("--from", help="Choose from a run of `vispec bench run`, measure nothing."),
     ] = None,
-    dataset: Annotated[
-        str, typer.Option(help="How to read --data: mmspec, vispec, openai or tiny.")
-    ] = "openai",
-    concurrency: Annotated[
-        str, typer.Option(help="Requests in flight; the loads that are tuned.")
-    ] = "1,2,4,8,16,32,64",
-    num_speculative_tokens: Annotated[
-        str, typer.Option("--num-speculative-tokens", "-k", help="K to choose from.")
-    ] = "0,1,2,3,5",
-    temperatures: Annotated[str, typer.Option(help="0 is greedy; several are averaged.")] = "0",
-    repetitions: Annotated[int, typer.Option(help="Of every cell.")] = 3,
-    waves: Annotated[int, typer.Option(help="Questions of a cell per request in flight.")] = 2,
-    least: Annotated[int, typer.Option(help="Questions of a cell, at least.")] = 24,
-    limit: Annotated[int | None, typer.Option(help="Most samples; default: all.")] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer; default: the dataset's.")
-    ] = None,
-    serve: Annotated[str, typer.Option(help="Options of vllm serve, one string.")] = "",
-    port: Annotated[int, typer.Option(help="First port of the servers; 0: any.")] = 0,
-    by: Annotated[
-        str, typer.Option(help="What counts: decode_speedup or e2e_speedup.")
-    ] = "decode_speedup",
-    verify: Annotated[
-        bool, typer.Option(help="Serve with the setting and measure it against plain vLLM.")
-    ] = True,
-) -> None:
+) -> int:
     """Find the K for every load on this machine and print the --speculative-config to use.
 
     Time never fails this: where the setting still loses, it says so.
     """
-
-    def measure() -> int:
-        from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
-        from vllm_vispec.bench.matrix import MatrixSettings
-
-        if run is not None:
-            return _from_run(run, output, by)
-        settings = MatrixSettings(
-            target=_needed("--target", target),
-            dataset=dataset,
-            head=_needed("--head", head),
-            concurrency=tuple(sorted(split("--concurrency", concurrency, int))),
-            num_speculative_tokens=split("-k", num_speculative_tokens, int),
-            temperatures=split("--temperatures", temperatures, float),
-            repetitions=repetitions,
-            waves=waves,
-            least=least,
-            serve_args=tuple(shlex.split(serve)),
-        )
-        options = DatasetOptions(limit=limit, max_tokens=max_tokens)
-        loaded = load_dataset(dataset, _needed("--data", data), options)
-        return _measured(settings, loaded, _needed("--output", output), port, by, verify)
-
-    with exit_on_error():
-        raise typer.Exit(measure())
-
-
-def _needed(flag: str, value: T | None) -> T:
-    """Return an option's value.
-
-    Raises:
-        ViSpecError: it was not given.
-    """
-    if value is None:
-        raise ViSpecError(f"{flag} is missing: give it, or --from with the folder of a run")
-    return value
+    return _measured(settings) if run is None else _from_run(run, settings.output, settings.by)
 
 
 def _from_run(run: Path, output: Path | None, by: str) -> int:
@@ -112,20 +95,25 @@ def _from_run(run: Path, output: Path | None, by: str) -> int:
     return 0
 
 
-def _measured(
-    settings: MatrixSettings, loaded: LoadedDataset, output: Path, port: int, by: str, verify: bool
-) -> int:
+def _measured(given: TuneSettings) -> int:
     """Measure, choose, try the choice; return the exit code."""
+    from vllm_vispec.bench.datasets.load import load_dataset
     from vllm_vispec.bench.schema import BenchRun
     from vllm_vispec.bench.tune import Tuning, verdicts, verify_folder, verify_settings
     from vllm_vispec.cli.bench import measure_matrix
 
+    for name in ("target", "head", "data", "output"):
+        if getattr(given, name) is None:
+            raise ViSpecError(f"--{name} is missing: give it, or --from with the folder of a run")
+    given = replace(given, concurrency=tuple(sorted(given.concurrency)))
+    settings, output, port = given.part(MatrixSettings), Path(given.output or ""), given.port
+    loaded = load_dataset(given.dataset, Path(given.data or ""), given.part(DatasetOptions))
     code = measure_matrix(settings, loaded, output / MEASURED, port)
     if code == INTERRUPTED:
         return code
     # Cells of an earlier, wider call are used too.
-    tuning = Tuning.of(BenchRun.load(output / MEASURED), by)
-    if not verify or tuning.config is None:
+    tuning = Tuning.of(BenchRun.load(output / MEASURED), given.by)
+    if not given.verify or tuning.config is None:
         _tell(tuning, output)
         return code
     typer.echo(f"trying --speculative-config '{json.dumps(tuning.config)}'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -50,3 +51,15 @@ def number_of_image_tokens(text: str) -> int:
     from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE
 
     return IMAGES_AS_THEY_ARE if text == AS_THEY_ARE else int(text)
+
+
+def shell_words(flag: str, text: str) -> tuple[str, ...]:
+    """Return the words of an option that takes a command line.
+
+    Raises:
+        ViSpecError: a quote is not closed.
+    """
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ViSpecError(f"{flag} {text}: {error}; close the quote") from error

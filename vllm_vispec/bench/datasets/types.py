@@ -23,13 +23,13 @@ class DatasetOptions:
     """Which part of a dataset is asked, and how.
 
     Attributes:
-        families: task families to keep; empty: all.
-        limit: most samples, taken from the families in turns; None: all.
-        seed: decides which samples a limit keeps. A sample's place depends on the seed and its own
-            id alone, so a smaller limit gives the beginning of what a larger one gives, and adding
+        families: Only these, separated by commas. Empty: all task families.
+        limit: Most samples; default: all. They are taken from the families in turns.
+        seed: Which samples --limit keeps. A sample's place depends on the seed and its own id
+            alone, so a smaller limit gives the beginning of what a larger one gives, and adding
             records to a file moves none of the others.
-        max_tokens: longest answer; None: what the adapter's benchmark uses.
-        image_root: folder that relative image paths start from; None: the adapter's convention.
+        max_tokens: Longest answer; default: the dataset's.
+        image_root: Where image paths start. None: the adapter's convention.
 
     Raises:
         ViSpecError: `limit` or `max_tokens` is below 1.

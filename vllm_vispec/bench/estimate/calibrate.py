@@ -2,117 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from math import exp, log
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from vllm_vispec.bench.estimate.measured import MeasuredCell
-from vllm_vispec.bench.estimate.roofline import (
-    Acceptance,
-    Hardware,
-    PassShape,
-    Prediction,
-    Workload,
-    predict,
-)
+from vllm_vispec.bench.estimate.roofline import Hardware, PassShape, Prediction, predict
+from vllm_vispec.bench.metric_functions import accepted_at
+from vllm_vispec.bench.pairing import PLAIN_SIDE, decoded
+from vllm_vispec.bench.schema import BenchRun, CellKey, CellResult
 from vllm_vispec.errors import ViSpecError
 
-MIN_CELLS = 3
-# Where the fit begins: overhead in s, bytes/s, FLOP/s. It ends at the best of them.
+EVERY_THIRD, MIN_CELLS = "every-third", 3
+# Where the fit begins, and its limits: overhead in s, bytes/s, FLOP/s.
 _STARTS = ((1e-4, 1e-2), (1e10, 1e12), (1e11, 1e14))
+_LIMITS = ((1e-9, 1e6, 1e6), (10.0, 1e16, 1e19))
 
 
 @dataclass(frozen=True)
-class CellError:
-    """A measured cell and what the model says about it.
+class MeasuredCell:
+    """What one cell of a run says about decoding.
 
     Attributes:
-        predicted_s: seconds per token by the model.
-        predicted_speedup, measured_speedup: decode_speedup against the plain cell of the same
-            batch; None for plain cells, and where there is none.
+        batch: sequences decoded at once; of a run, the concurrency.
+        num_speculative_tokens: 0 for plain decoding.
+        context: mean tokens per sequence, half of the answer included.
+        acceptance: share of rounds that accept each position; empty for plain decoding.
+        seconds_per_token: decode seconds per output token of one sequence.
+        group: cells of one group were measured side by side (of a run, its K).
     """
 
-    cell: MeasuredCell
-    predicted_s: float
-    predicted_speedup: float | None = None
-    measured_speedup: float | None = None
-
-    @property
-    def relative(self) -> float:
-        """Error of the seconds per token: predicted / measured - 1."""
-        return self.predicted_s / self.cell.seconds_per_token - 1
-
-    @property
-    def relative_speedup(self) -> float | None:
-        """Error of decode_speedup: predicted / measured - 1."""
-        if self.predicted_speedup is None or not self.measured_speedup:
-            return None
-        return self.predicted_speedup / self.measured_speedup - 1
+    batch: int
+    num_speculative_tokens: int
+    context: float
+    acceptance: tuple[float, ...]
+    seconds_per_token: float
+    group: int = 0
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What was fitted.
+def read_measured(path: Path, side: str, context: float | None = None) -> list[MeasuredCell]:
+    """Read a run folder, or a result file of `python -m benchmarks decode-speed`.
 
-    Attributes:
-        hardware: effective rates and overhead. On a machine where time goes into launching
-            kernels, the bandwidth takes up what grows with a model's size.
-        compute_seen: some fitted pass was limited by compute; else `hardware.flops` is only a
-            lower limit and says nothing about larger batches.
-        fitted, held_out: errors on the cells used, and on those left out.
+    Args:
+        side: of a run folder, what is compared with plain decoding.
+        context: tokens per sequence; of a result file only, which does not tell.
+
+    Raises:
+        ViSpecError: nothing usable is there.
     """
+    if path.is_dir():
+        cells = measured_cells(BenchRun.load(path), side)
+        if not any(cell.num_speculative_tokens for cell in cells):
+            raise ViSpecError(f"{path} has no finished cell of --side {side}: name one it has")
+        return cells
+    if context is None:
+        raise ViSpecError(f"{path} does not tell the tokens per sequence: give --context")
+    cells = []
+    try:
+        for one in json.loads(path.read_text(encoding="utf-8"))["results"]:
+            k, accepted = int(one["num_speculative_tokens"]), tuple(one["accepted_at"])
+            plain, ours = (1 / float(one[f"{x}_tokens_per_second"]) for x in ("plain", "vispec"))
+            cells.append(MeasuredCell(1, 0, context, (), plain, k))
+            cells.append(MeasuredCell(1, k, context, accepted, ours, k))
+    except (OSError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ViSpecError(
+            f"{path} cannot be read as a result of `python -m benchmarks decode-speed` "
+            f"({error!r}): give one, or the folder of a `vispec bench run`"
+        ) from error
+    return cells
 
-    hardware: Hardware
-    compute_seen: bool
-    fitted: tuple[CellError, ...]
-    held_out: tuple[CellError, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, marked as an estimate."""
-        return {
-            "kind": "estimate",
-            "hardware": asdict(self.hardware),
-            "compute_seen": self.compute_seen,
-            "fitted": _summary(self.fitted),
-            "held_out": _summary(self.held_out),
-            "cells": [_plain_error(error) for error in (*self.fitted, *self.held_out)],
-        }
-
-    def to_markdown(self) -> str:
-        """Return the rates and the errors in a few lines."""
-        compute = (
-            f"{self.hardware.flops / 1e9:.4g} GFLOP/s"
-            if self.compute_seen
-            else "peak not seen (no pass was limited by it)"
+def measured_cells(run: BenchRun, side: str) -> list[MeasuredCell]:
+    """Return the plain cells and those of a side, repetitions pooled, without what failed."""
+    pools: dict[CellKey, list[CellResult]] = defaultdict(list)
+    for cell in run.cells:
+        if cell.key.side in (PLAIN_SIDE, side) and cell.error is None:
+            pools[cell.key].append(cell)
+    found = []
+    for key, pool in pools.items():
+        requests, is_plain = decoded(pool), key.side == PLAIN_SIDE
+        acceptance = () if is_plain else accepted_at(pool, ())
+        seconds = sum(one.decode_s for one in requests)
+        if seconds <= 0 or acceptance is None:
+            continue
+        found.append(
+            MeasuredCell(
+                batch=key.concurrency,
+                num_speculative_tokens=0 if is_plain else key.num_speculative_tokens,
+                context=mean(one.prompt_tokens + one.output_tokens / 2 for one in requests),
+                acceptance=acceptance,
+                seconds_per_token=seconds / sum(one.output_tokens - 1 for one in requests),
+                group=key.num_speculative_tokens,
+            )
         )
-        rates = self.hardware
-        lines = [
-            f"**estimate**, fitted to {len(self.fitted)} cells: {1000 * rates.pass_overhead_s:.3g} "
-            f"ms overhead per pass, {rates.bandwidth / 1e9:.4g} GB/s effective, {compute}",
-            "",
-            "| cells | number | seconds per token: mean error | worst | decode_speedup: mean error "
-            "| worst |",
-            "|---|---|---|---|---|---|",
-            _markdown_row("fitted", self.fitted),
-            _markdown_row("held out", self.held_out),
-        ]
-        return "\n".join(lines) + "\n"
+    return found
 
-    def cells_to_markdown(self) -> str:
-        """Return every cell beside what the model says about it."""
-        marked = [("fitted", one) for one in self.fitted]
-        marked += [("held out", one) for one in self.held_out]
-        marked.sort(key=lambda item: _place(item[1].cell))
-        lines = [
-            "| batch | K | cell | ms per token: measured | predicted | error | decode_speedup: "
-            "measured | predicted | error |",
-            "|---|---|---|---|---|---|---|---|---|",
-            *(_cell_row(name, error) for name, error in marked),
-        ]
-        return "\n".join(lines) + "\n"
+
+def hold_out(text: str) -> Callable[[MeasuredCell], bool] | None:
+    """Return what `--hold-out` means: "batch=16,32", "k=5", or `EVERY_THIRD` (None).
+
+    Raises:
+        ViSpecError: it is none of these.
+    """
+    if text == EVERY_THIRD:
+        return None
+    name, _, values = text.partition("=")
+    try:
+        # With a K, the plain cells that were measured beside it, too.
+        attribute = {"batch": "batch", "k": "group"}[name]
+        wanted = {int(value) for value in values.split(",")}
+    except (KeyError, ValueError) as error:
+        raise ViSpecError(
+            f"--hold-out {text} is not understood: use {EVERY_THIRD}, batch=16,32 or k=5"
+        ) from error
+    return lambda cell: getattr(cell, attribute) in wanted
 
 
 def calibrate(
@@ -120,11 +128,12 @@ def calibrate(
     target: PassShape,
     draft: PassShape,
     hold_out: Callable[[MeasuredCell], bool] | None = None,
-) -> Calibration:
-    """Fit overhead, bandwidth and peak to measured cells.
+) -> dict[str, Any]:
+    """Fit overhead, bandwidth and peak to measured cells, and predict all of them.
 
-    Minimises the sum of log(predicted / measured)^2 of the seconds per token over the logarithms
-    of the three, from several starts; the same cells give the same result.
+    The same cells give the same result. Where time goes into launching kernels, the bandwidth takes
+    up what grows with a model's size. Unless `compute_seen`, no fitted pass was limited by compute
+    and `flops` is only a lower limit.
 
     Args:
         hold_out: cells that are not used for the fit but only to tell the error; None: every third
@@ -133,47 +142,47 @@ def calibrate(
     Raises:
         ViSpecError: fewer than three cells to fit, or a cell without a time.
     """
-    ordered = sorted(cells, key=_place)
+    ordered = sorted(cells, key=lambda cell: _place(asdict(cell)))
     if any(cell.seconds_per_token <= 0 for cell in ordered):
         raise ViSpecError("a measured cell has no decode time: leave it out of the calibration")
-    choose = hold_out or _every_third(ordered)
-    used = [cell for cell in ordered if not choose(cell)]
+    held = [hold_out(c) if hold_out else place % 3 == 1 for place, c in enumerate(ordered)]
+    used = [cell for cell, is_held in zip(ordered, held, strict=True) if not is_held]
     if len(used) < MIN_CELLS:
         raise ViSpecError(
             f"{len(used)} measured cells are too few to calibrate on: measure at least {MIN_CELLS} "
             "more than are held out"
         )
     hardware = _fit(used, target, draft)
-    found = {id(cell): _predict(cell, target, draft, hardware) for cell in ordered}
-    errors = {id(cell): _error(cell, found[id(cell)], ordered) for cell in ordered}
-    bounds = {b for cell in used for b in _bounds(found[id(cell)])}
-    return Calibration(
-        hardware,
-        "compute" in bounds,
-        tuple(errors[id(cell)] for cell in used),
-        tuple(errors[id(cell)] for cell in ordered if choose(cell)),
-    )
+    rows: list[dict[str, Any]] = []
+    bounds: set[str] = set()
+    for is_held, cell in sorted(zip(held, ordered, strict=True), key=lambda pair: pair[0]):
+        found = _predict(cell, target, draft, hardware)
+        rows.append({"held_out": is_held, **_compare(cell, found, ordered)})
+        bounds |= set() if is_held else {found.plain_bound, found.verify_bound}
+    return {
+        "kind": "estimate",
+        "hardware": asdict(hardware),
+        "compute_seen": "compute" in bounds,
+        "fitted": _summary([row for row in rows if not row["held_out"]]),
+        "held_out": _summary([row for row in rows if row["held_out"]]),
+        "cells": rows,
+    }
 
 
-def _place(cell: MeasuredCell) -> tuple[int, int, float]:
-    return cell.batch, cell.num_speculative_tokens, cell.context
-
-
-def _every_third(ordered: Sequence[MeasuredCell]) -> Callable[[MeasuredCell], bool]:
-    # Decided by place, the cells themselves may be equal.
-    held = {id(cell) for cell in ordered[1::3]}
-    return lambda cell: id(cell) in held
+def _place(cell: Mapping[str, Any]) -> tuple[float, ...]:
+    return cell["batch"], cell["num_speculative_tokens"], cell["context"]
 
 
 def _predict(
     cell: MeasuredCell, target: PassShape, draft: PassShape, hardware: Hardware
 ) -> Prediction:
-    work = Workload(cell.batch, cell.context)
-    accepted = Acceptance(cell.acceptance)
-    return predict(target, draft, hardware, work, accepted, cell.num_speculative_tokens)
+    k = cell.num_speculative_tokens
+    return predict(target, draft, hardware, cell.acceptance, k, cell.batch, cell.context)
 
 
 def _fit(cells: Sequence[MeasuredCell], target: PassShape, draft: PassShape) -> Hardware:
+    """Minimise the sum of log(predicted / measured)^2 of the seconds per token."""
+    import numpy as np
     from scipy.optimize import least_squares
 
     def hardware(point: Sequence[float]) -> Hardware:
@@ -181,76 +190,93 @@ def _fit(cells: Sequence[MeasuredCell], target: PassShape, draft: PassShape) -> 
         return Hardware(bandwidth, flops, overhead)
 
     def residuals(point: Sequence[float]) -> list[float]:
-        rates = hardware(point)
-        return [
-            log(_predict(cell, target, draft, rates).seconds_per_token / cell.seconds_per_token)
-            for cell in cells
-        ]
+        found = (_predict(cell, target, draft, hardware(point)) for cell in cells)
+        pairs = zip(found, cells, strict=True)
+        return [log(one.seconds_per_token / cell.seconds_per_token) for one, cell in pairs]
 
-    lower, upper = [log(1e-9), log(1e6), log(1e6)], [log(10.0), log(1e16), log(1e19)]
     fits = [
-        least_squares(residuals, [log(value) for value in start], bounds=(lower, upper))
+        least_squares(residuals, np.log(start), bounds=np.log(_LIMITS))
         for start in product(*_STARTS)
     ]
     return hardware(min(fits, key=lambda fit: fit.cost).x)
 
 
-def _error(cell: MeasuredCell, prediction: Prediction, cells: Sequence[MeasuredCell]) -> CellError:
-    if not cell.num_speculative_tokens:
-        return CellError(cell, prediction.seconds_per_token)
+def _compare(
+    cell: MeasuredCell, found: Prediction, cells: Sequence[MeasuredCell]
+) -> dict[str, Any]:
+    """Errors are predicted / measured - 1; the speedup's is against the nearest plain cell."""
     plain = [one for one in cells if not one.num_speculative_tokens and one.batch == cell.batch]
-    if not plain:
-        return CellError(cell, prediction.seconds_per_token)
-    nearest = min(plain, key=lambda one: (one.group != cell.group, abs(one.context - cell.context)))
-    measured = nearest.seconds_per_token / cell.seconds_per_token
-    return CellError(cell, prediction.seconds_per_token, prediction.decode_speedup, measured)
-
-
-def _bounds(prediction: Prediction) -> tuple[str, str]:
-    return prediction.plain_bound, prediction.verify_bound
-
-
-def _summary(errors: Sequence[CellError]) -> dict[str, Any]:
-    seconds = [abs(error.relative) for error in errors]
-    speedups = [abs(one) for error in errors if (one := error.relative_speedup) is not None]
+    predicted = measured = None
+    if cell.num_speculative_tokens and plain:
+        beside = min(plain, key=lambda p: (p.group != cell.group, abs(p.context - cell.context)))
+        predicted = found.decode_speedup
+        measured = beside.seconds_per_token / cell.seconds_per_token
     return {
-        "cells": len(errors),
-        "seconds_per_token": _mean_and_worst(seconds),
-        "decode_speedup": _mean_and_worst(speedups),
+        "cell": asdict(cell),
+        "predicted_s": found.seconds_per_token,
+        "predicted_speedup": predicted,
+        "measured_speedup": measured,
+        "relative": found.seconds_per_token / cell.seconds_per_token - 1,
+        "relative_speedup": predicted / measured - 1 if predicted and measured else None,
     }
 
 
-def _mean_and_worst(values: Sequence[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {"mean_error": round(mean(values), 4), "worst_error": round(max(values), 4)}
+def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {"cells": len(rows)}
+    for name, key in (("seconds_per_token", "relative"), ("decode_speedup", "relative_speedup")):
+        errors = [abs(row[key]) for row in rows if row[key] is not None] or None
+        summary[name] = errors and {
+            "mean_error": round(mean(errors), 4),
+            "worst_error": round(max(errors), 4),
+        }
+    return summary
 
 
-def _plain_error(error: CellError) -> dict[str, Any]:
-    return {**asdict(error), "relative": error.relative, "relative_speedup": error.relative_speedup}
-
-
-def _markdown_row(name: str, errors: Sequence[CellError]) -> str:
-    summary = _summary(errors)
-    cells = [name, str(summary["cells"])]
-    for part in ("seconds_per_token", "decode_speedup"):
-        found = summary[part]
-        cells += ["-", "-"] if found is None else [f"{value:.1%}" for value in found.values()]
-    return "| " + " | ".join(cells) + " |"
-
-
-def _cell_row(name: str, error: CellError) -> str:
-    cell = error.cell
-    speedups = (error.measured_speedup, error.predicted_speedup)
-    relative = error.relative_speedup
-    parts = [
-        str(cell.batch),
-        str(cell.num_speculative_tokens) if cell.num_speculative_tokens else "plain",
-        name,
-        f"{1000 * cell.seconds_per_token:.3g}",
-        f"{1000 * error.predicted_s:.3g}",
-        f"{error.relative:+.1%}",
-        *("-" if one is None else f"{one:.2f}" for one in speedups),
-        "-" if relative is None else f"{relative:+.1%}",
+def calibration_to_markdown(found: Mapping[str, Any]) -> str:
+    """Return the rates and the errors in a few lines, then every cell beside its prediction."""
+    rates, peak = found["hardware"], "peak not seen (no pass was limited by it)"
+    if found["compute_seen"]:
+        peak = f"{rates['flops'] / 1e9:.4g} GFLOP/s"
+    lines = [
+        f"**estimate**, fitted to {found['fitted']['cells']} cells: "
+        f"{1000 * rates['pass_overhead_s']:.3g} ms overhead per pass, "
+        f"{rates['bandwidth'] / 1e9:.4g} GB/s effective, {peak}",
+        "",
+        "| cells | number | seconds per token: mean error | worst | decode_speedup: mean error "
+        "| worst |",
+        "|---" * 6 + "|",
     ]
-    return "| " + " | ".join(parts) + " |"
+    for name in ("fitted", "held_out"):
+        one = found[name]
+        errors = [one[part] or {} for part in ("seconds_per_token", "decode_speedup")]
+        values = [part.get(which) for part in errors for which in ("mean_error", "worst_error")]
+        lines.append(_row(name.replace("_", " "), one["cells"], *(_as(".1%", x) for x in values)))
+    lines += [
+        "",
+        "| batch | K | cell | ms per token: measured | predicted | error | decode_speedup: "
+        "measured | predicted | error |",
+        "|---" * 9 + "|",
+    ]
+    for row in sorted(found["cells"], key=lambda row: _place(row["cell"])):
+        cell, speedups = row["cell"], (row["measured_speedup"], row["predicted_speedup"])
+        times = (1000 * cell["seconds_per_token"], 1000 * row["predicted_s"])
+        lines.append(
+            _row(
+                cell["batch"],
+                cell["num_speculative_tokens"] or "plain",
+                "held out" if row["held_out"] else "fitted",
+                *(_as(".3g", one) for one in times),
+                _as("+.1%", row["relative"]),
+                *(_as(".2f", one) for one in speedups),
+                _as("+.1%", row["relative_speedup"]),
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _row(*cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _as(form: str, value: float | None) -> str:
+    return "-" if value is None else format(value, form)

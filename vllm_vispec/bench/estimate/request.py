@@ -3,235 +3,244 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vllm_vispec.bench.estimate.devices import (
-    BANDWIDTH_SHARE,
-    COMPUTE_SHARE,
-    PASS_OVERHEAD_S,
-    get_device,
-)
-from vllm_vispec.bench.estimate.roofline import (
-    Acceptance,
-    Hardware,
-    PassShape,
-    Prediction,
-    Workload,
-    predict,
-)
-from vllm_vispec.bench.estimate.schedule import Schedule, best_schedule
-from vllm_vispec.bench.estimate.shapes import DecoderSizes, draft_shape, target_shape
+from vllm_vispec.bench.estimate.roofline import Hardware, PassShape, predict
+from vllm_vispec.bench.estimate.schedule import best_schedule
 from vllm_vispec.errors import ViSpecError
 
 NOTE = "estimate: a roofline calculation, not a measurement"
 
 
+PASSES = ("plain", "verify", "draft_first", "draft_step")
+ROW = (
+    "| {batch} | {num_speculative_tokens} | {tokens_per_round:.2f} | {decode_speedup:.2f} | "
+    "{without:.2f} / {twice:.2f} | {plain_ms:.2f} | {verify_ms:.2f} | {draft_first_ms:.2f}, "
+    "{draft_step_ms:.2f} | plain {plain_bound}, verify {verify_bound}, draft {draft_bound} |"
+)
+
+
+class Device(NamedTuple):
+    """What NVIDIA's data sheet says: TB/s, and dense peaks in TFLOP/s with 16 and 8 bits."""
+
+    terabytes: float
+    half: float
+    fp8: float | None
+    source: str
+
+
+_HALVED = "data sheet, SXM column, its TFLOPS with sparsity halved"
+DEVICES = {
+    "h100-sxm": Device(3.35, 989.4, 1978.9, f"NVIDIA H100 {_HALVED}"),
+    "h200": Device(4.8, 989.4, 1978.9, f"NVIDIA H200 {_HALVED}"),
+    "a100-80gb": Device(2.039, 312.0, None, "NVIDIA A100 80GB data sheet, SXM column"),
+    "l40s": Device(0.864, 362.05, 733.0, "NVIDIA L40S data sheet (dense figures)"),
+}
+
+
 @dataclass(frozen=True)
 class EstimateOptions:
-    """What to estimate.
+    """What to estimate. The first sentence about an attribute is the help of its option.
 
     Attributes:
-        target, head: folders with config.json, or shapes (see `explicit_shape`). A head's folder
-            needs a target's folder, whose lm_head it uses.
-        device: a name in `DEVICES`; None: `bandwidth_gbs` and `tflops` are given.
-        bandwidth_gbs, tflops: GB/s and TFLOP/s as reached, instead of a device's public ones.
-        dtype: overrides the one in config.json.
-        bandwidth_share, compute_share: share of a device's public rates that is reached.
-        pass_overhead_ms: of every pass.
-        acceptance: share of rounds that accept each position; None: `acceptance_rate` is given.
-        acceptance_rate: the same probability at every position, given the one before.
-        num_speculative_tokens: every K to estimate.
-        batch_sizes: every number of sequences decoded at once.
-        context, draft_context: see `Workload`.
-        draft_vocab: rows of a smaller draft lm_head.
+        target: Target's folder; config.json is enough.
+        head: Head's folder, any dialect. It needs a target's folder, whose lm_head it uses.
+        device: A GPU that is known by name.
+        bandwidth_gbs: GB/s as reached.
+        tflops: TFLOP/s as reached.
+        acceptance: Share of rounds that accept each position, e.g. 0.8,0.6,0.5.
+        acceptance_rate: Probability at every position, given the one before.
+        num_speculative_tokens: K.
+        batch_size: Sequences decoded at once.
+        context: Tokens of context per sequence.
+        draft_context: Those that the draft reads; default: as many.
+        draft_vocab: Rows of a smaller lm_head for the draft.
+        dtype: Instead of config.json's.
+        bandwidth_share: Share of a device's public bandwidth that is reached. The defaults of the
+            shares and the overhead are assumptions, no measurements of ours.
+        compute_share: Share of a device's public peak that is reached.
+        pass_overhead_ms: Of every pass, neither reading nor computing.
+        target_parameters: Instead of --target: weights a token passes.
+        target_bytes_per_parameter: E.g. 2 for bfloat16.
+        head_parameters: Instead of --head: weights a token passes.
+        head_bytes_per_parameter: E.g. 2 for bfloat16.
+        target_kv_bytes_per_token: With numbers: keys and values of a token, all layers.
+        head_kv_bytes_per_token: The same of the head's one layer.
+        lm_head_parameters: With numbers: hidden size times vocabulary.
 
     Raises:
         ViSpecError: settings are missing or exclude each other.
     """
 
-    target: Path | PassShape
-    head: Path | PassShape
+    target: Path | None = None
+    head: Path | None = None
     device: str | None = None
     bandwidth_gbs: float | None = None
     tflops: float | None = None
-    dtype: str | None = None
-    bandwidth_share: float = BANDWIDTH_SHARE
-    compute_share: float = COMPUTE_SHARE
-    pass_overhead_ms: float = PASS_OVERHEAD_S * 1000
-    acceptance: tuple[float, ...] | None = None
+    acceptance: tuple[float, ...] = ()
     acceptance_rate: float | None = None
     num_speculative_tokens: tuple[int, ...] = (1, 2, 3, 4, 5)
-    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    batch_size: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     context: float = 1024.0
     draft_context: float | None = None
     draft_vocab: int | None = None
+    dtype: str | None = None
+    bandwidth_share: float = 0.8
+    compute_share: float = 0.6
+    pass_overhead_ms: float = 0.2
+    target_parameters: float | None = None
+    target_bytes_per_parameter: float = 2.0
+    head_parameters: float | None = None
+    head_bytes_per_parameter: float = 2.0
+    target_kv_bytes_per_token: float | None = None
+    head_kv_bytes_per_token: float | None = None
+    lm_head_parameters: float = 0.0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, int | float) and one < 0:
+                    flag = field.name.replace("_", "-")
+                    raise ViSpecError(f"--{flag} {one} is negative: use 0 or more")
         rates = (self.bandwidth_gbs, self.tflops)
-        if (self.device is None) != (None not in rates) or (self.device and any(rates)):
+        if any(rates) if self.device else not all(rates):
             raise ViSpecError("give either --device, or both --bandwidth-gbs and --tflops")
-        if (self.acceptance is None) == (self.acceptance_rate is None):
+        if (not self.acceptance) == (self.acceptance_rate is None):
             raise ViSpecError("give either --acceptance (per position) or --acceptance-rate")
-        if not self.num_speculative_tokens or not self.batch_sizes:
-            raise ViSpecError("give at least one -k and one --batch-size")
-        if isinstance(self.head, Path) and not isinstance(self.target, Path):
+        if not self.num_speculative_tokens or not all(self.batch_size or (0,)):
+            raise ViSpecError("give at least one -k, and one --batch-size of at least 1")
+        for name in ("bandwidth_share", "compute_share"):
+            if not 0 < (share := getattr(self, name)) <= 1:
+                flag = name.replace("_", "-")
+                raise ViSpecError(f"--{flag} {share} is no share: use more than 0, at most 1")
+        for name in ("target", "head"):
+            folder = getattr(self, name)
+            if (folder is None) == (getattr(self, f"{name}_parameters") is None):
+                raise ViSpecError(f"give either --{name} (a folder) or --{name}-parameters")
+            if folder is not None and getattr(self, f"{name}_kv_bytes_per_token") is not None:
+                raise ViSpecError(
+                    f"--{name}-kv-bytes-per-token goes with --{name}-parameters: leave it out, "
+                    f"{folder}/config.json tells it"
+                )
+        if self.head is not None and self.target is None:
             raise ViSpecError(
                 "--head is a folder, the target is given by numbers: give --target as a folder, or "
                 "the head by numbers"
             )
 
     def hardware(self) -> Hardware:
-        """Return the rates to calculate with."""
+        """Return the rates given, or a device's times the share of them that is reached."""
         overhead = self.pass_overhead_ms / 1000
-        if self.bandwidth_gbs is not None and self.tflops is not None:
+        if self.bandwidth_gbs and self.tflops:
             return Hardware(self.bandwidth_gbs * 1e9, self.tflops * 1e12, overhead)
-        return get_device(str(self.device)).hardware(
-            self._dtype(),
-            bandwidth_share=self.bandwidth_share,
-            compute_share=self.compute_share,
-            pass_overhead_s=overhead,
-        )
+        device = DEVICES.get(str(self.device))
+        if device is None:
+            raise ViSpecError(
+                f"--device {self.device} is unknown: use one of {', '.join(DEVICES)}, or give "
+                "--bandwidth-gbs and --tflops"
+            )
+        dtype = self.dtype or "bfloat16"
+        if self.target is not None:
+            from vllm_vispec.bench.estimate.shapes import DecoderSizes
 
-    def _dtype(self) -> str:
-        """The one asked for, else the target's, else bfloat16."""
-        if self.dtype is None and isinstance(self.target, Path):
-            return DecoderSizes.read(self.target, "target").dtype
-        return self.dtype or "bfloat16"
+            dtype = DecoderSizes.read(self.target, "target", self.dtype).dtype
+        peak = {"bfloat16": device.half, "float16": device.half, "fp8": device.fp8}.get(dtype)
+        if peak is None:
+            raise ViSpecError(
+                f"--device {self.device} has no public peak for dtype {dtype} here: give --tflops "
+                "and --bandwidth-gbs"
+            )
+        bandwidth = device.terabytes * 1e12 * self.bandwidth_share
+        return Hardware(bandwidth, peak * 1e12 * self.compute_share, overhead)
 
     def shapes(self) -> tuple[PassShape, PassShape]:
         """Return those of target and draft."""
-        target = self.target
-        shape = target_shape(target, self.dtype) if isinstance(target, Path) else target
-        if isinstance(self.head, PassShape) or not isinstance(target, Path):
-            assert isinstance(self.head, PassShape)  # __post_init__ refuses the rest
-            return shape, self.head
-        return shape, draft_shape(self.head, target, self.dtype, self.draft_vocab)
+        from vllm_vispec.bench.estimate.shapes import draft_shape, target_shape
 
-    def accepted(self) -> Acceptance:
-        """Return the acceptance at every position that some K needs."""
-        if self.acceptance is not None:
-            return Acceptance(self.acceptance)
-        assert self.acceptance_rate is not None  # __post_init__ refuses the rest
-        return Acceptance.constant(self.acceptance_rate, max(self.num_speculative_tokens))
+        if self.target is None:
+            return self._by_numbers("target"), self._by_numbers("head")
+        target = target_shape(self.target, self.dtype)
+        if self.head is None:
+            return target, self._by_numbers("head")
+        return target, draft_shape(self.head, self.target, self.dtype, self.draft_vocab)
 
-    def assumptions(self) -> tuple[str, ...]:
+    def _by_numbers(self, name: str) -> PassShape:
+        """The FLOPs of attention are left out."""
+        parameters, lm_head = getattr(self, f"{name}_parameters"), self.lm_head_parameters
+        read = (parameters + lm_head) * getattr(self, f"{name}_bytes_per_parameter")
+        kv_bytes = getattr(self, f"{name}_kv_bytes_per_token") or 0.0
+        return PassShape(read, parameters, lm_head, kv_bytes)
+
+    def assumptions(self) -> list[str]:
         """Return what the numbers rest on, a line each."""
         rates = "bandwidth and peak as given"
         if self.device is not None:
-            device = get_device(self.device)
+            device = DEVICES[self.device]
             rates = (
-                f"{self.bandwidth_share:.0%} of {device.bandwidth / 1e12:.3g} TB/s and "
+                f"{self.bandwidth_share:.0%} of {device.terabytes:.3g} TB/s and "
                 f"{self.compute_share:.0%} of the dense peak are reached; public figures: "
                 f"{device.source}"
             )
-        return (
+        return [
             rates,
             f"{self.pass_overhead_ms:g} ms of every pass are overhead",
             f"{self.context:g} tokens of context per sequence; acceptance is an input here and "
             "holds for the data it was measured on",
             "left out: tensor parallelism, activations, sampling, prefills that share a step",
-        )
-
-
-@dataclass(frozen=True)
-class Row:
-    """An estimate, and what it becomes without overhead and with twice as much."""
-
-    prediction: Prediction
-    without_overhead: float
-    with_twice: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        ends = {"without": self.without_overhead, "twice": self.with_twice}
-        return {**self.prediction.to_json(), "decode_speedup_by_overhead": ends}
-
-
-@dataclass(frozen=True)
-class EstimateTable:
-    """Estimates for every batch size and K.
-
-    Attributes:
-        rows: batch sizes outside, K inside.
-        assumptions: what they rest on.
-    """
-
-    hardware: Hardware
-    target: PassShape
-    draft: PassShape
-    rows: tuple[Row, ...]
-    assumptions: tuple[str, ...]
-
-    def schedule(self) -> Schedule:
-        """Return the best K by batch size, as `num_speculative_tokens_per_batch_size` takes it."""
-        speedups: dict[int, dict[int, float]] = defaultdict(dict)
-        for row in self.rows:
-            one = row.prediction
-            speedups[one.batch][one.num_speculative_tokens] = one.decode_speedup
-        return best_schedule(speedups)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain data."""
-        return {
-            "kind": "estimate",
-            "note": NOTE,
-            "assumptions": list(self.assumptions),
-            "hardware": asdict(self.hardware),
-            "target": asdict(self.target),
-            "draft": asdict(self.draft),
-            "num_speculative_tokens_per_batch_size": [list(entry) for entry in self.schedule()],
-            "rows": [row.to_json() for row in self.rows],
-        }
-
-    def to_markdown(self) -> str:
-        """Return the table, the assumptions below it."""
-        lines = [
-            f"**{NOTE}**",
-            "",
-            "| batch | K | tokens_per_round | decode_speedup (estimate) | without / with twice the "
-            "overhead | plain pass, ms | verify, ms | draft first, step, ms | limits |",
-            "|---|---|---|---|---|---|---|---|---|",
-            *(_markdown_row(row) for row in self.rows),
-            "",
-            *(f"- {line}" for line in self.assumptions),
-            '- best K by batch size (estimate): `"num_speculative_tokens_per_batch_size": '
-            f"{[list(entry) for entry in self.schedule()]}`",
         ]
-        return "\n".join(lines) + "\n"
 
 
-def estimate(options: EstimateOptions) -> EstimateTable:
-    """Estimate every batch size and K.
+def estimate(options: EstimateOptions) -> dict[str, Any]:
+    """Estimate every batch size (outer) and K, also with no overhead and with twice as much.
 
     Raises:
         ViSpecError: a setting or a config.json cannot be used.
     """
-    target, draft = options.shapes()
-    hardware, accepted = options.hardware(), options.accepted()
-    overhead = hardware.pass_overhead_s
-    variants = [replace(hardware, pass_overhead_s=factor * overhead) for factor in (1, 0, 2)]
-    rows = []
-    for batch in options.batch_sizes:
-        work = Workload(batch, options.context, options.draft_context)
-        for k in options.num_speculative_tokens:
-            mid, low, high = (predict(target, draft, one, work, accepted, k) for one in variants)
-            rows.append(Row(mid, low.decode_speedup, high.decode_speedup))
-    return EstimateTable(hardware, target, draft, tuple(rows), options.assumptions())
+    hardware, (target, draft) = options.hardware(), options.shapes()
+    rate, longest = options.acceptance_rate, max(options.num_speculative_tokens)
+    accepted = options.acceptance
+    if rate is not None:
+        accepted = tuple(rate**k for k in range(1, longest + 1))
+    rows, speedups = [], defaultdict[int, dict[int, float]](dict)
+    for batch, k in product(options.batch_size, options.num_speculative_tokens):
+        work = (accepted, k, batch, options.context, options.draft_context)
+        mid, low, high = (
+            predict(target, draft, replace(hardware, pass_overhead_s=x), *work)
+            for x in (hardware.pass_overhead_s, 0.0, 2 * hardware.pass_overhead_s)
+        )
+        ends = {"without": low.decode_speedup, "twice": high.decode_speedup}
+        rows.append({"kind": "estimate", **asdict(mid), "decode_speedup_by_overhead": ends})
+        speedups[batch][k] = mid.decode_speedup
+    return {
+        "kind": "estimate",
+        "note": NOTE,
+        "assumptions": options.assumptions(),
+        "hardware": asdict(hardware),
+        "target": asdict(target),
+        "draft": asdict(draft),
+        "num_speculative_tokens_per_batch_size": [list(one) for one in best_schedule(speedups)],
+        "rows": rows,
+    }
 
 
-def _markdown_row(row: Row) -> str:
-    one = row.prediction
-    cells = (
-        one.batch,
-        one.num_speculative_tokens,
-        f"{one.tokens_per_round:.2f}",
-        f"{one.decode_speedup:.2f}",
-        f"{row.without_overhead:.2f} / {row.with_twice:.2f}",
-        f"{1000 * one.plain_s:.2f}",
-        f"{1000 * one.verify_s:.2f}",
-        f"{1000 * one.draft_first_s:.2f}, {1000 * one.draft_step_s:.2f}",
-        f"plain {one.plain_bound}, verify {one.verify_bound}, draft {one.draft_bound}",
-    )
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+def estimate_to_markdown(found: Mapping[str, Any]) -> str:
+    """Return the table, the assumptions below it."""
+    rows = [{**row, **row["decode_speedup_by_overhead"]} for row in found["rows"]]
+    schedule = found["num_speculative_tokens_per_batch_size"]
+    lines = [
+        f"**{NOTE}**",
+        "",
+        "| batch | K | tokens_per_round | decode_speedup (estimate) | without / with twice the "
+        "overhead | plain pass, ms | verify, ms | draft first, step, ms | limits |",
+        "|---" * 9 + "|",
+        *(ROW.format(**row, **{f"{x}_ms": 1000 * row[f"{x}_s"] for x in PASSES}) for row in rows),
+        "",
+        *(f"- {line}" for line in found["assumptions"]),
+        f'- best K by batch size (estimate): `"num_speculative_tokens_per_batch_size": {schedule}`',
+    ]
+    return "\n".join(lines) + "\n"

@@ -7,16 +7,15 @@ and prefills that share a step with decoding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from vllm_vispec.errors import ViSpecError
 
 
 @dataclass(frozen=True)
 class PassShape:
-    """What a forward pass of a model reads and computes; all zeros is a model that costs nothing.
+    """What a forward pass of a model reads and computes.
 
     Attributes:
         weight_bytes: weights read once per pass, lm_head included.
@@ -32,140 +31,40 @@ class PassShape:
     kv_bytes_per_token: float = 0.0
     attention_flops_per_token: float = 0.0
 
-    def bytes_read(self, batch: int, context: float) -> float:
-        """Bytes of a pass: weight_bytes + batch * context * kv_bytes_per_token."""
-        return self.weight_bytes + batch * context * self.kv_bytes_per_token
 
-    def flops(self, tokens: int, rows: int, context: float) -> float:
-        """FLOPs of a pass.
-
-        2 * (tokens * token_parameters + rows * row_parameters)
-        + tokens * context * attention_flops_per_token
-
-        Args:
-            tokens: tokens of all sequences in the pass.
-            rows: those of them whose logits are wanted.
-            context: tokens each of them attends to.
-        """
-        products = 2 * (tokens * self.token_parameters + rows * self.row_parameters)
-        return products + tokens * context * self.attention_flops_per_token
+FREE = PassShape(0.0, 0.0, 0.0)
+"""A draft that costs nothing, overhead included: the limit of what a better draft can gain."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Rates to calculate with: what is reached, not what a data sheet says.
-
-    Attributes:
-        bandwidth: bytes/s.
-        flops: FLOP/s.
-        pass_overhead_s: seconds of every pass that are neither reading nor computing (kernel
-            launches, host work).
-
-    Raises:
-        ViSpecError: a rate is not positive, or the overhead is negative.
-    """
+    """Rates as they are reached: bytes/s, FLOP/s, and seconds of a pass that are neither."""
 
     bandwidth: float
     flops: float
     pass_overhead_s: float = 0.0
 
-    def __post_init__(self) -> None:
-        for name in ("bandwidth", "flops"):
-            if getattr(self, name) <= 0:
-                raise ViSpecError(f"{name} {getattr(self, name)} is no rate: use more than 0")
-        if self.pass_overhead_s < 0:
-            raise ViSpecError(f"pass overhead {self.pass_overhead_s} s is negative: use 0 or more")
+    def run(
+        self, shape: PassShape, batch: int, context: float, tokens: int, rows: int
+    ) -> tuple[float, str]:
+        """Return the seconds of a pass, and which rate limits it: "bandwidth" or "compute".
 
-    def seconds(self, bytes_read: float, flops: float) -> float:
-        """Seconds of a pass: overhead + max(bytes / bandwidth, flops / peak)."""
-        return self.pass_overhead_s + max(bytes_read / self.bandwidth, flops / self.flops)
-
-    def bound(self, bytes_read: float, flops: float) -> str:
-        """Which rate limits a pass: "bandwidth" or "compute"."""
-        is_compute = flops / self.flops > bytes_read / self.bandwidth
-        return "compute" if is_compute else "bandwidth"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is decoded.
-
-    Attributes:
-        batch: sequences decoded at once.
-        context: tokens of each of them, images included, on average over its answer.
-        draft_context: tokens the draft reads keys and values of; None: the same. Less where KV
-            blocks of masked image tokens are dropped.
-
-    Raises:
-        ViSpecError: a value is impossible.
-    """
-
-    batch: int = 1
-    context: float = 0.0
-    draft_context: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ViSpecError(f"batch {self.batch} is too small: use at least 1")
-        if min(self.context, self.draft_context or 0) < 0:
-            raise ViSpecError("context is negative: use 0 or more tokens")
-
-    @property
-    def draft_reads(self) -> float:
-        """Tokens of context the draft reads."""
-        return self.context if self.draft_context is None else self.draft_context
-
-
-@dataclass(frozen=True)
-class Acceptance:
-    """Share of rounds that accept the draft token at each position, as vLLM counts it.
-
-    Raises:
-        ViSpecError: no shares, or they rise: then they are not counted over all rounds.
-    """
-
-    by_position: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        shares = (1.0, *self.by_position)
-        if any(not 0 <= share <= 1 for share in shares):
-            raise ViSpecError(f"acceptance {list(self.by_position)} has a value outside 0 to 1")
-        if any(later > earlier for earlier, later in pairwise(shares)):
-            raise ViSpecError(
-                f"acceptance {list(self.by_position)} rises: give the share of all rounds that "
-                "accept each position, not the share of those that accepted the one before"
-            )
-
-    @classmethod
-    def constant(cls, rate: float, num_speculative_tokens: int) -> Acceptance:
-        """Every token is accepted with the same probability if the one before was: rate ** k."""
-        return cls(tuple(rate**k for k in range(1, num_speculative_tokens + 1)))
-
-    def tokens_per_round(self, num_speculative_tokens: int) -> float:
-        """1 + the sum of the shares of the first K positions.
-
-        Raises:
-            ViSpecError: there are fewer than K.
+        Args:
+            batch: sequences whose keys and values are read, `context` tokens of each.
+            tokens: tokens of all sequences in the pass.
+            rows: those of them whose logits are wanted.
         """
-        if num_speculative_tokens > len(self.by_position):
-            raise ViSpecError(
-                f"acceptance is given for {len(self.by_position)} positions, K is "
-                f"{num_speculative_tokens}: give a share for every position"
-            )
-        return 1 + sum(self.by_position[:num_speculative_tokens])
+        products = tokens * shape.token_parameters + rows * shape.row_parameters
+        flops = 2 * products + tokens * context * shape.attention_flops_per_token
+        reading = (shape.weight_bytes + batch * context * shape.kv_bytes_per_token) / self.bandwidth
+        computing = flops / self.flops
+        limit = "compute" if computing > reading else "bandwidth"
+        return self.pass_overhead_s + max(reading, computing), limit
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """An estimate for one K and one workload. Seconds are per pass or per round.
-
-    Attributes:
-        plain_s: plain decoding, one pass: one token per sequence.
-        verify_s: target pass over K + 1 tokens per sequence.
-        draft_first_s: the draft's pass over the tokens of the round before (K + 1 per sequence).
-        draft_step_s: each further draft pass (one token per sequence).
-        plain_bound, verify_bound, draft_bound: "bandwidth" or "compute".
-    """
+    """An estimate for one K and one batch size; `predict` has the passes. Seconds per pass."""
 
     num_speculative_tokens: int
     batch: int
@@ -177,79 +76,68 @@ class Prediction:
     plain_bound: str
     verify_bound: str
     draft_bound: str
+    round_s: float
+    seconds_per_token: float
+    decode_speedup: float
 
-    @property
-    def round_s(self) -> float:
-        """verify_s + draft_first_s + (K - 1) * draft_step_s; plain_s if K is 0."""
-        k = self.num_speculative_tokens
-        return self.verify_s + (self.draft_first_s + (k - 1) * self.draft_step_s if k else 0.0)
 
-    @property
-    def seconds_per_token(self) -> float:
-        """Of one sequence: round_s / tokens_per_round."""
-        return self.round_s / self.tokens_per_round
+def tokens_per_round(acceptance: Sequence[float], k: int) -> float:
+    """Return 1 + the shares of rounds that accept the first K draft tokens, as vLLM counts them.
 
-    @property
-    def decode_speedup(self) -> float:
-        """plain_s / seconds_per_token."""
-        return self.plain_s / self.seconds_per_token
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, marked as an estimate."""
-        derived = {"round_s": self.round_s, "decode_speedup": self.decode_speedup}
-        return {"kind": "estimate", **asdict(self), **derived}
+    Raises:
+        ViSpecError: a share is missing or impossible, or they rise.
+    """
+    shares = list(acceptance)
+    if any(not 0 <= share <= 1 for share in shares):
+        raise ViSpecError(f"acceptance {shares} has a value outside 0 to 1")
+    if any(later > earlier for earlier, later in pairwise(shares)):
+        raise ViSpecError(
+            f"acceptance {shares} rises: give the share of all rounds that accept each position, "
+            "not the share of those that accepted the one before"
+        )
+    if k > len(shares):
+        raise ViSpecError(
+            f"acceptance is given for {len(shares)} positions, K is {k}: give every position's"
+        )
+    return 1 + sum(shares[:k])
 
 
 def predict(
     target: PassShape,
     draft: PassShape,
     hardware: Hardware,
-    work: Workload,
-    acceptance: Acceptance | Sequence[float],
-    num_speculative_tokens: int,
+    acceptance: Sequence[float],
+    k: int,
+    batch: int,
+    context: float,
+    draft_context: float | None = None,
 ) -> Prediction:
-    """Estimate decode_speedup.
+    """Estimate plain decoding (a token per sequence) and a round.
 
-    With B sequences, K draft tokens, context c (c_d for the draft) and pass times t = overhead +
-    max(bytes / bandwidth, flops / peak):
+    A round is a target pass that verifies K + 1 tokens per sequence, the draft's first pass over
+    the tokens of the round before (as many), and K - 1 draft passes over one token per sequence.
 
-        plain        t_target(B tokens, B rows of logits, c)
-        verify       t_target(B (K + 1) tokens, B (K + 1) rows, c)
-        draft first  t_draft(B (K + 1) tokens, B rows, c_d)
-        draft step   t_draft(B tokens, B rows, c_d), K - 1 times
-        tokens_per_round = 1 + sum of the acceptance at positions 1 to K
-        decode_speedup   = tokens_per_round * plain / (verify + first + (K - 1) * step)
+    Args:
+        acceptance: see `tokens_per_round`.
+        k: draft tokens; 0 is plain decoding.
+        batch: sequences decoded at once.
+        context: tokens of each of them, images included, on average over its answer.
+        draft_context: those of which the draft reads keys and values; None: as many. Less where KV
+            blocks of masked image tokens are dropped.
 
     Raises:
-        ViSpecError: K is negative, or the acceptance does not cover it.
+        ViSpecError: the acceptance is impossible or does not cover K.
     """
-    k, batch = num_speculative_tokens, work.batch
-    if k < 0:
-        raise ViSpecError(f"num_speculative_tokens {k} is negative: use 0 (plain) or more")
-    if not isinstance(acceptance, Acceptance):
-        acceptance = Acceptance(tuple(acceptance))
-    wide = batch * (k + 1)
-    target_bytes = target.bytes_read(batch, work.context)
-    draft_bytes = draft.bytes_read(batch, work.draft_reads)
-    plain = (target_bytes, target.flops(batch, batch, work.context))
-    verify = (target_bytes, target.flops(wide, wide, work.context))
-    first = (draft_bytes, draft.flops(wide, batch, work.draft_reads))
-    step = (draft_bytes, draft.flops(batch, batch, work.draft_reads))
-    # A draft that costs nothing has no overhead, either.
-    is_free = draft == FREE
+    wide, reads = batch * (k + 1), context if draft_context is None else draft_context
+    plain, plain_bound = hardware.run(target, batch, context, batch, batch)
+    verify, verify_bound = hardware.run(target, batch, context, wide, wide)
+    first, _ = hardware.run(draft, batch, reads, wide, batch)
+    step, draft_bound = hardware.run(draft, batch, reads, batch, batch)
+    if draft == FREE:
+        first = step = 0.0
+    tokens = tokens_per_round(acceptance, k)
+    round_s = verify + (first + (k - 1) * step if k else 0.0)
+    times, bounds = (plain, verify, first, step), (plain_bound, verify_bound, draft_bound)
     return Prediction(
-        num_speculative_tokens=k,
-        batch=batch,
-        tokens_per_round=acceptance.tokens_per_round(k),
-        plain_s=hardware.seconds(*plain),
-        verify_s=hardware.seconds(*verify),
-        draft_first_s=0.0 if is_free else hardware.seconds(*first),
-        draft_step_s=0.0 if is_free else hardware.seconds(*step),
-        plain_bound=hardware.bound(*plain),
-        verify_bound=hardware.bound(*verify),
-        draft_bound=hardware.bound(*step),
+        k, batch, tokens, *times, *bounds, round_s, round_s / tokens, plain * tokens / round_s
     )
-
-
-FREE = PassShape(0.0, 0.0, 0.0)
-"""A draft that costs nothing: the limit of what a better draft can gain."""

@@ -12,24 +12,23 @@ Schedule = list[tuple[int, int, int]]
 def best_schedule(speedups: Mapping[int, Mapping[int, float]]) -> Schedule:
     """Choose the fastest K for every batch size, 0 where none is faster than plain.
 
-    A range reaches up to the next batch size that is known; behind the last one vLLM goes on with
-    the last K. Of two equally fast K the smaller one is chosen.
+    Of two equally fast K the smaller one is chosen.
 
     Args:
         speedups: batch size -> K -> decode_speedup, measured or estimated.
     """
-    chosen = []
-    for batch in sorted(speedups):
-        found = speedups[batch]
-        if not found:
-            continue
-        k = max(sorted(found), key=lambda one: found[one])
-        chosen.append((batch, k if found[k] > 1 else 0))
-    return merged_ranges(chosen)
+    best = [
+        (batch, max(sorted(found), key=found.__getitem__))
+        for batch, found in sorted(speedups.items())
+        if found
+    ]
+    return merged_ranges([(batch, k if speedups[batch][k] > 1 else 0) for batch, k in best])
 
 
 def merged_ranges(chosen: Sequence[tuple[int, int]], midway: bool = False) -> Schedule:
     """Turn the K of single batch sizes into ranges, neighbours with the same K into one.
+
+    A range reaches up to the next batch size; behind the last one vLLM goes on with the last K.
 
     Args:
         chosen: (batch size, K) in order.
@@ -40,15 +39,11 @@ def merged_ranges(chosen: Sequence[tuple[int, int]], midway: bool = False) -> Sc
     for index, (batch, k) in enumerate(chosen):
         last = batch
         if index + 1 < len(chosen):
-            last = _border(batch, chosen[index + 1][0], midway) - 1
-        first = merged[-1][1] + 1 if merged else 1
+            following = chosen[index + 1][0]
+            border = max(batch + 1, round(sqrt(batch * following))) if midway else following
+            last = border - 1
         if merged and merged[-1][2] == k:
             merged[-1] = (merged[-1][0], last, k)
         else:
-            merged.append((first, last, k))
+            merged.append((merged[-1][1] + 1 if merged else 1, last, k))
     return merged
-
-
-def _border(batch: int, following: int, midway: bool) -> int:
-    """Return the first batch size that takes the next K."""
-    return max(batch + 1, round(sqrt(batch * following))) if midway else following

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from vllm_vispec.bench.estimate.roofline import PassShape
 from vllm_vispec.dialects.fields import text_fields
@@ -18,77 +18,86 @@ DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0}
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-@dataclass(frozen=True)
-class DecoderSizes:
-    """Sizes of a decoder with gated MLPs, as config.json states them.
+class DecoderSizes(BaseModel):
+    """Sizes of a decoder with gated MLPs, as config.json states them."""
 
-    Raises:
-        ViSpecError: a size is missing or impossible; the message names file and field.
-    """
+    model_config = ConfigDict(strict=True, frozen=True)
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    vocab_size: PositiveInt
     dtype: str
+    is_draft_vlm: bool
 
     @classmethod
-    def read(cls, folder: Path, name: str, dtype: str | None = None) -> DecoderSizes:
-        """Read a folder's config.json.
+    def read(cls, folder: Path, name: str, dtype: str | None = None) -> Self:
+        """Read a folder's config.json; weights are not needed.
 
         Args:
-            folder: holds config.json; weights are not needed.
             name: "target" or "head", for messages.
             dtype: overrides the one in config.json.
+
+        Raises:
+            ViSpecError: a size is missing or impossible; the message names file and field.
         """
-        config = _read_config(folder, name)
+        file = folder / "config.json"
+        try:
+            config: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
+            raise ViSpecError(
+                f"--{name} {folder} has no readable config.json ({error}): give a local folder, or "
+                f"--{name}-parameters"
+            ) from error
         fields = text_fields(config)
-        _refuse_unknown(fields, folder, name, dtype)
-        heads = _size(fields, "num_attention_heads", folder)
-        hidden = _size(fields, "hidden_size", folder)
-        stated = fields.get("dtype") or fields.get("torch_dtype") or "bfloat16"
-        return cls(
-            hidden_size=hidden,
-            intermediate_size=_size(fields, "intermediate_size", folder),
-            num_hidden_layers=_size(fields, "num_hidden_layers", folder),
-            num_attention_heads=heads,
-            num_key_value_heads=_size(fields, "num_key_value_heads", folder, heads),
-            head_dim=_size(fields, "head_dim", folder, hidden // heads),
-            vocab_size=_size(fields, "vocab_size", folder),
-            dtype=_known_dtype(dtype or str(stated).removeprefix("torch.")),
-        )
+        if experts := [field for field in _EXPERT_FIELDS if (fields.get(field) or 0) > 1]:
+            raise ViSpecError(
+                f"{file} has {experts[0]}: a mixture of experts reads a part of its weights, give "
+                f"--{name}-parameters for what a pass touches"
+            )
+        if fields.get("quantization_config") and dtype is None:
+            raise ViSpecError(
+                f"{file} has a quantization_config: give --dtype fp8, or --{name}-parameters with "
+                f"--{name}-bytes-per-parameter"
+            )
+        stated = str(fields.get("dtype") or fields.get("torch_dtype") or "bfloat16")
+        dtype = dtype or stated.removeprefix("torch.")
+        if dtype not in DTYPE_BYTES:
+            raise ViSpecError(f"dtype {dtype} is unknown: use one of {', '.join(DTYPE_BYTES)}")
+        given = {**fields, "dtype": dtype, "is_draft_vlm": is_draft_vlm(config)}
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            field = str(error.errors()[0]["loc"][0])
+            raise ViSpecError(
+                f"{field} in {file} is {fields.get(field)!r}, it must be an integer of at least 1: "
+                "correct it, or give the sizes as numbers"
+            ) from error
 
-    @property
-    def layer_parameters(self) -> int:
-        """Of one layer: hidden * (2 * q + 2 * kv + 3 * intermediate), norms and biases left out.
-
-        q is num_attention_heads * head_dim, kv is num_key_value_heads * head_dim.
-        """
-        q = self.num_attention_heads * self.head_dim
-        kv = self.num_key_value_heads * self.head_dim
-        return self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
-
-    def pass_shape(self, layers: int, extra_parameters: int, lm_head_parameters: int) -> PassShape:
+    def pass_shape(self, lm_head_rows: int, layers: int, extra_parameters: int = 0) -> PassShape:
         """Shape of a pass through some layers, further products and an lm_head.
 
-        Keys and values: 2 * layers * num_key_value_heads * head_dim values per token. Attention:
-        4 * layers * num_attention_heads * head_dim FLOPs per token and token of context (scores
-        and weighted sum, a product and a sum each).
+        A layer has hidden * (2 * q + 2 * kv + 3 * intermediate) weights, norms and biases left out
+        (q, kv: heads * head_dim), and 2 * kv keys and values per token. Attention takes 4 * q FLOPs
+        per layer, token and token of context (scores and weighted sum, a product and a sum each).
         """
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        q = self.num_attention_heads * head_dim
+        kv = (self.num_key_value_heads or self.num_attention_heads) * head_dim
+        layer = self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
+        parameters, lm_head = layers * layer + extra_parameters, self.hidden_size * lm_head_rows
         width = DTYPE_BYTES[self.dtype]
-        parameters = layers * self.layer_parameters + extra_parameters
-        kv_values = 2 * layers * self.num_key_value_heads * self.head_dim
         # With fp8 weights vLLM keeps lm_head, keys and values in 16 bits unless told otherwise.
         wide = max(width, DTYPE_BYTES["bfloat16"])
         return PassShape(
-            weight_bytes=parameters * width + lm_head_parameters * wide,
+            weight_bytes=parameters * width + lm_head * wide,
             token_parameters=parameters,
-            row_parameters=lm_head_parameters,
-            kv_bytes_per_token=kv_values * wide,
-            attention_flops_per_token=4 * layers * self.num_attention_heads * self.head_dim,
+            row_parameters=lm_head,
+            kv_bytes_per_token=2 * layers * kv * wide,
+            attention_flops_per_token=4 * layers * q,
         )
 
 
@@ -99,8 +108,7 @@ def target_shape(folder: Path, dtype: str | None = None) -> PassShape:
         ViSpecError: config.json is missing, unusable, or describes experts or a quantization.
     """
     sizes = DecoderSizes.read(folder, "target", dtype)
-    lm_head = sizes.hidden_size * sizes.vocab_size
-    return sizes.pass_shape(sizes.num_hidden_layers, 0, lm_head)
+    return sizes.pass_shape(sizes.vocab_size, sizes.num_hidden_layers)
 
 
 def draft_shape(
@@ -123,89 +131,16 @@ def draft_shape(
     """
     owner = DecoderSizes.read(target, "target", dtype)
     sizes = DecoderSizes.read(folder, "head", owner.dtype)  # vLLM runs both in one dtype
-    is_vlm = is_draft_vlm(_read_config(folder, "head"))
-    if sizes.hidden_size != owner.hidden_size and not is_vlm:
-        raise ViSpecError(
-            f"--head {folder} has hidden_size {sizes.hidden_size}, the target {owner.hidden_size}: "
-            "give the target the head was trained for"
-        )
     rows = owner.vocab_size if draft_vocab is None else draft_vocab
     if not 1 <= rows <= owner.vocab_size:
         raise ViSpecError(
             f"--draft-vocab {rows} is outside 1 to {owner.vocab_size}, the target's vocabulary"
         )
-    lm_head = sizes.hidden_size * rows
-    if is_vlm:
-        return sizes.pass_shape(sizes.num_hidden_layers, 0, lm_head)
-    return sizes.pass_shape(1, 2 * sizes.hidden_size**2, lm_head)
-
-
-def explicit_shape(
-    parameters: float,
-    lm_head_parameters: float,
-    bytes_per_parameter: float = 2.0,
-    kv_bytes_per_token: float = 0.0,
-) -> PassShape:
-    """Shape from numbers; the FLOPs of attention are left out.
-
-    Args:
-        parameters: weights of the decoder that a token passes, lm_head not included.
-        lm_head_parameters: hidden size * vocabulary.
-        bytes_per_parameter: e.g. 2 for bfloat16, 0.5 for 4 bits.
-        kv_bytes_per_token: keys and values of a token of context, all layers.
-
-    Raises:
-        ViSpecError: a number is negative.
-    """
-    values = (parameters, lm_head_parameters, bytes_per_parameter, kv_bytes_per_token)
-    if min(values) < 0:
-        raise ViSpecError(f"sizes {values} have a negative one: use 0 or more")
-    weights = (parameters + lm_head_parameters) * bytes_per_parameter
-    return PassShape(weights, parameters, lm_head_parameters, kv_bytes_per_token)
-
-
-def _read_config(folder: Path, name: str) -> Mapping[str, Any]:
-    file = folder / "config.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
+    if sizes.is_draft_vlm:
+        return sizes.pass_shape(rows, sizes.num_hidden_layers)
+    if sizes.hidden_size != owner.hidden_size:
         raise ViSpecError(
-            f"--{name} {folder} has no readable config.json ({error.strerror}): give a local "
-            f"folder, or --{name}-parameters"
-        ) from error
-    except ValueError as error:
-        raise ViSpecError(f"{file} is not JSON ({error}): download it again") from error
-    if not isinstance(content, Mapping):
-        raise ViSpecError(f"{file} is no JSON object: download it again")
-    return content
-
-
-def _refuse_unknown(fields: Mapping[str, Any], folder: Path, name: str, dtype: str | None) -> None:
-    experts = [field for field in _EXPERT_FIELDS if (fields.get(field) or 0) > 1]
-    if experts:
-        raise ViSpecError(
-            f"{folder}/config.json has {experts[0]}: a mixture of experts reads a part of its "
-            f"weights, give --{name}-parameters for what a pass touches"
+            f"--head {folder} has hidden_size {sizes.hidden_size}, the target {owner.hidden_size}: "
+            "give the target the head was trained for"
         )
-    if fields.get("quantization_config") and dtype is None:
-        raise ViSpecError(
-            f"{folder}/config.json has a quantization_config: give --dtype fp8, or "
-            f"--{name}-parameters with --{name}-bytes-per-parameter"
-        )
-
-
-def _size(fields: Mapping[str, Any], field: str, folder: Path, default: int | None = None) -> int:
-    value = fields.get(field)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ViSpecError(
-            f"{field} in {folder}/config.json is {value!r}, it must be an integer of at least 1: "
-            "correct it, or give the sizes as numbers"
-        )
-    return value
-
-
-def _known_dtype(dtype: str) -> str:
-    if dtype not in DTYPE_BYTES:
-        raise ViSpecError(f"dtype {dtype} is unknown: use one of {', '.join(DTYPE_BYTES)}")
-    return dtype
+    return sizes.pass_shape(rows, 1, 2 * sizes.hidden_size**2)

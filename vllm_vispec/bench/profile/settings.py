@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,32 @@ SIDES = (EAGLE, VISPEC)
 AS_THEY_ARE = "native"
 
 
+def default_runner() -> str:
+    """Return the runner that vLLM takes on this machine."""
+    return "v2" if has_gpu() else "v1"
+
+
 @dataclass(frozen=True)
 class ProfileSettings(Record):
-    """What is profiled, and how.
+    """What is profiled, and how. First sentences are the options' help.
 
     Attributes:
-        target, head: folders or hub ids.
-        data: file or folder of the dataset.
-        dataset: how to read it.
-        eagle_head: head for vLLM's own EAGLE; None: one with the sizes of `head` is made.
+        target: Target: a folder or hub id.
+        head: ViSpec head: a folder or hub id.
+        data: The dataset's file or folder.
+        dataset: How to read --data: mmspec, vispec, openai or tiny.
+        eagle_head: Head for vLLM's EAGLE; default: one of --head's sizes.
         num_speculative_tokens: K.
-        runner: a name in `probes.RUNNERS`.
-        concurrency: requests that are asked together; only decoding rounds of so many count.
-        repetitions: how often every request is asked, besides the first time, which warms up.
-        limit, max_tokens, families: see `DatasetOptions`.
-        image_tokens: tokens of a request's images, `IMAGES_AS_THEY_ARE` for images as they are.
-        clock: a name in `spans.CLOCKS`.
-        serve: vLLM's options for both engines, as on a command line.
-        speculative_config: further settings of ViSpec's draft, a JSON object; "" for none.
+        runner: vLLM's model runner, v1 or v2; default: v2 on a GPU.
+        concurrency: Requests that are asked together. Only decoding rounds of so many count.
+        repetitions: Of every question, besides a warm-up.
+        limit: Most samples; default: all.
+        max_tokens: Longest answer; default: the dataset's.
+        families: Only these, separated by commas.
+        image_tokens: Image tokens of a request, e.g. native,0,256.
+        clock: wall, or cpu on a busy machine without a GPU.
+        serve: vLLM's options for both engines, one string.
+        speculative_config: More for ViSpec's draft, e.g. '{"draft_vocab": 4096}'.
 
     Raises:
         ViSpecError: a value is unknown or impossible.
@@ -50,7 +58,7 @@ class ProfileSettings(Record):
     dataset: str = "openai"
     eagle_head: str | None = None
     num_speculative_tokens: int = 4
-    runner: str = "v1"
+    runner: str = field(default_factory=default_runner)
     concurrency: int = 1
     repetitions: int = 3
     limit: int | None = None
@@ -111,16 +119,11 @@ class ProfileSettings(Record):
     def _options(self) -> Iterator[str]:
         # The runner's default depends on the machine.
         required = ("target", "head", "data", "runner", "num_speculative_tokens")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in required or value != field.default:
-                yield f"--{field.name.replace('_', '-')}"
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name in required or value != one.default:
+                yield f"--{one.name.replace('_', '-')}"
                 yield _as_text(value)
-
-
-def default_runner() -> str:
-    """Return the runner that vLLM takes on this machine."""
-    return "v2" if has_gpu() else "v1"
 
 
 def _as_text(value: Any) -> str:
