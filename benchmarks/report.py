@@ -1,27 +1,15 @@
-"""What all benchmarks share: intervals and the JSON file."""
+"""What all benchmarks share: the JSON file."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
-RESAMPLES = 2000
 _WHOLE = 1e5  # digits before the point all stay
 _INNERMOST = re.compile(r'[\[{](?:[^][{}"]|"(?:[^"\\]|\\.)*")*[\]}]')
-Item = TypeVar("Item")
-
-
-def bootstrap_interval(
-    items: Sequence[Item], statistic: Callable[[Sequence[Item]], float]
-) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of a statistic over independent items."""
-    generator = Random(0)
-    values = sorted(statistic(generator.choices(items, k=len(items))) for _ in range(RESAMPLES))
-    return values[int(0.025 * RESAMPLES)], values[int(0.975 * RESAMPLES)]
 
 
 def write_report(file: Path, content: Mapping[str, Any]) -> None:

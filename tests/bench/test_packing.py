@@ -47,7 +47,7 @@ def test_a_packed_run_says_the_same(tmp_path: Path) -> None:
 def test_a_damaged_packed_cell() -> None:
     cell = json.loads(pack([made_up().cells[0].to_json()]))
     for damage in ({"command": 7}, {"columns": {**cell["columns"], "itl_us": []}}):
-        with pytest.raises(ViSpecError, match="1. cell: .*data is damaged, run it again"):
+        with pytest.raises(ViSpecError, match=r"1\. cell: .*data is damaged, run it again"):
             unpack([cell | damage])
 
 

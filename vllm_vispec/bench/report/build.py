@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_vispec.bench.intervals import RESAMPLES
+from vllm_vispec.bench.bootstrap import RESAMPLES
 from vllm_vispec.bench.report.blocks import Chapter, Document, Paragraph
 from vllm_vispec.bench.report.facts import Facts
 from vllm_vispec.bench.report.html import to_html

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from vllm_vispec.bench.bootstrap import RESAMPLES
 from vllm_vispec.bench.design import DESIGNS, POINT_AXES, points
-from vllm_vispec.bench.intervals import RESAMPLES, Measured, with_interval
+from vllm_vispec.bench.intervals import Measured, with_interval
 from vllm_vispec.bench.metrics import by_key, measure, plain_key
 from vllm_vispec.bench.pairing import PLAIN_SIDE, answered, only_family
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, BenchRun, CellKey, CellResult
