@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import bootstrap_interval, write_report
+from benchmarks.report import write_report
 from examples.demo.compare import (
     Exchange,
     Summary,
@@ -35,6 +35,7 @@ from examples.pair import (
     Pair,
 )
 from examples.tiny_vlm.samples import demo_samples
+from vllm_vispec.bench.bootstrap import bootstrap
 from vllm_vispec.bench.machine import describe_machine
 
 DEFAULT_DRAFT_TOKENS = (2, 3, 4, 5, 6, 7, 8, 10, 12)
@@ -82,10 +83,11 @@ def judge(num_draft_tokens: int, exchanges: Sequence[Exchange]) -> Result:
         [Exchange(item.sample, (item.plain[i],), (item.vispec[i],)) for item in exchanges]
         for i in repetitions
     ]
+    low, high = bootstrap(exchanges, (0,), lambda drawn: decode_speedup(list(drawn))).tolist()
     return Result(
         num_draft_tokens=num_draft_tokens,
         summary=summarise(exchanges, num_draft_tokens),
-        interval=bootstrap_interval(exchanges, decode_speedup),
+        interval=(low, high),
         per_repetition=tuple(decode_speedup(part) for part in single),
     )
 

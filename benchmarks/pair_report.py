@@ -18,10 +18,11 @@ from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import TEXT_FAMILY, write_questions
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
 from vllm_vispec.bench.matrix import MatrixSettings
+from vllm_vispec.bench.packing import pack
 from vllm_vispec.bench.report import write_report
 from vllm_vispec.bench.runner import Tools, run_matrix
 from vllm_vispec.bench.schedules import Ranges, read_schedule
-from vllm_vispec.bench.schema import CELLS_FILE, IMAGES_AS_THEY_ARE, RUN_FILE
+from vllm_vispec.bench.schema import CELLS_FILE, IMAGES_AS_THEY_ARE, RUN_FILE, read_cells
 from vllm_vispec.cli.errors import exit_on_error
 
 PAIR = "examples/tiny_vlm/checkpoints"
@@ -52,7 +53,7 @@ class Places:
     Attributes:
         work: data and the run's folder.
         pages: the report.
-        results: the run's JSON.
+        results: the run's JSON, packed.
     """
 
     work: Path = WORK
@@ -115,8 +116,9 @@ def reproduce(
     run = places.work / "run"
     outcome = run_matrix(settings, loaded.samples, run, tools=tools)
     places.results.mkdir(parents=True, exist_ok=True)
-    for name in (RUN_FILE, CELLS_FILE):
-        shutil.copyfile(run / name, places.results / name)
+    shutil.copyfile(run / RUN_FILE, places.results / RUN_FILE)
+    packed = pack(read_cells(run / CELLS_FILE))
+    (places.results / CELLS_FILE).write_text(packed, encoding="utf-8")
     files = write_report(places.results, places.pages)
     tools.say(f"{files.markdown}, {files.html}; the run: {places.results}")
     return outcome.failed == 0

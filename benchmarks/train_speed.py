@@ -20,9 +20,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import bootstrap_interval, write_report
+from benchmarks.report import write_report
 from examples.pair import DEFAULT_MODEL, ModelOption
 from examples.tiny_vlm.samples import demo_samples
+from vllm_vispec.bench.bootstrap import bootstrap
 from vllm_vispec.bench.machine import describe_machine
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import BatchOrder, Corpus, read_corpus
@@ -130,7 +131,7 @@ def _train(trainer: Trainer, samples: Sequence[int], size: int, number: int) -> 
 
 def report(turns: Sequence[Turn]) -> dict[str, Any]:
     """Plain data of one mode."""
-    low, high = bootstrap_interval(turns, ratio)
+    low, high = bootstrap(turns, (0,), lambda drawn: ratio(list(drawn))).tolist()
     return {
         "tokens_per_second": {str(size): round(speed(turns, size), 1) for size in (SMALL, LARGE)},
         "speedup": round(ratio(turns), 3),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from random import Random
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from benchmarks.ablation.measure import Asked
-
-RESAMPLES = 1000
+from vllm_vispec.bench.bootstrap import bootstrap
 
 
 class Accepted(Protocol):
@@ -52,48 +50,25 @@ def decode_speedup(asked: Sequence[Asked]) -> float:
 
 
 def estimate(seeds: Seeds[Question], statistic: Statistic[Question]) -> Estimate:
-    """Mean over seeds with a 95 % bootstrap interval: seeds are drawn, then questions."""
+    """Mean over seeds with a 95 % interval over seeds and questions."""
     values = tuple(statistic(asked) for asked in seeds)
-    low, high = interval(lambda pick: mean_over(seeds, pick, statistic), seeds)
-    return Estimate(sum(values) / len(values), low, high, values)
+    low, high = bootstrap(seeds, (0, 1), lambda drawn: mean_over(drawn, statistic)).tolist()
+    return Estimate(mean_over(seeds, statistic), low, high, values)
 
 
 def ratio(one: Seeds[Question], other: Seeds[Question], statistic: Statistic[Question]) -> Estimate:
     """How many times larger the statistic of `one` is; the same draws on both sides."""
     values = tuple(statistic(a) / statistic(b) for a, b in zip(one, other, strict=True))
-    mean = mean_over(one, None, statistic) / mean_over(other, None, statistic)
-    low, high = interval(
-        lambda pick: mean_over(one, pick, statistic) / mean_over(other, pick, statistic), one
-    )
-    return Estimate(mean, low, high, values)
+
+    def ratio_of_means(sides: Iterable[Iterable[Iterable[Question]]]) -> float:
+        mine, theirs = (mean_over(side, statistic) for side in sides)
+        return mine / theirs
+
+    low, high = bootstrap([one, other], (1, 2), ratio_of_means).tolist()
+    return Estimate(ratio_of_means([one, other]), low, high, values)
 
 
-@dataclass(frozen=True)
-class Pick:
-    """Drawn seeds and drawn questions, by index."""
-
-    seeds: tuple[int, ...]
-    questions: tuple[int, ...]
-
-
-def mean_over(seeds: Seeds[Question], pick: Pick | None, statistic: Statistic[Question]) -> float:
-    """Mean of a statistic over (drawn) seeds on (drawn) questions."""
-    if pick is None:
-        pick = Pick(tuple(range(len(seeds))), tuple(range(len(seeds[0]))))
-    values = [statistic([seeds[s][q] for q in pick.questions]) for s in pick.seeds]
+def mean_over(seeds: Iterable[Iterable[Question]], statistic: Statistic[Question]) -> float:
+    """Mean of a statistic over seeds."""
+    values = [statistic(list(asked)) for asked in seeds]
     return sum(values) / len(values)
-
-
-def interval(value: Callable[[Pick], float], seeds: Sequence[Sequence[Any]]) -> tuple[float, float]:
-    """95 % bootstrap interval of a value over seeds and questions."""
-    random, count, asked = Random(0), len(seeds), len(seeds[0])
-    found = sorted(
-        value(
-            Pick(
-                tuple(random.choices(range(count), k=count)),
-                tuple(random.choices(range(asked), k=asked)),
-            )
-        )
-        for _ in range(RESAMPLES)
-    )
-    return found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES)]

@@ -17,6 +17,7 @@ from benchmarks.ablation.intervals import (
 )
 from benchmarks.ablation.measure import Asked, read_measured
 from benchmarks.ablation.workspace import Workspace
+from benchmarks.report import markdown_table
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import IMAGE_FAMILIES
 
@@ -163,8 +164,3 @@ def to_markdown(rows: Sequence[Row], gains: Mapping[str, Estimate]) -> str:
         table += [[row.label, *(str(numbers(row)[name]) for name in FAMILIES)] for row in rows]
         parts.append(markdown_table(table))
     return "\n\n".join(parts)
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])

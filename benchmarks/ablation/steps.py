@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,8 +15,9 @@ from benchmarks.ablation.data import prepare
 from benchmarks.ablation.measure import NUM_DRAFT_TOKENS, Questions, measure_all
 from benchmarks.ablation.training import RECIPE, fill_caches, train_arm
 from benchmarks.ablation.workspace import Workspace
+from examples.pair import DEFAULT_MODEL, ModelOption
 
-TABLE_MARKS = ("<!-- tables: begin -->", "<!-- tables: end -->")
+RESULTS, PAGES = Path("benchmarks/results"), Path("docs")
 
 
 class Step(StrEnum):
@@ -114,11 +115,57 @@ def choose_arms(names: Sequence[str] | None, arms: Mapping[str, Arm]) -> tuple[A
     return tuple(arms[name] for name in names or arms)
 
 
-def put_tables(page: Path, tables: str) -> None:
-    """Replace what stands between the marks of the page."""
-    begin, end = TABLE_MARKS
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(begin, 1)
-    page.write_text(
-        f"{before}{begin}\n\n{tables}\n\n{end}{rest.split(end, 1)[1]}", encoding="utf-8"
-    )
+def study_command(
+    name: str,
+    arms: Mapping[str, Arm],
+    seeds: tuple[int, ...],
+    report: Callable[[Study, Path, Path], None],
+    measure_more: Callable[[Study, bool], None] | None = None,
+) -> Callable[..., None]:
+    """Return the command of a study.
+
+    Args:
+        name: of its folder below `out`, its JSON and its page.
+        report: gets the JSON file and the page.
+        measure_more: what the engine's questions do not say; with prefills or without.
+    """
+
+    def main(
+        model: ModelOption = DEFAULT_MODEL,
+        work_dir: Annotated[Path, typer.Option(help="Data, runs and results so far.")] = Path("out")
+        / name,
+        step: Annotated[list[Step] | None, typer.Option(help="Only these parts; repeat.")] = None,
+        seed: Annotated[list[int] | None, typer.Option(help="Repeat. Default: all.")] = None,
+        arm: Annotated[list[str] | None, typer.Option(help="Repeat. Default: all.")] = None,
+        samples: Annotated[int, typer.Option(min=32, help="Of each training set.")] = 1680,
+        held_out: Annotated[int, typer.Option(min=7, help="For the curves of the runs.")] = 112,
+        per_family: Annotated[int, typer.Option(min=1, help="Questions to the engine.")] = 4,
+        timed: Annotated[int, typer.Option(min=1, help="Of these, timed.")] = 1,
+        threads: Annotated[int, typer.Option(min=1, help="Of every process.")] = 1,
+        prefill: Annotated[
+            bool, typer.Option(help="Compressors only: time the draft's part of prefills.")
+        ] = True,
+        output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / f"{name}.json",
+        page: Annotated[Path, typer.Option(help="Page with the tables.")] = PAGES / f"{name}.md",
+    ) -> None:
+        """Train and measure every arm with every seed."""
+        if not prefill and measure_more is None:
+            raise typer.BadParameter(f"--no-prefill: the study {name} times no prefills")
+        study = Study(
+            Workspace(work_dir.resolve()),
+            model,
+            choose_arms(arm, arms),
+            tuple(seed or seeds),
+            samples,
+            held_out,
+            Questions(per_family, timed),
+            threads,
+        )
+        steps = set(step or Step)
+        study.run(steps)
+        if Step.MEASURE in steps and measure_more is not None:
+            measure_more(study, prefill)
+        if Step.REPORT in steps:
+            report(study, output, page)
+
+    return main

@@ -9,27 +9,22 @@ from typing import Any
 from benchmarks.ablation.intervals import Estimate
 from benchmarks.compressors.arms import REFERENCE, SCALING, SWEEPS
 from benchmarks.compressors.findings import Finding, at_main_epoch
+from benchmarks.picture import COLORS, error_bars, legend, new_figure, save
 from vllm_vispec.models.spec import PRIMITIVES
 
 SIZE_INCHES = (13, 4.5)
-DPI = 110
-COLORS = ("#4878a8", "#a85448", "#5a9a5a", "#8a6fb0")
 
 
 def draw(findings: Sequence[Finding], file: Path) -> None:
     """Draw tokens_per_round on the image tasks: over ratios, over queries, over epochs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    figure = new_figure(SIZE_INCHES)
     ratios, queries, epochs = figure.subplots(1, 3, sharey=True)
     known = {one.arm.name: one for one in at_main_epoch(findings)}
     for axes, kind in ((ratios, "ratio"), (queries, "queries")):
         _sweeps(axes, kind, known)
     _epochs(epochs, findings)
     ratios.set_ylabel("tokens_per_round, image tasks (95 % interval)")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # No version inside: the same numbers give the same file.
-    figure.savefig(file, dpi=DPI, metadata={"Software": None})
+    save(figure, file)
 
 
 def _sweeps(axes: Any, kind: str, known: Mapping[str, Finding]) -> None:
@@ -42,7 +37,7 @@ def _sweeps(axes: Any, kind: str, known: Mapping[str, Finding]) -> None:
         (level,) = _tokens([known[REFERENCE]])
         axes.axhline(level.mean, color="#777777", linestyle="--", linewidth=1, label="EagleVLM")
     axes.set_xlabel(kind)
-    _legend(axes)
+    legend(axes)
 
 
 def _epochs(axes: Any, findings: Sequence[Finding]) -> None:
@@ -52,7 +47,7 @@ def _epochs(axes: Any, findings: Sequence[Finding]) -> None:
         _curve(axes, [one.cell.epochs for one in there], _tokens(there), arm.label, color)
     axes.set_xticks(SCALING)
     axes.set_xlabel("epochs")
-    _legend(axes)
+    legend(axes)
 
 
 def _tokens(findings: Iterable[Finding]) -> list[Estimate]:
@@ -65,12 +60,6 @@ def _curve(
 ) -> None:
     if not found:
         return
-    low = [max(one.mean - one.low, 0.0) for one in found]
-    high = [max(one.high - one.mean, 0.0) for one in found]
     means = [one.mean for one in found]
-    axes.errorbar(places, means, yerr=[low, high], marker="o", capsize=3, color=color, label=label)
-
-
-def _legend(axes: Any) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
+    bars = error_bars(means, found)
+    axes.errorbar(places, means, yerr=bars, marker="o", capsize=3, color=color, label=label)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks.ablation.results import IMAGES, markdown_table
+from benchmarks.ablation.results import IMAGES
 from benchmarks.compressors.arms import REFERENCE, SCALING, SWEEPS
 from benchmarks.compressors.choices import in_all
 from benchmarks.compressors.cost import IMAGE_TOKENS
 from benchmarks.compressors.findings import Finding, at_main_epoch
 from benchmarks.compressors.paper import SOURCE, TABLE_3, TABLE_4, TABLE_7, Reported
+from benchmarks.report import markdown_table
 from examples.tiny_vlm.families import FAMILIES
 
 COMBINATIONS = (REFERENCE, "weighted", "concat", "select")

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.ablation.steps import put_tables
-from benchmarks.report import write_report
+from benchmarks.report import publish
 from benchmarks.trees.goals import find_goals, find_losses
 from benchmarks.trees.grid import BATCHES, DRAFT_VLM, PARTS, VISPEC, Draft, Part, Questions
 from benchmarks.trees.measure import Bench, measure
@@ -32,7 +32,6 @@ from examples.pair import (
     Pair,
 )
 from examples.tiny_vlm.families import FAMILIES
-from vllm_vispec.bench.machine import describe_machine
 from vllm_vispec.bench.profile.settings import default_runner
 
 DEFAULT_OUTPUT = Path("benchmarks/results/trees.json")
@@ -101,19 +100,14 @@ def _choose(drafts: Sequence[Draft], names: Sequence[str]) -> list[Draft]:
 def report(bench: Bench, output: Path, page: Path) -> None:
     """Write what there is: JSON, tables and picture."""
     rows = read_rows(bench)
-    tables = to_markdown(rows)
-    print(tables)
-    content: dict[str, Any] = {
-        "machine": describe_machine(),
+    content = {
         "settings": settings(bench),
         "goals": [goal.to_json() for goal in find_goals(rows)],
         "losses": [asdict(loss) for loss in find_losses(rows)],
         "results": [row.to_json() for found in rows.values() for row in found],
         "published": [asdict(one) for one in PUBLISHED],
     }
-    write_report(output, content)
-    put_tables(page, tables)
-    draw(rows, page.with_suffix(".png"))
+    publish(output, page, content, to_markdown(rows), partial(draw, rows))
 
 
 def settings(bench: Bench) -> dict[str, Any]:

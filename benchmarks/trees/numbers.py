@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.report import bootstrap_interval
 from benchmarks.trees.measure import Call
+from vllm_vispec.bench.bootstrap import bootstrap
 
 Statistic = Callable[[Sequence[Call]], float]
 
@@ -25,7 +25,8 @@ class Estimate:
 
 def estimate(calls: Sequence[Call], statistic: Statistic) -> Estimate:
     """A statistic with its interval."""
-    return Estimate(statistic(calls), *bootstrap_interval(calls, statistic))
+    low, high = bootstrap(calls, (0,), lambda drawn: statistic(list(drawn))).tolist()
+    return Estimate(statistic(calls), low, high)
 
 
 def tokens_per_round(calls: Sequence[Call]) -> float:

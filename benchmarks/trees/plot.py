@@ -6,32 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.picture import COLORS, error_bars, legend, new_figure, save
 from benchmarks.trees.grid import Part
-from benchmarks.trees.numbers import Estimate
 from benchmarks.trees.results import Row, Rows
 
 SIZE_INCHES = (15, 6)
-DPI = 110
-COLORS = ("#4878a8", "#a85448", "#5a9a5a", "#8a6fb0", "#b08a3c", "#555555")
 
 
 def draw(rows: Rows, file: Path) -> None:
     """Draw decode_speedup by policy, numbers over nodes, and decode_speedup over batches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    figure = new_figure(SIZE_INCHES)
     left, middle, right = figure.subplots(1, 3, width_ratios=(4, 3, 3))
     _bars(left, rows[Part.POLICIES])
     _nodes(middle, [row for row in rows[Part.NODES] if row.draft.tree is not None])
     _batches(right, rows[Part.BATCH])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # No version inside: the same numbers give the same file.
-    figure.savefig(file, dpi=DPI, metadata={"Software": None})
-
-
-def _errors(found: Sequence[Estimate]) -> list[list[float]]:
-    low = [max(one.value - one.low, 0.0) for one in found]
-    return [low, [max(one.high - one.value, 0.0) for one in found]]
+    save(figure, file)
 
 
 def _bars(axes: Any, rows: Sequence[Row]) -> None:
@@ -41,11 +30,13 @@ def _bars(axes: Any, rows: Sequence[Row]) -> None:
     for (name, shift), color in zip(kinds, COLORS, strict=False):
         found = [getattr(row, name) for row in rows]
         where, values = [place + shift for place in places], [one.value for one in found]
-        axes.barh(where, values, 0.38, xerr=_errors(found), label=name, color=color, capsize=2)
+        axes.barh(
+            where, values, 0.38, xerr=error_bars(values, found), label=name, color=color, capsize=2
+        )
     axes.set_yticks(list(places), [row.draft.label for row in rows], fontsize="small")
     axes.invert_yaxis()
     axes.set_xlabel("batch 1, greedy (95 % interval)")
-    _legend(axes)
+    legend(axes)
 
 
 def _nodes(axes: Any, rows: Sequence[Row]) -> None:
@@ -54,13 +45,19 @@ def _nodes(axes: Any, rows: Sequence[Row]) -> None:
         found = [getattr(row, name) for row in rows]
         values = [one.value for one in found]
         axes.errorbar(
-            nodes, values, yerr=_errors(found), marker="o", capsize=3, color=color, label=name
+            nodes,
+            values,
+            yerr=error_bars(values, found),
+            marker="o",
+            capsize=3,
+            color=color,
+            label=name,
         )
     costs = [row.round_cost for row in rows]
     axes.plot(nodes, costs, marker="s", color=COLORS[2], label="round / plain pass")
     axes.set_xticks(nodes)
     axes.set_xlabel("nodes (num_speculative_tokens), batch 1, greedy")
-    _legend(axes)
+    legend(axes)
 
 
 def _batches(axes: Any, rows: Sequence[Row]) -> None:
@@ -78,9 +75,4 @@ def _batches(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xlabel("requests at a time (greedy)")
     axes.set_ylabel("decode_speedup over plain vLLM at the same batch")
     # Below: names are longer than the axes are wide.
-    _legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-
-
-def _legend(axes: Any, **place: Any) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small", **place)
+    legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.12))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks.ablation.results import markdown_table
+from benchmarks.report import markdown_table
 from benchmarks.trees.goals import Goal, Loss, find_goals, find_losses, same_depth
 from benchmarks.trees.grid import PARTS, Part
 from benchmarks.trees.published import PUBLISHED

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from benchmarks.ablation.steps import TABLE_MARKS
+from benchmarks.report import TABLE_MARKS
 from benchmarks.trees import measure as measuring
 from benchmarks.trees.__main__ import measure_parts, report
 from benchmarks.trees.goals import Goal, find_goals, find_losses

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.ablation.steps import TABLE_MARKS
+from benchmarks.report import TABLE_MARKS
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1500)]
 

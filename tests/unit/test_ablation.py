@@ -20,9 +20,9 @@ from benchmarks.ablation.results import (
     read_all,
     to_markdown,
 )
-from benchmarks.ablation.steps import TABLE_MARKS, put_tables
 from benchmarks.ablation.training import RECIPE, settings_of
 from benchmarks.ablation.workspace import Workspace
+from benchmarks.report import TABLE_MARKS, put_tables
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import TEXT_FAMILY, short_answer, write_questions
 from vllm_vispec.conversations.read import read_conversations

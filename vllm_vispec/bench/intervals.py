@@ -10,18 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from random import Random
+from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from vllm_vispec.bench.bootstrap import RESAMPLES, Numbers, bootstrap
 from vllm_vispec.bench.metrics import Metric, Value, find_metric, usable
-from vllm_vispec.bench.pairing import Cells, keyed, percentile
-from vllm_vispec.bench.schema import CellResult, Request
-from vllm_vispec.bench.time_ratio import Numbers, TimeRatio
+from vllm_vispec.bench.pairing import Cells, keyed
+from vllm_vispec.bench.schema import Request
+from vllm_vispec.bench.time_ratio import TimeRatio
 
-RESAMPLES = 1000
-LEVEL = 0.95
-Keyed = dict[tuple[str, int], Request]
+Key = tuple[str, int]
+Keyed = dict[Key, Request]
 
 
 @dataclass(frozen=True)
@@ -52,39 +54,52 @@ def with_interval(
     metric = find_metric(name)
     cells, plain = usable(metric, cells, plain)
     value = metric.compute(cells, plain)
-    if value is None:
-        return Measured(None)
-    low, high = _interval(_resampled(metric, cells, plain, resamples, Random(seed)))
+    if value is None or metric.resampled == "nothing":
+        return Measured(value)
+    sides = [cells, plain] if metric.compares else [cells]
+    ends = _ends(metric, value, sides, resamples, seed)
+    if ends is None or np.isnan(ends).any():
+        return Measured(value)
+    low, high = (tuple(end) if isinstance(end, list) else end for end in ends.tolist())
     return Measured(value, low, high)
 
 
-def _resampled(
-    metric: Metric, cells: Cells, plain: Cells, resamples: int, generator: Random
-) -> list[Value]:
-    """Return the metric of every resample; none if there is nothing to draw from."""
-    repetitions = range(len(cells))
-    tables = [[dict(keyed(cell.requests)) for cell in side] for side in (cells, plain)]
-    shared = _shared_keys(tables[0] + tables[1]) if metric.resampled == "requests" else []
-    if metric.resampled == "nothing" or (len(repetitions) < 2 and len(shared) < 2):
-        return []
+def _ends(
+    metric: Metric, value: Value, sides: Sequence[Cells], resamples: int, seed: int
+) -> Numbers | None:
+    """Return the interval, ``[2]`` or ``[2, positions]``; None if there is nothing to draw from."""
+    tables = [[dict(keyed(cell.requests)) for cell in cells] for cells in sides]
+    shared = _shared_keys(tables) if metric.resampled == "requests" else []
+    if max(len(sides[0]), len(shared)) < 2:
+        return None
     if isinstance(metric.compute, TimeRatio):
-        table_RS4 = _sums(metric.compute, tables, shared)
-        return list(_resampled_ratios(metric.compute, table_RS4, resamples, generator))
-    values = []
-    for _ in range(resamples):
-        drawn = generator.choices(repetitions, k=len(repetitions))
-        keys = generator.choices(shared, k=len(shared)) if shared else None
-        sides = [
-            [_redraw(side[i], table[i], keys) for i in drawn] if side else ()
-            for side, table in zip((cells, plain), tables, strict=True)
-        ]
-        values.append(metric.compute(sides[0], sides[1]))
-    return values
+        sums_RS4 = _sums(metric.compute, tables, shared)
+        return bootstrap(sums_RS4, (0, 1), metric.compute.of_sums, resamples, seed)
+    if not shared:
+        positions = len(value) if isinstance(value, tuple) else 0
+        return bootstrap(sides, (1,), partial(_of_cells, metric, positions), resamples, seed)
+    # Side, repetition, sample.
+    requests = [[[table[key] for key in shared] for table in side] for side in tables]
+    return bootstrap(requests, (1, 2), partial(_of_requests, metric, sides), resamples, seed)
 
 
-def _sums(
-    metric: TimeRatio, tables: Sequence[Sequence[Keyed]], shared: Sequence[tuple[str, int]]
-) -> Numbers:
+def _of_cells(metric: Metric, positions: int, drawn: NDArray[Any]) -> Value:
+    mine, *plain = (tuple(cells) for cells in drawn)
+    found = metric.compute(mine, plain[0] if plain else ())
+    if isinstance(found, tuple):  # cells that drafted less accepted nothing at positions behind
+        return found + (0.0,) * (positions - len(found))
+    return found
+
+
+def _of_requests(metric: Metric, sides: Sequence[Cells], drawn: NDArray[Any]) -> Value:
+    mine, *plain = (
+        tuple(replace(cells[0], requests=tuple(requests)) for requests in side)
+        for cells, side in zip(sides, drawn, strict=True)
+    )
+    return metric.compute(mine, plain[0] if plain else ())
+
+
+def _sums(metric: TimeRatio, tables: Sequence[Sequence[Keyed]], shared: Sequence[Key]) -> Numbers:
     """Return what the metric sums up, for each of R repetitions and S samples, ``[R, S, 4]``.
 
     Without shared samples a repetition is drawn as a whole, S = 1.
@@ -97,45 +112,7 @@ def _sums(
     return np.array(rows)
 
 
-def _resampled_ratios(
-    metric: TimeRatio, table_RS4: Numbers, resamples: int, generator: Random
-) -> list[float]:
-    """Draw repetitions and samples B times; how often each was drawn decides a sum."""
-    numbers = np.random.default_rng(generator.getrandbits(64))
-    repetitions, samples = table_RS4.shape[:2]
-    drawn_BR = _counts(numbers, resamples, repetitions)
-    drawn_BS = _counts(numbers, resamples, samples)
-    sums_B4 = np.einsum("br,bs,rsk->bk", drawn_BR, drawn_BS, table_RS4, optimize=True)
-    return metric.of_sums(sums_B4)
-
-
-def _counts(numbers: np.random.Generator, resamples: int, size: int) -> Numbers:
-    """Return how often each of so many things was drawn, ``[resamples, size]``."""
-    return numbers.multinomial(size, np.full(size, 1 / size), size=resamples).astype(np.float64)
-
-
-def _shared_keys(tables: Sequence[Keyed]) -> list[tuple[str, int]]:
-    """Keys that every cell has, in the order of the first cell."""
-    return [key for key in tables[0] if all(key in table for table in tables)]
-
-
-def _redraw(cell: CellResult, table: Keyed, keys: Sequence[tuple[str, int]] | None) -> CellResult:
-    if keys is None:
-        return cell
-    return replace(cell, requests=tuple(table[key] for key in keys))
-
-
-def _interval(values: Sequence[Value]) -> tuple[Value, Value]:
-    """Return the ends of the interval, position by position if values are tuples."""
-    rows = [
-        value if isinstance(value, tuple) else (value,) for value in values if value is not None
-    ]
-    if not rows:
-        return None, None
-    tail = (1 - LEVEL) / 2
-    columns = list(zip(*rows, strict=False))
-    low = tuple(percentile(column, tail) or 0.0 for column in columns)
-    high = tuple(percentile(column, 1 - tail) or 0.0 for column in columns)
-    if isinstance(values[0], tuple):
-        return low, high
-    return low[0], high[0]
+def _shared_keys(tables: Sequence[Sequence[Keyed]]) -> list[Key]:
+    """Return the keys that every cell has, in the order of the first cell."""
+    every = [table for side in tables for table in side]
+    return [key for key in every[0] if all(key in table for table in every)]

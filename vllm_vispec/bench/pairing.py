@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
+import numpy as np
+
 from vllm_vispec.bench.schema import CellResult, MemoryFacts, Request
 
 PLAIN_SIDE = "plain"
@@ -84,17 +86,12 @@ def only_family(cells: Cells, family: str) -> tuple[CellResult, ...]:
 
 
 def percentile(values: Iterable[float], share: float) -> float | None:
-    """Return the value below which a share of the values lies, interpolated linearly.
+    """Return the value below which a share of the values lies; None without values.
 
-    None without values. Equal to numpy's default method, which `vllm bench serve` uses.
+    Interpolated linearly, as by `vllm bench serve`.
     """
-    ordered = sorted(values)
-    if not ordered:
-        return None
-    place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+    numbers = list(values)
+    return float(np.quantile(numbers, share)) if numbers else None
 
 
 def ratio(above: float, below: float) -> float | None:

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
+from vllm_vispec.bench.packing import unpack
 from vllm_vispec.conversations.types import Turn
 from vllm_vispec.errors import ViSpecError
 
@@ -259,7 +260,7 @@ class BenchRun(Record):
 
 
 def read_cells(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of a `cells.jsonl` as plain data; a last line that was cut off is left out.
+    """Return the cells of a `cells.jsonl` as plain data; a last line that was cut off is left out.
 
     Raises:
         OSError, json.JSONDecodeError: it cannot be read, or another line is damaged.
@@ -268,7 +269,7 @@ def read_cells(file: Path) -> list[dict[str, Any]]:
         return []
     content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines() if line.strip()]
+    return unpack([json.loads(line) for line in whole.splitlines() if line.strip()])
 
 
 def _first_problem(name: str, error: ValidationError) -> str:

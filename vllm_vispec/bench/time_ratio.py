@@ -1,18 +1,15 @@
-"""Speedups: ratios of summed times, and all their resamples at once."""
+"""Speedups: ratios of summed times."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
+from vllm_vispec.bench.bootstrap import Numbers
 from vllm_vispec.bench.pairing import Cells, Pair, pairs, ratio
 from vllm_vispec.bench.schema import Request
-
-Numbers: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -29,12 +26,7 @@ class TimeRatio:
 
     def __call__(self, cells: Cells, plain: Cells) -> float | None:
         """Return the ratio; None without such samples."""
-        terms = [self._terms(pair) for pair in pairs(cells, plain)]
-        mine_s, mine_n, theirs_s, theirs_n = (
-            map(sum, zip(*terms, strict=True)) if terms else [0] * 4
-        )
-        mine, theirs = ratio(mine_s, mine_n), ratio(theirs_s, theirs_n)
-        return None if mine is None or theirs is None else ratio(theirs, mine)
+        return self.of_sums(self.sums(pairs(cells, plain))[None, None])
 
     def sums(self, drawn: Iterable[Pair]) -> Numbers:
         """Return what a ratio of these pairs is made of, ``[4]``."""
@@ -42,13 +34,11 @@ class TimeRatio:
         return terms.reshape(-1, 4).sum(axis=0)
 
     @staticmethod
-    def of_sums(sums_B4: Numbers) -> list[float]:
-        """Return the ratios of many sums; those that cannot be computed are left out."""
-        mine_s, mine_n, theirs_s, theirs_n = sums_B4.T
-        known = (mine_s > 0) & (mine_n > 0) & (theirs_n > 0)
-        above, below = (theirs_s * mine_n)[known], (theirs_n * mine_s)[known]
-        found: list[float] = (above / below).tolist()
-        return found
+    def of_sums(sums_RS4: Numbers) -> float | None:
+        """Return the ratio of the pairs of R repetitions and S samples; None if there is none."""
+        mine_s, mine_n, theirs_s, theirs_n = sums_RS4.sum(axis=(0, 1)).tolist()
+        mine, theirs = ratio(mine_s, mine_n), ratio(theirs_s, theirs_n)
+        return None if mine is None or theirs is None else ratio(theirs, mine)
 
     def _terms(self, pair: Pair) -> tuple[float, int, float, int]:
         mine, theirs = pair

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from vllm_vispec.bench.bootstrap import RESAMPLES, bootstrap
 from vllm_vispec.bench.profile.measure import Block
 from vllm_vispec.bench.profile.rounds import Round
 from vllm_vispec.bench.profile.settings import EAGLE, SIDES, VISPEC
 from vllm_vispec.bench.schema import Record
 
-RESAMPLES = 1000
-ENDS = (0.025, 0.975)
 DECILES = (0.1, 0.9)
 
 
@@ -72,18 +73,14 @@ def summarise(blocks: Sequence[Block], resamples: int = RESAMPLES, seed: int = 0
     blocks = [block for block in blocks if block.eagle]
     first = blocks[0].eagle[0]
     tables = {side: [_table(block.rounds(side)) for block in blocks] for side in SIDES}
-    # One block says nothing about how blocks differ: no resample, no interval.
-    resamples = resamples if len(blocks) > 1 else 0
-    generator = np.random.default_rng(seed)
-    draws = generator.integers(len(blocks), size=(resamples, len(blocks)))
-    medians = {side: _resampled(tables[side], draws) for side in SIDES}
     pooled = {side: np.concatenate(tables[side]) for side in SIDES}
     names = [*first.seconds, *first.wholes]
+    # One block says nothing about how blocks differ: no interval.
+    ends = np.full((2, len(SIDES) + 1, len(names)), np.nan)
+    if len(blocks) > 1:
+        ends = bootstrap(_paired(tables), (1,), _medians_and_ratio, resamples, seed)
     compared = {
-        name: _compare(
-            {side: pooled[side][:, place] for side in SIDES},
-            {side: medians[side][:, place] for side in SIDES},
-        )
+        name: _compare({side: pooled[side][:, place] for side in SIDES}, ends[..., place])
         for place, name in enumerate(names)
     }
     return Summary(
@@ -99,37 +96,43 @@ def _table(rounds: Sequence[Round]) -> np.ndarray:
     return np.array([[*one.seconds.values(), *one.wholes.values()] for one in rounds])
 
 
-def _resampled(tables: Sequence[np.ndarray], draws: np.ndarray) -> np.ndarray:
-    """Return the medians of every resample, ``[resamples, C]``."""
-    found = [np.median(np.concatenate([tables[block] for block in draw]), axis=0) for draw in draws]
-    return np.reshape(found, (len(draws), tables[0].shape[1]))
+def _paired(tables: dict[str, list[np.ndarray]]) -> NDArray[Any]:
+    """Return the tables of all blocks, ``[sides, blocks]``."""
+    paired = np.empty((len(SIDES), len(tables[EAGLE])), dtype=object)
+    for place, side in enumerate(SIDES):
+        paired[place] = np.fromiter(tables[side], dtype=object)
+    return paired
 
 
-def _compare(seconds: dict[str, np.ndarray], resampled: dict[str, np.ndarray]) -> Comparison:
-    figures = {side: _figures(seconds[side], resampled[side]) for side in SIDES}
-    eagle, vispec = figures[EAGLE], figures[VISPEC]
-    interval = None
-    if (resampled[EAGLE] > 0).all():
-        interval = _ends(resampled[VISPEC] / resampled[EAGLE])
+def _medians_and_ratio(drawn: NDArray[Any]) -> np.ndarray:
+    """Return EAGLE's medians, ViSpec's, and their ratio (NaN where EAGLE has none), ``[3, C]``."""
+    eagle, vispec = (np.median(np.concatenate(list(side)), axis=0) for side in drawn)
+    ratio = np.divide(vispec, eagle, out=np.full_like(eagle, np.nan), where=eagle > 0)
+    return np.stack([eagle, vispec, ratio])
+
+
+def _compare(seconds: dict[str, np.ndarray], ends: np.ndarray) -> Comparison:
+    """Compare a part; `ends` are those of `_medians_and_ratio`, ``[2, 3]``."""
+    eagle = _figures(seconds[EAGLE], ends[:, 0])
+    vispec = _figures(seconds[VISPEC], ends[:, 1])
     return Comparison(
         eagle,
         vispec,
         _ratio(vispec.median, eagle.median),
-        interval,
+        _interval(ends[:, 2]),
         _ratio(vispec.first_decile, eagle.first_decile),
     )
 
 
-def _figures(seconds: np.ndarray, resampled: np.ndarray) -> Figures:
+def _figures(seconds: np.ndarray, ends: np.ndarray) -> Figures:
     first_decile = float(np.quantile(seconds, DECILES[0]))
-    return Figures(float(np.median(seconds)), _ends(resampled), first_decile)
+    return Figures(float(np.median(seconds)), _interval(ends), first_decile)
 
 
-def _ends(values: np.ndarray) -> tuple[float, float] | None:
-    if not len(values):
-        return None
-    low, high = np.quantile(values, ENDS)
-    return float(low), float(high)
+def _interval(ends: np.ndarray) -> tuple[float, float] | None:
+    """Return the ends as numbers; a NaN in a resample made both of them NaN."""
+    low, high = ends.tolist()
+    return None if np.isnan(low) else (low, high)
 
 
 def _ratio(above: float, below: float) -> float | None:

@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise ViSpecError(f"the report needs {error.name}: pip install 'vllm-vispec[bench]'") from error
 
-from vllm_vispec.bench.intervals import RESAMPLES
+from vllm_vispec.bench.bootstrap import RESAMPLES
 from vllm_vispec.bench.pages import to_html, to_markdown
 from vllm_vispec.bench.report.answers import answers
 from vllm_vispec.bench.report.facts import Facts

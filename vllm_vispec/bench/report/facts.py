@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from vllm_vispec.bench.bootstrap import RESAMPLES
 from vllm_vispec.bench.design import DESIGNS, POINT_AXES, points
-from vllm_vispec.bench.intervals import RESAMPLES, with_interval
+from vllm_vispec.bench.intervals import with_interval
 from vllm_vispec.bench.metrics import METRICS, by_key, measure, plain_key
 from vllm_vispec.bench.pairing import PLAIN_SIDE, Cells, answered, only_family
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, BenchRun, CellKey

@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from math import exp, hypot, log
 
-from vllm_vispec.bench.intervals import RESAMPLES, with_interval
+from vllm_vispec.bench.bootstrap import RESAMPLES
+from vllm_vispec.bench.intervals import with_interval
 from vllm_vispec.bench.metrics import by_key, plain_key
 from vllm_vispec.bench.schema import BenchRun, CellKey
 from vllm_vispec.bench.tune.choose import SPREAD_WITHOUT_INTERVAL, Gain

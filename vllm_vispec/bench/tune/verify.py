@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from hashlib import sha256
 
-from vllm_vispec.bench.intervals import RESAMPLES
+from vllm_vispec.bench.bootstrap import RESAMPLES
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.schema import BenchRun
 from vllm_vispec.bench.tune.gains import gains_of

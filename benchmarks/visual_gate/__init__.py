@@ -1,1 +1,0 @@
-"""Whether attention to the image says which rounds a draft will lose, on the tiny pair."""
