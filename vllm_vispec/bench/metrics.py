@@ -64,7 +64,7 @@ def _accepted(cells: Cells, own: int = 0) -> float | None:
     return ratio(sum(spec.accepted_tokens for spec in counters) + own * rounds, rounds)
 
 
-def _accepted_at(cells: Cells) -> tuple[float, ...] | None:
+def accepted_at(cells: Cells) -> tuple[float, ...] | None:
     """Share of rounds that accepted the draft token at each position."""
     counters = [cell.spec for cell in cells if cell.spec is not None]
     rounds = sum(spec.rounds for spec in counters)
@@ -158,7 +158,7 @@ _METRICS = (
         "For each draft position, the share of rounds that accepted its token. Their sum is "
         "accepted_draft.",
         "Σ accepted_by_position[i] / Σ rounds",
-        lambda cells, _: _accepted_at(cells),
+        lambda cells, _: accepted_at(cells),
         better="higher",
         resampled="repetitions",
     ),

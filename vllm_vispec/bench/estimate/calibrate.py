@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from vllm_vispec.bench.estimate.roofline import Hardware, PassShape, Prediction, predict
-from vllm_vispec.bench.metric_functions import accepted_at
+from vllm_vispec.bench.metrics import accepted_at
 from vllm_vispec.bench.pairing import PLAIN_SIDE, decoded
 from vllm_vispec.bench.schema import BenchRun, CellKey, CellResult
 from vllm_vispec.errors import ViSpecError
@@ -86,7 +86,7 @@ def measured_cells(run: BenchRun, side: str) -> list[MeasuredCell]:
     found = []
     for key, pool in pools.items():
         requests, is_plain = decoded(pool), key.side == PLAIN_SIDE
-        acceptance = () if is_plain else accepted_at(pool, ())
+        acceptance = () if is_plain else accepted_at(pool)
         seconds = sum(one.decode_s for one in requests)
         if seconds <= 0 or acceptance is None:
             continue
