@@ -202,8 +202,11 @@ def test_stopping_ends_children_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             time.sleep(0.05)
         pid = pids.read_text()
     ps = ["ps", "-o", "stat=", "-p", pid]
-    # Gone, or a zombie that its new parent has not yet collected.
-    assert subprocess.run(ps, capture_output=True, text=True).stdout.strip()[:1] in ("", "Z")
+    deadline = time.monotonic() + 30
+    # Gone, or a zombie that its new parent has not yet collected; a killed process takes a moment.
+    while subprocess.run(ps, capture_output=True, text=True).stdout.strip()[:1] not in ("", "Z"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_sigterm_becomes_an_interrupt() -> None:
