@@ -33,7 +33,7 @@ from vllm_vispec.bench.profile.result import Profile
 from vllm_vispec.bench.profile.run import run_profile
 from vllm_vispec.bench.profile.settings import ProfileSettings
 from vllm_vispec.bench.profile.tables import print_profile
-from vllm_vispec.train.files import write_json
+from vllm_vispec.utils.files import write_json
 
 DEFAULT_OUTPUT = Path("benchmarks/results/draft_cost.json")
 FIRST_HELD_OUT = 100_000

@@ -25,15 +25,15 @@ from benchmarks.report import write_report
 from examples.pair import DEFAULT_MODEL, ModelOption
 from examples.tiny_vlm.samples import DemoSample, demo_samples
 from vllm_vispec.bench.machine import describe_machine
-from vllm_vispec.conversations.images import open_image
-from vllm_vispec.conversations.read import read_conversations
-from vllm_vispec.conversations.types import Conversation, Rejected
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.regenerate.dialogue import Regenerated
-from vllm_vispec.regenerate.settings import RegenerateSettings, Sampling
+from vllm_vispec.data.images import open_image
+from vllm_vispec.data.read import read_conversations
+from vllm_vispec.data.regenerate.dialogue import Regenerated
+from vllm_vispec.data.regenerate.settings import RegenerateSettings, Sampling
+from vllm_vispec.data.types import Conversation, Rejected
+from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
-    from vllm_vispec.regenerate.backends.offline import OfflineBackend
+    from vllm_vispec.data.regenerate.backends.offline import OfflineBackend
 
 DEFAULT_OUTPUT = Path("benchmarks/results/regenerate_speed.json")
 GOAL = 5.0
@@ -102,7 +102,7 @@ def run_one_by_one(settings: RegenerateSettings, conversations: Sequence[Convers
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from vllm_vispec.conversations.template import ChatTemplate, load_processor
+    from vllm_vispec.data.template import ChatTemplate, load_processor
 
     dtype = getattr(torch, settings.dtype)
     model = AutoModelForImageTextToText.from_pretrained(settings.target, dtype=dtype).eval()
@@ -167,7 +167,7 @@ def to_content(engine: Timed, single: Timed) -> dict[str, Any]:
 
 def measure(settings: RegenerateSettings, count: int) -> tuple[Timed, Timed]:
     """Run both sides on the first samples of the input."""
-    from vllm_vispec.regenerate.backends.offline import OfflineBackend
+    from vllm_vispec.data.regenerate.backends.offline import OfflineBackend
 
     items = [item for item in read_conversations(settings.input) if not isinstance(item, Rejected)]
     backend = OfflineBackend(settings)

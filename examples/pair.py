@@ -89,8 +89,8 @@ def start_llm(pair: Pair, **more: Any) -> LLM:
     prepare_environment()
     from vllm import LLM
 
-    from vllm_vispec.engine_start import starting_engine
-    from vllm_vispec.errors import ViSpecError
+    from vllm_vispec.utils.engine_start import starting_engine
+    from vllm_vispec.utils.errors import ViSpecError
 
     try:
         with starting_engine(pair.model, lambda name, value: f"{name}={value} for vllm.LLM"):

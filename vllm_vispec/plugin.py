@@ -4,7 +4,7 @@ Kept trivial to import.  An exception while importing an entry point is swallowe
 users would then only see that ``vispec`` is no known method.
 """
 
-from vllm_vispec.logs import get_logger
+from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger("vllm_vispec")
 
@@ -15,7 +15,7 @@ def register() -> None:
     Only what every engine with a head needs is checked here; what single features need is checked
     where they are used, so that one that cannot work leaves the others alone.
     """
-    from vllm_vispec.engine import command_errors
+    from vllm_vispec.utils import command_errors
 
     command_errors.install()
     problem = find_problem()
@@ -23,10 +23,10 @@ def register() -> None:
         logger.error("ViSpec is disabled: %s", problem)
         _refuse(problem)
         return
+    from vllm_vispec.compat import patches
     from vllm_vispec.compat.check import first_broken
     from vllm_vispec.compat.groups import SELF_SERVING
-    from vllm_vispec.compat.groups.trees import SCHEDULER_POINTS
-    from vllm_vispec.engine import patches
+    from vllm_vispec.trees.patch_points import SCHEDULER_POINTS
 
     _register_draft_architectures()
     patches.apply_core_patches()
@@ -51,7 +51,7 @@ def _refuse(problem: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_vispec.compat.patching import patch
-    from vllm_vispec.engine.refusal import Refusal
+    from vllm_vispec.compat.refusal import Refusal
 
     if hasattr(EngineArgs, "create_speculative_config"):
         patch(EngineArgs, "create_speculative_config", Refusal(problem))
@@ -60,7 +60,7 @@ def _refuse(problem: str) -> None:
 def _register_draft_architectures() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
-    from vllm_vispec.head_config import (
+    from vllm_vispec.heads.config import (
         ARCHITECTURE,
         DRAFT_VLM_ARCHITECTURE,
         EMBEDS_ARCHITECTURE,
@@ -74,5 +74,5 @@ def _register_draft_architectures() -> None:
     ):
         if architecture not in known:
             ModelRegistry.register_model(
-                architecture, f"vllm_vispec.engine.{module}:{architecture}"
+                architecture, f"vllm_vispec.compat.{module}:{architecture}"
             )

@@ -21,7 +21,7 @@ from examples.demo.job import Answer, Job
 from examples.demo.side import Side
 from examples.tiny_vlm.families import FAMILIES
 from vllm_vispec.evaluate.engine import inside_answer
-from vllm_vispec.train.files import write_json
+from vllm_vispec.utils.files import write_json
 
 NUM_DRAFT_TOKENS = 5
 

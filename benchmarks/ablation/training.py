@@ -9,7 +9,7 @@ from itertools import pairwise
 from benchmarks.ablation.arms import Arm, Cell
 from benchmarks.ablation.workspace import Workspace, run_vispec
 from examples.pair import MAX_MODEL_LEN
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 RECIPE = "examples/recipes/tiny.yaml"
 # What all arms share and the recipe has otherwise: a fixed number of steps, one pass.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.ablation.arms import Arm, Cell
 from examples.pair import ENVIRONMENT
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 LOG_TAIL = 3000
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from benchmarks.ablation.arms import EPOCHS, ONLINE, Arm
-from vllm_vispec.models.spec import PRIMITIVES
+from vllm_vispec.compressors.spec import PRIMITIVES
 
 SCALING = (1, 2, 3, 4, 5)
 RATIOS, QUERIES = (2, 3, 5, 10, 20), (1, 2, 4, 8, 10)

@@ -14,7 +14,7 @@ from benchmarks.ablation.workspace import Workspace
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_vispec.models.compressor import ImageCompressor
+    from vllm_vispec.compressors.compressor import ImageCompressor
     from vllm_vispec.train.batch import Observed
 
 
@@ -63,8 +63,8 @@ def question_states(observed: Iterable[Observed]) -> Iterator[tuple[str, Tensor]
 
 def load_compressor(head: Path) -> ImageCompressor:
     """The compressor of a trained head, float32."""
-    from vllm_vispec.dialects import inspect_head, iter_canonical_tensors
-    from vllm_vispec.models.compressor import ImageCompressor
+    from vllm_vispec.compressors.compressor import ImageCompressor
+    from vllm_vispec.heads import inspect_head, iter_canonical_tensors
 
     config = inspect_head(head).config
     compressor = ImageCompressor(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vllm_vispec.head_config import HeadConfig
-from vllm_vispec.models.places import place_tokens
+from vllm_vispec.compressors.places import place_tokens
+from vllm_vispec.heads.config import HeadConfig
 
 IMAGE_TOKENS = (64, 256, 1024)
 
@@ -56,9 +56,9 @@ def kept_rows(config: HeadConfig, image_tokens: int) -> list[int]:
 
 
 def _compressor_flops(config: HeadConfig, image_tokens: int) -> int:
-    from vllm_vispec.models.compressor import compressor_cost
-    from vllm_vispec.models.resampler import Resampler
-    from vllm_vispec.models.spec import CompressorSpec
+    from vllm_vispec.compressors.compressor import compressor_cost
+    from vllm_vispec.compressors.resampler import Resampler
+    from vllm_vispec.compressors.spec import CompressorSpec
 
     flops = 0
     if config.has_adaptor:

@@ -17,8 +17,8 @@ from benchmarks.compressors.cost import IMAGE_TOKENS, ImageCost, image_cost
 from benchmarks.compressors.held_out import Replayed, read_replayed, replayed_file
 from benchmarks.compressors.prefill import Prefill, prefill_file, read_prefill
 from examples.tiny_vlm.questions import IMAGE_FAMILIES
-from vllm_vispec.dialects import inspect_head
-from vllm_vispec.head_config import HeadConfig
+from vllm_vispec.heads import inspect_head
+from vllm_vispec.heads.config import HeadConfig
 
 
 @dataclass(frozen=True)

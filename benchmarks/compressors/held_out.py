@@ -21,10 +21,10 @@ from benchmarks.compressors.choices import (
     load_compressor,
     question_states,
 )
-from vllm_vispec.train.files import write_json
+from vllm_vispec.utils.files import write_json
 
 if TYPE_CHECKING:
-    from vllm_vispec.torch_draft import ViSpecDraft
+    from vllm_vispec.reference import ViSpecDraft
     from vllm_vispec.train.batch import Observed
     from vllm_vispec.train.target import TrainingTarget
 
@@ -62,7 +62,7 @@ def look_at_held_out(workspace: Workspace, target: str, cells: Iterable[Cell]) -
     missing = [cell for cell in cells if not replayed_file(workspace, cell).is_file()]
     if not missing:
         return
-    from vllm_vispec.torch_draft import ViSpecDraft
+    from vllm_vispec.reference import ViSpecDraft
 
     model, observed = observe(target, workspace.held_out)
     states = list(question_states(observed))
@@ -82,7 +82,7 @@ def observe(target: str, data: Path) -> tuple[TrainingTarget, list[Observed]]:
     """The target in float32 on the CPU, and what it computes for the conversations of a file."""
     import torch
 
-    from vllm_vispec.conversations.encode import Encoder, load_processor
+    from vllm_vispec.data.encode import Encoder, load_processor
     from vllm_vispec.evaluate.data import DataSource
     from vllm_vispec.train.target import TrainingTarget
 

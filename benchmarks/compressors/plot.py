@@ -10,7 +10,7 @@ from benchmarks.ablation.intervals import Estimate
 from benchmarks.compressors.arms import REFERENCE, SCALING, SWEEPS
 from benchmarks.compressors.findings import Finding, at_main_epoch
 from benchmarks.picture import COLORS, error_bars, legend, new_figure, save
-from vllm_vispec.models.spec import PRIMITIVES
+from vllm_vispec.compressors.spec import PRIMITIVES
 
 SIZE_INCHES = (13, 4.5)
 

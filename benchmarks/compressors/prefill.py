@@ -28,7 +28,7 @@ from vllm_vispec.bench.profile.parts import PREFILL
 from vllm_vispec.bench.profile.rounds import Found
 from vllm_vispec.bench.profile.settings import default_runner
 from vllm_vispec.bench.profile.worker import Job
-from vllm_vispec.train.files import write_json
+from vllm_vispec.utils.files import write_json
 
 QUESTIONS, REPETITIONS, MAX_TOKENS, NUM_DRAFT_TOKENS = 1, 6, 3, 1
 FAMILY, START = "captioning", 120_000

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_vispec.bench.schedules import SETTING as LOAD_SETTING
-from vllm_vispec.tree.settings import TreeSettings
+from vllm_vispec.trees.settings import TreeSettings
 
 VISPEC, DRAFT_VLM = "vispec", "draft_vlm"
 NODES = 29  # and the root: 30, as ViSpec's and EAGLE-2's published settings

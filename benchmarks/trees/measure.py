@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.trees.grid import Condition, Draft, Questions
 from benchmarks.trees.sides import BatchSide, Memory, Reply
 from examples.demo.job import Job
-from vllm_vispec.train.files import write_json
+from vllm_vispec.utils.files import write_json
 
 PLAIN = "plain"
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from examples.demo.worker import Engine, chat_messages, serve
-from vllm_vispec.engine.trees.memory import tree_memory
 from vllm_vispec.evaluate.engine import inside_answer
+from vllm_vispec.trees.memory import tree_memory
 
 
 class BatchEngine(Engine):

@@ -14,7 +14,7 @@ from typing import Any
 
 from examples.demo.job import Answer, Job
 from examples.pair import ENVIRONMENT
-from vllm_vispec.engine_start import why
+from vllm_vispec.utils.engine_start import why
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_SECONDS = 900.0

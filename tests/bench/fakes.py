@@ -14,7 +14,7 @@ from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.runner import Tools
 from vllm_vispec.bench.schema import BenchSample, MemoryFacts, Request, SpecCounters
 from vllm_vispec.bench.server import BenchServer, ServerError, ServerSpec
-from vllm_vispec.conversations.types import Part, Turn
+from vllm_vispec.data.types import Part, Turn
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "examples" / "tiny_vlm" / "checkpoints"
 TARGET, HEAD = CHECKPOINTS / "target", CHECKPOINTS / "vispec_head"

@@ -19,7 +19,7 @@ from vllm_vispec.bench.quick import Floors, judge
 from vllm_vispec.bench.runner import Outcome, run_matrix
 from vllm_vispec.bench.schema import BenchRun, BenchSample
 from vllm_vispec.cli.app import app
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 CLI = CliRunner()
 

@@ -25,7 +25,7 @@ from vllm_vispec.bench.schema import (
     SpecCounters,
 )
 from vllm_vispec.cli.app import app
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 RUNNER = CliRunner()
 RESULTS = ROOT / "benchmarks/results/decode_speed.json"

@@ -14,7 +14,7 @@ from vllm_vispec.bench.datasets import (
     DatasetOptions,
     load_dataset,
 )
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 
 def tiny_record(number: int, family: str, questions: int = 1) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from vllm_vispec.bench.datasets import (
 )
 from vllm_vispec.bench.datasets.records import CHAT_SYSTEM
 from vllm_vispec.bench.datasets.vispec_tasks import DESCRIBE, EXPLAIN, READ_TEXT, TASKS
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 
 @pytest.fixture

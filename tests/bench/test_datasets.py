@@ -17,8 +17,8 @@ from vllm_vispec.bench.datasets import (
 )
 from vllm_vispec.bench.datasets.records import CHAT_SYSTEM
 from vllm_vispec.bench.schema import BenchSample
-from vllm_vispec.conversations.types import Part, Turn
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.types import Part, Turn
+from vllm_vispec.utils.errors import ViSpecError
 
 TOPICS = {
     "general vqa": "general_vqa",

@@ -36,7 +36,7 @@ from vllm_vispec.bench.estimate.roofline import (
     tokens_per_round,
 )
 from vllm_vispec.bench.estimate.shapes import draft_shape, target_shape
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 # Limits
 

@@ -31,7 +31,7 @@ from vllm_vispec.bench.schema import (
     Request,
     SpecCounters,
 )
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 # Calibration
 

@@ -15,8 +15,8 @@ from vllm_vispec.bench.images import find_side, samples_for
 from vllm_vispec.bench.matrix import MatrixSettings, different_settings
 from vllm_vispec.bench.schema import BenchSample
 from vllm_vispec.bench.sides import SIDES, Heads
-from vllm_vispec.conversations.types import Part, Turn
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.types import Part, Turn
+from vllm_vispec.utils.errors import ViSpecError
 
 
 def test_every_cell_once_per_repetition() -> None:
@@ -145,7 +145,7 @@ def test_speculative_configs(tmp_path: Path) -> None:
 def test_zeroed_head_ignores_images_and_keeps_the_rest(tmp_path: Path) -> None:
     import torch
 
-    from vllm_vispec.torch_draft import ViSpecDraft
+    from vllm_vispec.reference import ViSpecDraft
 
     zeroed = ViSpecDraft.from_folder(zeroed_head(str(HEAD), tmp_path / "zeroed"))
     whole = ViSpecDraft.from_folder(HEAD)
@@ -174,9 +174,9 @@ def test_text_head_becomes_a_plain_eagle_head(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from vllm_vispec.dialects import inspect_head
-    from vllm_vispec.dialects.folder import write_json, write_weights
-    from vllm_vispec.torch_draft import ViSpecDraft
+    from vllm_vispec.heads import inspect_head
+    from vllm_vispec.heads.folder import write_json, write_weights
+    from vllm_vispec.reference import ViSpecDraft
 
     config = inspect_head(HEAD).config
     config = replace(config, compress=False, global_feature=False, has_embed_tokens=False)

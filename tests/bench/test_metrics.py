@@ -14,7 +14,7 @@ from vllm_vispec.bench.intervals import Measured, with_interval
 from vllm_vispec.bench.metrics import METRICS, Value, by_key, measure, plain_key
 from vllm_vispec.bench.pairing import only_family, percentile
 from vllm_vispec.bench.schema import CellKey, CellResult, MemoryFacts, Request, SpecCounters
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 GLOSSARY = Path(__file__).resolve().parents[2] / "docs" / "glossary.md"
 SECTION = re.compile(r"(<!-- metrics: [^>]*-->\n).*?(<!-- /metrics -->)", re.DOTALL)

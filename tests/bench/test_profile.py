@@ -25,7 +25,7 @@ from vllm_vispec.bench.profile.rounds import Found
 from vllm_vispec.bench.profile.settings import ProfileSettings
 from vllm_vispec.bench.profile.tables import print_profile
 from vllm_vispec.cli.app import app
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 CLI = CliRunner()
 SETTINGS = ProfileSettings(

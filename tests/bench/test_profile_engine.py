@@ -17,7 +17,7 @@ from vllm_vispec.bench.profile.rounds import INCOMPLETE
 from vllm_vispec.bench.profile.run import run_profile
 from vllm_vispec.bench.profile.settings import ProfileSettings
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

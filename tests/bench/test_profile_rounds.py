@@ -17,7 +17,7 @@ from vllm_vispec.bench.profile.rounds import INCOMPLETE, OTHER_BATCH, Found, fin
 from vllm_vispec.bench.profile.spans import Batch, Prompt, Recorder
 from vllm_vispec.compat.check import require
 from vllm_vispec.compat.groups import PROFILE
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 
 def test_a_decoding_round() -> None:

@@ -22,7 +22,7 @@ from vllm_vispec.bench.report.facts import Facts
 from vllm_vispec.bench.report.plots import Chart
 from vllm_vispec.bench.schema import CELLS_FILE, RUN_FILE, BenchRun, CellResult
 from vllm_vispec.cli.bench import app
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 
 class Page(HTMLParser):

@@ -32,7 +32,7 @@ from vllm_vispec.bench.server import (
 )
 from vllm_vispec.bench.serving import serve_arguments
 from vllm_vispec.bench.sides import Heads
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 BOTH = replace(SETTINGS, concurrency=(1, 2), repetitions=2, warm_up=1)
 

@@ -14,8 +14,8 @@ from vllm_vispec.bench.datasets import (
     without_images,
 )
 from vllm_vispec.bench.schema import BenchSample
-from vllm_vispec.conversations.types import Part, Turn
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.types import Part, Turn
+from vllm_vispec.utils.errors import ViSpecError
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from vllm_vispec.bench.runner import run_matrix
 from vllm_vispec.bench.schedules import SETTING, read_schedule, speculative_config
 from vllm_vispec.bench.schema import BenchRun
 from vllm_vispec.bench.sides import SIDES, Heads
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 RANGES = ((1, 4, 5), (5, 16, 0))
 TEXT = "[[1, 4, 5], [5, 16, 0]]"

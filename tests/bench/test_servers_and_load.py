@@ -40,8 +40,8 @@ from vllm_vispec.bench.server import (
     choose_ports,
     option_value,
 )
-from vllm_vispec.conversations.types import Part, Turn
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.types import Part, Turn
+from vllm_vispec.utils.errors import ViSpecError
 
 
 def test_earlier_questions_are_answered_once() -> None:

@@ -40,10 +40,10 @@ from benchmarks.trees.worker import memory_of
 from examples.demo.job import Job
 from examples.tiny_vlm.families import FAMILIES
 from tests.bench.made_up_trees import FakeSide, made_up_call, made_up_row, made_up_rows
-from vllm_vispec.engine.trees.code_rows import CodeRows
-from vllm_vispec.engine.trees.padded_impl import LayerPadding
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.tree.settings import TreeSettings
+from vllm_vispec.models.padded_impl import LayerPadding
+from vllm_vispec.trees.code_rows import CodeRows
+from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.utils.errors import ViSpecError
 
 GREEDY = PARTS[Part.POLICIES].condition
 BATCHED = PARTS[Part.BATCH].condition

@@ -21,7 +21,7 @@ from vllm_vispec.bench.schedules import SETTING
 from vllm_vispec.bench.schema import BenchRun, CellResult
 from vllm_vispec.bench.tune import Gain, Tuning, choose, gains_of, verdicts, verify_settings
 from vllm_vispec.cli.app import app
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 CLI = CliRunner()
 SPEEDS = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_vispec.bench.environment import EXTENSION, IMAGE_TABLE
-from vllm_vispec.engine.image_table import TableStats
+from vllm_vispec.spec_decode.image_table import TableStats
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def _prepare(llm: LLM, unmoved: bool) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    v2: Any = importlib.import_module("vllm_vispec.engine.v2")
+    v2: Any = importlib.import_module("vllm_vispec.spec_decode.speculator")
 
     manager = draft_logits.model_runner(llm).adaptive_verification
     states = manager.req_states

@@ -12,11 +12,11 @@ from typing import Any
 from unittest import mock
 
 from tests.support import engine
+from tests.support.heads import edit_config, edit_tensors, write_config, write_head
 from tests.support.tiny_configs import HEAD_DIM, HIDDEN, VOCAB
 from tests.support.tiny_heads import HeadSpec
 from tests.support.tiny_store import TinyStore
-from tests.unit.heads import edit_config, edit_tensors, write_config, write_head
-from vllm_vispec.dialects.speculators import SPECULATORS_TYPE
+from vllm_vispec.heads.speculators import SPECULATORS_TYPE
 
 Spoil = Callable[[Path], None]
 

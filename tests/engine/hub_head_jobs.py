@@ -54,8 +54,8 @@ def find_head(model: str, revision: str) -> str:
     """Look for a head as a worker does; returns the error."""
     from types import SimpleNamespace
 
-    from vllm_vispec.engine.head_location import head_folder
-    from vllm_vispec.errors import ViSpecError
+    from vllm_vispec.heads.location import head_folder
+    from vllm_vispec.utils.errors import ViSpecError
 
     try:
         head_folder(SimpleNamespace(model=model, revision=revision))

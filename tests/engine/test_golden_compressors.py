@@ -9,7 +9,7 @@ import pytest
 from tests.support.child import run_in_subprocess
 from tests.support.golden import golden_dir, load_cases
 from tests.support.runners import RUNNERS
-from vllm_vispec.models.spec import COMBINATIONS, PRIMITIVES, QUERY, parse_compressor
+from vllm_vispec.compressors.spec import COMBINATIONS, PRIMITIVES, QUERY, parse_compressor
 
 pytestmark = [pytest.mark.golden, pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -26,8 +26,8 @@ OPTIONS: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 8, "max_num_bat
 @pytest.fixture(scope="module")
 def head(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained draft's export that names its target by a relative path."""
-    from vllm_vispec.export import export_head
-    from vllm_vispec.torch_draft import ViSpecDraft
+    from vllm_vispec.heads.export import export_head
+    from vllm_vispec.reference import ViSpecDraft
 
     folder = tmp_path_factory.mktemp("exported") / "head"
     export_head(

@@ -14,10 +14,10 @@ from unittest import mock
 import torch
 
 from tests.support.engine import prepare_process
-from tests.unit.tree_models import grow, is_ancestor, random_model
-from vllm_vispec.engine.trees.target_cache import TargetCache, find_elements
-from vllm_vispec.tree.grow import DraftTree
-from vllm_vispec.tree.settings import TreeSettings
+from tests.support.tree_models import grow, is_ancestor, random_model
+from vllm_vispec.trees.grow import DraftTree
+from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.trees.target_cache import TargetCache, find_elements
 
 PREFIX, NODES = 437, 29
 NUM_HEADS, NUM_KV_HEADS = 8, 2
@@ -42,8 +42,8 @@ class Layer:
         from vllm.config import VllmConfig, set_current_vllm_config
         from vllm.model_executor.layers.attention import Attention
 
-        from vllm_vispec.engine.patches import apply_tree_patches
-        from vllm_vispec.engine.trees import attention
+        from vllm_vispec.compat.patches import apply_tree_patches
+        from vllm_vispec.trees import attention
 
         config: Any = VllmConfig()
         config.cache_config.block_size = BLOCK

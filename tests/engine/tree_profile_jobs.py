@@ -26,7 +26,9 @@ def serve(setups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _watch_parts() -> list[int]:
     """Return a list that takes the parts of every batch whose trees are grown."""
-    from vllm_vispec.engine.trees import parts, v1, v2
+    from vllm_vispec.trees import parts
+    from vllm_vispec.trees import speculator as v2
+    from vllm_vispec.v1 import tree_proposer as v1
 
     counts: list[int] = []
     original = parts.parts_of

@@ -10,7 +10,7 @@ from typing import Any
 from tests.engine.workloads import as_json, drive, mixed_requests
 from tests.support import draft_logits, engine
 
-PROPOSERS = ("vllm_vispec.engine.v1", "vllm_vispec.engine.v2")
+PROPOSERS = ("vllm_vispec.v1.proposer", "vllm_vispec.spec_decode.speculator")
 """Modules that only an engine with a ViSpec head may import."""
 
 

@@ -20,7 +20,7 @@ def check(rank: int, world: int, port: int, folder: str) -> dict[str, Any]:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
 
-    from vllm_vispec.engine.draft_vocab import give_own_lm_head
+    from vllm_vispec.draft_vocab.model import give_own_lm_head
 
     with set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(
@@ -43,7 +43,7 @@ def _draft(weight_VD: torch.Tensor, file: Path) -> Any:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.models.llama_eagle import EagleLlamaForCausalLM
 
-    from vllm_vispec.engine.draft_vocab import DraftLogits
+    from vllm_vispec.draft_vocab.model import DraftLogits
 
     class Draft(DraftLogits, EagleLlamaForCausalLM):
         def __init__(self) -> None:

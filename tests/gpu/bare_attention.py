@@ -19,8 +19,8 @@ import torch
 
 from tests.gpu.setup import Setup
 from tests.gpu.vllm_files import load_flash_attention, load_triton_attention
-from vllm_vispec.engine.row_table import MASK_CHANNEL
-from vllm_vispec.tree.codes import UNUSED, encode, num_channels, word_tables
+from vllm_vispec.spec_decode.row_table import MASK_CHANNEL
+from vllm_vispec.trees.codes import UNUSED, encode, num_channels, word_tables
 
 BLOCK = 16
 LEVELS, TOP_K = 4, 8

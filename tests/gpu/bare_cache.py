@@ -13,7 +13,7 @@ import torch
 from tests.gpu.bare_attention import milliseconds
 from tests.gpu.bare_trees import no_waiting, record
 from tests.gpu.setup import Setup
-from vllm_vispec.engine.trees.target_cache import TargetCache
+from vllm_vispec.trees.target_cache import TargetCache
 
 BLOCK, HEAD, PADDED = 16, 128, 152
 NUM_STEPS = 6

@@ -12,9 +12,9 @@ import torch._dynamo.testing
 from torch import nn
 
 from tests.gpu.setup import Setup
-from vllm_vispec.engine.adaptor import TextFusion
-from vllm_vispec.engine.layout import RowCodes
-from vllm_vispec.engine.row_table import RowTable
+from vllm_vispec.spec_decode.adaptor import TextFusion
+from vllm_vispec.spec_decode.layout import RowCodes
+from vllm_vispec.spec_decode.row_table import RowTable
 
 NUM_UPLOADS = 200
 

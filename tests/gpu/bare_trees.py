@@ -13,9 +13,9 @@ import torch
 
 from tests.gpu.bare_attention import milliseconds
 from tests.gpu.setup import NotRun, Setup
-from vllm_vispec.engine.trees.rounds import Moves, TreeRound, TreeTable
-from vllm_vispec.tree.grow import DraftTree, TreeGrower, best_path, replace_rows
-from vllm_vispec.tree.settings import TreeSettings
+from vllm_vispec.trees.grow import DraftTree, TreeGrower, best_path, replace_rows
+from vllm_vispec.trees.rounds import Moves, TreeRound, TreeTable
+from vllm_vispec.trees.settings import TreeSettings
 
 SETTINGS = TreeSettings(depth=3, top_k=8)
 NODES = 29

@@ -19,8 +19,8 @@ def random_compressor(
     """Return random tensors of the compressor ``text`` under canonical names (fp32)."""
     import torch
 
-    from vllm_vispec.models.compressor import compressor_shapes
-    from vllm_vispec.models.spec import parse_compressor
+    from vllm_vispec.compressors.compressor import compressor_shapes
+    from vllm_vispec.compressors.spec import parse_compressor
 
     shapes = compressor_shapes(parse_compressor(text), hidden_size, num_heads, bias)
     return {
@@ -38,8 +38,8 @@ def with_compressor(draft: Path, folder: Path, text: str) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from vllm_vispec.dialects import inspect_head, iter_canonical_tensors
-    from vllm_vispec.head_config import HeadConfig
+    from vllm_vispec.heads import inspect_head, iter_canonical_tensors
+    from vllm_vispec.heads.config import HeadConfig
 
     old = inspect_head(draft).config
     changes = {"dialect": "canonical", "compressor": text, "num_query_tokens": 1}

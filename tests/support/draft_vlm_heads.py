@@ -16,7 +16,7 @@ from tests.support.tiny_configs import FAMILIES, HEAD_DIM, HIDDEN, MAX_POSITIONS
 if TYPE_CHECKING:
     import torch
 
-    from vllm_vispec.head_config import HeadConfig
+    from vllm_vispec.heads.config import HeadConfig
 
 OUTPUTS = (".o_proj.weight", ".down_proj.weight")
 
@@ -42,7 +42,7 @@ class DraftVlmSpec:
 
     def config(self) -> HeadConfig:
         """Return its configuration."""
-        from vllm_vispec.head_config import HeadConfig
+        from vllm_vispec.heads.config import HeadConfig
 
         family = FAMILIES[self.kind]
         return HeadConfig(

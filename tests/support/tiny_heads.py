@@ -159,7 +159,7 @@ def _automodel_name(name: str) -> str:
 
 
 def _canonical_config(spec: HeadSpec, family: Family) -> dict[str, Any]:
-    from vllm_vispec.head_config import HeadConfig
+    from vllm_vispec.heads.config import HeadConfig
 
     head = HeadConfig(
         dialect="canonical",
@@ -186,7 +186,7 @@ def _canonical_config(spec: HeadSpec, family: Family) -> dict[str, Any]:
 
 
 def _canonical_name(name: str) -> str:
-    from vllm_vispec.dialects import get_dialect
+    from vllm_vispec.heads import get_dialect
 
     if name.startswith("compressor."):
         return name

@@ -6,14 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tiny_store import TinyStore
 from tests.train.dialogues import write_dialogues
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
-    """Tiny targets and heads, built once per session."""
-    return TinyStore(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from tests.unit.heads import BASE
-from vllm_vispec.head_config import HeadConfig
-from vllm_vispec.torch_draft import ViSpecDraft
+from tests.support.heads import BASE
+from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.reference import ViSpecDraft
 from vllm_vispec.train.batch import Observed, Runs
 
 # Lengths and image runs: apart, touching, at both ends, short, none.

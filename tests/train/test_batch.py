@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.train.samples import all_samples, random_sample
-from vllm_vispec.errors import ViSpecError
 from vllm_vispec.train.batch import pad_batch
+from vllm_vispec.utils.errors import ViSpecError
 
 
 def test_padding_keeps_every_sample_and_adds_nothing_else() -> None:

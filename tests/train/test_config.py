@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from vllm_vispec.errors import ViSpecError
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.losses import get_loss
 from vllm_vispec.train.provenance import command_line
@@ -20,6 +19,7 @@ from vllm_vispec.train.settings import (
     iter_settings,
     load_config,
 )
+from vllm_vispec.utils.errors import ViSpecError
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
 

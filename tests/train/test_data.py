@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from tests.train.dialogues import write_dialogues, write_records
-from vllm_vispec.conversations.types import Rejected
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.train import files
+from vllm_vispec.data.types import Rejected
 from vllm_vispec.train.config import BatchConfig, DataConfig, ScheduleConfig
 from vllm_vispec.train.data import BatchOrder, count_reasons, read_corpus
 from vllm_vispec.train.schedule import Plan, rate_factor
 from vllm_vispec.train.state import Checkpoint, Checkpoints, Progress, check_same_settings
+from vllm_vispec.utils import files
+from vllm_vispec.utils.errors import ViSpecError
 
 LENGTHS = {index: 10 + (index * 37) % 50 for index in range(50)}
 

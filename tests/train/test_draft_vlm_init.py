@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.heads import write_head
+from tests.support.small_draft_vlms import write_draft_vlm
 from tests.train.language_models import write_language_model
-from tests.unit.heads import write_head
-from tests.unit.small_draft_vlms import write_draft_vlm
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.torch_draft import DraftVlm
+from vllm_vispec.reference import DraftVlm
 from vllm_vispec.train.config import HeadSettings
 from vllm_vispec.train.heads import make_draft
 from vllm_vispec.train.resolve import resolve
 from vllm_vispec.train.settings import config_from_flat
 from vllm_vispec.train.source import Facts
+from vllm_vispec.utils.errors import ViSpecError
 
 GENERATOR = torch.Generator().manual_seed(1)
 TABLE, LM_HEAD = torch.randn(2, 64, 32, generator=GENERATOR)

@@ -9,24 +9,24 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.small_draft_vlms import DRAFT_VLM, random_draft_vlm
 from tests.support.tiny_store import TinyStore
 from tests.train.dialogues import recipe
 from tests.train.jobs import losses
 from tests.train.language_models import write_language_model
 from tests.train.samples import random_sample
-from tests.unit.small_draft_vlms import DRAFT_VLM, random_draft_vlm
 from vllm_vispec.evaluate.data import DataSource
 from vllm_vispec.evaluate.run import EvalOptions, evaluate
 from vllm_vispec.evaluate.simulate import answer_spans, draft_hits, replay, simulate
-from vllm_vispec.head_config import DRAFT_VLM_ARCHITECTURE
-from vllm_vispec.torch_draft import DraftVlm
+from vllm_vispec.heads.config import DRAFT_VLM_ARCHITECTURE
+from vllm_vispec.reference import DraftVlm
 from vllm_vispec.train.batch import Observed, pad_batch
 from vllm_vispec.train.config import LossSettings, TrainConfig
 from vllm_vispec.train.distributed import processes
-from vllm_vispec.train.files import read_json
 from vllm_vispec.train.loop import Outcome, train
 from vllm_vispec.train.objective import Objective
 from vllm_vispec.train.trainer import Trainer
+from vllm_vispec.utils.files import read_json
 
 DEPTH = 4
 FEW = 3

@@ -13,11 +13,11 @@ from typer.testing import CliRunner, Result
 
 from examples.pair import DEFAULT_DRAFT_MODEL, DEFAULT_MODEL
 from examples.tiny_vlm.dataset import make_sample, strip_marks
+from tests.support.heads import write_head
 from tests.train.samples import random_sample
-from tests.unit.heads import write_head
 from vllm_vispec.cli.evaluate import evaluate
-from vllm_vispec.conversations.encode import Encoder, load_processor
-from vllm_vispec.conversations.types import Rejected
+from vllm_vispec.data.encode import Encoder, load_processor
+from vllm_vispec.data.types import Rejected
 from vllm_vispec.evaluate.data import DataSource
 from vllm_vispec.evaluate.engine import questions
 from vllm_vispec.evaluate.run import greedy_tokens

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.train.samples import COMPRESSORS, HEADS, all_samples, random_draft, random_sample
-from vllm_vispec.models.gate import HIDDEN_BIAS, GateOutput, balance
-from vllm_vispec.models.spec import parse_compressor
-from vllm_vispec.torch_draft import decide
-from vllm_vispec.torch_draft.gating import gate_rows
+from vllm_vispec.compressors.gate import HIDDEN_BIAS, GateOutput, balance
+from vllm_vispec.compressors.reference_gate import gate_rows
+from vllm_vispec.compressors.spec import parse_compressor
+from vllm_vispec.reference import decide
 from vllm_vispec.train.batch import DraftBatch, pad_batch
 from vllm_vispec.train.choices import Choices, count_choices, to_choices
 from vllm_vispec.train.config import LossSettings

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.train.samples import random_sample
-from vllm_vispec.errors import ViSpecError
 from vllm_vispec.train.batch import pad_batch
 from vllm_vispec.train.kinds import HEAD_KINDS, new_draft, new_head_config
 from vllm_vispec.train.rollout import rollout
+from vllm_vispec.utils.errors import ViSpecError
 
 
 def text_config(**changes: Any) -> SimpleNamespace:

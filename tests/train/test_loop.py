@@ -11,12 +11,12 @@ import torch
 from tests.support.tiny_store import TinyStore
 from tests.train.dialogues import recipe, write_records
 from tests.train.jobs import losses
-from vllm_vispec.dialects import inspect_head
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.torch_draft import ViSpecDraft
+from vllm_vispec.heads import inspect_head
+from vllm_vispec.reference import ViSpecDraft
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.distributed import processes
 from vllm_vispec.train.loop import Outcome, fill_cache, train
+from vllm_vispec.utils.errors import ViSpecError
 
 
 def run(config: TrainConfig, *override: str) -> Outcome:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_vispec.errors import ViSpecError
 from vllm_vispec.train.losses import LOSSES, RANKS, TERMS, LossInputs, get_loss
+from vllm_vispec.utils.errors import ViSpecError
 
 ROWS, HIDDEN, VOCAB = 7, 6, 23
 

@@ -13,11 +13,11 @@ from tests.support.child import ChildError, run_in_subprocess
 from tests.support.tiny_store import TinyStore
 from tests.train.dialogues import recipe
 from tests.train.jobs import losses, run_and_signal
-from vllm_vispec.errors import ViSpecError
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.distributed import processes
 from vllm_vispec.train.loop import Outcome, train
 from vllm_vispec.train.state import Checkpoints, check_same_settings
+from vllm_vispec.utils.errors import ViSpecError
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.train.samples import HEADS, LAYOUTS, all_samples, random_draft, random_sample
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.torch_draft import ViSpecDraft
+from vllm_vispec.reference import ViSpecDraft
 from vllm_vispec.train.batch import DraftBatch, Observed, pad_batch
 from vllm_vispec.train.rollout import MODES, PassOutput, rollout
+from vllm_vispec.utils.errors import ViSpecError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 PASSES = 4

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from tests.support.child import run_in_subprocess
 from tests.train.samples import HEADS, random_draft, random_sample
-from vllm_vispec.errors import ViSpecError
 from vllm_vispec.evaluate.acceptance import Acceptance, merge_families
 from vllm_vispec.evaluate.engine import Answer, Question, inside_answer, summarise
 from vllm_vispec.evaluate.simulate import answer_spans, draft_hits, replay, simulate
-from vllm_vispec.torch_draft import ViSpecDraft
+from vllm_vispec.reference import ViSpecDraft
 from vllm_vispec.train.batch import Observed, pad_batch
+from vllm_vispec.utils.errors import ViSpecError
 
 DEPTH = 4
 FEW = 3

@@ -11,12 +11,12 @@ import torch
 
 from tests.support.tiny_configs import FAMILIES
 from tests.support.tiny_store import TinyStore
-from vllm_vispec.conversations.encode import Encoded, Encoder, load_processor
-from vllm_vispec.conversations.read import read_conversations
-from vllm_vispec.conversations.types import Conversation
-from vllm_vispec.dialects.target import load_target_config
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.encode import Encoded, Encoder, load_processor
+from vllm_vispec.data.read import read_conversations
+from vllm_vispec.data.types import Conversation
+from vllm_vispec.heads.target import load_target_config
 from vllm_vispec.train.target import TrainingTarget, merge_vision
+from vllm_vispec.utils.errors import ViSpecError
 
 
 def load(folder: Path) -> TrainingTarget:

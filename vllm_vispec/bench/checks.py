@@ -9,7 +9,7 @@ from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.sides import SIDES
 from vllm_vispec.compat.check import group_problem
 from vllm_vispec.compat.groups import BENCH
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 PACKAGES = {"vllm": "vllm", "pandas": "pandas (vllm[bench])"}
 
@@ -47,7 +47,7 @@ def _check_folder(flag: str, name: str) -> None:
 
 
 def _check_head(settings: MatrixSettings) -> None:
-    from vllm_vispec.dialects import inspect_head
+    from vllm_vispec.heads import inspect_head
 
     assert settings.head is not None
     info = inspect_head(settings.head)

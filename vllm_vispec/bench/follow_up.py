@@ -9,7 +9,7 @@ from dataclasses import replace
 from vllm_vispec.bench.load import CHAT, chat_messages
 from vllm_vispec.bench.schema import BenchSample
 from vllm_vispec.bench.server import ServerError, call
-from vllm_vispec.conversations.types import Part, Turn
+from vllm_vispec.data.types import Part, Turn
 
 TIMEOUT_S = 3600.0
 

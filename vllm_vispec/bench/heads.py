@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_vispec.dialects import HeadInfo
+    from vllm_vispec.heads import HeadInfo
 
 _STORED_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _EMBEDDING = "embed_tokens.weight"
@@ -30,7 +30,7 @@ def zeroed_head(head: str, folder: Path) -> str:
     Raises:
         ViSpecError: it is no usable head, or has no adaptor.
     """
-    from vllm_vispec.dialects import inspect_head, iter_canonical_tensors
+    from vllm_vispec.heads import inspect_head, iter_canonical_tensors
 
     info = inspect_head(head)
     if not info.config.has_adaptor:
@@ -57,7 +57,7 @@ def plain_eagle_head(head: str, target: str, folder: Path) -> str:
     Raises:
         ViSpecError: the head has parts that EAGLE lacks.
     """
-    from vllm_vispec.dialects import inspect_head, is_vispec_head, iter_canonical_tensors
+    from vllm_vispec.heads import inspect_head, is_vispec_head, iter_canonical_tensors
 
     if not Path(head).is_dir() or not is_vispec_head(head):
         return head
@@ -98,7 +98,7 @@ def target_embedding(target: str, shape: tuple[int, int]) -> Tensor:
     """
     from safetensors import safe_open
 
-    from vllm_vispec.dialects.files import read_entries, resolve_head, weight_files
+    from vllm_vispec.heads.files import read_entries, resolve_head, weight_files
 
     folder = resolve_head(target)
     for name, entry in read_entries(weight_files(folder)).items():
@@ -113,7 +113,7 @@ def target_embedding(target: str, shape: tuple[int, int]) -> Tensor:
 
 def _write(info: HeadInfo, tensors: Tensors, folder: Path, *, canonical: bool) -> str:
     """Write a head's folder; EAGLE's layout is not one that the dialects check."""
-    from vllm_vispec.dialects.folder import CONFIG, write_json, write_weights
+    from vllm_vispec.heads.folder import CONFIG, write_json, write_weights
 
     dtype = _STORED_DTYPES[info.dtype]
     config = info.config.with_dialect("canonical")

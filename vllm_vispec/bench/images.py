@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_vispec.bench.datasets import with_image_pixels, without_images
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, BenchSample
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 SIDES_PX = range(4, 4097, 4)
 USUAL_TOKEN_PX = 28
@@ -80,7 +80,7 @@ def tokens_of_target(target: str, processor_kwargs: Mapping[str, Any]) -> Tokens
     Raises:
         ViSpecError: the target has no processor that tells.
     """
-    from vllm_vispec.conversations.template import load_processor
+    from vllm_vispec.data.template import load_processor
 
     processor = load_processor(target)
     count = getattr(processor, "_get_num_multimodal_tokens", None)

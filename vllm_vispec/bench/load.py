@@ -15,9 +15,9 @@ from typing import Any
 
 from vllm_vispec.bench.schema import BenchSample, Request, SpecCounters
 from vllm_vispec.bench.worker_process import WorkerProcess
-from vllm_vispec.engine_start import find_cause
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.train.files import write_text
+from vllm_vispec.utils.engine_start import find_cause
+from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import write_text
 
 CHAT = "/v1/chat/completions"
 WORKER = "vllm_vispec.bench.load_worker"
@@ -157,8 +157,8 @@ def chat_messages(sample: BenchSample) -> list[dict[str, Any]]:
     Raises:
         ViSpecError: an image is missing or broken.
     """
-    from vllm_vispec.conversations.images import BadImage
-    from vllm_vispec.regenerate.backends.server import to_openai
+    from vllm_vispec.data.images import BadImage
+    from vllm_vispec.data.regenerate.backends.server import to_openai
 
     try:
         return to_openai(sample.turns, Path("/"))

@@ -11,7 +11,7 @@ from vllm_vispec.bench.design import DESIGNS, POINT_AXES, points
 from vllm_vispec.bench.schedules import Ranges, check_ranges
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, CellKey, Record
 from vllm_vispec.bench.sides import check_sides
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 MAX_DRAFT_TOKENS = 32
 AXES = ("sides", "concurrency", "num_speculative_tokens", "temperatures", "image_tokens")

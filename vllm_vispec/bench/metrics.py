@@ -25,7 +25,7 @@ from vllm_vispec.bench.pairing import (
 )
 from vllm_vispec.bench.schema import CellKey, CellResult
 from vllm_vispec.bench.time_ratio import DECODING, END_TO_END, succeeded
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 Value = float | tuple[float, ...] | None
 Unit = Literal["x", "tokens", "tokens/s", "ms", "share", "GiB", "blocks"]

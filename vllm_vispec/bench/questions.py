@@ -16,8 +16,8 @@ from vllm_vispec.bench.load import write_questions
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.schema import BenchSample
 from vllm_vispec.bench.server import BenchServer, option_value
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.train.files import write_text
+from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import write_text
 
 
 class QuestionStore:

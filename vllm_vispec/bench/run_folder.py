@@ -10,8 +10,8 @@ from typing import Any
 
 from vllm_vispec.bench.matrix import AXES, LATE, Visit, different_settings
 from vllm_vispec.bench.schema import CELLS_FILE, FORMAT, RUN_FILE, BenchRun, CellResult
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.train.files import write_text
+from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import write_text
 
 
 class RunFolder:

@@ -21,7 +21,7 @@ from vllm_vispec.bench.schema import BenchSample, CellResult, MemoryFacts, SpecC
 from vllm_vispec.bench.server import BenchServer, ServerSpec, choose_ports
 from vllm_vispec.bench.serving import Group, serve_arguments
 from vllm_vispec.bench.sides import SIDES, Heads
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 NOTHING_DRAFTED = SpecCounters(0, 0, 0, ())
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 SETTING = "num_speculative_tokens_per_batch_size"
 K_SETTING = "num_speculative_tokens"

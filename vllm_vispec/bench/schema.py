@@ -17,8 +17,8 @@ from typing import Any, Self
 from pydantic import TypeAdapter, ValidationError
 
 from vllm_vispec.bench.packing import unpack
-from vllm_vispec.conversations.types import Turn
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.types import Turn
+from vllm_vispec.utils.errors import ViSpecError
 
 FORMAT = 1
 RUN_FILE = "run.json"

@@ -17,8 +17,8 @@ from vllm_vispec.bench.children import ChildProcess
 from vllm_vispec.bench.environment import EXTENSION, IMAGE_TABLE, server_environment
 from vllm_vispec.bench.memory import peak_bytes
 from vllm_vispec.bench.schema import MemoryFacts
-from vllm_vispec.engine_start import find_cause, spelled_as_option, why
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.engine_start import find_cause, spelled_as_option, why
+from vllm_vispec.utils.errors import ViSpecError
 
 HOST = "127.0.0.1"
 CLI = ("-m", "vllm.entrypoints.cli.main")

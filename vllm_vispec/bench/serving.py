@@ -13,7 +13,7 @@ from vllm_vispec.bench.machine import has_gpu
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.server import BenchServer, ServerError, option_value
 from vllm_vispec.bench.sides import SIDES, Heads
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 GPU_SHARE = 0.9
 """Of a GPU's memory, for all servers together."""

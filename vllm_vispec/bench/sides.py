@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_vispec.bench.heads import plain_eagle_head, zeroed_head
 from vllm_vispec.bench.schedules import K_SETTING, SETTING, Ranges, speculative_config
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 NGRAM_LONGEST, NGRAM_SHORTEST = 4, 2
 """vLLM's lookup looks for the longest repeated n-gram between these lengths."""

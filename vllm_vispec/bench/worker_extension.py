@@ -6,7 +6,7 @@ runners, wherever the engine's process is.
 
 On a CPU the import also repairs vLLM's sampling for whatever speculates there. Our engine does
 that for itself; without it vLLM's own methods would accept nothing above temperature zero, and we
-would win against a fault. See `vllm_vispec.engine.cpu_sampling`.
+would win against a fault. See `vllm_vispec.v1.cpu_sampling`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
-from vllm_vispec.engine.patches import apply_cpu_sampling_patches
+from vllm_vispec.compat.patches import apply_cpu_sampling_patches
 
 if current_platform.is_cpu():
     apply_cpu_sampling_patches()

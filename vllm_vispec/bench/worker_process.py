@@ -13,8 +13,8 @@ from typing import Any, Self
 
 from vllm_vispec.bench.children import STOP_S, ChildProcess
 from vllm_vispec.bench.environment import server_environment
-from vllm_vispec.engine_start import spelled_as_option, why
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.engine_start import spelled_as_option, why
+from vllm_vispec.utils.errors import ViSpecError
 
 ROOT = Path(__file__).resolve().parents[2]
 REPLY_S = 3600.0

@@ -43,7 +43,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option(help="Replace a folder written by vispec.")] = False,
 ) -> None:
     """Write a head of any dialect as a canonical folder (or back, with --dialect)."""
-    from vllm_vispec.dialects.convert import convert_head, guess_target, serve_command
+    from vllm_vispec.heads.convert import convert_head, guess_target, serve_command
 
     with exit_on_error():
         info = convert_head(

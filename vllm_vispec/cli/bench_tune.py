@@ -13,7 +13,7 @@ from vllm_vispec.bench.datasets.types import DatasetOptions
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.cli.options import INTERRUPTED
 from vllm_vispec.cli.settings import options_of
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
     from vllm_vispec.bench.tune import Tuning
@@ -132,7 +132,7 @@ def _tell(tuning: Tuning, output: Path) -> None:
         ViSpecError: the folder cannot be written.
     """
     from vllm_vispec.bench.tune import TUNE_FILE
-    from vllm_vispec.train.files import write_json
+    from vllm_vispec.utils.files import write_json
 
     typer.echo(tuning.to_markdown() + "\n")
     for line in tuning.advice():

@@ -17,7 +17,7 @@ from vllm_vispec.compat import groups, versions
 from vllm_vispec.compat.check import PatchPointState, check_points, group_problem
 
 if TYPE_CHECKING:
-    from vllm_vispec.head_config import HeadConfig
+    from vllm_vispec.heads.config import HeadConfig
 
 _RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -83,9 +83,9 @@ def tree_line(head_size: int = 128) -> str:
         from vllm.config import VllmConfig, set_current_vllm_config
         from vllm.utils.torch_utils import set_default_torch_dtype
 
-        from vllm_vispec.engine.padded_heads import BackendFinder, choose_padded_head
-        from vllm_vispec.tree.codes import num_channels
-        from vllm_vispec.tree.settings import TreeSettings
+        from vllm_vispec.models.padded_heads import BackendFinder, choose_padded_head
+        from vllm_vispec.trees.codes import num_channels
+        from vllm_vispec.trees.settings import TreeSettings
 
         channels = num_channels(TreeSettings().levels, TreeSettings().top_k)
         with set_current_vllm_config(VllmConfig()), set_default_torch_dtype(torch.bfloat16):
@@ -108,9 +108,9 @@ def head_lines(head: str) -> list[str]:
     Raises:
         ViSpecError: it is no usable head.
     """
-    from vllm_vispec.dialects import DIALECTS, inspect_head
-    from vllm_vispec.dialects.card import guess_target, serve_command
-    from vllm_vispec.dialects.speculators import serving_of_folder
+    from vllm_vispec.heads import DIALECTS, inspect_head
+    from vllm_vispec.heads.card import guess_target, serve_command
+    from vllm_vispec.heads.speculators import serving_of_folder
 
     info = inspect_head(head)
     config, serving = info.config, serving_of_folder(info.folder)

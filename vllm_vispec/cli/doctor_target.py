@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vllm_vispec.dialects import inspect_head
-from vllm_vispec.dialects.target import (
+from vllm_vispec.heads import inspect_head
+from vllm_vispec.heads.target import (
     check_against_target,
     load_target_config,
     tensor_parallel_sizes,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import typer
 
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 
 @contextmanager

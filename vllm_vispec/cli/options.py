@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 T = TypeVar("T")
 INTERRUPTED = 130

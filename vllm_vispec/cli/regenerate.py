@@ -9,18 +9,18 @@ import typer
 
 from vllm_vispec.cli.errors import exit_on_error
 from vllm_vispec.cli.options import json_object
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.regenerate.picture_folder import write_questions
-from vllm_vispec.regenerate.prompts import PROMPT_STYLES
-from vllm_vispec.regenerate.settings import (
+from vllm_vispec.data.regenerate.picture_folder import write_questions
+from vllm_vispec.data.regenerate.prompts import PROMPT_STYLES
+from vllm_vispec.data.regenerate.settings import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_TEMPERATURE,
     RegenerateSettings,
     Sampling,
 )
+from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
-    from vllm_vispec.regenerate.job import Summary
+    from vllm_vispec.data.regenerate.job import Summary
 
 STYLES = ", ".join(PROMPT_STYLES)
 
@@ -62,7 +62,7 @@ def regenerate(
     workers: Annotated[int, typer.Option(help="Engines of the Ray job.")] = 1,
 ) -> None:
     """Let the target answer image questions at length: training data for its draft head."""
-    from vllm_vispec.regenerate.job import regenerate_all
+    from vllm_vispec.data.regenerate.job import regenerate_all
 
     with exit_on_error():
         settings = RegenerateSettings(

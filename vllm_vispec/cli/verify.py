@@ -12,7 +12,7 @@ import typer
 
 from vllm_vispec.cli.errors import exit_on_error
 from vllm_vispec.cli.options import INTERRUPTED
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
     from vllm_vispec.verify.result import Verification
@@ -70,7 +70,7 @@ def verify(
         "kv_cache_dtype": kv_cache_dtype,
     }
     with exit_on_error():
-        from vllm_vispec.dialects import inspect_head
+        from vllm_vispec.heads import inspect_head
         from vllm_vispec.verify.settings import VerifySettings, choose_pair
 
         pair = choose_pair(target, head)
@@ -99,7 +99,7 @@ def run(settings: VerifySettings, output: Path) -> Verification:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from vllm_vispec.train.files import write_json, write_text
+    from vllm_vispec.utils.files import write_json, write_text
     from vllm_vispec.verify.page import WIDTH, print_page
     from vllm_vispec.verify.run import Tools, num_steps, verify
 

@@ -10,7 +10,7 @@ import typer
 from vllm_vispec.cli.errors import exit_on_error
 
 if TYPE_CHECKING:
-    from vllm_vispec.vocabulary.make import MadeVocab
+    from vllm_vispec.draft_vocab.make import MadeVocab
 
 
 def vocab(
@@ -28,7 +28,7 @@ def vocab(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier list.")] = False,
 ) -> None:
     """Rank the target's tokens by how often its answers use them, for a smaller draft lm_head."""
-    from vllm_vispec.vocabulary.make import VocabOptions, make_vocab
+    from vllm_vispec.draft_vocab.make import VocabOptions, make_vocab
 
     with exit_on_error():
         made = make_vocab(VocabOptions(target, head, data, output, size, overwrite))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint, Runner
 from vllm_vispec.compat.source import find_parameters, read_module
 from vllm_vispec.compat.versions import supported_range
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Which vLLM releases this package was tested with."""
 
-from vllm_vispec.logs import get_logger
+from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_vispec.conversations.encode import Encoded, Encoder
-from vllm_vispec.conversations.images import image_folder
-from vllm_vispec.conversations.read import read_conversations
-from vllm_vispec.conversations.types import Conversation, Rejected
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.encode import Encoded, Encoder
+from vllm_vispec.data.images import image_folder
+from vllm_vispec.data.read import read_conversations
+from vllm_vispec.data.types import Conversation, Rejected
+from vllm_vispec.utils.errors import ViSpecError
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_vispec.conversations.encode import Encoder
-from vllm_vispec.conversations.images import open_image
-from vllm_vispec.conversations.types import Turn
-from vllm_vispec.engine_start import spelled_as_json, starting_engine
+from vllm_vispec.data.encode import Encoder
+from vllm_vispec.data.images import open_image
+from vllm_vispec.data.types import Turn
 from vllm_vispec.evaluate.acceptance import OVERALL, Acceptance, Families, merge_families
 from vllm_vispec.evaluate.data import EvalSample
 from vllm_vispec.evaluate.simulate import answer_spans
+from vllm_vispec.utils.engine_start import spelled_as_json, starting_engine
 
 if TYPE_CHECKING:
     from vllm import LLM

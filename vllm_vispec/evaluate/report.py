@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_vispec.conversations.types import Rejected
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.types import Rejected
 from vllm_vispec.evaluate.acceptance import OVERALL, Families
 from vllm_vispec.evaluate.engine import EngineResult
+from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -9,17 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vllm_vispec.errors import ViSpecError
 from vllm_vispec.evaluate.data import DataSource, EvalSample
 from vllm_vispec.evaluate.engine import EngineSettings, Question, measure, questions
 from vllm_vispec.evaluate.report import Report
+from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_vispec.conversations.types import Rejected
+    from vllm_vispec.data.types import Rejected
     from vllm_vispec.evaluate.acceptance import Families
-    from vllm_vispec.torch_draft import Draft
+    from vllm_vispec.reference import Draft
     from vllm_vispec.train.batch import Observed
     from vllm_vispec.train.target import TrainingTarget
 
@@ -88,7 +88,7 @@ def evaluate(options: EvalOptions) -> Report:
     Raises:
         ViSpecError: target, head or data cannot be used, or do not fit each other.
     """
-    from vllm_vispec.conversations.encode import Encoder, load_processor
+    from vllm_vispec.data.encode import Encoder, load_processor
     from vllm_vispec.evaluate.acceptance import merge_families
 
     encoder = Encoder(load_processor(options.target), options.max_length, options.source.images)
@@ -155,11 +155,11 @@ class _Pair:
     def load(cls, options: EvalOptions) -> _Pair:
         import torch
 
-        from vllm_vispec.dialects import check_against_target, inspect_head
-        from vllm_vispec.dialects.target import load_target_config
-        from vllm_vispec.torch_draft import load_draft
+        from vllm_vispec.draft_vocab.files import find_vocab
+        from vllm_vispec.heads import check_against_target, inspect_head
+        from vllm_vispec.heads.target import load_target_config
+        from vllm_vispec.reference import load_draft
         from vllm_vispec.train.target import TrainingTarget
-        from vllm_vispec.vocabulary.files import find_vocab
 
         # Before any weights are read.
         info, config = inspect_head(options.head), load_target_config(options.target)

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_vispec.errors import ViSpecError
 from vllm_vispec.evaluate.acceptance import OVERALL, Acceptance, Families, merge_families
-from vllm_vispec.torch_draft import Draft
+from vllm_vispec.reference import Draft
 from vllm_vispec.train.batch import DraftBatch
 from vllm_vispec.train.rollout import PassOutput, rollout
+from vllm_vispec.utils.errors import ViSpecError
 
 __all__ = ["Acceptance", "answer_spans", "draft_hits", "merge_families", "simulate"]
 

@@ -1,4 +1,1 @@
-"""Compressors of images for the draft: registry, primitives, gate, and where tokens stand.
-
-Import `spec` and `places` where torch is not wanted.
-"""
+"""The drafts as vLLM models: layers, attention, weights."""

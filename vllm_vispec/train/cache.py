@@ -22,14 +22,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vllm_vispec.conversations.encode import Encoded, load_processor
-from vllm_vispec.dialects.target import load_target_config
+from vllm_vispec.data.encode import Encoded, load_processor
+from vllm_vispec.heads.target import load_target_config
 from vllm_vispec.train.batch import Observed
 from vllm_vispec.train.chunks import Record, finish_chunks
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import Corpus, EncodedSamples
 from vllm_vispec.train.distributed import Processes
-from vllm_vispec.train.files import read_tensors, write_tensors
 from vllm_vispec.train.source import (
     Facts,
     load_target,
@@ -40,6 +39,7 @@ from vllm_vispec.train.source import (
     target_dtype,
 )
 from vllm_vispec.train.target import TrainingTarget
+from vllm_vispec.utils.files import read_tensors, write_tensors
 
 
 def cache_folder(config: TrainConfig) -> Path:

@@ -12,8 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_vispec.models.gate import GateOutput
-from vllm_vispec.models.spec import CompressorSpec
+from vllm_vispec.compressors.gate import GateOutput
+from vllm_vispec.compressors.spec import CompressorSpec
 
 
 @dataclass(frozen=True)

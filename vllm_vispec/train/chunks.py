@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_vispec.errors import ViSpecError
 from vllm_vispec.train.distributed import Processes
-from vllm_vispec.train.files import write_json
+from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import write_json
 
 Record = dict[str, Any]
 Work = Callable[[int, range], list[Record]]

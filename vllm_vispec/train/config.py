@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from vllm_vispec.errors import ViSpecError
 from vllm_vispec.train.section import Section, setting
+from vllm_vispec.utils.errors import ViSpecError
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class HeadSettings(Section):
     kind: str = setting("vispec", "which head: see vllm_vispec.train.kinds", "ViSpec")
     compressor: str = setting(
         "",
-        "what makes an image's tokens, like prune:20 or select: see vllm_vispec.models.spec; "
+        "what makes an image's tokens, like prune:20 or select: see vllm_vispec.compressors.spec; "
         "none: the kind's own",
         "SpecVLM (select)",
     )

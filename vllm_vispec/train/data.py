@@ -15,12 +15,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from vllm_vispec.conversations.encode import Encoded, Encoder
-from vllm_vispec.conversations.images import image_folder
-from vllm_vispec.conversations.read import read_conversations
-from vllm_vispec.conversations.types import Conversation, Rejected
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.encode import Encoded, Encoder
+from vllm_vispec.data.images import image_folder
+from vllm_vispec.data.read import read_conversations
+from vllm_vispec.data.types import Conversation, Rejected
 from vllm_vispec.train.config import BatchConfig, DataConfig
+from vllm_vispec.utils.errors import ViSpecError
 
 # Reason of a rejection (pattern of its text) -> the name it is counted under.
 SKIP_NAMES: Mapping[str, str] = {

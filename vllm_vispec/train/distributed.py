@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 # Other processes wait while one writes a cache or a checkpoint.
 TIMEOUT = timedelta(hours=6)

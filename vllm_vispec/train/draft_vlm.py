@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vllm_vispec.dialects.target import check_against_target
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.head_config import HeadConfig
-from vllm_vispec.head_shapes import PROJECTOR_PREFIX
-from vllm_vispec.torch_draft import DraftVlm, load_draft
+from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.shapes import PROJECTOR_PREFIX
+from vllm_vispec.heads.target import check_against_target
+from vllm_vispec.reference import DraftVlm, load_draft
 from vllm_vispec.train.config import HeadSettings
 from vllm_vispec.train.fresh import new_draft_vlm
 from vllm_vispec.train.kinds import new_head_config
 from vllm_vispec.train.language_model import is_language_model, read_language_model
 from vllm_vispec.train.source import Facts
+from vllm_vispec.utils.errors import ViSpecError
 
 # Widths of MLPs are multiples of this.
 _MLP_MULTIPLE = 8

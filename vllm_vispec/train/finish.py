@@ -24,7 +24,7 @@ def export_trained(
     Raises:
         ViSpecError: the folder cannot be written.
     """
-    from vllm_vispec.export import export_head
+    from vllm_vispec.heads.export import export_head
 
     step = progress.step
     if config.run.export == "best" and progress.best_step is not None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vllm_vispec.head_config import HeadConfig
-from vllm_vispec.torch_draft import DraftVlm
+from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.reference import DraftVlm
 
 # Times in_features ** -0.5; the usual 0.02 at a width of about 1200.
 WEIGHT_SCALE = 0.7

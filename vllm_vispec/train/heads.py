@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_vispec.dialects.target import check_against_target
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.torch_draft import Draft, ViSpecDraft, load_draft
+from vllm_vispec.heads.target import check_against_target
+from vllm_vispec.reference import Draft, ViSpecDraft, load_draft
 from vllm_vispec.train.config import HeadSettings
 from vllm_vispec.train.draft_vlm import make_draft_vlm
 from vllm_vispec.train.kinds import get_kind, new_draft, new_head_config
 from vllm_vispec.train.source import Facts
+from vllm_vispec.utils.errors import ViSpecError
 
 # What a head keeps of the one it starts from; its kind decides about images.
 _KEPT = (

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.head_config import FIELD_NAMES, HeadConfig
-from vllm_vispec.models.spec import QUERY, parse_compressor
-from vllm_vispec.torch_draft import Draft, ViSpecDraft
+from vllm_vispec.compressors.spec import QUERY, parse_compressor
+from vllm_vispec.heads.config import FIELD_NAMES, HeadConfig
+from vllm_vispec.reference import Draft, ViSpecDraft
 from vllm_vispec.train.fresh import new_draft_vlm, start_linears
+from vllm_vispec.utils.errors import ViSpecError
 
 # Decoder layers of a draft VLM.
 DRAFT_VLM_LAYERS = 4

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_vispec.dialects.files import (
+from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.files import (
     TensorEntry,
     read_entries,
     read_json,
@@ -24,9 +25,8 @@ from vllm_vispec.dialects.files import (
     short_list,
     weight_files,
 )
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.head_config import HeadConfig
-from vllm_vispec.head_shapes import PROJECTOR_PREFIX
+from vllm_vispec.heads.shapes import PROJECTOR_PREFIX
+from vllm_vispec.utils.errors import ViSpecError
 
 # model_type -> whether q/k/v have biases.
 FAMILIES: Mapping[str, bool] = {"qwen2": True, "llama": False}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_vispec.models.spec import CompressorSpec
+from vllm_vispec.compressors.spec import CompressorSpec
 from vllm_vispec.train.choices import Choices
 from vllm_vispec.train.state import Progress
 from vllm_vispec.train.trainer import StepResult

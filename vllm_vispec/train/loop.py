@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 
-from vllm_vispec.errors import ViSpecError
 from vllm_vispec.evaluate.acceptance import OVERALL, Families
 from vllm_vispec.train.cache import cache_folder
 from vllm_vispec.train.choices import Choices
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import BatchOrder, Corpus, read_corpus
 from vllm_vispec.train.distributed import Processes
-from vllm_vispec.train.files import read_json, sweep, write_json
 from vllm_vispec.train.finish import export_trained
 from vllm_vispec.train.heads import make_draft
 from vllm_vispec.train.kinds import get_kind
@@ -31,6 +29,8 @@ from vllm_vispec.train.stopping import StopRequest, stop_on_signals
 from vllm_vispec.train.teacher import TEACHERS, open_teacher
 from vllm_vispec.train.trainer import Trainer
 from vllm_vispec.train.validation import validate
+from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import read_json, sweep, write_json
 
 
 @dataclass(frozen=True)

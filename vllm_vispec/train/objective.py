@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vllm_vispec.models.gate import balance
-from vllm_vispec.torch_draft import Decision, Draft, decide
+from vllm_vispec.compressors.gate import balance
+from vllm_vispec.reference import Decision, Draft, decide
 from vllm_vispec.train.batch import DraftBatch
 from vllm_vispec.train.choices import count_choices
 from vllm_vispec.train.config import LossSettings

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vllm_vispec.evaluate.acceptance import OVERALL, Acceptance
-from vllm_vispec.train.files import write_json, write_text, writing
+from vllm_vispec.utils.files import write_json, write_text, writing
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -140,7 +140,7 @@ def _keep_until(file: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _append(file: Path, line: Mapping[str, Any]) -> None:
-    from vllm_vispec.errors import ViSpecError
+    from vllm_vispec.utils.errors import ViSpecError
 
     try:
         with file.open("a", encoding="utf-8") as sink:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vispec import __version__
-from vllm_vispec.conversations.types import Rejected
+from vllm_vispec.data.types import Rejected
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import Corpus, count_reasons
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_vispec.errors import ViSpecError
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.provenance import command_line
 from vllm_vispec.train.settings import config_from_flat
+from vllm_vispec.utils.errors import ViSpecError
 
 # Ray changes the working directory of its workers, so paths must not depend on it.
 _PATHS = (

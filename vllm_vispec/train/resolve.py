@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.models.spec import QUERY
+from vllm_vispec.compressors.spec import QUERY
 from vllm_vispec.train.config import HeadSettings, TrainConfig
 from vllm_vispec.train.kinds import HEAD_KINDS, compressor_of, get_kind
 from vllm_vispec.train.losses import STATE_TERMS, get_loss
+from vllm_vispec.utils.errors import ViSpecError
 
 # The loss of a head: SpecVLM distils with a compressor, ViSpec with its adaptor and without any;
 # a draft VLM has no states that could be compared.

@@ -27,8 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.torch_draft import (
+from vllm_vispec.reference import (
     Decision,
     Draft,
     DraftVlm,
@@ -39,8 +38,9 @@ from vllm_vispec.torch_draft import (
     decide,
     masked_rows,
 )
-from vllm_vispec.torch_draft.layers import KVCache, apply_rope
+from vllm_vispec.reference.layers import KVCache, apply_rope
 from vllm_vispec.train.batch import DraftBatch
+from vllm_vispec.utils.errors import ViSpecError
 
 # The reference scales its feature noise with 512 / (tokens of the sample).
 NOISE_REFERENCE_LENGTH = 512

@@ -7,7 +7,7 @@ from dataclasses import field, fields
 from types import MappingProxyType
 from typing import Any
 
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 
 def setting(

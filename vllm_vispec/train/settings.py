@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from vllm_vispec.errors import ViSpecError
 from vllm_vispec.train.config import TrainConfig
+from vllm_vispec.utils.errors import ViSpecError
 
 _SHORT = (
     "With --set and --override the section may be left out of a name that no other section has: "

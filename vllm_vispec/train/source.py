@@ -14,15 +14,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vllm_vispec.conversations.encode import Encoded
-from vllm_vispec.conversations.types import Rejected
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.encode import Encoded
+from vllm_vispec.data.types import Rejected
 from vllm_vispec.train.batch import Observed
 from vllm_vispec.train.chunks import Record
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import Corpus
 from vllm_vispec.train.distributed import Processes
 from vllm_vispec.train.target import TrainingTarget
+from vllm_vispec.utils.errors import ViSpecError
 
 # Weight files are known by their size and this many blocks of this size, spread evenly.
 _BLOCKS, _BLOCK_BYTES = 64, 2**16

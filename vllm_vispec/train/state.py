@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from vllm_vispec.errors import ViSpecError
 from vllm_vispec.train.config import TrainConfig
-from vllm_vispec.train.files import (
+from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import (
     read_json,
     read_tensors,
     sweep,

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_vispec.dialects.target import load_target_config
-from vllm_vispec.errors import ViSpecError, first_line
+from vllm_vispec.heads.target import load_target_config
 from vllm_vispec.train.batch import Observed
+from vllm_vispec.utils.errors import ViSpecError, first_line
 
 if TYPE_CHECKING:
-    from vllm_vispec.conversations.encode import Encoded
+    from vllm_vispec.data.encode import Encoded
 
 # Per-token outputs of processors. They are made here from the token ids, so that they are padded
 # like these.

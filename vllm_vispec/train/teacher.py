@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from vllm_vispec.conversations.encode import load_processor
-from vllm_vispec.dialects.target import load_target_config
+from vllm_vispec.data.encode import load_processor
+from vllm_vispec.heads.target import load_target_config
 from vllm_vispec.train.batch import Observed
 from vllm_vispec.train.cache import offline_teacher
 from vllm_vispec.train.chunks import Record, finish_chunks

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.torch_draft import Draft, draft_class
+from vllm_vispec.reference import Draft, draft_class
 from vllm_vispec.train.batch import pad_batch
 from vllm_vispec.train.choices import Choices, to_choices
 from vllm_vispec.train.config import OptimizerConfig, TrainConfig
@@ -20,6 +19,7 @@ from vllm_vispec.train.objective import Objective, Sums
 from vllm_vispec.train.rollout import ROW_MULTIPLE
 from vllm_vispec.train.source import Teacher
 from vllm_vispec.train.state import Tensors
+from vllm_vispec.utils.errors import ViSpecError
 
 # An average of few steps would still hold mostly the start: its decay grows as (1 + t) / (10 + t).
 _EMA_DELAY = 10

@@ -14,7 +14,7 @@ from vllm_vispec.evaluate.acceptance import (
     merge_families,
 )
 from vllm_vispec.evaluate.simulate import simulate
-from vllm_vispec.torch_draft import Draft, decide
+from vllm_vispec.reference import Draft, decide
 from vllm_vispec.train.batch import DraftBatch, pad_batch
 from vllm_vispec.train.choices import Choices, count_choices, to_choices
 from vllm_vispec.train.distributed import Processes

@@ -28,12 +28,12 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import KVCacheTensor, create_kv_cache_views
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_vispec.engine import patches
-from vllm_vispec.engine.padded_heads import MAX_EXTRA_CHANNELS, BackendFinder
-from vllm_vispec.engine.row_table import MASK_CHANNEL
-from vllm_vispec.tree.codes import encode, num_channels, word_tables
-from vllm_vispec.tree.grow import DraftTree, TreeGrower
-from vllm_vispec.tree.settings import TreeSettings
+from vllm_vispec.compat import patches
+from vllm_vispec.models.padded_heads import MAX_EXTRA_CHANNELS, BackendFinder
+from vllm_vispec.spec_decode.row_table import MASK_CHANNEL
+from vllm_vispec.trees.codes import encode, num_channels, word_tables
+from vllm_vispec.trees.grow import DraftTree, TreeGrower
+from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.verify.result import TREE, AttentionCase, AttentionError
 
 # Twenty requests, so that kernels which split a sequence fill their scratch; prompts on both sides

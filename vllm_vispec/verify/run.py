@@ -10,10 +10,10 @@ from typing import Any
 from vllm_vispec.bench.machine import describe_machine, has_gpu
 from vllm_vispec.bench.runner import interruptible
 from vllm_vispec.bench.worker_process import RequestFailed, WorkerProcess
-from vllm_vispec.engine_start import find_cause, spelled_as_option, why
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.tree.codes import num_channels
-from vllm_vispec.tree.settings import TreeSettings
+from vllm_vispec.trees.codes import num_channels
+from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.utils.engine_start import find_cause, spelled_as_option, why
+from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.verify.prompts import PROMPTS
 from vllm_vispec.verify.result import (
     ALONE,

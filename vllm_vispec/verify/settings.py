@@ -8,8 +8,8 @@ from typing import Any
 
 from vllm_vispec.bench.machine import has_gpu
 from vllm_vispec.bench.schema import Record
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.tree.settings import TreeSettings
+from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.verify.result import CHAIN, PLAIN, TREE
 
 _CHECKPOINTS = Path(__file__).resolve().parents[2] / "examples" / "tiny_vlm" / "checkpoints"

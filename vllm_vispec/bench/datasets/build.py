@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from vllm_vispec.bench.datasets.types import UNLABELLED, Adapter
 from vllm_vispec.bench.schema import BenchSample
-from vllm_vispec.conversations.types import Conversation, Rejected, Turn
+from vllm_vispec.data.types import Conversation, Rejected, Turn
 
 
 def build_samples(

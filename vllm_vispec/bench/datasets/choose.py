@@ -7,8 +7,8 @@ from hashlib import sha256
 
 from vllm_vispec.bench.datasets.types import DatasetOptions
 from vllm_vispec.bench.schema import BenchSample
-from vllm_vispec.conversations.types import Rejected
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.types import Rejected
+from vllm_vispec.utils.errors import ViSpecError
 
 Problem = Callable[[BenchSample], str | None]
 

@@ -7,17 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from vllm_vispec.bench.datasets.types import Adapter, DatasetOptions
-from vllm_vispec.conversations.images import image_file, image_folder
-from vllm_vispec.conversations.read import read_conversations
-from vllm_vispec.conversations.types import Conversation, Rejected, Turn
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.images import image_file, image_folder
+from vllm_vispec.data.read import read_conversations
+from vllm_vispec.data.types import Conversation, Rejected, Turn
+from vllm_vispec.utils.errors import ViSpecError
 
 TINY_FILE = "questions.jsonl"
 TINY_COMMAND = "python -m examples.tiny_vlm.questions --split heldout --start 100000 --count 60"
 
 
 def read_file(path: Path, options: DatasetOptions) -> Iterator[Conversation | Rejected]:
-    """Yield the dialogues of a conversation file, see `vllm_vispec.conversations`.
+    """Yield the dialogues of a conversation file, see `vllm_vispec.data`.
 
     Raises:
         ViSpecError: there is no such file.

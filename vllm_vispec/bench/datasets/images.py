@@ -8,9 +8,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from vllm_vispec.bench.schema import BenchSample
-from vllm_vispec.conversations.images import BadImage, open_image
-from vllm_vispec.conversations.types import Part
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.images import BadImage, open_image
+from vllm_vispec.data.types import Part
+from vllm_vispec.utils.errors import ViSpecError
 
 
 class ImageCheck:

@@ -11,7 +11,7 @@ from vllm_vispec.bench.datasets.build import build_samples
 from vllm_vispec.bench.datasets.choose import choose
 from vllm_vispec.bench.datasets.images import ImageCheck
 from vllm_vispec.bench.datasets.types import Adapter, DatasetOptions, LoadedDataset
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 _ADAPTERS = (mmspec.ADAPTER, vispec.ADAPTER, conversation_files.OPENAI, conversation_files.TINY)
 ADAPTERS: Mapping[str, Adapter] = MappingProxyType({adapter.name: adapter for adapter in _ADAPTERS})

@@ -31,8 +31,8 @@ from vllm_vispec.bench.datasets.records import (
     text_turn,
 )
 from vllm_vispec.bench.datasets.types import UNLABELLED, Adapter, DatasetOptions
-from vllm_vispec.conversations.types import Conversation, Part, Rejected, Turn
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.types import Conversation, Part, Rejected, Turn
+from vllm_vispec.utils.errors import ViSpecError
 
 FILE = "mmspec.jsonl"
 QUESTIONS = ("turns", "prompt", "question")

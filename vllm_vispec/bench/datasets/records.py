@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_vispec.conversations.images import image_file
-from vllm_vispec.conversations.types import Conversation, Part, Rejected, Turn
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.images import image_file
+from vllm_vispec.data.types import Conversation, Part, Rejected, Turn
+from vllm_vispec.utils.errors import ViSpecError
 
 ID_FIELDS = ("id", "question_id")
 Json = Mapping[str, Any]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_vispec.bench.schema import BenchSample
-from vllm_vispec.conversations.types import Conversation, Rejected
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.types import Conversation, Rejected
+from vllm_vispec.utils.errors import ViSpecError
 
 CATEGORIES = ("general_vqa", "text_vqa", "captioning", "charts", "reasoning", "multi_turn")
 """The six task categories that MMSpec and the tiny world of the examples share."""

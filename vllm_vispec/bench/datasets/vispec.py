@@ -30,8 +30,8 @@ from vllm_vispec.bench.datasets.records import (
 )
 from vllm_vispec.bench.datasets.types import Adapter, DatasetOptions
 from vllm_vispec.bench.datasets.vispec_tasks import OWN_FILE, TASKS, Form, Task
-from vllm_vispec.conversations.types import Conversation, Part, Rejected, Turn
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.data.types import Conversation, Part, Rejected, Turn
+from vllm_vispec.utils.errors import ViSpecError
 
 
 def read(path: Path, options: DatasetOptions) -> Iterator[Conversation | Rejected]:

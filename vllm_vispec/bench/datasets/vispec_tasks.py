@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_vispec.bench.datasets.records import ID_FIELDS, Json, first_of, read_json, read_lines
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 EXPLAIN = "Please answer with an explanation."
 READ_TEXT = (

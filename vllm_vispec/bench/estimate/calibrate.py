@@ -16,7 +16,7 @@ from vllm_vispec.bench.estimate.roofline import Hardware, PassShape, Prediction,
 from vllm_vispec.bench.metrics import accepted_at
 from vllm_vispec.bench.pairing import PLAIN_SIDE, decoded
 from vllm_vispec.bench.schema import BenchRun, CellKey, CellResult
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 EVERY_THIRD, MIN_CELLS = "every-third", 3
 # Where the fit begins, and its limits: overhead in s, bytes/s, FLOP/s.

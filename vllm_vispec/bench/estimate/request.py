@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from vllm_vispec.bench.estimate.roofline import Hardware, PassShape, predict
 from vllm_vispec.bench.estimate.schedule import best_schedule
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 NOTE = "estimate: a roofline calculation, not a measurement"
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_vispec.dialects import inspect_head, iter_canonical_tensors
+from vllm_vispec.heads import inspect_head, iter_canonical_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

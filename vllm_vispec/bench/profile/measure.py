@@ -12,7 +12,7 @@ from vllm_vispec.bench.profile.parts import DECODE, KINDS, PREFILL
 from vllm_vispec.bench.profile.rounds import Found, Round
 from vllm_vispec.bench.profile.settings import EAGLE, SIDES, VISPEC
 from vllm_vispec.bench.schema import BenchSample
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 UNPAIRED = "without a counterpart"
 

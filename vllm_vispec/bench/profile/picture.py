@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from vllm_vispec.bench.profile.parts import KINDS, PARTS, columns
 from vllm_vispec.bench.profile.result import Profile
 from vllm_vispec.bench.profile.settings import EAGLE, VISPEC
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.train.files import writing
+from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

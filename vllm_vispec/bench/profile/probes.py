@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_vispec.bench.profile import parts
 from vllm_vispec.bench.profile.spans import Batch, Prompt, Recorder
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 INTERPRETED = "Triton interpreter: host time of kernels, not a GPU's."
 

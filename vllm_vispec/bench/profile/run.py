@@ -27,8 +27,8 @@ from vllm_vispec.bench.runner import interruptible
 from vllm_vispec.bench.schema import BenchSample
 from vllm_vispec.bench.server import option_value
 from vllm_vispec.bench.serving import GPU_SHARE
-from vllm_vispec.errors import ViSpecError
-from vllm_vispec.train.files import write_json, write_text
+from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import write_json, write_text
 
 JSON, PAGE, PICTURE = "profile.json", "profile.md", "profile.svg"
 METHODS = {EAGLE: "eagle", VISPEC: "vispec"}

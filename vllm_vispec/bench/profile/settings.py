@@ -14,7 +14,7 @@ from vllm_vispec.bench.matrix import MAX_DRAFT_TOKENS
 from vllm_vispec.bench.profile.probes import find_runner
 from vllm_vispec.bench.profile.spans import CLOCKS
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, Record
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 EAGLE, VISPEC = "eagle", "vispec"
 SIDES = (EAGLE, VISPEC)

@@ -21,7 +21,7 @@ from vllm_vispec.bench.profile.spans import CLOCKS, Recorder
 from vllm_vispec.bench.schema import Record
 from vllm_vispec.compat.check import require
 from vllm_vispec.compat.groups import PROFILE
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
     from vllm_vispec.compat.patch_point import Runner

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 try:
     import matplotlib  # noqa: F401
@@ -25,7 +25,7 @@ from vllm_vispec.bench.report.answers import answers
 from vllm_vispec.bench.report.facts import Facts
 from vllm_vispec.bench.report.plots import Chart
 from vllm_vispec.bench.schema import BenchRun
-from vllm_vispec.train.files import write_text
+from vllm_vispec.utils.files import write_text
 
 
 @dataclass(frozen=True)

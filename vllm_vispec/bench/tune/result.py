@@ -12,7 +12,7 @@ from vllm_vispec.bench.schedules import Ranges, highest, speculative_config
 from vllm_vispec.bench.schema import BenchRun
 from vllm_vispec.bench.tune.choose import FLOOR, Gain, choose
 from vllm_vispec.bench.tune.gains import Gains, gains_of
-from vllm_vispec.errors import ViSpecError
+from vllm_vispec.utils.errors import ViSpecError
 
 TUNE_FILE = "tune.json"
 FORMAT = 1

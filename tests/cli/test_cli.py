@@ -1,0 +1,176 @@
+"""The `vispec` command."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.support.heads import write_config, write_head
+from vllm_vispec.cli import doctor
+from vllm_vispec.cli.app import app
+from vllm_vispec.compat import check
+from vllm_vispec.compat.groups import GROUPS
+from vllm_vispec.compat.source import read_module
+from vllm_vispec.heads import inspect_head
+from vllm_vispec.heads.convert import guess_target, serve_command
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing vLLM takes seconds; `test_doctor_runner` does it."""
+    monkeypatch.setattr(doctor, "runner_line", lambda: "V1 (stub)")
+    monkeypatch.setattr(doctor, "tree_line", lambda: "heads (stub)")
+
+
+def test_convert(tmp_path: Path) -> None:
+    write_head(tmp_path / "in")
+    arguments = ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--dtype", "float16"]
+    result = RUNNER.invoke(app, [*arguments, "--target", "my/target"])
+    assert result.exit_code == 0, result.output
+    assert "serve it with: vllm serve my/target" in result.output
+    assert inspect_head(tmp_path / "out").dtype == "F16"
+    again = RUNNER.invoke(app, arguments)
+    assert again.exit_code == 1
+    assert again.stderr.startswith("vispec: destination")
+    assert again.stderr.count("\n") == 1
+
+
+def test_doctor_prints_everything(tmp_path: Path) -> None:
+    write_head(tmp_path, "automodel")
+    result = RUNNER.invoke(app, ["doctor", "--head", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    for expected in (
+        "vllm-vispec",
+        "python",
+        "torch",
+        "transformers",
+        "tested: 0.32 to 0.33",
+        "V1 (stub)",
+        "  ok   core: ",
+        "  ok   chains on V2: ",
+        "  ok   trees on V1: ",
+        "automodel: NeMo Automodel",
+        "3 (2 rows per image)",
+        f'"model":"{tmp_path}"',
+    ):
+        assert expected in result.output
+
+
+def test_doctor_prints_one_line_a_group_and_all_points_if_asked() -> None:
+    lines = RUNNER.invoke(app, ["doctor"]).output.splitlines()
+    start = lines.index("patch points in vLLM:")
+    assert len(lines) - start - 1 == sum(len(group.runners) for group in GROUPS)
+    assert not any("heads (stub)" in line for line in lines)
+    verbose = RUNNER.invoke(app, ["doctor", "--verbose"]).output
+    assert "heads (stub)" in verbose
+    for group in GROUPS:
+        for point in group.points():
+            assert f"       ok   {point.name}: {point.reason}" in verbose
+
+
+@pytest.mark.parametrize(
+    ("gone", "code", "lines"),
+    [
+        (
+            "vllm.engine.arg_utils",
+            1,
+            (
+                "  FAIL core: ",
+                "       FAIL vllm.engine.arg_utils:EngineArgs.create_speculative_config: module",
+                "ViSpec is disabled here. ViSpec: patch point vllm.engine.arg_utils",
+            ),
+        ),
+        (
+            "vllm.v1.worker.gpu_model_runner",
+            0,
+            (
+                "  ok   core: ",
+                "  ok   chains on V2: ",
+                "  FAIL chains on V1: ",
+                "       FAIL vllm.v1.worker.gpu_model_runner:GPUModelRunner.self.encoder_cache: ",
+                "not available here: ViSpec on the V1 model runner: patch point ",
+                "not available here: draft trees on the V1 model runner: patch point ",
+            ),
+        ),
+        ("vllm.v1.", 1, ("  FAIL chains on V2: ", "  FAIL chains on V1: ")),
+    ],
+)
+def test_doctor_says_what_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, gone: str, code: int, lines: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(
+        check, "read_module", lambda m: None if m.startswith(gone) else read_module(m)
+    )
+    result = RUNNER.invoke(app, ["doctor"])
+    assert result.exit_code == code
+    for line in lines:
+        assert any(found.startswith(line) for found in result.output.splitlines()), line
+
+
+@pytest.mark.parametrize(
+    ("version", "code", "text"),
+    [("0.31.2", 1, "refused"), ("0.33.1", 0, "(supported"), ("0.34.0", 0, "newer than tested")],
+)
+def test_doctor_judges_the_version(
+    monkeypatch: pytest.MonkeyPatch, version: str, code: int, text: str
+) -> None:
+    monkeypatch.setattr("vllm_vispec.compat.versions.installed_version", lambda: version)
+    result = RUNNER.invoke(app, ["doctor"])
+    assert result.exit_code == code
+    assert text in result.output
+
+
+def test_doctor_with_a_bad_head(tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["doctor", "--head", str(tmp_path / "none")])
+    assert result.exit_code == 1
+    assert "does not exist" in result.stderr
+
+
+TARGETS: dict[str, tuple[dict[str, Any], str]] = {
+    "fits": ({}, "yes, head and target go together"),
+    "wide": ({"hidden_size": 48}, "hidden_size of the head is 32 .* is 48: use the head that"),
+    "long": ({"vocab_size": 65}, "vocab_size of the head is 64 .* is 65: use the head that"),
+    "of another kind": ({"model_type": "qwen2_vl"}, "the target is qwen2_vl: use the head that"),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_doctor_says_whether_head_and_target_fit(tmp_path: Path, name: str) -> None:
+    changes, said = TARGETS[name]
+    write_head(tmp_path / "head")
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text = sizes | {"num_hidden_layers": 1, "vocab_size": 64, "intermediate_size": 48}
+    text |= {"bos_token_id": 1, "eos_token_id": 2}
+    (tmp_path / "target").mkdir()
+    kind = {"model_type": changes.get("model_type", "qwen2_5_vl"), "vision_config": {}}
+    write_config(tmp_path / "target", kind | {"text_config": text | changes})
+    options = ["--head", str(tmp_path / "head"), "--target", str(tmp_path / "target")]
+    result = RUNNER.invoke(app, ["doctor", *options])
+    assert result.exit_code == (0 if name == "fits" else 1), result.output
+    assert re.search(said, result.stdout if name == "fits" else result.stderr)
+    if name == "fits":
+        assert "up to 4 (1, 2, 4)" in result.stdout
+    else:
+        assert result.stderr.count("\n") == 1
+
+
+def test_doctor_with_a_bad_target(tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["doctor", "--target", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"vispec: --target {str(tmp_path)!r} cannot be read")
+    assert result.stderr.count("\n") == 1
+
+
+def test_known_targets(tmp_path: Path) -> None:
+    write_head(tmp_path, hidden_size=64, num_attention_heads=4, head_dim=16)
+    assert guess_target(inspect_head(tmp_path).config) == "TARGET"
+    assert serve_command("T", "H", 3) == (
+        "vllm serve T --speculative-config "
+        '\'{"method":"vispec","model":"H","num_speculative_tokens":3}\''
+    )

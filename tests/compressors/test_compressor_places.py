@@ -1,0 +1,226 @@
+"""Texts of compressors, and the rows their tokens get inside an image."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_vispec.compressors.base import borders_on, middles_on
+from vllm_vispec.compressors.places import (
+    ImagePlaces,
+    middles,
+    num_tokens,
+    place_tokens,
+    segments,
+    wanted_rows,
+)
+from vllm_vispec.compressors.spec import (
+    COMBINATIONS,
+    MAX_AMOUNT,
+    PRIMITIVES,
+    CompressorSpec,
+    parse_compressor,
+)
+from vllm_vispec.utils.errors import ViSpecError
+
+TEXTS = (
+    "prune:2",
+    "pool:20",
+    "conv:3",
+    "resampler:2",
+    "resampler:10",
+    "text_only",
+    "weighted",
+    "concat",
+    "select",
+    "select(prune:1,pool:1)",
+    "concat(resampler:8,prune:2,resampler:4)",
+)
+SIZES = (1, 2, 3, 5, 19, 20, 49, 64, 577)
+
+
+@pytest.mark.parametrize("text", [*(name for name in PRIMITIVES), *TEXTS])
+def test_text_is_read_back(text: str) -> None:
+    spec = parse_compressor(text)
+    assert parse_compressor(str(spec)) == spec
+    assert parse_compressor(f"  {text} ") == spec
+
+
+def test_numbers_left_out_are_the_defaults() -> None:
+    assert parse_compressor("prune") == CompressorSpec("prune", PRIMITIVES["prune"].default)
+    assert parse_compressor("query") == CompressorSpec("query")
+    for name, entry in COMBINATIONS.items():
+        assert str(parse_compressor(name)) == f"{name}({entry.default})"
+
+
+def test_what_a_spec_says() -> None:
+    select, prune = parse_compressor("select"), parse_compressor("prune:5")
+    assert [str(branch) for branch in select.primitives] == COMBINATIONS["select"].default.split(
+        ","
+    )
+    assert prune.primitives == (prune,)
+    assert (select.gated, prune.gated) == (True, False)
+    assert [parse_compressor(name).gated for name in COMBINATIONS] == [False, True, True]
+    assert parse_compressor("query").is_query
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("", 'write it like "prune:20"'),
+        ("prune:20:3", "the ratio of prune is a whole number"),
+        ("mean", "use one of query, prune, pool, conv, resampler, text_only, concat"),
+        ("prune:0", f"from 1 to {MAX_AMOUNT}"),
+        ("prune:", f"from 1 to {MAX_AMOUNT}"),
+        (f"prune:{MAX_AMOUNT + 1}", f"from 1 to {MAX_AMOUNT}"),
+        ("prune:-3", f"from 1 to {MAX_AMOUNT}"),
+        ("prune:2.5", f"from 1 to {MAX_AMOUNT}"),
+        ("resampler:many", "the queries of resampler is a whole number"),
+        ("text_only:2", "text_only takes no number"),
+        ("query:2", "query takes no number"),
+        ("prune(pool:2)", "prune has no branches"),
+        ("select:3", "write the branches of select in parentheses"),
+        ("select(prune:20)", "select needs at least two branches"),
+        ("select()", 'write it like "prune:20"'),
+        ("concat(query,prune:2)", "query cannot be a branch of concat"),
+        ("concat(select,prune:2)", "select cannot be a branch of concat"),
+        ("weighted(prune:2,pool:3)", "prune, pool or conv with one ratio"),
+        ("weighted(prune:2,resampler:2)", "prune, pool or conv with one ratio"),
+        ("weighted(prune:2,text_only)", "prune, pool or conv with one ratio"),
+    ],
+)
+def test_unusable_text(text: str, remedy: str) -> None:
+    with pytest.raises(ViSpecError) as error:
+        parse_compressor(text)
+    assert remedy in str(error.value)
+
+
+def test_number_of_tokens() -> None:
+    prune, queries = parse_compressor("prune:20"), parse_compressor("resampler:8")
+    assert [num_tokens(prune, size) for size in (0, 1, 19, 20, 39, 40, 577)] == [
+        0, 1, 1, 1, 1, 2, 28,
+    ]  # fmt: skip
+    assert [num_tokens(queries, size) for size in (0, 1, 8, 100)] == [0, 8, 8, 8]
+    assert [num_tokens(parse_compressor("text_only"), size) for size in (0, 1, 100)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_segments_share_an_image(size: int, count: int) -> None:
+    if count > size:
+        count = size
+    lengths = np.diff(segments(size, count))
+    assert lengths.sum() == size
+    assert lengths.max() - lengths.min() <= 1
+    assert lengths.min() >= 1
+    middle = middles(size, count)
+    device = torch.device("cpu")
+    assert borders_on(device, size, count).tolist() == segments(size, count).tolist()
+    assert middles_on(device, size, count).tolist() == middle.tolist()
+    assert (np.diff(middle) >= 1).all() if count > 1 else len(middle) == 1
+
+
+def check(places: ImagePlaces, spec: CompressorSpec, size: int) -> None:
+    """What must hold for every compressor and image."""
+    counts = [num_tokens(branch, size) for branch in spec.primitives]
+    assert places.num_tokens == sum(counts)
+    assert (np.diff(places.rows) >= 1).all(), "rows are shared or out of order"
+    assert len(places.rows) == len(places.tokens) == len(places.branches)
+    assert len(places.rows) <= size
+    assert all(0 <= row < size for row in places.rows.tolist())
+    assert len(set(places.tokens.tolist())) == len(places.tokens)
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    for token, branch in zip(places.tokens.tolist(), places.branches.tolist(), strict=True):
+        assert starts[branch] <= token < starts[branch + 1]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_token_has_a_row_of_its_own(text: str, size: int) -> None:
+    spec = parse_compressor(text)
+    places = place_tokens(spec, size)
+    check(places, spec, size)
+    place_tokens.cache_clear()
+    again = place_tokens(spec, size)
+    for name in ("rows", "tokens", "branches"):
+        assert np.array_equal(getattr(places, name), getattr(again, name))
+    has_queries = any(PRIMITIVES[b.name].amount == "queries" for b in spec.primitives)
+    if places.num_tokens <= size and not has_queries:
+        assert len(places.rows) == places.num_tokens
+
+
+def test_prune_stands_where_it_was() -> None:
+    places = place_tokens(parse_compressor("prune:20"), 60)
+    assert places.rows.tolist() == middles(60, 3).tolist() == [9, 29, 49]
+    assert places.tokens.tolist() == [0, 1, 2]
+
+
+def test_queries_stand_at_the_end() -> None:
+    places = place_tokens(parse_compressor("resampler:4"), 30)
+    assert places.rows.tolist() == [26, 27, 28, 29]
+
+
+def test_last_queries_stay_in_an_image_that_is_too_small() -> None:
+    places = place_tokens(parse_compressor("resampler:4"), 3)
+    assert places.num_tokens == 4
+    assert places.rows.tolist() == [0, 1, 2]
+    assert places.tokens.tolist() == [1, 2, 3]
+
+
+def test_ratio_larger_than_the_image_leaves_one_token_in_its_middle() -> None:
+    places = place_tokens(parse_compressor("pool:20"), 5)
+    assert (places.rows.tolist(), places.tokens.tolist()) == ([2], [0])
+
+
+def test_shorter_branches_choose_first() -> None:
+    # 2 rows for 1 + 2 tokens: the short branch keeps its row, the long one loses a token.
+    places = place_tokens(parse_compressor("concat(prune:1,pool:2)"), 2)
+    assert places.num_tokens == 3
+    assert (places.rows.tolist(), places.tokens.tolist()) == ([0, 1], [2, 0])
+    assert places.branches.tolist() == [1, 0]
+
+
+def test_branches_of_one_ratio_stand_side_by_side() -> None:
+    places = place_tokens(parse_compressor("weighted(prune:3,pool:3,conv:3)"), 30)
+    assert len(places.rows) == 30
+    for branch in range(3):
+        rows = places.rows[places.branches == branch]
+        assert np.abs(rows - middles(30, 10)).max() <= 1
+
+
+def test_text_only_keeps_nothing() -> None:
+    places = place_tokens(parse_compressor("text_only"), 49)
+    assert (len(places.rows), places.num_tokens) == (0, 0)
+
+
+CROWDED = ("concat(prune:2,pool:2,conv:3,prune:3)", "concat(resampler:4096,resampler:4096)")
+
+
+@pytest.mark.parametrize("text", ["select", "prune:1", *CROWDED])
+def test_big_images_take_no_time(text: str) -> None:
+    spec, size = parse_compressor(text), 16_384
+    place_tokens.cache_clear()
+    begin = time.perf_counter()
+    places = place_tokens(spec, size)
+    # Half a minute and more if every token looked at the rows around it one by one.
+    assert time.perf_counter() - begin < 5.0
+    check(places, spec, size)
+
+
+@pytest.mark.parametrize("size", [6, 17, 40])
+@pytest.mark.parametrize("text", ["select", "weighted", *CROWDED])
+def test_tokens_take_the_nearest_free_row(text: str, size: int) -> None:
+    spec = parse_compressor(text.replace("4096", "9"))
+    counts = [num_tokens(branch, size) for branch in spec.primitives]
+    taken: dict[int, int] = {}
+    for index in sorted(range(len(counts)), key=lambda i: counts[i]):
+        for token, wanted in enumerate(wanted_rows(spec.primitives[index], size).tolist()):
+            free = [row for row in range(size) if row not in taken]
+            if wanted >= 0 and free:
+                row = min(free, key=lambda row: (abs(row - wanted), row))
+                taken[row] = sum(counts[:index]) + token
+    places = place_tokens(spec, size)
+    assert dict(zip(places.rows.tolist(), places.tokens.tolist(), strict=True)) == taken

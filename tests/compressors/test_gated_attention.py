@@ -1,0 +1,102 @@
+"""Biases through padded channels equal an additive mask; holes stay invisible beside them.
+
+Shapes: T rows, H heads, h head size, P padded head size, K branches.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vllm_vispec.compressors.gate import HIDDEN_BIAS
+from vllm_vispec.compressors.gated_attention import GatedAttention, query_scale
+from vllm_vispec.models.attention import MIN_MASK_LOGIT, least_head_size, mask_logit
+from vllm_vispec.spec_decode.layout import RowCodes
+from vllm_vispec.spec_decode.row_table import GatedRowTable
+
+HEADS, HEAD, EXTRA, ROWS = 2, 16, 32, 9
+CODES = RowCodes(num_slots=1, num_query_tokens=1, num_branches=3)
+
+
+def gated(dtype: torch.dtype) -> GatedAttention:
+    """The attention's own arithmetic, without vLLM's layers."""
+    attention = GatedAttention.__new__(GatedAttention)
+    nn.Module.__init__(attention)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    attention.rows = GatedRowTable(CODES, HEADS * HEAD, ROWS, num_choices=4)
+    torch.set_default_dtype(before)
+    attention.head_dim, attention.padded_size, attention.num_branches = HEAD, HEAD + EXTRA, 3
+    return attention
+
+
+def scores(q_TE: torch.Tensor, k_TE: torch.Tensor, size: int) -> torch.Tensor:
+    """Attention scores [H, T, T]."""
+    q_HTP, k_HTP = (x.float().unflatten(-1, (HEADS, size)).transpose(0, 1) for x in (q_TE, k_TE))
+    return q_HTP @ k_HTP.transpose(1, 2) * HEAD**-0.5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.01)]
+)
+@torch.no_grad()
+def test_biases_equal_an_additive_mask(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    attention, size = gated(dtype), HEADS * HEAD
+    rows = attention.rows
+    weights = {f"{name}_proj.weight": torch.randn(size, size) * 0.1 for name in "qkvo"}
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    bias_CK = torch.tensor([[0, HIDDEN_BIAS, HIDDEN_BIAS], [-0.5, -1.2, -2.7]])
+    rows.decide(torch.tensor([1, 2]), bias_CK * query_scale(HEAD))
+    first = CODES.token(0)
+    codes = [0, first, CODES.hole, first + 1, first + 2, CODES.hole, first, 0, 0]
+    rows.set_batch(torch.tensor(codes, dtype=torch.int32))
+    choices = [0, 1, 1, 1, 1, 2, 2, 2, 2]
+    rows.set_choices(torch.tensor(choices, dtype=torch.int32))
+    wide = attention.pad_weights(weights)
+    x_TD = torch.randn(ROWS, size).to(dtype)
+    q_TE, k_TE = (
+        F.linear(x_TD, wide[f"{n}_proj.weight"], wide[f"{n}_proj.bias"].to(dtype)) for n in "qk"
+    )
+    q_TE, k_TE = attention.mark(q_TE, k_TE)
+    channels = torch.zeros(1, HEADS, HEAD + EXTRA, dtype=dtype)
+    channels[..., HEAD + 3 :] = 1
+    k_TE = k_TE + rows.key_mask_of(ROWS) * channels.flatten(1)
+    found_HTT = scores(q_TE, k_TE, HEAD + EXTRA)
+
+    plain_q, plain_k = (F.linear(x_TD, weights[f"{name}_proj.weight"]) for name in "qk")
+    biases_C4 = F.pad(torch.cat((torch.zeros(1, 3), bias_CK)), (0, 1))
+    branch_T = torch.tensor([code - first if code >= first else 3 for code in codes])
+    wanted_HTT = scores(plain_q, plain_k, HEAD) + biases_C4[torch.tensor(choices)][:, branch_T]
+    seen_T = torch.tensor(codes) != CODES.hole
+    torch.testing.assert_close(
+        found_HTT[..., seen_T].softmax(-1),
+        wanted_HTT[..., seen_T].softmax(-1),
+        atol=tolerance,
+        rtol=0,
+    )
+    assert bool((found_HTT.softmax(-1)[..., ~seen_T] == 0).all())
+
+
+@pytest.mark.parametrize(("branches", "least"), [(0, 131), (5, 136), (6, 137)])
+def test_masking_keeps_enough_channels(branches: int, least: int) -> None:
+    """Beside five branches, eight channels more mask a head of 128 still."""
+    assert least_head_size(128, branches) == least
+    assert mask_logit(128, least - 128 - branches) >= MIN_MASK_LOGIT
+
+
+@torch.no_grad()
+def test_rows_keep_their_own_codes() -> None:
+    attention = gated(torch.float32)
+    rows = attention.rows
+    rows.decide(torch.tensor([1]), torch.tensor([[1.0, 2.0, 3.0]]))
+    rows.set_batch(torch.tensor([0, CODES.hole, CODES.token(2)], dtype=torch.int32))
+    rows.set_choices(torch.tensor([0, 1, 1], dtype=torch.int32))
+    query, key = rows.branch_codes(3)
+    assert query.tolist() == [[0, 0, 0], [1, 2, 3], [1, 2, 3]]
+    assert key.tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 128]]
+    rows.keep_rows(torch.tensor([2]))
+    query, key = rows.branch_codes(1)
+    assert query.tolist() == [[1, 2, 3]]

@@ -1,0 +1,82 @@
+"""Child-process jobs that regenerate through a real engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.support.engine import shut_down_distributed
+from vllm_vispec.data.regenerate.backends.offline import OfflineBackend
+from vllm_vispec.data.regenerate.backends.ray_data import RayBackend
+from vllm_vispec.data.regenerate.dialogue import Regenerated
+from vllm_vispec.data.regenerate.job import regenerate_all
+from vllm_vispec.data.regenerate.settings import RegenerateSettings, Sampling
+from vllm_vispec.data.types import Conversation, Rejected
+
+
+class Shared:
+    """One engine for several jobs; it notes the order in which samples were asked for."""
+
+    def __init__(self, settings: RegenerateSettings) -> None:
+        self.backend = OfflineBackend(settings)
+
+    def make(self, name: str, settings: RegenerateSettings) -> Shared:
+        """Stand in for `make_backend`."""
+        self.backend.settings = settings
+        return self
+
+    def answer(self, conversations: Iterable[Conversation]) -> Iterator[Regenerated | Rejected]:
+        """Answer with the engine."""
+        return self.backend.answer(conversations)
+
+    def close(self) -> None:
+        """Keep the engine for the next job."""
+
+
+def to_settings(model: str, source: str, output: str, **changes: Any) -> RegenerateSettings:
+    """Return the settings that all engine tests share."""
+    return RegenerateSettings(
+        target=model,
+        input=Path(source),
+        output=Path(output),
+        prompt_style="detailed",
+        sampling=Sampling(max_tokens=24, seed=3),
+        dtype="float32",
+        max_model_len=400,
+        engine={"max_num_seqs": 4, "enforce_eager": True},
+        **changes,
+    )
+
+
+def run_twice(model: str, source: str, folder: str) -> Iterator[dict[str, Any]]:
+    """Run a job, cut its output in the middle of a line, and run it again with the same engine."""
+    first = to_settings(model, source, f"{folder}/one.jsonl")
+    shared = Shared(first)
+    yield regenerate_all(first, make=shared.make).to_json() | {"records": records(first.output)}
+    again = to_settings(model, source, f"{folder}/two.jsonl")
+    regenerate_all(again, make=shared.make)
+    content = again.output.read_bytes()
+    again.output.write_bytes(content[: len(content) // 2])
+    yield regenerate_all(again, make=shared.make).to_json() | {"records": records(again.output)}
+    shared.backend.close()
+    shut_down_distributed()
+
+
+def run_ray(model: str, source: str, output: str) -> dict[str, Any]:
+    """Run a job with two engines in a local Ray cluster."""
+    made: list[RayBackend] = []
+
+    def make(name: str, settings: RegenerateSettings) -> RayBackend:
+        made.append(RayBackend(settings))
+        return made[0]
+
+    settings = to_settings(model, source, output, workers=2)
+    summary = regenerate_all(settings, "ray", make)
+    return summary.to_json() | {"way": made[0].way, "processes": len(made[0].processes)}
+
+
+def records(output: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of an output file by their ids."""
+    return {item["id"]: item for item in map(json.loads, output.open())}

@@ -1,0 +1,166 @@
+"""What is asked, what is stored, and whether the template gives the target's tokens back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.tiny_store import TinyStore
+from vllm_vispec.data.encode import Encoder, load_processor
+from vllm_vispec.data.regenerate.backends.wire import (
+    conversation_from_json,
+    conversation_to_json,
+    result_from_json,
+    result_id,
+    result_to_json,
+)
+from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Regenerated
+from vllm_vispec.data.regenerate.prompts import PROMPT_STYLES, ask, question_groups
+from vllm_vispec.data.types import Conversation, Part, Rejected, Turn
+
+SYSTEM = Turn("system", (Part(text="Be kind."),))
+LOOK = Turn("user", (Part(image="a.png"), Part(text="What is it?")))
+OLD = Turn("assistant", (Part(text="An old answer."),))
+MORE = Turn("user", (Part(text="More?"),))
+TALK = Conversation("s", (SYSTEM, LOOK, OLD, MORE, OLD), "vqa")
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "llava"])
+def encoder(request: pytest.FixtureRequest, tiny: TinyStore, pictures: Path) -> Encoder:
+    return Encoder(load_processor(tiny.target(request.param)), 1 << 20, pictures, recorded=False)
+
+
+def reply(encoder: Encoder, dialogue: Dialogue, text: str, **changes: Any) -> Answer:
+    """Return what an engine says whose tokens for the text are the tokenizer's."""
+    tokenizer = encoder.template.tokenizer
+    ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    prompt = _expanded_prompt(encoder, dialogue)
+    return Answer(**({"text": text, "finish_reason": "stop"} | changes), **_tokens(ids, prompt))
+
+
+def _tokens(ids: list[int], prompt: list[int]) -> dict[str, Any]:
+    return {"token_ids": tuple(ids), "prompt_token_ids": tuple(prompt)}
+
+
+def _expanded_prompt(encoder: Encoder, dialogue: Dialogue) -> list[int]:
+    from PIL import Image
+
+    assert encoder.image_root is not None
+    images = [Image.open(encoder.image_root / path) for path in dialogue.images]
+    text = encoder.template.render(dialogue.turns, open_answer=True)
+    return list(encoder.processor(text=[text], images=images or None).input_ids[0])
+
+
+def own_space(encoder: Encoder) -> str:
+    """The space before an answer: LLaVA's model writes it, Qwen's template has a line break."""
+    return " " if "ASSISTANT" in encoder.processor.chat_template else ""
+
+
+def test_answers_are_dropped_and_questions_kept_in_order() -> None:
+    assert question_groups(TALK.turns) == [(SYSTEM, LOOK), (MORE,)]
+    assert question_groups((LOOK, MORE, OLD)) == [(LOOK, MORE)]
+    assert question_groups((OLD, LOOK)) == [(LOOK,)]
+    for turns in ((), (SYSTEM,), (SYSTEM, OLD)):
+        with pytest.raises(ValueError, match="no question"):
+            question_groups(turns)
+
+
+def test_the_request_joins_the_last_question() -> None:
+    assert ask((SYSTEM, LOOK), "") == (SYSTEM, LOOK)
+    _, asked = ask((SYSTEM, LOOK), "Be long.")
+    assert asked.parts == (Part(image="a.png"), Part(text="What is it?\nBe long."))
+    (picture,) = ask((Turn("user", (Part(image="a.png"),)),), "Be long.")
+    assert picture.parts == (Part(image="a.png"), Part(text="Be long."))
+    assert "1000 words" in PROMPT_STYLES["long"].request
+    assert PROMPT_STYLES["none"].request == ""
+
+
+def test_own_answers_are_the_context(encoder: Encoder) -> None:
+    dialogue = Dialogue.start(TALK, "")
+    assert dialogue.turns == (SYSTEM, LOOK)
+    space = own_space(encoder)
+    assert not dialogue.accept(reply(encoder, dialogue, space + "A star."), encoder.template)
+    new = Turn("assistant", (Part(text="A star."),))
+    assert dialogue.turns == (SYSTEM, LOOK, new, MORE)
+    assert dialogue.images == ("a.png",)
+    assert dialogue.accept(reply(encoder, dialogue, space + "Two  stars"), encoder.template)
+    done = dialogue.finish(encoder)
+    assert done.round_trip is True, done.round_trip_reason
+    assert done.conversation.sample_id == "s"
+    assert done.conversation.family == "vqa"
+    assert done.conversation.turns[-1].text == "Two  stars"
+    assert len(done.answers) == 2
+
+
+def test_an_answer_cut_off_round_trips(encoder: Encoder) -> None:
+    dialogue = Dialogue.start(Conversation("s", (LOOK,)), "")
+    whole = reply(encoder, dialogue, own_space(encoder) + "A sta", finish_reason="length")
+    assert whole.token_ids is not None
+    cut = Answer(whole.text, "length", whole.token_ids[:-1], whole.prompt_token_ids)
+    assert dialogue.accept(cut, encoder.template)
+    done = dialogue.finish(encoder)
+    assert done.round_trip is True, done.round_trip_reason
+
+
+def test_sampled_tokens_that_the_tokenizer_would_not_choose(encoder: Encoder) -> None:
+    dialogue = Dialogue.start(Conversation("s", (LOOK,)), "")
+    tokenizer = encoder.template.tokenizer
+    text = own_space(encoder) + "star"
+    letters = [tokenizer(c, add_special_tokens=False).input_ids[0] for c in text]
+    usual = reply(encoder, dialogue, text)
+    odd = Answer(text, "stop", (*letters, tokenizer.eos_token_id), usual.prompt_token_ids)
+    assert odd.token_ids != usual.token_ids
+    assert dialogue.accept(odd, encoder.template)
+    done = dialogue.finish(encoder)
+    assert done.round_trip is False
+    assert done.round_trip_reason == "other tokens for the same text"
+
+
+def test_a_prompt_that_the_engine_saw_differently(encoder: Encoder) -> None:
+    dialogue = Dialogue.start(Conversation("s", (LOOK,)), "")
+    usual = reply(encoder, dialogue, own_space(encoder) + "star")
+    assert usual.prompt_token_ids is not None
+    other = Answer(usual.text, "stop", usual.token_ids, usual.prompt_token_ids[1:])
+    assert dialogue.accept(other, encoder.template)
+    assert dialogue.finish(encoder).round_trip_reason == (
+        "the engine's prompt has other tokens than the encoder's"
+    )
+
+
+def test_without_tokens_nothing_is_checked() -> None:
+    dialogue = Dialogue.start(Conversation("s", (LOOK,)), "")
+    assert dialogue.accept(Answer(" A star. ", "stop"), None)
+    done = dialogue.finish(None)
+    assert done.round_trip is None
+    assert done.conversation.turns[-1].text == "A star."
+
+
+def test_empty_answer() -> None:
+    dialogue = Dialogue.start(TALK, "")
+    with pytest.raises(ValueError, match="empty answer"):
+        dialogue.accept(Answer(" \n", "stop", (2,), (1,)), None)
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", "None"])
+def test_an_answer_that_the_engine_gave_up(reason: str) -> None:
+    dialogue = Dialogue.start(TALK, "")
+    with pytest.raises(ValueError, match=f"ended with {reason}"):
+        dialogue.accept(Answer("half", reason, (2,), (1,)), None)
+
+
+def test_results_travel_as_json() -> None:
+    assert conversation_from_json(conversation_to_json(TALK)) == Conversation(
+        TALK.sample_id, TALK.turns, TALK.family
+    )
+    done = Regenerated(
+        Conversation("s", TALK.turns, "vqa"),
+        (Answer("a", "stop", (1, 2), (3,)), Answer("b", "length")),
+        False,
+        "because",
+    )
+    assert result_from_json(result_to_json(done)) == done
+    lost = Rejected("x", "bad image")
+    assert result_from_json(result_to_json(lost)) == lost
+    assert [result_id(done), result_id(lost)] == ["s", "x"]

@@ -1,0 +1,173 @@
+"""The job around the engine: counts, resuming, settings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.fakes import COUNT, FakeBackend, Killed, records, rejected, run
+from vllm_vispec.data.read import read_conversations
+from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Regenerated
+from vllm_vispec.data.regenerate.settings import RegenerateSettings, Sampling
+from vllm_vispec.data.types import Conversation
+from vllm_vispec.utils.errors import ViSpecError
+
+
+def test_counts_add_up(settings: RegenerateSettings) -> None:
+    backend = FakeBackend()
+    summary = run(settings, backend)
+    assert (summary.total, summary.success, summary.error, summary.skipped) == (9, COUNT, 3, 0)
+    assert summary.answers == 2 * COUNT
+    assert summary.answer_tokens == 6 * COUNT
+    assert rejected(settings) == {
+        "lost": "image none.png does not exist",
+        "line8": "line 8: not JSON",
+        "s0#line9": "id s0 was there before",
+    }
+    assert dict(summary.reasons) == {"does not exist": 1, "not JSON": 1, "was there before": 1}
+    saved = json.loads(Path(f"{settings.output}.summary.json").read_text())
+    assert saved == summary.to_json()
+    assert backend.closed == 1
+
+
+def test_record(settings: RegenerateSettings) -> None:
+    run(settings, FakeBackend())
+    found = {item["id"]: item for item in records(settings)}["s2"]
+    assert found["family"] == "vqa"
+    assert found["response_token_ids"] == [[1, 2, 3], [1, 2, 3]]
+    assert found["finish_reason"] == ["stop", "stop"]
+    assert found["prompt_style"] == "long"
+    assert (found["temperature"], found["seed"]) == (1.0, 0)
+    assert found["model"] == "some/target"
+    texts = [part.get("text") for turn in found["messages"] for part in turn["content"]]
+    request = "\nAnswer at length, with at least 1000 words."
+    expected = [None, "What is it?" + request, "s2 says 0", "Sure?" + request, "s2 says 1"]
+    assert texts == expected
+
+
+def test_the_output_can_be_read_back(settings: RegenerateSettings) -> None:
+    run(settings, FakeBackend())
+    items = list(read_conversations(settings.output))
+    assert len(items) == COUNT
+    for item in items:
+        assert isinstance(item, Conversation)
+        assert (settings.output.parent / item.images[0]).samefile(settings.input.parent / "a.png")
+
+
+def test_an_image_root_keeps_paths_as_written(settings: RegenerateSettings) -> None:
+    rooted = replace(settings, image_root=settings.input.parent)
+    run(rooted, FakeBackend())
+    assert records(rooted)[0]["messages"][0]["content"][0] == {"type": "image", "image": "a.png"}
+
+
+def test_killed_and_resumed(settings: RegenerateSettings) -> None:
+    first = FakeBackend(dies_at=4)
+    with pytest.raises(Killed):
+        run(settings, first)
+    assert first.closed == 1
+    kept = settings.output.read_bytes()
+    assert len(records(settings)) == 4
+    second = FakeBackend()
+    summary = run(settings, second)
+    assert (summary.success, summary.error, summary.skipped) == (2, 3, 4)
+    assert sorted(first.asked + second.asked) == [f"s{number}" for number in range(COUNT)]
+    assert settings.output.read_bytes().startswith(kept)
+    assert len(rejected(settings)) == 3
+
+
+def test_nothing_to_do_starts_no_engine(settings: RegenerateSettings) -> None:
+    run(settings, FakeBackend())
+    backend = FakeBackend()
+    summary = run(settings, backend)
+    assert (summary.success, summary.error, summary.skipped) == (0, 3, COUNT)
+    assert backend.closed == 0
+
+
+def test_a_repaired_sample_is_tried_again(settings: RegenerateSettings) -> None:
+    run(settings, FakeBackend())
+    (settings.input.parent / "none.png").write_bytes(b"there now")
+    summary = run(settings, FakeBackend())
+    assert (summary.success, summary.error, summary.skipped) == (1, 2, COUNT)
+    assert "lost" not in rejected(settings)
+
+
+def test_empty_answers_are_recorded_and_the_job_goes_on(settings: RegenerateSettings) -> None:
+    def speak(dialogue: Dialogue) -> Answer:
+        silent = dialogue.source.sample_id == "s1" and dialogue.answers
+        return Answer(" \n" if silent else "words", "length", (1,), (9,))
+
+    summary = run(settings, FakeBackend(speak))
+    assert (summary.success, summary.error) == (COUNT - 1, 4)
+    assert rejected(settings)["s1"] == "empty answer"
+    assert summary.length == 2 * (COUNT - 1)
+
+
+@pytest.mark.parametrize(("strict", "kept"), [(False, 1), (True, 0)])
+def test_round_trip_failures(settings: RegenerateSettings, strict: bool, kept: int) -> None:
+    class Changed(FakeBackend):
+        def _one(self, conversation: Conversation) -> Regenerated:
+            done = super()._one(conversation)
+            assert isinstance(done, Regenerated)
+            odd = conversation.sample_id == "s3"
+            return replace(done, round_trip=not odd, round_trip_reason="so" if odd else "")
+
+    summary = run(replace(settings, strict=strict), Changed())
+    assert summary.round_trip_failed == 1
+    assert summary.success == COUNT - 1 + kept
+    expected = None if kept else "template round trip: so"
+    assert rejected(settings).get("s3") == expected
+
+
+def test_a_backend_that_loses_samples_is_noticed(settings: RegenerateSettings) -> None:
+    class Forgetful(FakeBackend):
+        def answer(self, conversations: Any) -> Any:
+            return super().answer(list(conversations)[:-1])
+
+    with pytest.raises(ViSpecError, match="returned 5 of 6 samples"):
+        run(settings, Forgetful())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"prompt_style": "loud"}, "--prompt-style loud: choose one of none, long"),
+        ({"target": ""}, "--target is missing"),
+        ({"workers": 0}, "--workers 0"),
+        ({"concurrency": 0}, "--concurrency 0"),
+    ],
+)
+def test_bad_settings(settings: RegenerateSettings, change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ViSpecError, match=named):
+        replace(settings, **change)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_tokens": 0}]
+)
+def test_bad_sampling(bad: dict[str, Any]) -> None:
+    name = next(iter(bad)).replace("_", "-")
+    with pytest.raises(ViSpecError, match=f"--{name} .*: choose"):
+        Sampling(**bad)
+
+
+def test_own_request(settings: RegenerateSettings) -> None:
+    run(replace(settings, prompt_text="Be thorough."), FakeBackend())
+    found = records(settings)[0]
+    assert found["prompt_style"] == "own"
+    assert found["messages"][0]["content"][1]["text"] == "What is it?\nBe thorough."
+
+
+def test_seeds_differ_by_sample_turn_and_job() -> None:
+    seeds = {
+        Sampling(seed=seed).seed_of(name, turn)
+        for seed in range(3)
+        for name in ("a", "b", "a0")
+        for turn in range(3)
+    }
+    assert len(seeds) == 27
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert Sampling(seed=1).seed_of("a", 1) == Sampling(seed=1).seed_of("a", 1)

@@ -1,0 +1,110 @@
+"""A draft VLM at start: what is refused before an engine is built, and what its log line says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.small_draft_vlms import DRAFT_VLM
+from vllm_vispec.compat.features import reads_embeddings, reads_target_states
+from vllm_vispec.draft_vlm.model import EagleDraftVlmForCausalLM as Draft
+from vllm_vispec.heads.config import ARCHITECTURE, DRAFT_VLM_ARCHITECTURE, EMBEDS_ARCHITECTURE
+from vllm_vispec.plugin import _register_draft_architectures
+from vllm_vispec.spec_decode.checks import check_target
+from vllm_vispec.spec_decode.config_hook import _kind
+from vllm_vispec.utils.errors import ViSpecError
+
+TABLE = torch.arange(40.0).view(10, 4)
+
+
+def _target() -> Any:
+    """A target that the draft VLM was made for."""
+    text = SimpleNamespace(hidden_size=DRAFT_VLM.vision_size, vocab_size=DRAFT_VLM.vocab_size)
+    return SimpleNamespace(
+        model="target",
+        is_multimodal_model=True,
+        hf_text_config=text,
+        hf_config=SimpleNamespace(model_type=DRAFT_VLM.target_model_type),
+        multimodal_config=None,
+    )
+
+
+def _parallel(size: int = 1) -> Any:
+    return SimpleNamespace(tensor_parallel_size=size)
+
+
+def test_its_width_need_not_be_the_targets() -> None:
+    assert DRAFT_VLM.hidden_size != DRAFT_VLM.vision_size
+    check_target(DRAFT_VLM, _target(), _parallel())
+
+
+def test_key_value_heads_may_be_repeated() -> None:
+    check_target(DRAFT_VLM, _target(), _parallel(3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "message"),
+    [
+        ({"vision_size": 40}, 1, "vision_size of the head is 40.*is 32: use the head"),
+        ({"vocab_size": 65}, 1, "vocab_size of the head is 65.*is 64: use the head"),
+        # One key/value head is repeated for every worker; attention heads are divided.
+        ({}, 2, "tensor_parallel_size=2 does not fit the head's 3 attention heads.*one of 1, 3"),
+    ],
+)
+def test_refused(changes: dict[str, Any], size: int, message: str) -> None:
+    with pytest.raises(ViSpecError, match=message):
+        check_target(replace(DRAFT_VLM, **changes), _target(), _parallel(size))
+
+
+def test_log_line() -> None:
+    assert _kind(DRAFT_VLM) == "draft VLM, 3 layers of width 24"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "embeddings", "states"),
+    [
+        (ARCHITECTURE, False, True),
+        (EMBEDS_ARCHITECTURE, True, True),
+        (DRAFT_VLM_ARCHITECTURE, True, False),
+    ],
+)
+def test_what_a_draft_reads(architecture: str, embeddings: bool, states: bool) -> None:
+    draft = SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
+    config = SimpleNamespace(speculative_config=SimpleNamespace(draft_model_config=draft))
+    assert reads_embeddings(config) == embeddings
+    assert reads_target_states(config) == states
+
+
+def test_vllm_knows_the_architecture() -> None:
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    _register_draft_architectures()
+    assert DRAFT_VLM_ARCHITECTURE in ModelRegistry.get_supported_archs()
+
+
+def _embed(ids: list[int], **kwargs: Any) -> torch.Tensor:
+    inner = SimpleNamespace(
+        embed_tokens=lambda index: TABLE[index], projector=lambda rows_NW: -rows_NW.repeat(1, 2)
+    )
+    fake: Any = SimpleNamespace(model=inner, _vision_size=2)
+    return Draft.embed_input_ids(fake, torch.tensor(ids), **kwargs)
+
+
+def test_projected_rows_go_where_the_mask_says() -> None:
+    """Two images, whose columns beyond the vision size are left out; the table is not written."""
+    before, mask = TABLE.clone(), torch.tensor([False, True, True, False, True])
+    images = [torch.arange(8.0).view(2, 4), torch.full((1, 2), 9.0)]
+    found = _embed([1, 7, 7, 2, 7], multimodal_embeddings=images, is_multimodal=mask)
+    assert torch.equal(found[[0, 3]], TABLE[[1, 2]])
+    assert found[[1, 2, 4]].tolist() == [[-0, -1, -0, -1], [-4, -5, -4, -5], [-9, -9, -9, -9]]
+    assert torch.equal(TABLE, before)
+
+
+def test_text_only() -> None:
+    nothing = torch.zeros(2, dtype=torch.bool)
+    for kwargs in ({}, {"multimodal_embeddings": [], "is_multimodal": nothing}):
+        assert torch.equal(_embed([3, 4], **kwargs), TABLE[[3, 4]])

@@ -1,0 +1,193 @@
+"""The draft's own vocabulary: its files, and the setting that names them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests.support.heads import write_head
+from vllm_vispec.draft_vocab.files import (
+    DRAFT_VOCAB,
+    DRAFT_VOCAB_FACTS,
+    DraftVocab,
+    find_vocab,
+    read_vocab,
+    write_vocab,
+)
+from vllm_vispec.draft_vocab.setting import read_setting, resolve_draft_vocab
+from vllm_vispec.heads import inspect_head
+from vllm_vispec.heads.convert import convert_head
+from vllm_vispec.spec_decode.options import EngineOptions
+from vllm_vispec.utils.errors import ViSpecError
+
+# Files
+
+
+def test_a_written_list_is_read_back_in_its_order(tmp_path: Path) -> None:
+    write_vocab(tmp_path / DRAFT_VOCAB, [9, 2, 30])
+    found = read_vocab(tmp_path / DRAFT_VOCAB, 31)
+    assert found == DraftVocab((9, 2, 30), by_frequency=True)
+    assert found.first(2).token_ids == (9, 2)
+    assert [file.name for file in tmp_path.iterdir()] == [DRAFT_VOCAB]
+
+
+@pytest.mark.parametrize("content", [[4, 1], {"token_ids": [4, 1]}])
+def test_json_lists(tmp_path: Path, content: object) -> None:
+    (tmp_path / "ids.json").write_text(json.dumps(content))
+    assert read_vocab(tmp_path / "ids.json", 8) == DraftVocab((4, 1), by_frequency=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([1, 8], "token id 8, the target has 0 to 7"),
+        ([-1, 2], "token id -1, the target has 0 to 7"),
+        ([3], "has 1 token ids, at least 2"),
+        ([1, 2, 1], "a token id twice"),
+        ([1, 2.5], "holds no list of integers"),
+        ([1, True], "holds no list of integers"),
+        ({"coverage": 1}, "holds no list of integers"),
+    ],
+)
+def test_lists_that_cannot_be_used_say_why_and_what_to_do(
+    tmp_path: Path, content: object, said: str
+) -> None:
+    (tmp_path / "ids.json").write_text(json.dumps(content))
+    with pytest.raises(ViSpecError, match=r"ids\.json") as error:
+        read_vocab(tmp_path / "ids.json", 8)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_safetensors_that_hold_something_else(tmp_path: Path) -> None:
+    file = tmp_path / "ids.safetensors"
+    tensors: list[dict[str, Any]] = [
+        {"token_ids": np.zeros((2, 2), np.int32)},
+        {"token_ids": np.zeros(4, np.float32)},
+        {"a": np.arange(4), "b": np.arange(4)},
+    ]
+    for content in tensors:
+        save_file(content, file)
+        with pytest.raises(ViSpecError, match="must hold one tensor, a list of integers"):
+            read_vocab(file, 8)
+    file.write_bytes(b"nothing")
+    with pytest.raises(ViSpecError, match="cannot be read as safetensors"):
+        read_vocab(file, 8)
+
+
+# The setting
+
+
+def options(value: Any) -> EngineOptions:
+    return EngineOptions.pop_from({"draft_vocab": value})
+
+
+def test_without_the_setting_nothing_changes(tmp_path: Path) -> None:
+    write_vocab(tmp_path / DRAFT_VOCAB, [1, 2])
+    for value in (None, False):
+        settings: dict[str, Any] = {}
+        found = resolve_draft_vocab(options(value), settings, tmp_path, 8)
+        assert read_setting(found, tmp_path, 8) is None
+        assert settings == {}
+        assert find_vocab(value, tmp_path, 8) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "ids"), [(True, (5, 1, 7)), ("auto", (5, 1, 7)), (2, (5, 1)), (3, (5, 1, 7))]
+)
+def test_the_list_of_the_head(tmp_path: Path, value: Any, ids: tuple[int, ...]) -> None:
+    write_vocab(tmp_path / DRAFT_VOCAB, [5, 1, 7])
+    settings: dict[str, Any] = {}
+    found = resolve_draft_vocab(options(value), settings, tmp_path, 8)
+    # The way to the workers and back.
+    section = json.loads(json.dumps(found.to_section()))
+    moved = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name} of another machine"))
+    read = read_setting(EngineOptions.from_hf_config(type("Config", (), section)), moved, 8)
+    assert read is not None
+    assert read.token_ids == ids
+    assert settings == {"use_local_argmax_reduction": True}
+
+
+def test_a_list_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "ids.json").write_text("[6, 0]")
+    found = resolve_draft_vocab(options(str(tmp_path / "ids.json")), {}, tmp_path, 8)
+    assert read_setting(found, tmp_path, 8) == DraftVocab((6, 0))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"draft_sample_method": "probabilistic"},
+        {"enable_adaptive_verification": True},
+        {"use_local_argmax_reduction": False},
+    ],
+)
+def test_what_needs_logits_gets_them(tmp_path: Path, given: dict[str, Any]) -> None:
+    write_vocab(tmp_path / DRAFT_VOCAB, [5, 1])
+    settings = dict(given)
+    resolve_draft_vocab(options(True), settings, tmp_path, 8)
+    assert settings == given
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("auto", f"has no {DRAFT_VOCAB}: make one with `vispec vocab"),
+        (True, f"has no {DRAFT_VOCAB}"),
+        (4, f"has no {DRAFT_VOCAB}"),
+        ("missing.safetensors", "draft_vocab='missing.safetensors' is no file"),
+    ],
+)
+def test_a_missing_list_is_named(tmp_path: Path, value: Any, said: str) -> None:
+    with pytest.raises(ViSpecError, match="speculative config: draft_vocab") as error:
+        resolve_draft_vocab(options(value), {}, tmp_path, 8)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0, 1, 4, -3])
+def test_numbers_outside_the_list(tmp_path: Path, value: int) -> None:
+    write_vocab(tmp_path / DRAFT_VOCAB, [5, 1, 7])
+    with pytest.raises(ViSpecError, match=f"draft_vocab={value} is outside 2 to 3"):
+        resolve_draft_vocab(options(value), {}, tmp_path, 8)
+
+
+def test_a_number_needs_an_order(tmp_path: Path) -> None:
+    save_file({"token_ids": np.arange(4)}, tmp_path / DRAFT_VOCAB)
+    with pytest.raises(ViSpecError, match="not ordered by frequency"):
+        resolve_draft_vocab(options(3), {}, tmp_path, 8)
+    assert find_vocab("auto", tmp_path, 8) == DraftVocab((0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("value", [1.5, [1, 2], "", {"a": 1}])
+def test_values_of_other_kinds(value: Any) -> None:
+    with pytest.raises(ViSpecError, match=r"draft_vocab=.* must be a file"):
+        options(value)
+
+
+def test_two_ways_to_replace_the_lm_head_exclude_each_other(tmp_path: Path) -> None:
+    write_vocab(tmp_path / DRAFT_VOCAB, [5, 1])
+    with pytest.raises(ViSpecError, match="leave one of them out"):
+        resolve_draft_vocab(options(True), {"draft_lm_head_quantization": "fp8"}, tmp_path, 8)
+
+
+# In a head's folder
+
+
+@pytest.mark.parametrize("dialect", ["canonical", "reference"])
+def test_a_head_with_a_list_loads_and_converts(tmp_path: Path, dialect: str) -> None:
+    source = tmp_path / "in"
+    write_head(source, dialect)
+    # Without an index or the usual name every safetensors file would count as weights.
+    (source / "model.safetensors").rename(source / "weights.safetensors")
+    write_vocab(source / DRAFT_VOCAB, [5, 1])
+    (source / DRAFT_VOCAB_FACTS).write_text("{}")
+    assert [file.name for file in inspect_head(source).files] == ["weights.safetensors"]
+    for _ in range(2):  # a folder with a list is still one that may be overwritten
+        convert_head(source, tmp_path / "out", dialect=dialect, overwrite=True)
+    assert find_vocab("auto", tmp_path / "out", 8) == DraftVocab((5, 1), by_frequency=True)
+    assert (tmp_path / "out" / DRAFT_VOCAB_FACTS).is_file()

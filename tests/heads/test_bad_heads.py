@@ -1,0 +1,263 @@
+"""Every unusable head is refused with one line that names the fault and the remedy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.support.heads import BASE, edit_config, edit_tensors, write_config, write_head
+from vllm_vispec.heads import inspect_head, resolve_head
+from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.utils.errors import ViSpecError
+
+Spoil = Callable[[Path], object]
+
+
+def _weights(folder: Path) -> Path:
+    return folder / "model.safetensors"
+
+
+def _truncate(folder: Path) -> None:
+    data = _weights(folder).read_bytes()
+    _weights(folder).write_bytes(data[: len(data) // 2])
+
+
+def _truncate_header(folder: Path) -> None:
+    _weights(folder).write_bytes(_weights(folder).read_bytes()[:40])
+
+
+def _corrupt_header(folder: Path) -> None:
+    data = bytearray(_weights(folder).read_bytes())
+    data[8:24] = b"\xff" * 16
+    _weights(folder).write_bytes(bytes(data))
+
+
+def _pickle_only(folder: Path) -> None:
+    _weights(folder).rename(folder / "pytorch_model.bin")
+
+
+def _pop(*names: str) -> Spoil:
+    def spoil(folder: Path) -> None:
+        def drop(tensors: dict[str, torch.Tensor]) -> None:
+            for name in names:
+                del tensors[name]
+
+        edit_tensors(folder, drop)
+
+    return spoil
+
+
+def _both(first: Spoil, second: Spoil) -> Spoil:
+    def spoil(folder: Path) -> None:
+        first(folder)
+        second(folder)
+
+    return spoil
+
+
+def _put(name: str, tensor: torch.Tensor) -> Spoil:
+    return lambda folder: edit_tensors(folder, lambda tensors: tensors.update({name: tensor}))
+
+
+def _config(**changes: Any) -> Spoil:
+    return lambda folder: edit_config(folder, **changes)
+
+
+def _text(name: str, content: str) -> Spoil:
+    def spoil(folder: Path) -> None:
+        (folder / name).write_text(content)
+
+    return spoil
+
+
+def _replace_all(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Spoil:
+    def spoil(folder: Path) -> None:
+        write_config(folder, config)
+        save_file(tensors, _weights(folder))
+
+    return spoil
+
+
+def _two_files(folder: Path) -> None:
+    data = _weights(folder).read_bytes()
+    _weights(folder).unlink()
+    for name in ("a.safetensors", "b.safetensors"):
+        (folder / name).write_bytes(data)
+
+
+D = BASE.hidden_size
+_EAGLE = {"fc.weight": torch.zeros(D, 2 * D), "layers.0.mlp.up_proj.weight": torch.zeros(48, D)}
+_EAGLE3 = {"fc.weight": torch.zeros(D, 3 * D), "d2t": torch.zeros(8)}
+_FULL = {f"model.layers.{i}.mlp.up_proj.weight": torch.zeros(2, 2) for i in range(6)}
+_INDEX = json.dumps({"weight_map": {"fc.weight": "gone.safetensors"}})
+
+REFERENCE: dict[str, tuple[Spoil, str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
+    "config is no JSON": (_text("config.json", "{"), "cannot be read as JSON"),
+    "config is a list": (_text("config.json", "[]"), "holds no JSON object"),
+    "no weights": (lambda f: _weights(f).unlink(), r"no \*\.safetensors"),
+    "pickle only": (_pickle_only, "only pickle weights .*convert them to safetensors"),
+    "empty file": (lambda f: _weights(f).write_bytes(b""), "truncated or corrupt"),
+    "truncated": (_truncate, "truncated or corrupt.*download or export the head again"),
+    "truncated header": (_truncate_header, "truncated or corrupt"),
+    "corrupt header": (_corrupt_header, "truncated or corrupt"),
+    "tensor twice": (_two_files, r"is in both a\.safetensors and b\.safetensors"),
+    "shard missing": (
+        _text("model.safetensors.index.json", _INDEX),
+        r"lacks gone\.safetensors",
+    ),
+    "empty index": (_text("model.safetensors.index.json", "{}"), "has no weight_map"),
+    "missing tensors": (
+        _pop("fc.weight", "layers.0.mlp.up_proj.weight"),
+        r"lacks 2 tensor\(s\): fc\.weight, layers\.0\.mlp\.up_proj\.weight",
+    ),
+    "missing bias": (_pop("imadpt.k_proj.bias"), r"lacks 1 tensor\(s\): imadpt\.k_proj\.bias"),
+    "no queries": (_pop("imadpt.q"), r"lacks tensor 'imadpt\.q'"),
+    "extra tensor": (_put("lm_head.weight", torch.zeros(64, D)), r"account for: lm_head\.weight"),
+    "extra norm": (
+        _put("layers.0.input_layernorm.weight", torch.ones(D)),
+        r"account for: layers\.0\.input_layernorm\.weight",
+    ),
+    "unexpected bias": (_config(qkv_bias=False), "does not account for: imadpt.k_proj.bias"),
+    "two layers": (
+        _put("layers.1.mlp.up_proj.weight", torch.zeros(48, D)),
+        "has 2 decoder layers",
+    ),
+    "wrong shape": (
+        _put("fc.weight", torch.zeros(D, D)),
+        r"tensor 'fc\.weight'.* has shape \[32, 32\], config\.json asks for \[32, 64\]",
+    ),
+    "wrong hidden size": (_config(hidden_size=64), "config.json asks for"),
+    "quantised": (
+        _put("fc.weight", torch.zeros(D, 2 * D, dtype=torch.int8)),
+        "dtype I8: only unquantised",
+    ),
+    "no query rows": (_put("imadpt.q", torch.zeros(0, 4, 8)), "at least one query token"),
+    "flat queries": (_put("imadpt.q", torch.zeros(3, 32)), r"has shape \[3, 32\]"),
+    "no hidden size": (_config(hidden_size=None), "lacks 'hidden_size'"),
+    "hidden size is text": (_config(hidden_size="32"), "hidden_size .*must be an integer"),
+    "heads do not divide": (_config(num_attention_heads=5), "does not divide"),
+    "kv heads do not divide": (_config(num_key_value_heads=3), "num_key_value_heads=3"),
+    "flag is text": (_config(qkv_bias="yes"), "qkv_bias .*true or false"),
+    "scaled rope": (_config(rope_scaling={"rope_type": "yarn"}), "'yarn' RoPE"),
+    "other activation": (_config(hidden_act="gelu"), "hidden_act of the head is 'gelu'"),
+    "negative theta": (_config(rope_theta=-1.0), "rope_theta of the head is -1.0"),
+    "plain EAGLE": (
+        _replace_all({"architectures": ["LlamaForCausalLM"]}, _EAGLE),
+        'text-only EAGLE head .*"method":"eagle"',
+    ),
+    "EAGLE-3": (
+        _replace_all({"architectures": ["LlamaForCausalLMEagle3"]}, _EAGLE3),
+        'EAGLE-3 head.*"method":"eagle3"',
+    ),
+    "whole model": (_replace_all({"architectures": ["X"]}, _FULL), "whole model and no draft head"),
+    "unknown dialect": (
+        _replace_all({"architectures": ["MyHead"]}, {"w": torch.zeros(2)}),
+        r"unknown dialect \(architectures \['MyHead'\], tensors w\): expected one of canonical, "
+        "automodel, reference",
+    ),
+}
+
+AUTOMODEL: dict[str, tuple[Spoil, str]] = {
+    "stated queries differ": (
+        _config(vispec_num_query_tokens=7),
+        "vispec_num_query_tokens .* is 7, but 'img_adaptor.query' holds 3: set it to 3",
+    ),
+    "flagged norm missing": (
+        _both(_pop("norm.weight"), _config(draft_apply_final_norm=True)),
+        r"lacks 1 tensor\(s\): norm\.weight",
+    ),
+    "no adaptor": (_pop("img_adaptor.query"), "lacks tensor 'img_adaptor.query'"),
+}
+
+CANONICAL: dict[str, tuple[Spoil, str]] = {
+    "future format": (_config(vispec={"format_version": 99}), "upgrade vllm-vispec"),
+    "flag missing": (_config(vispec={"format_version": 1}), "lacks 'target_model_type'"),
+    "size missing": (_config(head_dim=None), "config.json of the head lacks 'head_dim'"),
+    "no theta": (_config(rope_theta=None, rope_parameters=None), "lacks 'rope_theta'"),
+    "queries differ": (
+        lambda f: edit_config(
+            f,
+            vispec={**json.loads((f / "config.json").read_text())["vispec"], "num_query_tokens": 9},
+        ),
+        r"'img_adaptor.query' .* has shape \[3, 4, 8\], config.json asks for \[9, 4, 8\]",
+    ),
+}
+
+CASES = [
+    pytest.param(dialect, spoil, message, id=f"{dialect}-{name}".replace(" ", "-"))
+    for dialect, table in (
+        ("reference", REFERENCE),
+        ("automodel", AUTOMODEL),
+        ("canonical", CANONICAL),
+    )
+    for name, (spoil, message) in table.items()
+]
+
+
+@pytest.mark.parametrize(("dialect", "spoil", "message"), CASES)
+def test_bad_head(tmp_path: Path, dialect: str, spoil: Spoil, message: str) -> None:
+    write_head(tmp_path, dialect)
+    spoil(tmp_path)
+    with pytest.raises(ViSpecError, match=message) as caught:
+        inspect_head(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/nowhere/head", "head folder '/nowhere/head' does not exist"),
+        ("./head", "does not exist"),
+        ("~/no-such-head-here", "does not exist"),
+        ("just-a-name", "does not exist: give an existing folder, or a hub id"),
+        ("a/b/c", "does not exist"),
+        ("", "does not exist"),
+    ],
+)
+def test_missing_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ViSpecError, match=message):
+        resolve_head(name)
+
+
+def test_file_instead_of_folder(tmp_path: Path) -> None:
+    write_head(tmp_path)
+    with pytest.raises(ViSpecError, match="is a file: give the folder"):
+        resolve_head(tmp_path / "model.safetensors")
+
+
+def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ViSpecError, match=r"could not be fetched from the hub .*download it"):
+        resolve_head("no-such-org/no-such-head", revision="main")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_query_tokens": 0}, "num_query_tokens of the head is 0"),
+        ({"hidden_size": -1}, "hidden_size of the head is -1"),
+        ({"vocab_size": True}, "vocab_size of the head is True"),
+        ({"head_dim": 7}, "head_dim=7 of the head is odd"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps of the head is 0.0"),
+    ],
+)
+def test_head_config_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ViSpecError, match=message):
+        replace(BASE, **changes)
+
+
+def test_config_without_section() -> None:
+    with pytest.raises(ViSpecError, match='no "vispec" section'):
+        HeadConfig.from_config_json({"model_type": "llama"})

@@ -1,0 +1,238 @@
+"""Export of trained heads, the speculators format's fields, and how a head finds its target."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.heads.test_head_kinds import KINDS
+from tests.support.heads import TYPICAL, edit_config, write_head
+from vllm_vispec.cli.app import app
+from vllm_vispec.heads import inspect_head, iter_canonical_tensors
+from vllm_vispec.heads.convert import convert_head
+from vllm_vispec.heads.export import export_head
+from vllm_vispec.heads.speculators import locate_target, read_serving
+from vllm_vispec.reference import ViSpecDraft
+from vllm_vispec.utils.errors import ViSpecError
+
+PROVENANCE = {"command": "vispec train a|b", "data": {"files": ["x.jsonl"], "digest": "abc"}}
+
+
+def make_target(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    config = {"architectures": ["SomeVLM"], "model_type": "qwen2_5_vl"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def export(folder: Path, target: str, **changes: Any) -> Path:
+    flags = {k: changes.pop(k) for k in ("compress", "global_feature") if k in changes}
+    draft = ViSpecDraft(replace(TYPICAL["canonical"], **flags))
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "num_speculative_tokens": 3,
+        "provenance": PROVENANCE,
+        **changes,
+    }
+    export_head(draft, folder, target=target, **settings)
+    return folder
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return content
+
+
+@pytest.mark.parametrize(("compress", "global_feature"), KINDS)
+def test_export_is_a_canonical_head(tmp_path: Path, compress: bool, global_feature: bool) -> None:
+    head = replace(TYPICAL["canonical"], compress=compress, global_feature=global_feature)
+    draft = ViSpecDraft(head)
+    info = export_head(
+        draft,
+        tmp_path / "new" / "head",
+        target="org/target",
+        dtype="bfloat16",
+        num_speculative_tokens=5,
+        provenance=PROVENANCE,
+    )
+    assert info.dialect == "canonical"
+    assert info.config == head
+    found = dict(iter_canonical_tensors(info.folder))
+    assert found.keys() == draft.state_dict().keys()
+    for name, tensor in draft.state_dict().items():
+        assert torch.equal(found[name], tensor.to(torch.bfloat16)), name
+    names = {path.name for path in info.folder.iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors", "provenance.json"}
+    assert [path.name for path in info.folder.parent.iterdir()] == ["head"]
+    assert json.loads((info.folder / "provenance.json").read_text()) == PROVENANCE
+
+
+def test_model_card(tmp_path: Path) -> None:
+    card = (export(tmp_path / "head", "org/target") / "README.md").read_text()
+    lines = [line.strip() for line in card.splitlines()]
+    assert f"vllm serve {tmp_path / 'head'}" in lines
+    explicit = f'"method":"vispec","model":"{tmp_path / "head"}","num_speculative_tokens":3'
+    assert f"vllm serve org/target --speculative-config '{{{explicit}}}'" in lines
+    assert "| command | vispec train a\\|b |" in lines
+    assert "| data.digest | abc |" in lines
+
+
+def test_speculators_fields(tmp_path: Path) -> None:
+    target = make_target(tmp_path / "target")
+    content = config_of(export(tmp_path / "head", str(target)))
+    assert content["speculators_model_type"] == "vispec"
+    section = content["speculators_config"]
+    assert section["verifier"] == {"name_or_path": str(target), "architectures": ["SomeVLM"]}
+    assert section["proposal_methods"][0]["speculative_tokens"] == 3
+    layer = content["transformer_layer_config"]
+    assert (layer["model_type"], layer["num_hidden_layers"]) == ("llama", 1)
+
+
+def test_relative_target_moves_with_the_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_target(tmp_path / "pair" / "target")
+    monkeypatch.chdir(tmp_path)
+    head = export(Path("pair/heads/one"), "pair/target")
+    serving = read_serving(config_of(head))
+    assert serving is not None
+    assert serving.target == "../../target"
+    assert locate_target(serving.target, head) == str(tmp_path / "pair" / "target")
+    shutil.move("pair", "elsewhere")
+    moved = Path("elsewhere/heads/one")
+    assert locate_target(serving.target, moved) == str(tmp_path / "elsewhere" / "target")
+
+
+def test_a_target_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ViSpecError, match=r"target '\./none' is no folder"):
+        export(tmp_path / "head", "./none")
+    assert not (tmp_path / "head").exists()
+    with pytest.raises(ViSpecError, match=r"the target of head .*head is '\.\./gone'"):
+        locate_target("../gone", tmp_path / "head")
+    assert locate_target("org/name", tmp_path) == "org/name"
+
+
+def test_incomplete_speculators_section(tmp_path: Path) -> None:
+    content = config_of(export(tmp_path / "head", "org/target"))
+    assert read_serving({}) is None
+    assert read_serving({"speculators_model_type": "eagle3"}) is None
+    del content["speculators_config"]["proposal_methods"]
+    with pytest.raises(ViSpecError, match="incomplete speculators_config"):
+        read_serving(content)
+
+
+def test_export_refuses_bad_settings(tmp_path: Path) -> None:
+    with pytest.raises(ViSpecError, match="dtype 'int8' is not supported"):
+        export(tmp_path / "head", "org/target", dtype="int8")
+    with pytest.raises(ViSpecError, match="num_speculative_tokens=0"):
+        export(tmp_path / "head", "org/target", num_speculative_tokens=0)
+    export(tmp_path / "head", "org/target")
+    with pytest.raises(ViSpecError, match="exists: choose another"):
+        export(tmp_path / "head", "org/target")
+    export(tmp_path / "head", "org/other", overwrite=True)
+    assert "org/other" in (tmp_path / "head" / "config.json").read_text()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_file(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", save_file)
+    with pytest.raises(ViSpecError, match=r"cannot be written .*No space left.*free space"):
+        export(tmp_path / "head", "org/target")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_says_how_to_serve_an_exported_head(tmp_path: Path) -> None:
+    head = export(tmp_path / "head", "org/target", compress=False)
+    from vllm_vispec.cli.doctor import head_lines
+
+    text = "\n".join(head_lines(str(head)))
+    assert f"vllm serve {head} (target: org/target)" in text
+    assert "images compressed no, global feature yes" in text
+
+
+@pytest.mark.parametrize("dialect", ["reference", "automodel"])
+def test_round_trip_with_published_dialects(tmp_path: Path, dialect: str) -> None:
+    """Theirs, ours and theirs again: the same head and the same numbers at every stage."""
+    head = write_head(tmp_path / "theirs", dialect)
+    convert_head(tmp_path / "theirs", tmp_path / "ours")
+    info = convert_head(tmp_path / "ours", tmp_path / "back", dialect=dialect)
+    assert info.dialect == dialect
+    assert info.config == head
+    first = inspect_head(tmp_path / "theirs")
+    assert {name for name, _ in info.sources.values()} == {
+        name for name, _ in first.sources.values()
+    }
+    one, other = (dict(iter_canonical_tensors(tmp_path / n)) for n in ("theirs", "back"))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+    assert "vispec" not in config_of(tmp_path / "back")
+    convert_head(tmp_path / "ours", tmp_path / "back", dialect=dialect, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "changes", "message"),
+    [
+        ("reference", {"compress": False}, "knows only heads with compress=True"),
+        ("automodel", {"global_feature": False}, "knows only heads with global_feature=True"),
+        ("reference", {"final_norm": True}, "knows only heads with final_norm=True|False"),
+    ],
+)
+def test_kinds_a_published_dialect_cannot_express(
+    tmp_path: Path, dialect: str, changes: dict[str, bool], message: str
+) -> None:
+    write_head(tmp_path / "ours", "canonical", **changes)
+    with pytest.raises(ViSpecError, match=message):
+        convert_head(tmp_path / "ours", tmp_path / "theirs", dialect=dialect)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_what_is_lost_on_the_way_is_noticed(tmp_path: Path) -> None:
+    """A head_dim of its own survives; a target that is not named cannot become a family."""
+    write_head(tmp_path / "ours", "canonical", head_dim=16, final_norm=False)
+    info = convert_head(tmp_path / "ours", tmp_path / "theirs", dialect="reference")
+    assert info.config.head_dim == 16
+    write_head(tmp_path / "text", "canonical", target_model_type="odd_text", final_norm=False)
+    with pytest.raises(ViSpecError, match="cannot express target_model_type='odd_text'"):
+        convert_head(tmp_path / "text", tmp_path / "lost", dialect="automodel")
+
+
+def test_converting_keeps_target_and_provenance(tmp_path: Path) -> None:
+    target = make_target(tmp_path / "target")
+    head = export(tmp_path / "head", str(target), compress=False)
+    out = convert_head(head, tmp_path / "half", dtype="float16").folder
+    serving = read_serving(config_of(out))
+    assert serving is not None
+    assert (serving.target, serving.num_tokens) == (str(target), 3)
+    assert json.loads((out / "provenance.json").read_text()) == PROVENANCE
+    named = convert_head(head, tmp_path / "named", target="org/other").folder
+    other = read_serving(config_of(named))
+    assert other is not None
+    assert other.target == "org/other"
+
+
+def test_convert_command_writes_a_published_dialect(tmp_path: Path) -> None:
+    write_head(tmp_path / "in")
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--dialect", "reference"]
+    result = CliRunner().invoke(app, ["convert", *arguments])
+    assert result.exit_code == 0, result.output
+    assert inspect_head(tmp_path / "out").dialect == "reference"
+    bad = CliRunner().invoke(app, ["convert", *arguments[:-1], "nonsense", "--overwrite"])
+    assert bad.exit_code == 1
+    assert "unknown dialect 'nonsense'" in bad.stderr
+
+
+def test_a_speculators_head_of_another_kind_is_still_refused(tmp_path: Path) -> None:
+    write_head(tmp_path, "canonical", compress=False, global_feature=False)
+    edit_config(tmp_path, vispec=None, speculators_model_type="eagle", speculators_config={})
+    with pytest.raises(ViSpecError, match="a head in the speculators format, serve it with vLLM"):
+        inspect_head(tmp_path)

@@ -1,0 +1,150 @@
+"""Heads without compression or global feature: what they consist of and what they compute."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.heads import TYPICAL, edit_config, write_head
+from vllm_vispec.heads import inspect_head
+from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.reference import ViSpecDraft, attention_mask, masked_rows
+from vllm_vispec.spec_decode.layout import (
+    FeatureSlice,
+    ImageRun,
+    RequestLayout,
+    RowCodes,
+    row_rules,
+    write_text_codes,
+)
+from vllm_vispec.utils.errors import ViSpecError
+
+KINDS = [(True, True), (True, False), (False, True), (False, False)]
+EACH_KIND = pytest.mark.parametrize(("compress", "global_feature"), KINDS)
+
+
+def make(compress: bool, global_feature: bool) -> HeadConfig:
+    return replace(TYPICAL["canonical"], compress=compress, global_feature=global_feature)
+
+
+def make_draft(config: HeadConfig) -> ViSpecDraft:
+    torch.manual_seed(0)
+    draft = ViSpecDraft(config)
+    for parameter in draft.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return draft
+
+
+@EACH_KIND
+def test_tensors_of_a_kind(tmp_path: Path, compress: bool, global_feature: bool) -> None:
+    head = make(compress, global_feature)
+    names = head.tensor_shapes()
+    assert any(name.startswith("img_adaptor.") for name in names) == head.has_adaptor
+    assert any(name.startswith("img_fc.") for name in names) == head.has_img_fc
+    assert head.has_adaptor == (compress or global_feature)
+    assert head.has_img_fc == global_feature
+    assert set(ViSpecDraft(head).state_dict()) == set(names)
+    written = write_head(tmp_path, "canonical", compress=compress, global_feature=global_feature)
+    assert inspect_head(tmp_path).config == written
+    ViSpecDraft.from_folder(tmp_path)
+
+
+def test_weights_that_the_flags_do_not_ask_for(tmp_path: Path) -> None:
+    write_head(tmp_path, "canonical")
+    section = TYPICAL["canonical"].vispec_section()
+    edit_config(tmp_path, vispec=section | {"global_feature": False})
+    with pytest.raises(ViSpecError, match=r"does not account for: img_fc\.weight"):
+        inspect_head(tmp_path)
+    edit_config(tmp_path, vispec=section | {"global_feature": False, "compress": False})
+    with pytest.raises(ViSpecError, match=r"does not account for: img_adaptor"):
+        inspect_head(tmp_path)
+
+
+def test_a_flag_that_is_no_flag(tmp_path: Path) -> None:
+    write_head(tmp_path, "canonical")
+    section = TYPICAL["canonical"].vispec_section()
+    edit_config(tmp_path, vispec=section | {"compress": "no"})
+    with pytest.raises(ViSpecError, match="compress of the head is 'no', it must be true or"):
+        inspect_head(tmp_path)
+
+
+def test_weights_that_the_flags_miss(tmp_path: Path) -> None:
+    write_head(tmp_path, "canonical", global_feature=False, compress=False)
+    edit_config(tmp_path, vispec=TYPICAL["canonical"].vispec_section())
+    with pytest.raises(ViSpecError, match=r"lacks 7 tensor\(s\): img_fc"):
+        inspect_head(tmp_path)
+
+
+def test_without_global_feature_the_layer_reads_embedding_and_hidden() -> None:
+    draft = make_draft(make(True, False))
+    embed, hidden, anything = torch.randn(3, 32).unbind()
+    expected = draft.fc(torch.cat((embed, hidden)))
+    assert torch.equal(draft.layer_input(embed, hidden, anything), expected)
+
+
+@pytest.mark.parametrize("global_feature", [True, False])
+def test_without_compression_image_rows_read_their_embeddings(global_feature: bool) -> None:
+    draft = make_draft(make(False, global_feature))
+    embeds, hidden = torch.randn(9, 32), torch.randn(9, 32)
+    with torch.no_grad():
+        state = draft.prefill(embeds, torch.randn(32), hidden, [(2, 6)])
+        early = draft.layer_input(embeds[1:6], hidden[:5], torch.zeros(32))
+    assert state.plan.positions == tuple(range(9))
+    assert torch.allclose(state.layer_in_ND[:5], early, atol=1e-6)
+    with torch.no_grad():
+        late = draft.layer_input(embeds[6:], hidden[5:8], state.global_D)
+    assert torch.allclose(state.layer_in_ND[5:8], late, atol=1e-6)
+    assert bool(state.global_D.any()) == global_feature
+
+
+@EACH_KIND
+def test_masked_rows_equal_compact_rows(compress: bool, global_feature: bool) -> None:
+    draft = make_draft(make(compress, global_feature))
+    embeds, hidden, runs = torch.randn(1, 12, 32), torch.randn(1, 12, 32), [(1, 4), (6, 10)]
+    with torch.no_grad():
+        rows = masked_rows(draft, embeds, hidden, [runs])
+        positions = torch.arange(12)[None]
+        found, _ = draft.run_layer(rows.layer_in_BLD, positions, attention_mask(rows.visible_BL))
+        state = draft.prefill(embeds[0, :11], embeds[0, 11], hidden[0, :11], runs)
+    kept = list(state.plan.positions)
+    assert torch.allclose(found[0, kept], state.out_ND, atol=1e-5)
+
+
+def layout_of(*spans: tuple[int, int]) -> RequestLayout:
+    parts = [(FeatureSlice(str(i), 0, b - a),) for i, (a, b) in enumerate(spans)]
+    return RequestLayout(
+        tuple(ImageRun(a, b, part) for (a, b), part in zip(spans, parts, strict=True))
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 40])
+def test_text_codes_follow_the_last_image_that_ended(size: int) -> None:
+    """However the rows are cut, each gets the image behind which it stands."""
+    spans = [(0, 3), (5, 9), (9, 11), (20, 30)]
+    layout, codes = layout_of(*spans), RowCodes(num_slots=9, num_query_tokens=3)
+    asked: list[ImageRun] = []
+
+    def slot_of(run: ImageRun) -> int:
+        asked.append(run)
+        return layout.runs.index(run) + 1
+
+    found = np.full(40, -1, dtype=np.int32)
+    for first in range(0, 40, size):
+        asked.clear()
+        write_text_codes(layout, codes, slot_of, first, found[first : first + size])
+        # Embeddings of a run may be incomplete before its last token is at hand.
+        assert all(run.text_row < first + size for run in asked)
+    for row in range(40):
+        ended = [index for index, (_, end) in enumerate(spans) if end - 1 <= row]
+        assert found[row] == codes.text(ended[-1] + 1 if ended else 0), row
+
+
+def test_rules_of_a_head_without_adaptor_see_no_images() -> None:
+    features = [object()]
+    assert row_rules(False, False).build_layout(features).runs == ()  # type: ignore[arg-type]
+    assert row_rules(False, True).write is write_text_codes
+    assert row_rules(True, False) == row_rules(True, True)

@@ -1,0 +1,137 @@
+"""Small synthetic heads of every dialect, written to disk the way their authors write them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vllm_vispec.heads import get_dialect
+from vllm_vispec.heads.config import HeadConfig
+
+Config = dict[str, Any]
+
+BASE = HeadConfig(
+    dialect="canonical",
+    target_model_type="qwen2_5_vl",
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=8,
+    vocab_size=64,
+    max_position_embeddings=128,
+    rope_theta=1e6,
+    rms_norm_eps=1e-6,
+    num_query_tokens=3,
+    qkv_bias=True,
+    fc_bias=True,
+    layer0_input_norm=False,
+    final_norm=False,
+)
+
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+
+
+def _sizes(head: HeadConfig) -> Config:
+    return {name: getattr(head, name) for name in _SIZES}
+
+
+def _reference_config(head: HeadConfig) -> Config:
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": head.target_model_type,
+        **_sizes(head),
+        "num_hidden_layers": 1,
+        "hidden_act": "silu",
+        "rope_theta": head.rope_theta,
+        "qkv_bias": head.qkv_bias,
+        "bias": head.fc_bias,
+    }
+
+
+def _automodel_config(head: HeadConfig) -> Config:
+    return {
+        "architectures": ["VispecDraftModel"],
+        "model_type": f"{head.target_model_type}_text",
+        **_sizes(head),
+        "head_dim": head.head_dim,
+        "draft_num_hidden_layers": 1,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": head.rope_theta,
+            "mrope_section": [1, 1, 2],
+        },
+        "vispec_num_query_tokens": head.num_query_tokens,
+        "qkv_bias": head.qkv_bias,
+        "fc_bias": head.fc_bias,
+    }
+
+
+_CONFIGS: dict[str, Callable[[HeadConfig], Config]] = {
+    "reference": _reference_config,
+    "automodel": _automodel_config,
+    "canonical": lambda head: head.to_config_json("float32"),
+}
+
+# What is typical of each dialect; a test may change it.
+TYPICAL = {
+    "reference": BASE,
+    "automodel": replace(BASE, layer0_input_norm=True, final_norm=True),
+    "canonical": replace(BASE, num_key_value_heads=2, fc_bias=False, final_norm=True),
+}
+
+
+def random_tensors(head: HeadConfig) -> dict[str, Tensor]:
+    """Canonical tensors of a head."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator) * 0.2
+        for name, shape in head.tensor_shapes().items()
+    }
+
+
+def write_head(folder: Path, dialect: str = "reference", **changes: Any) -> HeadConfig:
+    """Write a head; `changes` go to its `HeadConfig`. Returns that."""
+    head = replace(TYPICAL[dialect], **changes)
+    names = get_dialect(dialect)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, _CONFIGS[dialect](head))
+    save_file(
+        {names.source_name(name): tensor for name, tensor in random_tensors(head).items()},
+        folder / "model.safetensors",
+    )
+    return head.with_dialect(dialect)
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Replace config.json."""
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change fields of config.json; None removes one."""
+    config = json.loads((folder / "config.json").read_text())
+    config.update(changes)
+    write_config(folder, {key: value for key, value in config.items() if value is not None})
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Change model.safetensors in place."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")

@@ -1,0 +1,117 @@
+"""Which engines need path codes: those with trees that branch, at some load."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from vllm_vispec.heads.config import ARCHITECTURE
+from vllm_vispec.spec_decode import worker_hook
+from vllm_vispec.spec_decode.options import EngineOptions
+from vllm_vispec.trees import attention, limits
+from vllm_vispec.trees import model_state as v2_state
+from vllm_vispec.trees.setting import has_branches, resolve_tree
+from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.v1.tree_proposer import TreeProposer
+
+CONFIDENT = TreeSettings("spec_llava", depth=3, top_k=2)
+
+
+def _config(
+    tree: TreeSettings | None, schedule: list[list[int]] | None = None, num_nodes: int = 29
+) -> Any:
+    options = EngineOptions(tree=None if tree is None else tree.to_config())
+    draft = SimpleNamespace(
+        hf_config=SimpleNamespace(**options.to_section(), architectures=[ARCHITECTURE])
+    )
+    speculative = SimpleNamespace(
+        draft_model_config=draft,
+        num_speculative_tokens=num_nodes,
+        num_speculative_tokens_per_batch_size=schedule,
+    )
+    return SimpleNamespace(speculative_config=speculative)
+
+
+@pytest.mark.parametrize(
+    ("tree", "schedule", "num_nodes", "branches"),
+    [
+        (None, None, 29, False),
+        (TreeSettings(), None, 29, True),
+        (TreeSettings(), None, 5, True),
+        # As many nodes as a path has are a chain.
+        (TreeSettings(), None, 4, False),
+        (CONFIDENT, None, 29, True),
+        (CONFIDENT.one_branch(), None, 4, False),
+        (TreeSettings(), [[1, 4, 29], [5, 64, 4]], 29, True),
+        (TreeSettings(), [[1, 4, 4], [5, 64, 0]], 29, False),
+        # vLLM drafts no more than num_speculative_tokens, whatever a schedule says.
+        (TreeSettings(), [[1, 4, 29], [5, 64, 0]], 4, False),
+    ],
+)
+def test_engines_without_branches_are_not_padded(
+    tree: TreeSettings | None,
+    schedule: list[list[int]] | None,
+    num_nodes: int,
+    branches: bool,
+) -> None:
+    """Neither a single path nor a schedule of chains alone needs codes."""
+    config = _config(tree, schedule, num_nodes)
+    assert has_branches(config) is branches
+    made: list[object] = []
+    with mock.patch.object(attention, "get_current_vllm_config", return_value=config):
+        if not branches:
+            attention.init_padded(lambda *given: made.extend(given), "layer", "heads")
+            assert made == ["layer", "heads"]
+
+
+def test_v2_keeps_vllms_sampler_for_single_paths() -> None:
+    """Even where an engine with branches was in the same process before."""
+    state = SimpleNamespace(vllm_config=_config(CONFIDENT.one_branch()))
+    assert v2_state.custom_sampler(lambda *_: None, state, "sampler") is None
+    assert not hasattr(state, "vispec_trees")
+
+
+def test_single_paths_are_trees_if_they_may_end_early() -> None:
+    def resolved(**tree: Any) -> Any:
+        settings = {"num_speculative_tokens": 4}
+        return resolve_tree(EngineOptions(tree={"top_k": 1} | tree), settings).tree
+
+    assert resolved(policy="eagle2") is None
+    assert resolved(policy="spec_llava", threshold=0.3) == {
+        **CONFIDENT.one_branch().to_config(),
+        "threshold": 0.3,
+    }
+
+
+def test_v2_says_that_it_drafts_whole_chains(caplog: pytest.LogCaptureFixture) -> None:
+    limits.logger.addHandler(caplog.handler)
+    try:
+        chosen = worker_hook._v2_speculator(_config(CONFIDENT.one_branch()))
+        assert chosen.__name__ == "ViSpecSpeculator"
+        assert "as chains, whatever its threshold: the V2" in caplog.text
+        assert worker_hook._v2_speculator(_config(CONFIDENT)).__name__ == "TreeSpeculator"
+    finally:
+        limits.logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize(
+    ("tree", "is_async", "grows"),
+    [(CONFIDENT, False, True), (CONFIDENT, True, False), (TreeSettings(), False, False)],
+)
+def test_v1_cuts_paths_that_the_scheduler_sees(
+    tree: TreeSettings, is_async: bool, grows: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An empty place among drafts on the device would be a token to vLLM's sampler."""
+    proposer: Any = object.__new__(TreeProposer)
+    proposer.vllm_config = _config(tree, [[1, 2, 9], [3, 9, 4]])
+    proposer._settings = tree
+    proposer._runner = SimpleNamespace(use_async_scheduling=is_async)
+    limits.logger.addHandler(caplog.handler)
+    try:
+        assert (proposer._make_path_grower() is not None) is grows
+    finally:
+        limits.logger.removeHandler(caplog.handler)
+    assert ("with asynchronous scheduling" in caplog.text) is is_async

@@ -1,0 +1,304 @@
+"""Engines in which trees could not work are refused with the remedy."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+from vllm.config import VllmConfig
+from vllm.config.cache import CacheDType
+from vllm.config.compilation import CUDAGraphMode
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
+from vllm.model_executor.layers.attention.static_sink_attention import StaticSinkAttention
+from vllm.v1.attention.backend import AttentionImpl
+
+from vllm_vispec.models.padded_impl import padded_class
+from vllm_vispec.trees import limits
+from vllm_vispec.trees.attention import _check_backend, _check_class, _check_layer
+from vllm_vispec.trees.parts import parts_of, requests_at_once, spread_rows
+from vllm_vispec.trees.path_rules import ChainRequests, needs_chain
+from vllm_vispec.trees.setting import schedules_chains
+from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.utils.errors import ViSpecError
+
+OUT = r'leave "tree" out'
+
+
+def _target(**changes: Any) -> Any:
+    plain = {"use_mla": False, "is_hybrid": False, "model": "target", "window": None, "cap": None}
+    values = SimpleNamespace(**(plain | changes))
+    values.get_sliding_window = lambda: values.window
+    values.hf_text_config = SimpleNamespace(attn_logit_softcapping=values.cap)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_mla": True}, "has latent attention"),
+        ({"is_hybrid": True}, "has recurrent"),
+        ({"window": 128}, "has a sliding window"),
+        ({"cap": 50.0}, "has a soft cap"),
+    ],
+)
+def test_targets(changes: dict[str, Any], said: str) -> None:
+    limits.check_target(_target())
+    with pytest.raises(ViSpecError, match=f"{said}.*{OUT}"):
+        limits.check_target(_target(**changes))
+
+
+def test_connectors() -> None:
+    limits.check_connector(None)
+    limits.check_connector(SimpleNamespace(kv_connector="NixlConnector"))
+    for make in (dict, SimpleNamespace):
+        with pytest.raises(ViSpecError, match=f"LMCacheConnectorV1 may save keys.*{OUT}"):
+            limits.check_connector(make(kv_connector="LMCacheConnectorV1"))
+
+
+def _layer(**changes: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = dict.fromkeys(
+        ("alibi_slopes", "logits_soft_cap", "per_layer_sliding_window", "cache_config")
+    )
+    return plain | {"scale": 128**-0.5, "head_size": 128, "head_size_v": None} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"alibi_slopes": [0.5]}, "alibi_slopes"),
+        ({"logits_soft_cap": 30.0}, "logits_soft_cap"),
+        ({"per_layer_sliding_window": 64}, "per_layer_sliding_window"),
+        ({"cache_config": SimpleNamespace(sliding_window=64)}, "per_layer_sliding_window"),
+        ({"scale": 0.001}, "scale of 0.001"),
+        ({"head_size_v": 64}, "values of another head size"),
+    ],
+)
+def test_layers(changes: dict[str, Any], said: str) -> None:
+    _check_layer(_layer())
+    with pytest.raises(ViSpecError, match=f"{said}.*{OUT}"):
+        _check_layer(_layer(**changes))
+
+
+def _built(kv_cache_dtype: str = "auto", *, stores_inside: bool = False) -> Any:
+    backend = SimpleNamespace(
+        get_name=lambda: "SOME", forward_includes_kv_cache_update=stores_inside
+    )
+    return SimpleNamespace(attn_backend=backend, kv_cache_dtype=kv_cache_dtype)
+
+
+def test_backends() -> None:
+    _check_backend(_built())
+    with pytest.raises(ViSpecError, match=r"SOME, which stores keys.*leave"):
+        _check_backend(_built(stores_inside=True))
+    with pytest.raises(ViSpecError, match=r"kv_cache_dtype=fp8_e4m3 does not work.*leave one"):
+        _check_backend(_built("fp8_e4m3"))
+
+
+def test_every_quantized_cache_of_vllm_is_refused() -> None:
+    plain = {"auto", "float16", "bfloat16"}
+    names = set(get_args(CacheDType))
+    assert plain < names
+    for name in names:
+        if name in plain:
+            limits.check_cache_dtype(name)
+        else:
+            with pytest.raises(ViSpecError, match=f"kv_cache_dtype={name} .*leave one of them out"):
+                limits.check_cache_dtype(name)
+
+
+def test_layers_with_a_cache_of_their_own_kind_are_refused() -> None:
+    _check_class(Attention)
+    _check_class(type("Layer", (Attention,), {}))
+    for layer_class in (ChunkedLocalAttention, StaticSinkAttention):
+        with pytest.raises(ViSpecError, match=f"{layer_class.__name__} layers have a.*{OUT}"):
+            _check_class(layer_class)
+
+
+def test_padded_layers_take_part_in_no_fused_operator() -> None:
+    """What such an operator writes would not be what the padded layer copies out or stores."""
+    questions = [name for name in dir(AttentionImpl) if name.startswith("fused_")]
+    assert len(questions) >= 4
+    everything = {name: lambda *_: True for name in questions}
+    padded = padded_class(type("Impl", (), everything))()
+    for name in questions:
+        assert not getattr(padded, name)(*([None] if "output_quant" in name else []))
+
+
+WHOLE: dict[str, Any] = {
+    "data_parallel_size": 1,
+    "enable_batch_sharded_sampling": False,
+    "enable_dbo": False,
+}
+
+
+def _config(**parallel: Any) -> Any:
+    scheduler = SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=128)
+    return SimpleNamespace(
+        scheduler_config=scheduler,
+        parallel_config=SimpleNamespace(**(WHOLE | parallel)),
+        watermark_config=None,
+        kv_transfer_config=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("requests", "tokens", "top_k"),
+    # What vLLM's servers have without settings: 256 or 1,024 requests.
+    [(256, 2048, 8), (256, 2048, 10), (1024, 8192, 10), (16, 32, 10)],
+)
+def test_batches_larger_than_a_draft_pass(requests: int, tokens: int, top_k: int) -> None:
+    """Trees of as many requests as fit are grown at once; rows of the others have room too."""
+    config = _config()
+    config.scheduler_config = SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=tokens)
+    limits.check_engine(config, TreeSettings(top_k=top_k))
+    parts = list(parts_of(requests, top_k, tokens))
+    assert [one for part in parts for one in range(requests)[part]] == list(range(requests))
+    rows_R = torch.arange(requests)
+    owner = torch.arange(requests)
+    for part in parts:
+        count = part.stop - part.start
+        rows = spread_rows(rows_R, count, top_k)
+        assert len(rows) <= tokens
+        owner = owner[rows]
+        expected = torch.arange(part.start, part.stop).repeat_interleave(top_k)
+        assert torch.equal(owner[: count * top_k], expected)
+        rows_R = torch.arange(count * top_k, len(rows))
+    assert len(rows_R) == 0
+    for num_requests in range(1, requests + 1, 7):
+        most = requests_at_once(num_requests, top_k, tokens)
+        assert 1 <= most <= num_requests
+
+
+def test_batches_must_fit_a_draft_pass() -> None:
+    config = _config()
+    config.scheduler_config = SimpleNamespace(max_num_seqs=120, max_num_batched_tokens=128)
+    limits.check_engine(config, TreeSettings(top_k=8))
+    with pytest.raises(
+        ViSpecError, match=r"top_k=9 and max_num_seqs=120 do not fit .*=128,.* 129 or more"
+    ):
+        limits.check_engine(config, TreeSettings(top_k=9))
+    # Drafts of single paths are a row each.
+    limits.check_engine(config, TreeSettings("spec_llava", top_k=1))
+
+
+def test_batches_must_be_whole() -> None:
+    for name, value in (("data_parallel_size", 2), ("enable_dbo", True)):
+        with pytest.raises(ViSpecError, match=f"{name}={value} does not work with tree.*leave"):
+            limits.check_engine(_config(**{name: value}), TreeSettings())
+
+
+def test_the_connector_is_checked_again() -> None:
+    config = _config()
+    config.kv_transfer_config = SimpleNamespace(kv_connector="LMCacheConnectorV1")
+    with pytest.raises(ViSpecError, match="LMCacheConnectorV1 may save keys"):
+        limits.check_engine(config, TreeSettings())
+    # Keys of a single path are a chain's.
+    limits.check_engine(config, TreeSettings("spec_llava", top_k=1))
+
+
+def _params(**changes: Any) -> Any:
+    plain = {
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "bad_words": None,
+        "min_tokens": 0,
+        "structured_outputs": None,
+        "thinking_token_budget": None,
+    }
+    return SimpleNamespace(**(plain | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        {"repetition_penalty": 1.2},
+        {"bad_words": ["a"]},
+        {"min_tokens": 3},
+        {"structured_outputs": object()},
+        {"thinking_token_budget": 10},
+    ],
+)
+def test_requests_whose_sampling_depends_on_the_path_get_chains(changes: dict[str, Any]) -> None:
+    assert not needs_chain(_params())
+    assert needs_chain(_params(**changes))
+    known = ChainRequests()
+    params = {"plain": _params(), "other": _params(**changes)}
+    assert known.flags(["plain", "other"], params) == [False, True]
+    # Remembered: later batches need no parameters.
+    assert known.flags(["other", "plain"], {}) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "has_chains"),
+    [(None, False), ([[1, 4, 29], [5, 64, 0]], False), ([[1, 4, 29], [5, 64, 4]], True)],
+)
+def test_schedules_with_chains(schedule: list[list[int]] | None, has_chains: bool) -> None:
+    """As many draft tokens as a path has, and less, are a chain."""
+    speculative = SimpleNamespace(
+        num_speculative_tokens=29, num_speculative_tokens_per_batch_size=schedule
+    )
+    config = SimpleNamespace(speculative_config=speculative)
+    assert schedules_chains(config, TreeSettings(depth=3)) is has_chains
+
+
+def _graph_config(requests: int, schedule: Any = None, **compilation: Any) -> Any:
+    """Return a configuration whose sizes of graphs vLLM itself has chosen."""
+    sizes: dict[str, Any] = {"max_cudagraph_capture_size": None, "cudagraph_capture_sizes": None}
+    mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(enforce_eager=False),
+        scheduler_config=SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=8192),
+        compilation_config=SimpleNamespace(
+            post_init_cudagraph_sizes=lambda: None,
+            **({"cudagraph_mode": mode} | sizes | compilation),
+        ),
+        speculative_config=SimpleNamespace(
+            num_speculative_tokens=29,
+            num_speculative_tokens_per_batch_size=schedule,
+            uses_dynamic_speculative_decoding=lambda: schedule is not None,
+        ),
+        num_speculative_tokens=29,
+        uniform_decode_query_len=30,
+        performance_mode=None,
+    )
+    VllmConfig._set_cudagraph_sizes(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (_graph_config(256), "up to 17 requests run .*_size=7680 would record all, up to 256"),
+        (_graph_config(1024), "up to 17 requests run .*_size=8192 would record all, up to 273"),
+        (_graph_config(256, max_cudagraph_capture_size=3000), "up to 99 requests run"),
+        (_graph_config(256, [[1, 20, 29], [21, 256, 4]]), "up to 17 .*_size=608 .* up to 20"),
+        (_graph_config(16), None),
+        # What the line names is enough.
+        (_graph_config(256, max_cudagraph_capture_size=7680), None),
+        (_graph_config(1024, max_cudagraph_capture_size=8192), None),
+        (_graph_config(256, [[1, 20, 29], [21, 256, 4]], max_cudagraph_capture_size=608), None),
+        (_graph_config(256, [[1, 16, 29], [17, 256, 4]]), None),
+        (_graph_config(256, cudagraph_mode=CUDAGraphMode.NONE), None),
+        (_graph_config(256, cudagraph_mode=CUDAGraphMode.PIECEWISE), None),
+    ],
+)
+def test_where_graphs_of_the_target_end(
+    config: Any, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once, with the option that raises it, where larger batches of trees may come."""
+    caplog.set_level("INFO", "vllm")
+    limits.note_graphs(config, TreeSettings())
+    assert len(caplog.messages) == (0 if said is None else 1)
+    if said is not None:
+        assert re.search(said, caplog.text)
+    caplog.clear()
+    # A single path is a chain, whose graphs vLLM sizes for chains.
+    limits.note_graphs(config, TreeSettings("spec_llava", top_k=1))
+    assert not caplog.messages

@@ -1,0 +1,320 @@
+"""`vispec verify` on made-up engines: what is noise, what fails, the page and the exit status."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vllm_vispec.bench.worker_process import RequestFailed
+from vllm_vispec.cli.app import app
+from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.verify import settings as verify_settings
+from vllm_vispec.verify.page import print_page
+from vllm_vispec.verify.prompts import PROMPTS
+from vllm_vispec.verify.result import Acceptance, Answer, EngineState, Layers, Verification
+from vllm_vispec.verify.run import Tools, VerifyProcess, num_steps, verify
+from vllm_vispec.verify.settings import VerifySettings, choose_pair
+
+SETTINGS = VerifySettings("target", "head")
+LAYERS = Layers(24, "CPU_ATTN", 64, 64, 4, 2, "auto (bfloat16)")
+STATE = EngineState(
+    "V1",
+    "cpu",
+    "cpu",
+    "none",
+    "bfloat16",
+    (LAYERS,),
+    (),
+    {"mode": "NONE", "backend": ""},
+    "NONE",
+    {},
+)
+PADDED = replace(STATE, draft=(replace(LAYERS, count=1, padded_size=80),))
+TOKENS = (5, 6, 7, 2)
+
+
+@dataclass
+class World:
+    """What all engines do.
+
+    Attributes:
+        change: makes an engine's tokens for a prompt and a number of prompts that are asked.
+        gap: plain vLLM's between its two likeliest tokens, 7 and 9 at the third position.
+        drift: how much smaller it is when all prompts are asked together.
+        broken: engines that do not start, and why; refused ones with "refused" in front.
+        mute: prompts that plain vLLM does not answer.
+        attention: error of the backend.
+    """
+
+    change: Callable[[str, str, int], tuple[int, ...]] = lambda *_: TOKENS
+    gap: float = 3.0
+    drift: float = 0.1
+    broken: dict[str, str] = field(default_factory=dict)
+    mute: tuple[str, ...] = ()
+    attention: dict[str, Any] = field(default_factory=lambda: {"prompt": 0.01, "decode": 0.001})
+    accepted: int = 60
+    steps: list[str] = field(default_factory=list)
+
+
+class FakeProcess:
+    """Stands in for the child process of an engine or backend."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world, self.name, self.refused = world, name, False
+
+    def __enter__(self) -> FakeProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def request(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Answer as the child does."""
+        return dict(getattr(self, content["do"])(content))
+
+    def start(self, content: dict[str, Any]) -> dict[str, Any]:
+        reason = self.world.broken.get(self.name)
+        if reason is not None:
+            self.refused = reason.startswith("refused")
+            raise RequestFailed(reason)
+        assert ("speculative_config" in content["engine"]) == (self.name != "plain")
+        return {"state": (STATE if self.name == "plain" else PADDED).to_json()}
+
+    def ask(self, content: dict[str, Any]) -> dict[str, Any]:
+        names = [PROMPTS[place].name for place in content["prompts"]]
+        if len(names) == 1 and names[0] in self.world.mute:
+            raise RequestFailed("the prompt is too long")
+        assert not set(names).intersection(self.world.mute)
+        return {"answers": [self._answer(name, len(names)).to_json() for name in names]}
+
+    def _answer(self, name: str, count: int) -> Answer:
+        tokens = self.world.change(self.name, name, count)
+        if self.name != "plain":
+            return Answer(tokens)
+        gap = self.world.gap - (self.world.drift if count > 1 else 0.0)
+        top = [{token: -0.1, 30: -5.0} for token in tokens]
+        top[2] = {7: -0.1, 9: -0.1 - gap}
+        return Answer(tokens, tuple(top))
+
+    def acceptance(self, _: dict[str, Any]) -> dict[str, Any]:
+        accepted = self.world.accepted
+        return {"acceptance": Acceptance(80, 320, 2 * accepted, (accepted, accepted)).to_json()}
+
+    def watch(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def timings(self, content: dict[str, Any]) -> dict[str, Any]:
+        assert content["num_draft_passes"] == {"plain": 0, "chain": 4, "tree": 4}[self.name]
+        return {"timings": {"target_step": 0.02, "draft_first_pass": 0.001, "steps": 9}}
+
+    def configure(self, content: dict[str, Any]) -> dict[str, Any]:
+        assert "speculative_config" not in content["engine"]
+        return {}
+
+    def attention(self, content: dict[str, Any]) -> dict[str, Any]:
+        error = {"case": content["case"], "backend": self.name, "used_size": 80}
+        return {"attention": error | self.world.attention}
+
+
+def run(world: World, settings: VerifySettings = SETTINGS) -> Verification:
+    tools = Tools(
+        make_process=lambda name, _: FakeProcess(world, name),
+        machine=lambda: {"packages": {"vllm": "0.33.0"}, "gpus": ["NVIDIA H100"]},
+        step=world.steps.append,
+    )
+    return verify(settings, Path("out/found.json"), "vispec verify", tools)
+
+
+def page_of(found: Verification) -> str:
+    text = StringIO()
+    print_page(found, Console(file=text, width=200))
+    return text.getvalue()
+
+
+def one_wrong(name: str, prompt: str, count: int) -> tuple[int, ...]:
+    """Let the chain say 9 in place of 7 in one answer, when prompts are asked one by one."""
+    wrong = name == "chain" and prompt == PROMPTS[3].name and count == 1
+    return (5, 6, 9, 2) if wrong else TOKENS
+
+
+def test_all_is_well() -> None:
+    world = World()
+    found = run(world)
+    assert found.exit_status == 0
+    assert [verdict.state for verdict in found.verdicts] == ["passed", "passed"]
+    assert Verification.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert len(world.steps) == num_steps()
+    page = page_of(found)
+    for said in ("NVIDIA H100", "head size 64 padded to 80", "20.00", "path codes", "0.75 0.75"):
+        assert said in page
+    assert "chain: passed (16 of 16 answers equal, 0 differ within noise, 0 wrong)" in page
+
+
+def test_a_wrong_token_where_the_gap_is_large_fails() -> None:
+    found = run(World(change=one_wrong))
+    assert found.exit_status == 1
+    chain, tree = found.verdicts
+    assert (chain.state, tree.state) == ("failed", "passed")
+    assert chain.reasons == (
+        f"wrong token: {PROMPTS[3].name} (alone), position 2: 9 instead of 7, which plain vLLM "
+        "holds likelier by 3",
+    )
+    assert "WRONG" in page_of(found)
+
+
+@pytest.mark.parametrize(
+    ("gap", "drift", "state"), [(0.2, 0.1, "passed"), (0.4, 0.5, "passed"), (0.4, 0.3, "failed")]
+)
+def test_noise(gap: float, drift: float, state: str) -> None:
+    """A gap of 0.25 is rounding of bfloat16; a larger one is noise if plain vLLM's own is."""
+    found = run(World(change=one_wrong, gap=gap, drift=drift))
+    assert found.verdicts[0].state == state
+    assert len(found.differences["chain"]) == 1
+    assert found.noise is not None
+    assert found.noise.limit == pytest.approx(max(drift, 0.25))
+
+
+def test_a_token_that_plain_vllm_does_not_consider_fails() -> None:
+    found = run(World(change=lambda name, *_: (5, 6, 7, 8) if name == "tree" else TOKENS))
+    assert found.verdicts[1].state == "failed"
+    assert "8 instead of 2, which plain vLLM holds much likelier" in found.verdicts[1].reasons[0]
+
+
+def test_an_answer_that_ends_early_fails() -> None:
+    found = run(World(change=lambda name, *_: TOKENS[:2] if name == "tree" else TOKENS))
+    assert found.verdicts[1].state == "failed"
+    assert "position 2: -1 instead of 7" in found.verdicts[1].reasons[0]
+
+
+def test_plain_vllms_own_difference_is_counted() -> None:
+    def change(name: str, prompt: str, count: int) -> tuple[int, ...]:
+        return (5, 6, 9, 2) if count > 1 and prompt == PROMPTS[3].name else TOKENS
+
+    found = run(World(change=change, gap=0.2, drift=0.3))
+    assert found.noise is not None
+    assert found.noise.differing == 1
+    assert found.exit_status == 0, "each batch is compared with plain vLLM's own answer to it"
+
+
+@pytest.mark.parametrize(
+    ("attention", "said"),
+    [
+        ({"prompt": 0.01, "decode": 0.04}, "CPU_ATTN with heads of 80 is off by 0.04, more than"),
+        ({"failure": "RuntimeError: no kernel"}, "CPU_ATTN, which this engine uses: RuntimeError"),
+    ],
+)
+def test_a_backends_attention_fails(attention: dict[str, Any], said: str) -> None:
+    found = run(World(attention=attention))
+    assert found.exit_status == 1
+    assert all(said in verdict.reasons[0] for verdict in found.verdicts)
+
+
+def test_a_backend_that_is_not_available_does_not_fail() -> None:
+    found = run(World(attention={"reason": "head_size not supported"}))
+    assert found.exit_status == 0
+    assert "not available: head_size not supported" in page_of(found)
+
+
+def test_no_draft_token_is_accepted() -> None:
+    found = run(World(accepted=0))
+    assert found.verdicts[0].reasons == ("acceptance: none of 320 draft tokens was accepted",)
+    shipped = VerifySettings(*verify_settings.SHIPPED_PAIR)
+    assert run(World(accepted=30), shipped).exit_status == 1
+    assert run(World(accepted=70), shipped).exit_status == 0
+    assert run(World(accepted=30)).exit_status == 0
+
+
+def test_a_refused_tree_is_no_failure_but_a_refused_chain_is() -> None:
+    found = run(World(broken={"tree": "refused: no backend serves heads of 92"}))
+    assert found.exit_status == 0
+    assert "tree: refused\n  refused: no backend serves heads of 92" in page_of(found)
+    assert {one.case.padded_size for one in found.attention} == {80, 88}
+    assert run(World(broken={"chain": "refused: another vocabulary"})).exit_status == 1
+
+
+@pytest.mark.parametrize("name", ["plain", "chain", "tree"])
+def test_an_engine_that_does_not_start_gives_one_line(name: str) -> None:
+    found = run(World(broken={name: "ValueError: too little free memory"}))
+    assert found.exit_status == 1
+    page = page_of(found)
+    assert "too little free memory" in page
+    assert f"log of {name}: out/found-{name}.log" in page
+    assert len(found.engines) == (1 if name == "plain" else 3)
+
+
+def test_a_prompt_that_plain_vllm_does_not_answer_is_left_out() -> None:
+    found = run(World(mute=(PROMPTS[7].name,)))
+    assert found.exit_status == 0
+    assert f"does not answer it: {PROMPTS[7].name}: the prompt is too long" in page_of(found)
+    assert run(World(mute=tuple(one.name for one in PROMPTS))).exit_status == 1
+
+
+def test_pictures_are_the_same_every_time() -> None:
+    for prompt in PROMPTS:
+        for (draw, size), part in zip(
+            prompt.pictures, prompt.messages()[0]["content"], strict=False
+        ):
+            assert part["image_pil"].size == size
+            assert part["image_pil"].tobytes() == draw(size).tobytes()
+            assert len(part["image_pil"].getcolors(1 << 20)) > 1
+
+
+@pytest.mark.parametrize(
+    ("log", "cause", "refused"),
+    [
+        ("vllm_vispec.utils.errors.ViSpecError: tree: leave it out\n", "tree: leave it out", True),
+        (
+            "(EngineCore pid=7) ERROR 11-30 06:00:00 [core.py:1] ValueError: no such kernel\n"
+            "RuntimeError: Engine core initialization failed. See root cause above.\n",
+            "no such kernel",
+            False,
+        ),
+        (
+            "(EngineCore pid=7) ERROR 11-30 06:00:00 [core.py:1] "
+            "vllm_vispec.utils.errors.ViSpecError: tree: leave it out\n"
+            "RuntimeError: Engine core initialization failed. See root cause above.\n",
+            "tree: leave it out",
+            True,
+        ),
+    ],
+)
+def test_the_cause_of_a_failed_request(log: str, cause: str, refused: bool, tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    file.write_text(log)
+    process = VerifyProcess("tree", file)
+    assert str(process.failed({"error": "see above", "is_refusal": False})) == cause
+    assert process.refused == refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--target", "a"], "--target and --head belong together"),
+        (["--engine-args", "{"], "--engine-args { is not JSON"),
+        (["--engine-args", "[]"], "--engine-args []: give a JSON object"),
+        (["--engine-args", '{"model": "a"}'], "--engine-args: model is set by vispec verify"),
+        (["--speculative-config", '{"tree": {}}'], "--speculative-config: tree has an option"),
+        (["--tree", '{"dept": 3}'], "tree.dept is unknown"),
+        (["--target", "a", "--head", "/nowhere"], "head folder '/nowhere' does not exist"),
+    ],
+)
+def test_bad_options_are_one_line(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["verify", *arguments])
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_without_the_examples_the_pair_must_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_settings, "SHIPPED_PAIR", ("/nowhere/target", "/nowhere/head"))
+    with pytest.raises(ViSpecError, match="give --target and --head"):
+        choose_pair(None, None)
+    assert choose_pair("a", "b") == ("a", "b")

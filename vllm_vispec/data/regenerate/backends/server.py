@@ -1,0 +1,197 @@
+"""A running `vllm serve` (or another OpenAI-compatible server), asked by many threads at once."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vllm_vispec.data.encode import Encoder, load_processor
+from vllm_vispec.data.images import image_file, open_image
+from vllm_vispec.data.regenerate.backends.offline import NO_LIMIT
+from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Regenerated
+from vllm_vispec.data.regenerate.settings import RegenerateSettings
+from vllm_vispec.data.types import Conversation, Part, Rejected, Turn
+from vllm_vispec.utils.errors import ViSpecError, first_line
+
+RETRIES = 3
+TIMEOUT_S = 3600.0
+"""A long answer behind a long queue is slow, not lost."""
+
+Result = Regenerated | Rejected
+
+
+class ServerBackend:
+    """Sends each dialogue's turns to a server; ``concurrency`` dialogues at a time."""
+
+    def __init__(self, settings: RegenerateSettings) -> None:
+        from openai import OpenAI
+
+        self.settings = settings
+        base = settings.server.rstrip("/")
+        base = base if base.endswith("/v1") else f"{base}/v1"
+        self.client = OpenAI(base_url=base, api_key="none", max_retries=RETRIES, timeout=TIMEOUT_S)
+        self.model = self._served_model()
+        self.encoder = (
+            Encoder(load_processor(settings.target), NO_LIMIT, settings.images_from, recorded=False)
+            if settings.target
+            else None
+        )
+
+    def answer(self, conversations: Iterable[Conversation]) -> Iterator[Result]:
+        """Yield each conversation's result as soon as it is there."""
+        waiting = iter(conversations)
+        with ThreadPoolExecutor(self.settings.concurrency) as pool:
+            running: set[Future[Result]] = set()
+            try:
+                while True:
+                    free = self.settings.concurrency - len(running)
+                    running |= {pool.submit(self._dialogue, c) for c in islice(waiting, free)}
+                    if not running:
+                        return
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield from self._results(done)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.client.close()
+
+    def _results(self, done: Iterable[Future[Result]]) -> Iterator[Result]:
+        """Yield the results; a lost connection comes last, so that nothing finished is lost."""
+        lost: ViSpecError | None = None
+        for future in done:
+            try:
+                yield future.result()
+            except ViSpecError as error:
+                lost = error
+        if lost is not None:
+            raise lost
+
+    def _served_model(self) -> str:
+        """Return the name of the model to ask for.
+
+        Raises:
+            ViSpecError: nobody answers, or the server has several models and none is the target.
+        """
+        from openai import OpenAIError
+
+        try:
+            names = [model.id for model in self.client.models.list().data]
+        except OpenAIError as error:
+            raise self._no_server(error) from error
+        if self.settings.target in names:
+            return self.settings.target
+        if len(names) == 1:
+            return names[0]
+        raise ViSpecError(
+            f"--server {self.settings.server} serves {', '.join(names) or 'nothing'}; give one of "
+            "these names as --target"
+        )
+
+    def _no_server(self, error: Exception) -> ViSpecError:
+        return ViSpecError(
+            f"--server {self.settings.server} does not answer ({first_line(error)}); start vllm "
+            "serve and run the same command again"
+        )
+
+    def _dialogue(self, conversation: Conversation) -> Result:
+        """Have all questions of a dialogue answered.
+
+        Raises:
+            ViSpecError: the connection is lost.
+        """
+        from openai import APIConnectionError, APIStatusError
+
+        template = self.encoder.template if self.encoder else None
+        try:
+            dialogue = Dialogue.start(conversation, self.settings.request)
+            while not dialogue.accept(self._ask(dialogue), template):
+                pass
+            return dialogue.finish(self.encoder)
+        except APIConnectionError as error:
+            raise self._no_server(error) from error
+        except APIStatusError as error:
+            return Rejected(conversation.sample_id, f"the server refuses: {first_line(error)}")
+        except ValueError as error:
+            return Rejected(conversation.sample_id, first_line(error))
+
+    def _ask(self, dialogue: Dialogue) -> Answer:
+        sampling = self.settings.sampling
+        extra: dict[str, Any] = {
+            "return_token_ids": True,
+            "ignore_eos": sampling.ignore_eos,
+            # The model's own defaults would change the distribution that is sampled.
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+        }
+        if self.encoder is not None:
+            text = self.encoder.template.render(dialogue.turns, open_answer=True)
+            extra["add_special_tokens"] = self.encoder.template.adds_special_tokens(text)
+        response = self.client.chat.completions.create(
+            model=self.model,
+            messages=to_openai(dialogue.turns, self.settings.images_from),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed_of(dialogue.source.sample_id, len(dialogue.answers)),
+            extra_body=extra,
+        )
+        return to_answer(response)
+
+
+def to_answer(response: Any) -> Answer:
+    """Return a chat completion as an answer, with token ids if the server tells them.
+
+    Raises:
+        ValueError: the response holds no answer.
+    """
+    if not response.choices:
+        raise ValueError("empty answer")
+    choice = response.choices[0]
+    ids = getattr(choice, "token_ids", None)
+    prompt = getattr(response, "prompt_token_ids", None)
+    return Answer(
+        text=choice.message.content or "",
+        finish_reason=str(choice.finish_reason),
+        token_ids=None if ids is None else tuple(ids),
+        prompt_token_ids=None if prompt is None else tuple(prompt),
+    )
+
+
+def to_openai(turns: Sequence[Turn], root: Path) -> list[dict[str, Any]]:
+    """Return turns as OpenAI messages with images as data URLs.
+
+    Raises:
+        BadImage: an image is missing or broken.
+    """
+    return [
+        {"role": turn.role, "content": [_content(part, root) for part in turn.parts]}
+        for turn in turns
+    ]
+
+
+def _content(part: Part, root: Path) -> dict[str, Any]:
+    if part.image is None:
+        return {"type": "text", "text": part.text}
+    return {"type": "image_url", "image_url": {"url": data_url(part.image, root)}}
+
+
+def data_url(path: str, root: Path) -> str:
+    """Return an image file as a base64 data URL, once it is known to decode.
+
+    Raises:
+        BadImage: it is missing or broken.
+    """
+    from PIL import Image
+
+    open_image(path, root)
+    file = image_file(path, root)
+    with Image.open(file) as image:
+        kind = image.get_format_mimetype() or "image/png"
+    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode('ascii')}"

@@ -1,0 +1,91 @@
+"""The chat template of a target: text of a dialogue and its token ids before image expansion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_vispec.data.types import Turn
+from vllm_vispec.utils.errors import ViSpecError
+
+
+def load_processor(target: str | Path) -> Any:
+    """Return the Hugging Face processor of a target (folder or hub id); runs no remote code.
+
+    Raises:
+        ViSpecError: it has none, none that reads images, or no chat template.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(str(target), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ViSpecError(
+            f"target {target}: no processor ({reason}); give the folder or hub id of a "
+            "vision-language model"
+        ) from error
+    if getattr(processor, "image_processor", None) is None:
+        raise ViSpecError(
+            f"target {target} reads no images; give a vision-language model with an image processor"
+        )
+    if not getattr(processor, "chat_template", None):
+        raise ViSpecError(
+            f"target {target} has no chat template; add chat_template.jinja to its folder"
+        )
+    return processor
+
+
+def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Return turns as chat messages with {"type": "text"} and {"type": "image"} parts."""
+    return [
+        {
+            "role": turn.role,
+            "content": [
+                {"type": "image"} if part.image else {"type": "text", "text": part.text}
+                for part in turn.parts
+            ],
+        }
+        for turn in turns
+    ]
+
+
+class ChatTemplate:
+    """Renders dialogues with a processor's chat template and tokenizes the text."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self._special = frozenset(self.tokenizer.all_special_ids)
+
+    def render(self, turns: Sequence[Turn], open_answer: bool = False) -> str:
+        """Return the text; ``open_answer`` adds what stands before an answer.
+
+        Raises:
+            ValueError: the template refuses the dialogue (e.g. it knows no system turn).
+        """
+        from jinja2.exceptions import TemplateError
+
+        try:
+            text = self.processor.apply_chat_template(
+                to_messages(turns), tokenize=False, add_generation_prompt=open_answer
+            )
+        except TemplateError as error:
+            raise ValueError(f"chat template: {error}") from error
+        return str(text)
+
+    def adds_special_tokens(self, text: str) -> bool:
+        """Whether the tokenizer is to add its own (transformers' rule: not if BOS is there)."""
+        bos = self.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a rendered text, one id per image placeholder."""
+        return list(
+            self.tokenizer(text, add_special_tokens=self.adds_special_tokens(text)).input_ids
+        )
+
+    def ends_turn(self, token_id: int) -> bool:
+        """Whether the token closes a turn: any special token does."""
+        return token_id in self._special

@@ -1,0 +1,1 @@
+"""A small vision-language model as the draft (Spec-LLaVA)."""

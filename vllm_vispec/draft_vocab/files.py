@@ -1,0 +1,197 @@
+"""Reading, checking and writing lists of the target tokens a draft may propose.
+
+A list is one integer tensor in a safetensors file, or JSON.  A head's folder may ship one under
+the name `DRAFT_VOCAB`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from vllm_vispec.utils.errors import ViSpecError
+
+DRAFT_VOCAB = "draft_vocab.safetensors"
+"""Name of the list that a head's folder may ship."""
+DRAFT_VOCAB_FACTS = "draft_vocab.json"
+"""What `vispec vocab` says about that list; holds no ids."""
+TENSOR = "token_ids"
+ORDER, BY_FREQUENCY = "order", "frequency"
+MIN_TOKENS = 2
+
+_KEY = "speculative config: draft_vocab"
+_MAKE = (
+    "make one with `vispec vocab --head HEAD --target TARGET --data ANSWERS`, or leave draft_vocab "
+    "out"
+)
+
+
+@dataclass(frozen=True)
+class DraftVocab:
+    """Target tokens a draft may propose.
+
+    Attributes:
+        token_ids: distinct ids of the target.
+        by_frequency: the most frequent come first, so that the first N are the best N.
+    """
+
+    token_ids: tuple[int, ...]
+    by_frequency: bool = False
+
+    def first(self, count: int) -> DraftVocab:
+        """The `count` most frequent tokens.
+
+        Raises:
+            ViSpecError: the list is not ordered by frequency, or shorter.
+        """
+        if not self.by_frequency:
+            raise ViSpecError(
+                f"{_KEY}={count} takes the most frequent tokens of a list, but this list is not "
+                f"ordered by frequency: make one with `vispec vocab`, or give its path to use all"
+            )
+        if not MIN_TOKENS <= count <= len(self.token_ids):
+            raise ViSpecError(
+                f"{_KEY}={count} is outside {MIN_TOKENS} to {len(self.token_ids)}, the tokens of "
+                "the head's list: choose fewer, or make a longer list with `vispec vocab --size`"
+            )
+        return DraftVocab(self.token_ids[:count], by_frequency=True)
+
+
+def find_vocab(setting: str | int | None, folder: Path, vocab_size: int) -> DraftVocab | None:
+    """The tokens that a `draft_vocab` setting means; None: all.
+
+    Args:
+        setting: a file, "auto" or True for the head's list, an integer for its N most frequent.
+        folder: the head's.
+        vocab_size: tokens of the target.
+
+    Raises:
+        ViSpecError: there is no such list, or it cannot be used.
+    """
+    if setting is None or setting is False:
+        return None
+    return choose_tokens(setting, read_vocab(locate_vocab(setting, folder), vocab_size))
+
+
+def choose_tokens(setting: str | int | None, vocab: DraftVocab) -> DraftVocab:
+    """The first N where the setting is a number, else the whole list.
+
+    Raises:
+        ViSpecError: see `DraftVocab.first`.
+    """
+    if isinstance(setting, int) and not isinstance(setting, bool):
+        return vocab.first(setting)
+    return vocab
+
+
+def locate_vocab(setting: str | int, folder: Path) -> Path:
+    """The file a `draft_vocab` setting means; all settings but a path mean the head's own.
+
+    Raises:
+        ViSpecError: it does not exist.
+    """
+    if isinstance(setting, str) and setting != "auto":
+        path = Path(setting).expanduser().absolute()
+        if not path.is_file():
+            raise ViSpecError(
+                f'{_KEY}={setting!r} is no file: give a list of token ids, "auto" for the one in '
+                "the head's folder, or leave it out"
+            )
+        return path
+    path = folder.absolute() / DRAFT_VOCAB
+    if not path.is_file():
+        raise ViSpecError(
+            f"{_KEY}={setting!r}, but the head {folder} has no {DRAFT_VOCAB}: {_MAKE}"
+        )
+    return path
+
+
+def read_vocab(path: Path, vocab_size: int) -> DraftVocab:
+    """Read and check a list.
+
+    Args:
+        vocab_size: tokens of the target.
+
+    Raises:
+        ViSpecError: the file is unreadable or no list of ids, has fewer than two, an id twice, or
+            one that the target does not have.
+    """
+    content = _read_json(path) if path.suffix == ".json" else _read_safetensors(path)
+    ids = content.token_ids
+    if len(ids) < MIN_TOKENS:
+        raise ViSpecError(
+            f"draft vocabulary {path} has {len(ids)} token ids, at least {MIN_TOKENS} are needed: "
+            f"{_MAKE}"
+        )
+    wrong = next((one for one in ids if not 0 <= one < vocab_size), None)
+    if wrong is not None:
+        raise ViSpecError(
+            f"draft vocabulary {path} has token id {wrong}, the target has 0 to {vocab_size - 1}: "
+            f"it belongs to another target, {_MAKE}"
+        )
+    if len(set(ids)) < len(ids):
+        raise ViSpecError(f"draft vocabulary {path} has a token id twice: remove one, or {_MAKE}")
+    return content
+
+
+def write_vocab(path: Path, token_ids: Sequence[int]) -> None:
+    """Write ids, the most frequent first, as safetensors (int32 [N]).
+
+    Raises:
+        ViSpecError: the file cannot be written.
+    """
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    scratch = path.with_name(f".{path.name}.new")
+    try:
+        save_file(
+            {TENSOR: np.asarray(token_ids, dtype=np.int32)},
+            scratch,
+            metadata={ORDER: BY_FREQUENCY},
+        )
+        scratch.chmod(0o644)
+        scratch.replace(path)
+    except OSError as error:
+        raise ViSpecError(
+            f"{path} cannot be written ({error.strerror or error}): choose another --output"
+        ) from error
+
+
+def _read_safetensors(path: Path) -> DraftVocab:
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            names = list(file.keys())
+            values = file.get_tensor(names[0]) if len(names) == 1 else None
+            order = (file.metadata() or {}).get(ORDER)
+    except (SafetensorError, OSError) as error:
+        raise ViSpecError(
+            f"draft vocabulary {path} cannot be read as safetensors ({error}): {_MAKE}"
+        ) from error
+    if values is None or values.ndim != 1 or values.dtype.kind not in "iu":
+        raise ViSpecError(
+            f"draft vocabulary {path} must hold one tensor, a list of integers: {_MAKE}"
+        )
+    return DraftVocab(tuple(values.tolist()), order == BY_FREQUENCY)
+
+
+def _read_json(path: Path) -> DraftVocab:
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ViSpecError(
+            f"draft vocabulary {path} cannot be read as JSON ({error}): {_MAKE}"
+        ) from error
+    section = content if isinstance(content, dict) else {TENSOR: content}
+    ids = section.get(TENSOR)
+    if not isinstance(ids, list) or any(type(one) is not int for one in ids):
+        raise ViSpecError(
+            f"draft vocabulary {path} holds no list of integers, neither as such nor under "
+            f'"{TENSOR}": give the {DRAFT_VOCAB} beside it, or {_MAKE}'
+        )
+    return DraftVocab(tuple(ids), section.get(ORDER) == BY_FREQUENCY)

@@ -1,0 +1,55 @@
+"""The setting ``draft_vocab``: resolved and checked at configuration time, read in the workers."""
+
+from pathlib import Path
+from typing import Any
+
+from vllm_vispec.draft_vocab.files import DraftVocab, choose_tokens, locate_vocab, read_vocab
+from vllm_vispec.spec_decode.options import EngineOptions
+from vllm_vispec.utils.errors import ViSpecError
+
+
+def read_setting(options: EngineOptions, folder: Path, vocab_size: int) -> DraftVocab | None:
+    """Return the tokens that the settings ask for, None if they ask for all.
+
+    Args:
+        folder: the head's, on this machine.
+        vocab_size: tokens of the target.
+
+    Raises:
+        ViSpecError: the list cannot be used.
+    """
+    if options.draft_vocab_file is None:
+        return None
+    vocab = read_vocab(folder / options.draft_vocab_file, vocab_size)
+    return choose_tokens(options.draft_vocab, vocab)
+
+
+def resolve_draft_vocab(
+    options: EngineOptions, settings: dict[str, Any], folder: Path, vocab_size: int
+) -> EngineOptions:
+    """Find and check the list, and let vLLM ask the draft for tokens rather than logits.
+
+    Args:
+        settings: the rest of the speculative config; ``use_local_argmax_reduction`` is switched on
+            in it unless it is given or something needs all logits.
+        folder: the head's.
+        vocab_size: tokens of the target.
+
+    Raises:
+        ViSpecError: the list cannot be used, or not with the other settings.
+    """
+    if options.draft_vocab is None or options.draft_vocab is False:
+        return options
+    if settings.get("draft_lm_head_quantization"):
+        raise ViSpecError(
+            "speculative config: draft_vocab and draft_lm_head_quantization both replace the "
+            "draft's lm_head: leave one of them out"
+        )
+    path, folder = locate_vocab(options.draft_vocab, folder), folder.absolute()
+    is_in_head = path.is_relative_to(folder)
+    found = options.with_draft_vocab_file(str(path.relative_to(folder) if is_in_head else path))
+    read_setting(found, folder, vocab_size)
+    is_greedy = settings.get("draft_sample_method", "greedy") == "greedy"
+    if is_greedy and not settings.get("enable_adaptive_verification"):
+        settings.setdefault("use_local_argmax_reduction", True)
+    return found

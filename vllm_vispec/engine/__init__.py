@@ -1,1 +1,0 @@
-"""Everything that runs inside vLLM's processes: configuration, draft model, both proposers."""

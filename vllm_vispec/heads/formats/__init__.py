@@ -1,0 +1,1 @@
+"""Checkpoint formats of heads: one module each, registered by `vllm_vispec.heads`."""

@@ -1,0 +1,99 @@
+"""Does a head fit a target?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.utils.errors import ViSpecError, first_line
+
+# Hidden states of one of these mean nothing to a head of another. A name that is not listed may be
+# that of the text model inside the target.
+FAMILIES = frozenset({"llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"})
+
+
+def check_against_target(
+    head: HeadConfig, hidden_size: int, vocab_size: int, model_type: str = ""
+) -> str | None:
+    """Refuse a head that was trained for something else than the target.
+
+    Returns:
+        A warning if the sizes fit but the head names a `model_type` that is neither the target's
+        nor another known family's, else None.
+
+    Raises:
+        ViSpecError: hidden size (in a draft VLM: that of the image embeddings it projects),
+            vocabulary or family differ.
+    """
+    trained_for = f" (trained for {head.target_model_type})" if head.target_model_type else ""
+    for name, ours, theirs in (
+        (*_width(head), hidden_size),
+        ("vocab_size", head.vocab_size, vocab_size),
+    ):
+        if ours != theirs:
+            raise ViSpecError(
+                f"{name} of the head is {ours}{trained_for}, that of the target "
+                f"{model_type or 'model'} is {theirs}: use the head that was trained for this "
+                "target"
+            )
+    if {head.target_model_type, model_type} <= FAMILIES and head.target_model_type != model_type:
+        raise ViSpecError(
+            f"the head was trained for {head.target_model_type}, the target is {model_type}: use "
+            "the head that was trained for this target"
+        )
+    if head.target_model_type and model_type and head.target_model_type != model_type:
+        return (
+            f"the head was trained for {head.target_model_type}, the target is {model_type}: "
+            "sizes fit, acceptance may be low"
+        )
+    return None
+
+
+def load_target_config(folder: str | Path, setting: str = "target.model") -> Any:
+    """Configuration of a target.
+
+    Args:
+        setting: what the user calls the target, for messages.
+
+    Raises:
+        ViSpecError: it cannot be read or has no vision part.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=Path(folder).is_dir()
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ViSpecError(
+            f"{setting} {str(folder)!r} cannot be read ({first_line(error)}): give the folder "
+            "or hub id of a vision-language model that transformers knows"
+        ) from error
+    if getattr(config, "vision_config", None) is None:
+        raise ViSpecError(
+            f"{setting} {str(folder)!r} ({config.model_type}) has no vision part: give a "
+            "vision-language model, or train a text draft with EAGLE's own tools"
+        )
+    return config
+
+
+def tensor_parallel_sizes(head: HeadConfig) -> list[int]:
+    """The numbers of tensor-parallel ranks that a head can be spread over, ascending.
+
+    Attention heads are divided among the ranks. Key/value heads are too, or each is given whole to
+    as many ranks as there are for it.
+    """
+    kv_heads = head.num_key_value_heads
+    return [
+        size
+        for size in range(1, head.num_attention_heads + 1)
+        if head.num_attention_heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+    ]
+
+
+def _width(head: HeadConfig) -> tuple[str, int]:
+    """Which of a head's sizes the target's hidden size has to equal: (name, size)."""
+    if head.is_draft_vlm:
+        return "vision_size", head.vision_size
+    return "hidden_size", head.hidden_size

@@ -1,0 +1,340 @@
+"""Drafting trees on the V2 model runner.
+
+Shapes: R requests, W nodes expanded in a pass, B = R * W rows of a pass, D hidden size, V
+vocabulary, N nodes.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+    SpeculatorCudaGraphManager,
+)
+
+from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
+from vllm_vispec.trees.attention import code_rows, settings_of
+from vllm_vispec.trees.code_rows import CodeRows
+from vllm_vispec.trees.cudagraph import (
+    ChainCudaGraphManager,
+    TreeCudaGraphManager,
+    log_graphs,
+    why_eager,
+)
+from vllm_vispec.trees.grow import Frontier, TreeGrower
+from vllm_vispec.trees.model_state import StateTrees
+from vllm_vispec.trees.parts import parts_of, spread_rows
+from vllm_vispec.trees.rounds import NO_REQUEST
+from vllm_vispec.trees.setting import schedules_chains
+
+_NO_SLOT = -1
+
+
+class TreeSpeculator(ViSpecSpeculator):
+    """Runs vLLM's first pass for one draft, then one pass for each level of the trees."""
+
+    num_speculative_steps: int
+    decode_cudagraph_manager: SpeculatorCudaGraphManager | None
+    # None until vLLM has told where keys and values lie: while it profiles its memory.
+    trees: StateTrees | None = None
+    tree_cudagraph_manager: TreeCudaGraphManager | None = None
+    walk_cudagraph_manager: CudaGraphManager | None = None
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the head."""
+        super().load_model(target_model)
+        self._settings = settings_of(self.vllm_config)
+        self._schedules_chains = schedules_chains(self.vllm_config, self._settings)
+        self._allocate(code_rows(self.vllm_config))
+
+    def _allocate(self, codes: CodeRows) -> None:
+        """Make what every round reads and writes; recorded graphs know its addresses."""
+        self._codes, self._width = codes, self._settings.width
+        # Of the drafts' own width, whatever the next pass reads of it.
+        shape = self.max_num_reqs, self.hidden_size
+        self._root_hidden = torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
+        """Find the trees that the target is verified with."""
+        super().set_attn(model_state, *args, **kwargs)
+        trees: StateTrees = model_state.vispec_trees
+        trees.static_walk.find_manager = lambda: self.walk_cudagraph_manager
+        self.trees = trees
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Decide what is recorded: the first pass, the steps of short chains, whole trees."""
+        super().init_cudagraph_manager(cudagraph_mode)
+        chains = self.decode_cudagraph_manager
+        assert chains is not None
+        self.decode_cudagraph_manager = ChainCudaGraphManager(
+            self.vllm_config,
+            self.device,
+            chains.cudagraph_mode,
+            chains.decode_query_len,
+            max_num_speculative_tokens=self._settings.levels,
+        )
+        reason = why_eager(self, cudagraph_mode)
+        mode = CUDAGraphMode.FULL_DECODE_ONLY if reason is None else CUDAGraphMode.NONE
+        self.tree_cudagraph_manager = TreeCudaGraphManager(
+            self.vllm_config, self.device, mode, self._width
+        )
+        log_graphs(self.tree_cudagraph_manager, reason)
+        # A walk is nobody's pass: it has one row for each request.
+        self.walk_cudagraph_manager = CudaGraphManager(
+            self.vllm_config, self.device, chains.cudagraph_mode, decode_query_len=1
+        )
+
+    def capture(self) -> None:
+        """Record the first pass, the steps of scheduled chains, and trees: walk and growth."""
+        if self._schedules_chains:
+            super().capture()
+        else:
+            num_steps = self.num_speculative_steps
+            self.num_speculative_steps = 1
+            try:
+                super().capture()
+            finally:
+                self.num_speculative_steps = num_steps
+        if self.walk_cudagraph_manager is not None and self.walk_cudagraph_manager.needs_capture():
+            assert self.trees is not None
+            self.trees.static_walk.record(self.walk_cudagraph_manager)
+        if self.tree_cudagraph_manager is None or not self.tree_cudagraph_manager.needs_capture():
+            return
+        self._codes.clear()
+        # No request: nothing is stored anywhere.
+        self.idx_mapping.fill_(NO_REQUEST)
+        self.tree_cudagraph_manager.capture(
+            self._grow,
+            self.model_state,
+            self.input_buffers,
+            self.block_tables,
+            self.attn_groups,
+            self.kv_cache_config,
+            progress_bar_desc="Capturing draft tree CUDA graphs",
+        )
+
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        *args: Any,
+        num_speculative_tokens: int | None = None,
+        dummy_run: bool = False,
+        is_profile: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Return the trees' tokens ``[R, N]``, best nodes first.
+
+        No more of them than a path has are drafted as vLLM drafts a chain, at a chain's cost.
+        vLLM's memory profile grows trees of the largest batch, without attention, as its draft
+        steps run there.
+        """
+        if self.trees is not None:
+            self.trees.accept(input_batch.input_ids, last_hidden_states, slot_mappings)
+        count = (
+            self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        )
+        is_chain = count <= self._settings.levels
+        drafts = super().propose(
+            input_batch,
+            attn_metadata,
+            slot_mappings,
+            last_hidden_states,
+            *args,
+            num_speculative_tokens=count if is_chain else 1,
+            dummy_run=dummy_run,
+            is_profile=is_profile,
+            **kwargs,
+        )
+        if not is_chain and (is_profile or not dummy_run):
+            self._grow_batch(input_batch, is_profile=is_profile)
+        if self.trees is not None and not dummy_run:
+            if is_chain:
+                self.trees.write_chains(input_batch.idx_mapping)
+            else:
+                slots = input_batch.idx_mapping
+                self.trees.replace_with_chains(input_batch.req_ids, slots, drafts)
+        return drafts
+
+    def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Keep the roots' hidden states ``[R, D]``; return no token, a tree begins with many.
+
+        A recorded first pass serves trees and chains, so it draws where there may be chains.
+        """
+        self._root_hidden[: hidden_states.shape[0]] = hidden_states
+        if self._schedules_chains:
+            return super().sample_draft(hidden_states, *args, **kwargs)
+        return hidden_states.new_zeros(hidden_states.shape[0], dtype=torch.int64)
+
+    def _grow_batch(self, input_batch: InputBatch, *, is_profile: bool) -> None:
+        """Grow the trees behind the roots that the first pass has left in the buffers.
+
+        Trees that a pass has no room for are grown after the others, brought to the front then.
+        """
+        num_requests = input_batch.num_reqs
+        bound_R = input_batch.seq_lens_cpu_upper_bound[:num_requests]
+        longest = int(bound_R.max()) + self._settings.draft_slots
+        self.draft_max_seq_len = min(longest, self.max_model_len)
+        if is_profile:
+            # The most that are ever grown at once.
+            num_requests = min(num_requests, self.max_num_tokens // self._width)
+        rows_R = torch.arange(num_requests, device=self.device)
+        if num_requests * self._width <= self.max_num_tokens:
+            self.draft_rows.move(spread_rows(rows_R, num_requests, self._width))
+            self._grow_first(num_requests, bound_R[:num_requests], is_profile=is_profile)
+            return
+        buffers = self.idx_mapping, self.input_buffers.positions, self._root_hidden
+        roots = [rows[:num_requests].clone() for rows in buffers]
+        drafts_RN = torch.empty_like(self.draft_tokens[:num_requests])
+        for part in parts_of(num_requests, self._width, self.max_num_tokens):
+            count = part.stop - part.start
+            for rows, root in zip(buffers, roots, strict=True):
+                rows[:count] = root[part]
+            self.idx_mapping[count:] = NO_REQUEST
+            self.block_tables.gather_block_tables(input_batch.idx_mapping[part], count)
+            rows = spread_rows(rows_R, count, self._width)
+            self.draft_rows.move(rows)
+            rows_R = torch.arange(count * self._width, len(rows), device=self.device)
+            self._grow_first(count, bound_R[part], is_profile=False)
+            drafts_RN[part] = self.draft_tokens[:count]
+        self.draft_tokens[:num_requests] = drafts_RN
+
+    def _grow_first(self, num_requests: int, bound_R: torch.Tensor, *, is_profile: bool) -> None:
+        """Grow the trees of the requests in front, by a recorded graph if there is one."""
+        num_rows = num_requests * self._width
+        starts = self.input_buffers.query_start_loc
+        torch.arange(0, len(starts) * self._width, self._width, dtype=starts.dtype, out=starts)
+        # Requests that pad a recorded batch have no rows.
+        starts.clamp_(max=num_rows)
+        desc, _ = dispatch_cg_and_sync_dp(
+            self.tree_cudagraph_manager,
+            num_requests,
+            num_rows,
+            uniform_token_count=self._width,
+            dp_size=self.dp_size,
+            dp_rank=self.dp_rank,
+            need_eager=is_profile,
+        )
+        if desc.cg_mode == CUDAGraphMode.FULL:
+            self._replay(desc)
+            return
+        slot_mappings = None
+        if not is_profile:
+            slots_GB = self.block_tables.slot_mappings[:, :num_rows]
+            slot_mappings = build_slot_mappings_by_layer(slots_GB, self.kv_cache_config)
+        self._grow(num_requests, num_rows, None, slot_mappings, seq_lens_cpu_upper_bound=bound_R)
+
+    def _replay(self, desc: BatchExecutionDescriptor) -> None:
+        for groups in self.attn_groups:
+            for group in groups:
+                blocks = self.block_tables.input_block_tables[group.kv_cache_group_id]
+                group.map_to_kernel_block_table(blocks)
+        assert self.tree_cudagraph_manager is not None
+        self.tree_cudagraph_manager.run_fullgraph(desc)
+
+    def _grow(
+        self,
+        num_requests: int,
+        num_rows: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        num_tokens_across_dp: torch.Tensor | None = None,
+        cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
+        seq_lens_cpu_upper_bound: torch.Tensor | None = None,
+    ) -> None:
+        """Grow the trees of the first requests, from buffers into buffers.
+
+        Nothing in here reads from the device, nor depends on more than the number of requests.
+
+        Args:
+            num_requests: R, padding included.
+            num_rows: B.
+            attn_metadata: Of the static buffers, refreshed for every level; None: made for every
+                level, if there are slots.
+            slot_mappings: By layer, of static memory; None: passes run without attention.
+            num_tokens_across_dp: As vLLM's passes take it.
+            cudagraph_runtime_mode: The same.
+            seq_lens_cpu_upper_bound: int32 ``[R]`` on the host; only where metadata are made.
+        """
+        root_R = self.input_buffers.positions[:num_requests].clone()
+        hidden_RXD = self._root_hidden[:num_requests].unsqueeze(1)
+        grower = TreeGrower(self._settings)
+        frontier = grower.start(self.model.compute_logits(hidden_RXD[:, 0]))
+        for level in range(1, self._settings.depth + 1):
+            index_RWD = frontier.parent_row.unsqueeze(-1).expand(-1, -1, hidden_RXD.shape[-1])
+            self._write_level(level, frontier, hidden_RXD.gather(1, index_RWD), root_R)
+            if slot_mappings is not None:
+                self._write_slots(level, root_R)
+                attn_metadata = self._level_metadata(
+                    level, num_requests, attn_metadata, seq_lens_cpu_upper_bound
+                )
+            hidden_BD, _ = self._run_model(
+                num_rows, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode
+            )
+            hidden_RXD = hidden_BD[:num_rows].view(num_requests, self._width, -1)
+            logits_BV = self.model.compute_logits(hidden_BD[:num_rows])
+            frontier = grower.expand(logits_BV.view(num_requests, self._width, -1))
+        self._codes.clear()
+        tree = grower.finish(self.num_speculative_steps)
+        # Drafts are embedded as they are: the table knows which places are empty.
+        self.draft_tokens[:num_requests] = tree.token.clamp(min=0)
+        if self.trees is not None:
+            self.trees.table.write(self.idx_mapping[:num_requests], tree)
+
+    def _write_level(
+        self, level: int, frontier: Frontier, hidden_RWD: torch.Tensor, root_R: torch.Tensor
+    ) -> None:
+        """Fill the draft's buffers with one level's nodes."""
+        num_requests, num_rows = root_R.shape[0], frontier.token.numel()
+        buffers, longest = self.input_buffers, self.max_model_len
+        buffers.input_ids[:num_rows] = frontier.token.flatten()
+        position_R1 = (root_R + level).clamp_(max=longest - 1).unsqueeze(1)
+        buffers.positions[:num_rows] = position_R1.expand(-1, self._width).flatten()
+        seq_len_R = (root_R + 1 + level * self._width).clamp_(max=longest)
+        # Requests that pad a recorded batch have no keys.
+        buffers.seq_lens[:num_requests] = seq_len_R * (self.idx_mapping[:num_requests] >= 0)
+        # Logits need all of a state, the next pass what the draft reads of it.
+        width_read = self.hidden_states.shape[1]
+        self.hidden_states[:num_rows] = hidden_RWD.flatten(0, 1)[:, :width_read]
+        self._codes.set_draft(frontier.path.flatten(0, 1))
+
+    def _write_slots(self, level: int, root_R: torch.Tensor) -> None:
+        """Find the KV slots of one level's nodes; none beyond the longest sequence."""
+        num_requests = root_R.shape[0]
+        places_W = torch.arange(self._width, device=root_R.device) + 1 + (level - 1) * self._width
+        place_B = (root_R.unsqueeze(1) + places_W).flatten()
+        slots_GB = self.block_tables.compute_slot_mappings(
+            self.idx_mapping[:num_requests],
+            self.input_buffers.query_start_loc[: num_requests + 1],
+            place_B.clamp(max=self.max_model_len - 1),
+            place_B.shape[0],
+        )
+        slots_GB.masked_fill_(place_B >= self.max_model_len, _NO_SLOT)
+
+    def _level_metadata(
+        self,
+        level: int,
+        num_requests: int,
+        attn_metadata: dict[str, Any] | None,
+        bound_R: torch.Tensor | None,
+    ) -> dict[str, Any] | None:
+        """Describe one level's nodes as the next W tokens of each request."""
+        if bound_R is None:
+            assert attn_metadata is not None
+            self._update_draft_decode_metadata(attn_metadata, num_requests)
+            return attn_metadata
+        num_rows = num_requests * self._width
+        return self._build_uniform_attn_metadata(
+            batch_desc=BatchExecutionDescriptor(CUDAGraphMode.NONE, num_rows, None),
+            num_reqs=num_requests,
+            num_query_per_req=self._width,
+            seq_lens_cpu_upper_bound=bound_R,
+            step=level * self._width,
+        )

@@ -1,0 +1,145 @@
+"""ViSpec on the V1 model runner, which is also the CPU's."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.v1.spec_decode.eagle import EagleProposer
+
+from vllm_vispec.compat.features import reads_embeddings, reads_target_states
+from vllm_vispec.compat.patching import patch
+from vllm_vispec.draft_vocab.model import give_own_lm_head
+from vllm_vispec.heads.location import loaded_from_folder
+from vllm_vispec.spec_decode.draft_rows import DraftRows, RequestRows
+
+
+class StayingRows(NamedTuple):
+    """Rows of a batch that stay when rejected tokens are dropped, int64 ``[T]`` both times."""
+
+    on_device: torch.Tensor
+    on_host: torch.Tensor
+
+
+def staying_rows(starts_R1: torch.Tensor, new_starts_R1: torch.Tensor) -> torch.Tensor:
+    """Return which rows of a batch stay, int64 ``[T]``.
+
+    Args:
+        starts_R1: On the host; where the requests begin, and behind the last one the batch's end.
+        new_starts_R1: The same once each request has lost rows at its end.
+    """
+    dropped_before_R = (starts_R1 - new_starts_R1)[:-1].long()
+    new_rows_T = torch.arange(int(new_starts_R1[-1]))
+    return new_rows_T + dropped_before_R.repeat_interleave(new_starts_R1.diff())
+
+
+class ViSpecProposer(EagleProposer):
+    """vLLM's EAGLE proposer plus row codes and plain 1-D positions."""
+
+    draft_rows: DraftRows
+    hidden_states: torch.Tensor
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
+        super().__init__(vllm_config, device, runner)
+        if not reads_target_states(vllm_config):
+            self.hidden_states = self.hidden_states.new_empty(self.max_num_tokens, 0)
+        self._runner = runner
+        self._first_draft_rows: torch.Tensor | None = None
+        self._staying_rows: StayingRows | None = None
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the head; the row table is allocated here, before memory is profiled."""
+        if not reads_embeddings(self.vllm_config):
+            # The draft reads image features itself; vLLM would warn that it gets none.
+            self.supports_mm_inputs = False
+        with loaded_from_folder(self.speculative_config.draft_model_config) as folder:
+            super().load_model(target_model)
+        give_own_lm_head(self.model, folder)
+        kv_transfer = self.vllm_config.kv_transfer_config
+        self.draft_rows = DraftRows(self.model, self.max_batch_size, kv_transfer)
+        patch(self._runner, "reset_encoder_cache", self.draft_rows.reset_encoder_cache)
+
+    def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> Any:
+        """Fill row codes after vLLM has laid out the first draft pass."""
+        width = self.hidden_states.shape[1]
+        kwargs["target_hidden_states"] = kwargs["target_hidden_states"][:, :width]
+        num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
+        self._first_draft_rows = token_indices
+        batch = self._runner.input_batch
+        first_rows = batch.num_computed_tokens_cpu[: batch.num_reqs].tolist()
+        holds = self.draft_rows.holds(batch.req_ids, first_rows, int(metadata.num_actual_tokens))
+        if holds:
+            return num_tokens, token_indices, metadata
+        starts = metadata.query_start_loc_cpu.tolist()
+        self.draft_rows.fill(
+            self._requests(starts), self._runner.encoder_cache, self.hidden_states[:num_tokens]
+        )
+        return num_tokens, token_indices, metadata
+
+    def prepare_inputs(self, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        """Remember which tokens stay where rejected ones are dropped (unpadded batches only)."""
+        metadata, rows = super().prepare_inputs(common_attn_metadata, *args, **kwargs)
+        starts = common_attn_metadata.query_start_loc_cpu, metadata.query_start_loc_cpu
+        self._staying_rows = StayingRows(rows, staying_rows(*starts))
+        return metadata, rows
+
+    def build_model_inputs_first_pass(
+        self, num_tokens: int, num_input_tokens: int, mm_embed_inputs: Any
+    ) -> Any:
+        """Drop the rejected tokens from the mask of image tokens too (unpadded batches only)."""
+        staying, self._staying_rows = self._staying_rows, None
+        if mm_embed_inputs is not None and staying is not None:
+            embeddings, is_image_T = mm_embed_inputs
+            mm_embed_inputs = embeddings, is_image_T[staying.on_host]
+        return super().build_model_inputs_first_pass(num_tokens, num_input_tokens, mm_embed_inputs)
+
+    def _set_positions(self, num_tokens: int, positions: torch.Tensor) -> None:
+        """Take plain positions ``[T]`` where the target's are M-RoPE; the draft's never are (4.7).
+
+        The runner keeps them on the device for its slot mapping, right under asynchronous
+        scheduling too.
+        """
+        if self.vllm_config.model_config.uses_mrope:
+            staying = self._staying_rows
+            rows = slice(num_tokens) if staying is None else staying.on_device
+            positions = self._runner.positions[rows]
+        self.positions[:num_tokens] = positions
+
+    def _requests(self, starts: list[int]) -> list[RequestRows]:
+        batch, states = self._runner.input_batch, self._runner.requests
+        has_gate = self.draft_rows.has_gate
+        return [
+            RequestRows(
+                request_id=request_id,
+                features=states[request_id].mm_features,
+                first_row=int(batch.num_computed_tokens_cpu[index]),
+                num_rows=starts[index + 1] - starts[index],
+                num_prompt_tokens=int(batch.num_prompt_tokens[index]) if has_gate else 0,
+            )
+            for index, request_id in enumerate(batch.req_ids)
+        ]
+
+    def _update_positions_dependent_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        """Before the first one-token step, keep each request's last code."""
+        if self._first_draft_rows is not None:
+            self.draft_rows.move(self._first_draft_rows)
+            self._first_draft_rows = None
+        return super()._update_positions_dependent_metadata(*args, **kwargs)
+
+    def prepare_next_token_ids_padded(self, *args: Any, **kwargs: Any) -> Any:
+        """Give an unfinished prompt the token that follows its chunk.
+
+        vLLM gives every such request its last prompt token, which leaves one wrong row per chunk
+        border in the draft's cache.  It looks that token up at the end of the request's tokens as
+        the batch counts them, on the host, which is exact for unfinished prompts.  So the count is
+        that of the chunk while vLLM looks, and nothing more is copied to the device.
+        """
+        batch, runner = self._runner.input_batch, self._runner
+        unfinished = runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0]
+        counts = batch.num_tokens_no_spec
+        whole = counts[unfinished]
+        counts[unfinished] = runner.optimistic_seq_lens_cpu.numpy()[unfinished] + 1
+        try:
+            return super().prepare_next_token_ids_padded(*args, **kwargs)
+        finally:
+            counts[unfinished] = whole
