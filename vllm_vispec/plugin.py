@@ -68,11 +68,9 @@ def _register_draft_architectures() -> None:
 
     known = ModelRegistry.get_supported_archs()
     for module, architecture in (
-        ("model", ARCHITECTURE),
-        ("embeds_model", EMBEDS_ARCHITECTURE),
-        ("draft_vlm", DRAFT_VLM_ARCHITECTURE),
+        ("models.vispec", ARCHITECTURE),
+        ("models.uncompressed", EMBEDS_ARCHITECTURE),
+        ("draft_vlm.model", DRAFT_VLM_ARCHITECTURE),
     ):
         if architecture not in known:
-            ModelRegistry.register_model(
-                architecture, f"vllm_vispec.compat.{module}:{architecture}"
-            )
+            ModelRegistry.register_model(architecture, f"vllm_vispec.{module}:{architecture}")
