@@ -360,15 +360,15 @@ def test_every_override_of_a_vllm_class_is_listed() -> None:
     """Methods of our proposers that vLLM's classes have too must be listed."""
     listed = {point.symbol.split(".")[-1] for group in GROUPS for point in group.points()}
     for name in (
-        "v1.py",
-        "v2.py",
-        "trees/v1.py",
-        "trees/v1_sampler.py",
-        "trees/padded_impl.py",
-        "trees/v2.py",
-        "trees/v2_sampler.py",
+        "v1/proposer.py",
+        "spec_decode/speculator.py",
+        "v1/tree_proposer.py",
+        "v1/tree_sampler.py",
+        "models/padded_impl.py",
+        "trees/speculator.py",
+        "trees/rejection_sampler.py",
     ):
-        text = (PACKAGE / "engine" / name).read_text()
+        text = (PACKAGE / name).read_text()
         overridden = set(re.findall(r"super\(\)\.(\w+)\(", text)) - {"__init__"}
         assert overridden <= listed, name
 

@@ -19,7 +19,7 @@ from tests.support.tiny_store import TinyStore
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 KIND = "qwen2_5_vl"
-ROWS = "engine/row_table.py:set_batch"
+ROWS = "spec_decode/row_table.py:set_batch"
 # By draft: at most one copy a step of each, from pinned memory.
 UPLOADS = {
     "chain": {ROWS},
@@ -27,18 +27,18 @@ UPLOADS = {
     # Where an image's tokens stand, once per image; what the gate decided, once per request.
     "gated": {
         ROWS,
-        "engine/row_table.py:set_choices",
-        "engine/choices.py:decide",
-        "engine/image_tokens.py:put_rows",
+        "spec_decode/row_table.py:set_choices",
+        "compressors/decisions.py:decide",
+        "compressors/image_tokens.py:put_rows",
     },
-    "concat": {ROWS, "engine/image_tokens.py:put_rows"},
+    "concat": {ROWS, "compressors/image_tokens.py:put_rows"},
     # Where an image's embeddings go.
-    "no_compress": {ROWS, "engine/embeds_model.py:embed_input_ids"},
-    "unpadded": {ROWS, "engine/embeds_model.py:embed_input_ids"},
-    "draft_vlm": {ROWS, "engine/draft_vlm.py:embed_input_ids"},
+    "no_compress": {ROWS, "models/uncompressed.py:embed_input_ids"},
+    "unpadded": {ROWS, "models/uncompressed.py:embed_input_ids"},
+    "draft_vlm": {ROWS, "draft_vlm/model.py:embed_input_ids"},
 }
 # V1 tells the device which tree each request has; on V2 the device knows.
-V1_UPLOADS = {"tree": {"engine/trees/v1_runner.py:_begin"}}
+V1_UPLOADS = {"tree": {"v1/tree_runner.py:_begin"}}
 DEFAULT = ("chain", "tree")
 FURTHER = ("gated", "concat", "no_compress", "draft_vlm")
 OPTIONS = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 48}
