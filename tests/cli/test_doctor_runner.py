@@ -53,6 +53,17 @@ def test_doctor_imports_little_of_vllm() -> None:
     assert not {"vllm.config", "vllm.engine.arg_utils", "transformers"} & set(imported)
 
 
+@pytest.mark.parametrize(("options", "status"), [([], 0), (["--head", "nowhere"], 1)])
+def test_doctor_leaves_without_tidying_up(options: list[str], status: int) -> None:
+    """Nothing of the answer is lost, and the status is the command's."""
+    command = [sys.executable, "-m", "vllm_vispec", "doctor", *options]
+    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    assert done.returncode == status
+    assert done.stdout.startswith("vllm-vispec")
+    assert "verify attention: " in done.stdout
+    assert len(done.stderr.splitlines()) == status
+
+
 def test_runner_by_platform(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     assert runner_line() in ("V1 (default of this platform)", "V2 (default of this platform)")

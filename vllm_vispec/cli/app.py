@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -105,4 +108,20 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Entry point of the console script."""
+    if sys.argv[1:2] == ["doctor"]:
+        _answer_and_exit()
     app()
+
+
+def _answer_and_exit() -> None:
+    """Run a command that writes nothing and holds nothing, without tidying up.
+
+    To collect what vLLM's imports leave, and to take it apart at exit, costs two seconds in five.
+    """
+    gc.disable()
+    try:
+        app()
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(end.code or 0))
