@@ -12,7 +12,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu test-all lint format bench report clean
+.PHONY: help setup demo test test-slow test-gpu test-all lint format docs house bench report clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -37,13 +37,20 @@ test-gpu: setup ## what needs a GPU: starts, graphs, attention, vispec verify (u
 		{ echo "make test-gpu: torch finds no CUDA device here" >&2; exit 1; }
 	@$(PY) -m pytest -q tests/gpu $(PYTEST_ARGS)
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy, and the generated tables of the documentation
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m ruff format --check --quiet . || { echo "lint: run 'make format'" >&2; exit 1; }
 	@$(PY) -m mypy --no-error-summary
+	@$(PY) -m tools.docs --check
 
 format: setup ## rewrite files as ruff wants them
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format --quiet .
+
+docs: setup ## write the generated tables of the documentation
+	@$(PY) -m tools.docs
+
+house: setup ## size and shape of the repository against its limits
+	@$(PY) -m tools.house
 
 bench: setup ## compare the speed with plain vLLM and with vLLM's EAGLE
 	@$(PY) -m benchmarks

@@ -17,7 +17,7 @@ from benchmarks.ablation.training import RECIPE, fill_caches, train_arm
 from benchmarks.ablation.workspace import Workspace
 from examples.pair import DEFAULT_MODEL, ModelOption
 
-RESULTS, PAGES = Path("benchmarks/results"), Path("docs")
+RESULTS, PAGES = Path("benchmarks/results"), Path("docs/evidence")
 
 
 class Step(StrEnum):

@@ -1,1 +1,1 @@
-"""Draft trees beside chains and plain vLLM; see docs/trees.md."""
+"""Draft trees beside chains and plain vLLM; see docs/evidence/trees.md."""

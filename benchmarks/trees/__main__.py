@@ -35,7 +35,7 @@ from examples.tiny_vlm.families import FAMILIES
 from vllm_vispec.bench.profile.settings import default_runner
 
 DEFAULT_OUTPUT = Path("benchmarks/results/trees.json")
-DEFAULT_PAGE = Path("docs/trees.md")
+DEFAULT_PAGE = Path("docs/evidence/trees.md")
 
 
 class Step(StrEnum):

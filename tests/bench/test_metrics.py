@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -239,31 +238,6 @@ def test_no_interval_from_one_thing() -> None:
     assert with_interval("peak_memory", [SIDE, replace(SIDE, repetition=1)]) == Measured(4.0)
     single = replace(SIDE, requests=SIDE.requests[:1])
     assert with_interval("mean_output_tokens", [single]) == Measured(5.0)
-
-
-def metrics_table() -> str:
-    rows = ["| metric | unit | better | definition | formula | interval over |", "|---" * 6 + "|"]
-    drawn = {
-        "requests": "requests and repetitions",
-        "repetitions": "repetitions",
-        "nothing": "-",
-    }
-    rows += [
-        f"| `{metric.name}` | {metric.unit} | {metric.better or '-'} | {metric.definition} "
-        f"| {metric.formula} | {drawn[metric.resampled]} |"
-        for metric in METRICS.values()
-    ]
-    return "\n".join(rows) + "\n"
-
-
-def test_glossary_is_current() -> None:
-    text = GLOSSARY.read_text(encoding="utf-8")
-    found = SECTION.search(text)
-    assert found is not None
-    if os.environ.get("VISPEC_WRITE_GLOSSARY"):
-        GLOSSARY.write_text(SECTION.sub(lambda m: m[1] + metrics_table() + m[2], text), "utf-8")
-        return
-    assert found[0] == found[1] + metrics_table() + found[2]
 
 
 def test_definitions_fit_a_table() -> None:
