@@ -11,10 +11,13 @@ import pytest
 from vllm_vispec.heads.config import ARCHITECTURE
 from vllm_vispec.spec_decode import worker_hook
 from vllm_vispec.spec_decode.options import EngineOptions
+from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
 from vllm_vispec.trees import attention, limits
 from vllm_vispec.trees import model_state as v2_state
 from vllm_vispec.trees.setting import has_branches, resolve_tree
 from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.trees.speculator import TreeSpeculator
+from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.v1.tree_proposer import TreeProposer
 
 CONFIDENT = TreeSettings("spec_llava", depth=3, top_k=2)
@@ -72,6 +75,18 @@ def test_v2_keeps_vllms_sampler_for_single_paths() -> None:
     state = SimpleNamespace(vllm_config=_config(CONFIDENT.one_branch()))
     assert v2_state.custom_sampler(lambda *_: None, state, "sampler") is None
     assert not hasattr(state, "vispec_trees")
+
+
+def test_v2_refuses_trees_where_a_target_has_its_own_sampler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class OwnState:
+        """Overrides `custom_sampler`, so ours is never called."""
+
+    monkeypatch.setattr(ViSpecSpeculator, "set_attn", lambda *_: None)
+    speculator = object.__new__(TreeSpeculator)
+    with pytest.raises(ViSpecError, match=r"its own \(OwnState\.custom_sampler\); leave it out"):
+        TreeSpeculator.set_attn(speculator, OwnState())
 
 
 def test_single_paths_are_trees_if_they_may_end_early() -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
 from tests.support.recorded_graph import RecordedGraph
 from tests.support.tree_models import grow, random_model
@@ -38,7 +39,7 @@ SETTINGS, NODES, REQUESTS, VOCAB, WIDTH = TreeSettings(depth=3, top_k=8), 29, 3,
 ROWS = REQUESTS * (NODES + 1)
 LAYERS, BLOCKS, SLOTS = 28, 64, 16
 TARGET_HEADS, DRAFT_HEADS = (2, 8, 32), (2, 9, 40)
-# 106 and 72 as this is written.
+# 105 and 72 as this is written.
 EAGER_BUDGET, BUDGET = 120, 85
 _NO_KERNEL = (
     "view",
@@ -104,31 +105,35 @@ class Step:
         """Count each part of a step."""
         trees, batch = self.trees, self.batch
         self._count("before the target", lambda: trees._begin_pass(lambda *args: {}, batch, None))
-        sampler = _sampler(trees, monkeypatch)
-        rows = torch.zeros(ROWS, dtype=torch.int64)
-        logits = torch.randn(ROWS, VOCAB)
+        sampler = _sampler(trees, torch.randint(VOCAB, (ROWS,)), monkeypatch)
+        logits, token = torch.randn(ROWS, VOCAB), torch.zeros(ROWS, dtype=torch.int64)
         self._count("before the samples", trees.end_pass)
-        self._count(
-            "the walk",
-            lambda: sampler._verify(
-                logits,
-                None,
-                rows,
-                rows,
-                batch.cu_num_logits,
-                batch.idx_mapping,
-                None,
-                None,
-                None,
-                None,
-                rows,
-            ),
-        )
+        self._count("the walk", lambda: self.verify(sampler, logits, token))
         ids, hidden = torch.zeros(ROWS, dtype=torch.int32), torch.zeros(ROWS, WIDTH)
         slots = {f"layer {number}": self.layer_slots for number in range(LAYERS)}
         self._count("the move", lambda: trees.accept(ids, hidden, slots))
         self._count(
             "around the graph", lambda: self.speculator._grow_batch(batch, is_profile=False)
+        )
+
+    def verify(
+        self, sampler: TreeRejectionSampler, logits: torch.Tensor, token: torch.Tensor
+    ) -> None:
+        """Walk down the trees whose nodes have these tokens."""
+        starts, slots, rows = self.batch.cu_num_logits, self.batch.idx_mapping, torch.arange(ROWS)
+        nothing: Any = None
+        sampler._verify(
+            logits,
+            None,
+            token,
+            rows,
+            starts,
+            slots,
+            slots.numpy(),
+            nothing,
+            nothing,
+            nothing,
+            token,
         )
 
     def _count(self, label: str, call: Callable[[], Any]) -> None:
@@ -164,17 +169,28 @@ def _state_trees(codes: CodeRows, table: TreeTable) -> StateTrees:
     return trees
 
 
-def _sampler(trees: StateTrees, monkeypatch: pytest.MonkeyPatch) -> TreeRejectionSampler:
+def _sampler(
+    trees: StateTrees,
+    sampled: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    num_logprobs: int = NO_LOGPROBS,
+    has_mask: bool = False,
+) -> TreeRejectionSampler:
     """Return the sampler without vLLM's own operators."""
-    sampled = torch.randint(VOCAB, (ROWS,))
     monkeypatch.setattr(v2_sampler, "gumbel_sample", lambda *args, **kwargs: sampled)
-    states = SimpleNamespace(temperature=SimpleNamespace(gpu=None), seeds=SimpleNamespace(gpu=None))
+    states = SimpleNamespace(
+        temperature=SimpleNamespace(gpu=None),
+        seeds=SimpleNamespace(gpu=None),
+        max_num_logprobs=lambda slots: num_logprobs,
+    )
     sampler = object.__new__(TreeRejectionSampler)
     sampler.trees, sampler._first_row = trees, 0
     sampler.num_speculative_steps = NODES
     own: Any = SimpleNamespace(
         apply_sampling_params=lambda logits, *args: logits,
         sampling_states=states,
+        return_sampling_mask=has_mask,
         use_fp64_gumbel=False,
     )
     sampler.sampler = own
@@ -208,6 +224,35 @@ def test_a_step_launches_few_kernels(has_walk: bool, monkeypatch: pytest.MonkeyP
     assert sum(step.counts.values()) <= (BUDGET if has_walk else EAGER_BUDGET), step.counts
     # Nothing is left out by mistake.
     assert all(count > 0 for count in step.counts.values()), step.counts
+
+
+@pytest.mark.parametrize(
+    ("num_logprobs", "has_mask", "is_moved"),
+    [(NO_LOGPROBS, False, False), (0, False, True), (NO_LOGPROBS, True, True)],
+    ids=["nobody reads them", "logprobs", "sampling mask"],
+)
+def test_rows_of_logits_move_only_where_they_are_read(
+    num_logprobs: int, has_mask: bool, is_moved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Step()
+    step.trees._begin_pass(lambda *args: {}, step.batch, None)
+    # Every request accepts the second child of its root, and nothing below it.
+    token = torch.arange(ROWS)
+    first = torch.arange(REQUESTS) * (NODES + 1)
+    depths_RJ = step.table.depth[:REQUESTS]
+    second = first + torch.stack([(depth_J == 1).nonzero()[1, 0] for depth_J in depths_RJ])
+    assert not torch.equal(second, first + 1)
+    sampled = torch.full((ROWS,), ROWS)
+    sampled[first] = second
+    sampler = _sampler(
+        step.trees, sampled, monkeypatch, num_logprobs=num_logprobs, has_mask=has_mask
+    )
+    logits = torch.randn(ROWS, VOCAB)
+    expected = logits.clone()
+    if is_moved:
+        expected[first + 1] = logits[second]
+    step.verify(sampler, logits, token)
+    assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize("counts", [(NODES, NODES, NODES), (NODES, 7, 0)])

@@ -246,6 +246,27 @@ _V2 = (
         "logits as plain decoding samples from them",
     ),
     PatchPoint(
+        "vllm.v1.worker.gpu.sample.sampler",
+        "Sampler.self.return_sampling_mask",
+        (),
+        "reads",
+        "whether rows of logits are read behind the walk",
+    ),
+    PatchPoint(
+        "vllm.v1.worker.gpu.sample.states",
+        "SamplingStates.max_num_logprobs",
+        ("idx_mapping_np",),
+        "calls",
+        "whether rows of logits are read behind the walk",
+    ),
+    PatchPoint(
+        "vllm.v1.worker.gpu.sample.states",
+        "NO_LOGPROBS",
+        (),
+        "reads",
+        "whether rows of logits are read behind the walk",
+    ),
+    PatchPoint(
         "vllm.v1.worker.gpu.sample.gumbel",
         "gumbel_sample",
         ("logits", "expanded_idx_mapping", "temperature", "seed", "pos", "apply_temperature"),

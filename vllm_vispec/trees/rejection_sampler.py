@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 if TYPE_CHECKING:
@@ -69,9 +70,12 @@ class TreeRejectionSampler(RejectionSampler):
         )
         found, moves = self.trees.walk(batch, sampled_S, verify_draft_sampled)
         self.trees.note(batch, moves)
-        # Log probabilities are read in consecutive rows.
-        for rows in (logits,) if scaled_SV is logits else (logits, scaled_SV):
-            rows[moves.place] = rows[moves.source]
+        if self.sampler.return_sampling_mask or (
+            states.max_num_logprobs(idx_mapping_np) != NO_LOGPROBS
+        ):
+            # vLLM reads them in consecutive rows.
+            for rows in (logits,) if scaled_SV is logits else (logits, scaled_SV):
+                rows[moves.place] = rows[moves.source]
         num_requests, num_tokens = found.token.shape
         tokens = sampled_S.new_zeros(num_requests, self.num_speculative_steps + 1)
         tokens[:, :num_tokens] = found.token.clamp(min=0)

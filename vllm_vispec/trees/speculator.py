@@ -27,6 +27,7 @@ from vllm_vispec.trees.cudagraph import (
     why_eager,
 )
 from vllm_vispec.trees.grow import Frontier, TreeGrower
+from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.trees.model_state import StateTrees
 from vllm_vispec.trees.parts import parts_of, spread_rows
 from vllm_vispec.trees.rounds import NO_REQUEST
@@ -60,9 +61,19 @@ class TreeSpeculator(ViSpecSpeculator):
         self._root_hidden = torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
-        """Find the trees that the target is verified with."""
+        """Find the trees that the target is verified with.
+
+        Raises:
+            ViSpecError: vLLM does not sample the target's tokens itself.
+        """
         super().set_attn(model_state, *args, **kwargs)
-        trees: StateTrees = model_state.vispec_trees
+        trees: StateTrees | None = getattr(model_state, "vispec_trees", None)
+        if trees is None:
+            raise ViSpecError(
+                f"tree does not work with this target, which has a sampler of its own "
+                f"({type(model_state).__name__}.custom_sampler); leave it out of the speculative "
+                "config"
+            )
         trees.static_walk.find_manager = lambda: self.walk_cudagraph_manager
         self.trees = trees
 
