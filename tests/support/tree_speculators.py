@@ -59,7 +59,9 @@ def _config(settings: TreeSettings, nodes: int, max_num_reqs: int, max_num_token
     """Return what vLLM's graph managers read of a configuration."""
     return SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=16 * BLOCK),
-        scheduler_config=SimpleNamespace(max_num_seqs=max_num_reqs),
+        scheduler_config=SimpleNamespace(
+            max_num_seqs=max_num_reqs, max_num_batched_tokens=max_num_tokens
+        ),
         parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1),
         compilation_config=SimpleNamespace(
             cudagraph_capture_sizes=[1, 2, 4, 8, 16, 24],

@@ -193,7 +193,6 @@ def test_batches_replay_the_graph_of_the_next_size(caplog: pytest.LogCaptureFixt
     recorded, eager = _speculator(), _speculator()
     for speculator in (recorded, eager):
         speculator.place_keys()
-    width = recorded._width
     # Sizes of up to 20 tokens hold up to five trees' levels.
     recorded.vllm_config.compilation_config.cudagraph_capture_sizes = [4, 8, 16, 20]
     recorded.vllm_config.compilation_config.max_cudagraph_capture_size = 20
@@ -203,7 +202,7 @@ def test_batches_replay_the_graph_of_the_next_size(caplog: pytest.LogCaptureFixt
         eager.init_cudagraph_manager(CUDAGraphMode.NONE)
         assert _said(caplog) == [
             "ViSpec trees grow in one CUDA graph for up to 5 requests in a step, and eagerly "
-            f"above; max_cudagraph_capture_size={REQUESTS * width} would record all",
+            "above; max_cudagraph_capture_size=64 would record all",
             "ViSpec trees grow eagerly, kernel by kernel: cudagraph_mode=NONE has no full graphs "
             "for decoding",
         ]
@@ -221,6 +220,39 @@ def test_batches_replay_the_graph_of_the_next_size(caplog: pytest.LogCaptureFixt
             assert len(recorded.passes) == (3 if len(batch) > 5 else 0)
             for mine, theirs in zip(*found, strict=True):
                 assert torch.equal(mine, theirs)
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize(
+    ("sizes", "schedule", "said"),
+    [
+        ([4, 8, 16, 24], None, "in one CUDA graph for up to 6 requests in a step"),
+        # No step with trees has more requests.
+        ([4, 8], [[1, 2, 12], [3, 6, 3]], "in one CUDA graph for up to 2 requests in a step"),
+        (
+            [1, 2],
+            [[1, 2, 12], [3, 6, 3]],
+            "eagerly, kernel by kernel: a level has 4 tokens, graphs end at 2; "
+            "max_cudagraph_capture_size=32 would record all",
+        ),
+    ],
+)
+def test_the_log_says_where_graphs_end(
+    sizes: list[int],
+    schedule: list[list[int]] | None,
+    said: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With the size that records the target's passes, too; no graphs are no number of requests."""
+    _log.cache_clear()
+    caplog.set_level("INFO", "vllm")
+    speculator = _speculator()
+    speculator.place_keys()
+    compilation = speculator.vllm_config.compilation_config
+    compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = sizes, sizes[-1]
+    speculator.speculative_config.num_speculative_tokens_per_batch_size = schedule
+    speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
+    assert _said(caplog) == [f"ViSpec trees grow {said}"]
 
 
 @pytest.mark.usefixtures("stand_in")

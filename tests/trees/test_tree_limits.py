@@ -279,6 +279,7 @@ def _graph_config(requests: int, schedule: Any = None, **compilation: Any) -> An
         (_graph_config(1024), "up to 17 requests run .*_size=8192 would record all, up to 273"),
         (_graph_config(256, max_cudagraph_capture_size=3000), "up to 99 requests run"),
         (_graph_config(256, [[1, 20, 29], [21, 256, 4]]), "up to 17 .*_size=608 .* up to 20"),
+        (_graph_config(256, max_cudagraph_capture_size=16), "29 nodes, none run .*_size=7680"),
         (_graph_config(16), None),
         # What the line names is enough.
         (_graph_config(256, max_cudagraph_capture_size=7680), None),

@@ -11,6 +11,8 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
+from vllm_vispec.trees.limits import most_growing, size_for_all_graphs
+from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
@@ -73,17 +75,29 @@ def why_eager(speculator: Any, cudagraph_mode: CUDAGraphMode) -> str | None:
     return None
 
 
-def log_graphs(manager: CudaGraphManager, reason: str | None) -> None:
-    """Say whether trees grow in graphs, and for how many requests; once, vLLM asks twice."""
+def log_graphs(manager: CudaGraphManager, settings: TreeSettings, reason: str | None) -> None:
+    """Say whether trees grow in graphs, and for how many requests; once, vLLM asks twice.
+
+    Args:
+        manager: Of the graphs in which trees grow.
+        settings: How trees are grown.
+        reason: Why they cannot grow in graphs; None if they can.
+    """
+    eagerly = "ViSpec trees grow eagerly, kernel by kernel: "
     if reason is not None:
-        _log(f"ViSpec trees grow eagerly, kernel by kernel: {reason}")
+        _log(eagerly + reason)
         return
     listed = (desc for descs in manager._capture_descs.values() for desc in descs)
-    most = max((desc.num_reqs or 0 for desc in listed), default=0)
-    text = f"ViSpec trees grow in one CUDA graph for up to {most} requests in a step"
-    if most < manager.max_num_reqs:
-        rows = manager.max_num_reqs * manager.decode_query_len
-        text += f", and eagerly above; max_cudagraph_capture_size={rows} would record all"
+    recorded = max((desc.num_reqs or 0 for desc in listed), default=0)
+    size = manager.compilation_config.max_cudagraph_capture_size or 0
+    enough = size_for_all_graphs(manager.vllm_config, settings)
+    remedy = f"; max_cudagraph_capture_size={enough} would record all" if size < enough else ""
+    if recorded == 0:
+        _log(f"{eagerly}a level has {settings.width} tokens, graphs end at {size}{remedy}")
+        return
+    text = f"ViSpec trees grow in one CUDA graph for up to {recorded} requests in a step"
+    if recorded < most_growing(manager.vllm_config, settings):
+        text += f", and eagerly above{remedy}"
     _log(text)
 
 

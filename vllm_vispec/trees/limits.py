@@ -116,20 +116,44 @@ def note_graphs(vllm_config: Any, settings: TreeSettings) -> None:
     if settings.width == 1 or mode is None or not mode.has_full_cudagraphs():
         return
     size = compilation.max_cudagraph_capture_size or 0
-    budget = vllm_config.scheduler_config.max_num_batched_tokens
     for requests, nodes in tree_loads(vllm_config, settings):
-        tokens = nodes + 1
-        recorded, most = size // tokens, min(requests, budget // tokens)
+        recorded = size // (nodes + 1)
+        most = _most_requests(vllm_config, requests, nodes + 1)
         if recorded < most:
             logger.info(
-                "ViSpec trees: of steps in which the target verifies trees of %d nodes, those with "
-                "up to %d requests run in CUDA graphs; max_cudagraph_capture_size=%d would record "
-                "all, up to %d requests, which takes memory and time at start",
+                "ViSpec trees: of steps in which the target verifies trees of %d nodes, %s in CUDA "
+                "graphs; max_cudagraph_capture_size=%d would record all, up to %d requests, which "
+                "takes memory and time at start",
                 nodes,
-                recorded,
-                min(-(-most * tokens // _SIZE_STEP) * _SIZE_STEP, budget),
+                f"those with up to {recorded} requests run" if recorded else "none run",
+                size_for_all_graphs(vllm_config, settings),
                 most,
             )
+
+
+def size_for_all_graphs(vllm_config: Any, settings: TreeSettings) -> int:
+    """Return with which ``max_cudagraph_capture_size`` all passes over trees run in CUDA graphs.
+
+    The target's have all nodes of a tree and its root for each request, the draft's a level of it.
+    """
+    tokens = [
+        _most_requests(vllm_config, requests, rows) * rows
+        for requests, nodes in tree_loads(vllm_config, settings)
+        for rows in (nodes + 1, settings.width)
+    ]
+    budget: int = vllm_config.scheduler_config.max_num_batched_tokens
+    return min(-(-max(tokens, default=0) // _SIZE_STEP) * _SIZE_STEP, budget)
+
+
+def most_growing(vllm_config: Any, settings: TreeSettings) -> int:
+    """Return of how many requests the draft may grow trees in one pass."""
+    loads = tree_loads(vllm_config, settings)
+    return max((_most_requests(vllm_config, load, settings.width) for load, _ in loads), default=0)
+
+
+def _most_requests(vllm_config: Any, requests: int, rows: int) -> int:
+    """Return how many requests there can be in a pass with so many rows for each."""
+    return min(requests, vllm_config.scheduler_config.max_num_batched_tokens // rows)
 
 
 def note_whole_paths(reason: str) -> None:

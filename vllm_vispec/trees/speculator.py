@@ -94,7 +94,7 @@ class TreeSpeculator(ViSpecSpeculator):
         self.tree_cudagraph_manager = TreeCudaGraphManager(
             self.vllm_config, self.device, mode, self._width
         )
-        log_graphs(self.tree_cudagraph_manager, reason)
+        log_graphs(self.tree_cudagraph_manager, self._settings, reason)
         # A walk is nobody's pass: it has one row for each request.
         self.walk_cudagraph_manager = CudaGraphManager(
             self.vllm_config, self.device, chains.cudagraph_mode, decode_query_len=1
