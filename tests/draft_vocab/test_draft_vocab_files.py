@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from vllm_vispec.draft_vocab.files import (
     read_vocab,
     write_vocab,
 )
-from vllm_vispec.draft_vocab.setting import read_setting, resolve_draft_vocab
+from vllm_vispec.draft_vocab.setting import check_lm_head, read_setting, resolve_draft_vocab
 from vllm_vispec.heads import inspect_head
 from vllm_vispec.heads.convert import convert_head
 from vllm_vispec.spec_decode.options import EngineOptions
@@ -173,6 +174,48 @@ def test_two_ways_to_replace_the_lm_head_exclude_each_other(tmp_path: Path) -> N
     write_vocab(tmp_path / DRAFT_VOCAB, [5, 1])
     with pytest.raises(ViSpecError, match="leave one of them out"):
         resolve_draft_vocab(options(True), {"draft_lm_head_quantization": "fp8"}, tmp_path, 8)
+
+
+@pytest.mark.parametrize(
+    ("stated", "is_quantized"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "lm_head": True}, True),
+        ({"quant_method": "gptq", "bits": 4, "lm_head": False}, False),
+        ({"quant_method": "awq", "bits": 4}, False),
+        ({"quant_method": "auto-round", "extra_config": {"lm_head": {"bits": 4}}}, True),
+        ({"quant_method": "auto-round", "extra_config": {"lm_head": {"bits": 16}}}, False),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"targets": ["Linear", "re:.*lm_head"]}},
+            },
+            True,
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"targets": ["Linear"]}},
+                "ignore": ["lm_head"],
+            },
+            False,
+        ),
+        (None, False),
+    ],
+)
+@pytest.mark.parametrize("place", ["hf_config", "hf_text_config"])
+def test_a_target_that_says_its_lm_head_is_quantized_is_refused(
+    tmp_path: Path, stated: dict[str, Any] | None, is_quantized: bool, place: str
+) -> None:
+    write_vocab(tmp_path / DRAFT_VOCAB, [5, 1])
+    target = SimpleNamespace(hf_config=None, hf_text_config=None)
+    setattr(target, place, SimpleNamespace(quantization_config=stated))
+    check_lm_head(options(None), target)
+    found = resolve_draft_vocab(options(True), {}, tmp_path, 8)
+    if not is_quantized:
+        check_lm_head(found, target)
+        return
+    with pytest.raises(ViSpecError, match=r"is quantized \(.*\): leave draft_vocab out"):
+        check_lm_head(found, target)
 
 
 # In a head's folder

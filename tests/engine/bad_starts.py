@@ -16,6 +16,7 @@ from tests.support.heads import edit_config, edit_tensors, write_config, write_h
 from tests.support.tiny_configs import HEAD_DIM, HIDDEN, VOCAB
 from tests.support.tiny_heads import HeadSpec
 from tests.support.tiny_store import TinyStore
+from vllm_vispec.draft_vocab.files import DRAFT_VOCAB, write_vocab
 from vllm_vispec.heads.speculators import SPECULATORS_TYPE
 
 Spoil = Callable[[Path], None]
@@ -112,6 +113,7 @@ EAGLE3 = {"fc.weight": (HIDDEN, 3 * HIDDEN), "d2t": (8,)}
 
 TREE = {"tree": {"policy": "eagle2"}, "num_speculative_tokens": 29}
 EXAMPLE_CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "lm_head": True}
 
 BAD_STARTS: Mapping[str, BadStart] = {
     "heads that no backend serves": BadStart(
@@ -217,6 +219,12 @@ BAD_STARTS: Mapping[str, BadStart] = {
         "kv_cache_dtype=fp8_e5m2 does not work with tree.*leave one of them out",
         spec=TREE,
         engine={"kv_cache_dtype": "fp8_e5m2"},
+    ),
+    "draft_vocab of a quantized lm_head": BadStart(
+        r"draft_vocab needs an lm_head in .*quantized \(awq\): leave draft_vocab out",
+        lambda folder: write_vocab(folder / DRAFT_VOCAB, [1, 2]),
+        spec={"draft_vocab": "auto"},
+        engine={"hf_overrides": {"quantization_config": AWQ}},
     ),
     "chain that calls itself a tree": BadStart(
         COUNT.format("100"), spec={"tree": {"policy": "chain"}, "num_speculative_tokens": 100}

@@ -1,5 +1,6 @@
 """The setting ``draft_vocab``: resolved and checked at configuration time, read in the workers."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,37 @@ def resolve_draft_vocab(
     if is_greedy and not settings.get("enable_adaptive_verification"):
         settings.setdefault("use_local_argmax_reduction", True)
     return found
+
+
+def check_lm_head(options: EngineOptions, target: Any) -> None:
+    """Refuse a list of tokens for a target whose configuration says that its lm_head is quantized.
+
+    Not all say so; workers look at the weights themselves.
+
+    Args:
+        target: vLLM's ``ModelConfig``.
+
+    Raises:
+        ViSpecError: Names the setting and the remedy.
+    """
+    if options.draft_vocab_file is None:
+        return
+    for config in (target.hf_config, target.hf_text_config):
+        stated = getattr(config, "quantization_config", None)
+        if isinstance(stated, Mapping) and _quantizes_lm_head(stated):
+            raise ViSpecError(
+                "speculative config: draft_vocab needs an lm_head in float32, bfloat16 or float16, "
+                f"the target's is quantized ({stated.get('quant_method')}): leave draft_vocab out"
+            )
+
+
+def _quantizes_lm_head(stated: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's ``quantization_config`` names lm_head among what is quantized."""
+    if stated.get("lm_head"):  # GPTQ and AWQ
+        return True
+    layer = (stated.get("extra_config") or {}).get("lm_head") or {}  # AutoRound
+    if layer.get("bits", 16) < 16:
+        return True
+    groups = (stated.get("config_groups") or {}).values()  # compressed-tensors
+    targets = [name for group in groups for name in group.get("targets") or ()]
+    return any(name.endswith("lm_head") for name in targets)

@@ -18,7 +18,7 @@ from vllm_vispec.compat.check import require
 from vllm_vispec.compat.features import check_features, uses_vispec
 from vllm_vispec.compat.groups import SELF_SERVING
 from vllm_vispec.compat.patching import patched
-from vllm_vispec.draft_vocab.setting import resolve_draft_vocab
+from vllm_vispec.draft_vocab.setting import check_lm_head, resolve_draft_vocab
 from vllm_vispec.heads import HeadInfo, inspect_head, is_vispec_head, self_serving
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.location import locate
@@ -92,6 +92,8 @@ def create_speculative_config(
         limits.check_connector(args.kv_transfer_config)
         limits.check_cache_dtype(args.kv_cache_dtype)
     options = resolve_draft_vocab(options, settings, info.folder, info.config.vocab_size)
+    if not info.config.is_draft_vlm:
+        check_lm_head(options, target)
     settings |= {"method": "eagle"} | locate(settings["model"], info.folder)
     logger.info(
         "ViSpec head %s: %s dialect, %s, %d draft tokens per round",
