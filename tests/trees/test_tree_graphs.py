@@ -14,7 +14,7 @@ from tests.support.recorded_graph import RecordedGraph
 from tests.support.tree_models import grow, random_model
 from tests.support.tree_speculators import LAYER, VOCAB, WIDTH, SmallTreeSpeculator
 from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
-from vllm_vispec.trees.cudagraph import _log
+from vllm_vispec.trees.cudagraph import _log, why_eager
 from vllm_vispec.trees.grow import DraftTree
 from vllm_vispec.trees.policies import POLICIES
 from vllm_vispec.trees.rounds import TreeRound
@@ -220,6 +220,25 @@ def test_batches_replay_the_graph_of_the_next_size(caplog: pytest.LogCaptureFixt
             assert len(recorded.passes) == (3 if len(batch) > 5 else 0)
             for mine, theirs in zip(*found, strict=True):
                 assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(("longest", "is_recorded"), [(None, True), (4, True), (3, False)])
+def test_levels_that_a_backend_takes_for_prefills_are_not_recorded(
+    longest: int | None, is_recorded: bool
+) -> None:
+    """FlashInfer does with levels wider than the target's requests, on some GPUs."""
+    speculator = _speculator()
+    speculator.place_keys()
+    builder = SimpleNamespace(reorder_batch_threshold=longest)
+    backend = SimpleNamespace(get_name=lambda: "SOME")
+    group = SimpleNamespace(get_metadata_builder=lambda: builder, backend=backend)
+    speculator.attn_groups = [[group]]
+    reason = why_eager(speculator, CUDAGraphMode.FULL_AND_PIECEWISE)
+    said = (
+        "SOME records no requests of more than 3 tokens, a level of a tree has 4; "
+        "num_speculative_tokens=3 is enough"
+    )
+    assert reason == (None if is_recorded else said)
 
 
 @pytest.mark.usefixtures("stand_in")

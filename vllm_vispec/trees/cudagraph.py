@@ -1,6 +1,7 @@
 """CUDA graphs of drafting on the V2 runner, all recorded and replayed by vLLM's own managers."""
 
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from vllm.config.compilation import CUDAGraphMode
@@ -72,6 +73,14 @@ def why_eager(speculator: Any, cudagraph_mode: CUDAGraphMode) -> str | None:
         return f"{support.min_cg_attn_backend} records no batches of several tokens a request"
     if not speculator.supports_decode_metadata_update:
         return "the draft's attention backend cannot refresh its metadata inside a graph"
+    width = speculator._width
+    for group in chain.from_iterable(speculator.attn_groups):
+        longest = group.get_metadata_builder().reorder_batch_threshold
+        if longest is not None and width > longest:
+            return (
+                f"{group.backend.get_name()} records no requests of more than {longest} tokens, a "
+                f"level of a tree has {width}; num_speculative_tokens={width - 1} is enough"
+            )
     return None
 
 

@@ -415,6 +415,20 @@ _V2 = (
     ),
     PatchPoint(
         "vllm.v1.worker.utils",
+        "AttentionGroup.get_metadata_builder",
+        (),
+        "calls",
+        "whether a graph can hold the growth of trees",
+    ),
+    PatchPoint(
+        "vllm.v1.attention.backend",
+        "AttentionMetadataBuilder.reorder_batch_threshold",
+        (),
+        "reads",
+        "the longest request that a builder does not take for a prefill",
+    ),
+    PatchPoint(
+        "vllm.v1.worker.utils",
         "AttentionGroup.map_to_kernel_block_table",
         ("block_table",),
         "calls",
