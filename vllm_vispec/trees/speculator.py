@@ -27,11 +27,11 @@ from vllm_vispec.trees.cudagraph import (
     why_eager,
 )
 from vllm_vispec.trees.grow import Frontier, TreeGrower
-from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.trees.model_state import StateTrees
 from vllm_vispec.trees.parts import parts_of, spread_rows
 from vllm_vispec.trees.rounds import NO_REQUEST
 from vllm_vispec.trees.setting import schedules_chains
+from vllm_vispec.utils.errors import ViSpecError
 
 _NO_SLOT = -1
 
