@@ -18,12 +18,11 @@ from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import TEXT_FAMILY, write_questions
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
 from vllm_vispec.bench.matrix import MatrixSettings
-from vllm_vispec.bench.packing import pack
 from vllm_vispec.bench.report import write_report
 from vllm_vispec.bench.runner import Tools, run_matrix
 from vllm_vispec.bench.schedules import Ranges, read_schedule
-from vllm_vispec.bench.schema import CELLS_FILE, IMAGES_AS_THEY_ARE, RUN_FILE, read_cells
-from vllm_vispec.cli.errors import exit_on_error
+from vllm_vispec.bench.schema import CELLS_FILE, IMAGES_AS_THEY_ARE, RUN_FILE, pack, read_cells
+from vllm_vispec.cli.options import exit_on_error
 
 PAIR = "examples/tiny_vlm/checkpoints"
 # Relative, so that the commands in the report can be typed in any copy of the repository.
@@ -120,7 +119,7 @@ def reproduce(
     packed = pack(read_cells(run / CELLS_FILE))
     (places.results / CELLS_FILE).write_text(packed, encoding="utf-8")
     files = write_report(places.results, places.pages)
-    tools.say(f"{files.markdown}, {files.html}; the run: {places.results}")
+    tools.log(f"{files.markdown}, {files.html}; the run: {places.results}")
     return outcome.failed == 0
 
 
@@ -141,7 +140,7 @@ def main(
     with exit_on_error():
         ranges = read_schedule(schedule) if schedule else ()
         settings = pair_settings(ranges, repetitions, least)
-        places, tools = Places(work, pages, results), Tools(say=typer.echo)
+        places, tools = Places(work, pages, results), Tools(log=typer.echo)
         complete = reproduce(settings, places, tools, max_tokens=max_tokens)
         typer.echo(f"{(time.monotonic() - begin) / 60:.1f} minutes")
         raise typer.Exit(0 if complete else 1)

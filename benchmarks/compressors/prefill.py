@@ -11,7 +11,6 @@ import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -20,14 +19,11 @@ from benchmarks.ablation.workspace import Workspace
 from benchmarks.compressors.cost import IMAGE_TOKENS
 from examples.tiny_vlm.questions import write_questions
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
-from vllm_vispec.bench.images import samples_for, tokens_of_target
 from vllm_vispec.bench.machine import has_gpu
-from vllm_vispec.bench.profile.engines import EngineProcess
-from vllm_vispec.bench.profile.measure import Engine, Group, groups_of
-from vllm_vispec.bench.profile.parts import PREFILL
-from vllm_vispec.bench.profile.rounds import Found
-from vllm_vispec.bench.profile.settings import default_runner
-from vllm_vispec.bench.profile.worker import Job
+from vllm_vispec.bench.profile import Engine, Group, groups_of
+from vllm_vispec.bench.profile_engine import EngineProcess, Job, default_runner
+from vllm_vispec.bench.profile_steps import PREFILL, Steps
+from vllm_vispec.bench.questions import samples_for, tokens_of_target
 from vllm_vispec.utils.files import write_json
 
 QUESTIONS, REPETITIONS, MAX_TOKENS, NUM_DRAFT_TOKENS = 1, 6, 3, 1
@@ -96,22 +92,22 @@ def measure_prefill(
 def take_turns(engine: Engine, reference: Engine, groups: Sequence[Group]) -> list[Prefill]:
     """Time both on all groups, once to warm up and then in turns."""
     for group in groups:
-        engine.ask(group)
-        reference.ask(group)
+        engine.record(group)
+        reference.record(group)
     pairs: dict[int, list[tuple[float, float]]] = {}
     for repetition in range(REPETITIONS):
         for group in groups:
             # Whoever comes second may find warmer caches.
             order = (engine, reference) if repetition % 2 else (reference, engine)
-            seconds = {id(one): _draft_seconds(one.ask(group)) for one in order}
+            seconds = {id(one): _draft_seconds(one.record(group)) for one in order}
             size, mine = seconds[id(engine)]
             pairs.setdefault(size, []).append((mine, seconds[id(reference)][1]))
     return [_summary(size, found) for size, found in sorted(pairs.items())]
 
 
-def _draft_seconds(found: Found) -> tuple[int, float]:
+def _draft_seconds(found: Steps) -> tuple[int, float]:
     """Image tokens, and seconds of the draft in the prefill."""
-    (prefill,) = [one for one in found.rounds if one.kind == PREFILL]
+    (prefill,) = [one for one in found.steps if one.kind == PREFILL]
     return prefill.image_tokens, prefill.wholes["first_pass"]
 
 
@@ -131,7 +127,7 @@ def _summary(size: int, pairs: Sequence[tuple[float, float]]) -> Prefill:
 def _groups(target: str, folder: Path) -> list[Group]:
     write_questions(folder, "heldout", START, QUESTIONS, (FAMILY,))
     samples = load_dataset("tiny", folder, DatasetOptions(max_tokens=MAX_TOKENS)).samples
-    tokens_of = cache(tokens_of_target(target, PIXELS))
+    tokens_of = tokens_of_target(target, SERVE_ARGS)
     sized = [samples_for(samples, size, tokens_of, folder / "sized") for size in IMAGE_TOKENS]
     return [group for found in sized for group in groups_of(found, 1)]
 

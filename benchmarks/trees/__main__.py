@@ -32,7 +32,7 @@ from examples.pair import (
     Pair,
 )
 from examples.tiny_vlm.families import FAMILIES
-from vllm_vispec.bench.profile.settings import default_runner
+from vllm_vispec.bench.profile_engine import default_runner
 
 DEFAULT_OUTPUT = Path("benchmarks/results/trees.json")
 DEFAULT_PAGE = Path("docs/evidence/trees.md")

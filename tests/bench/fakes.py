@@ -109,8 +109,8 @@ class FakeServer(BenchServer):
 
     def __init__(self, spec: ServerSpec, world: World) -> None:
         super().__init__(spec)
-        self.side, self._world = spec.side, world
-        self.url = f"http://{spec.side}:{spec.port}"
+        self.side, self._world = spec.variant, world
+        self.url = f"http://{spec.variant}:{spec.port}"
         self.rounds = 0
 
     def start(self) -> None:
@@ -122,8 +122,8 @@ class FakeServer(BenchServer):
             self.alive = False
             raise ServerError(f"server of {self.side} ended: no such thing")
 
-    def forget(self) -> None:
-        self._world.events.append(f"forget {self.side}")
+    def reset_caches(self) -> None:
+        self._world.events.append(f"reset {self.side}")
 
     def memory(self) -> MemoryFacts:
         if not self.alive:

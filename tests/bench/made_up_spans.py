@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vllm_vispec.bench.profile import parts
-from vllm_vispec.bench.profile.rounds import Found, Wanted, find_rounds
-from vllm_vispec.bench.profile.spans import Batch, Prompt, Recorder, Span
+from vllm_vispec.bench import profile_steps as parts
+from vllm_vispec.bench.profile_steps import Batch, Prompt, Recorder, Span, Steps, find_steps
 from vllm_vispec.bench.schema import BenchSample
 
 K = 3
-WANTED = Wanted(num_draft_tokens=K, concurrency=1)
 DECODE = Batch((K + 1,), (K,))
 OURS = (("rows", 3.0), ("adaptor", 5.0))
 
@@ -55,7 +53,7 @@ class Tape:
     ) -> None:
         """Record a step of the engine; without what varies, it takes 152 s with three drafts."""
         span = self.recorder.span
-        with span(parts.ROUND):
+        with span(parts.STEP):
             self.wait(1)
             with span(parts.EXECUTE, batch):
                 self.wait(2)
@@ -80,9 +78,9 @@ class Tape:
         """Return what was recorded."""
         return self.recorder.take()
 
-    def found(self, wanted: Wanted = WANTED) -> Found:
-        """Return the rounds of what was recorded."""
-        return find_rounds(self.take(), wanted)
+    def found(self, drafts: int = K, concurrency: int = 1) -> Steps:
+        """Return the steps of what was recorded."""
+        return find_steps(self.take(), drafts, concurrency)
 
 
 @dataclass
@@ -99,7 +97,7 @@ class FakeEngine:
     asked: list[tuple[str, ...]] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
 
-    def ask(self, samples: Sequence[BenchSample]) -> Found:
+    def record(self, samples: Sequence[BenchSample]) -> Steps:
         """Return the rounds of a made-up answer; ViSpec's first pass over a prompt is short."""
         self.asked.append(tuple(sample.sample_id for sample in samples))
         self.log.append(self.side)

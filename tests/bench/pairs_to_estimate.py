@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vllm_vispec.bench.estimate.request import EstimateOptions
-from vllm_vispec.bench.estimate.roofline import Hardware, PassShape, predict
+from vllm_vispec.bench.estimate import EstimateOptions
+from vllm_vispec.bench.roofline import Hardware, PassShape, predict
 
 # A 7B target and a one-layer head on something like an H100.
 ROOT = Path(__file__).resolve().parents[2]

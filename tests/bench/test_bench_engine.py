@@ -71,7 +71,7 @@ class OneDeath:
 
     def make_load(self, job: LoadJob) -> LoadResult:
         server = self.servers[job.url]
-        if self.dies and server.spec.side == KILLED and LAST in job.questions.name:
+        if self.dies and server.spec.variant == KILLED and LAST in job.questions.name:
             self.dies = False
             assert server._process is not None
             os.killpg(server._process.pid, signal.SIGKILL)

@@ -11,9 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.bench.pairs_to_estimate import CHECKPOINTS, QWEN_7B, ROOT, TYPICAL, folder
-from vllm_vispec.bench.estimate.calibrate import MeasuredCell, hold_out, read_measured
-from vllm_vispec.bench.estimate.roofline import Hardware, predict
-from vllm_vispec.bench.estimate.shapes import draft_shape, target_shape
+from vllm_vispec.bench.calibrate import MeasuredCell, hold_out, read_measured
+from vllm_vispec.bench.roofline import Hardware, draft_shape, predict, target_shape
 from vllm_vispec.bench.schema import (
     CELLS_FILE,
     FORMAT,

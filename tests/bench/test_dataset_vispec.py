@@ -12,8 +12,7 @@ from vllm_vispec.bench.datasets import (
     DatasetOptions,
     load_dataset,
 )
-from vllm_vispec.bench.datasets.records import CHAT_SYSTEM
-from vllm_vispec.bench.datasets.vispec_tasks import DESCRIBE, EXPLAIN, READ_TEXT, TASKS
+from vllm_vispec.bench.public_sets import CHAT_SYSTEM, DESCRIBE, EXPLAIN, READ_TEXT, TASKS
 from vllm_vispec.utils.errors import ViSpecError
 
 

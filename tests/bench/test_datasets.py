@@ -12,10 +12,9 @@ from tests.bench.dataset_files import by_id, picture, rejections, write_lines
 from vllm_vispec.bench.datasets import (
     ADAPTERS,
     CATEGORIES,
-    UNLABELLED,
     load_dataset,
 )
-from vllm_vispec.bench.datasets.records import CHAT_SYSTEM
+from vllm_vispec.bench.public_sets import CHAT_SYSTEM, UNLABELLED
 from vllm_vispec.bench.schema import BenchSample
 from vllm_vispec.data.types import Part, Turn
 from vllm_vispec.utils.errors import ViSpecError

@@ -22,20 +22,21 @@ from tests.bench.pairs_to_estimate import (
     options,
     speedup,
 )
-from vllm_vispec.bench.estimate.request import (
+from vllm_vispec.bench.estimate import (
     DEVICES,
     EstimateOptions,
     estimate,
     estimate_to_markdown,
 )
-from vllm_vispec.bench.estimate.roofline import (
+from vllm_vispec.bench.roofline import (
     FREE,
     Hardware,
     PassShape,
+    acceptance_length,
+    draft_shape,
     predict,
-    tokens_per_round,
+    target_shape,
 )
-from vllm_vispec.bench.estimate.shapes import draft_shape, target_shape
 from vllm_vispec.utils.errors import ViSpecError
 
 # Limits
@@ -81,7 +82,7 @@ def test_it_rises_with_the_acceptance_of_every_position() -> None:
 def test_it_falls_with_the_batch_and_never_exceeds_the_tokens_of_a_round() -> None:
     found = [speedup(batch=batch, context=1) for batch in (1, 64, 256, 1024)]
     assert found == sorted(found, reverse=True)
-    assert found[0] < tokens_per_round(TYPICAL, 4)
+    assert found[0] < acceptance_length(TYPICAL, 4)
 
 
 def test_a_smaller_draft_and_less_context_for_it_gain() -> None:

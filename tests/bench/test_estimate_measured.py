@@ -15,14 +15,13 @@ from tests.bench.pairs_to_estimate import (
     TARGET,
     TYPICAL,
 )
-from vllm_vispec.bench.estimate.calibrate import (
+from vllm_vispec.bench.calibrate import (
     MeasuredCell,
     calibrate,
     calibration_to_markdown,
     measured_cells,
 )
-from vllm_vispec.bench.estimate.roofline import Hardware, predict
-from vllm_vispec.bench.estimate.shapes import draft_shape, target_shape
+from vllm_vispec.bench.roofline import Hardware, draft_shape, predict, target_shape
 from vllm_vispec.bench.schema import (
     BenchRun,
     CellKey,

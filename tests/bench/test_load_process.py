@@ -6,14 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.bench.fakes import SAMPLES
-from vllm_vispec.bench.load import LoadError, LoadGenerator, LoadJob
-from vllm_vispec.bench.load_worker import run
-from vllm_vispec.compat.check import group_problem
-from vllm_vispec.compat.groups import BENCH
+from vllm_vispec.bench.load import LoadError, LoadGenerator, LoadJob, make_load
 
 CHILD = """
 import json, os, sys, time
@@ -95,7 +93,7 @@ def test_a_child_that_never_gets_ready(child: Path, tmp_path: Path) -> None:
 PARENT = """
 import os, sys, time
 from pathlib import Path
-from vllm_vispec.bench.children import ChildProcess
+from vllm_vispec.utils.process import ChildProcess
 child = ChildProcess(["-c", "import time; time.sleep(60)"], os.environ, Path(sys.argv[1]))
 print(child.pid, flush=True)
 time.sleep(60)
@@ -125,13 +123,9 @@ def _is_there(process: int) -> bool:
     return state != "Z"
 
 
-def test_the_command_is_run_in_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[list[str]] = []
-    monkeypatch.setattr("vllm.entrypoints.cli.main.main", lambda: called.append(sys.argv))
-    monkeypatch.setattr(sys, "argv", ["unchanged"])
-    assert run({"arguments": ["bench", "serve"]}) == {}
-    assert called == [["vllm", "bench", "serve"]]
-
-
-def test_vllm_is_as_the_benchmark_expects() -> None:
-    assert group_problem(BENCH) is None
+def test_the_command_is_run_in_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr("vllm.benchmarks.serve.main", called.append)
+    assert make_load({"arguments": job(tmp_path).arguments()}) == {}
+    (given,) = called
+    assert (given.base_url, given.max_concurrency, given.save_detailed) == ("http://x", 1, True)

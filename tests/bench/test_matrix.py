@@ -11,10 +11,10 @@ import pytest
 
 from tests.bench.fakes import HEAD, SETTINGS, TARGET
 from vllm_vispec.bench.heads import plain_eagle_head, target_embedding, with_bias, zeroed_head
-from vllm_vispec.bench.images import find_side, samples_for
 from vllm_vispec.bench.matrix import MatrixSettings, different_settings
+from vllm_vispec.bench.questions import find_side, samples_for
 from vllm_vispec.bench.schema import BenchSample
-from vllm_vispec.bench.sides import SIDES, Heads
+from vllm_vispec.bench.variants import VARIANTS, Heads
 from vllm_vispec.data.types import Part, Turn
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -25,13 +25,13 @@ def test_every_cell_once_per_repetition() -> None:
     assert list(groups) == [3, 5]
     for num_tokens, visits in groups.items():
         assert len(visits) == len(set(visits)) == 2 * 2 * 2
-        assert {visit.key.num_speculative_tokens for visit in visits} == {num_tokens}
+        assert {key.num_speculative_tokens for key, _ in visits} == {num_tokens}
 
 
 def test_sides_follow_each_other_and_take_turns_to_be_first() -> None:
     settings = replace(SETTINGS, concurrency=(1, 2), repetitions=2)
     ((_, visits),) = settings.groups()
-    order = [(v.repetition, v.key.concurrency, v.key.side) for v in visits]
+    order = [(number, key.concurrency, key.side) for key, number in visits]
     assert order == [
         (0, 1, "plain"),
         (0, 1, "vispec"),
@@ -58,7 +58,7 @@ def test_a_star_varies_one_axis_at_a_time() -> None:
     found = {
         k: [
             (key.concurrency, key.temperature, key.image_tokens)
-            for key in (visit.key for visit in visits)
+            for key, _ in visits
             if key.side == "plain"
         ]
         for k, visits in groups.items()
@@ -126,7 +126,7 @@ def test_axes_may_widen_but_not_the_rest() -> None:
 
 def test_speculative_configs(tmp_path: Path) -> None:
     heads = Heads(str(TARGET), str(HEAD), "org/eagle-head", tmp_path, ((1, 4, 5), (5, 16, 0)))
-    configs = {name: side.speculative_config(heads, 5) for name, side in SIDES.items()}
+    configs = {name: side.speculative_config(heads, 5) for name, side in VARIANTS.items()}
     assert configs["plain"] is None
     made = {name: config for name, config in configs.items() if config is not None}
     assert {config["num_speculative_tokens"] for config in made.values()} == {5}

@@ -10,8 +10,15 @@ import numpy
 import pytest
 
 from vllm_vispec.bench.intervals import Measured, with_interval
-from vllm_vispec.bench.metrics import METRICS, Value, by_key, measure, plain_key
-from vllm_vispec.bench.pairing import only_family, percentile
+from vllm_vispec.bench.metrics import (
+    METRICS,
+    Value,
+    baseline_key,
+    by_key,
+    measure,
+    only_family,
+    percentile,
+)
 from vllm_vispec.bench.schema import CellKey, CellResult, MemoryFacts, Request, SpecCounters
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -29,7 +36,7 @@ def request(name: str, tokens: int, ttft: float, e2e: float, gaps: int) -> Reque
 # One repetition of two samples. Decode time per token after the first: plain 0.4 / 4 and 1.0 / 10,
 # side 0.2 / 4 in 2 rounds and 0.5 / 10 in 5 rounds.
 PLAIN = CellResult(
-    plain_key(KEY),
+    baseline_key(KEY),
     0,
     (request("a1", 5, 0.10, 0.50, 4), request("b1", 11, 0.20, 1.20, 10)),
     1.7,
@@ -186,7 +193,7 @@ def test_percentile_is_numpys() -> None:
 
 def test_cells_by_key() -> None:
     groups = by_key([replace(SIDE, repetition=1), PLAIN, SIDE])
-    assert list(groups) == [KEY, plain_key(KEY)]
+    assert list(groups) == [KEY, baseline_key(KEY)]
     assert [cell.repetition for cell in groups[KEY]] == [0, 1]
 
 

@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 
 from tests.bench.made_up_runs import made_up
-from vllm_vispec.bench.packing import pack, unpack
-from vllm_vispec.bench.schema import CELLS_FILE, RUN_FILE, BenchRun, CellResult, read_cells
+from vllm_vispec.bench.schema import (
+    CELLS_FILE,
+    RUN_FILE,
+    BenchRun,
+    CellResult,
+    pack,
+    read_cells,
+    unpack,
+)
 from vllm_vispec.utils.errors import ViSpecError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"

@@ -17,17 +17,24 @@ from typer.testing import CliRunner
 
 from tests.bench.fakes import HEAD, SAMPLES, TARGET
 from tests.bench.made_up_spans import DECODE, FakeEngine, K, Tape, prefill
-from vllm_vispec.bench.profile import engines, run
-from vllm_vispec.bench.profile.measure import UNPAIRED, Block, groups_of, measure, pair
-from vllm_vispec.bench.profile.probes import INTERPRETED
-from vllm_vispec.bench.profile.result import Profile, notes
-from vllm_vispec.bench.profile.rounds import Found
-from vllm_vispec.bench.profile.settings import ProfileSettings
-from vllm_vispec.bench.profile.tables import print_profile
+from vllm_vispec.bench import profile as run
+from vllm_vispec.bench.profile import (
+    UNPAIRED,
+    ProfileSettings,
+    groups_of,
+    measure,
+    notes,
+    pair,
+)
+from vllm_vispec.bench.profile_engine import RUNNERS, EngineProcess
+from vllm_vispec.bench.profile_page import print_profile
+from vllm_vispec.bench.profile_steps import Steps
+from vllm_vispec.bench.profile_summary import Block, Profile
 from vllm_vispec.cli.app import app
 from vllm_vispec.utils.errors import ViSpecError
 
 CLI = CliRunner()
+INTERPRETED = RUNNERS["v2"].note_on_cpu
 SETTINGS = ProfileSettings(
     str(TARGET), str(HEAD), "questions.jsonl", num_speculative_tokens=K, repetitions=2
 )
@@ -85,15 +92,15 @@ def test_sides_take_turns() -> None:
     log: list[str] = []
     sides = {side: FakeEngine(side, log=log) for side in ("vispec", "eagle")}
     sides["eagle"].decode_rounds = 5
-    measured = measure(sides, groups_of(SAMPLES[:2], 1), 2, lambda _: None)
+    blocks, left_out = measure(sides, groups_of(SAMPLES[:2], 1), 2, lambda _: None)
     warm_up, first, second = log[:4], log[4:8], log[8:]
     assert warm_up == ["eagle", "vispec"] * 2
     assert first == ["eagle", "vispec", "vispec", "eagle"]
     assert second == ["vispec", "eagle", "eagle", "vispec"]
     assert sides["eagle"].asked == sides["vispec"].asked == [("s0",), ("s1",)] * 3
-    assert len(measured.blocks) == 4
-    assert measured.left_out["eagle"] == {UNPAIRED: 8}
-    assert measured.left_out["vispec"] == {}
+    assert len(blocks) == 4
+    assert left_out["eagle"] == {UNPAIRED: 8}
+    assert left_out["vispec"] == {}
 
 
 def test_groups_are_full() -> None:
@@ -105,8 +112,8 @@ def test_groups_are_full() -> None:
 
 def test_no_round_to_compare() -> None:
     class Silent(FakeEngine):
-        def ask(self, samples: Any) -> Found:
-            return Found(left_out={"incomplete": 3})
+        def record(self, samples: Any) -> Steps:
+            return Steps(left_out={"incomplete": 3})
 
     silent = {side: Silent(side) for side in ("eagle", "vispec")}
     with pytest.raises(ViSpecError, match=r"no decode round could be compared.*incomplete.*graphs"):
@@ -139,7 +146,7 @@ def test_files(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert svg.startswith(b"<?xml")
     print_profile(profile, Console(width=110))
     shown = capsys.readouterr().out
-    assert "A prefill round, medians over 4 on each side" in shown
+    assert "Prefill steps, medians over 4 on each side" in shown
     assert "vision adaptor" in shown
     run.run_profile(SETTINGS, SAMPLES[:2], tmp_path / "out", tools)
     assert (folder / "profile.svg").read_bytes() == svg
@@ -211,7 +218,7 @@ def test_bad_options(options: dict[str, str], said: str, tmp_path: Path) -> None
 def test_interpreted_runner_says_so() -> None:
     assert INTERPRETED not in notes(SETTINGS)
     v2 = ProfileSettings(str(TARGET), str(HEAD), "d", runner="v2")
-    assert notes(v2)[0] == INTERPRETED
+    assert next(notes(v2)) == INTERPRETED
 
 
 def test_jobs_make_a_head_of_equal_size(tmp_path: Path) -> None:
@@ -230,7 +237,7 @@ def test_jobs_make_a_head_of_equal_size(tmp_path: Path) -> None:
     again = run.jobs(draft, tmp_path)
     assert again["eagle"] == found["eagle"]
     assert again["vispec"].speculative_config["image_table_size"] == 8
-    assert engines.environment(found["eagle"])["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    assert found["eagle"].environment()["VLLM_USE_V2_MODEL_RUNNER"] == "0"
 
 
 @pytest.mark.parametrize(
@@ -252,7 +259,7 @@ def test_an_engine_that_does_not_start(
     job = run.jobs(SETTINGS, tmp_path)["eagle"]
     with (
         pytest.raises(ViSpecError) as error,
-        engines.EngineProcess("eagle", job, tmp_path / "log"),
+        EngineProcess("eagle", job, tmp_path / "log"),
     ):
         pass
     assert said in str(error.value)

@@ -10,17 +10,16 @@ import pytest
 from examples.tiny_vlm.questions import write_questions
 from tests.bench.fakes import HEAD, SAMPLES, TARGET
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
-from vllm_vispec.bench.profile.parts import columns
-from vllm_vispec.bench.profile.probes import INTERPRETED
-from vllm_vispec.bench.profile.result import Profile
-from vllm_vispec.bench.profile.rounds import INCOMPLETE
-from vllm_vispec.bench.profile.run import run_profile
-from vllm_vispec.bench.profile.settings import ProfileSettings
+from vllm_vispec.bench.profile import ProfileSettings, run_profile
+from vllm_vispec.bench.profile_engine import RUNNERS
+from vllm_vispec.bench.profile_steps import INCOMPLETE, columns
+from vllm_vispec.bench.profile_summary import Profile
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE
 from vllm_vispec.utils.errors import ViSpecError
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
+INTERPRETED = RUNNERS["v2"].note_on_cpu
 SERVE = "--dtype float32 --max-model-len 512 --max-num-seqs 4 --max-num-batched-tokens 512"
 ONLY_OURS = {"adaptor", "row_codes"}
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.bench.made_up_spans import DECODE, OURS, WANTED, K, Tape, prefill
-from vllm_vispec.bench.profile import parts
-from vllm_vispec.bench.profile.probes import RUNNERS, batch_of, find_runner
-from vllm_vispec.bench.profile.rounds import INCOMPLETE, OTHER_BATCH, Found, find_rounds
-from vllm_vispec.bench.profile.spans import Batch, Prompt, Recorder
+from tests.bench.made_up_spans import DECODE, OURS, K, Tape, prefill
+from vllm_vispec.bench import profile_steps as parts
+from vllm_vispec.bench.profile_engine import RUNNERS, find_runner, install
+from vllm_vispec.bench.profile_steps import (
+    INCOMPLETE,
+    OTHER_BATCH,
+    Batch,
+    Prompt,
+    Recorder,
+    Steps,
+    find_steps,
+)
 from vllm_vispec.compat.check import require
 from vllm_vispec.compat.groups import PROFILE
 from vllm_vispec.utils.errors import ViSpecError
@@ -23,7 +29,7 @@ from vllm_vispec.utils.errors import ViSpecError
 def test_a_decoding_round() -> None:
     tape = Tape()
     tape.step(DECODE, ours=OURS[:1])
-    (found,) = tape.found().rounds
+    (found,) = tape.found().steps
     assert (found.kind, found.requests, found.prompt_tokens) == ("decode", 1, 0)
     assert found.seconds == {
         "target_pass": 50,
@@ -48,7 +54,7 @@ def test_a_prefill_round_is_apart() -> None:
     tape = Tape()
     tape.step(prefill(40, 30), vision=25.0, ours=OURS)
     tape.step(DECODE)
-    first, second = tape.found().rounds
+    first, second = tape.found().steps
     assert (first.kind, first.prompt_tokens, first.image_tokens) == ("prefill", 40, 30)
     assert (first.seconds["vision_tower"], first.seconds["adaptor"]) == (25, 5)
     assert sum(first.seconds.values()) == pytest.approx(first.wholes["round"])
@@ -61,7 +67,7 @@ def test_a_prefill_round_is_apart() -> None:
 def test_work_of_a_kind_that_has_no_such_part_is_host_work() -> None:
     tape = Tape()
     tape.step(DECODE, ours=(("adaptor", 9.0),))
-    (found,) = tape.found().rounds
+    (found,) = tape.found().steps
     assert found.seconds["host"] == 3 + 9
 
 
@@ -84,31 +90,31 @@ def test_other_rounds_are_left_out(batch: Batch, drafts: int, reason: str) -> No
     tape.step(DECODE)
     tape.step(batch, drafts=drafts)
     found = tape.found()
-    assert len(found.rounds) == 1
+    assert len(found.steps) == 1
     assert found.left_out == {reason: 1}
 
 
 def test_steps_that_run_nothing_are_no_rounds() -> None:
     tape = Tape()
     tape.step(Batch((), ()), drafts=0)
-    tape.leaf(parts.ROUND, 1)
-    assert tape.found() == Found()
+    tape.leaf(parts.STEP, 1)
+    assert tape.found() == Steps()
 
 
 def test_full_batches_count_with_concurrency() -> None:
     tape = Tape()
     tape.step(Batch((K + 1, K + 1), (K, K)))
     tape.step(DECODE)
-    found = tape.found(replace(WANTED, concurrency=2))
-    assert [one.requests for one in found.rounds] == [2]
+    found = tape.found(concurrency=2)
+    assert [one.requests for one in found.steps] == [2]
     assert found.left_out == {OTHER_BATCH: 1}
 
 
 def test_one_draft_token_has_no_step() -> None:
     tape = Tape()
     tape.step(Batch((2,), (1,)), drafts=1)
-    (found,) = tape.found(replace(WANTED, num_draft_tokens=1)).rounds
-    assert not [name for name in found.seconds if name.startswith(parts.STEP)]
+    (found,) = tape.found(drafts=1).steps
+    assert not [name for name in found.seconds if name.startswith(parts.DRAFT_STEP)]
     assert "step" not in found.wholes
     assert sum(found.seconds.values()) == found.wholes["round"]
 
@@ -118,7 +124,7 @@ def test_rounds_survive_json() -> None:
     tape.step(prefill(), vision=2)
     tape.step(Batch((9,), (8,)))
     found = tape.found()
-    assert Found.from_json(found.to_json()) == found
+    assert Steps.from_json(found.to_json()) == found
 
 
 class Draft(torch.nn.Module):
@@ -178,25 +184,25 @@ def test_batch_of_a_scheduler_output() -> None:
         scheduled_spec_decode_tokens={"a": [5, 6, 7]},
         scheduled_new_reqs=[new],
     )
-    assert batch_of(output) == Batch((4, 9), (3, 0), (Prompt(9, 0, 12),))
+    assert Batch.of_scheduler(output) == Batch((4, 9), (3, 0), (Prompt(9, 0, 12),))
 
 
 def fake_llm(**runner: Any) -> Any:
     """An engine's way to its model runner."""
-    worker = SimpleNamespace(worker=SimpleNamespace(model_runner=SimpleNamespace(**runner)))
-    executor = SimpleNamespace(driver_worker=worker)
-    core = SimpleNamespace(engine_core=SimpleNamespace(model_executor=executor))
-    return SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core, step=lambda: None))
+    worker = SimpleNamespace(model_runner=SimpleNamespace(**runner))
+    engine = SimpleNamespace(step=lambda: None)
+    return SimpleNamespace(
+        llm_engine=engine, worker=worker, collective_rpc=lambda method: [method(worker)]
+    )
 
 
 def test_wrong_engines_are_refused() -> None:
     recorder = Recorder(lambda: 0.0)
     with pytest.raises(ViSpecError, match="--runner v2: vLLM started another model runner"):
-        find_runner("v2").install(recorder, fake_llm(drafter=1))
+        install(recorder, fake_llm(drafter=1), "v2")
+    two = SimpleNamespace(collective_rpc=lambda method: [1, 2])
     with pytest.raises(ViSpecError, match="more than one process; a profile needs one"):
-        find_runner("v1").install(
-            recorder, SimpleNamespace(llm_engine=SimpleNamespace(engine_core=1))
-        )
+        install(recorder, two, "v1")
     with pytest.raises(ViSpecError, match="--runner v3 is unknown: choose from v1, v2"):
         find_runner("v3")
 
@@ -223,11 +229,11 @@ def test_every_runner_is_watched_where_it_says(name: str) -> None:
         **{probe.draft_sample: lambda: draft.compute_logits(x)},
     )
     llm = fake_llm(
-        execute_model=execute_model,
         get_model=lambda: target,
         **{probe.drafter: drafter, probe.sample: lambda: None},
     )
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    runner = llm.worker.model_runner
+    llm.worker.execute_model = execute_model
     output = SimpleNamespace(
         num_scheduled_tokens={"a": K + 1},
         scheduled_spec_decode_tokens={"a": [0] * K},
@@ -235,14 +241,14 @@ def test_every_runner_is_watched_where_it_says(name: str) -> None:
     )
 
     def step() -> None:
-        runner.execute_model(output)
+        llm.worker.execute_model(output)
         getattr(runner, probe.sample)()
         drafter.propose()
 
     llm.llm_engine.step = step
-    probe.install(tape.recorder, llm)
+    install(tape.recorder, llm, name)
     llm.llm_engine.step()
-    assert [one.kind for one in find_rounds(tape.take(), WANTED).rounds] == ["decode"]
+    assert [one.kind for one in find_steps(tape.take(), K, 1).steps] == ["decode"]
 
 
 def test_this_vllm_can_be_looked_into() -> None:

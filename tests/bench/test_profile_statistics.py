@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.bench.made_up_spans import DECODE, Tape
-from vllm_vispec.bench.profile.measure import Block
-from vllm_vispec.bench.profile.statistics import summarise
+from vllm_vispec.bench.profile_summary import Block, summarise
 
 
 def block(eagle: float, vispec: float, rounds: int = 3) -> Block:
@@ -16,7 +15,7 @@ def block(eagle: float, vispec: float, rounds: int = 3) -> Block:
         tape = Tape()
         for _ in range(rounds):
             tape.step(DECODE, first_pass=seconds)
-        sides.append(tape.found().rounds)
+        sides.append(tape.found().steps)
     return Block(*sides)
 
 

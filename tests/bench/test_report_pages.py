@@ -16,10 +16,10 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.bench.made_up_runs import EVIL, RESAMPLES, made_up, report, text_of
+from vllm_vispec.bench.facts import Facts
 from vllm_vispec.bench.pages import code, escape, fenced
+from vllm_vispec.bench.plots import Chart
 from vllm_vispec.bench.report import write_report
-from vllm_vispec.bench.report.facts import Facts
-from vllm_vispec.bench.report.plots import Chart
 from vllm_vispec.bench.schema import CELLS_FILE, RUN_FILE, BenchRun, CellResult
 from vllm_vispec.cli.bench import app
 from vllm_vispec.utils.errors import ViSpecError

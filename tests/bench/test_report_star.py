@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tests.bench.made_up_runs import RESAMPLES, made_up, table, text_of
-from vllm_vispec.bench.design import points
-from vllm_vispec.bench.report.facts import Facts
+from vllm_vispec.bench.facts import Facts
+from vllm_vispec.bench.matrix import points
 from vllm_vispec.bench.schema import BenchRun
 
 SIDES = 3

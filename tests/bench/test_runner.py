@@ -13,14 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.bench.fakes import HEAD, SAMPLES, SETTINGS, TARGET, World, answer, lines
-from vllm_vispec.bench.checks import check_inputs
-from vllm_vispec.bench.environment import EXTENSION
 from vllm_vispec.bench.load import (
     LoadError,
     LoadJob,
     LoadResult,
 )
-from vllm_vispec.bench.runner import lookups_between, run_matrix
+from vllm_vispec.bench.runner import run_matrix
 from vllm_vispec.bench.schema import (
     BenchRun,
     BenchSample,
@@ -28,10 +26,11 @@ from vllm_vispec.bench.schema import (
     SpecCounters,
 )
 from vllm_vispec.bench.server import (
+    EXTENSION,
     option_value,
+    serve_arguments,
 )
-from vllm_vispec.bench.serving import serve_arguments
-from vllm_vispec.bench.sides import Heads
+from vllm_vispec.bench.variants import Heads, check_inputs
 from vllm_vispec.utils.errors import ViSpecError
 
 BOTH = replace(SETTINGS, concurrency=(1, 2), repetitions=2, warm_up=1)
@@ -66,7 +65,7 @@ def test_records(tmp_path: Path) -> None:
         assert cell.spec == (counted if cell.key.side == "vispec" else None)
         assert ("--speculative-config" in serve) == (cell.key.side == "vispec")
         assert (f"--worker-extension-cls {EXTENSION}" in serve) == (cell.key.side == "vispec")
-    assert BenchRun.of_this_format(json.loads(json.dumps(run.to_json()))) == run
+    assert BenchRun.from_json(json.loads(json.dumps(run.to_json()))) == run
 
 
 def test_a_cell_asks_as_many_questions_as_its_load_needs(tmp_path: Path) -> None:
@@ -90,7 +89,7 @@ def test_image_lookups_are_those_of_the_cell(tmp_path: Path) -> None:
     for cell in BenchRun.load(tmp_path).cells:
         found = cell.memory.image_table_hits, cell.memory.image_table_misses
         assert found == ((6, 3) if cell.key.side == "vispec" else (None, None))
-    assert lookups_between(MemoryFacts(1, 2, 3, 4), MemoryFacts()) == MemoryFacts(1, 2)
+    assert MemoryFacts(1, 2, 3, 4).since(MemoryFacts()) == MemoryFacts(1, 2)
 
 
 def test_every_number_of_draft_tokens_has_its_own_servers(tmp_path: Path) -> None:
@@ -128,7 +127,7 @@ def test_a_failed_cell_is_recorded_and_tried_again_later(tmp_path: Path) -> None
 def test_starts_overlap_where_there_are_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_vispec.bench.serving.starts_at_once", lambda: 2)
+    monkeypatch.setattr("vllm_vispec.bench.server.starts_at_once", lambda: 2)
     world = World()
     settings = replace(SETTINGS, sides=("plain", "ngram", "vispec"), warm_up=1)
     assert run_matrix(settings, SAMPLES, tmp_path, tools=world.tools()).measured == 3
@@ -148,7 +147,7 @@ def test_starts_overlap_where_there_are_cores(
 def test_a_side_that_does_not_start_fails_alone(
     tmp_path: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_vispec.bench.serving.starts_at_once", lambda: at_once)
+    monkeypatch.setattr("vllm_vispec.bench.server.starts_at_once", lambda: at_once)
     world = World(broken={"vispec"})
     outcome = run_matrix(BOTH, SAMPLES, tmp_path, tools=world.tools())
     assert (outcome.measured, outcome.failed) == (4, 4)
@@ -280,7 +279,7 @@ def test_missing_target_and_heads(tmp_path: Path) -> None:
 
 def test_options_of_all_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heads = Heads(str(TARGET), str(HEAD), "", tmp_path)
-    monkeypatch.setattr("vllm_vispec.bench.serving.has_gpu", lambda: True)
+    monkeypatch.setattr("vllm_vispec.bench.server.has_gpu", lambda: True)
     arguments = serve_arguments(SETTINGS, "vispec", heads, 4, servers=3)
     assert arguments[:3] == (str(TARGET), "--seed", "1")
     assert option_value(arguments, "--gpu-memory-utilization") == "0.300"

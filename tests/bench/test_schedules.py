@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.bench.fakes import HEAD, SAMPLES, SETTINGS, TARGET, World
-from vllm_vispec.bench.estimate.schedule import merged_ranges
 from vllm_vispec.bench.matrix import different_settings
 from vllm_vispec.bench.runner import run_matrix
-from vllm_vispec.bench.schedules import SETTING, read_schedule, speculative_config
+from vllm_vispec.bench.schedules import SETTING, merged_ranges, read_schedule, speculative_config
 from vllm_vispec.bench.schema import BenchRun
-from vllm_vispec.bench.sides import SIDES, Heads
+from vllm_vispec.bench.variants import VARIANTS, Heads
 from vllm_vispec.utils.errors import ViSpecError
 
 RANGES = ((1, 4, 5), (5, 16, 0))
@@ -62,14 +61,14 @@ def test_what_is_refused(text: str, message: str) -> None:
 
 def test_merged_ranges() -> None:
     chosen = [(1, 5), (2, 5), (4, 3), (16, 0)]
-    assert merged_ranges(chosen) == [(1, 3, 5), (4, 15, 3), (16, 16, 0)]
-    assert merged_ranges(chosen, midway=True) == [(1, 2, 5), (3, 7, 3), (8, 16, 0)]
-    assert merged_ranges([(8, 2)]) == [(1, 8, 2)]
+    assert merged_ranges(chosen) == ((1, 3, 5), (4, 15, 3), (16, 16, 0))
+    assert merged_ranges(chosen, midway=True) == ((1, 2, 5), (3, 7, 3), (8, 16, 0))
+    assert merged_ranges([(8, 2)]) == ((1, 8, 2),)
 
 
 def test_the_side_is_served_with_the_schedule(tmp_path: Path) -> None:
     heads = Heads(str(TARGET), str(HEAD), "", tmp_path, RANGES)
-    config = SIDES["vispec_tuned"].speculative_config(heads, 3)
+    config = VARIANTS["vispec_tuned"].speculative_config(heads, 3)
     assert config == {
         "method": "vispec",
         "model": str(HEAD),
@@ -81,7 +80,7 @@ def test_the_side_is_served_with_the_schedule(tmp_path: Path) -> None:
 
 def test_no_draft_at_k_0(tmp_path: Path) -> None:
     heads = Heads(str(TARGET), str(HEAD), "", tmp_path)
-    config = SIDES["vispec"].speculative_config(heads, 0)
+    config = VARIANTS["vispec"].speculative_config(heads, 0)
     assert config is not None
     assert (config["num_speculative_tokens"], config[SETTING]) == (1, [[1, 1, 0]])
 

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 
 from tests.bench.fakes import SAMPLES, SETTINGS, World, lines
-from vllm_vispec.bench.environment import EXTENSION, IMAGE_TABLE
-from vllm_vispec.bench.follow_up import Ask, with_answers
 from vllm_vispec.bench.load import (
     LoadError,
     LoadJob,
@@ -24,9 +22,9 @@ from vllm_vispec.bench.load import (
     read_result,
     write_questions,
 )
-from vllm_vispec.bench.memory import peak_bytes
-from vllm_vispec.bench.questions import QuestionStore
-from vllm_vispec.bench.runner import digest, interruptible
+from vllm_vispec.bench.machine import peak_bytes
+from vllm_vispec.bench.questions import AskTarget, QuestionStore, with_answers
+from vllm_vispec.bench.runner import digest
 from vllm_vispec.bench.schema import (
     BenchSample,
     CellResult,
@@ -34,6 +32,8 @@ from vllm_vispec.bench.schema import (
     SpecCounters,
 )
 from vllm_vispec.bench.server import (
+    EXTENSION,
+    IMAGE_TABLE,
     BenchServer,
     ServerError,
     ServerSpec,
@@ -42,6 +42,7 @@ from vllm_vispec.bench.server import (
 )
 from vllm_vispec.data.types import Part, Turn
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.process import interruptible
 
 
 def test_earlier_questions_are_answered_once() -> None:
@@ -69,7 +70,7 @@ def test_earlier_questions_are_answered_when_they_are_needed(
     samples = [replace(SAMPLES[0], sample_id=f"s{number}", turns=(ask, ask)) for number in range(5)]
     asked: list[str] = []
 
-    def ask_server(url: str, model: str) -> Ask:
+    def ask_server(url: str, model: str) -> AskTarget:
         return lambda sample: asked.append(sample.sample_id) or f"{url} said so"  # type: ignore[func-returns-value]
 
     monkeypatch.setattr("vllm_vispec.bench.questions.ask_server", ask_server)

@@ -19,7 +19,7 @@ from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.runner import Outcome, run_matrix
 from vllm_vispec.bench.schedules import SETTING
 from vllm_vispec.bench.schema import BenchRun, CellResult
-from vllm_vispec.bench.tune import Gain, Tuning, choose, gains_of, verdicts, verify_settings
+from vllm_vispec.bench.tune import Gain, Tuning, choose_k, gains_of
 from vllm_vispec.cli.app import app
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -56,16 +56,16 @@ def gains(**values: float) -> dict[int, Gain]:
     ],
 )
 def test_choice(given: dict[int, Gain], chosen: int) -> None:
-    assert choose(given) == chosen
+    assert choose_k(given) == chosen
 
 
 def test_a_noisy_gain_does_not_count() -> None:
-    assert choose({0: Gain(1.0, 0.01), 5: Gain(1.2, 0.3)}) == 0
-    assert choose({0: Gain(1.0, 0.01), 5: Gain(1.2, 0.1)}) == 5
+    assert choose_k({0: Gain(1.0, 0.01), 5: Gain(1.2, 0.3)}) == 0
+    assert choose_k({0: Gain(1.0, 0.01), 5: Gain(1.2, 0.1)}) == 5
 
 
 def test_tuning_of_a_run() -> None:
-    tuning = Tuning.of(run_with(SPEEDS))
+    tuning = Tuning.from_run(run_with(SPEEDS))
     assert dict(tuning.chosen) == {1: 5, 4: 3, 16: 1, 64: 0}
     # Midway: 2 is between 1 and 4, so it goes with 4; 8 between 4 and 16, 32 between 16 and 64.
     assert tuning.ranges == RANGES
@@ -84,8 +84,8 @@ def test_tuning_of_a_run() -> None:
 
 def test_noise_makes_the_choice_smaller() -> None:
     speeds = {1: {1: 1.4, 3: 1.5}}
-    assert Tuning.of(run_with(speeds, noise=0.001)).chosen == {1: 3}
-    assert Tuning.of(run_with(speeds, noise=0.3)).chosen[1] < 3
+    assert Tuning.from_run(run_with(speeds, noise=0.001)).chosen == {1: 3}
+    assert Tuning.from_run(run_with(speeds, noise=0.3)).chosen[1] < 3
 
 
 def test_several_conditions_are_averaged() -> None:
@@ -103,14 +103,14 @@ def test_several_conditions_are_averaged() -> None:
 
 
 def test_one_k_for_all_needs_no_ranges() -> None:
-    tuning = Tuning.of(run_with({1: {3: 2.0}, 8: {3: 1.5}}))
+    tuning = Tuning.from_run(run_with({1: {3: 2.0}, 8: {3: 1.5}}))
     assert tuning.ranges == ((1, 8, 3),)
     assert tuning.config is not None
     assert SETTING not in tuning.config
 
 
 def test_no_gain_anywhere() -> None:
-    tuning = Tuning.of(run_with({1: {3: 0.9}, 8: {3: 0.8}}))
+    tuning = Tuning.from_run(run_with({1: {3: 0.9}, 8: {3: 0.8}}))
     assert tuning.config is None
     assert "serve without it" in tuning.advice()[0]
     assert tuning.to_json()["speculative_config"] is None
@@ -118,22 +118,15 @@ def test_no_gain_anywhere() -> None:
 
 def test_a_run_without_vispec() -> None:
     with pytest.raises(ViSpecError, match="no decode_speedup of the side vispec"):
-        Tuning.of(run_with(SPEEDS, side="ngram"))
+        Tuning.from_run(run_with(SPEEDS, side="ngram"))
     with pytest.raises(ViSpecError, match="--by ttft"):
-        Tuning.of(run_with(SPEEDS), by="ttft")
+        Tuning.from_run(run_with(SPEEDS), by="ttft")
 
 
 def test_verdicts_say_where_it_loses() -> None:
-    tuning = Tuning.of(run_with(SPEEDS))
+    tuning = Tuning.from_run(run_with(SPEEDS))
     tried = run_with({1: {5: 2.1}, 4: {5: 1.6}, 64: {5: 0.95}}, side="vispec_tuned")
-    found = verdicts(tuning, tried)
-    assert [(one.concurrency, one.ok) for one in found] == [
-        (1, True),
-        (4, True),
-        (16, False),
-        (64, False),
-    ]
-    told = Tuning(tuning.by, tuning.draft, tuning.gains, tuning.chosen, verdicts=found)
+    told = tuning.with_verification(tried)
     lines = told.advice()
     assert "concurrency 16: the setting was not measured" in lines
     assert any(line.startswith("concurrency 64: 0.95x") and "first pass" in line for line in lines)
@@ -142,11 +135,11 @@ def test_verdicts_say_where_it_loses() -> None:
 
 
 def test_the_trial_keeps_all_other_settings() -> None:
-    tuning = Tuning.of(run_with(SPEEDS))
+    tuning = Tuning.from_run(run_with(SPEEDS))
     settings = MatrixSettings(
         "t", "tiny", head="h", concurrency=(1, 4), num_speculative_tokens=(0, 1), repetitions=2
     )
-    tried = verify_settings(tuning, settings)
+    tried = tuning.verify_settings(settings)
     assert tried.sides == ("plain", "vispec_tuned")
     assert tried.num_speculative_tokens == (5,)
     assert tried.schedule == RANGES

@@ -15,7 +15,7 @@ from benchmarks.pair_report import SUITE
 from examples.tiny_vlm.questions import write_questions
 from tests.bench.fakes import HEAD, TARGET
 from tests.bench.real_servers import serve_as_a_user
-from vllm_vispec.bench.metrics import by_key, measure, plain_key
+from vllm_vispec.bench.metrics import baseline_key, by_key, measure
 from vllm_vispec.bench.schema import BenchRun
 from vllm_vispec.cli.app import app
 
@@ -56,7 +56,7 @@ def check_outputs(run: BenchRun, sides: set[str]) -> None:
     for key, cells in groups.items():
         assert [cell.error for cell in cells] == [None], key
         if key.side != "plain":
-            assert measure("identical_outputs", cells, groups[plain_key(key)]) == 1.0, key
+            assert measure("identical_outputs", cells, groups[baseline_key(key)]) == 1.0, key
 
 
 def test_a_schedule_under_load(data: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ SPEEDS = {
 )
 def test_vllm_takes_the_setting(name: str, version: str) -> None:
     run = run_with(SPEEDS)
-    tuning = Tuning.of(BenchRun(1, {}, {"head": str(HEAD)}, run.cells))
+    tuning = Tuning.from_run(BenchRun(1, {}, {"head": str(HEAD)}, run.cells))
     # As on a command line.
     config = json.loads(json.dumps(tuning.config))
     kwargs = {

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from vllm_vispec.bench.environment import EXTENSION, IMAGE_TABLE
+from vllm_vispec.bench.server import EXTENSION, IMAGE_TABLE
 from vllm_vispec.spec_decode.image_table import TableStats
 
 

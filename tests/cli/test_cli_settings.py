@@ -9,15 +9,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from vllm_vispec.bench.estimate.request import EstimateOptions
+from vllm_vispec.bench.estimate import EstimateOptions
 from vllm_vispec.bench.matrix import MatrixSettings
-from vllm_vispec.bench.profile.settings import ProfileSettings
-from vllm_vispec.cli.bench_tune import TuneSettings
-from vllm_vispec.cli.settings import attribute_docs, options_of
+from vllm_vispec.bench.profile import ProfileSettings
+from vllm_vispec.cli.bench import QuickSettings, TuneSettings
+from vllm_vispec.cli.options import attribute_docs, options_of
 from vllm_vispec.utils.errors import ViSpecError
 
 CLI = CliRunner()
-SETTINGS = (EstimateOptions, MatrixSettings, ProfileSettings, TuneSettings)
+SETTINGS = (EstimateOptions, MatrixSettings, ProfileSettings, QuickSettings, TuneSettings)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.heads import BASE, TYPICAL, edit_config, write_config
 from tests.support.small_draft_vlms import DRAFT_VLM, write_draft_vlm
-from vllm_vispec.bench.estimate.shapes import draft_shape, target_shape
+from vllm_vispec.bench.roofline import draft_shape, target_shape
 from vllm_vispec.cli.doctor import head_lines
 from vllm_vispec.heads import check_against_target, inspect_head
 from vllm_vispec.heads.config import DRAFT_VLM_ARCHITECTURE, HeadConfig

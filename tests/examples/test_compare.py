@@ -14,7 +14,7 @@ from examples.demo.job import Answer
 from examples.demo.page import render_page
 from examples.tiny_vlm.samples import DemoSample
 from tests.support.heads import write_head
-from vllm_vispec.bench.profile.eagle_head import fused_fc, write_eagle_head
+from vllm_vispec.bench.heads import fused_fc, write_eagle_head
 
 PLAIN = Answer(
     token_ids=(5, 6, 7, 8, 9, 2),

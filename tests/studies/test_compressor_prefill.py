@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.compressors.prefill import REPETITIONS, take_turns
-from vllm_vispec.bench.profile.rounds import Found, Round
+from vllm_vispec.bench.profile_steps import Step, Steps
 from vllm_vispec.bench.schema import BenchSample
 
 
@@ -20,13 +20,13 @@ class Engine:
     def __init__(self, name: str, seconds: float, log: list[str]) -> None:
         self.name, self.seconds, self.log = name, seconds, log
 
-    def ask(self, samples: Sequence[BenchSample]) -> Found:
+    def record(self, samples: Sequence[BenchSample]) -> Steps:
         self.log.append(self.name)
         size = int(samples[0].sample_id)
         wholes = {"first_pass": self.seconds * size, "round": 9.0}
-        prefill = Round("prefill", 1, size + 20, size, {}, wholes)
-        decode = Round("decode", 1, 0, 0, {}, {"first_pass": 100.0})
-        return Found((prefill, decode))
+        prefill = Step("prefill", 1, size + 20, size, {}, wholes)
+        decode = Step("decode", 1, 0, 0, {}, {"first_pass": 100.0})
+        return Steps((prefill, decode))
 
 
 def test_engines_take_turns() -> None:

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vllm_vispec.bench.worker_process import RequestFailed
 from vllm_vispec.cli.app import app
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.process import RequestFailed
 from vllm_vispec.verify import settings as verify_settings
 from vllm_vispec.verify.page import print_page
 from vllm_vispec.verify.prompts import PROMPTS

@@ -24,24 +24,32 @@ Tensors = dict[str, "Tensor"]
 def zeroed_head(head: str, folder: Path) -> str:
     """Write a copy of a head whose vision adaptor puts out zeros; returns its folder.
 
-    Compact tokens and global feature are then zero for every image, and `img_fc` ignores the
-    latter. Sizes, masks and the work per image stay as they are.
+    Compressed image tokens and global feature are then zero for every image, and `img_fc` ignores
+    the latter. Sizes, masks and the work per image stay as they are.
 
     Raises:
         ViSpecError: it is no usable head, or has no adaptor.
     """
-    from vllm_vispec.heads import inspect_head, iter_canonical_tensors
-
-    info = inspect_head(head)
-    if not info.config.has_adaptor:
-        raise ViSpecError(
-            f"--head {head} has no vision adaptor to be zeroed: leave vispec_zeroed out of --sides"
-        )
-    tensors = dict(iter_canonical_tensors(info.folder))
+    info, tensors = _read(head)
+    check_has_adaptor(head)
     tensors["img_adaptor.o_proj.weight"].zero_()
     if "img_fc.weight" in tensors:
         tensors["img_fc.weight"][:, info.config.hidden_size :].zero_()
     return _write(info, tensors, folder, canonical=True)
+
+
+def check_has_adaptor(head: str) -> None:
+    """Refuse a head without a vision adaptor as the source of the variant vispec_zeroed.
+
+    Raises:
+        ViSpecError: it is no usable head, or has no adaptor.
+    """
+    from vllm_vispec.heads import inspect_head
+
+    if not inspect_head(head).config.has_adaptor:
+        raise ViSpecError(
+            f"--head {head} has no vision adaptor to be zeroed: leave vispec_zeroed out of --sides"
+        )
 
 
 def plain_eagle_head(head: str, target: str, folder: Path) -> str:
@@ -57,21 +65,18 @@ def plain_eagle_head(head: str, target: str, folder: Path) -> str:
     Raises:
         ViSpecError: the head has parts that EAGLE lacks.
     """
-    from vllm_vispec.heads import inspect_head, is_vispec_head, iter_canonical_tensors
+    from vllm_vispec.heads import is_vispec_head
 
     if not Path(head).is_dir() or not is_vispec_head(head):
         return head
-    info = inspect_head(head)
+    info, source = _read(head)
     config = info.config
     if config.has_adaptor or config.layer0_input_norm or config.final_norm:
         raise ViSpecError(
             f"--eagle-head {head} is a ViSpec head with parts that EAGLE lacks: give a head of "
             "kind eagle_text, or one in EAGLE's own layout"
         )
-    tensors = {
-        name.replace("layer.", "layers.0.", 1): tensor
-        for name, tensor in iter_canonical_tensors(info.folder)
-    }
+    tensors = {_eagle_name(name): tensor for name, tensor in source.items()}
     bias_D = tensors.pop("fc.bias", None)
     if bias_D is not None:
         embedding_VD = tensors.get(_EMBEDDING)
@@ -79,6 +84,40 @@ def plain_eagle_head(head: str, target: str, folder: Path) -> str:
             embedding_VD = target_embedding(target, (config.vocab_size, config.hidden_size))
         tensors[_EMBEDDING] = with_bias(embedding_VD, tensors["fc.weight"], bias_D)
     return _write(info, tensors, folder, canonical=False)
+
+
+def write_eagle_head(head: str, folder: Path) -> str:
+    """Write an EAGLE head with the sizes and weights of any ViSpec head; returns its folder.
+
+    Without an image a ViSpec head is an EAGLE head: its two fusions multiply to one. vLLM serves
+    the result with its own proposer, so that both can be timed on the same target. What it drafts
+    behind an image is worth less; a profile compares steps, not how many there are.
+
+    Raises:
+        ViSpecError: it is no usable head.
+    """
+    info, source = _read(head)
+    tensors = {
+        _eagle_name(name): tensor
+        for name, tensor in source.items()
+        # EAGLE's first layer has no input norm.
+        if name.startswith("layer.") and "input_layernorm" not in name
+    }
+    tensors["fc.weight"] = fused_fc(source)
+    return _write(info, tensors, folder, canonical=False)
+
+
+def fused_fc(source: Tensors) -> Tensor:
+    """Return ``[F_e | F_h W_h]``, ``[D, 2D]``: what ``fc`` and ``img_fc`` do without an image."""
+    import torch
+
+    fc_D2D = source["fc.weight"]
+    size = fc_D2D.shape[0]
+    if "img_fc.weight" not in source:
+        return fc_D2D
+    on_embedding, on_hidden = fc_D2D.float().split(size, dim=1)
+    on_hidden = on_hidden @ source["img_fc.weight"].float()[:, :size]
+    return torch.cat((on_embedding, on_hidden), dim=1).to(fc_D2D.dtype)
 
 
 def with_bias(embedding_VD: Tensor, fc_D2D: Tensor, bias_D: Tensor) -> Tensor:
@@ -100,8 +139,7 @@ def target_embedding(target: str, shape: tuple[int, int]) -> Tensor:
 
     from vllm_vispec.heads.files import read_entries, resolve_head, weight_files
 
-    folder = resolve_head(target)
-    for name, entry in read_entries(weight_files(folder)).items():
+    for name, entry in read_entries(weight_files(resolve_head(target))).items():
         if name.endswith(_EMBEDDING) and tuple(entry.shape) == shape:
             with safe_open(str(entry.file), framework="pt") as weights:
                 return weights.get_tensor(name)
@@ -111,16 +149,26 @@ def target_embedding(target: str, shape: tuple[int, int]) -> Tensor:
     )
 
 
+def _eagle_name(name: str) -> str:
+    return name.replace("layer.", "layers.0.", 1)
+
+
+def _read(head: str) -> tuple[HeadInfo, Tensors]:
+    from vllm_vispec.heads import inspect_head, iter_canonical_tensors
+
+    info = inspect_head(head)
+    return info, dict(iter_canonical_tensors(info.folder))
+
+
 def _write(info: HeadInfo, tensors: Tensors, folder: Path, *, canonical: bool) -> str:
-    """Write a head's folder; EAGLE's layout is not one that the dialects check."""
+    """Write a head's folder; EAGLE's layout is no checkpoint format of ours."""
     from vllm_vispec.heads.folder import CONFIG, write_json, write_weights
 
     dtype = _STORED_DTYPES[info.dtype]
-    config = info.config.with_dialect("canonical")
-    content = config.to_config_json(dtype)
+    content = info.config.with_dialect("canonical").to_config_json(dtype)
     if not canonical:
         content = {name: value for name, value in content.items() if name != "vispec"}
-        content["architectures"] = ["LlamaForCausalLM"]
+        content |= {"architectures": ["LlamaForCausalLM"], "qkv_bias": info.config.qkv_bias}
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, tensors.items(), dtype)
     write_json(folder / CONFIG, content)

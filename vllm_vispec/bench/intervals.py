@@ -1,9 +1,10 @@
 """Bootstrap intervals of metrics, over requests and repetitions.
 
 Requests and repetitions are crossed: a resample draws the repetitions with replacement, and one
-set of samples, with replacement, for all of them and for both sides. So a slow sample stays slow
-in every repetition of a resample, and sides stay paired. With few repetitions the interval mostly
-shows how samples differ; what a machine does from day to day no interval of one run shows.
+set of samples, with replacement, for all repetitions, of the variant and of the baseline. A slow
+sample therefore stays slow in every repetition of a resample, and the two stay paired. With few
+repetitions the interval mostly shows how samples differ. No interval of one run shows what a
+machine does from day to day.
 """
 
 from __future__ import annotations
@@ -17,10 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_vispec.bench.bootstrap import RESAMPLES, Numbers, bootstrap
-from vllm_vispec.bench.metrics import Metric, Value, find_metric, usable
-from vllm_vispec.bench.pairing import Cells, keyed
+from vllm_vispec.bench.metrics import (
+    Cells,
+    Metric,
+    TimeRatio,
+    Value,
+    find_metric,
+    keyed,
+    usable,
+)
 from vllm_vispec.bench.schema import Request
-from vllm_vispec.bench.time_ratio import TimeRatio
 
 Key = tuple[str, int]
 Keyed = dict[Key, Request]
@@ -41,22 +48,22 @@ class Measured:
 
 
 def with_interval(
-    name: str, cells: Cells, plain: Cells = (), resamples: int = RESAMPLES, seed: int = 0
+    name: str, cells: Cells, baseline: Cells = (), resamples: int = RESAMPLES, seed: int = 0
 ) -> Measured:
-    """Return a metric of one side with its interval; the same call gives the same numbers.
+    """Return a metric of one variant with its interval; the same call gives the same numbers.
 
     Args:
-        cells, plain: as for `vllm_vispec.bench.metrics.measure`.
+        cells, baseline: as for `vllm_vispec.bench.metrics.measure`.
 
     Raises:
         ViSpecError: there is no such metric.
     """
     metric = find_metric(name)
-    cells, plain = usable(metric, cells, plain)
-    value = metric.compute(cells, plain)
+    cells, baseline = usable(metric, cells, baseline)
+    value = metric.compute(cells, baseline)
     if value is None or metric.resampled == "nothing":
         return Measured(value)
-    sides = [cells, plain] if metric.compares else [cells]
+    sides = [cells, baseline] if metric.compares else [cells]
     ends = _ends(metric, value, sides, resamples, seed)
     if ends is None or np.isnan(ends).any():
         return Measured(value)
@@ -74,7 +81,7 @@ def _ends(
         return None
     if isinstance(metric.compute, TimeRatio):
         sums_RS4 = _sums(metric.compute, tables, shared)
-        return bootstrap(sums_RS4, (0, 1), metric.compute.of_sums, resamples, seed)
+        return bootstrap(sums_RS4, (0, 1), metric.compute.ratio_of, resamples, seed)
     if not shared:
         positions = len(value) if isinstance(value, tuple) else 0
         return bootstrap(sides, (1,), partial(_of_cells, metric, positions), resamples, seed)
@@ -84,19 +91,19 @@ def _ends(
 
 
 def _of_cells(metric: Metric, positions: int, drawn: NDArray[Any]) -> Value:
-    mine, *plain = (tuple(cells) for cells in drawn)
-    found = metric.compute(mine, plain[0] if plain else ())
+    mine, *baseline = (tuple(cells) for cells in drawn)
+    found = metric.compute(mine, baseline[0] if baseline else ())
     if isinstance(found, tuple):  # cells that drafted less accepted nothing at positions behind
         return found + (0.0,) * (positions - len(found))
     return found
 
 
 def _of_requests(metric: Metric, sides: Sequence[Cells], drawn: NDArray[Any]) -> Value:
-    mine, *plain = (
+    mine, *baseline = (
         tuple(replace(cells[0], requests=tuple(requests)) for requests in side)
         for cells, side in zip(sides, drawn, strict=True)
     )
-    return metric.compute(mine, plain[0] if plain else ())
+    return metric.compute(mine, baseline[0] if baseline else ())
 
 
 def _sums(metric: TimeRatio, tables: Sequence[Sequence[Keyed]], shared: Sequence[Key]) -> Numbers:

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from math import inf
+from types import MappingProxyType
 from typing import Any
 
-from vllm_vispec.bench.design import DESIGNS, POINT_AXES, points
 from vllm_vispec.bench.schedules import Ranges, check_ranges
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, CellKey, Record
-from vllm_vispec.bench.sides import check_sides
+from vllm_vispec.bench.variants import check_variants
 from vllm_vispec.utils.errors import ViSpecError
 
 MAX_DRAFT_TOKENS = 32
 AXES = ("sides", "concurrency", "num_speculative_tokens", "temperatures", "image_tokens")
 """Settings that a later call may widen; all others must stay as they were in a run's folder."""
+POINT_AXES: Mapping[str, str] = MappingProxyType(
+    {
+        "num_speculative_tokens": "num_speculative_tokens",
+        "image_tokens": "image_tokens",
+        "temperature": "temperatures",
+        "concurrency": "concurrency",
+    }
+)
+"""Fields of a point by the setting that lists their values; the last one varies fastest."""
+DESIGNS: Mapping[str, Callable[[Sequence[int]], bool]] = MappingProxyType(
+    {
+        # Every combination of values.
+        "full": lambda places: True,
+        # Every axis by itself, the others at their first values.
+        "star": lambda places: sum(place > 0 for place in places) <= 1,
+    }
+)
+"""Whether a point is measured, from the places of its values on their axes."""
+LATE = ("schedule",)
+"""Settings that a later call may add or leave out, but not change."""
 _LIMITS = {
     "concurrency": (1, inf),
     "num_speculative_tokens": (0, MAX_DRAFT_TOKENS),
@@ -26,8 +47,33 @@ _LIMITS = {
     "least": (1, inf),
     "warm_up": (0, inf),
 }
-LATE = ("schedule",)
-"""Settings that a later call may add or leave out, but not change."""
+
+Repetition = tuple[CellKey, int]
+"""One measurement of a cell; the number counts from 0."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where in the matrix all variants are measured; see `vllm_vispec.bench.schema.CellKey`."""
+
+    num_speculative_tokens: int
+    image_tokens: int
+    temperature: float
+    concurrency: int
+
+
+def points(design: str, axes: Mapping[str, Sequence[Any]]) -> list[Point]:
+    """Return the points of a design in order.
+
+    Args:
+        axes: values by the names of their settings, see `POINT_AXES`.
+    """
+    numbered = [list(enumerate(axes[name])) for name in POINT_AXES.values()]
+    return [
+        Point(*(value for _, value in chosen))
+        for chosen in product(*numbered)
+        if DESIGNS[design]([place for place, _ in chosen])
+    ]
 
 
 @dataclass(frozen=True)
@@ -39,7 +85,7 @@ class MatrixSettings(Record):
     Attributes:
         target: Target: a folder or hub id.
         dataset: How to read --data: mmspec, vispec, openai or tiny.
-        head: ViSpec head: a folder or hub id. None if no side needs it.
+        head: ViSpec head: a folder or hub id. None if no variant needs it.
         eagle_head: Text-trained head for the side eagle.
         sides: Of plain, ngram, eagle, vispec_zeroed, vispec, vispec_tuned.
         concurrency: Requests in flight, e.g. 1,4,16. Each value is a cell.
@@ -49,8 +95,7 @@ class MatrixSettings(Record):
         temperatures: 0 is greedy; e.g. 0,1.
         image_tokens: Image tokens of a request, e.g. native,0,256. Native is
             `IMAGES_AS_THEY_ARE`, and 0 sends no image.
-        design: full: every combination; star: each axis by itself. A name in
-            `vllm_vispec.bench.design.DESIGNS`.
+        design: full: every combination; star: each axis by itself. A name in `DESIGNS`.
         repetitions: Of every cell.
         waves: Questions of a cell per request in flight. It asks at least so many.
         least: Questions of a cell, at least. Or all there are.
@@ -102,7 +147,7 @@ class MatrixSettings(Record):
         if self.schedule:
             check_ranges(self.schedule)
         options = {"--head": self.head, "--eagle-head": self.eagle_head}
-        check_sides(self.sides, {**options, "--schedule": self.schedule})
+        check_variants(self.sides, {**options, "--schedule": self.schedule})
 
     def num_questions(self, concurrency: int) -> int:
         """Return how many questions a cell asks, if the dataset has as many."""
@@ -114,10 +159,10 @@ class MatrixSettings(Record):
         del content["ready_timeout_s"], content["cell_timeout_s"]
         return {**content, "schedule": content["schedule"] or None}
 
-    def groups(self) -> Iterator[tuple[int, list[Visit]]]:
-        """Yield, for every K, the cells to be measured while its servers are up, in order.
+    def groups(self) -> Iterator[tuple[int, list[Repetition]]]:
+        """Yield, for every K, what is measured while its servers are up, in order.
 
-        All sides of a point follow each other, so that a slow minute hits all of them; who goes
+        All variants of a point follow each other, so that a slow minute hits all of them; who goes
         first alternates from point to point and from repetition to repetition.
         """
         axes = {name: getattr(self, name) for name in POINT_AXES.values()}
@@ -127,20 +172,12 @@ class MatrixSettings(Record):
             yield (
                 num_tokens,
                 [
-                    Visit(CellKey(side, dataset=self.dataset, **asdict(point)), repetition)
+                    (CellKey(side, dataset=self.dataset, **asdict(point)), repetition)
                     for repetition in range(self.repetitions)
                     for number, point in enumerate(here)
                     for side in self.sides[:: -1 if (repetition + number) % 2 else 1]
                 ],
             )
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One measurement of a cell; ``repetition`` counts from 0."""
-
-    key: CellKey
-    repetition: int
 
 
 def different_settings(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -26,6 +26,12 @@ def to_markdown(template: str, **context: Any) -> str:
     environment.filters |= {"code": code, "fenced": fenced, "plain": escape}
     environment.filters |= context.pop("filters", {})
     return environment.get_template(template).render(context)
+
+
+def markdown_table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a Markdown table of cells that are Markdown already."""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def to_html(markdown: str, pictures: Mapping[str, str]) -> str:

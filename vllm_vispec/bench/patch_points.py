@@ -1,56 +1,58 @@
-"""What `vispec bench` touches in vLLM beyond its command line; checked before a run."""
+"""What `vispec bench` touches in vLLM beyond its public names; checked before it is used."""
 
 from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
 
-_COMMON = (
-    PatchPoint(
-        "vllm.entrypoints.cli.main",
-        "main",
-        (),
-        "calls",
-        "`vllm bench serve`, again and again in one process",
-    ),
-    PatchPoint(
-        "vllm.config.parallel",
-        "ParallelConfig.worker_extension_cls",
-        (),
-        "reads",
-        "--worker-extension-cls adds our method to the workers",
-    ),
-    PatchPoint(
-        "vllm.entrypoints.serve.dev.rpc.api_router",
-        "collective_rpc",
-        ("raw_request",),
-        "calls",
-        "asks the workers over HTTP, in development mode",
-    ),
-)
+_V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
+_V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
 
-_V1 = (
-    PatchPoint(
-        "vllm.v1.worker.gpu_model_runner",
-        "GPUModelRunner.self.drafter",
-        (),
-        "reads",
-        "where the draft's image table is",
-    ),
-)
-
-_V2 = (
-    PatchPoint(
-        "vllm.v1.worker.gpu.model_runner",
-        "GPUModelRunner.self.speculator",
-        (),
-        "reads",
-        "where the draft's image table is",
-    ),
+_V1_DRAFTER = PatchPoint(_V1_RUNNER, "GPUModelRunner.self.drafter", (), "reads", "what drafts")
+_V2_DRAFTER = PatchPoint(_V2_RUNNER, "GPUModelRunner.self.speculator", (), "reads", "what drafts")
+V1_DRAFT_SAMPLE = PatchPoint(
+    "vllm.v1.spec_decode.llm_base_proposer",
+    "SpecDecodeBaseProposer._sample_draft_tokens",
+    ("hidden_states",),
+    "wraps",
+    "draft sampling",
 )
 
 BENCH = PatchGroup(
     name="bench",
     feature="vispec bench",
     remedy="",
-    common=_COMMON,
-    v1=_V1,
-    v2=_V2,
+    v1=(_V1_DRAFTER,),
+    v2=(_V2_DRAFTER,),
+)
+
+PROFILE = PatchGroup(
+    name="profile",
+    feature="vispec bench profile",
+    remedy="",
+    v1=(
+        _V1_DRAFTER,
+        V1_DRAFT_SAMPLE,
+        PatchPoint(
+            _V1_RUNNER,
+            "GPUModelRunner._sample",
+            ("logits",),
+            "wraps",
+            "verification and sampling",
+        ),
+    ),
+    v2=(
+        _V2_DRAFTER,
+        PatchPoint(
+            "vllm.v1.worker.gpu.spec_decode.speculator",
+            "DraftModelSpeculator.sample_draft",
+            ("hidden_states",),
+            "wraps",
+            "draft sampling",
+        ),
+        PatchPoint(
+            _V2_RUNNER,
+            "GPUModelRunner.sample",
+            ("hidden_states",),
+            "wraps",
+            "verification and sampling",
+        ),
+    ),
 )

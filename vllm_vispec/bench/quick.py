@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_vispec.bench.matrix import MatrixSettings
-from vllm_vispec.bench.metrics import by_key, measure, plain_key
-from vllm_vispec.bench.schema import BenchRun, CellKey, CellResult
+from vllm_vispec.bench.metrics import BASELINE, Value, baseline_key, by_key, measure
+from vllm_vispec.bench.schema import BenchRun, CellKey
 
 CONCURRENCY = (1, 4)
 SAMPLES = 12
@@ -22,7 +22,7 @@ class Floors:
 
     Attributes:
         identical_outputs: share of answers equal to plain vLLM's.
-        tokens_per_round: of the speculating side.
+        tokens_per_round: of the variant that speculates.
         answered: share of requests that got an answer.
     """
 
@@ -77,31 +77,18 @@ def quick_settings(
 
 def judge(run: BenchRun, settings: MatrixSettings, floors: Floors) -> list[Finding]:
     """Return every number that has a floor; a cell that is missing has none."""
-    groups = by_key(run.cells)
-    findings: list[Finding] = []
-    for _, visits in settings.groups():
-        for visit in visits:
-            cells = groups.get(visit.key, ())
-            findings += _judge(visit.key, cells, groups.get(plain_key(visit.key), ()), floors)
+    groups, findings = by_key(run.cells), list[Finding]()
+    for key in (key for _, repetitions in settings.groups() for key, _ in repetitions):
+        cells, baseline = groups.get(key, ()), groups.get(baseline_key(key), ())
+        failed = _number(measure("failed_requests", cells)) if cells else None
+        answered = None if failed is None else 1.0 - failed
+        findings.append(Finding(key, "answered", answered, floors.answered))
+        if key.side != BASELINE:
+            for name in ("identical_outputs", "tokens_per_round"):
+                value = _number(measure(name, cells, baseline))
+                findings.append(Finding(key, name, value, getattr(floors, name)))
     return findings
 
 
-def _judge(
-    key: CellKey, cells: Sequence[CellResult], plain: Sequence[CellResult], floors: Floors
-) -> list[Finding]:
-    failed = _number(measure("failed_requests", cells)) if cells else None
-    answered = None if failed is None else 1.0 - failed
-    findings = [Finding(key, "answered", answered, floors.answered)]
-    if key.side == "plain":
-        return findings
-    same = _number(measure("identical_outputs", cells, plain))
-    per_round = _number(measure("tokens_per_round", cells))
-    return [
-        *findings,
-        Finding(key, "identical_outputs", same, floors.identical_outputs),
-        Finding(key, "tokens_per_round", per_round, floors.tokens_per_round),
-    ]
-
-
-def _number(value: float | tuple[float, ...] | None) -> float | None:
+def _number(value: Value) -> float | None:
     return value if isinstance(value, int | float) else None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_vispec.bench.matrix import AXES, LATE, Visit, different_settings
+from vllm_vispec.bench.matrix import AXES, LATE, Repetition, different_settings
 from vllm_vispec.bench.schema import CELLS_FILE, FORMAT, RUN_FILE, BenchRun, CellResult
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import write_text
@@ -19,7 +19,7 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        done: cells that are there without an error.
+        done: repetitions that are there without an error.
 
     Raises:
         ViSpecError: the folder belongs to other settings or another running benchmark, is damaged,
@@ -28,7 +28,7 @@ class RunFolder:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
         self.path = path
-        self.done: set[Visit] = set()
+        self.done: set[Repetition] = set()
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._cells = (path / CELLS_FILE).open("ab")
@@ -61,7 +61,7 @@ class RunFolder:
         self._cells.write(line.encode("utf-8", "replace"))
         self._cells.flush()
         if cell.error is None:
-            self.done.add(Visit(cell.key, cell.repetition))
+            self.done.add((cell.key, cell.repetition))
 
     def _check_run_file(self, settings: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
         """Compare with an earlier call, note which cells are there, write what covers both."""
@@ -76,8 +76,9 @@ class RunFolder:
                     "folder or the earlier setting"
                 )
             settings, machine = _widened(earlier.settings, settings), earlier.machine
-            measured = (cell for cell in earlier.cells if cell.error is None)
-            self.done = {Visit(cell.key, cell.repetition) for cell in measured}
+            self.done = {
+                (cell.key, cell.repetition) for cell in earlier.cells if cell.error is None
+            }
         content = {"format": FORMAT, "machine": dict(machine), "settings": dict(settings)}
         write_text(file, json.dumps(content, indent=2) + "\n")
         # A last line that was cut off is measured again.

@@ -1,27 +1,30 @@
-"""Measuring a matrix: servers side by side, cell by cell, every cell written down as it ends."""
+"""Measuring a matrix: servers beside each other, every cell written down as it ends."""
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from vllm_vispec.bench.checks import check_inputs
-from vllm_vispec.bench.environment import describe_conditions
 from vllm_vispec.bench.load import LoadError, LoadGenerator, LoadJob, LoadResult
-from vllm_vispec.bench.matrix import MatrixSettings, Visit
+from vllm_vispec.bench.machine import describe_conditions
+from vllm_vispec.bench.matrix import MatrixSettings, Repetition
 from vllm_vispec.bench.questions import QuestionStore
 from vllm_vispec.bench.run_folder import RunFolder
 from vllm_vispec.bench.schema import BenchSample, CellResult, MemoryFacts, SpecCounters
-from vllm_vispec.bench.server import BenchServer, ServerSpec, choose_ports
-from vllm_vispec.bench.serving import Group, serve_arguments
-from vllm_vispec.bench.sides import SIDES, Heads
+from vllm_vispec.bench.server import (
+    BenchServer,
+    ServerGroup,
+    ServerSpec,
+    choose_ports,
+    serve_arguments,
+)
+from vllm_vispec.bench.variants import VARIANTS, Heads, check_inputs
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.process import interruptible
 
 NOTHING_DRAFTED = SpecCounters(0, 0, 0, ())
 
@@ -34,7 +37,7 @@ class Tools:
     make_load: Callable[[LoadJob], LoadResult] = field(default_factory=LoadGenerator)
     check: Callable[[MatrixSettings], None] = check_inputs
     machine: Callable[[], dict[str, Any]] = describe_conditions
-    say: Callable[[str], None] = print
+    log: Callable[[str], None] = print
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def run_matrix(
     store = QuestionStore(settings, samples, output)
     content = {**settings.to_json(), "samples": len(samples), "samples_digest": digest(samples)}
     with interruptible(), RunFolder(output, content, tools.machine()) as folder:
-        return _Run(settings, folder, store, ports, tools).all_groups()
+        return _Run(settings, folder, store, ports, tools).measure()
 
 
 @dataclass(frozen=True)
@@ -87,23 +90,20 @@ class _Run:
     ports: Mapping[str, int]
     tools: Tools
 
-    def all_groups(self) -> Outcome:
-        groups = [
-            (num_tokens, visits, [visit for visit in visits if visit not in self.folder.done])
-            for num_tokens, visits in self.settings.groups()
-        ]
-        make_load, failed = self.tools.make_load, 0
+    def measure(self) -> Outcome:
+        make_load, done = self.tools.make_load, self.folder.done.copy()
+        found = to_do = failed = 0
         with make_load if isinstance(make_load, LoadGenerator) else nullcontext():
-            for num_tokens, _, wanted in groups:
-                failed += self._group(num_tokens, wanted) if wanted else 0
-        total = sum(len(visits) for _, visits, _ in groups)
-        to_do = sum(len(wanted) for _, _, wanted in groups)
-        return Outcome(to_do - failed, failed, total - to_do)
+            for num_tokens, repetitions in self.settings.groups():
+                wanted = [one for one in repetitions if one not in done]
+                found, to_do = found + len(repetitions) - len(wanted), to_do + len(wanted)
+                failed += self._measure_group(num_tokens, wanted) if wanted else 0
+        return Outcome(to_do - failed, failed, found)
 
-    def _group(self, num_tokens: int, visits: Sequence[Visit]) -> int:
+    def _measure_group(self, num_tokens: int, wanted: Sequence[Repetition]) -> int:
         """Measure the cells of one K; returns how many failed."""
-        there = {visit.key.side for visit in visits}
-        sides = [side for side in self.settings.sides if side in there]
+        there = {key.side for key, _ in wanted}
+        variants = [name for name in self.settings.sides if name in there]
         path, settings, tools, failed = self.folder.path, self.settings, self.tools, 0
         heads = Heads(
             settings.target,
@@ -113,54 +113,58 @@ class _Run:
             settings.schedule,
         )
 
-        def make(side: str) -> BenchServer:
-            arguments = serve_arguments(settings, side, heads, num_tokens, len(sides))
-            log_file = path / "logs" / f"{side}-k{num_tokens}.log"
-            return tools.make_server(ServerSpec(side, arguments, self.ports[side], log_file))
+        def make(name: str) -> BenchServer:
+            arguments = serve_arguments(settings, name, heads, num_tokens, len(variants))
+            log_file = path / "logs" / f"{name}-k{num_tokens}.log"
+            return tools.make_server(ServerSpec(name, arguments, self.ports[name], log_file))
 
         def wait(server: BenchServer) -> None:
             server.wait_until_ready(settings.ready_timeout_s)
             # A few questions of the first cell, so that nothing is compiled in a measured one.
             if settings.warm_up:
-                self._load(self._job(visits[0], server, server, settings.warm_up))
+                self._load(self._job(wanted[0], server, server, settings.warm_up))
 
-        tools.say(f"K={num_tokens}: starting {', '.join(sides)}")
-        with Group(sides, make, wait) as group:
-            for number, visit in enumerate(visits, start=1):
-                cell = self._cell(visit, group)
+        tools.log(f"K={num_tokens}: starting {', '.join(variants)}")
+        with ServerGroup(variants, make, wait) as group:
+            for number, repetition in enumerate(wanted, start=1):
+                cell = self._measure_cell(repetition, group)
                 self.folder.add(cell)
                 failed += cell.error is not None
-                tools.say(f"  [{number}/{len(visits)}] {describe(visit)}: {state(cell.error)}")
+                state = "done" if cell.error is None else f"failed: {cell.error.splitlines()[0]}"
+                tools.log(f"  [{number}/{len(wanted)}] {describe(repetition)}: {state}")
         return failed
 
-    def _cell(self, visit: Visit, group: Group) -> CellResult:
+    def _measure_cell(self, repetition: Repetition, group: ServerGroup) -> CellResult:
         """Measure a cell; whatever goes wrong is in the result's `error`."""
         commands: list[str] = []
-        cell = CellResult(visit.key, visit.repetition, (), 0.0, None, MemoryFacts(), "")
+        key, number = repetition
+        cell = CellResult(key, number, (), 0.0, None, MemoryFacts(), "")
         try:
-            server = group.server(visit.key.side)
+            server = group.server(key.side)
             commands.append(server.spec.command)
-            limit = self.settings.num_questions(visit.key.concurrency)
-            job = self._job(visit, server, group.first() or server, limit)
+            limit = self.settings.num_questions(key.concurrency)
+            job = self._job(repetition, server, group.first() or server, limit)
             commands.append(job.command)
-            server.forget()
+            server.reset_caches()
             before = server.memory()
             result = self._load(job)
-            speculates = SIDES[visit.key.side].draft is not None
+            speculates = VARIANTS[key.side].draft is not None
             return replace(
                 cell,
                 requests=result.requests,
                 wall_s=round(result.wall_s, 6),
                 spec=(result.spec or NOTHING_DRAFTED) if speculates else None,
-                memory=lookups_between(server.memory(), before),
+                memory=server.memory().since(before),
                 command="\n".join(commands),
             )
         except ViSpecError as error:
             return replace(cell, command="\n".join(commands), error=str(error))
 
-    def _job(self, visit: Visit, server: BenchServer, helper: BenchServer, limit: int) -> LoadJob:
+    def _job(
+        self, repetition: Repetition, server: BenchServer, helper: BenchServer, limit: int
+    ) -> LoadJob:
         """Return the load of a cell; `helper` answers earlier questions of dialogues."""
-        key = visit.key
+        key, _ = repetition
         samples, file = self.store.questions(key.image_tokens, helper, limit)
         return LoadJob(
             url=server.url,
@@ -186,36 +190,14 @@ class _Run:
         return result
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Let SIGTERM end the block as SIGINT does, so that servers are stopped."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    earlier = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, earlier)
-
-
-def describe(visit: Visit) -> str:
-    """Return a cell in words."""
-    key = visit.key
+def describe(repetition: Repetition) -> str:
+    """Return one measurement in words."""
+    key, number = repetition
     image = f", {key.image_tokens} image tokens" if key.image_tokens >= 0 else ""
     return (
         f"{key.side}, concurrency {key.concurrency}, temperature {key.temperature:g}{image}, "
-        f"repetition {visit.repetition + 1}"
+        f"repetition {number + 1}"
     )
-
-
-def state(error: str | None) -> str:
-    """Return how a cell went, in one line."""
-    return "done" if error is None else f"failed: {error.splitlines()[0]}"
 
 
 def digest(samples: Sequence[BenchSample]) -> str:
@@ -234,16 +216,3 @@ def _content(image: str) -> bytes:
     except OSError:
         # Whoever sends it reports it.
         return image.encode()
-
-
-def lookups_between(after: MemoryFacts, before: MemoryFacts) -> MemoryFacts:
-    """Return the later reading, image lookups counted from the earlier one on."""
-    return replace(
-        after,
-        image_table_hits=_less(after.image_table_hits, before.image_table_hits),
-        image_table_misses=_less(after.image_table_misses, before.image_table_misses),
-    )
-
-
-def _less(after: int | None, before: int | None) -> int | None:
-    return None if after is None or before is None else after - before

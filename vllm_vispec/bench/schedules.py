@@ -1,12 +1,15 @@
-"""K by batch size: vLLM's `num_speculative_tokens_per_batch_size`, read and written."""
+"""K by batch size: vLLM's `num_speculative_tokens_per_batch_size`, chosen, read and written."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from math import sqrt
 from pathlib import Path
 from typing import Any
+
+from pydantic import StrictInt, TypeAdapter, ValidationError
 
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -19,6 +22,9 @@ FORM = (
 
 Ranges = tuple[tuple[int, int, int], ...]
 """(first batch size, last batch size, K), in order; vLLM goes on with the last K."""
+_RANGES: TypeAdapter[list[tuple[StrictInt, StrictInt, StrictInt]]] = TypeAdapter(
+    list[tuple[StrictInt, StrictInt, StrictInt]]
+)
 
 
 def read_schedule(given: str) -> Ranges:
@@ -43,7 +49,11 @@ def read_schedule(given: str) -> Ranges:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ViSpecError(f"--schedule {given} is not JSON ({error}): {FORM}") from error
-    return check_ranges(_find_ranges(content))
+    if isinstance(content, Mapping):
+        k = content.get(K_SETTING)
+        found = (content.get("schedule"), content.get(SETTING), k and [[1, 1, k]])
+        content = next((one for one in found if one is not None), None)
+    return check_ranges(content)
 
 
 def check_ranges(value: Any) -> Ranges:
@@ -52,16 +62,18 @@ def check_ranges(value: Any) -> Ranges:
     Raises:
         ViSpecError: it does not, with the form that is wanted.
     """
-    if not isinstance(value, list | tuple) or not value or not all(map(_is_range, value)):
-        raise ViSpecError(f"--schedule {json.dumps(value)} is not a list of ranges: {FORM}")
-    ranges: Ranges = tuple((int(first), int(last), int(k)) for first, last, k in value)
-    overlap = any(later[0] <= earlier[1] for earlier, later in pairwise(ranges))
-    if ranges[0][0] != 1 or overlap:
-        raise ViSpecError(f"--schedule {json.dumps(value)} does not begin at 1 or overlaps: {FORM}")
+    shown = f"--schedule {json.dumps(value)}"
+    try:
+        ranges: Ranges = tuple(_RANGES.validate_python(value))
+    except ValidationError as error:
+        raise ViSpecError(f"{shown} is not a list of ranges: {FORM}") from error
+    if not ranges or not all(1 <= first <= last and k >= 0 for first, last, k in ranges):
+        raise ViSpecError(f"{shown} is not a list of ranges: {FORM}")
+    if ranges[0][0] != 1 or any(later[0] <= earlier[1] for earlier, later in pairwise(ranges)):
+        raise ViSpecError(f"{shown} does not begin at 1 or overlaps: {FORM}")
     if not highest(ranges):
         raise ViSpecError(
-            f"--schedule {json.dumps(value)} drafts at no batch size: leave the side out, plain "
-            "vLLM is what it says"
+            f"{shown} drafts at no batch size: leave the side out, plain vLLM is what it says"
         )
     return ranges
 
@@ -91,21 +103,41 @@ def speculative_config(
     return config
 
 
-def _find_ranges(content: Any) -> Any:
-    """Return what stands for ranges in the forms that are read."""
-    if not isinstance(content, Mapping):
-        return content
-    for name in ("schedule", SETTING):
-        if content.get(name) is not None:
-            return content[name]
-    k = content.get(K_SETTING)
-    return None if k is None else [[1, 1, k]]
+def best_schedule(speedups: Mapping[int, Mapping[int, float]]) -> Ranges:
+    """Choose the fastest K for every batch size, 0 where none is faster than plain vLLM.
+
+    Of two equally fast K the smaller one is chosen.
+
+    Args:
+        speedups: batch size -> K -> decode_speedup, measured or estimated.
+    """
+    best = [
+        (batch, max(sorted(found), key=found.__getitem__))
+        for batch, found in sorted(speedups.items())
+        if found
+    ]
+    return merged_ranges([(batch, k if speedups[batch][k] > 1 else 0) for batch, k in best])
 
 
-def _is_range(entry: Any) -> bool:
-    if not isinstance(entry, list | tuple) or len(entry) != 3:
-        return False
-    if not all(isinstance(one, int) and not isinstance(one, bool) for one in entry):
-        return False
-    first, last, k = entry
-    return 1 <= first <= last and k >= 0
+def merged_ranges(chosen: Sequence[tuple[int, int]], midway: bool = False) -> Ranges:
+    """Turn the K of single batch sizes into ranges, neighbours with the same K into one.
+
+    A range reaches up to the next batch size; behind the last one vLLM goes on with the last K.
+
+    Args:
+        chosen: (batch size, K) in order.
+        midway: let a range end midway to the next batch size (geometrically) instead of just
+            below it: under a load of 8 some steps run 7 requests, which should not count as 4.
+    """
+    merged: list[tuple[int, int, int]] = []
+    for index, (batch, k) in enumerate(chosen):
+        last = batch
+        if index + 1 < len(chosen):
+            following = chosen[index + 1][0]
+            border = max(batch + 1, round(sqrt(batch * following))) if midway else following
+            last = border - 1
+        if merged and merged[-1][2] == k:
+            merged[-1] = (merged[-1][0], last, k)
+        else:
+            merged.append((merged[-1][1] + 1 if merged else 1, last, k))
+    return tuple(merged)

@@ -1,22 +1,22 @@
 """What a benchmark run writes down: raw records only, every number is computed from them later.
 
 A run is a folder with `run.json` (format, machine, settings) and `cells.jsonl` (one `CellResult` a
-line). `BenchRun.load` takes such a folder or one JSON file written from `BenchRun.to_json`.
+line). `BenchRun.load` takes such a folder or one JSON file written by `BenchRun.to_json`.
 Times are in seconds, to the microsecond.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from vllm_vispec.bench.packing import unpack
 from vllm_vispec.data.types import Turn
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -47,7 +47,12 @@ class Record:
         try:
             record: Self = TypeAdapter(cls).validate_python(content)
         except ValidationError as error:
-            raise ViSpecError(_first_problem(cls.__name__, error)) from error
+            first = error.errors()[0]
+            place = ".".join(str(step) for step in first["loc"])
+            raise ViSpecError(
+                f"{cls.__name__}: {place}: {first['msg']}; the benchmark's data is damaged, run "
+                "it again"
+            ) from error
         return record
 
 
@@ -61,7 +66,7 @@ class BenchSample(Record):
         turns: begins with the user or a system turn and ends with the user. Images are absolute
             paths. An answer that stands between two questions is sent as it is. Where two
             questions follow each other (see `follow_up`), the target's own greedy answer is put
-            between them once per run, the same for all sides.
+            between them once per run, the same for all variants.
         max_tokens: longest answer.
     """
 
@@ -87,10 +92,10 @@ class CellKey(Record):
     """One cell of the matrix.
 
     Attributes:
-        side: a name in `vllm_vispec.bench.sides.SIDES`.
+        side: the variant, a name in `vllm_vispec.bench.variants.VARIANTS`.
         concurrency: requests in flight, at most.
-        num_speculative_tokens: K of the group in which the side was served. The plain side, which
-            drafts nothing, is measured anew in every group and has the group's K here.
+        num_speculative_tokens: K of the servers that were up together. The baseline, which drafts
+            nothing, is measured again beside every K and has that K here.
         temperature: 0 is greedy.
         image_tokens: tokens of each request's images together, `IMAGES_AS_THEY_ARE`, or 0.
         dataset: its name.
@@ -117,7 +122,7 @@ class Request(Record):
         prompt_tokens: as the server counted them, image tokens included.
         ttft_s: request to first chunk.
         e2e_s: request to last chunk.
-        itl_s: between the chunks of the stream. A chunk holds the tokens of one round, so with
+        itl_s: between the chunks of the stream. A chunk holds the tokens of one step, so with
             speculation there are fewer gaps than tokens: decode seconds per token are
             `(e2e_s - ttft_s) / (output_tokens - 1)`, not the mean of these.
         error: why it failed; None if it did not.
@@ -167,7 +172,7 @@ class SpecCounters(Record):
 
 @dataclass(frozen=True)
 class MemoryFacts(Record):
-    """Memory of the side's server at the end of the cell; None where nothing says it.
+    """Memory of the variant's server at the end of the cell; None where nothing says it.
 
     Attributes:
         peak_bytes: most bytes the server's processes held since it was started: device memory if
@@ -183,6 +188,12 @@ class MemoryFacts(Record):
     image_table_hits: int | None = None
     image_table_misses: int | None = None
 
+    def since(self, before: MemoryFacts) -> MemoryFacts:
+        """Return this reading with the image lookups counted from an earlier one on."""
+        names = ("image_table_hits", "image_table_misses")
+        pairs = ((name, getattr(self, name), getattr(before, name)) for name in names)
+        return replace(self, **{name: None if None in (a, b) else a - b for name, a, b in pairs})
+
 
 @dataclass(frozen=True)
 class CellResult(Record):
@@ -192,8 +203,8 @@ class CellResult(Record):
         repetition: from 0 on.
         requests: in the order of the dataset; empty if the cell failed as a whole.
         wall_s: first request sent to last answer read.
-        spec: None on the plain side, and if the cell failed.
-        command: what starts the side's server, and what made the load, one a line.
+        spec: None for the baseline, and if the cell failed.
+        command: what starts the variant's server, and what made the load, one a line.
         error: why the cell failed as a whole; None if it did not. Single requests may have failed
             even so.
     """
@@ -225,38 +236,32 @@ class BenchRun(Record):
     cells: tuple[CellResult, ...]
 
     @classmethod
-    def of_this_format(cls, content: Json) -> Self:
-        """Read what `to_json` returned; of cells that were measured again, the last attempt.
-
-        Raises:
-            ViSpecError: it was written by another version, or is no benchmark run.
-        """
-        if content.get("format") != FORMAT:
-            raise ViSpecError(
-                f"the benchmark run has format {content.get('format')!r}, this version reads "
-                f"{FORMAT}: run `vispec bench run` again"
-            )
-        run = cls.from_json(content)
-        return replace(run, cells=_last_of_each(run.cells))
-
-    @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a run folder, or one JSON file.
+        """Read a run folder, or one JSON file; of cells measured again, the last attempt counts.
 
         Raises:
             ViSpecError: it cannot be read, is damaged, or was written by another version.
         """
         try:
-            if not path.is_dir():
-                return cls.of_this_format(json.loads(path.read_text(encoding="utf-8")))
-            content = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
-            return cls.of_this_format({**content, "cells": read_cells(path / CELLS_FILE)})
+            file = path / RUN_FILE if path.is_dir() else path
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if path.is_dir():
+                content["cells"] = read_cells(path / CELLS_FILE)
         except (OSError, json.JSONDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ViSpecError(
                 f"benchmark run {path} cannot be read ({reason}): give the folder that "
                 "`vispec bench run` wrote"
             ) from error
+        if content.get("format") != FORMAT:
+            raise ViSpecError(
+                f"the benchmark run has format {content.get('format')!r}, this version reads "
+                f"{FORMAT}: run `vispec bench run` again"
+            )
+        run = cls.from_json(content)
+        last = {(cell.key, cell.repetition): cell for cell in run.cells}
+        cells = tuple(cell for cell in run.cells if last[cell.key, cell.repetition] is cell)
+        return replace(run, cells=cells)
 
 
 def read_cells(file: Path) -> list[dict[str, Any]]:
@@ -272,13 +277,59 @@ def read_cells(file: Path) -> list[dict[str, Any]]:
     return unpack([json.loads(line) for line in whole.splitlines() if line.strip()])
 
 
-def _first_problem(name: str, error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(step) for step in first["loc"])
-    return f"{name}: {place}: {first['msg']}; the benchmark's data is damaged, run it again"
+def pack(cells: Iterable[dict[str, Any]]) -> str:
+    """Return the lines of a smaller `cells.jsonl`, whose report has the same numbers.
+
+    Requests lie by columns, gaps are whole microseconds, and a command is written once: later
+    lines give the number of the line that has it. An answer is the beginning of its SHA-256,
+    because a report only compares answers. Such lines cannot be packed again.
+    """
+    lines: list[str] = []
+    first: dict[str, int] = {}
+    for cell in cells:
+        command = first.setdefault(cell["command"], len(lines))
+        packed = {name: value for name, value in cell.items() if name != "requests"}
+        requests = cell["requests"]
+        columns = {name: [one[name] for one in requests] for name in next(iter(requests), ())}
+        if columns:
+            columns["output_text"] = [_digest(text) for text in columns["output_text"]]
+            gaps = columns.pop("itl_s")
+            columns["itl_us"] = [[round(gap * 1_000_000) for gap in one] for one in gaps]
+            if not any(columns["error"]):
+                del columns["error"]
+        packed["columns"] = columns
+        if command < len(lines):
+            packed["command"] = command
+        lines.append(json.dumps(packed, separators=(",", ":"), ensure_ascii=False) + "\n")
+    return "".join(lines)
 
 
-def _last_of_each(cells: Sequence[CellResult]) -> tuple[CellResult, ...]:
-    """Leave out earlier attempts at a cell that was measured again."""
-    last = {(cell.key, cell.repetition): cell for cell in cells}
-    return tuple(cell for cell in cells if last[cell.key, cell.repetition] is cell)
+def unpack(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return cells with their requests and commands; a line that is not packed stays as it is.
+
+    Raises:
+        ViSpecError: a packed line is damaged.
+    """
+    cells: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        cell = dict(line)
+        try:
+            if "columns" in line:
+                columns = cell.pop("columns")
+                if isinstance(line["command"], int):
+                    cell["command"] = cells[line["command"]]["command"]
+                if columns:
+                    gaps = columns.pop("itl_us")
+                    columns["itl_s"] = [[gap / 1_000_000 for gap in one] for one in gaps]
+                rows = zip(*columns.values(), strict=True)
+                cell["requests"] = [dict(zip(columns, row, strict=True)) for row in rows]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ViSpecError(
+                f"{number}. cell: {error}; the benchmark's data is damaged, run it again"
+            ) from error
+        cells.append(cell)
+    return cells
+
+
+def _digest(text: str) -> str:
+    return text and sha256(text.encode("utf-8", "replace")).hexdigest()[:12]

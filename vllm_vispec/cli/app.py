@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from vllm_vispec.cli.bench import app as bench
-from vllm_vispec.cli.errors import exit_on_error
 from vllm_vispec.cli.evaluate import evaluate
+from vllm_vispec.cli.options import exit_on_error
 from vllm_vispec.cli.regenerate import regenerate
 from vllm_vispec.cli.train import train
 from vllm_vispec.cli.verify import verify

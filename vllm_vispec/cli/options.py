@@ -1,19 +1,37 @@
-"""What options of several commands share."""
+"""Options of the commands: most come from settings classes."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import shlex
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, fields
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+import typer
 
 from vllm_vispec.utils.errors import ViSpecError
 
 T = TypeVar("T")
+Command = Callable[..., int | None]
 INTERRUPTED = 130
 """Exit code after a key press, as shells have it."""
 AS_THEY_ARE = "native"
 """Stands for images of their own size in a list of numbers of image tokens."""
+EXAMPLE = "'{\"gpu_memory_utilization\": 0.5}'"
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """A user error inside becomes one line on stderr and exit code 1."""
+    try:
+        yield
+    except ViSpecError as error:
+        typer.echo(f"vispec: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
 def split(flag: str, text: str, convert: Callable[[str], T]) -> tuple[T, ...]:
@@ -26,9 +44,6 @@ def split(flag: str, text: str, convert: Callable[[str], T]) -> tuple[T, ...]:
         return tuple(convert(item.strip()) for item in text.split(",") if item.strip())
     except ValueError as error:
         raise ViSpecError(f"{flag} {text}: give values separated by commas ({error})") from error
-
-
-EXAMPLE = "'{\"gpu_memory_utilization\": 0.5}'"
 
 
 def json_object(flag: str, text: str) -> dict[str, Any]:
@@ -63,3 +78,118 @@ def shell_words(flag: str, text: str) -> tuple[str, ...]:
         return tuple(shlex.split(text))
     except ValueError as error:
         raise ViSpecError(f"{flag} {text}: {error}; close the quote") from error
+
+
+def _read_schedule(text: str) -> Any:
+    from vllm_vispec.bench.schedules import read_schedule
+
+    return read_schedule(text)
+
+
+class Form(NamedTuple):
+    """How an option differs from what its field's name and type say; `read` takes flag and text."""
+
+    names: tuple[str, ...] = ()
+    read: Callable[[str, str], Any] | None = None
+    default: str | None = None
+
+
+FORMS = {
+    "num_speculative_tokens": Form(("--num-speculative-tokens", "-k")),
+    "image_tokens": Form(
+        read=lambda flag, text: split(flag, text, number_of_image_tokens), default="native"
+    ),
+    "schedule": Form(read=lambda _, text: _read_schedule(text)),
+    "serve_args": Form(("--serve",), shell_words),
+    "cell_timeout_s": Form(("--cell-timeout",)),
+    "engine": Form(("--engine-args",)),
+}
+NO_OPTION = ("ready_timeout_s",)
+
+
+class SettingsOption(NamedTuple):
+    """A field of a settings class as an option: its parameter, and what reads its value."""
+
+    parameter: inspect.Parameter
+    read: Callable[[Any], Any]
+
+
+def options_of(*settings: type) -> Callable[[Command], Callable[..., None]]:
+    """Give a command an option for each field of settings classes, before its own parameters.
+
+    The command is called with the settings first, and its result is the exit code. An option's help
+    is the first sentence about its field under `Attributes:` in the class's docstring, its default
+    is the field's, and a field of type `tuple[T, ...]` takes values separated by commas.
+    """
+
+    def decorate(command: Command) -> Callable[..., None]:
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+        own = own[len(settings) - 1 :]
+        options = [{field.name: _option(one, field) for field in _fields(one)} for one in settings]
+
+        def run(**values: Any) -> None:
+            with exit_on_error():
+                # None stands for what the class decides itself.
+                made = [
+                    one(
+                        **{
+                            n: o.read(v)
+                            for n, o in group.items()
+                            if (v := values.pop(n)) is not None
+                        }
+                    )
+                    for one, group in zip(settings, options, strict=True)
+                ]
+                raise typer.Exit(command(*made, **values) or 0)
+
+        every = [option.parameter for group in options for option in group.values()]
+        every += [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own]
+        every.sort(key=lambda one: one.default is not one.empty)
+        run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+def attribute_docs(settings: type) -> dict[str, str]:
+    """Return the first sentence about each field under `Attributes:` in a class's docstring."""
+    _, _, section = inspect.cleandoc(settings.__doc__ or "").partition("Attributes:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section.split("\n\n")[0], re.MULTILINE)
+    texts = {name: " ".join(text.split()) for name, text in entries}
+    return {name: re.split(r"(?<=\.)\s+(?=[A-Z])", text)[0] for name, text in texts.items()}
+
+
+def _fields(settings: Any) -> Iterator[Field[Any]]:
+    return (field for field in fields(settings) if field.name not in NO_OPTION)
+
+
+def _option(settings: type, field: Field[Any]) -> SettingsOption:
+    kind, form = get_type_hints(settings)[field.name], FORMS.get(field.name, Form())
+    flag = (*form.names, "--" + field.name.replace("_", "-"))[0]
+    default: Any = inspect.Parameter.empty if field.default is MISSING else field.default
+    read: Callable[[Any], Any] = _as_given
+    if field.default_factory is not MISSING:
+        kind, default = (kind if get_origin(kind) is dict else kind | None), None
+    if get_origin(kind) is tuple:
+        item, default = get_args(kind)[0], form.default or ",".join(map(_as_text, default))
+        convert = form.read or (lambda flag, text: split(flag, text, item))
+        kind, read = str, lambda text: convert(flag, text) if text else ()
+    elif get_origin(kind) is dict:
+        kind, default, read = str, "{}", lambda text: json_object(flag, text)
+    option = typer.Option(*form.names, help=attribute_docs(settings).get(field.name))
+    parameter = inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, option],
+    )
+    return SettingsOption(parameter, read)
+
+
+def _as_given(value: Any) -> Any:
+    return value
+
+
+def _as_text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

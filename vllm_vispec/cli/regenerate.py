@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_vispec.cli.errors import exit_on_error
-from vllm_vispec.cli.options import json_object
+from vllm_vispec.cli.options import exit_on_error, json_object
 from vllm_vispec.data.regenerate.picture_folder import write_questions
 from vllm_vispec.data.regenerate.prompts import PROMPT_STYLES
 from vllm_vispec.data.regenerate.settings import (

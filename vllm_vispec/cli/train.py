@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_vispec.cli.errors import exit_on_error
+from vllm_vispec.cli.options import exit_on_error
 
 
 def train(

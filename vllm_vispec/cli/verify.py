@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_vispec.cli.errors import exit_on_error
-from vllm_vispec.cli.options import INTERRUPTED
+from vllm_vispec.cli.options import INTERRUPTED, exit_on_error
 from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_vispec.cli.errors import exit_on_error
+from vllm_vispec.cli.options import exit_on_error
 
 if TYPE_CHECKING:
     from vllm_vispec.draft_vocab.make import MadeVocab

@@ -1,7 +1,6 @@
 """Groups of patch points, one module for each feature."""
 
-from vllm_vispec.bench.patch_points import BENCH
-from vllm_vispec.bench.profile.patch_points import PROFILE
+from vllm_vispec.bench.patch_points import BENCH, PROFILE
 from vllm_vispec.compressors.patch_points import GATE
 from vllm_vispec.draft_vlm.patch_points import DRAFT_VLM
 from vllm_vispec.draft_vocab.patch_points import DRAFT_VOCAB

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_vispec.bench.machine import describe_machine, has_gpu
-from vllm_vispec.bench.runner import interruptible
-from vllm_vispec.bench.worker_process import RequestFailed, WorkerProcess
+from vllm_vispec.bench.machine import describe_machine, has_gpu, server_environment
 from vllm_vispec.trees.codes import num_channels
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.engine_start import find_cause, spelled_as_option, why
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.process import RequestFailed, WorkerProcess, interruptible
 from vllm_vispec.verify.prompts import PROMPTS
 from vllm_vispec.verify.result import (
     ALONE,
@@ -69,7 +68,7 @@ class VerifyProcess(WorkerProcess):
     refused = False
 
     def __init__(self, name: str, log_file: Path) -> None:
-        super().__init__(name, WORKER, {}, log_file)
+        super().__init__(name, WORKER, server_environment(), log_file)
 
     def failed(self, reply: Mapping[str, Any]) -> RequestFailed:
         """Return the cause: the child's own error may only say that another process has one."""

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from vllm_vispec.bench.worker_process import serve_requests
 from vllm_vispec.compat.check import require
 from vllm_vispec.compat.groups import VERIFY, VERIFY_ATTENTION
 from vllm_vispec.plugin import register
 from vllm_vispec.utils.errors import ViSpecError, first_line
+from vllm_vispec.utils.process import serve_requests
 from vllm_vispec.verify.prompts import PROMPTS
 from vllm_vispec.verify.result import Acceptance, Answer, AttentionCase, AttentionError
 

@@ -13,7 +13,7 @@ from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
-from vllm_vispec.bench.profile.spans import wall_time
+from vllm_vispec.bench.profile_steps import wall_time
 from vllm_vispec.verify.result import EngineState, Layers
 
 _FIRST_PASS_ENDS = {"drafter": "_sample_draft_tokens", "speculator": "on_prefill_end"}

@@ -1,0 +1,335 @@
+"""Rates and overhead from measured cells, and how far off the model is on cells held out."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from math import exp, log
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from vllm_vispec.bench.metrics import BASELINE, acceptance_rates, decoded
+from vllm_vispec.bench.pages import markdown_table
+from vllm_vispec.bench.roofline import (
+    Hardware,
+    PassShape,
+    Prediction,
+    draft_shape,
+    predict,
+    target_shape,
+)
+from vllm_vispec.bench.schema import BenchRun, CellKey, CellResult
+from vllm_vispec.utils.errors import ViSpecError
+
+EVERY_THIRD, MIN_CELLS = "every-third", 3
+# Where the fit begins, and its limits: overhead in s, bytes/s, FLOP/s.
+_STARTS = ((1e-4, 1e-2), (1e10, 1e12), (1e11, 1e14))
+_LIMITS = ((1e-9, 1e6, 1e6), (10.0, 1e16, 1e19))
+SUMMARY_HEAD = (
+    *("cells", "number", "seconds per token: mean error", "worst"),
+    *("decode_speedup: mean error", "worst"),
+)
+CELLS_HEAD = (
+    *("batch", "K", "cell", "ms per token: measured", "predicted", "error"),
+    *("decode_speedup: measured", "predicted", "error"),
+)
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What is calibrated. First sentences are the options' help.
+
+    Attributes:
+        target: Target's folder; config.json is enough.
+        head: Head's folder, in any checkpoint format.
+        side: Side of the run beside plain.
+        hold_out: Cells to predict unseen: every-third, batch=16,32 or k=5.
+        dtype: As measured; default: config.json's.
+        draft_vocab: Rows of a smaller lm_head for the draft.
+        context: Tokens per sequence, where the file does not tell.
+    """
+
+    target: Path
+    head: Path
+    side: str = "vispec"
+    hold_out: str = EVERY_THIRD
+    dtype: str | None = None
+    draft_vocab: int | None = None
+    context: float | None = None
+
+
+@dataclass(frozen=True)
+class MeasuredCell:
+    """What one cell of a run says about decoding.
+
+    Attributes:
+        batch: sequences decoded at once; of a run, the concurrency.
+        num_speculative_tokens: 0 for plain decoding.
+        context: mean tokens per sequence, half of the answer included.
+        acceptance: share of steps that accept each position; empty for plain decoding.
+        seconds_per_token: decode seconds per output token of one sequence.
+        group: cells of one group were measured side by side (of a run, its K).
+    """
+
+    batch: int
+    num_speculative_tokens: int
+    context: float
+    acceptance: tuple[float, ...]
+    seconds_per_token: float
+    group: int = 0
+
+
+def calibrate_run(run: Path, options: CalibrateOptions) -> dict[str, Any]:
+    """Calibrate on a run folder, or on a result file of `python -m benchmarks decode-speed`.
+
+    Raises:
+        ViSpecError: see `read_measured`, `hold_out` and `calibrate`.
+    """
+    return calibrate(
+        read_measured(run, options.side, options.context),
+        target_shape(options.target, options.dtype),
+        draft_shape(options.head, options.target, options.dtype, options.draft_vocab),
+        hold_out(options.hold_out),
+    )
+
+
+def read_measured(path: Path, side: str, context: float | None = None) -> list[MeasuredCell]:
+    """Read a run folder, or a result file of `python -m benchmarks decode-speed`.
+
+    Args:
+        side: of a run folder, what is compared with plain decoding.
+        context: tokens per sequence; of a result file only, which does not tell.
+
+    Raises:
+        ViSpecError: nothing usable is there.
+    """
+    if path.is_dir():
+        cells = measured_cells(BenchRun.load(path), side)
+        if not any(cell.num_speculative_tokens for cell in cells):
+            raise ViSpecError(f"{path} has no finished cell of --side {side}: name one it has")
+        return cells
+    if context is None:
+        raise ViSpecError(f"{path} does not tell the tokens per sequence: give --context")
+    cells = []
+    try:
+        for one in json.loads(path.read_text(encoding="utf-8"))["results"]:
+            k, accepted = int(one["num_speculative_tokens"]), tuple(one["accepted_at"])
+            plain, ours = (1 / float(one[f"{x}_tokens_per_second"]) for x in ("plain", "vispec"))
+            cells.append(MeasuredCell(1, 0, context, (), plain, k))
+            cells.append(MeasuredCell(1, k, context, accepted, ours, k))
+    except (OSError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ViSpecError(
+            f"{path} cannot be read as a result of `python -m benchmarks decode-speed` "
+            f"({error!r}): give one, or the folder of a `vispec bench run`"
+        ) from error
+    return cells
+
+
+def measured_cells(run: BenchRun, side: str) -> list[MeasuredCell]:
+    """Return the plain cells and those of a side, repetitions pooled, without what failed."""
+    pools: dict[CellKey, list[CellResult]] = defaultdict(list)
+    for cell in run.cells:
+        if cell.key.side in (BASELINE, side) and cell.error is None:
+            pools[cell.key].append(cell)
+    found = []
+    for key, pool in pools.items():
+        requests, is_plain = decoded(pool), key.side == BASELINE
+        acceptance = () if is_plain else acceptance_rates(pool)
+        seconds = sum(one.decode_s for one in requests)
+        if seconds <= 0 or acceptance is None:
+            continue
+        found.append(
+            MeasuredCell(
+                batch=key.concurrency,
+                num_speculative_tokens=0 if is_plain else key.num_speculative_tokens,
+                context=mean(one.prompt_tokens + one.output_tokens / 2 for one in requests),
+                acceptance=acceptance,
+                seconds_per_token=seconds / sum(one.output_tokens - 1 for one in requests),
+                group=key.num_speculative_tokens,
+            )
+        )
+    return found
+
+
+def hold_out(text: str) -> Callable[[MeasuredCell], bool] | None:
+    """Return what `--hold-out` means: "batch=16,32", "k=5", or `EVERY_THIRD` (None).
+
+    Raises:
+        ViSpecError: it is none of these.
+    """
+    if text == EVERY_THIRD:
+        return None
+    name, _, values = text.partition("=")
+    try:
+        # With a K, the plain cells that were measured beside it, too.
+        attribute = {"batch": "batch", "k": "group"}[name]
+        wanted = {int(value) for value in values.split(",")}
+    except (KeyError, ValueError) as error:
+        raise ViSpecError(
+            f"--hold-out {text} is not understood: use {EVERY_THIRD}, batch=16,32 or k=5"
+        ) from error
+    return lambda cell: getattr(cell, attribute) in wanted
+
+
+def calibrate(
+    cells: Sequence[MeasuredCell],
+    target: PassShape,
+    draft: PassShape,
+    hold_out: Callable[[MeasuredCell], bool] | None = None,
+) -> dict[str, Any]:
+    """Fit overhead, bandwidth and peak to measured cells, and predict all of them.
+
+    The same cells give the same result. Where time goes into launching kernels, the bandwidth takes
+    up what grows with a model's size. Unless `compute_seen`, no fitted pass was limited by compute
+    and `flops` is only a lower limit.
+
+    Args:
+        hold_out: cells that are not used for the fit but only to tell the error; None: every third
+            one in the order of batch size and K.
+
+    Raises:
+        ViSpecError: fewer than three cells to fit, or a cell without a time.
+    """
+    ordered = sorted(cells, key=lambda one: (one.batch, one.num_speculative_tokens, one.context))
+    if any(cell.seconds_per_token <= 0 for cell in ordered):
+        raise ViSpecError("a measured cell has no decode time: leave it out of the calibration")
+    held = [hold_out(c) if hold_out else place % 3 == 1 for place, c in enumerate(ordered)]
+    used = [cell for cell, is_held in zip(ordered, held, strict=True) if not is_held]
+    if len(used) < MIN_CELLS:
+        raise ViSpecError(
+            f"{len(used)} measured cells are too few to calibrate on: measure at least {MIN_CELLS} "
+            "more than are held out"
+        )
+
+    def predicted(cell: MeasuredCell, hardware: Hardware) -> Prediction:
+        k = cell.num_speculative_tokens
+        return predict(target, draft, hardware, cell.acceptance, k, cell.batch, cell.context)
+
+    hardware = _fit(used, predicted)
+    found = [predicted(cell, hardware) for cell in ordered]
+    rows = [
+        {"held_out": is_held, **_compare(cell, one, ordered)}
+        for is_held, cell, one in zip(held, ordered, found, strict=True)
+    ]
+    bounds = {
+        bound
+        for one, is_held in zip(found, held, strict=True)
+        if not is_held
+        for bound in (one.plain_bound, one.verify_bound)
+    }
+    return {
+        "kind": "estimate",
+        "hardware": asdict(hardware),
+        "compute_seen": "compute" in bounds,
+        "fitted": _summary([row for row in rows if not row["held_out"]]),
+        "held_out": _summary([row for row in rows if row["held_out"]]),
+        "cells": sorted(rows, key=lambda row: row["held_out"]),
+    }
+
+
+def _fit(
+    cells: Sequence[MeasuredCell], predicted: Callable[[MeasuredCell, Hardware], Prediction]
+) -> Hardware:
+    """Minimise the sum of log(predicted / measured)^2 of the seconds per token."""
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    def hardware(point: Sequence[float]) -> Hardware:
+        overhead, bandwidth, flops = (exp(value) for value in point)
+        return Hardware(bandwidth, flops, overhead)
+
+    def residuals(point: Sequence[float]) -> list[float]:
+        found = (predicted(cell, hardware(point)).seconds_per_token for cell in cells)
+        return [log(one / cell.seconds_per_token) for one, cell in zip(found, cells, strict=True)]
+
+    fits = [
+        least_squares(residuals, np.log(start), bounds=np.log(_LIMITS))
+        for start in product(*_STARTS)
+    ]
+    return hardware(min(fits, key=lambda fit: fit.cost).x)
+
+
+def _compare(
+    cell: MeasuredCell, found: Prediction, cells: Sequence[MeasuredCell]
+) -> dict[str, Any]:
+    """Errors are predicted / measured - 1; the speedup's is against the nearest plain cell."""
+    plain = [one for one in cells if not one.num_speculative_tokens and one.batch == cell.batch]
+    predicted = measured = None
+    if cell.num_speculative_tokens and plain:
+        beside = min(plain, key=lambda p: (p.group != cell.group, abs(p.context - cell.context)))
+        predicted = found.decode_speedup
+        measured = beside.seconds_per_token / cell.seconds_per_token
+    return {
+        "cell": asdict(cell),
+        "predicted_s": found.seconds_per_token,
+        "predicted_speedup": predicted,
+        "measured_speedup": measured,
+        "relative": found.seconds_per_token / cell.seconds_per_token - 1,
+        "relative_speedup": predicted / measured - 1 if predicted and measured else None,
+    }
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {"cells": len(rows)}
+    for name, key in (("seconds_per_token", "relative"), ("decode_speedup", "relative_speedup")):
+        errors = [abs(row[key]) for row in rows if row[key] is not None] or None
+        summary[name] = errors and {
+            "mean_error": round(mean(errors), 4),
+            "worst_error": round(max(errors), 4),
+        }
+    return summary
+
+
+def calibration_to_markdown(found: Mapping[str, Any]) -> str:
+    """Return the rates and the errors in a few lines, then every cell beside its prediction."""
+    rates, peak = found["hardware"], "peak not seen (no pass was limited by it)"
+    if found["compute_seen"]:
+        peak = f"{rates['flops'] / 1e9:.4g} GFLOP/s"
+    summaries = [
+        (
+            name.replace("_", " "),
+            found[name]["cells"],
+            *(
+                _as(".1%", (found[name][number] or {}).get(which))
+                for number in ("seconds_per_token", "decode_speedup")
+                for which in ("mean_error", "worst_error")
+            ),
+        )
+        for name in ("fitted", "held_out")
+    ]
+    cells = [
+        (
+            row["cell"]["batch"],
+            row["cell"]["num_speculative_tokens"] or "plain",
+            "held out" if row["held_out"] else "fitted",
+            _as(".3g", 1000 * row["cell"]["seconds_per_token"]),
+            _as(".3g", 1000 * row["predicted_s"]),
+            _as("+.1%", row["relative"]),
+            _as(".2f", row["measured_speedup"]),
+            _as(".2f", row["predicted_speedup"]),
+            _as("+.1%", row["relative_speedup"]),
+        )
+        for row in sorted(
+            found["cells"],
+            key=lambda row: [
+                row["cell"][x] for x in ("batch", "num_speculative_tokens", "context")
+            ],
+        )
+    ]
+    return (
+        f"**estimate**, fitted to {found['fitted']['cells']} cells: "
+        f"{1000 * rates['pass_overhead_s']:.3g} ms overhead per pass, "
+        f"{rates['bandwidth'] / 1e9:.4g} GB/s effective, {peak}\n\n"
+        + markdown_table(SUMMARY_HEAD, summaries)
+        + "\n\n"
+        + markdown_table(CELLS_HEAD, cells)
+        + "\n"
+    )
+
+
+def _as(form: str, value: float | None) -> str:
+    return "-" if value is None else format(value, form)

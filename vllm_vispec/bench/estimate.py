@@ -1,0 +1,262 @@
+"""`vispec bench estimate`: from a user's settings to a table of estimates."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vllm_vispec.bench.pages import markdown_table
+from vllm_vispec.bench.roofline import (
+    DecoderSizes,
+    Hardware,
+    PassShape,
+    draft_shape,
+    predict,
+    target_shape,
+)
+from vllm_vispec.bench.schedules import best_schedule
+from vllm_vispec.utils.errors import ViSpecError
+
+NOTE = "estimate: a roofline calculation, not a measurement"
+
+
+PASSES = ("plain", "verify", "draft_first", "draft_step")
+HEAD = (
+    *("batch", "K", "tokens_per_round", "decode_speedup (estimate)"),
+    *("without / with twice the overhead", "plain pass, ms", "verify, ms"),
+    *("draft first, step, ms", "limits"),
+)
+
+
+class Device(NamedTuple):
+    """What NVIDIA's data sheet says: TB/s, and dense peaks in TFLOP/s with 16 and 8 bits."""
+
+    terabytes: float
+    half: float
+    fp8: float | None
+    source: str
+
+
+_HALVED = "data sheet, SXM column, its TFLOPS with sparsity halved"
+DEVICES = {
+    "h100-sxm": Device(3.35, 989.4, 1978.9, f"NVIDIA H100 {_HALVED}"),
+    "h200": Device(4.8, 989.4, 1978.9, f"NVIDIA H200 {_HALVED}"),
+    "a100-80gb": Device(2.039, 312.0, None, "NVIDIA A100 80GB data sheet, SXM column"),
+    "l40s": Device(0.864, 362.05, 733.0, "NVIDIA L40S data sheet (dense figures)"),
+}
+
+
+@dataclass(frozen=True)
+class EstimateOptions:
+    """What to estimate. The first sentence about an attribute is the help of its option.
+
+    Attributes:
+        target: Target's folder; config.json is enough.
+        head: Head's folder, in any checkpoint format. It needs a target's folder, whose lm_head
+            it uses.
+        device: A GPU that is known by name.
+        bandwidth_gbs: GB/s as reached.
+        tflops: TFLOP/s as reached.
+        acceptance: Share of steps that accept each position, e.g. 0.8,0.6,0.5.
+        acceptance_rate: Probability at every position, given the one before.
+        num_speculative_tokens: K.
+        batch_size: Sequences decoded at once.
+        context: Tokens of context per sequence.
+        draft_context: Those that the draft reads; default: as many.
+        draft_vocab: Rows of a smaller lm_head for the draft.
+        dtype: Instead of config.json's.
+        bandwidth_share: Share of a device's public bandwidth that is reached. The defaults of the
+            shares and the overhead are assumptions, no measurements of ours.
+        compute_share: Share of a device's public peak that is reached.
+        pass_overhead_ms: Of every pass, neither reading nor computing.
+        target_parameters: Instead of --target: weights a token passes.
+        target_bytes_per_parameter: E.g. 2 for bfloat16.
+        head_parameters: Instead of --head: weights a token passes.
+        head_bytes_per_parameter: E.g. 2 for bfloat16.
+        target_kv_bytes_per_token: With numbers: keys and values of a token, all layers.
+        head_kv_bytes_per_token: The same of the head's one layer.
+        lm_head_parameters: With numbers: hidden size times vocabulary.
+
+    Raises:
+        ViSpecError: settings are missing or exclude each other.
+    """
+
+    target: Path | None = None
+    head: Path | None = None
+    device: str | None = None
+    bandwidth_gbs: float | None = None
+    tflops: float | None = None
+    acceptance: tuple[float, ...] = ()
+    acceptance_rate: float | None = None
+    num_speculative_tokens: tuple[int, ...] = (1, 2, 3, 4, 5)
+    batch_size: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    context: float = 1024.0
+    draft_context: float | None = None
+    draft_vocab: int | None = None
+    dtype: str | None = None
+    bandwidth_share: float = 0.8
+    compute_share: float = 0.6
+    pass_overhead_ms: float = 0.2
+    target_parameters: float | None = None
+    target_bytes_per_parameter: float = 2.0
+    head_parameters: float | None = None
+    head_bytes_per_parameter: float = 2.0
+    target_kv_bytes_per_token: float | None = None
+    head_kv_bytes_per_token: float | None = None
+    lm_head_parameters: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, int | float) and one < 0:
+                    flag = field.name.replace("_", "-")
+                    raise ViSpecError(f"--{flag} {one} is negative: use 0 or more")
+        rates = (self.bandwidth_gbs, self.tflops)
+        if any(rates) if self.device else not all(rates):
+            raise ViSpecError("give either --device, or both --bandwidth-gbs and --tflops")
+        if (not self.acceptance) == (self.acceptance_rate is None):
+            raise ViSpecError("give either --acceptance (per position) or --acceptance-rate")
+        if not self.num_speculative_tokens or not all(self.batch_size or (0,)):
+            raise ViSpecError("give at least one -k, and one --batch-size of at least 1")
+        for name in ("bandwidth_share", "compute_share"):
+            if not 0 < (share := getattr(self, name)) <= 1:
+                flag = name.replace("_", "-")
+                raise ViSpecError(f"--{flag} {share} is no share: use more than 0, at most 1")
+        for name in ("target", "head"):
+            folder = getattr(self, name)
+            if (folder is None) == (getattr(self, f"{name}_parameters") is None):
+                raise ViSpecError(f"give either --{name} (a folder) or --{name}-parameters")
+            if folder is not None and getattr(self, f"{name}_kv_bytes_per_token") is not None:
+                raise ViSpecError(
+                    f"--{name}-kv-bytes-per-token goes with --{name}-parameters: leave it out, "
+                    f"{folder}/config.json tells it"
+                )
+        if self.head is not None and self.target is None:
+            raise ViSpecError(
+                "--head is a folder, the target is given by numbers: give --target as a folder, or "
+                "the head by numbers"
+            )
+
+    def hardware(self) -> Hardware:
+        """Return the rates given, or a device's times the share of them that is reached."""
+        overhead = self.pass_overhead_ms / 1000
+        if self.bandwidth_gbs and self.tflops:
+            return Hardware(self.bandwidth_gbs * 1e9, self.tflops * 1e12, overhead)
+        device = DEVICES.get(str(self.device))
+        if device is None:
+            raise ViSpecError(
+                f"--device {self.device} is unknown: use one of {', '.join(DEVICES)}, or give "
+                "--bandwidth-gbs and --tflops"
+            )
+        dtype = self.dtype or "bfloat16"
+        if self.target is not None:
+            dtype = DecoderSizes.read(self.target, "target", self.dtype).dtype
+        peak = {"bfloat16": device.half, "float16": device.half, "fp8": device.fp8}.get(dtype)
+        if peak is None:
+            raise ViSpecError(
+                f"--device {self.device} has no public peak for dtype {dtype} here: give --tflops "
+                "and --bandwidth-gbs"
+            )
+        bandwidth = device.terabytes * 1e12 * self.bandwidth_share
+        return Hardware(bandwidth, peak * 1e12 * self.compute_share, overhead)
+
+    def shapes(self) -> tuple[PassShape, PassShape]:
+        """Return those of target and draft."""
+        if self.target is None:
+            return self._by_numbers("target"), self._by_numbers("head")
+        target = target_shape(self.target, self.dtype)
+        if self.head is None:
+            return target, self._by_numbers("head")
+        return target, draft_shape(self.head, self.target, self.dtype, self.draft_vocab)
+
+    def _by_numbers(self, name: str) -> PassShape:
+        """The FLOPs of attention are left out."""
+        parameters, lm_head = getattr(self, f"{name}_parameters"), self.lm_head_parameters
+        read = (parameters + lm_head) * getattr(self, f"{name}_bytes_per_parameter")
+        kv_bytes = getattr(self, f"{name}_kv_bytes_per_token") or 0.0
+        return PassShape(read, parameters, lm_head, kv_bytes)
+
+    def assumptions(self) -> list[str]:
+        """Return what the numbers rest on, a line each."""
+        rates = "bandwidth and peak as given"
+        if self.device is not None:
+            device = DEVICES[self.device]
+            rates = (
+                f"{self.bandwidth_share:.0%} of {device.terabytes:.3g} TB/s and "
+                f"{self.compute_share:.0%} of the dense peak are reached; public figures: "
+                f"{device.source}"
+            )
+        return [
+            rates,
+            f"{self.pass_overhead_ms:g} ms of every pass are overhead",
+            f"{self.context:g} tokens of context per sequence; acceptance is an input here and "
+            "holds for the data it was measured on",
+            "left out: tensor parallelism, activations, sampling, prefills that share a step",
+        ]
+
+
+def estimate(options: EstimateOptions) -> dict[str, Any]:
+    """Estimate every batch size (outer) and K, also with no overhead and with twice as much.
+
+    Raises:
+        ViSpecError: a setting or a config.json cannot be used.
+    """
+    hardware, (target, draft) = options.hardware(), options.shapes()
+    rate, longest = options.acceptance_rate, max(options.num_speculative_tokens)
+    accepted = options.acceptance
+    if rate is not None:
+        accepted = tuple(rate**k for k in range(1, longest + 1))
+    rows, speedups = [], defaultdict[int, dict[int, float]](dict)
+    for batch, k in product(options.batch_size, options.num_speculative_tokens):
+        work = (accepted, k, batch, options.context, options.draft_context)
+        mid, low, high = (
+            predict(target, draft, replace(hardware, pass_overhead_s=x), *work)
+            for x in (hardware.pass_overhead_s, 0.0, 2 * hardware.pass_overhead_s)
+        )
+        ends = {"without": low.decode_speedup, "twice": high.decode_speedup}
+        rows.append({"kind": "estimate", **asdict(mid), "decode_speedup_by_overhead": ends})
+        speedups[batch][k] = mid.decode_speedup
+    return {
+        "kind": "estimate",
+        "note": NOTE,
+        "assumptions": options.assumptions(),
+        "hardware": asdict(hardware),
+        "target": asdict(target),
+        "draft": asdict(draft),
+        "num_speculative_tokens_per_batch_size": [list(one) for one in best_schedule(speedups)],
+        "rows": rows,
+    }
+
+
+def estimate_to_markdown(found: Mapping[str, Any]) -> str:
+    """Return the table, the assumptions below it."""
+    rows = []
+    for row in found["rows"]:
+        ends = row["decode_speedup_by_overhead"]
+        plain, verify, first, step = (1000 * row[f"{name}_s"] for name in PASSES)
+        rows.append(
+            (
+                row["batch"],
+                row["num_speculative_tokens"],
+                f"{row['tokens_per_round']:.2f}",
+                f"{row['decode_speedup']:.2f}",
+                f"{ends['without']:.2f} / {ends['twice']:.2f}",
+                f"{plain:.2f}",
+                f"{verify:.2f}",
+                f"{first:.2f}, {step:.2f}",
+                f"plain {row['plain_bound']}, verify {row['verify_bound']}, "
+                f"draft {row['draft_bound']}",
+            )
+        )
+    schedule = found["num_speculative_tokens_per_batch_size"]
+    lines = [
+        *found["assumptions"],
+        f'best K by batch size (estimate): `"num_speculative_tokens_per_batch_size": {schedule}`',
+    ]
+    notes = "".join(f"- {line}\n" for line in lines)
+    return f"**{NOTE}**\n\n{markdown_table(HEAD, rows)}\n\n{notes}"

@@ -1,0 +1,372 @@
+"""`vispec bench profile`: where a step's time goes, vLLM's own EAGLE beside ViSpec."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
+from functools import cache
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vllm_vispec.bench.heads import plain_eagle_head, write_eagle_head
+from vllm_vispec.bench.machine import describe_machine, has_gpu
+from vllm_vispec.bench.matrix import MAX_DRAFT_TOKENS
+from vllm_vispec.bench.profile_engine import EngineProcess, Job, default_runner, find_runner
+from vllm_vispec.bench.profile_steps import CLOCKS, DECODE, KINDS, PREFILL, Step, Steps
+from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, BenchSample, Record
+from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import write_json, write_text
+from vllm_vispec.utils.process import interruptible
+
+if TYPE_CHECKING:
+    from vllm_vispec.bench.profile_summary import Block, Profile
+    from vllm_vispec.bench.questions import AskTarget
+
+FORMAT = 1
+EAGLE, VISPEC = SIDES = ("eagle", "vispec")
+AS_THEY_ARE = "native"
+UNPAIRED = "without a counterpart"
+_CLOCKS = {
+    "wall": "Wall time.",
+    "cpu": "CPU time of the engine's thread, on one thread: waiting is not counted.",
+}
+_REMEDIES = {
+    DECODE: "raise --max-tokens, lower --concurrency, and leave graphs off (--enforce-eager)",
+    PREFILL: "let a prompt fit into one step with --serve '--max-num-batched-tokens ...'",
+}
+
+Group = Sequence[BenchSample]
+
+
+@dataclass(frozen=True)
+class ProfileSettings(Record):
+    """What is profiled, and how. First sentences are the options' help.
+
+    Attributes:
+        target: Target: a folder or hub id.
+        head: ViSpec head: a folder or hub id.
+        data: The dataset's file or folder.
+        dataset: How to read --data: mmspec, vispec, openai or tiny.
+        eagle_head: Head for vLLM's EAGLE; default: one of --head's sizes.
+        num_speculative_tokens: K.
+        runner: vLLM's model runner, v1 or v2; default: v2 on a GPU.
+        concurrency: Requests that are asked together. Only decoding steps of so many count.
+        repetitions: Of every question, besides a warm-up.
+        limit: Most samples; default: all.
+        max_tokens: Longest answer; default: the dataset's.
+        families: Only these, separated by commas.
+        image_tokens: Image tokens of a request, e.g. native,0,256.
+        clock: wall, or cpu on a busy machine without a GPU.
+        serve: vLLM's options for both engines, one string.
+        speculative_config: More for ViSpec's draft, e.g. '{"draft_vocab": 4096}'.
+
+    Raises:
+        ViSpecError: a value is unknown or impossible.
+    """
+
+    target: str
+    head: str
+    data: str
+    dataset: str = "openai"
+    eagle_head: str | None = None
+    num_speculative_tokens: int = 4
+    runner: str = field(default_factory=default_runner)
+    concurrency: int = 1
+    repetitions: int = 3
+    limit: int | None = None
+    max_tokens: int | None = None
+    families: tuple[str, ...] = ()
+    image_tokens: tuple[int, ...] = (IMAGES_AS_THEY_ARE,)
+    clock: str = "wall"
+    serve: str = ""
+    speculative_config: str = ""
+
+    def __post_init__(self) -> None:
+        find_runner(self.runner)
+        if self.clock not in CLOCKS:
+            raise ViSpecError(f"--clock {self.clock} is unknown: choose from {', '.join(CLOCKS)}")
+        for name in ("concurrency", "repetitions"):
+            if getattr(self, name) < 1:
+                raise ViSpecError(f"--{name} {getattr(self, name)}: give at least 1")
+        if not 1 <= self.num_speculative_tokens <= MAX_DRAFT_TOKENS:
+            raise ViSpecError(f"-k {self.num_speculative_tokens}: give 1 to {MAX_DRAFT_TOKENS}")
+        for tokens in self.image_tokens:
+            if tokens < IMAGES_AS_THEY_ARE:
+                raise ViSpecError(f"--image-tokens {tokens}: give {AS_THEY_ARE}, 0 or more")
+        # Read here so that a mistake shows at once.
+        _ = self.serve_args, self.draft_settings
+        if not self.image_tokens:
+            raise ViSpecError(f"--image-tokens is empty: give {AS_THEY_ARE} or numbers")
+
+    @property
+    def serve_args(self) -> tuple[str, ...]:
+        """Return vLLM's options one by one.
+
+        Raises:
+            ViSpecError: a quote is not closed.
+        """
+        try:
+            return tuple(shlex.split(self.serve))
+        except ValueError as error:
+            raise ViSpecError(f"--serve {self.serve}: {error}") from error
+
+    @property
+    def draft_settings(self) -> dict[str, Any]:
+        """Return further settings of ViSpec's draft.
+
+        Raises:
+            ViSpecError: they are no JSON object.
+        """
+        try:
+            return dict(json.loads(self.speculative_config or "{}"))
+        except (ValueError, TypeError) as error:
+            raise ViSpecError(
+                f"--speculative-config {self.speculative_config} is no JSON object ({error})"
+            ) from error
+
+    def command(self, output: Path) -> str:
+        """Return what a user types to measure this."""
+        words = ["vispec", "bench", "profile"]
+        for one in fields(self):
+            value = getattr(self, one.name)
+            # The runner's default depends on the machine.
+            required = ("target", "head", "data", "runner", "num_speculative_tokens")
+            if one.name in required or value != one.default:
+                if isinstance(value, tuple):
+                    value = ",".join(
+                        AS_THEY_ARE if x == IMAGES_AS_THEY_ARE else str(x) for x in value
+                    )
+                words += [f"--{one.name.replace('_', '-')}", str(value)]
+        return shlex.join([*words, "--output", str(output)])
+
+
+class Engine(Protocol):
+    """What `EngineProcess` offers."""
+
+    def record(self, samples: Group) -> Steps:
+        """Have samples answered together."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a profile uses of the world outside; tests put stand-ins here."""
+
+    make_engine: Callable[[str, Job, Path], EngineProcess] = EngineProcess
+    machine: Callable[[], dict[str, Any]] = describe_machine
+    log: Callable[[str], None] = print
+
+
+def run_profile(
+    settings: ProfileSettings,
+    samples: Sequence[BenchSample],
+    output: Path,
+    tools: Tools | None = None,
+) -> Profile:
+    """Measure, and write `profile.json`, `profile.md`, `profile.svg` and `profile.png`.
+
+    Engines are gone when this returns, also after SIGINT and SIGTERM. Files of an earlier profile
+    in the folder are replaced.
+
+    Raises:
+        ViSpecError: a head cannot be used, an engine fails, no step can be compared, or the
+            folder cannot be written.
+        KeyboardInterrupt: on SIGINT and SIGTERM.
+    """
+    from vllm_vispec.bench.profile_page import draw, to_page
+    from vllm_vispec.bench.profile_summary import Profile, by_image_tokens, summarise
+
+    tools = tools or Tools()
+    if settings.clock == "cpu" and has_gpu():
+        raise ViSpecError("--clock cpu does not see what a GPU does: use --clock wall")
+    machine = tools.machine()
+    with ExitStack() as stack:
+        stack.enter_context(interruptible())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vispec-profile-")))
+        engines = {}
+        # One after the other: each measures the memory that is free.
+        for side, job in jobs(settings, folder).items():
+            tools.log(f"starting {side}")
+            engine = tools.make_engine(side, job, output / "logs" / f"{side}.log")
+            engines[side] = stack.enter_context(engine)
+        groups = groups_for(settings, samples, folder / "images", engines[VISPEC].answer)
+        blocks, left_out = measure(engines, groups, settings.repetitions, tools.log)
+    kinds = {kind: [x.select(lambda s: s.kind == kind) for x in blocks] for kind in KINDS}  # noqa: B023
+    profile = Profile(
+        format=FORMAT,
+        machine=machine,
+        settings=settings.to_json(),
+        command=settings.command(output),
+        notes=tuple(notes(settings)),
+        left_out=left_out,
+        rounds={kind: summarise(found) for kind, found in kinds.items()},
+        prefill_by_image_tokens=by_image_tokens(kinds[PREFILL]),
+    )
+    write_json(output / "profile.json", profile.to_json())
+    write_text(output / "profile.md", to_page(profile, "profile.svg"))
+    draw(profile, output)
+    return profile
+
+
+def jobs(settings: ProfileSettings, folder: Path) -> dict[str, Job]:
+    """Return what to start, by side.
+
+    Args:
+        folder: for a head that is made.
+
+    Raises:
+        ViSpecError: a head cannot be used.
+    """
+    from vllm_vispec.bench.server import GPU_SHARE, option_value
+
+    serve_args = settings.serve_args
+    if has_gpu() and option_value(serve_args, "--gpu-memory-utilization") is None:
+        serve_args = (f"--gpu-memory-utilization={GPU_SHARE / len(SIDES):.3f}", *serve_args)
+    given = settings.eagle_head
+    eagle_head = (
+        write_eagle_head(settings.head, folder / EAGLE)
+        if given is None
+        else plain_eagle_head(given, settings.target, folder / EAGLE)
+    )
+    drafts = {
+        EAGLE: {"method": "eagle", "model": eagle_head},
+        VISPEC: {**settings.draft_settings, "method": "vispec", "model": settings.head},
+    }
+    return {
+        side: Job(
+            target=settings.target,
+            serve_args=serve_args,
+            speculative_config={
+                **draft,
+                "num_speculative_tokens": settings.num_speculative_tokens,
+            },
+            runner=settings.runner,
+            clock=settings.clock,
+            concurrency=settings.concurrency,
+        )
+        for side, draft in drafts.items()
+    }
+
+
+def groups_for(
+    settings: ProfileSettings, samples: Sequence[BenchSample], folder: Path, ask: AskTarget
+) -> list[Group]:
+    """Return what is asked together, for every number of image tokens.
+
+    Args:
+        folder: gets resized images.
+        ask: gives the target's own answers where a dialogue needs them.
+
+    Raises:
+        ViSpecError: images cannot have so many tokens, or there are too few samples.
+    """
+    from vllm_vispec.bench.questions import samples_for, tokens_of_target, with_answers
+
+    tokens_of = cache(lambda: tokens_of_target(settings.target, settings.serve_args))
+    found: list[Group] = []
+    for tokens in settings.image_tokens:
+        sized = samples_for(samples, tokens, lambda side: tokens_of()(side), folder)
+        found += groups_of(with_answers(sized, ask), settings.concurrency)
+    return found
+
+
+def groups_of(samples: Sequence[BenchSample], size: int) -> list[Group]:
+    """Return the samples in groups that are asked together; the last is filled from the front.
+
+    Raises:
+        ViSpecError: there are fewer samples than a group needs.
+    """
+    if size > len(samples):
+        raise ViSpecError(
+            f"--concurrency {size}: the dataset has {len(samples)} samples; give more, or ask for "
+            "less"
+        )
+    twice = [*samples, *samples]
+    return [twice[start : start + size] for start in range(0, len(samples), size)]
+
+
+def measure(
+    engines: Mapping[str, Engine],
+    groups: Sequence[Group],
+    repetitions: int,
+    log: Callable[[str], None] = print,
+) -> tuple[list[Block], dict[str, dict[str, int]]]:
+    """Let both sides answer every group in turns; the first time is to warm up.
+
+    Who goes first alternates from group to group and from repetition to repetition. Returns the
+    blocks, and how many steps are in none of them, by side and reason.
+
+    Raises:
+        ViSpecError: an engine fails, or no step of a kind is complete.
+    """
+    for group in groups:
+        for side in SIDES:
+            engines[side].record(group)
+    left_out: dict[str, Counter[str]] = {side: Counter() for side in SIDES}
+    blocks = []
+    for repetition in range(repetitions):
+        for number, group in enumerate(groups):
+            order = SIDES if (repetition + number) % 2 == 0 else SIDES[::-1]
+            found = {side: engines[side].record(group) for side in order}
+            block = pair(found[EAGLE], found[VISPEC])
+            blocks.append(block)
+            for side in SIDES:
+                alone = len(found[side].steps) - len(block.eagle)
+                left_out[side] += Counter(found[side].left_out) + Counter({UNPAIRED: alone})
+        log(f"  repetition {repetition + 1} of {repetitions} done")
+    counts = {side: dict(left_out[side]) for side in SIDES}
+    there = {step.kind for block in blocks for step in block.eagle}
+    for kind, remedy in _REMEDIES.items():
+        if kind not in there:
+            raise ViSpecError(f"no {kind} round could be compared (left out: {counts}): {remedy}")
+    return blocks, counts
+
+
+def pair(eagle: Steps, vispec: Steps) -> Block:
+    """Keep, of every kind of step, as many as both sides have.
+
+    Prefills are counterparts if they are over the same batch. One side may need fewer decoding
+    steps; its last ones are over a longer context, so the rest of the other side's are left out.
+    """
+    from vllm_vispec.bench.profile_summary import Block
+
+    pairs: list[tuple[Step, Step]] = []
+    for kind in KINDS:
+        sides = [[one for one in side.steps if one.kind == kind] for side in (eagle, vispec)]
+        both = zip(*sides, strict=False)
+        pairs += takewhile(lambda two: two[0].shape == two[1].shape, both)
+    return Block(tuple(one for one, _ in pairs), tuple(other for _, other in pairs))
+
+
+def notes(settings: ProfileSettings) -> Iterator[str]:
+    """Yield what has to be known to read the numbers of this machine and these settings."""
+    interpreted = find_runner(settings.runner).note_on_cpu
+    if interpreted and not has_gpu():
+        yield interpreted
+    yield _CLOCKS[settings.clock]
+    yield (
+        "Both engines have the same target and answer the same questions in turns; EAGLE's head "
+        + ("was given." if settings.eagle_head else "has the sizes of ViSpec's.")
+    )
+    yield (
+        f"A decoding step is over {settings.num_speculative_tokens + 1} tokens of "
+        f"{settings.concurrency} request(s) on both sides, whether drafts are accepted or not."
+    )
+    yield (
+        "A part's time excludes that of the parts inside it. Each row is a median of its own, so "
+        "rows do not quite add up; the bars are means over the middle 80 % of the steps, and do."
+    )
+    yield (
+        "Without graphs and without asynchronous scheduling, unless --serve says otherwise; "
+        "reading the clock adds a little to every part."
+    )
+    if has_gpu():
+        yield (
+            "The GPU is idle at every reading of the clock. This serialises host and device: parts "
+            "are what they cost one after another, and a step is longer than in a server."
+        )

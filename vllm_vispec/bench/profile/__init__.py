@@ -1,1 +1,0 @@
-"""Where a round's time goes: vLLM's own EAGLE and ViSpec, part by part, side by side."""

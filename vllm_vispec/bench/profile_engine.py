@@ -1,0 +1,338 @@
+"""The engine of one side of a profile: a child process that answers when asked.
+
+The engine lives in the child's own process, where it can be looked into, and works only while it
+is asked, so that two of them can wait beside each other.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from vllm_vispec.bench.load import chat_messages
+from vllm_vispec.bench.machine import has_gpu, server_environment
+from vllm_vispec.bench.patch_points import PROFILE
+from vllm_vispec.bench.profile_steps import (
+    ADAPTOR,
+    CLOCKS,
+    DRAFT_LOGITS,
+    DRAFT_MODEL,
+    DRAFT_SAMPLE,
+    EXECUTE,
+    PROPOSE,
+    ROWS,
+    SAMPLE,
+    STEP,
+    TARGET_LOGITS,
+    TARGET_MODEL,
+    VISION,
+    Batch,
+    Recorder,
+    Steps,
+    find_steps,
+)
+from vllm_vispec.bench.schema import BenchSample, Record
+from vllm_vispec.compat.check import require
+from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.process import WorkerProcess, serve_requests
+
+if TYPE_CHECKING:
+    from vllm_vispec.compat.patch_point import Runner
+
+WORKER = "vllm_vispec.bench.profile_engine"
+START_S = 1800.0
+FIRST_ARGS = (
+    # Inside of a graph nothing can be timed.
+    "--enforce-eager",
+    # A repeated request has to be the same work.
+    "--no-enable-prefix-caching",
+    "--mm-processor-cache-gb=0",
+    "--no-async-scheduling",
+)
+"""vLLM's options unless the user says otherwise."""
+
+
+@dataclass(frozen=True)
+class RunnerProbe:
+    """Where a model runner does what.
+
+    Attributes:
+        drafter: the runner's attribute that drafts.
+        sample: the runner's method that verifies and samples; target logits inside count apart.
+        draft_sample: the drafter's method that samples; draft logits inside count apart.
+        environment: what makes vLLM take this runner.
+        on_cpu: what it needs besides where there is no GPU.
+        note_on_cpu: what has to be said about its times there; "" if nothing.
+    """
+
+    drafter: str
+    sample: str
+    draft_sample: str
+    environment: Mapping[str, str]
+    on_cpu: Mapping[str, str]
+    note_on_cpu: str = ""
+
+
+RUNNERS: Mapping[str, RunnerProbe] = MappingProxyType(
+    {
+        "v1": RunnerProbe(
+            "drafter", "_sample", "_sample_draft_tokens", {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {}
+        ),
+        "v2": RunnerProbe(
+            "speculator",
+            "sample",
+            "sample_draft",
+            {"VLLM_USE_V2_MODEL_RUNNER": "1"},
+            {"TRITON_INTERPRET": "1"},
+            "Triton interpreter: host time of kernels, not a GPU's.",
+        ),
+    }
+)
+
+
+def default_runner() -> str:
+    """Return the runner that vLLM takes on this machine."""
+    return "v2" if has_gpu() else "v1"
+
+
+def find_runner(name: str) -> RunnerProbe:
+    """Return a runner's probe.
+
+    Raises:
+        ViSpecError: there is none.
+    """
+    if name not in RUNNERS:
+        raise ViSpecError(f"--runner {name} is unknown: choose from {', '.join(RUNNERS)}")
+    return RUNNERS[name]
+
+
+@dataclass(frozen=True)
+class Job(Record):
+    """One side's engine.
+
+    Attributes:
+        serve_args: vLLM's options.
+        speculative_config: vLLM's, with method, model and K.
+        runner: a name in `RUNNERS`.
+        clock: a name in `CLOCKS`.
+        concurrency: requests of a full decoding step.
+    """
+
+    target: str
+    serve_args: tuple[str, ...]
+    speculative_config: dict[str, Any]
+    runner: str
+    clock: str
+    concurrency: int
+
+    def environment(self) -> dict[str, str]:
+        """Return the engine's environment: a server's, and what the profile is about."""
+        probe = find_runner(self.runner)
+        return {
+            **server_environment(),
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            **probe.environment,
+            **({} if has_gpu() else probe.on_cpu),
+            # The cpu clock counts one thread, so the work has to be on it.
+            **({"OMP_NUM_THREADS": "1"} if self.clock == "cpu" else {}),
+        }
+
+
+class EngineProcess(WorkerProcess):
+    """A context manager around one engine.
+
+    Args:
+        side: its name.
+        job: what to start.
+        log_file: gets everything that the engine prints.
+    """
+
+    def __init__(self, side: str, job: Job, log_file: Path) -> None:
+        super().__init__(side, WORKER, job.environment(), log_file)
+        self.job = job
+
+    def __enter__(self) -> Self:
+        """Start it and wait until it can be asked.
+
+        Raises:
+            ViSpecError: it does not start.
+        """
+        super().__enter__()
+        try:
+            self.request({"do": "start", "job": self.job.to_json()}, START_S)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def record(self, samples: Sequence[BenchSample]) -> Steps:
+        """Have samples answered together, with empty caches; returns the steps that it took.
+
+        Raises:
+            ViSpecError: an image cannot be read, or the engine fails.
+        """
+        return Steps.from_json(self.request({"do": "record", **_questions(samples)}))
+
+    def answer(self, sample: BenchSample) -> str:
+        """Return the greedy answer to one sample.
+
+        Raises:
+            ViSpecError: see `record`.
+        """
+        return str(self.request({"do": "answer", **_questions([sample])})["text"])
+
+
+def _questions(samples: Sequence[BenchSample]) -> dict[str, Any]:
+    return {
+        "messages": [chat_messages(sample) for sample in samples],
+        "max_tokens": [sample.max_tokens for sample in samples],
+    }
+
+
+class ProfiledEngine:
+    """In the child: a `vllm.LLM` whose steps are recorded."""
+
+    job: Job
+    llm: Any = None
+    recorder: Recorder
+
+    def start(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Build the engine and record it from now on."""
+        from vllm import LLM
+
+        from vllm_vispec.plugin import register
+
+        self.job = Job.from_json(request["job"])
+        require(PROFILE, cast("Runner", self.job.runner))
+        register()
+        options = engine_options(self.job.serve_args)
+        draft = dict(self.job.speculative_config)
+        self.llm = LLM(self.job.target, speculative_config=draft, **options)
+        self.recorder = Recorder(CLOCKS[self.job.clock])
+        install(self.recorder, self.llm, self.job.runner)
+        return {}
+
+    def record(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer requests together and greedily; returns their `Steps`."""
+        # The vision tower and the adaptor are to run again for images that were seen before.
+        for name in ("reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache"):
+            getattr(self.llm.llm_engine, name)()
+        self.recorder.take()
+        self._chat(request)
+        drafts = self.job.speculative_config["num_speculative_tokens"]
+        return find_steps(self.recorder.take(), drafts, self.job.concurrency).to_json()
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer one request; returns its text."""
+        return {"text": self._chat(request)[0].outputs[0].text}
+
+    def reply(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what a request says; an error becomes its message."""
+        try:
+            return ACTIONS[request["do"]](self, request)
+        except Exception as error:
+            traceback.print_exc()
+            return {"error": str(error) or type(error).__name__}
+
+    def _chat(self, request: Mapping[str, Any]) -> list[Any]:
+        from vllm import SamplingParams
+
+        limits = request["max_tokens"]
+        params = [SamplingParams(temperature=0.0, max_tokens=limit) for limit in limits]
+        outputs: list[Any] = self.llm.chat(request["messages"], params, use_tqdm=False)
+        return outputs
+
+
+ACTIONS: Mapping[str, Callable[[ProfiledEngine, Mapping[str, Any]], dict[str, Any]]] = {
+    "start": ProfiledEngine.start,
+    "record": ProfiledEngine.record,
+    "answer": ProfiledEngine.answer,
+}
+
+
+def install(recorder: Recorder, llm: Any, runner_name: str) -> None:
+    """Record what an engine in this process does, from now on.
+
+    Args:
+        llm: a `vllm.LLM`.
+        runner_name: the model runner it should have.
+
+    Raises:
+        ViSpecError: the engine has another runner, more than one process, or is not split where
+            this version of the package expects it.
+    """
+    try:
+        # A function is called with the worker itself where there is no other process.
+        (worker,) = llm.collective_rpc(lambda worker: worker)
+        runner = worker.model_runner
+    except Exception as error:
+        raise ViSpecError(
+            "--serve: the engine has more than one process; a profile needs one, so leave "
+            "parallelism and --distributed-executor-backend out"
+        ) from error
+    probe = find_runner(runner_name)
+    drafter = getattr(runner, probe.drafter, None)
+    if drafter is None:
+        raise ViSpecError(
+            f"--runner {runner_name}: vLLM started another model runner for this target; choose "
+            "the other one"
+        )
+    target, draft = runner.get_model(), drafter.model
+    recorder.wrap(llm.llm_engine, "step", STEP)
+    recorder.wrap(worker, "execute_model", EXECUTE, Batch.of_scheduler)
+    recorder.wrap(runner, probe.sample, SAMPLE)
+    recorder.hook(target, TARGET_MODEL)
+    recorder.wrap(target, "compute_logits", TARGET_LOGITS)
+    if hasattr(target, "embed_multimodal"):
+        recorder.wrap(target, "embed_multimodal", VISION)
+    recorder.wrap(drafter, "propose", PROPOSE)
+    recorder.wrap(drafter, probe.draft_sample, DRAFT_SAMPLE)
+    recorder.hook(draft, DRAFT_MODEL)
+    recorder.wrap(draft, "compute_logits", DRAFT_LOGITS)
+    if hasattr(draft, "get_top_tokens"):
+        # With use_local_argmax_reduction the draft is asked for tokens instead of logits.
+        recorder.wrap(draft, "get_top_tokens", DRAFT_LOGITS)
+    # Only a ViSpec draft has these; a head without compression lacks the adaptor.
+    ours = {
+        ROWS: getattr(drafter, "draft_rows", None),
+        ADAPTOR: getattr(getattr(draft, "model", None), "adaptor", None),
+    }
+    for name, owner in ours.items():
+        for method, value in vars(type(owner)).items() if owner is not None else ():
+            if not method.startswith("_") and callable(value):
+                recorder.wrap(owner, method, name)
+
+
+def engine_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return keyword arguments for `vllm.LLM` from options of the command line.
+
+    Raises:
+        ViSpecError: vLLM does not know an option.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
+    usual = vars(parser.parse_args([]))
+    try:
+        given = vars(parser.parse_args([*FIRST_ARGS, *arguments]))
+    except SystemExit as error:
+        raise ViSpecError(
+            f"--serve {' '.join(arguments)}: an engine of vLLM does not take these options"
+        ) from error
+    known = {name: given[name] for name in usual if given[name] != usual[name]}
+    # What makes the sides and the target is not for the user to say here.
+    return {name: known[name] for name in known if name not in ("model", "speculative_config")}
+
+
+if __name__ == "__main__":
+    engine = ProfiledEngine()
+    serve_requests(engine.reply)
+    if engine.llm is not None:
+        engine.llm.llm_engine.engine_core.shutdown()

@@ -1,0 +1,353 @@
+"""Steps of an engine, split into parts: spans within spans, read off one clock."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vllm_vispec.bench.schema import Record
+from vllm_vispec.utils.errors import ViSpecError
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+DECODE, PREFILL = "decode", "prefill"
+KINDS = {DECODE: "Decoding steps", PREFILL: "Prefill steps"}
+OTHER_BATCH, INCOMPLETE = "other batch", "incomplete"
+
+# Names of spans.
+STEP, EXECUTE = "step", "execute"
+TARGET_MODEL, TARGET_LOGITS, SAMPLE = "target_model", "target_logits", "sample"
+PROPOSE, DRAFT_MODEL, DRAFT_LOGITS = "propose", "draft_model", "draft_logits"
+DRAFT_SAMPLE, VISION, ADAPTOR, ROWS = "draft_sample", "vision", "adaptor", "rows"
+ONCE = (EXECUTE, TARGET_MODEL, TARGET_LOGITS, SAMPLE, PROPOSE)
+
+FIRST_PASS, DRAFT_STEP, HOST = "draft_first_pass", "draft_step", "host"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a step.
+
+    Attributes:
+        name: in the JSON file.
+        label: in tables and legends.
+        color: in the picture.
+        span: whose own time it is; "" where a rule of its own says.
+        kinds: steps that have it.
+    """
+
+    name: str
+    label: str
+    color: str
+    span: str = ""
+    kinds: tuple[str, ...] = (DECODE, PREFILL)
+
+
+PARTS = (
+    Part("vision_tower", "vision tower", "#f0e442", VISION, (PREFILL,)),
+    Part("target_pass", "target pass", "#0072b2", TARGET_MODEL),
+    Part("target_lm_head", "target lm_head", "#56b4e9", TARGET_LOGITS),
+    Part("verification", "verification and sampling", "#8c6d00", SAMPLE),
+    Part("adaptor", "vision adaptor", "#009e73", ADAPTOR, (PREFILL,)),
+    Part("row_codes", "row codes", "#117733", ROWS),
+    Part(FIRST_PASS, "draft first pass", "#d55e00"),
+    Part(DRAFT_STEP, "draft step", "#e69f00"),
+    Part("draft_lm_head", "draft lm_head", "#cc79a7", DRAFT_LOGITS),
+    Part("draft_sampling", "draft sampling", "#882255", DRAFT_SAMPLE),
+    Part("draft_host", "host work of the draft", "#8c8c8c", PROPOSE),
+    Part(HOST, "host work, the rest", "#d0d0d0"),
+)
+WHOLES = {
+    "first_pass": "first pass, call of the proposer to its logits",
+    "step": "draft step, logits to logits",
+    "propose": "all of drafting",
+    "round": "all of the step",
+}
+"""What overlaps the parts: times by other borders, the same on every runner."""
+
+
+def columns(kind: str, num_draft_tokens: int) -> dict[str, Part]:
+    """Return the parts of a kind of step by name, in order, every draft step apart.
+
+    Their seconds add up to the step's.
+    """
+    found: dict[str, Part] = {}
+    for part in PARTS:
+        if kind in part.kinds and part.name != DRAFT_STEP:
+            found[part.name] = part
+        elif kind in part.kinds:
+            found |= {f"{DRAFT_STEP}_{number}": part for number in range(1, num_draft_tokens)}
+    return found
+
+
+class Prompt(NamedTuple):
+    """A request that enters the batch: tokens of its prompt, of these computed, image tokens."""
+
+    tokens: int
+    computed: int = 0
+    image_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one target pass is over.
+
+    Attributes:
+        scheduled: tokens of every request.
+        drafted: draft tokens among them, request by request.
+        prompts: the requests that enter with this batch.
+    """
+
+    scheduled: tuple[int, ...]
+    drafted: tuple[int, ...]
+    prompts: tuple[Prompt, ...] = ()
+
+    @classmethod
+    def of_scheduler(cls, scheduler_output: Any, *_: Any, **__: Any) -> Batch:
+        """Return what vLLM's scheduler has put together for a step."""
+        scheduled: Mapping[str, int] = scheduler_output.num_scheduled_tokens
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        prompts = (
+            Prompt(
+                len(new.prompt_token_ids or ()),
+                new.num_computed_tokens,
+                sum(one.mm_position.get_num_embeds() for one in new.mm_features or ()),
+            )
+            for new in scheduler_output.scheduled_new_reqs
+        )
+        counts = tuple(len(drafts.get(request, ())) for request in scheduled)
+        return cls(tuple(scheduled.values()), counts, tuple(prompts))
+
+    def kind(self, num_draft_tokens: int, concurrency: int) -> str | None:
+        """Return which kind of step this is, None if neither counts.
+
+        In a decoding step all requests are there and verify K draft tokens: steps of fewer, at the
+        end of an answer, would mix engines that reach the end at different steps. In a prefill
+        every request enters with its whole prompt.
+        """
+        size = len(self.scheduled)
+        wide = (num_draft_tokens + 1,) * size, (num_draft_tokens,) * size
+        if not self.prompts and size == concurrency and (self.scheduled, self.drafted) == wide:
+            return DECODE
+        whole = tuple(prompt.tokens for prompt in self.prompts) == self.scheduled
+        is_prefill = whole and not any(prompt.computed for prompt in self.prompts)
+        return PREFILL if is_prefill else None
+
+
+@dataclass
+class Span:
+    """Something that ran from ``begin`` to ``end``, in seconds.
+
+    Attributes:
+        inner: seconds of the spans directly inside.
+        batch: of a target pass.
+    """
+
+    name: str
+    begin: float
+    end: float = 0.0
+    inner: float = 0.0
+    batch: Batch | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.end - self.begin
+
+    @property
+    def own(self) -> float:
+        """How long it took without the spans inside."""
+        return self.seconds - self.inner
+
+
+def wall_time() -> float:
+    """Return the time once the device is idle.
+
+    Waiting for the device takes away that host and device work at the same time; without it, work
+    would be counted where the host waits for it, not where it is asked for.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# ``cpu`` counts what this thread used, which other programs on a busy machine hardly change.
+CLOCKS: Mapping[str, Callable[[], float]] = MappingProxyType(
+    {"wall": wall_time, "cpu": time.thread_time}
+)
+
+
+@dataclass
+class Recorder:
+    """Collects spans of one thread in the order in which they begin.
+
+    Attributes:
+        now: the clock.
+    """
+
+    now: Callable[[], float]
+    _spans: list[Span] = field(default_factory=list)
+    _open: list[Span] = field(default_factory=list)
+
+    def take(self) -> list[Span]:
+        """Return the spans since the last call."""
+        spans, self._spans = self._spans, []
+        return spans
+
+    def begin(self, name: str, batch: Batch | None = None) -> Span:
+        """Open a span inside of those that are open."""
+        span = Span(name, self.now(), batch=batch)
+        self._spans.append(span)
+        self._open.append(span)
+        return span
+
+    def end(self, span: Span) -> None:
+        """Close a span, and those that an error left open inside."""
+        span.end = self.now()
+        while self._open and self._open.pop() is not span:
+            pass
+        if self._open:
+            self._open[-1].inner += span.seconds
+
+    @contextmanager
+    def span(self, name: str, batch: Batch | None = None) -> Iterator[None]:
+        """Record what runs inside of the block."""
+        span = self.begin(name, batch)
+        try:
+            yield
+        finally:
+            self.end(span)
+
+    def wrap(
+        self, owner: object, method: str, name: str, batch_of: Callable[..., Batch] | None = None
+    ) -> None:
+        """Record every call of one object's method; its class stays as it is.
+
+        A call inside of a span with the same name belongs to that span.
+
+        Args:
+            name: of the spans.
+            batch_of: makes the span's batch from the call's arguments.
+
+        Raises:
+            ViSpecError: there is no such method.
+        """
+        original = getattr(owner, method, None)
+        if original is None:
+            raise ViSpecError(
+                f"{type(owner).__name__} has no {method}: this vLLM's steps cannot be split; "
+                "profile with vLLM 0.32 or 0.33"
+            )
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._open and self._open[-1].name == name:
+                return original(*args, **kwargs)
+            with self.span(name, batch_of(*args, **kwargs) if batch_of else None):
+                return original(*args, **kwargs)
+
+        setattr(owner, method, timed)
+
+    def hook(self, module: Module, name: str) -> None:
+        """Record every forward pass of a module."""
+        opened: list[Span] = []
+        module.register_forward_pre_hook(lambda *_: opened.append(self.begin(name)))
+        module.register_forward_hook(lambda *_: self.end(opened.pop()))
+
+
+@dataclass(frozen=True)
+class Step(Record):
+    """One step of one engine.
+
+    Attributes:
+        kind: a name in `KINDS`.
+        requests: in the batch.
+        prompt_tokens, image_tokens: of the batch's prompts together; 0 in a decoding step.
+        seconds: by part, see `columns`.
+        wholes: seconds of what overlaps, see `WHOLES`.
+    """
+
+    kind: str
+    requests: int
+    prompt_tokens: int
+    image_tokens: int
+    seconds: dict[str, float]
+    wholes: dict[str, float]
+
+    @property
+    def shape(self) -> tuple[str, int, int, int]:
+        """What makes it comparable with another engine's."""
+        return self.kind, self.requests, self.prompt_tokens, self.image_tokens
+
+
+@dataclass(frozen=True)
+class Steps(Record):
+    """The steps of an answer in order, and how many are not among them, by reason."""
+
+    steps: tuple[Step, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def find_steps(spans: Sequence[Span], num_draft_tokens: int, concurrency: int) -> Steps:
+    """Split every step of an answer.
+
+    Args:
+        spans: in the order of their begin, those of a step behind the step's own.
+        concurrency: requests of a decoding step.
+    """
+    found: list[Step] = []
+    left_out: Counter[str] = Counter()
+    begins = [place for place, span in enumerate(spans) if span.name == STEP]
+    for begin, end in zip(begins, [*begins[1:], len(spans)], strict=True):
+        inside = spans[begin:end]
+        batch = next((span.batch for span in inside if span.batch is not None), None)
+        if batch is None or not batch.scheduled:
+            continue
+        kind = batch.kind(num_draft_tokens, concurrency)
+        if kind is None:
+            left_out[OTHER_BATCH] += 1
+        elif (split := _split(inside, kind, num_draft_tokens)) is None:
+            left_out[INCOMPLETE] += 1
+        else:
+            tokens = (sum(one.tokens for one in batch.prompts),)
+            images = sum(one.image_tokens for one in batch.prompts)
+            found.append(Step(kind, len(batch.scheduled), *tokens, images, *split))
+    return Steps(tuple(found), dict(left_out))
+
+
+def _split(
+    spans: Sequence[Span], kind: str, num_draft_tokens: int
+) -> tuple[dict[str, float], dict[str, float]] | None:
+    """Return seconds by part and of the wholes; None if something is missing or too much."""
+    named: dict[str, list[Span]] = {}
+    for span in spans:
+        named.setdefault(span.name, []).append(span)
+    passes, logits = named.get(DRAFT_MODEL, []), named.get(DRAFT_LOGITS, [])
+    if any(len(named.get(name, ())) != 1 for name in ONCE):
+        return None
+    if not len(passes) == len(logits) == num_draft_tokens:
+        return None
+    propose, later = named[PROPOSE][0], num_draft_tokens - 1
+    wholes = {
+        "first_pass": logits[0].end - propose.begin,
+        "step": (logits[-1].end - logits[0].end) / max(later, 1),
+        "propose": propose.seconds,
+        "round": named[STEP][0].seconds,
+    }
+    if not later:
+        del wholes["step"]
+    models = {FIRST_PASS: passes[0].own}
+    models |= {f"{DRAFT_STEP}_{number}": passes[number].own for number in range(1, len(passes))}
+    seconds = {
+        name: models[name] if name in models else sum(span.own for span in named.get(part.span, ()))
+        for name, part in columns(kind, num_draft_tokens).items()
+    }
+    seconds[HOST] = wholes["round"] - (sum(seconds.values()) - seconds[HOST])
+    return seconds, wholes

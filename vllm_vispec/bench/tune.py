@@ -1,0 +1,285 @@
+"""`vispec bench tune`: which K at which load, from measurements, and whether the choice holds."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from math import exp, hypot, log
+from typing import Any
+
+from vllm_vispec.bench.bootstrap import RESAMPLES
+from vllm_vispec.bench.intervals import with_interval
+from vllm_vispec.bench.matrix import MatrixSettings
+from vllm_vispec.bench.metrics import baseline_key, by_key
+from vllm_vispec.bench.pages import markdown_table
+from vllm_vispec.bench.schedules import Ranges, highest, merged_ranges, speculative_config
+from vllm_vispec.bench.schema import BenchRun
+from vllm_vispec.utils.errors import ViSpecError
+
+TUNE_FILE = "tune.json"
+FORMAT = 1
+VARIANT, TUNED = "vispec", "vispec_tuned"
+METRICS = ("decode_speedup", "e2e_speedup")
+FLOOR = 0.98
+"""A speedup below it is a loss that is worth a word; above, plain vLLM is as good."""
+SPREAD_WITHOUT_INTERVAL = log(1.03)
+"""What two measurements without intervals must differ by to count as different."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A speedup over plain vLLM and how sure it is.
+
+    Attributes:
+        value: the speedup.
+        spread: half of the 95 % interval's width, in logarithms.
+    """
+
+    value: float
+    spread: float = SPREAD_WITHOUT_INTERVAL
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.value * exp(-self.spread)
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.value * exp(self.spread)
+
+    def is_faster(self, other: Gain) -> bool:
+        """Whether the 95 % interval of the gain over another one lies above 1.0.
+
+        The two are taken as independent. They share their samples, so the true interval is
+        narrower.
+        """
+        return log(self.value / other.value) > hypot(self.spread, other.spread)
+
+    def __str__(self) -> str:
+        """Return the value with its interval."""
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+PLAIN = Gain(1.0, 0.0)
+"""What K = 0 is taken for where it was not measured."""
+Gains = Mapping[int, Mapping[int, Gain]]
+"""Concurrency -> K -> speedup."""
+
+
+def fastest_k(gains: Mapping[int, Gain]) -> int:
+    """Return the K with the highest speedup, the smaller one of two that are equal."""
+    known = {0: PLAIN, **gains}
+    return max(sorted(known), key=lambda k: known[k].value)
+
+
+def choose_k(gains: Mapping[int, Gain]) -> int:
+    """Return the smallest K that is not measurably slower than the fastest.
+
+    A larger K costs tail latency and memory traffic, so it has to be worth it: the interval of its
+    gain over the smaller K must lie above 1.0. A smaller K that itself loses against plain vLLM is
+    not taken for that.
+
+    Args:
+        gains: by K; 0 is taken for plain vLLM's speed if it was not measured.
+    """
+    known, fastest = {0: PLAIN, **gains}, fastest_k(gains)
+    even = [k for k in sorted(known) if not known[fastest].is_faster(known[k])]
+    return next((k for k in even if known[k].value >= FLOOR), fastest)
+
+
+def gains_of(
+    run: BenchRun, variant: str, by: str = METRICS[0], resamples: int = RESAMPLES
+) -> Gains:
+    """Return what a variant gains at every concurrency and K, in order.
+
+    A run over several temperatures, numbers of image tokens or datasets counts them all: the
+    geometric mean over those that were measured at every K of a concurrency.
+
+    Args:
+        by: "decode_speedup" or "e2e_speedup".
+        resamples: of the bootstrap.
+    """
+    groups = by_key(run.cells)
+    found: dict[int, dict[int, dict[Any, Gain]]] = defaultdict(lambda: defaultdict(dict))
+    for key in (key for key in groups if key.side == variant):
+        measured = with_interval(by, groups[key], groups.get(baseline_key(key), ()), resamples)
+        gain = _gain(measured.value, measured.low, measured.high)
+        if gain is not None:
+            condition = key.dataset, key.temperature, key.image_tokens
+            found[key.concurrency][key.num_speculative_tokens][condition] = gain
+    pooled = {}
+    for concurrency, by_k in sorted(found.items()):
+        shared = sorted(set.intersection(*(set(gains) for gains in by_k.values())))
+        if shared:
+            pooled[concurrency] = {k: _mean([by_k[k][x] for x in shared]) for k in sorted(by_k)}
+    return pooled
+
+
+def _gain(value: object, low: object, high: object) -> Gain | None:
+    if not isinstance(value, float) or value <= 0:
+        return None
+    if not (isinstance(low, float) and isinstance(high, float) and 0 < low <= high):
+        return Gain(value)
+    return Gain(value, max(log(high / value), log(value / low)) or SPREAD_WITHOUT_INTERVAL)
+
+
+def _mean(gains: list[Gain]) -> Gain:
+    value = exp(sum(log(gain.value) for gain in gains) / len(gains))
+    return Gain(value, hypot(*(gain.spread for gain in gains)) / len(gains))
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A choice of K for every load.
+
+    Attributes:
+        by: the metric it was made by.
+        draft: method and model of the speculative config.
+        gains: speedups by concurrency and K.
+        chosen: K by concurrency.
+        verified: what the setting itself gained, by concurrency, None where it was not measured;
+            empty if it was not tried.
+    """
+
+    by: str
+    draft: Mapping[str, Any]
+    gains: Gains
+    chosen: Mapping[int, int]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    verified: Mapping[int, Gain | None] = field(default_factory=dict)
+
+    @classmethod
+    def from_run(cls, run: BenchRun, by: str = METRICS[0]) -> Tuning:
+        """Choose from a run.
+
+        Raises:
+            ViSpecError: the metric is unknown, or the run has no speedup of ViSpec.
+        """
+        if by not in METRICS:
+            raise ViSpecError(f"--by {by} is unknown: choose from {', '.join(METRICS)}")
+        gains = gains_of(run, VARIANT, by)
+        if not gains:
+            raise ViSpecError(
+                f"the run has no {by} of the side {VARIANT}: measure the sides plain and "
+                f"{VARIANT}, and see the run's logs if cells failed"
+            )
+        chosen = {concurrency: choose_k(found) for concurrency, found in gains.items()}
+        draft = {"method": VARIANT, "model": run.settings.get("head") or "HEAD"}
+        return cls(by, draft, gains, chosen, run.settings, run.machine)
+
+    @property
+    def ranges(self) -> Ranges:
+        """K by batch size, in order from 1 on."""
+        return merged_ranges(sorted(self.chosen.items()), midway=True)
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """vLLM's speculative config; None if drafting gains at no load."""
+        return speculative_config(self.draft, self.ranges)
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder to try the setting in, another one for every setting."""
+        config = json.dumps(self.config, sort_keys=True)
+        return f"verified-{sha256(config.encode()).hexdigest()[:8]}"
+
+    def verify_settings(self, settings: MatrixSettings) -> MatrixSettings:
+        """Return the matrix that tries the choice at every concurrency, all else as measured."""
+        return replace(
+            settings,
+            sides=("plain", TUNED),
+            concurrency=tuple(self.gains),
+            num_speculative_tokens=(highest(self.ranges),),
+            schedule=self.ranges,
+        )
+
+    def with_verification(self, run: BenchRun, resamples: int = RESAMPLES) -> Tuning:
+        """Return the tuning with how its setting did in a run of `verify_settings`."""
+        gains = gains_of(run, TUNED, self.by, resamples)
+        found = {concurrency: next(iter(by_k.values())) for concurrency, by_k in gains.items()}
+        return replace(self, verified={one: found.get(one) for one in self.gains})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {
+            "format": FORMAT,
+            "by": self.by,
+            "machine": dict(self.machine),
+            "settings": dict(self.settings),
+            "rows": [
+                {"concurrency": concurrency, "num_speculative_tokens": k, **_numbers(gain)}
+                for concurrency, found in self.gains.items()
+                for k, gain in found.items()
+            ],
+            "chosen": {str(concurrency): k for concurrency, k in self.chosen.items()},
+            "schedule": [list(entry) for entry in self.ranges],
+            "speculative_config": self.config,
+            "verified": [
+                {"concurrency": concurrency, **_numbers(gain), "ok": _is_ok(gain)}
+                for concurrency, gain in self.verified.items()
+            ],
+        }
+
+    def to_markdown(self) -> str:
+        """Return a table, concurrency by K, the choice marked."""
+        ks = sorted({k for found in self.gains.values() for k in found})
+        head = ["concurrency", *(f"K = {k}" for k in ks), "chosen"]
+        rows = []
+        for concurrency, found in self.gains.items():
+            k = self.chosen[concurrency]
+            cells = [str(found.get(one, "-")) for one in ks]
+            cells = [f"**{c}**" if one == k else c for one, c in zip(ks, cells, strict=True)]
+            tuned = [str(self.verified[concurrency] or "-")] if self.verified else []
+            rows.append([concurrency, *cells, f"K = {k}", *tuned])
+        head += ["tuned"] if self.verified else []
+        title = f"{self.by} over plain vLLM, 95 % interval in brackets"
+        return f"{title}\n\n{markdown_table(head, rows)}"
+
+    def advice(self) -> list[str]:
+        """Return what to serve with, why not with the fastest K, and where that still loses."""
+        reasons = [self._why_not_fastest(one) for one in self.gains]
+        if self.config is None:
+            lines = ["Drafting gains at no load that was measured: serve without it."]
+        else:
+            lines = [f"--speculative-config '{json.dumps(self.config)}'"]
+        lost = [self._lost(one, gain) for one, gain in self.verified.items() if not _is_ok(gain)]
+        return [*filter(None, reasons), *lines, *lost]
+
+    def _why_not_fastest(self, concurrency: int) -> str | None:
+        """Say why a K that measured faster was not chosen."""
+        gains, chosen = self.gains[concurrency], self.chosen[concurrency]
+        fastest = fastest_k(gains)
+        if fastest == chosen:
+            return None
+        return (
+            f"concurrency {concurrency}: K = {chosen} ({gains.get(chosen, PLAIN).value:.2f}x) is "
+            f"chosen, not K = {fastest} ({gains[fastest].value:.2f}x): the difference is within "
+            "the 95 % interval, and the smaller K verifies fewer tokens per step; raise "
+            "--repetitions or --least to tell them apart"
+        )
+
+    def _lost(self, concurrency: int, gain: Gain | None) -> str:
+        place = f"concurrency {concurrency}"
+        if gain is None:
+            return f"{place}: the setting was not measured"
+        why = "; nothing is drafted there, what remains is the draft's first pass"
+        return (
+            f"{place}: {gain.value:.2f}x with this setting, below {FLOOR:g}x"
+            f"{'' if self.chosen[concurrency] else why}"
+        )
+
+
+def _is_ok(gain: Gain | None) -> bool:
+    """Whether nothing is lost."""
+    return gain is not None and gain.value >= FLOOR
+
+
+def _numbers(gain: Gain | None) -> dict[str, float | None]:
+    if gain is None:
+        return {"speedup": None, "low": None, "high": None}
+    return {"speedup": gain.value, "low": gain.low, "high": gain.high}
