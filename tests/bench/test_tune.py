@@ -109,6 +109,15 @@ def test_one_k_for_all_needs_no_ranges() -> None:
     assert SETTING not in tuning.config
 
 
+def test_a_faster_k_that_is_not_chosen_is_explained() -> None:
+    tuning = Tuning.from_run(run_with({1: {6: 2.0, 8: 2.04}, 8: {6: 2.0, 8: 2.5}}, noise=0.1))
+    assert tuning.chosen == {1: 6, 8: 8}
+    (reason,) = (line for line in tuning.advice() if "not K" in line)
+    assert reason.startswith("concurrency 1: K = 6 (1.98x) is chosen, not K = 8 (2.02x)")
+    assert "within the 95 % interval" in reason
+    assert "--repetitions" in reason
+
+
 def test_no_gain_anywhere() -> None:
     tuning = Tuning.from_run(run_with({1: {3: 0.9}, 8: {3: 0.8}}))
     assert tuning.config is None
