@@ -37,7 +37,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vllm_vispec", "vllm_vispec.*"]),
-    package_data={"vllm_vispec": ["py.typed", "bench/templates/*.j2"]},
+    package_data={"vllm_vispec": ["py.typed", "bench/templates/*.j2", "bench/*.yaml"]},
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "train": ["matplotlib", "pillow", "pyyaml", "tqdm"],

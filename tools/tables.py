@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tools.house import ROOT
 
 if TYPE_CHECKING:
-    from vllm_vispec.bench.estimate.request import EstimateOptions
+    from vllm_vispec.bench.estimate import EstimateOptions
 
 CHECKPOINTS = ROOT / "examples/tiny_vlm/checkpoints"
 HEAD_SIZES = (64, 80, 96, 128)
@@ -165,7 +165,7 @@ def break_even_coverage(rate: float, batch: int, wanted: float) -> float:
 
 def best_estimate(rate: float, batch: int, draft_vocab: int | None = None) -> dict[str, Any]:
     """Return the estimate of the fastest K for Qwen2.5-VL-7B and a one-layer head on an H100."""
-    from vllm_vispec.bench.estimate.request import estimate
+    from vllm_vispec.bench.estimate import estimate
 
     def rows(settings: EstimateOptions) -> list[dict[str, Any]]:
         return list(estimate(settings)["rows"])
@@ -179,7 +179,7 @@ def best_estimate(rate: float, batch: int, draft_vocab: int | None = None) -> di
 
 
 def _with_qwen(call: Callable[[EstimateOptions], Any]) -> Any:
-    from vllm_vispec.bench.estimate.request import EstimateOptions
+    from vllm_vispec.bench.estimate import EstimateOptions
 
     with tempfile.TemporaryDirectory() as name:
         folders = Path(name, "target"), Path(name, "vispec_head")
@@ -203,13 +203,13 @@ def _with_qwen(call: Callable[[EstimateOptions], Any]) -> Any:
 
 def calibration() -> str:
     """What the cost model says about committed measurements that it has not seen."""
-    from vllm_vispec.bench.estimate.calibrate import (
+    from vllm_vispec.bench.calibrate import (
         calibrate,
         calibration_to_markdown,
         hold_out,
         read_measured,
     )
-    from vllm_vispec.bench.estimate.shapes import draft_shape, target_shape
+    from vllm_vispec.bench.roofline import draft_shape, target_shape
 
     found = calibrate(
         read_measured(ROOT / "benchmarks/results/decode_speed.json", "vispec", 150),
