@@ -19,7 +19,6 @@ from vllm_vispec.compat import check, source, versions
 from vllm_vispec.compat.check import check_points, first_broken, group_problem, require
 from vllm_vispec.compat.features import needed_groups
 from vllm_vispec.compat.groups import (
-    BENCH,
     CHAINS,
     CORE,
     GROUPS,
@@ -227,7 +226,7 @@ def test_a_broken_patch_point_disables_its_feature_alone(
 def test_every_feature_has_a_group_and_a_configuration_that_needs_it() -> None:
     """Those that no engine needs: `vllm serve HEAD`, and what measures."""
     needed = {g for s in SETTINGS.values() for used in ("v1", "v2") for g in needed_groups(s, used)}
-    measuring = {BENCH, PROFILE, VERIFY, VERIFY_ATTENTION}
+    measuring = {PROFILE, VERIFY, VERIFY_ATTENTION}
     assert set(GROUPS) - needed == {SCRATCH, SELF_SERVING, *measuring}
 
 

@@ -21,7 +21,7 @@ from vllm_vispec.verify.page import print_page
 from vllm_vispec.verify.prompts import PROMPTS
 from vllm_vispec.verify.result import Acceptance, Answer, EngineState, Layers, Verification
 from vllm_vispec.verify.run import Tools, VerifyProcess, num_steps, verify
-from vllm_vispec.verify.settings import VerifySettings, choose_pair
+from vllm_vispec.verify.settings import VerifySettings
 
 SETTINGS = VerifySettings("target", "head")
 LAYERS = Layers(24, "CPU_ATTN", 64, 64, 4, 2, "auto (bfloat16)")
@@ -298,8 +298,8 @@ def test_the_cause_of_a_failed_request(log: str, cause: str, refused: bool, tmp_
     ("arguments", "said"),
     [
         (["--target", "a"], "--target and --head belong together"),
-        (["--engine-args", "{"], "--engine-args { is not JSON"),
-        (["--engine-args", "[]"], "--engine-args []: give a JSON object"),
+        (["--engine-args", "{"], "--engine-args is not JSON"),
+        (["--engine-args", "[]"], "--engine-args is not a JSON object"),
         (["--engine-args", '{"model": "a"}'], "--engine-args: model is set by vispec verify"),
         (["--speculative-config", '{"tree": {}}'], "--speculative-config: tree has an option"),
         (["--tree", '{"dept": 3}'], "tree.dept is unknown"),
@@ -316,5 +316,5 @@ def test_bad_options_are_one_line(arguments: list[str], said: str) -> None:
 def test_without_the_examples_the_pair_must_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_settings, "SHIPPED_PAIR", ("/nowhere/target", "/nowhere/head"))
     with pytest.raises(ViSpecError, match="give --target and --head"):
-        choose_pair(None, None)
-    assert choose_pair("a", "b") == ("a", "b")
+        VerifySettings()
+    assert VerifySettings("a", "b").target == "a"

@@ -1,4 +1,7 @@
-"""What `vispec bench` touches in vLLM beyond its public names; checked before it is used."""
+"""What `vispec bench profile` touches in vLLM beyond its public names.
+
+`vispec bench run` reads a draft's image table, if it has one, and touches nothing else.
+"""
 
 from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
 
@@ -7,7 +10,7 @@ _V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
 
 _V1_DRAFTER = PatchPoint(_V1_RUNNER, "GPUModelRunner.self.drafter", (), "reads", "what drafts")
 _V2_DRAFTER = PatchPoint(_V2_RUNNER, "GPUModelRunner.self.speculator", (), "reads", "what drafts")
-V1_DRAFT_SAMPLE = PatchPoint(
+_V1_DRAFT_SAMPLE = PatchPoint(
     "vllm.v1.spec_decode.llm_base_proposer",
     "SpecDecodeBaseProposer._sample_draft_tokens",
     ("hidden_states",),
@@ -15,21 +18,13 @@ V1_DRAFT_SAMPLE = PatchPoint(
     "draft sampling",
 )
 
-BENCH = PatchGroup(
-    name="bench",
-    feature="vispec bench",
-    remedy="",
-    v1=(_V1_DRAFTER,),
-    v2=(_V2_DRAFTER,),
-)
-
 PROFILE = PatchGroup(
     name="profile",
-    feature="vispec bench profile",
+    feature="vispec bench profile and vispec verify",
     remedy="",
     v1=(
         _V1_DRAFTER,
-        V1_DRAFT_SAMPLE,
+        _V1_DRAFT_SAMPLE,
         PatchPoint(
             _V1_RUNNER,
             "GPUModelRunner._sample",

@@ -10,9 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vllm_vispec.bench.heads import check_has_adaptor, plain_eagle_head, zeroed_head
-from vllm_vispec.bench.patch_points import BENCH
 from vllm_vispec.bench.schedules import K_SETTING, SETTING, Ranges, speculative_config
-from vllm_vispec.compat.check import group_problem
 from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
@@ -136,18 +134,13 @@ def check_inputs(settings: MatrixSettings) -> None:
     """Refuse what would let a run fail after minutes.
 
     Raises:
-        ViSpecError: a package is missing, vLLM is another than this was written for, or the target
-            or a head is not there or not usable.
+        ViSpecError: a package is missing, or the target or a head is not there or not usable.
     """
     from vllm_vispec.heads import inspect_head
 
     for module, name in PACKAGES.items():
         if importlib.util.find_spec(module) is None:
             raise ViSpecError(f"vllm bench serve needs {name}: install it here")
-    # Which model runner the servers take is theirs to say.
-    problems = [group_problem(BENCH, "v2"), group_problem(BENCH, "v1")]
-    if all(problems):
-        raise ViSpecError(problems[0])
     _check_folder("--target", settings.target)
     needed = {option for name in settings.sides for option in VARIANTS[name].needs}
     if "--head" in needed and settings.head:

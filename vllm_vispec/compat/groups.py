@@ -1,6 +1,6 @@
 """Groups of patch points, one module for each feature."""
 
-from vllm_vispec.bench.patch_points import BENCH, PROFILE
+from vllm_vispec.bench.patch_points import PROFILE
 from vllm_vispec.compressors.patch_points import GATE
 from vllm_vispec.draft_vlm.patch_points import DRAFT_VLM
 from vllm_vispec.draft_vocab.patch_points import DRAFT_VOCAB
@@ -15,7 +15,6 @@ from vllm_vispec.verify.patch_points import VERIFY, VERIFY_ATTENTION
 
 __all__ = [
     "ADAPTIVE",
-    "BENCH",
     "CHAINS",
     "CORE",
     "DRAFT_VLM",
@@ -44,7 +43,6 @@ GROUPS = (
     ADAPTIVE,
     TREES,
     SELF_SERVING,
-    BENCH,
     PROFILE,
     VERIFY,
     VERIFY_ATTENTION,

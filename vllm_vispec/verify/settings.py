@@ -14,34 +14,62 @@ from vllm_vispec.verify.result import CHAIN, PLAIN, TREE
 
 _CHECKPOINTS = Path(__file__).resolve().parents[2] / "examples" / "tiny_vlm" / "checkpoints"
 SHIPPED_PAIR = str(_CHECKPOINTS / "target"), str(_CHECKPOINTS / "vispec_head")
-TREE_NODES = 29
 _OURS = ("model", "speculative_config", "worker_extension_cls", "disable_log_stats")
 
 
 @dataclass(frozen=True)
-class VerifySettings(Record):
-    """Which pair is verified, and with which engine options.
+class EngineOptions:
+    """Engine arguments of vLLM that have options of their own; the help is vLLM's.
 
     Attributes:
-        target, head: folders or hub ids.
-        num_speculative_tokens: of the chain.
-        tree: the setting of the tree; `tree_nodes` is its number of draft tokens.
-        engine: vLLM's engine arguments by their Python names, for all engines.
-        speculative_config: further keys for both speculative engines.
+        tensor_parallel_size: As vLLM's.
+        dtype: As vLLM's.
+        max_model_len: As vLLM's.
+        gpu_memory_utilization: As vLLM's.
+        enforce_eager: As vLLM's; default: only without a GPU.
+        attention_backend: As vLLM's.
+        kv_cache_dtype: As vLLM's.
+    """
+
+    tensor_parallel_size: int | None = None
+    dtype: str | None = None
+    max_model_len: int | None = None
+    gpu_memory_utilization: float | None = None
+    enforce_eager: bool | None = None
+    attention_backend: str | None = None
+    kv_cache_dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class VerifySettings(Record):
+    """Which pair is verified, and with which engine options. First sentences are options' help.
+
+    Attributes:
+        target: Target: a folder or hub id; default: the shipped pair's.
+        head: Head: a folder or hub id, in any checkpoint format; default as above.
+        num_speculative_tokens: Of the chain.
+        tree: The tree's setting, e.g. '{"depth": 5}'; JSON.
+        tree_nodes: As --num-speculative-tokens, of the tree.
+        engine: More of vLLM's engine arguments, e.g. '{"max_num_seqs": 16}'.
+        speculative_config: More for both drafts, e.g. '{"draft_vocab": 4096}'.
 
     Raises:
         ViSpecError: a value is not for the user to say here, or impossible.
     """
 
-    target: str
-    head: str
+    target: str = ""
+    head: str = ""
     num_speculative_tokens: int = 4
     tree: dict[str, Any] = field(default_factory=dict)
-    tree_nodes: int = TREE_NODES
+    tree_nodes: int = 29
     engine: dict[str, Any] = field(default_factory=dict)
     speculative_config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, value in zip(("target", "head"), self._choose_pair(), strict=True):
+            object.__setattr__(self, name, value)
+        if self.num_speculative_tokens < 1:
+            raise ViSpecError(f"-k {self.num_speculative_tokens}: give at least 1")
         TreeSettings.from_config(self.tree).check_nodes(self.tree_nodes)
         found = next((name for name in _OURS if name in self.engine), None)
         if found is not None:
@@ -55,6 +83,18 @@ class VerifySettings(Record):
                     f"--speculative-config: {name} has an option of its own (--head, "
                     "--num-speculative-tokens, --tree); leave it out"
                 )
+
+    def _choose_pair(self) -> tuple[str, str]:
+        """Return what the user gave, else the pair of examples/tiny_vlm."""
+        if self.target and self.head:
+            return self.target, self.head
+        if self.target or self.head:
+            raise ViSpecError("--target and --head belong together: give both, or neither")
+        if not all(Path(folder, "config.json").is_file() for folder in SHIPPED_PAIR):
+            raise ViSpecError(
+                "the pair of examples/tiny_vlm is not installed here: give --target and --head"
+            )
+        return SHIPPED_PAIR
 
     @property
     def is_shipped_pair(self) -> bool:
@@ -80,20 +120,3 @@ class VerifySettings(Record):
         if name == TREE:
             return TreeSettings.from_config(self.tree).levels
         return self.num_speculative_tokens if name == CHAIN else 0
-
-
-def choose_pair(target: str | None, head: str | None) -> tuple[str, str]:
-    """Return what the user gave, else the pair of examples/tiny_vlm.
-
-    Raises:
-        ViSpecError: only one of them is given, or the package is installed without examples.
-    """
-    if target is not None and head is not None:
-        return target, head
-    if target is not None or head is not None:
-        raise ViSpecError("--target and --head belong together: give both, or neither")
-    if not all(Path(folder, "config.json").is_file() for folder in SHIPPED_PAIR):
-        raise ViSpecError(
-            "the pair of examples/tiny_vlm is not installed here: give --target and --head"
-        )
-    return SHIPPED_PAIR

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import Any
 
+from vllm_vispec.bench.patch_points import PROFILE
 from vllm_vispec.compat.check import require
-from vllm_vispec.compat.groups import VERIFY, VERIFY_ATTENTION
 from vllm_vispec.plugin import register
 from vllm_vispec.utils.errors import ViSpecError, first_line
 from vllm_vispec.utils.process import serve_requests
+from vllm_vispec.verify.patch_points import VERIFY, VERIFY_ATTENTION
 from vllm_vispec.verify.prompts import PROMPTS
 from vllm_vispec.verify.result import Acceptance, Answer, AttentionCase, AttentionError
 
@@ -34,7 +34,8 @@ class Worker:
 
         self.llm = LLM(**request["engine"], worker_extension_cls=EXTENSION, disable_log_stats=False)
         state = self.llm.collective_rpc("vispec_state")[0]
-        require(VERIFY, state["runner"].lower())
+        for group in (PROFILE, VERIFY):
+            require(group, state["runner"].lower())
         return {"state": state}
 
     def ask(self, request: Request) -> dict[str, Any]:
@@ -96,27 +97,17 @@ class Worker:
             found = AttentionError(case, request["backend"], failure=first_line(error))
         return {"attention": found.to_json()}
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def reply(self, request: dict[str, Any]) -> dict[str, Any]:
         """Do what a request says; an error becomes its one line."""
+        actions = (
+            *(self.start, self.ask, self.acceptance, self.watch),
+            *(self.timings, self.configure, self.attention),
+        )
         try:
-            return ACTIONS[request["do"]](self, request)
+            return next(one for one in actions if one.__name__ == request["do"])(request)
         except Exception as error:
             traceback.print_exc()
             return {"error": first_line(error), "is_refusal": isinstance(error, ViSpecError)}
-
-
-_METHODS = (
-    Worker.start,
-    Worker.ask,
-    Worker.acceptance,
-    Worker.watch,
-    Worker.timings,
-    Worker.configure,
-    Worker.attention,
-)
-ACTIONS: Mapping[str, Callable[[Worker, Request], dict[str, Any]]] = MappingProxyType(
-    {method.__name__: method for method in _METHODS}
-)
 
 
 def _answer(output: Any) -> Answer:
@@ -128,7 +119,7 @@ def main() -> None:
     """Answer until stdin ends."""
     register()
     worker = Worker()
-    serve_requests(worker.answer)
+    serve_requests(worker.reply)
     if worker.llm is not None:
         worker.llm.llm_engine.engine_core.shutdown()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -13,9 +13,10 @@ from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
-from vllm_vispec.bench.profile_steps import wall_time
+from vllm_vispec.bench.profile_steps import EXECUTE, PROPOSE, Batch, Recorder, Span, wall_time
 from vllm_vispec.verify.result import EngineState, Layers
 
+FIRST_PASS_END = "first pass end"
 _FIRST_PASS_ENDS = {"drafter": "_sample_draft_tokens", "speculator": "on_prefill_end"}
 """Where the V1 and the V2 runner keep what drafts, and what that calls right behind its first pass,
 outside of any CUDA graph."""
@@ -37,13 +38,9 @@ class VerifyWorker:
 
     def vispec_state(self) -> dict[str, Any]:
         """Return an `EngineState` as plain data."""
-        config, runner = self.vllm_config, self.model_runner
-        compilation, capability = (
-            config.compilation_config,
-            current_platform.get_device_capability(),
-        )
-        drafts = (getattr(runner, name, None) for name in _FIRST_PASS_ENDS)
-        draft = next((one for one in drafts if one is not None), None)
+        config, runner, draft = self.vllm_config, self.model_runner, self._vispec_draft()
+        compilation = config.compilation_config
+        capability = current_platform.get_device_capability()
         return EngineState(
             runner="V2" if config.use_v2_model_runner else "V1",
             device_type=current_platform.device_type,
@@ -62,72 +59,48 @@ class VerifyWorker:
         ).to_json()
 
     def vispec_watch(self) -> None:
-        """Begin to time decode steps; the device is waited for from now on."""
-        self._vispec_steps = StepTimes()
-        self._vispec_steps.watch(self.model_runner)
+        """Begin to time decode steps; the device is waited for from now on.
+
+        Host calls are timed: graphs are replayed as ever.
+        """
+        self._vispec_recorder = Recorder(wall_time)
+        self._vispec_recorder.wrap(self, "execute_model", EXECUTE, Batch.of_scheduler)
+        for name, first_pass_end in _FIRST_PASS_ENDS.items():
+            draft = getattr(self.model_runner, name, None)
+            if draft is not None:
+                self._vispec_recorder.wrap(draft, "propose", PROPOSE)
+                self._vispec_recorder.wrap(draft, first_pass_end, FIRST_PASS_END)
 
     def vispec_timings(self, num_draft_passes: int) -> dict[str, float]:
         """Return `EngineResult.timings` since `vispec_watch`."""
-        return self._vispec_steps.medians(num_draft_passes)
+        return decode_timings(self._vispec_recorder.take(), num_draft_passes)
+
+    def _vispec_draft(self) -> Any:
+        drafts = (getattr(self.model_runner, name, None) for name in _FIRST_PASS_ENDS)
+        return next((draft for draft in drafts if draft is not None), None)
 
 
-class StepTimes:
-    """Seconds of the parts of decode steps, by host calls: graphs are replayed as ever."""
-
-    def __init__(self) -> None:
-        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
-        self._is_decode = False
-        self._first_pass_end: float | None = None
-
-    def watch(self, runner: Any) -> None:
-        """Time the runner's target passes and its proposer; these objects only."""
-        _wrap(runner, "execute_model", self._execute)
-        for name, first_pass_end in _FIRST_PASS_ENDS.items():
-            draft = getattr(runner, name, None)
-            if draft is not None:
-                _wrap(draft, "propose", self._propose)
-                _wrap(draft, first_pass_end, self._end_first_pass)
-
-    def medians(self, num_draft_passes: int) -> dict[str, float]:
-        """Return medians; the passes behind a draft's first one share their time."""
-        found = {name: median(times) for name, times in self._seconds.items()}
-        behind = found.pop("behind_first_pass", None)
-        if behind is not None and num_draft_passes > 1:
-            found["draft_step"] = behind / (num_draft_passes - 1)
-        return {**found, "steps": len(self._seconds["target_step"])}
-
-    def _execute(self, original: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        tokens = scheduler_output.total_num_scheduled_tokens
-        self._is_decode = tokens > 0 and not scheduler_output.scheduled_new_reqs
-        begin = wall_time()
-        found = original(scheduler_output, *args, **kwargs)
-        self._note("target_step", wall_time() - begin)
-        return found
-
-    def _propose(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        self._first_pass_end = None
-        begin = wall_time()
-        found = original(*args, **kwargs)
-        end = wall_time()
-        if self._first_pass_end is not None:
-            self._note("draft_first_pass", self._first_pass_end - begin)
-            self._note("behind_first_pass", end - self._first_pass_end)
-        return found
-
-    def _end_first_pass(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        found = original(*args, **kwargs)
-        if self._first_pass_end is None:
-            self._first_pass_end = wall_time()
-        return found
-
-    def _note(self, name: str, seconds: float) -> None:
-        if self._is_decode:
-            self._seconds[name].append(seconds)
-
-
-def _wrap(owner: Any, name: str, timed: Callable[..., Any]) -> None:
-    original = getattr(owner, name)
-    setattr(owner, name, lambda *args, **kwargs: timed(original, *args, **kwargs))
+def decode_timings(spans: Sequence[Span], num_draft_passes: int) -> dict[str, float]:
+    """Return medians over decode steps; the passes behind a draft's first one share their time."""
+    seconds: defaultdict[str, list[float]] = defaultdict(list)
+    is_decode, propose = False, None
+    for span in spans:
+        if span.name == EXECUTE:
+            assert span.batch is not None
+            is_decode = any(span.batch.scheduled) and not span.batch.prompts
+            if is_decode:
+                seconds["target_step"].append(span.seconds)
+        elif span.name == PROPOSE:
+            propose = span
+        elif propose is not None:
+            if is_decode:
+                seconds["draft_first_pass"].append(span.end - propose.begin)
+                if num_draft_passes > 1:
+                    behind = propose.end - span.end
+                    seconds["draft_step"].append(behind / (num_draft_passes - 1))
+            propose = None
+    found = {name: median(times) for name, times in seconds.items()}
+    return {**found, "steps": len(seconds["target_step"])}
 
 
 def _layers(vllm_config: Any, model: Any) -> tuple[Layers, ...]:
