@@ -27,8 +27,8 @@ from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import TEXT_FAMILY, short_answer, write_questions
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.types import Conversation
-from vllm_vispec.train.head_types import get_head_type
 from vllm_vispec.train.config import load_config
+from vllm_vispec.train.head_types import get_head_type
 
 SEEDS = (0, 1, 2)
 

@@ -41,8 +41,8 @@ from examples.tiny_vlm.families import FAMILIES
 from vllm_vispec.compressors.spec import COMBINATIONS, PRIMITIVES, parse_compressor
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.reference import ViSpecDraft
-from vllm_vispec.train.head_types import compressor_of, get_head_type, new_head_config
 from vllm_vispec.train.config import load_config
+from vllm_vispec.train.head_types import compressor_of, get_head_type, new_head_config
 
 WIDTH = 32
 
