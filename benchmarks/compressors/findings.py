@@ -17,8 +17,9 @@ from benchmarks.compressors.cost import IMAGE_TOKENS, ImageCost, image_cost
 from benchmarks.compressors.held_out import Replayed, read_replayed, replayed_file
 from benchmarks.compressors.prefill import Prefill, prefill_file, read_prefill
 from examples.tiny_vlm.questions import IMAGE_FAMILIES
-from vllm_vispec.heads import inspect_head
 from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.folder import inspect_head
+from vllm_vispec.reference import tensor_shapes
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _replayed(workspace: Workspace, cell: Cell) -> list[Replayed]:
 
 def count_parameters(config: HeadConfig) -> tuple[int, int]:
     """Weights of a head without its embedding table, and those that only images need."""
-    counts = {name: prod(shape) for name, shape in config.tensor_shapes().items()}
+    counts = {name: prod(shape) for name, shape in tensor_shapes(config).items()}
     counts.pop("embed_tokens.weight", None)
     of_images = ("compressor.", "img_adaptor.", "img_fc.")
     return sum(counts.values()), sum(n for name, n in counts.items() if name.startswith(of_images))

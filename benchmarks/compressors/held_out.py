@@ -24,6 +24,7 @@ from benchmarks.compressors.choices import (
 from vllm_vispec.utils.files import write_json
 
 if TYPE_CHECKING:
+    from vllm_vispec.heads.folder import load_draft
     from vllm_vispec.reference import ViSpecDraft
     from vllm_vispec.train.batch import Observed
     from vllm_vispec.train.target import TrainingTarget
@@ -62,13 +63,12 @@ def look_at_held_out(workspace: Workspace, target: str, cells: Iterable[Cell]) -
     missing = [cell for cell in cells if not replayed_file(workspace, cell).is_file()]
     if not missing:
         return
-    from vllm_vispec.reference import ViSpecDraft
 
     model, observed = observe(target, workspace.held_out)
     states = list(question_states(observed))
     for cell in missing:
         folder = workspace.head(cell)
-        draft = ViSpecDraft.from_folder(folder).eval()
+        draft = load_draft(folder).eval()
         spec = draft.config.compressor_spec
         if draft.config.has_compressor and spec.gated:
             found = choose_by_family(load_compressor(folder), states)
@@ -83,7 +83,7 @@ def observe(target: str, data: Path) -> tuple[TrainingTarget, list[Observed]]:
     import torch
 
     from vllm_vispec.data.encode import Encoder, load_processor
-    from vllm_vispec.evaluate.options import DataSource
+    from vllm_vispec.evaluate.data import DataSource
     from vllm_vispec.train.target import TrainingTarget
 
     source, model = DataSource(data), TrainingTarget.load(target, torch.float32, "cpu")
@@ -100,8 +100,8 @@ def replay_all(
     """Accepted drafts of greedy chains over the answers of conversations."""
     import torch
 
+    from vllm_vispec.evaluate.simulate import answer_spans, draft_hits, replay
     from vllm_vispec.train.batch import pad_batch
-    from vllm_vispec.train.simulate import answer_spans, draft_hits, replay
 
     found = []
     for start in range(0, len(observed), BATCH_SIZE):

@@ -145,10 +145,10 @@ def test_speculative_configs(tmp_path: Path) -> None:
 def test_zeroed_head_ignores_images_and_keeps_the_rest(tmp_path: Path) -> None:
     import torch
 
-    from vllm_vispec.reference import ViSpecDraft
+    from vllm_vispec.heads.folder import load_draft
 
-    zeroed = ViSpecDraft.from_folder(zeroed_head(str(HEAD), tmp_path / "zeroed"))
-    whole = ViSpecDraft.from_folder(HEAD)
+    zeroed = load_draft(zeroed_head(str(HEAD), tmp_path / "zeroed"))
+    whole = load_draft(HEAD)
     size = whole.config.hidden_size
     image, embeds, hidden = torch.randn(9, size), torch.randn(3, size), torch.randn(3, size)
     nothing, anything = torch.zeros(size), torch.randn(size)
@@ -174,15 +174,15 @@ def test_text_head_becomes_a_plain_eagle_head(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from vllm_vispec.heads import inspect_head
-    from vllm_vispec.heads.folder import write_json, write_weights
+    from vllm_vispec.heads.export import write_json, write_weights
+    from vllm_vispec.heads.folder import inspect_head
     from vllm_vispec.reference import ViSpecDraft
 
     config = inspect_head(HEAD).config
     config = replace(config, compress=False, global_feature=False, has_embed_tokens=False)
     source = tmp_path / "text"
     source.mkdir()
-    draft = ViSpecDraft(config.with_dialect("canonical"))
+    draft = ViSpecDraft(config)
     write_weights(source, draft.state_dict().items(), "float32")
     write_json(source / "config.json", draft.config.to_config_json("float32"))
     folder = Path(plain_eagle_head(str(source), str(TARGET), tmp_path / "eagle"))

@@ -15,8 +15,8 @@ from vllm_vispec.cli.app import app
 from vllm_vispec.compat import check
 from vllm_vispec.compat.groups import GROUPS
 from vllm_vispec.compat.source import read_module
-from vllm_vispec.heads import inspect_head
-from vllm_vispec.heads.convert import guess_target, serve_command
+from vllm_vispec.heads.card import guess_target, serve_command
+from vllm_vispec.heads.folder import inspect_head
 
 RUNNER = CliRunner()
 

@@ -13,10 +13,9 @@ from tests.support.heads import edit_config, edit_tensors, write_head
 from tests.train.samples import COMPRESSORS, random_draft
 from vllm_vispec.cli.doctor import head_lines
 from vllm_vispec.compressors.spec import parse_compressor
-from vllm_vispec.heads import inspect_head
 from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.heads.convert import convert_head
-from vllm_vispec.heads.export import export_head
+from vllm_vispec.heads.export import convert_head, export_head
+from vllm_vispec.heads.folder import inspect_head, load_draft
 from vllm_vispec.reference import ViSpecDraft
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -46,7 +45,7 @@ def test_an_exported_head_is_read_back(tmp_path: Path, name: str) -> None:
     info = inspect_head(tmp_path / "head")
     assert info.config.compressor_spec == draft.config.compressor_spec
     assert replace(info.config, compressor=draft.config.compressor) == draft.config
-    again = ViSpecDraft.from_folder(tmp_path / "head")
+    again = load_draft(tmp_path / "head")
     assert again.state_dict().keys() == draft.state_dict().keys() == info.shapes.keys()
     for key, tensor in draft.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor), key
@@ -69,11 +68,11 @@ def test_a_head_is_converted_and_names_its_compressor(tmp_path: Path, name: str)
     assert "None" not in "".join(shown)
 
 
-@pytest.mark.parametrize("dialect", ["reference", "automodel"])
-def test_published_dialects_do_not_know_compressors(tmp_path: Path, dialect: str) -> None:
+@pytest.mark.parametrize("name", ["reference", "automodel"])
+def test_published_formats_do_not_know_compressors(tmp_path: Path, name: str) -> None:
     exported(tmp_path / "head", "pool")
     with pytest.raises(ViSpecError, match=r"only heads with compressor=query, this one has .*pool"):
-        convert_head(tmp_path / "head", tmp_path / "copy", dialect=dialect)
+        convert_head(tmp_path / "head", tmp_path / "copy", checkpoint_format=name)
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_masked_rows_equal_compact_rows(name: str, length: int, runs: list[Run])
     embeds, hidden, state = prefilled(draft, length, runs)
     rows = masked_rows(draft, embeds[None], hidden[None], [runs])
     answer = torch.arange(length + 1)[None] >= length
-    decision = decide(draft, hidden[None], answer, [runs])
+    decision = decide(draft.compressor, hidden[None], answer, [runs])
     bias = None if decision is None else decision.key_bias(rows.branch_BL)
     positions = torch.arange(length + 1)[None]
     out, _ = draft.run_layer(rows.layer_in_BLD, positions, attention_mask(rows.visible_BL, bias))

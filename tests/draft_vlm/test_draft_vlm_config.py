@@ -13,9 +13,11 @@ from tests.support.heads import BASE, TYPICAL, edit_config, write_config
 from tests.support.small_draft_vlms import DRAFT_VLM, write_draft_vlm
 from vllm_vispec.bench.roofline import draft_shape, target_shape
 from vllm_vispec.cli.doctor import head_lines
-from vllm_vispec.heads import check_against_target, inspect_head
 from vllm_vispec.heads.config import DRAFT_VLM_ARCHITECTURE, HeadConfig
-from vllm_vispec.heads.convert import convert_head
+from vllm_vispec.heads.export import convert_head
+from vllm_vispec.heads.folder import inspect_head
+from vllm_vispec.heads.target import check_against_target
+from vllm_vispec.reference import tensor_shapes
 from vllm_vispec.utils.errors import ViSpecError
 
 
@@ -31,7 +33,7 @@ def test_a_folder_is_read_as_it_was_written(tmp_path: Path, tied: bool, qkv_bias
 
 
 def test_tensors_of_a_draft_vlm() -> None:
-    shapes = DRAFT_VLM.tensor_shapes()
+    shapes = tensor_shapes(DRAFT_VLM)
     parts = Counter(name.split(".")[0] for name in shapes)
     assert set(parts) == {"embed_tokens", "projector", "layers", "norm", "lm_head"}
     assert {name.split(".")[1] for name in shapes if name.startswith("layers.")} == set("012")
@@ -109,8 +111,8 @@ def test_convert_keeps_it(tmp_path: Path) -> None:
     info = convert_head(tmp_path / "a", tmp_path / "b", target="org/target")
     assert info.config == written
     assert "draft VLM" in (tmp_path / "b" / "README.md").read_text()
-    with pytest.raises(ViSpecError, match="write it in the canonical dialect"):
-        convert_head(tmp_path / "a", tmp_path / "c", dialect="reference")
+    with pytest.raises(ViSpecError, match="write it in the canonical format"):
+        convert_head(tmp_path / "a", tmp_path / "c", checkpoint_format="reference")
 
 
 def test_convert_cannot_drop_its_table(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from tests.support.small_draft_vlms import (
     random_prompt,
     write_draft_vlm,
 )
-from vllm_vispec.reference import DraftVlm, ViSpecDraft, draft_class, image_mask, load_draft
+from vllm_vispec.heads.folder import load_draft
+from vllm_vispec.reference import DraftVlm, ViSpecDraft, draft_class, image_mask, tensor_shapes
 from vllm_vispec.utils.errors import ViSpecError
 
 RUNS = {
@@ -106,7 +107,7 @@ def test_folders_load_as_what_they_are(tmp_path: Path, tied: bool) -> None:
     config = write_draft_vlm(tmp_path / "vlm", tie_word_embeddings=tied)
     draft = load_draft(tmp_path / "vlm")
     assert isinstance(draft, DraftVlm)
-    assert set(draft.state_dict()) == set(config.tensor_shapes())
+    assert set(draft.state_dict()) == set(tensor_shapes(config))
     wanted = random_draft_vlm(config).state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in draft.state_dict().items())
     write_head(tmp_path / "head")

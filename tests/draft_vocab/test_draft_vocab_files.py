@@ -12,17 +12,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.support.heads import write_head
-from vllm_vispec.draft_vocab.files import (
-    DRAFT_VOCAB,
-    DRAFT_VOCAB_FACTS,
-    DraftVocab,
-    find_vocab,
-    read_vocab,
-    write_vocab,
-)
+from vllm_vispec.draft_vocab.files import DraftVocab, find_vocab, read_vocab, write_vocab
 from vllm_vispec.draft_vocab.setting import check_lm_head, read_setting, resolve_draft_vocab
-from vllm_vispec.heads import inspect_head
-from vllm_vispec.heads.convert import convert_head
+from vllm_vispec.heads.export import convert_head
+from vllm_vispec.heads.folder import DRAFT_VOCAB, DRAFT_VOCAB_FACTS, inspect_head
 from vllm_vispec.spec_decode.options import EngineOptions
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -221,16 +214,16 @@ def test_a_target_that_says_its_lm_head_is_quantized_is_refused(
 # In a head's folder
 
 
-@pytest.mark.parametrize("dialect", ["canonical", "reference"])
-def test_a_head_with_a_list_loads_and_converts(tmp_path: Path, dialect: str) -> None:
+@pytest.mark.parametrize("name", ["canonical", "reference"])
+def test_a_head_with_a_list_loads_and_converts(tmp_path: Path, name: str) -> None:
     source = tmp_path / "in"
-    write_head(source, dialect)
+    write_head(source, name)
     # Without an index or the usual name every safetensors file would count as weights.
     (source / "model.safetensors").rename(source / "weights.safetensors")
     write_vocab(source / DRAFT_VOCAB, [5, 1])
     (source / DRAFT_VOCAB_FACTS).write_text("{}")
     assert [file.name for file in inspect_head(source).files] == ["weights.safetensors"]
     for _ in range(2):  # a folder with a list is still one that may be overwritten
-        convert_head(source, tmp_path / "out", dialect=dialect, overwrite=True)
+        convert_head(source, tmp_path / "out", checkpoint_format=name, overwrite=True)
     assert find_vocab("auto", tmp_path / "out", 8) == DraftVocab((5, 1), by_frequency=True)
     assert (tmp_path / "out" / DRAFT_VOCAB_FACTS).is_file()

@@ -13,17 +13,15 @@ from typer.testing import CliRunner
 
 from tests.support.heads import write_head
 from vllm_vispec.cli.app import app
-from vllm_vispec.draft_vocab.count import (
+from vllm_vispec.draft_vocab.files import find_vocab
+from vllm_vispec.draft_vocab.make import (
     answer_ids,
     count_tokens,
     coverage,
     coverage_by_size,
     rank_tokens,
 )
-from vllm_vispec.draft_vocab.files import (
-    DRAFT_VOCAB_FACTS,
-    find_vocab,
-)
+from vllm_vispec.heads.folder import DRAFT_VOCAB_FACTS
 from vllm_vispec.utils.errors import ViSpecError
 
 TARGET = Path(__file__).resolve().parents[2] / "examples/tiny_vlm/checkpoints/target"

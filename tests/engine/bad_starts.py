@@ -16,7 +16,8 @@ from tests.support.heads import edit_config, edit_tensors, write_config, write_h
 from tests.support.tiny_configs import HEAD_DIM, HIDDEN, VOCAB
 from tests.support.tiny_heads import HeadSpec
 from tests.support.tiny_store import TinyStore
-from vllm_vispec.draft_vocab.files import DRAFT_VOCAB, write_vocab
+from vllm_vispec.draft_vocab.files import write_vocab
+from vllm_vispec.heads.folder import DRAFT_VOCAB
 from vllm_vispec.heads.speculators import SPECULATORS_TYPE
 
 Spoil = Callable[[Path], None]

@@ -196,7 +196,7 @@ def torch_gaps(
     import torch
     from safetensors.torch import load_file
 
-    from vllm_vispec.reference import load_draft
+    from vllm_vispec.heads.folder import load_draft
 
     results, logits = cold
     folder = Path(options["model"])

@@ -13,7 +13,8 @@ from tests.support.child import run_in_subprocess
 from tests.support.runners import RUNNERS, Runner
 from tests.support.tiny_configs import VOCAB
 from tests.support.tiny_store import TinyStore
-from vllm_vispec.draft_vocab.files import DRAFT_VOCAB, write_vocab
+from vllm_vispec.draft_vocab.files import write_vocab
+from vllm_vispec.heads.folder import DRAFT_VOCAB
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -14,7 +14,8 @@ from tests.support.hub_cache import COMMIT, fill_hub_cache
 from tests.support.runners import RUNNERS
 from tests.support.tiny_configs import VOCAB
 from tests.support.tiny_store import TinyStore
-from vllm_vispec.draft_vocab.files import DRAFT_VOCAB, write_vocab
+from vllm_vispec.draft_vocab.files import write_vocab
+from vllm_vispec.heads.folder import DRAFT_VOCAB
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -27,11 +27,11 @@ OPTIONS: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 8, "max_num_bat
 def head(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained draft's export that names its target by a relative path."""
     from vllm_vispec.heads.export import export_head
-    from vllm_vispec.reference import ViSpecDraft
+    from vllm_vispec.heads.folder import load_draft
 
     folder = tmp_path_factory.mktemp("exported") / "head"
     export_head(
-        ViSpecDraft.from_folder(tiny.head(HeadSpec(KIND))),
+        load_draft(tiny.head(HeadSpec(KIND))),
         folder,
         target=os.path.relpath(tiny.target(KIND)),
         dtype="float32",

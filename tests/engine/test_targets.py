@@ -75,7 +75,7 @@ def spellings(
     tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     """One head in two dialects, each converted too, and as ``"method": "eagle"``."""
-    from vllm_vispec.heads.convert import convert_head
+    from vllm_vispec.heads.export import convert_head
 
     kind, folder = "qwen2_5_vl", tmp_path_factory.mktemp("converted")
     runs: dict[str, tuple[Path, str]] = {}

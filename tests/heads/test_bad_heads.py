@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.support.heads import BASE, edit_config, edit_tensors, write_config, write_head
-from vllm_vispec.heads import inspect_head, resolve_head
 from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.folder import inspect_head
+from vllm_vispec.heads.location import resolve_head
 from vllm_vispec.utils.errors import ViSpecError
 
 Spoil = Callable[[Path], object]
@@ -158,10 +159,10 @@ REFERENCE: dict[str, tuple[Spoil, str]] = {
         'EAGLE-3 head.*"method":"eagle3"',
     ),
     "whole model": (_replace_all({"architectures": ["X"]}, _FULL), "whole model and no draft head"),
-    "unknown dialect": (
+    "unknown format": (
         _replace_all({"architectures": ["MyHead"]}, {"w": torch.zeros(2)}),
-        r"unknown dialect \(architectures \['MyHead'\], tensors w\): expected one of canonical, "
-        "automodel, reference",
+        r"unknown checkpoint format \(architectures \['MyHead'\], tensors w\): expected one of "
+        "canonical, automodel, reference",
     ),
 }
 
@@ -192,8 +193,10 @@ CANONICAL: dict[str, tuple[Spoil, str]] = {
 }
 
 CASES = [
-    pytest.param(dialect, spoil, message, id=f"{dialect}-{name}".replace(" ", "-"))
-    for dialect, table in (
+    pytest.param(
+        checkpoint_format, spoil, message, id=f"{checkpoint_format}-{name}".replace(" ", "-")
+    )
+    for checkpoint_format, table in (
         ("reference", REFERENCE),
         ("automodel", AUTOMODEL),
         ("canonical", CANONICAL),
@@ -202,9 +205,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("dialect", "spoil", "message"), CASES)
-def test_bad_head(tmp_path: Path, dialect: str, spoil: Spoil, message: str) -> None:
-    write_head(tmp_path, dialect)
+@pytest.mark.parametrize(("checkpoint_format", "spoil", "message"), CASES)
+def test_bad_head(tmp_path: Path, checkpoint_format: str, spoil: Spoil, message: str) -> None:
+    write_head(tmp_path, checkpoint_format)
     spoil(tmp_path)
     with pytest.raises(ViSpecError, match=message) as caught:
         inspect_head(tmp_path)

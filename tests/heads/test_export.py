@@ -1,4 +1,4 @@
-"""Export of trained heads, the speculators format's fields, and how a head finds its target."""
+"""Exported and converted heads, and how a head finds its target."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
+from tests.heads.test_checkpoint_formats import same_weights
 from tests.heads.test_head_kinds import KINDS
-from tests.support.heads import TYPICAL, edit_config, write_head
+from tests.support.heads import TYPICAL, edit_config, edit_tensors, write_head
 from vllm_vispec.cli.app import app
-from vllm_vispec.heads import inspect_head, iter_canonical_tensors
-from vllm_vispec.heads.convert import convert_head
-from vllm_vispec.heads.export import export_head
+from vllm_vispec.heads.export import convert_head, export_head
+from vllm_vispec.heads.folder import inspect_head, iter_canonical_tensors
 from vllm_vispec.heads.speculators import locate_target, read_serving
 from vllm_vispec.reference import ViSpecDraft
 from vllm_vispec.utils.errors import ViSpecError
@@ -62,7 +62,7 @@ def test_export_is_a_canonical_head(tmp_path: Path, compress: bool, global_featu
         num_speculative_tokens=5,
         provenance=PROVENANCE,
     )
-    assert info.dialect == "canonical"
+    assert info.checkpoint_format == "canonical"
     assert info.config == head
     found = dict(iter_canonical_tensors(info.folder))
     assert found.keys() == draft.state_dict().keys()
@@ -74,25 +74,23 @@ def test_export_is_a_canonical_head(tmp_path: Path, compress: bool, global_featu
     assert json.loads((info.folder / "provenance.json").read_text()) == PROVENANCE
 
 
-def test_model_card(tmp_path: Path) -> None:
-    card = (export(tmp_path / "head", "org/target") / "README.md").read_text()
-    lines = [line.strip() for line in card.splitlines()]
-    assert f"vllm serve {tmp_path / 'head'}" in lines
-    explicit = f'"method":"vispec","model":"{tmp_path / "head"}","num_speculative_tokens":3'
-    assert f"vllm serve org/target --speculative-config '{{{explicit}}}'" in lines
-    assert "| command | vispec train a\\|b |" in lines
-    assert "| data.digest | abc |" in lines
-
-
-def test_speculators_fields(tmp_path: Path) -> None:
-    target = make_target(tmp_path / "target")
-    content = config_of(export(tmp_path / "head", str(target)))
+def test_config_and_card_name_the_target(tmp_path: Path) -> None:
+    target, head = make_target(tmp_path / "target"), tmp_path / "head"
+    content = config_of(export(head, str(target)))
     assert content["speculators_model_type"] == "vispec"
     section = content["speculators_config"]
     assert section["verifier"] == {"name_or_path": str(target), "architectures": ["SomeVLM"]}
     assert section["proposal_methods"][0]["speculative_tokens"] == 3
     layer = content["transformer_layer_config"]
     assert (layer["model_type"], layer["num_hidden_layers"]) == ("llama", 1)
+    lines = [line.strip() for line in (head / "README.md").read_text().splitlines()]
+    explicit = f'"method":"vispec","model":"{head}","num_speculative_tokens":3'
+    assert {
+        f"vllm serve {head}",
+        f"vllm serve {target} --speculative-config '{{{explicit}}}'",
+        "| command | vispec train a\\|b |",
+        "| data.digest | abc |",
+    } <= set(lines)
 
 
 def test_relative_target_moves_with_the_head(
@@ -159,51 +157,104 @@ def test_doctor_says_how_to_serve_an_exported_head(tmp_path: Path) -> None:
     assert "images compressed no, global feature yes" in text
 
 
-@pytest.mark.parametrize("dialect", ["reference", "automodel"])
-def test_round_trip_with_published_dialects(tmp_path: Path, dialect: str) -> None:
+@pytest.mark.parametrize("name", sorted(TYPICAL))
+def test_convert_to_canonical(tmp_path: Path, name: str) -> None:
+    head = write_head(tmp_path / "source", name)
+    info = convert_head(tmp_path / "source", tmp_path / "out" / "head")
+    assert (info.checkpoint_format, info.config) == ("canonical", head)
+    assert info == inspect_head(tmp_path / "out" / "head")
+    same_weights(info.folder, head)
+    assert sorted(p.name for p in info.folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    assert [p.name for p in info.folder.parent.iterdir()] == ["head"]
+    card = (info.folder / "README.md").read_text()
+    assert f'"method":"vispec","model":"{info.folder}"' in card
+    assert "vllm serve TARGET " in card
+    assert f"converted from the {name} format" in card
+
+
+@pytest.mark.parametrize("name", ["reference", "automodel"])
+def test_round_trip_with_published_formats(tmp_path: Path, name: str) -> None:
     """Theirs, ours and theirs again: the same head and the same numbers at every stage."""
-    head = write_head(tmp_path / "theirs", dialect)
+    head = write_head(tmp_path / "theirs", name)
     convert_head(tmp_path / "theirs", tmp_path / "ours")
-    info = convert_head(tmp_path / "ours", tmp_path / "back", dialect=dialect)
-    assert info.dialect == dialect
-    assert info.config == head
+    for _ in range(2):  # what was written may be overwritten
+        info = convert_head(
+            tmp_path / "ours", tmp_path / "back", checkpoint_format=name, overwrite=True
+        )
+    assert (info.checkpoint_format, info.config) == (name, head)
     first = inspect_head(tmp_path / "theirs")
     assert {name for name, _ in info.sources.values()} == {
         name for name, _ in first.sources.values()
     }
-    one, other = (dict(iter_canonical_tensors(tmp_path / n)) for n in ("theirs", "back"))
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
+    same_weights(tmp_path / "back", head)
     assert "vispec" not in config_of(tmp_path / "back")
-    convert_head(tmp_path / "ours", tmp_path / "back", dialect=dialect, overwrite=True)
+
+
+def test_convert_to_bfloat16_without_embeddings(tmp_path: Path) -> None:
+    write_head(tmp_path / "source", "reference")
+    out = tmp_path / "out"
+    info = convert_head(tmp_path / "source", out, dtype="bfloat16", drop_embed_tokens=True)
+    assert info.dtype == "BF16"
+    assert not info.config.has_embed_tokens
+    assert config_of(out)["dtype"] == "bfloat16"
+    assert {t.dtype for _, t in iter_canonical_tensors(out)} == {torch.bfloat16}
+
+
+def test_convert_refuses_to_overwrite(tmp_path: Path) -> None:
+    write_head(tmp_path / "source")
+    out, foreign = tmp_path / "out", tmp_path / "foreign"
+    convert_head(tmp_path / "source", out)
+    with pytest.raises(ViSpecError, match="exists: choose another or add --overwrite"):
+        convert_head(tmp_path / "source", out)
+    convert_head(tmp_path / "source", out, overwrite=True)
+    with pytest.raises(ViSpecError, match="is the source"):
+        convert_head(out, out, overwrite=True)
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    with pytest.raises(ViSpecError, match="would delete its files"):
+        convert_head(tmp_path / "source", foreign, overwrite=True)
+    assert (foreign / "thesis.txt").read_text() == "mine"
+
+
+def test_failed_convert_leaves_nothing(tmp_path: Path) -> None:
+    write_head(tmp_path / "source")
+    edit_tensors(tmp_path / "source", lambda tensors: tensors.pop("fc.bias"))
+    with pytest.raises(ViSpecError):
+        convert_head(tmp_path / "source", tmp_path / "out")
+    with pytest.raises(ViSpecError, match="--dtype 'int8' is not supported"):
+        convert_head(tmp_path / "source", tmp_path / "out", dtype="int8")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize(
-    ("dialect", "changes", "message"),
+    ("name", "changes", "message"),
     [
         ("reference", {"compress": False}, "knows only heads with compress=True"),
         ("automodel", {"global_feature": False}, "knows only heads with global_feature=True"),
         ("reference", {"final_norm": True}, "knows only heads with final_norm=True|False"),
     ],
 )
-def test_kinds_a_published_dialect_cannot_express(
-    tmp_path: Path, dialect: str, changes: dict[str, bool], message: str
+def test_kinds_a_published_format_cannot_express(
+    tmp_path: Path, name: str, changes: dict[str, bool], message: str
 ) -> None:
     write_head(tmp_path / "ours", "canonical", **changes)
     with pytest.raises(ViSpecError, match=message):
-        convert_head(tmp_path / "ours", tmp_path / "theirs", dialect=dialect)
+        convert_head(tmp_path / "ours", tmp_path / "theirs", checkpoint_format=name)
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
 def test_what_is_lost_on_the_way_is_noticed(tmp_path: Path) -> None:
     """A head_dim of its own survives; a target that is not named cannot become a family."""
     write_head(tmp_path / "ours", "canonical", head_dim=16, final_norm=False)
-    info = convert_head(tmp_path / "ours", tmp_path / "theirs", dialect="reference")
+    info = convert_head(tmp_path / "ours", tmp_path / "theirs", checkpoint_format="reference")
     assert info.config.head_dim == 16
     write_head(tmp_path / "text", "canonical", target_model_type="odd_text", final_norm=False)
     with pytest.raises(ViSpecError, match="cannot express target_model_type='odd_text'"):
-        convert_head(tmp_path / "text", tmp_path / "lost", dialect="automodel")
+        convert_head(tmp_path / "text", tmp_path / "lost", checkpoint_format="automodel")
 
 
 def test_converting_keeps_target_and_provenance(tmp_path: Path) -> None:
@@ -220,15 +271,21 @@ def test_converting_keeps_target_and_provenance(tmp_path: Path) -> None:
     assert other.target == "org/other"
 
 
-def test_convert_command_writes_a_published_dialect(tmp_path: Path) -> None:
+def test_convert_command_writes_a_published_format(tmp_path: Path) -> None:
     write_head(tmp_path / "in")
-    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--dialect", "reference"]
-    result = CliRunner().invoke(app, ["convert", *arguments])
+
+    def run(*options: str) -> Result:
+        return CliRunner().invoke(
+            app, ["convert", str(tmp_path / "in"), str(tmp_path / "out"), *options]
+        )
+
+    result = run("--format", "reference")
     assert result.exit_code == 0, result.output
-    assert inspect_head(tmp_path / "out").dialect == "reference"
-    bad = CliRunner().invoke(app, ["convert", *arguments[:-1], "nonsense", "--overwrite"])
-    assert bad.exit_code == 1
-    assert "unknown dialect 'nonsense'" in bad.stderr
+    assert inspect_head(tmp_path / "out").checkpoint_format == "reference"
+    bad, old = run("--format", "nonsense", "--overwrite"), run("--dialect", "reference")
+    assert bad.exit_code == old.exit_code == 1
+    assert "unknown checkpoint format 'nonsense'" in bad.stderr
+    assert "--dialect is now --format: use --format reference" in old.stderr
 
 
 def test_a_speculators_head_of_another_kind_is_still_refused(tmp_path: Path) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests.support.heads import TYPICAL, edit_config, write_head
-from vllm_vispec.heads import inspect_head
 from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.reference import ViSpecDraft, attention_mask, masked_rows
+from vllm_vispec.heads.folder import inspect_head, load_draft
+from vllm_vispec.reference import ViSpecDraft, tensor_shapes
 from vllm_vispec.spec_decode.layout import (
     FeatureSlice,
     ImageRun,
@@ -42,40 +43,32 @@ def make_draft(config: HeadConfig) -> ViSpecDraft:
 @EACH_KIND
 def test_tensors_of_a_kind(tmp_path: Path, compress: bool, global_feature: bool) -> None:
     head = make(compress, global_feature)
-    names = head.tensor_shapes()
+    names = tensor_shapes(head)
     assert any(name.startswith("img_adaptor.") for name in names) == head.has_adaptor
-    assert any(name.startswith("img_fc.") for name in names) == head.has_img_fc
+    assert any(name.startswith("img_fc.") for name in names) == head.global_feature
     assert head.has_adaptor == (compress or global_feature)
-    assert head.has_img_fc == global_feature
+    assert head.global_feature == global_feature
     assert set(ViSpecDraft(head).state_dict()) == set(names)
     written = write_head(tmp_path, "canonical", compress=compress, global_feature=global_feature)
     assert inspect_head(tmp_path).config == written
-    ViSpecDraft.from_folder(tmp_path)
+    load_draft(tmp_path)
 
 
-def test_weights_that_the_flags_do_not_ask_for(tmp_path: Path) -> None:
-    write_head(tmp_path, "canonical")
-    section = TYPICAL["canonical"].vispec_section()
-    edit_config(tmp_path, vispec=section | {"global_feature": False})
-    with pytest.raises(ViSpecError, match=r"does not account for: img_fc\.weight"):
-        inspect_head(tmp_path)
-    edit_config(tmp_path, vispec=section | {"global_feature": False, "compress": False})
-    with pytest.raises(ViSpecError, match=r"does not account for: img_adaptor"):
-        inspect_head(tmp_path)
-
-
-def test_a_flag_that_is_no_flag(tmp_path: Path) -> None:
-    write_head(tmp_path, "canonical")
-    section = TYPICAL["canonical"].vispec_section()
-    edit_config(tmp_path, vispec=section | {"compress": "no"})
-    with pytest.raises(ViSpecError, match="compress of the head is 'no', it must be true or"):
-        inspect_head(tmp_path)
-
-
-def test_weights_that_the_flags_miss(tmp_path: Path) -> None:
-    write_head(tmp_path, "canonical", global_feature=False, compress=False)
-    edit_config(tmp_path, vispec=TYPICAL["canonical"].vispec_section())
-    with pytest.raises(ViSpecError, match=r"lacks 7 tensor\(s\): img_fc"):
+@pytest.mark.parametrize(
+    ("written", "stated", "message"),
+    [
+        ({}, {"global_feature": False}, r"does not account for: img_fc\.weight"),
+        ({}, {"global_feature": False, "compress": False}, "does not account for: img_adaptor"),
+        ({"global_feature": False, "compress": False}, {}, r"lacks 7 tensor\(s\): img_fc"),
+        ({}, {"compress": "no"}, "compress of the head is 'no', it must be true or"),
+    ],
+)
+def test_flags_that_do_not_fit_the_weights(
+    tmp_path: Path, written: dict[str, bool], stated: dict[str, Any], message: str
+) -> None:
+    write_head(tmp_path, "canonical", **written)
+    edit_config(tmp_path, vispec=TYPICAL["canonical"].vispec_section() | stated)
+    with pytest.raises(ViSpecError, match=message):
         inspect_head(tmp_path)
 
 
@@ -99,19 +92,6 @@ def test_without_compression_image_rows_read_their_embeddings(global_feature: bo
         late = draft.layer_input(embeds[6:], hidden[5:8], state.global_D)
     assert torch.allclose(state.layer_in_ND[5:8], late, atol=1e-6)
     assert bool(state.global_D.any()) == global_feature
-
-
-@EACH_KIND
-def test_masked_rows_equal_compact_rows(compress: bool, global_feature: bool) -> None:
-    draft = make_draft(make(compress, global_feature))
-    embeds, hidden, runs = torch.randn(1, 12, 32), torch.randn(1, 12, 32), [(1, 4), (6, 10)]
-    with torch.no_grad():
-        rows = masked_rows(draft, embeds, hidden, [runs])
-        positions = torch.arange(12)[None]
-        found, _ = draft.run_layer(rows.layer_in_BLD, positions, attention_mask(rows.visible_BL))
-        state = draft.prefill(embeds[0, :11], embeds[0, 11], hidden[0, :11], runs)
-    kept = list(state.plan.positions)
-    assert torch.allclose(found[0, kept], state.out_ND, atol=1e-5)
 
 
 def layout_of(*spans: tuple[int, int]) -> RequestLayout:

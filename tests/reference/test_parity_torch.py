@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from vllm_vispec.reference import Prefill, ViSpecDraft
+from vllm_vispec.heads.folder import load_draft
+from vllm_vispec.reference import Prefill
 
 DEFAULT_FOLDER = Path(__file__).parents[1] / "golden_cases"
 GOLDEN = Path(os.environ.get("VISPEC_GOLDEN_DIR") or DEFAULT_FOLDER)
@@ -31,7 +32,7 @@ class Case:
     def __init__(self, name: str) -> None:
         self.meta: dict[str, Any] = json.loads((GOLDEN / name / "case.json").read_text())
         self.want = load_file(GOLDEN / name / "tensors.safetensors")
-        self.draft = ViSpecDraft.from_folder(GOLDEN / self.meta["draft"])
+        self.draft = load_draft(GOLDEN / self.meta["draft"])
         self.runs = [(a, b) for a, b in self.meta["image_runs_in_prompt"]]
         self.lm_head = _lm_head(GOLDEN / self.meta["target"])
 
@@ -73,7 +74,8 @@ def test_golden_torch_parity_prefill(name: str) -> None:
     case = _case(name)
     want, found = case.want, case.prefill()
     assert found.plan.positions == tuple(want["compact_position_ids"].tolist())
-    assert found.plan.is_image == tuple(want["compact_is_image"].tolist())
+    is_image = [token >= 0 for token in found.plan.token_of_row]
+    assert is_image == want["compact_is_image"].tolist()
     assert found.plan.run_of_row == tuple(want["compact_global_index"].tolist())
     assert len(found.plan.positions) == case.meta["compact_len"]
     if "adaptor_output" in want:

@@ -15,71 +15,50 @@ from vllm_vispec.utils.errors import ViSpecError
 Run = tuple[int, int]
 
 
-def rows(
-    length: int, runs: list[Run], num_q: int, *, compress: bool = True
-) -> list[tuple[int, int, int]]:
-    """(position, run, adaptor row) of each compact row with ViSpec's adaptor."""
-    plan = plan_rows(length, runs, num_q, compress=compress)
-    return list(zip(plan.positions, plan.run_of_row, plan.token_of_row, strict=True))
+TEXT = [(0, -1, -1), (1, -1, -1), (2, -1, -1)]
+# Prompt length, images, queries -> (position, run, adaptor row) of each compact row.
+GEOMETRY: dict[str, tuple[int, list[Run], int, list[tuple[int, int, int]]]] = {
+    "text only": (3, [], 2, TEXT),
+    "rows a-1 to b-2 shrink to the last num_q - 1 of them": (
+        *(9, [(3, 7)], 3),
+        [*TEXT[:2], (4, 0, 0), (5, 0, 1), (6, 0, -1), (7, 0, -1), (8, 0, -1)],
+    ),
+    "one query keeps no row": (5, [(1, 4)], 1, [(3, 0, -1), (4, 0, -1)]),
+    "images that touch are one": (
+        *(8, [(2, 4), (4, 6)], 2),
+        [TEXT[0], (4, 0, 0), (5, 0, -1), (6, 0, -1), (7, 0, -1)],
+    ),
+    # The last row pairs the last image token's hidden state with the sampled token.
+    "an image at the end": (5, [(2, 5)], 2, [TEXT[0], (3, 0, 0), (4, 0, -1)]),
+    "an image at the start": (
+        *(5, [(0, 3)], 3),
+        [(0, 0, 0), (1, 0, 1), (2, 0, -1), (3, 0, -1), (4, 0, -1)],
+    ),
+    "an image of one token at the start has no row": (2, [(0, 1)], 2, TEXT[:2]),
+    "a short image keeps the last adaptor rows": (
+        *(6, [(2, 4)], 5),
+        [TEXT[0], (1, 0, 2), (2, 0, 3), (3, 0, -1), (4, 0, -1), (5, 0, -1)],
+    ),
+}
 
 
-def test_image_in_the_middle() -> None:
-    """Rows a-1..b-2 shrink to the last num_q - 1 of them."""
-    found = rows(9, [(3, 7)], 3)
-    assert found == [
-        (0, -1, -1),
-        (1, -1, -1),
-        (4, 0, 0),
-        (5, 0, 1),
-        (6, 0, -1),
-        (7, 0, -1),
-        (8, 0, -1),
-    ]
+@pytest.mark.parametrize("name", GEOMETRY)
+def test_geometry(name: str) -> None:
+    length, runs, num_q, wanted = GEOMETRY[name]
+    plan = plan_rows(length, runs, num_q)
+    found = zip(plan.positions, plan.run_of_row, plan.token_of_row, strict=True)
+    assert list(found) == wanted
 
 
-def test_text_only() -> None:
-    assert rows(3, [], 2) == [(0, -1, -1), (1, -1, -1), (2, -1, -1)]
-
-
-def test_one_query_keeps_no_row() -> None:
-    assert rows(5, [(1, 4)], 1) == [(3, 0, -1), (4, 0, -1)]
-
-
-def test_touching_runs_are_one() -> None:
+def test_runs() -> None:
     assert merge_runs([(6, 8), (2, 4), (4, 6)], 9) == [(2, 8)]
-    assert rows(9, [(2, 4), (4, 6)], 2) == rows(9, [(2, 6)], 2)
-
-
-def test_image_at_the_end() -> None:
-    """The last row pairs the last image token's hidden state with the sampled token: text."""
-    assert rows(5, [(2, 5)], 2) == [(0, -1, -1), (3, 0, 0), (4, 0, -1)]
-
-
-def test_image_at_the_start() -> None:
-    assert rows(5, [(0, 3)], 3) == [(0, 0, 0), (1, 0, 1), (2, 0, -1), (3, 0, -1), (4, 0, -1)]
     assert plan_rows(5, [(0, 3)], 3).runs == ((1, 3),)
 
 
-def test_image_of_one_token_at_the_start() -> None:
-    """It has no row, so it is no image to the draft."""
-    assert rows(2, [(0, 1)], 2) == [(0, -1, -1), (1, -1, -1)]
-
-
-def test_run_shorter_than_its_rows_keeps_the_last_adaptor_rows() -> None:
-    assert rows(6, [(2, 4)], 5) == [
-        (0, -1, -1),
-        (1, 0, 2),
-        (2, 0, 3),
-        (3, 0, -1),
-        (4, 0, -1),
-        (5, 0, -1),
-    ]
-
-
 def test_without_compression_every_row_stays() -> None:
-    found = rows(6, [(2, 5)], 2, compress=False)
-    assert [position for position, _, _ in found] == list(range(6))
-    assert [run for _, run, _ in found] == [-1, -1, -1, -1, 0, 0]
+    plan = plan_rows(6, [(2, 5)], 2, compress=False)
+    assert plan.positions == tuple(range(6))
+    assert plan.run_of_row == (-1, -1, -1, -1, 0, 0)
 
 
 @pytest.mark.parametrize("bad", [[(2, 2)], [(3, 7)], [(-1, 2)], [(0, 3), (2, 4)]])
@@ -99,16 +78,22 @@ MASKED_CASES: list[list[Run]] = [
 @pytest.mark.parametrize("num_q", [1, 2, 4])
 @pytest.mark.parametrize(
     "config",
-    [BASE, replace(BASE, layer0_input_norm=True, final_norm=True, num_key_value_heads=2)],
-    ids=["reference-like", "automodel-like"],
+    [
+        BASE,
+        replace(BASE, layer0_input_norm=True, final_norm=True, num_key_value_heads=2),
+        replace(BASE, global_feature=False),
+        replace(BASE, compress=False),
+        replace(BASE, compress=False, global_feature=False),
+    ],
+    ids=["reference-like", "automodel-like", "no global feature", "uncompressed", "text draft"],
 )
 @torch.no_grad()
 def test_masking_equals_compaction(config: HeadConfig, num_q: int) -> None:
     """One masked batch gives the rows of separate compact prefills."""
     torch.manual_seed(0)
     draft = ViSpecDraft(replace(config, num_query_tokens=num_q))
-    assert draft.img_fc is not None
-    torch.nn.init.normal_(draft.img_fc.weight, std=0.2)
+    if draft.img_fc is not None:
+        torch.nn.init.normal_(draft.img_fc.weight, std=0.2)
     length, size = 17, config.hidden_size
     embeds, hidden = torch.randn(2, len(MASKED_CASES), length, size).unbind()
     found = masked_rows(draft, embeds, hidden, MASKED_CASES)
@@ -120,7 +105,7 @@ def test_masking_equals_compaction(config: HeadConfig, num_q: int) -> None:
         want = draft.prefill(embeds[b, :last], embeds[b, last], hidden[b, :last], runs)
         index = torch.tensor(want.plan.positions)
         assert visible[b].nonzero().flatten().tolist() == index.tolist()
-        assert is_text[b, index].tolist() == [not image for image in want.plan.is_image]
+        assert is_text[b, index].tolist() == [token < 0 for token in want.plan.token_of_row]
         torch.testing.assert_close(out[b, index], want.out_ND, atol=1e-5, rtol=0)
 
 

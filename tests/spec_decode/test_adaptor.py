@@ -8,8 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.golden import load_cases
-from vllm_vispec.heads import inspect_head, iter_canonical_tensors
-from vllm_vispec.reference import ViSpecDraft
+from vllm_vispec.heads.folder import inspect_head, iter_canonical_tensors, load_draft
 from vllm_vispec.spec_decode.adaptor import ImageAdaptor, TextFusion, merge_partials
 from vllm_vispec.spec_decode.image_table import ImageTable
 from vllm_vispec.spec_decode.layout import FeatureSlice, ImageRun, RowCodes
@@ -50,7 +49,7 @@ def run_of(*parts: FeatureSlice) -> ImageRun:
 @pytest.mark.parametrize("query_tokens", [2, 4])
 def test_rows_match_the_plain_module(query_tokens: int) -> None:
     folder = head_folder(query_tokens)
-    parts, plain = Parts(folder), ViSpecDraft.from_folder(folder, dtype=torch.float32)
+    parts, plain = Parts(folder), load_draft(folder, dtype=torch.float32)
     torch.manual_seed(0)
     embeds, e, h = torch.randn(9, 64), torch.randn(5, 64), torch.randn(5, 64)
     slot = parts.table.slot_of(run_of(FeatureSlice("a", 0, 9)), {"a": embeds})

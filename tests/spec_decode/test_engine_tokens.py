@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,7 +41,7 @@ SIZE = BASE.hidden_size
 
 
 def head_of(compressor: str, global_feature: bool = False) -> HeadConfig:
-    values = BASE.as_dict() | {"compressor": compressor, "num_query_tokens": 1}
+    values = asdict(BASE) | {"compressor": compressor, "num_query_tokens": 1}
     return HeadConfig(**(values | {"global_feature": global_feature}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +32,7 @@ def engine(
     takes_images: bool = True,
     tree: dict[str, Any] | None = None,
 ) -> Any:
-    values = BASE.as_dict() if has_adaptor else BASE.as_dict() | {"compress": False}
+    values = asdict(BASE) if has_adaptor else asdict(BASE) | {"compress": False}
     values |= {} if has_adaptor else {"global_feature": False}
     head = HeadConfig(**values)
     section = EngineOptions(image_table_size=table, tree=tree).to_section()

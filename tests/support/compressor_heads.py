@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,12 +39,12 @@ def with_compressor(draft: Path, folder: Path, text: str) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from vllm_vispec.heads import inspect_head, iter_canonical_tensors
     from vllm_vispec.heads.config import HeadConfig
+    from vllm_vispec.heads.folder import inspect_head, iter_canonical_tensors
 
     old = inspect_head(draft).config
-    changes = {"dialect": "canonical", "compressor": text, "num_query_tokens": 1}
-    head = HeadConfig(**(old.as_dict() | changes))
+    changes = {"compressor": text, "num_query_tokens": 1}
+    head = HeadConfig(**(asdict(old) | changes))
     tensors = dict(iter_canonical_tensors(draft))
     tensors["img_adaptor.query"] = tensors["img_adaptor.query"][-1:].clone()
     sizes = (head.hidden_size, head.num_attention_heads, head.qkv_bias)

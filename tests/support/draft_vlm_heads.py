@@ -46,7 +46,6 @@ class DraftVlmSpec:
 
         family = FAMILIES[self.kind]
         return HeadConfig(
-            dialect="canonical",
             target_model_type=self.kind,
             hidden_size=self.hidden,
             intermediate_size=2 * self.hidden,
@@ -87,10 +86,12 @@ def build_draft_vlm(spec: DraftVlmSpec, target: Path, folder: Path) -> Path:
 def _tensors(spec: DraftVlmSpec, target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     import torch
 
+    from vllm_vispec.reference import tensor_shapes
+
     generator = torch.Generator().manual_seed(spec.seed + 2000)
     map_WD = torch.randn(HIDDEN, spec.hidden, generator=generator) * HIDDEN**-0.5
     found = {}
-    for name, shape in spec.config().tensor_shapes().items():
+    for name, shape in tensor_shapes(spec.config()).items():
         if name in ("embed_tokens.weight", "lm_head.weight"):
             found[name] = next(t for key, t in target.items() if key.endswith(name)) @ map_WD
             continue

@@ -1,4 +1,4 @@
-"""Small synthetic heads of every dialect, written to disk the way their authors write them."""
+"""Small synthetic heads of every checkpoint format, written the way their authors write them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vllm_vispec.heads import get_dialect
 from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.formats import get_format
+from vllm_vispec.reference import tensor_shapes
 
 Config = dict[str, Any]
 
 BASE = HeadConfig(
-    dialect="canonical",
     target_model_type="qwen2_5_vl",
     hidden_size=32,
     intermediate_size=48,
@@ -88,7 +88,7 @@ _CONFIGS: dict[str, Callable[[HeadConfig], Config]] = {
     "canonical": lambda head: head.to_config_json("float32"),
 }
 
-# What is typical of each dialect; a test may change it.
+# What is typical of each checkpoint format; a test may change it.
 TYPICAL = {
     "reference": BASE,
     "automodel": replace(BASE, layer0_input_norm=True, final_norm=True),
@@ -101,21 +101,21 @@ def random_tensors(head: HeadConfig) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=generator) * 0.2
-        for name, shape in head.tensor_shapes().items()
+        for name, shape in tensor_shapes(head).items()
     }
 
 
-def write_head(folder: Path, dialect: str = "reference", **changes: Any) -> HeadConfig:
+def write_head(folder: Path, checkpoint_format: str = "reference", **changes: Any) -> HeadConfig:
     """Write a head; `changes` go to its `HeadConfig`. Returns that."""
-    head = replace(TYPICAL[dialect], **changes)
-    names = get_dialect(dialect)
+    head = replace(TYPICAL[checkpoint_format], **changes)
+    names = get_format(checkpoint_format)
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, _CONFIGS[dialect](head))
+    write_config(folder, _CONFIGS[checkpoint_format](head))
     save_file(
         {names.source_name(name): tensor for name, tensor in random_tensors(head).items()},
         folder / "model.safetensors",
     )
-    return head.with_dialect(dialect)
+    return head
 
 
 def write_config(folder: Path, config: Config) -> None:

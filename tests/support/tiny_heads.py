@@ -162,7 +162,6 @@ def _canonical_config(spec: HeadSpec, family: Family) -> dict[str, Any]:
     from vllm_vispec.heads.config import HeadConfig
 
     head = HeadConfig(
-        dialect="canonical",
         target_model_type=spec.kind,
         hidden_size=HIDDEN,
         intermediate_size=MLP,
@@ -186,11 +185,11 @@ def _canonical_config(spec: HeadSpec, family: Family) -> dict[str, Any]:
 
 
 def _canonical_name(name: str) -> str:
-    from vllm_vispec.heads import get_dialect
+    from vllm_vispec.heads.formats import get_format
 
     if name.startswith("compressor."):
         return name
-    found = get_dialect("reference").canonical_name(name)
+    found = get_format("reference").canonical_name(name)
     assert found is not None, name
     return found
 

@@ -13,11 +13,13 @@ import torch
 from tests.support.heads import write_head
 from tests.support.small_draft_vlms import write_draft_vlm
 from tests.train.language_models import write_language_model
+from vllm_vispec.heads.folder import load_draft
 from vllm_vispec.reference import DraftVlm
-from vllm_vispec.train.config import HeadSettings, config_from_flat
-from vllm_vispec.train.head_types import resolve
-from vllm_vispec.train.init import make_draft
-from vllm_vispec.train.target import TargetFacts
+from vllm_vispec.train.config import HeadSettings
+from vllm_vispec.train.heads import make_draft
+from vllm_vispec.train.resolve import resolve
+from vllm_vispec.train.settings import config_from_flat
+from vllm_vispec.train.source import Facts
 from vllm_vispec.utils.errors import ViSpecError
 
 GENERATOR = torch.Generator().manual_seed(1)
@@ -36,7 +38,7 @@ TEXT = SimpleNamespace(
 
 def start(init_from: Path | str = "", vocab: int = 64, **settings: Any) -> DraftVlm:
     text = SimpleNamespace(**(vars(TEXT) | {"vocab_size": vocab}))
-    facts = TargetFacts("qwen2_5_vl", text, TABLE[:vocab], LM_HEAD[:vocab])
+    facts = Facts("qwen2_5_vl", text, TABLE[:vocab], LM_HEAD[:vocab])
     head = HeadSettings(kind="draft_vlm", init_from=str(init_from), **settings)
     draft = make_draft(head, facts, seed=0)
     assert isinstance(draft, DraftVlm)
@@ -54,7 +56,7 @@ def test_a_fresh_one_has_the_targets_width_and_tables() -> None:
     assert all(parameter.requires_grad for parameter in draft.parameters())
     again, other = (
         start(),
-        make_draft(HeadSettings(kind="draft_vlm"), TargetFacts("", TEXT, TABLE, LM_HEAD), seed=1),
+        make_draft(HeadSettings(kind="draft_vlm"), Facts("", TEXT, TABLE, LM_HEAD), seed=1),
     )
     name = "layers.3.mlp.up_proj.weight"
     assert torch.equal(again.state_dict()[name], draft.state_dict()[name])
@@ -107,7 +109,7 @@ def test_a_projector_alone_is_trained(tmp_path: Path) -> None:
 
 def test_the_next_stage_takes_everything_over(tmp_path: Path) -> None:
     write_draft_vlm(tmp_path)
-    draft, wanted = start(tmp_path), DraftVlm.from_folder(tmp_path).state_dict()
+    draft, wanted = start(tmp_path), load_draft(tmp_path).state_dict()
     assert all(torch.equal(one, wanted[name]) for name, one in draft.state_dict().items())
     assert all(parameter.requires_grad for parameter in draft.parameters())
 
@@ -153,7 +155,7 @@ def test_kinds_do_not_start_from_each_other(tmp_path: Path) -> None:
     write_draft_vlm(tmp_path / "vlm")
     settings = HeadSettings(kind="vispec", init_from=str(tmp_path / "vlm"))
     with pytest.raises(ViSpecError, match=r"is a draft VLM, head\.kind is 'vispec'"):
-        make_draft(settings, TargetFacts("qwen2_5_vl", TEXT, TABLE, LM_HEAD), seed=0)
+        make_draft(settings, Facts("qwen2_5_vl", TEXT, TABLE, LM_HEAD), seed=0)
 
 
 @pytest.mark.parametrize(

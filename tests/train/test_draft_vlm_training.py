@@ -15,16 +15,17 @@ from tests.train.dialogues import recipe
 from tests.train.jobs import losses
 from tests.train.language_models import write_language_model
 from tests.train.samples import random_sample
-from vllm_vispec.evaluate.options import EvalOptions
-from vllm_vispec.evaluate.run import evaluate
+from vllm_vispec.evaluate.data import DataSource
+from vllm_vispec.evaluate.run import EvalOptions, evaluate
+from vllm_vispec.evaluate.simulate import answer_spans, draft_hits, replay, simulate
 from vllm_vispec.heads.config import DRAFT_VLM_ARCHITECTURE
+from vllm_vispec.heads.folder import load_draft
 from vllm_vispec.reference import DraftVlm
 from vllm_vispec.train.batch import Observed, pad_batch
 from vllm_vispec.train.config import LossSettings, TrainConfig
 from vllm_vispec.train.distributed import processes
 from vllm_vispec.train.loop import Outcome, train
 from vllm_vispec.train.objective import Objective
-from vllm_vispec.train.simulate import answer_spans, draft_hits, replay, simulate
 from vllm_vispec.train.trainer import Trainer
 from vllm_vispec.utils.files import read_json
 
@@ -86,7 +87,7 @@ def test_one_pass_simulates_every_chain() -> None:
             found |= set(wanted)
     assert {0, 1, 2} <= found
     overall = simulate(draft, TARGET_HEAD, batch, DEPTH)["overall"]
-    assert overall.acceptance_length > 1
+    assert overall.tokens_per_round > 1
 
 
 def test_some_tokens_only_are_proposed() -> None:
@@ -162,17 +163,16 @@ def test_trained_exported_and_evaluated(tiny: TinyStore, dialogues: Path, tmp_pa
     config = read_json(outcome.head / "config.json")
     assert config["architectures"] == [DRAFT_VLM_ARCHITECTURE]
     assert (config["num_hidden_layers"], config["hidden_size"]) == (2, 32)
-    again = DraftVlm.from_folder(outcome.head)
+    again = load_draft(outcome.head)
     ids_BL = torch.randint(1000, (2, 20), generator=torch.Generator().manual_seed(0))
     embeds_BLE = torch.randn(2, 20, again.config.vision_size)
     with torch.no_grad():
         outputs = [one(ids_BL, embeds_BLE, [((3, 8),), ()]) for one in (found[-1], again)]
     assert torch.equal(*outputs)
-    options = EvalOptions(target=str(target), head=str(outcome.head), data=dialogues,
-                          num_speculative_tokens=3, device="cpu")  # fmt: skip
-    report = evaluate(options)
+    source = DataSource(dialogues)
+    report = evaluate(EvalOptions(str(target), str(outcome.head), source, 3, device="cpu"))
     assert report.samples == 24
-    assert report.simulated["overall"].acceptance_length >= 1
+    assert report.simulated["overall"].tokens_per_round >= 1
 
 
 def test_two_stages_from_a_language_model(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:
@@ -181,14 +181,14 @@ def test_two_stages_from_a_language_model(tiny: TinyStore, dialogues: Path, tmp_
     first = run(small(target, dialogues, tmp_path / "first", head__trained="projector",
                       head__init_from=str(tmp_path / "lm"), optimizer__ema=0.9))  # fmt: skip
     assert first.head is not None
-    one = DraftVlm.from_folder(first.head)
+    one = load_draft(first.head)
     assert torch.equal(one.head_VD, model.lm_head.weight)
     assert torch.equal(one.norm.weight, model.model.norm.weight)
     assert not torch.equal(one.projector.linear_1.bias, torch.zeros(24))
     second = run(small(target, dialogues, tmp_path / "second", run__export="last",
                        head__init_from=str(first.head)))  # fmt: skip
     assert second.head is not None
-    two = DraftVlm.from_folder(second.head)
+    two = load_draft(second.head)
     names = [name for name, parameter in two.named_parameters()
              if torch.equal(parameter, one.state_dict()[name])]  # fmt: skip
     assert names == []
@@ -224,5 +224,5 @@ def test_resumed_equals_uninterrupted(
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert whole.head is not None
     assert cut.head is not None
-    weights = [DraftVlm.from_folder(head).state_dict() for head in (whole.head, cut.head)]
+    weights = [load_draft(head).state_dict() for head in (whole.head, cut.head)]
     assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())

@@ -13,7 +13,7 @@ import pytest
 from tests.support.child import run_in_subprocess
 from tests.support.engine import IN_PROCESS_ENV
 from tests.support.tiny_store import TinyStore
-from vllm_vispec.heads import inspect_head
+from vllm_vispec.heads.folder import inspect_head
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1500)]
 

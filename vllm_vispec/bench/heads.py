@@ -13,9 +13,8 @@ from vllm_vispec.utils.errors import ViSpecError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_vispec.heads import HeadInfo
+    from vllm_vispec.heads.folder import HeadInfo
 
-_STORED_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _EMBEDDING = "embed_tokens.weight"
 
 Tensors = dict[str, "Tensor"]
@@ -44,7 +43,7 @@ def check_has_adaptor(head: str) -> None:
     Raises:
         ViSpecError: it is no usable head, or has no adaptor.
     """
-    from vllm_vispec.heads import inspect_head
+    from vllm_vispec.heads.folder import inspect_head
 
     if not inspect_head(head).config.has_adaptor:
         raise ViSpecError(
@@ -65,7 +64,7 @@ def plain_eagle_head(head: str, target: str, folder: Path) -> str:
     Raises:
         ViSpecError: the head has parts that EAGLE lacks.
     """
-    from vllm_vispec.heads import is_vispec_head
+    from vllm_vispec.heads.folder import is_vispec_head
 
     if not Path(head).is_dir() or not is_vispec_head(head):
         return head
@@ -137,7 +136,8 @@ def target_embedding(target: str, shape: tuple[int, int]) -> Tensor:
     """
     from safetensors import safe_open
 
-    from vllm_vispec.heads.files import read_entries, resolve_head, weight_files
+    from vllm_vispec.heads.folder import read_entries, weight_files
+    from vllm_vispec.heads.location import resolve_head
 
     for name, entry in read_entries(weight_files(resolve_head(target))).items():
         if name.endswith(_EMBEDDING) and tuple(entry.shape) == shape:
@@ -154,7 +154,7 @@ def _eagle_name(name: str) -> str:
 
 
 def _read(head: str) -> tuple[HeadInfo, Tensors]:
-    from vllm_vispec.heads import inspect_head, iter_canonical_tensors
+    from vllm_vispec.heads.folder import inspect_head, iter_canonical_tensors
 
     info = inspect_head(head)
     return info, dict(iter_canonical_tensors(info.folder))
@@ -162,10 +162,11 @@ def _read(head: str) -> tuple[HeadInfo, Tensors]:
 
 def _write(info: HeadInfo, tensors: Tensors, folder: Path, *, canonical: bool) -> str:
     """Write a head's folder; EAGLE's layout is no checkpoint format of ours."""
-    from vllm_vispec.heads.folder import CONFIG, write_json, write_weights
+    from vllm_vispec.heads.export import write_json, write_weights
+    from vllm_vispec.heads.folder import CONFIG, DTYPES
 
-    dtype = _STORED_DTYPES[info.dtype]
-    content = info.config.with_dialect("canonical").to_config_json(dtype)
+    dtype = DTYPES[info.dtype]
+    content = info.config.to_config_json(dtype)
     if not canonical:
         content = {name: value for name, value in content.items() if name != "vispec"}
         content |= {"architectures": ["LlamaForCausalLM"], "qkv_bias": info.config.qkv_bias}

@@ -136,7 +136,7 @@ def check_inputs(settings: MatrixSettings) -> None:
     Raises:
         ViSpecError: a package is missing, or the target or a head is not there or not usable.
     """
-    from vllm_vispec.heads import inspect_head
+    from vllm_vispec.heads.folder import inspect_head
 
     for module, name in PACKAGES.items():
         if importlib.util.find_spec(module) is None:

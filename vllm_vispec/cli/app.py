@@ -17,6 +17,7 @@ from vllm_vispec.cli.regenerate import regenerate
 from vllm_vispec.cli.train import train
 from vllm_vispec.cli.verify import verify
 from vllm_vispec.cli.vocab import vocab
+from vllm_vispec.utils.errors import ViSpecError
 
 app = typer.Typer(
     name="vispec",
@@ -29,10 +30,13 @@ app = typer.Typer(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder or hub id of a head, any dialect.")],
+    source: Annotated[str, typer.Argument(help="Folder or hub id of a head.")],
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
-    dialect: Annotated[
-        str, typer.Option(help="canonical, or reference or automodel for their authors' tools.")
+    checkpoint_format: Annotated[
+        str,
+        typer.Option(
+            "--format", help="canonical, or reference or automodel for their authors' tools."
+        ),
     ] = "canonical",
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; default: as stored.")
@@ -44,22 +48,26 @@ def convert(
         bool, typer.Option(help="Leave out the embedding table; the target's is used.")
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a folder written by vispec.")] = False,
+    dialect: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Write a head of any dialect as a canonical folder (or back, with --dialect)."""
-    from vllm_vispec.heads.convert import convert_head, guess_target, serve_command
+    """Write a head of any checkpoint format in the canonical one (or back, with --format)."""
+    from vllm_vispec.heads.card import guess_target, serve_command
+    from vllm_vispec.heads.export import convert_head
 
     with exit_on_error():
+        if dialect is not None:
+            raise ViSpecError(f"--dialect is now --format: use --format {dialect}")
         info = convert_head(
             source,
             destination,
-            dialect=dialect,
+            checkpoint_format=checkpoint_format,
             dtype=dtype,
             target=target,
             drop_embed_tokens=drop_embed_tokens,
             overwrite=overwrite,
         )
-    section = info.config.vispec_section()
-    typer.echo(f"wrote {info.folder} ({info.dtype}, {section['num_query_tokens']} query tokens)")
+    queries = info.config.num_query_tokens
+    typer.echo(f"wrote {info.folder} ({info.dtype}, {queries} query tokens)")
     typer.echo(f"serve it with: {serve_command(target or guess_target(info.config), info.folder)}")
 
 
@@ -76,24 +84,15 @@ def doctor(
     ] = False,
 ) -> None:
     """Print versions, the runner that will be used, which features fit, and what a head needs."""
-    from vllm_vispec.cli.doctor import head_lines, run_checks
-    from vllm_vispec.cli.doctor_target import target_lines
+    from vllm_vispec.cli.doctor import head_lines, run_checks, target_lines
 
     report = run_checks(verbose=verbose)
-    for line in report.lines:
-        typer.echo(line)
-    if head is not None:
-        typer.echo("")
-        with exit_on_error():
-            lines = head_lines(head)
-        for line in lines:
-            typer.echo(line)
-    if target is not None:
-        typer.echo("")
-        with exit_on_error():
-            lines = target_lines(target, head)
-        for line in lines:
-            typer.echo(line)
+    typer.echo("\n".join(report.lines))
+    with exit_on_error():
+        if head is not None:
+            typer.echo("\n".join(["", *head_lines(head)]))
+        if target is not None:
+            typer.echo("\n".join(["", *target_lines(target, head)]))
     if not report.ok:
         raise typer.Exit(1)
 

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
@@ -33,10 +34,10 @@ class Report:
 
 
 def run_checks(*, verbose: bool = False) -> Report:
-    """Versions, runner and patch points of this environment.
+    """Check versions, runner and patch points of this environment.
 
     Args:
-        verbose: Also list all patch points, and say what draft trees make of attention heads; that
+        verbose: also list all patch points, and say what draft trees make of attention heads. That
             takes some seconds more, as vLLM has to be imported for it.
     """
     lines = [f"{'vllm-vispec':14} {__version__}", f"{'python':14} {platform.python_version()}"]
@@ -54,7 +55,7 @@ def run_checks(*, verbose: bool = False) -> Report:
 
 
 def runner_line() -> str:
-    """Which model runner vLLM will use here for a plain configuration, and who decides."""
+    """Say which model runner vLLM will use here for a plain configuration, and who decides."""
     stated = os.environ.get(_RUNNER_VARIABLE)
     why = f"{_RUNNER_VARIABLE}={stated}" if stated else "default of this platform"
     # Only doctor's own lines are wanted, not what vLLM logs on the way.
@@ -76,7 +77,7 @@ def runner_line() -> str:
 
 
 def tree_line(head_size: int = 128) -> str:
-    """What attention heads of the usual size become with draft trees, on this machine."""
+    """Say what attention heads of the usual size become with draft trees, on this machine."""
     logging.disable(logging.WARNING)
     try:
         import torch
@@ -103,13 +104,14 @@ def tree_line(head_size: int = 128) -> str:
 
 
 def head_lines(head: str) -> list[str]:
-    """What a head is and what it needs.
+    """Say what a head is and what it needs.
 
     Raises:
         ViSpecError: it is no usable head.
     """
-    from vllm_vispec.heads import DIALECTS, inspect_head
     from vllm_vispec.heads.card import guess_target, serve_command
+    from vllm_vispec.heads.folder import inspect_head
+    from vllm_vispec.heads.formats import FORMATS
     from vllm_vispec.heads.speculators import serving_of_folder
 
     info = inspect_head(head)
@@ -118,7 +120,7 @@ def head_lines(head: str) -> list[str]:
     size = elements * _DTYPE_BYTES[info.dtype] / _MIB
     facts = {
         "head": head,
-        "dialect": f"{info.dialect}: {DIALECTS[info.dialect].summary}",
+        "format": f"{info.checkpoint_format}: {FORMATS[info.checkpoint_format].summary}",
         "target type": config.target_model_type or "not stated",
         "hidden size": _width(config),
         "vocabulary": f"{config.vocab_size} (the target's must be the same)",
@@ -137,6 +139,50 @@ def head_lines(head: str) -> list[str]:
         if serving
         else serve_command(guess_target(config), head),
     }
+    return _table(facts)
+
+
+def target_lines(target: str, head: str | None) -> list[str]:
+    """Say what a target is, and that the head fits it; reads no weights.
+
+    Args:
+        target: a folder or hub id.
+        head: a folder or hub id; None: only the target is looked at.
+
+    Raises:
+        ViSpecError: the target or the head cannot be read, or they do not fit; says why.
+    """
+    from vllm_vispec.heads.folder import inspect_head
+    from vllm_vispec.heads.target import (
+        check_against_target,
+        load_target_config,
+        tensor_parallel_sizes,
+    )
+
+    config = load_target_config(target, "--target")
+    text_config = config.get_text_config()
+    facts = {
+        "target": target,
+        "target type": config.model_type,
+        "hidden size": text_config.hidden_size,
+        "vocabulary": text_config.vocab_size,
+    }
+    if head is not None:
+        found = inspect_head(head).config
+        warning = check_against_target(
+            found, text_config.hidden_size, text_config.vocab_size, config.model_type
+        )
+        sizes = [
+            size
+            for size in tensor_parallel_sizes(found)
+            if text_config.num_attention_heads % size == 0
+        ]
+        facts["tensor parallel"] = f"up to {sizes[-1]} ({', '.join(map(str, sizes))})"
+        facts["fit"] = f"yes, but {warning}" if warning else "yes, head and target go together"
+    return _table(facts)
+
+
+def _table(facts: Mapping[str, object]) -> list[str]:
     return [f"{name:14} {value}" for name, value in facts.items()]
 
 

@@ -30,7 +30,7 @@ def verify(
     Plain vLLM, chains and trees are started one after another with the options given. Exits with 1
     if a verdict is "failed".
     """
-    from vllm_vispec.heads import inspect_head
+    from vllm_vispec.heads.folder import inspect_head
 
     given = {name: value for name, value in vars(engine).items() if value is not None}
     # A head that cannot be read is known before an engine has started.

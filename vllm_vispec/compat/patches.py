@@ -29,10 +29,10 @@ def apply_self_serving_patches() -> None:
     """Let ``vllm serve HEAD`` find the target that a head names."""
     from vllm.engine import arg_utils
 
-    from vllm_vispec.heads import self_serving
+    from vllm_vispec.heads import speculators
 
     # `EngineArgs` finds the function in its own module.
-    patch(arg_utils, "maybe_override_with_speculators", self_serving.resolve_target)
+    patch(arg_utils, "maybe_override_with_speculators", speculators.resolve_target)
 
 
 def apply_tree_scheduler_patches() -> None:

@@ -13,19 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_vispec.compressors.compressor import ImageCompressor
 from vllm_vispec.compressors.gate import GateOutput, gumbel_noise
-from vllm_vispec.reference.layers import causal_mask
-
-if TYPE_CHECKING:
-    from vllm_vispec.reference.base import Draft
-    from vllm_vispec.reference.model import ViSpecDraft
-    from vllm_vispec.reference.rows import Run
 
 
 @dataclass(frozen=True)
@@ -81,31 +75,32 @@ def gate_rows(answer_BL: Tensor) -> Tensor:
 
 
 def decide(
-    draft: Draft,
+    compressor: ImageCompressor | None,
     hidden_BLD: Tensor,
     answer_BL: Tensor,
-    runs: Sequence[Sequence[Run]],
+    runs: Sequence[Sequence[tuple[int, int]]],
     generator: torch.Generator | None = None,
     temperature: float = 1.0,
 ) -> Decision | None:
     """Let a head's gate decide for every turn of a batch; None for a head without a gate.
 
     Args:
+        compressor: the head's.
         hidden_BLD: target hidden states after its final norm.
         answer_BL: bool, tokens of answers.
         runs: images of each sample, in token indices.
         generator: source of Gumbel noise (training); None: no noise (everywhere else).
         temperature: of the softmax that gradients go through.
     """
-    if draft.compressor is None or draft.compressor.gate is None:
+    if compressor is None or compressor.gate is None:
         return None
     read_BL = gate_rows(answer_BL)
     states_GD = hidden_BLD[read_BL]
     noise_GK = None
     if generator is not None:
-        shape = (len(states_GD), len(draft.config.compressor_spec.primitives))
+        shape = (len(states_GD), len(compressor.spec.primitives))
         noise_GK = gumbel_noise(torch.zeros(shape, device=states_GD.device), generator)
-    output = draft.compressor.decide(states_GD, noise_GK, temperature)
+    output = compressor.decide(states_GD, noise_GK, temperature)
     sample_G, row_G = read_BL.nonzero(as_tuple=True)
     first_B = torch.tensor(
         [_first_image_row(one, answer_BL.shape[1]) for one in runs], device=row_G.device
@@ -114,7 +109,7 @@ def decide(
 
 
 def prompt_key_bias(
-    draft: ViSpecDraft, state_D: Tensor, branch_of_row: Sequence[int]
+    compressor: ImageCompressor | None, state_D: Tensor, branch_of_row: Sequence[int]
 ) -> Tensor | None:
     """What a prompt with this state at its end adds to scores of its rows' keys: float32 [N].
 
@@ -123,27 +118,11 @@ def prompt_key_bias(
     Args:
         branch_of_row: the branch of each of the prompt's compact rows, -1 for none.
     """
-    if draft.compressor is None or draft.compressor.gate is None:
+    if compressor is None or compressor.gate is None:
         return None
-    bias_K = draft.compressor.decide(state_D[None]).bias_GK[0]
+    bias_K = compressor.decide(state_D[None]).bias_GK[0]
     # Branch -1 finds the zero behind the last.
     return F.pad(bias_K, (0, 1))[torch.tensor(branch_of_row, device=bias_K.device)]
-
-
-def biased_mask(bias_N: Tensor | None, gated_N: Tensor, keys: int) -> Tensor | None:
-    """Causal mask [1, rows, keys] to be added to scores; None without biases.
-
-    Args:
-        bias_N: of the first keys; those behind them are no branch's.
-        gated_N: bool, rows that the gate rules.
-        keys: keys in all, those of the rows last.
-    """
-    if bias_N is None:
-        return None
-    bias_M = F.pad(bias_N, (0, keys - len(bias_N)))
-    sees_NM = causal_mask(len(gated_N), keys, bias_N.device)
-    mask_NM = torch.where(gated_N[:, None], bias_M, 0.0).masked_fill(~sees_NM, -torch.inf)
-    return mask_NM[None]
 
 
 def _turns(read_BL: Tensor) -> Tensor:
@@ -154,5 +133,5 @@ def _turns(read_BL: Tensor) -> Tensor:
     return torch.where(counts_BL > 0, before_B1 + counts_BL - 1, total)
 
 
-def _first_image_row(runs: Sequence[Run], nowhere: int) -> int:
+def _first_image_row(runs: Sequence[tuple[int, int]], nowhere: int) -> int:
     return min((max(start, 1) - 1 for start, end in runs if end > 1), default=nowhere)

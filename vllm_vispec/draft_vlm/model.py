@@ -31,7 +31,7 @@ from vllm_vispec.models.vispec import (
     EagleViSpecForCausalLM,
     draft_hf_config,
 )
-from vllm_vispec.reference.draft_vlm import Projector
+from vllm_vispec.reference.modeling_draft_vlm import Projector
 from vllm_vispec.spec_decode.layout import RowCodes
 from vllm_vispec.spec_decode.row_table import RowTable
 
@@ -144,7 +144,7 @@ class EagleDraftVlmForCausalLM(EagleViSpecForCausalLM):
         return hidden_TD, hidden_TD[:, :0]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load a canonical folder's tensors; the only dialect that knows draft VLMs."""
+        """Load a canonical folder's tensors; the only format that has draft VLMs."""
         canonical = dict(weights)
         lm_head_VD = canonical.pop(_LM_HEAD, None)
         if lm_head_VD is not None:

@@ -1,4 +1,5 @@
 """The draft's own vocabulary: the target tokens a draft may propose, most frequent first.
 
-`files` is the format, `count` makes a list from answers.  No vLLM here.
+`make` builds a list from answers, `files` is its format, `setting` resolves what a user asks for,
+`model` gives the draft its smaller lm_head.
 """

@@ -1,7 +1,7 @@
 """Reading, checking and writing lists of the target tokens a draft may propose.
 
-A list is one integer tensor in a safetensors file, or JSON.  A head's folder may ship one under
-the name `DRAFT_VOCAB`.
+A list is one integer tensor in a safetensors file, or JSON.  A head's folder may ship one, named
+draft_vocab.safetensors.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from vllm_vispec.heads.folder import DRAFT_VOCAB
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import writing
 
-DRAFT_VOCAB = "draft_vocab.safetensors"
-"""Name of the list that a head's folder may ship."""
-DRAFT_VOCAB_FACTS = "draft_vocab.json"
-"""What `vispec vocab` says about that list; holds no ids."""
 TENSOR = "token_ids"
 ORDER, BY_FREQUENCY = "order", "frequency"
 MIN_TOKENS = 2
@@ -37,14 +35,14 @@ class DraftVocab:
 
     Attributes:
         token_ids: distinct ids of the target.
-        by_frequency: the most frequent come first, so that the first N are the best N.
+        by_frequency: the most frequent come first, so the first N are the best N.
     """
 
     token_ids: tuple[int, ...]
     by_frequency: bool = False
 
     def first(self, count: int) -> DraftVocab:
-        """The `count` most frequent tokens.
+        """Return the `count` most frequent tokens.
 
         Raises:
             ViSpecError: the list is not ordered by frequency, or shorter.
@@ -63,7 +61,7 @@ class DraftVocab:
 
 
 def find_vocab(setting: str | int | None, folder: Path, vocab_size: int) -> DraftVocab | None:
-    """The tokens that a `draft_vocab` setting means; None: all.
+    """Return the tokens that a `draft_vocab` setting means; None: all.
 
     Args:
         setting: a file, "auto" or True for the head's list, an integer for its N most frequent.
@@ -79,7 +77,7 @@ def find_vocab(setting: str | int | None, folder: Path, vocab_size: int) -> Draf
 
 
 def choose_tokens(setting: str | int | None, vocab: DraftVocab) -> DraftVocab:
-    """The first N where the setting is a number, else the whole list.
+    """Return the first N tokens if the setting is a number, else the whole list.
 
     Raises:
         ViSpecError: see `DraftVocab.first`.
@@ -90,7 +88,7 @@ def choose_tokens(setting: str | int | None, vocab: DraftVocab) -> DraftVocab:
 
 
 def locate_vocab(setting: str | int, folder: Path) -> Path:
-    """The file a `draft_vocab` setting means; all settings but a path mean the head's own.
+    """Return the file that a `draft_vocab` setting means: a path, else the head's own list.
 
     Raises:
         ViSpecError: it does not exist.
@@ -128,7 +126,7 @@ def read_vocab(path: Path, vocab_size: int) -> DraftVocab:
             f"draft vocabulary {path} has {len(ids)} token ids, at least {MIN_TOKENS} are needed: "
             f"{_MAKE}"
         )
-    wrong = next((one for one in ids if not 0 <= one < vocab_size), None)
+    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
     if wrong is not None:
         raise ViSpecError(
             f"draft vocabulary {path} has token id {wrong}, the target has 0 to {vocab_size - 1}: "
@@ -148,19 +146,10 @@ def write_vocab(path: Path, token_ids: Sequence[int]) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    scratch = path.with_name(f".{path.name}.new")
-    try:
-        save_file(
-            {TENSOR: np.asarray(token_ids, dtype=np.int32)},
-            scratch,
-            metadata={ORDER: BY_FREQUENCY},
-        )
-        scratch.chmod(0o644)
-        scratch.replace(path)
-    except OSError as error:
-        raise ViSpecError(
-            f"{path} cannot be written ({error.strerror or error}): choose another --output"
-        ) from error
+    content = {TENSOR: np.asarray(token_ids, dtype=np.int32)}
+    with writing(path) as aside:
+        save_file(content, aside, metadata={ORDER: BY_FREQUENCY})
+        aside.chmod(0o644)
 
 
 def _read_safetensors(path: Path) -> DraftVocab:
@@ -189,7 +178,7 @@ def _read_json(path: Path) -> DraftVocab:
         ) from error
     section = content if isinstance(content, dict) else {TENSOR: content}
     ids = section.get(TENSOR)
-    if not isinstance(ids, list) or any(type(one) is not int for one in ids):
+    if not isinstance(ids, list) or any(type(token) is not int for token in ids):
         raise ViSpecError(
             f"draft vocabulary {path} holds no list of integers, neither as such nor under "
             f'"{TENSOR}": give the {DRAFT_VOCAB} beside it, or {_MAKE}'

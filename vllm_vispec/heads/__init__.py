@@ -1,31 +1,10 @@
-"""How foreign ViSpec heads are read. Importing this package registers every dialect."""
+"""What a head folder is: its configuration, checkpoint formats, reading and writing.
 
-from vllm_vispec.heads.formats.automodel import AUTOMODEL
-from vllm_vispec.heads.formats.base import DIALECTS, Dialect, get_dialect, register_dialect
-from vllm_vispec.heads.formats.canonical import CANONICAL
-from vllm_vispec.heads.formats.reference import REFERENCE
-from vllm_vispec.heads.load import (
-    HeadInfo,
-    inspect_head,
-    is_vispec_head,
-    iter_canonical_tensors,
-    resolve_head,
-)
-from vllm_vispec.heads.target import check_against_target
+* `config`: `HeadConfig`, shape and flags of a head.
+* `formats`, `published_config`: how training codes write heads.
+* `location`, `folder`: find a head, check it, read its tensors.
+* `export`, `card`: write a trained or converted head and its model card.
+* `speculators`: heads that name their target; `target`: does a head fit a target?
 
-# Detection asks in this order: the most explicit layout first.
-for _dialect in (CANONICAL, AUTOMODEL, REFERENCE):
-    register_dialect(_dialect)
-
-__all__ = [
-    "DIALECTS",
-    "Dialect",
-    "HeadInfo",
-    "check_against_target",
-    "get_dialect",
-    "inspect_head",
-    "is_vispec_head",
-    "iter_canonical_tensors",
-    "register_dialect",
-    "resolve_head",
-]
+This package imports nothing by itself, so that `heads.config` stays cheap to import.
+"""

@@ -9,8 +9,8 @@ from typing import Any
 
 from vllm_vispec import __version__
 from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.heads.folder import CARD_TITLE
 
+CARD_TITLE = "# ViSpec head"
 DEFAULT_NUM_TOKENS = 4
 _MAX_VALUE = 200
 
@@ -26,13 +26,13 @@ _KNOWN_TARGETS = {
 
 
 def guess_target(config: HeadConfig) -> str:
-    """The public target such a head belongs to, or the placeholder "TARGET"."""
+    """Return the public target such a head belongs to, or the placeholder "TARGET"."""
     width = config.vision_size or config.hidden_size
     return _KNOWN_TARGETS.get((config.target_model_type, width), "TARGET")
 
 
 def serve_command(target: str, head: str | Path, num_tokens: int = DEFAULT_NUM_TOKENS) -> str:
-    """The command that serves a target with a head."""
+    """Return the command that serves a target with a head."""
     speculative = json.dumps(
         {"method": "vispec", "model": str(head), "num_speculative_tokens": num_tokens},
         separators=(",", ":"),
@@ -48,13 +48,15 @@ def model_card(
     *,
     num_tokens: int = DEFAULT_NUM_TOKENS,
     names_target: bool = False,
+    origin: str = "trained",
     provenance: Mapping[str, Any] | None = None,
 ) -> str:
-    """Markdown text that says what the head is, where it comes from and how to serve it.
+    """Return Markdown that says what the head is, where it comes from and how to serve it.
 
     Args:
         names_target: the head's config.json names its target, so that the folder serves itself.
-        provenance: how it was trained; None for a converted head.
+        origin: how this folder was made.
+        provenance: how the head was trained; None if that is unknown.
     """
     commands = [serve_command(target, folder, num_tokens)]
     if names_target:
@@ -64,25 +66,30 @@ def model_card(
         "A draft head for speculative decoding of a vision-language model in vLLM (needs "
         "`vllm-vispec`).",
         "\n\nor\n\n".join(f"    {command}" for command in commands),
-        _table(_facts(config, dtype, target, trained=provenance is not None)),
+        _table(_facts(config, dtype, target, origin)),
     ]
     if provenance is not None:
         sections += ["## Training", _table(dict(_flat(provenance)))]
     return "\n\n".join(sections) + "\n"
 
 
-def _facts(config: HeadConfig, dtype: str, target: str, trained: bool) -> dict[str, Any]:
+def _facts(config: HeadConfig, dtype: str, target: str, origin: str) -> dict[str, Any]:
     queries = f"{config.num_query_tokens}"
     if config.rows_per_image is not None:
         queries += f" ({config.rows_per_image} draft rows per image)"
-    origin = "trained" if trained else f"converted from the {config.dialect} dialect"
+    draft_vlm = {
+        "kind": "draft VLM: a model of its own, which reads no target states",
+        "decoder layers": config.num_hidden_layers,
+        "image embeddings": f"{config.vision_size} wide, projected",
+        "lm_head": "the embedding table" if config.tie_word_embeddings else "its own",
+    }
     return {
         "target": target,
         "target type": config.target_model_type or "not stated",
         "hidden size": config.hidden_size,
         "vocabulary": config.vocab_size,
         "images": "compressed" if config.compress else "every image token keeps its row",
-        **(_draft_vlm_facts(config) if config.is_draft_vlm else {}),
+        **(draft_vlm if config.is_draft_vlm else {}),
         **({"compressor": config.compressor_spec} if config.has_compressor else {}),
         "global feature": config.global_feature,
         "query tokens": queries if config.has_adaptor else "none, no image adaptor",
@@ -90,15 +97,6 @@ def _facts(config: HeadConfig, dtype: str, target: str, trained: bool) -> dict[s
         "own embedding table": config.has_embed_tokens,
         "dtype": dtype,
         "made by": f"vllm-vispec {__version__}, {origin}",
-    }
-
-
-def _draft_vlm_facts(config: HeadConfig) -> dict[str, Any]:
-    return {
-        "kind": "draft VLM: a model of its own, which reads no target states",
-        "decoder layers": config.num_hidden_layers,
-        "image embeddings": f"{config.vision_size} wide, projected",
-        "lm_head": "the embedding table" if config.tie_word_embeddings else "its own",
     }
 
 

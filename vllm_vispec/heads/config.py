@@ -1,28 +1,26 @@
-"""`HeadConfig`: everything the engine has to know about a ViSpec head, with explicit flags."""
+"""`HeadConfig`: shape and flags of a head, how its config.json states them, and their checks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
 from vllm_vispec.compressors.spec import QUERY, CompressorSpec, parse_compressor
-from vllm_vispec.heads.checks import check_head, check_version, rope_theta_of
-from vllm_vispec.heads.shapes import head_shapes
 from vllm_vispec.utils.errors import ViSpecError
 
 ARCHITECTURE = "EagleViSpecForCausalLM"
 # A draft that takes the image tokens' embeddings in.
 EMBEDS_ARCHITECTURE = "EagleViSpecEmbedsForCausalLM"
-# An independent small vision language model as the draft.
+# An independent small vision-language model as the draft.
 DRAFT_VLM_ARCHITECTURE = "EagleDraftVlmForCausalLM"
 ARCHITECTURES = (ARCHITECTURE, EMBEDS_ARCHITECTURE, DRAFT_VLM_ARCHITECTURE)
-# Heads with another compressor than ViSpec's need version 2, draft VLMs version 3; others are
+# Draft VLMs need version 3, heads with another compressor than ViSpec's version 2. All others are
 # written as version 1.
 FORMAT_VERSION = 3
 
-# What vLLM reads from the flat part of config.json; the rest lives in the "vispec" section.
+# What vLLM reads from the flat part of config.json; the rest is in the "vispec" section.
 _LLAMA_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -33,52 +31,52 @@ _LLAMA_FIELDS = (
     "max_position_embeddings",
     "rms_norm_eps",
 )
-_VISPEC_FIELDS = (
-    "target_model_type",
-    "num_query_tokens",
-    "qkv_bias",
-    "fc_bias",
-    "layer0_input_norm",
-    "final_norm",
-    "global_feature",
-    "compress",
-    "has_embed_tokens",
-)
 # Written for draft VLMs only: the defaults are right for every other head.
 _DRAFT_VLM_FIELDS = ("vision_size", "num_hidden_layers", "tie_word_embeddings")
+
+# What every draft VLM has, and what only a draft VLM may change.
+_OF_DRAFT_VLMS = {
+    "compress": False,
+    "global_feature": False,
+    "num_query_tokens": 1,
+    "compressor": QUERY,
+    "fc_bias": False,
+    "layer0_input_norm": True,
+    "final_norm": True,
+    "has_embed_tokens": True,
+}
+_OF_OTHER_HEADS = {"num_hidden_layers": 1, "tie_word_embeddings": False}
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The shape and the flags of one ViSpec head.
+    """Shape and flags of one head.
 
     Attributes:
-        dialect: name of the dialect the head was read as.
         target_model_type: `model_type` of the target it was trained for ("" if not stated).
-        num_query_tokens: learned queries of the image adaptor. With `compress`,
-            `num_query_tokens - 1` rows stand for an image in the draft; with `global_feature`, the
-            last one is that feature. Without an influence where the head has no adaptor.
+        num_query_tokens: learned queries of the image adaptor. With `compress`, all but the last
+            stand for an image in the draft. With `global_feature`, the last one is that feature.
+            Without an adaptor the number has no effect.
         qkv_bias: bias on q/k/v of the layer and on k/v of the adaptor.
         fc_bias: bias on `fc` and `img_fc`.
         layer0_input_norm: the decoder layer norms its input before attention.
         final_norm: the layer's output is normed before lm_head and before the next step.
-        global_feature: text rows get the global feature of the image before them; without it
-            there is no `img_fc` and the layer reads fc([embedding, hidden]).
-        compress: an image is replaced by the compressor's tokens; without it every image token
-            keeps its row, a text row that reads the token's own image embedding.
-        compressor: what makes these tokens, see `models.spec`; "query" is ViSpec's adaptor. With
-            another one the adaptor only makes the global feature and has one query.
+        global_feature: text rows get the global feature of the image before them. Without it there
+            is no `img_fc`, and the layer reads fc([embedding, hidden]).
+        compress: the compressor's tokens replace an image. Without it every image token keeps its
+            row: a text row that reads the token's own image embedding.
         has_embed_tokens: the head ships its own embedding table (else the target's is used).
+        compressor: makes these tokens, see `compressors.spec`; "query" is ViSpec's adaptor. With
+            another one the adaptor makes the global feature only and has one query.
         num_hidden_layers: decoder layers; only a draft VLM may have more than one.
         vision_size: width of the target's image embeddings, which a draft VLM projects to its own
-            `hidden_size`; 0 is a head on the target's hidden states.
+            `hidden_size`; 0: a head on the target's hidden states.
         tie_word_embeddings: a draft VLM's lm_head is its embedding table.
 
     Raises:
         ViSpecError: a value is impossible; the message names it.
     """
 
-    dialect: str
     target_model_type: str
     hidden_size: int
     intermediate_size: int
@@ -103,11 +101,23 @@ class HeadConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        check_head(self)
+        _check_types(self)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ViSpecError(
+                f"num_key_value_heads={self.num_key_value_heads} of the head does not divide "
+                f"num_attention_heads={self.num_attention_heads}: correct the head's config.json"
+            )
+        if self.head_dim % 2:
+            raise ViSpecError(
+                f"head_dim={self.head_dim} of the head is odd, RoPE needs an even one: correct "
+                "the head's config.json"
+            )
+        _check_compressor(self)
+        _check_draft_vlm(self)
 
     @cached_property
     def compressor_spec(self) -> CompressorSpec:
-        """The compressor, read.
+        """The compressor, parsed.
 
         Raises:
             ViSpecError: its text cannot be read.
@@ -116,13 +126,18 @@ class HeadConfig:
 
     @property
     def is_draft_vlm(self) -> bool:
-        """Whether it is a vision language model of its own, which reads no target states."""
+        """Whether it is a vision-language model of its own, which reads no target states."""
         return self.vision_size > 0
 
     @property
     def has_compressor(self) -> bool:
         """Whether images go through a compressor other than ViSpec's adaptor."""
         return self.compress and not self.compressor_spec.is_query
+
+    @property
+    def has_adaptor(self) -> bool:
+        """Whether there is an image adaptor: something has to use its output."""
+        return self.global_feature or (self.compress and not self.has_compressor)
 
     @property
     def adaptor_head_dim(self) -> int:
@@ -138,32 +153,18 @@ class HeadConfig:
         return self.num_query_tokens - 1 if self.compress and not self.has_compressor else None
 
     @property
-    def has_adaptor(self) -> bool:
-        """Whether there is an image adaptor: something has to use its output."""
-        return self.global_feature or (self.compress and not self.has_compressor)
-
-    @property
-    def has_img_fc(self) -> bool:
-        """Whether `img_fc` fuses a global feature into the hidden state."""
-        return self.global_feature
-
-    @property
     def architecture(self) -> str:
         """Name under which vLLM knows the draft's model class."""
         if self.is_draft_vlm:
             return DRAFT_VLM_ARCHITECTURE
         return ARCHITECTURE if self.compress else EMBEDS_ARCHITECTURE
 
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> shape of every tensor such a head consists of."""
-        return head_shapes(self)
-
     def to_llama_config_dict(self) -> dict[str, Any]:
-        """Keyword arguments of a plain transformers `LlamaConfig` that describes the head to vLLM.
+        """Return the arguments of a plain transformers `LlamaConfig` that describes it to vLLM.
 
-        `attention_bias` stays False on purpose: vLLM's Llama layer would take it for o_proj too.
-        The separate key `qkv_bias` gives q/k/v a bias and leaves o_proj without one. No rope
-        scaling and no M-RoPE section: the draft uses plain 1-D RoPE for every target.
+        `attention_bias` stays False on purpose: vLLM's Llama layer would apply it to o_proj too.
+        The separate key `qkv_bias` gives q/k/v a bias and o_proj none. There is no RoPE scaling and
+        no M-RoPE section: the draft uses plain 1-D RoPE for every target.
         """
         return {
             "architectures": [self.architecture],
@@ -180,26 +181,22 @@ class HeadConfig:
         }
 
     def vispec_section(self) -> dict[str, Any]:
-        """The explicit flags, as they stand under "vispec" in config.json."""
+        """Return the "vispec" section of config.json: the explicit flags."""
         version = 3 if self.is_draft_vlm else 2 if self.has_compressor else 1
-        section: dict[str, Any] = {"format_version": version, "source_dialect": self.dialect}
-        section.update({name: getattr(self, name) for name in _VISPEC_FIELDS})
+        section: dict[str, Any] = {"format_version": version}
+        section |= {name: getattr(self, name) for name in _VISPEC_FIELDS}
         if self.has_compressor:
             section["compressor"] = str(self.compressor_spec)
         if self.is_draft_vlm:
-            section.update({name: getattr(self, name) for name in _DRAFT_VLM_FIELDS})
+            section |= {name: getattr(self, name) for name in _DRAFT_VLM_FIELDS}
         return section
 
-    def to_config_json(self, dtype: str | None = None) -> dict[str, Any]:
-        """Content of a canonical folder's config.json; `dtype` is e.g. "bfloat16".
+    def to_config_json(self, dtype: str) -> dict[str, Any]:
+        """Return the content of a canonical folder's config.json; `dtype` is e.g. "bfloat16".
 
         `rope_theta` is written next to `rope_parameters` for readers older than transformers 5.
         """
-        content = self.to_llama_config_dict()
-        content["rope_theta"] = self.rope_theta
-        if dtype is not None:
-            content["dtype"] = dtype
-        return content
+        return self.to_llama_config_dict() | {"rope_theta": self.rope_theta, "dtype": dtype}
 
     @classmethod
     def from_config_json(cls, content: Mapping[str, Any]) -> HeadConfig:
@@ -214,13 +211,19 @@ class HeadConfig:
                 'config.json of the head has no "vispec" section, its tensors have our names: '
                 "restore the config.json that was written with these weights"
             )
-        check_version(section, FORMAT_VERSION)
-        values: dict[str, Any] = {"dialect": "canonical", "rope_theta": rope_theta_of(content)}
-        for name in ("compressor", *_DRAFT_VLM_FIELDS):
-            if name in section:
-                values[name] = section[name]
+        version = section.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise ViSpecError(
+                f"the head's vispec.format_version is {version!r}, this release reads up to "
+                f"{FORMAT_VERSION}: upgrade vllm-vispec"
+            )
+        # transformers 5 has the RoPE base in a section of its own.
+        rope = content.get("rope_parameters")
+        flat = {**content, **(rope if isinstance(rope, Mapping) else {})}
+        optional = ("compressor", *_DRAFT_VLM_FIELDS)
+        values = {name: section[name] for name in optional if name in section}
         for names, source, where in (
-            (_LLAMA_FIELDS, content, "config.json"),
+            ((*_LLAMA_FIELDS, "rope_theta"), flat, "config.json"),
             (_VISPEC_FIELDS, section, 'the "vispec" section of config.json'),
         ):
             for name in names:
@@ -232,13 +235,66 @@ class HeadConfig:
                 values[name] = source[name]
         return cls(**values)
 
-    def as_dict(self) -> dict[str, Any]:
-        """All fields as plain values."""
-        return asdict(self)
-
-    def with_dialect(self, dialect: str) -> HeadConfig:
-        """The same head, said to come from another dialect."""
-        return replace(self, dialect=dialect)
-
 
 FIELD_NAMES = tuple(field.name for field in fields(HeadConfig))
+_VISPEC_FIELDS = tuple(
+    name
+    for name in FIELD_NAMES
+    if name not in (*_LLAMA_FIELDS, *_DRAFT_VLM_FIELDS, "rope_theta", "compressor")
+)
+
+
+def _check_types(config: HeadConfig) -> None:
+    """Refuse values that are not of their field's type, or not above 0."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if field.type == "bool" and not isinstance(value, bool):
+            wanted = "true or false"
+        elif field.name == "vision_size":
+            if isinstance(value, int) and is_number and value >= 0:
+                continue
+            wanted = "an integer of at least 0 (0: a head on the target's states)"
+        elif field.type == "int" and not (isinstance(value, int) and is_number and value >= 1):
+            wanted = "an integer of at least 1"
+        elif field.type == "float" and not (is_number and value > 0):
+            wanted = "a positive number"
+        elif field.name == "compressor" and not isinstance(value, str):
+            wanted = 'a text like "prune:20"'
+        else:
+            continue
+        raise ViSpecError(
+            f"{field.name} of the head is {value!r}, it must be {wanted}: correct the head's "
+            "config.json or its weights"
+        )
+
+
+def _check_compressor(config: HeadConfig) -> None:
+    if not config.compressor_spec.is_query and not config.compress:
+        raise ViSpecError(
+            f"compressor {config.compressor!r} of the head needs compress = true: set it, or "
+            "drop the compressor"
+        )
+    if config.has_compressor and config.num_query_tokens != 1:
+        raise ViSpecError(
+            f"num_query_tokens={config.num_query_tokens} does not go with the compressor "
+            f"{config.compressor!r} of the head: set it to 1, the global feature's query"
+        )
+    divides = config.hidden_size % config.num_attention_heads == 0
+    if (config.has_adaptor or config.has_compressor) and not divides:
+        raise ViSpecError(
+            f"num_attention_heads={config.num_attention_heads} of the head does not divide "
+            f"hidden_size={config.hidden_size}, which the image adaptor needs: correct the "
+            "head's config.json"
+        )
+
+
+def _check_draft_vlm(config: HeadConfig) -> None:
+    size = config.vision_size
+    for name, value in (_OF_DRAFT_VLMS if config.is_draft_vlm else _OF_OTHER_HEADS).items():
+        if getattr(config, name) != value:
+            what = f"a draft VLM (vision_size={size})" if size else "a head without vision_size"
+            raise ViSpecError(
+                f"{name} of the head is {getattr(config, name)!r}, in {what} it must be {value!r}: "
+                "correct the head's config.json"
+            )

@@ -1,29 +1,49 @@
-"""From a trained draft to a folder that `vllm serve` takes."""
+"""Writing heads: a trained draft, or a head in another checkpoint format. Whole or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_vispec.heads.card import model_card
+from safetensors import SafetensorError
+
+from vllm_vispec.heads.card import CARD_TITLE, DEFAULT_NUM_TOKENS, guess_target, model_card
+from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.folder import (
     CARD,
     CONFIG,
+    DRAFT_VOCAB,
+    DRAFT_VOCAB_FACTS,
+    DTYPES,
     PROVENANCE,
-    check_dtype,
-    new_head_folder,
-    write_json,
-    write_weights,
+    WEIGHTS,
+    HeadInfo,
+    inspect_head,
+    iter_canonical_tensors,
 )
-from vllm_vispec.heads.load import HeadInfo, inspect_head
-from vllm_vispec.heads.speculators import speculators_fields
+from vllm_vispec.heads.formats import CANONICAL, CheckpointFormat, get_format
+from vllm_vispec.heads.location import resolve_head
+from vllm_vispec.heads.speculators import (
+    Serving,
+    locate_target,
+    serving_of_folder,
+    speculators_fields,
+)
 from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
-    from vllm_vispec.reference import Draft
+    from torch import Tensor
+
+    from vllm_vispec.reference.draft import Draft
 
 MAX_DRAFT_TOKENS = 32
+_OURS = {CONFIG, CARD, PROVENANCE, WEIGHTS, DRAFT_VOCAB, DRAFT_VOCAB_FACTS}
 
 
 def export_head(
@@ -36,18 +56,17 @@ def export_head(
     provenance: Mapping[str, Any],
     overwrite: bool = False,
 ) -> HeadInfo:
-    """Write a trained draft of any kind as a canonical folder.
+    """Write a trained draft of any kind as a canonical folder that `vllm serve` takes.
 
     It holds model.safetensors, config.json (explicit flags, and the speculators format's fields,
     by which `vllm serve FOLDER` finds the target), provenance.json and a model card, README.md.
-    The folder appears whole or not at all.
 
     Args:
         folder: where the head will lie.
         target: the target's hub id or folder. A relative folder is stored relative to the head's,
             so that both may move together.
         dtype: float32, float16 or bfloat16.
-        num_speculative_tokens: draft tokens per round, unless the server is told otherwise.
+        num_speculative_tokens: draft tokens per step, unless the server is told otherwise.
         provenance: how the head was made; values JSON does not know are written as text.
         overwrite: replace an empty folder or a head written earlier.
 
@@ -66,20 +85,229 @@ def export_head(
         )
     shown = Path(folder)  # in the card: no path of this machine that the user did not write
     folder = shown.expanduser().absolute()
-    config = draft.config.with_dialect("canonical")
-    fields = speculators_fields(config, target, folder, count)
+    fields = speculators_fields(draft.config, target, folder, count)
     card = model_card(
-        config,
+        draft.config,
         dtype,
         target,
         shown,
         num_tokens=count,
         names_target=True,
+        origin="trained",
         provenance=provenance,
     )
     with new_head_folder(folder, overwrite=overwrite) as scratch:
         write_weights(scratch, draft.state_dict().items(), dtype)
-        write_json(scratch / CONFIG, config.to_config_json(dtype) | fields)
+        write_json(scratch / CONFIG, draft.config.to_config_json(dtype) | fields)
         write_json(scratch / PROVENANCE, provenance)
         (scratch / CARD).write_text(card, encoding="utf-8")
     return inspect_head(folder)
+
+
+def convert_head(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    checkpoint_format: str = CANONICAL.name,
+    dtype: str | None = None,
+    target: str | None = None,
+    drop_embed_tokens: bool = False,
+    overwrite: bool = False,
+) -> HeadInfo:
+    """Write a head of any checkpoint format in another one.
+
+    Args:
+        source: folder or hub id.
+        checkpoint_format: canonical, or a published one, to use a head with its authors' tools.
+        dtype: float32, float16 or bfloat16; None keeps the stored one.
+        target: hub id or folder. Named in the model card and, in a canonical folder, in
+            config.json, so that `vllm serve FOLDER` finds it. None: the one the source names; the
+            card of a source that names none has a guess from the head's sizes.
+        drop_embed_tokens: leave the embedding table out, vLLM then uses the target's.
+        overwrite: replace an empty folder or one written here.
+
+    Returns:
+        What `inspect_head` says about the folder written.
+
+    Raises:
+        ViSpecError: the source is no usable head, the format cannot express it, or the
+            destination is taken.
+    """
+    if dtype is not None:
+        check_dtype(dtype, "--dtype")
+    writer = get_format(checkpoint_format)
+    info = inspect_head(resolve_head(source))
+    shown = Path(destination)  # in the card: no path of this machine that the user did not write
+    destination = shown.expanduser().absolute()
+    config = info.config
+    if drop_embed_tokens:
+        config = replace(config, has_embed_tokens=False)
+    writer.check_expressible(config)
+    stored = dtype or DTYPES[info.dtype]
+    serving = _serving(info, target)
+    content = writer.write_config(config, stored)
+    if writer is CANONICAL:
+        content["vispec"]["source_format"] = info.checkpoint_format
+        if serving is not None:
+            content |= speculators_fields(config, serving.target, destination, serving.num_tokens)
+    with new_head_folder(destination, overwrite=overwrite, source=info.folder) as scratch:
+        write_weights(scratch, _tensors(info, config, writer), stored)
+        write_json(scratch / CONFIG, content)
+        for name in (PROVENANCE, DRAFT_VOCAB, DRAFT_VOCAB_FACTS):
+            if (info.folder / name).is_file():
+                shutil.copyfile(info.folder / name, scratch / name)
+        made = scratch / PROVENANCE
+        card = model_card(
+            config,
+            stored,
+            serving.target if serving else guess_target(config),
+            shown,
+            num_tokens=serving.num_tokens if serving else DEFAULT_NUM_TOKENS,
+            names_target=serving is not None and writer is CANONICAL,
+            origin=f"converted from the {info.checkpoint_format} format",
+            provenance=json.loads(made.read_text(encoding="utf-8")) if made.is_file() else None,
+        )
+        (scratch / CARD).write_text(card, encoding="utf-8")
+        _check_same(writer, config, scratch)
+    return inspect_head(destination)
+
+
+def check_dtype(name: str, setting: str = "dtype") -> None:
+    """Refuse a dtype heads are not stored in.
+
+    Raises:
+        ViSpecError: names the setting and what is possible.
+    """
+    possible = ("float32", "float16", "bfloat16")
+    if name not in possible:
+        raise ViSpecError(f"{setting} {name!r} is not supported: use one of {', '.join(possible)}")
+
+
+@contextmanager
+def new_head_folder(
+    destination: Path, *, overwrite: bool, source: Path | None = None
+) -> Iterator[Path]:
+    """Yield an empty folder beside `destination`; put it in place if the body succeeds.
+
+    What was written must load, else it is thrown away and nothing has changed.
+
+    Args:
+        destination: absolute path of the folder to appear.
+        overwrite: replace an empty folder or one that this module wrote.
+        source: a folder that must not be the destination.
+
+    Raises:
+        ViSpecError: the destination is taken, cannot be written, or what was written is no head.
+    """
+    _check_destination(destination, overwrite, source)
+    scratch: Path | None = None
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        yield scratch
+        inspect_head(scratch)  # never put a folder in place that would not load
+        # Temporary folders are private; servers often run as another user.
+        scratch.chmod(0o755)
+        _swap_in(scratch, destination)
+    except (OSError, SafetensorError) as error:
+        raise ViSpecError(
+            f"{destination} cannot be written ({error}): free space there or choose another folder"
+        ) from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: str) -> None:
+    """Write tensors as one safetensors file in `dtype`, on whatever device they are."""
+    import torch
+    from safetensors.torch import save_file
+
+    torch_dtype = getattr(torch, dtype)
+    stored = {
+        name: tensor.detach().to(device="cpu", dtype=torch_dtype).contiguous()
+        for name, tensor in tensors
+    }
+    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write indented JSON; values JSON does not know become strings."""
+    text = json.dumps(content, indent=2, default=str, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def _check_destination(destination: Path, overwrite: bool, source: Path | None) -> None:
+    if not destination.exists():
+        return
+    if source is not None and destination.resolve() == source.resolve():
+        raise ViSpecError(f"destination {destination} is the source: choose another folder")
+    if not overwrite:
+        raise ViSpecError(f"destination {destination} exists: choose another or add --overwrite")
+    # --overwrite deletes the folder, so it must look like one that we wrote.
+    if not destination.is_dir():
+        raise ViSpecError(f"destination {destination} is a file: choose a folder")
+    if any(destination.iterdir()) and not _is_ours(destination):
+        raise ViSpecError(
+            f"destination {destination} is no head that vispec wrote, --overwrite would delete "
+            "its files: choose another folder"
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds our card or a canonical config."""
+    try:
+        if "vispec" in json.loads((folder / CONFIG).read_text(encoding="utf-8")):
+            return True
+        names = {path.name for path in folder.iterdir()}
+        card = (folder / CARD).read_text(encoding="utf-8")
+        return names <= _OURS and card.startswith(CARD_TITLE)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _swap_in(scratch: Path, destination: Path) -> None:
+    """Rename, moving an old folder aside first so that a crash loses nothing."""
+    if not destination.exists():
+        scratch.rename(destination)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old.", dir=destination.parent))
+    destination.rename(old / destination.name)
+    try:
+        scratch.rename(destination)
+    except OSError:
+        (old / destination.name).rename(destination)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _tensors(
+    info: HeadInfo, config: HeadConfig, writer: CheckpointFormat
+) -> Iterator[tuple[str, Tensor]]:
+    """A head's tensors under the writer's names, without an embedding table to be dropped."""
+    for name, tensor in iter_canonical_tensors(info.folder):
+        if config.has_embed_tokens or name != "embed_tokens.weight":
+            yield writer.source_name(name), tensor
+
+
+def _serving(info: HeadInfo, target: str | None) -> Serving | None:
+    """The target that was given, else the one the source names."""
+    stated = serving_of_folder(info.folder)
+    if target is not None:
+        return Serving(target, stated.num_tokens if stated else DEFAULT_NUM_TOKENS)
+    if stated is None:
+        return None
+    return replace(stated, target=locate_target(stated.target, info.folder))
+
+
+def _check_same(writer: CheckpointFormat, config: HeadConfig, folder: Path) -> None:
+    """Refuse what was written if it is read as another head."""
+    found, wanted = asdict(inspect_head(folder).config), asdict(config)
+    lost = [name for name in wanted if found[name] != wanted[name]]
+    if lost:
+        pairs = ", ".join(f"{name}={wanted[name]!r}" for name in lost)
+        raise ViSpecError(
+            f"the {writer.name} format cannot express {pairs}: use the canonical format"
+        )

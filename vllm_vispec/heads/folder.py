@@ -1,145 +1,324 @@
-"""Writing a head's folder: whole or not at all."""
+"""Reading a head's folder: config.json and safetensors headers, then the tensors.
+
+`inspect_head` runs at configuration time in the API server process. It loads no tensor and imports
+no vLLM.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from vllm_vispec.draft_vocab.files import DRAFT_VOCAB, DRAFT_VOCAB_FACTS
-from vllm_vispec.heads.load import inspect_head
+from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.formats import (
+    FORMATS,
+    CheckpointFormat,
+    describe_other_model,
+    detect_format,
+)
+from vllm_vispec.heads.location import resolve_head
 from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
-DTYPES = ("float32", "float16", "bfloat16")
+    from vllm_vispec.reference.draft import Draft
+
 CONFIG, CARD, PROVENANCE, WEIGHTS = (
     "config.json",
     "README.md",
     "provenance.json",
     "model.safetensors",
 )
-_OURS = {CONFIG, CARD, PROVENANCE, WEIGHTS, DRAFT_VOCAB, DRAFT_VOCAB_FACTS}
-CARD_TITLE = "# ViSpec head"
+DRAFT_VOCAB, DRAFT_VOCAB_FACTS = "draft_vocab.safetensors", "draft_vocab.json"
+"""The list of tokens a draft may propose, and what `vispec vocab` says about it; both optional."""
+DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Safetensors dtype -> the dtype in which such weights are written again."""
+_INDEX = "model.safetensors.index.json"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def check_dtype(name: str, setting: str = "dtype") -> None:
-    """Refuse a dtype heads are not stored in.
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies and what its header says."""
 
-    Raises:
-        ViSpecError: names the setting and what is possible.
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class HeadInfo:
+    """A head that was found complete and consistent.
+
+    Attributes:
+        checkpoint_format: name of the format it is written in.
+        config: shape and flags.
+        folder: where it lies.
+        files: its safetensors files.
+        sources: canonical name -> (name in the file, entry).
     """
-    if name not in DTYPES:
-        raise ViSpecError(f"{setting} {name!r} is not supported: use one of {', '.join(DTYPES)}")
+
+    checkpoint_format: str
+    config: HeadConfig
+    folder: Path
+    files: tuple[Path, ...]
+    sources: Mapping[str, tuple[str, TensorEntry]]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape."""
+        return {name: entry.shape for name, (_, entry) in self.sources.items()}
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors dtype of most tensors, e.g. "BF16"."""
+        dtypes = [entry.dtype for _, entry in self.sources.values()]
+        return max(set(dtypes), key=dtypes.count)
 
 
-@contextmanager
-def new_head_folder(
-    destination: Path, *, overwrite: bool, source: Path | None = None
-) -> Iterator[Path]:
-    """Yield an empty folder beside `destination`; put it in place if the body succeeds.
-
-    What was written must load, else it is thrown away and nothing has changed.
+def inspect_head(path_or_hub_id: str | Path, revision: str | None = None) -> HeadInfo:
+    """Recognise a head's checkpoint format and check that it is complete and consistent.
 
     Args:
-        destination: absolute path of the folder to appear.
-        overwrite: replace an empty folder or one that this module wrote.
-        source: a folder that must not be the destination.
+        path_or_hub_id: a folder, or a hub id that is downloaded first.
+        revision: of the hub repository.
 
     Raises:
-        ViSpecError: the destination is taken, cannot be written, or what was written is no head.
+        ViSpecError: anything that would make loading fail later; the message names the file,
+            tensor or field and the remedy.
     """
-    _check_destination(destination, overwrite, source)
+    folder = resolve_head(path_or_hub_id, revision)
+    config = read_json(folder / CONFIG)
+    files = weight_files(folder)
+    entries = read_entries(files)
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    found = detect_format(config, shapes)
+    if found is None:
+        raise _unknown_format(folder, config, shapes)
+    if not is_draft_vlm(config):
+        _refuse_more_layers(shapes)
+    head = found.read_config(config, shapes)
+    sources = _match_tensors(found, head, entries)
+    return HeadInfo(found.name, head, folder, tuple(files), sources)
+
+
+def is_vispec_head(folder: str | Path) -> bool:
+    """Whether a folder looks like a ViSpec head, be it complete and consistent or not."""
+    folder = Path(folder)
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    except OSError as error:
-        raise _cannot_write(destination, error) from error
+        config = read_json(folder / CONFIG)
+    except ViSpecError:
+        return False
     try:
-        yield scratch
-        inspect_head(scratch)  # never put a folder in place that would not load
-        # Temporary folders are private; servers often run as another user.
-        scratch.chmod(0o755)
-        _swap_in(scratch, destination)
-    except (OSError, SafetensorError) as error:
-        raise _cannot_write(destination, error) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shapes = {name: entry.shape for name, entry in read_entries(weight_files(folder)).items()}
+    except ViSpecError:
+        shapes = {}
+    return detect_format(config, shapes) is not None
 
 
-def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: str) -> None:
-    """Write tensors as one safetensors file in `dtype`, on whatever device they are."""
-    import torch
-    from safetensors.torch import save_file
-
-    torch_dtype = getattr(torch, dtype)
-    stored = {
-        name: tensor.detach().to(device="cpu", dtype=torch_dtype).contiguous()
-        for name, tensor in tensors
-    }
-    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod(0o644)
+def is_draft_vlm(config: Mapping[str, Any]) -> bool:
+    """Whether a head's config.json says that it is a draft VLM."""
+    section = config.get("vispec")
+    return isinstance(section, Mapping) and bool(section.get("vision_size"))
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON; values JSON does not know become strings."""
-    text = json.dumps(content, indent=2, default=str, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8")
+def iter_canonical_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (canonical name, tensor on the CPU in the stored dtype), one in memory at a time.
+
+    Raises:
+        ViSpecError: see `inspect_head`.
+    """
+    info = inspect_head(folder)
+    ordered = sorted(info.sources.items(), key=lambda item: str(item[1][1].file))
+    for file, group in groupby(ordered, key=lambda item: item[1][1].file):
+        with safe_open(str(file), framework="pt") as weights:
+            for canonical_name, (source_name, _) in group:
+                yield canonical_name, weights.get_tensor(source_name)
 
 
-def _cannot_write(destination: Path, error: Exception) -> ViSpecError:
-    return ViSpecError(
-        f"{destination} cannot be written ({error}): free space there or choose another folder"
+def load_draft(folder: str | Path, dtype: torch.dtype | None = None) -> Draft:
+    """Load a head of any checkpoint format and kind as a draft in PyTorch.
+
+    Args:
+        dtype: of its weights; None: float32.
+
+    Raises:
+        ViSpecError: see `inspect_head`.
+    """
+    from vllm_vispec.reference import draft_class
+
+    config = inspect_head(folder).config
+    draft = draft_class(config)(config)
+    draft.load_state_dict(dict(iter_canonical_tensors(folder)))
+    return draft if dtype is None else draft.to(dtype)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        ViSpecError: the file is missing, unreadable or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ViSpecError(
+            f"{path.name} is missing in {path.parent}: give the folder of a ViSpec head"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ViSpecError(
+            f"{path} cannot be read as JSON ({error}): download or export the head again"
+        ) from error
+    if not isinstance(content, dict):
+        raise ViSpecError(f"{path} holds no JSON object: download or export the head again")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder, by its index if there is one.
+
+    Raises:
+        ViSpecError: there are none, only pickles, or the index names files that are missing.
+    """
+    if (folder / _INDEX).is_file():
+        return _indexed_files(folder / _INDEX)
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    found = sorted(one for one in folder.glob("*.safetensors") if one.name != DRAFT_VOCAB)
+    if found:
+        return found
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        raise ViSpecError(
+            f"{folder} holds only pickle weights ({short_list(pickles)}), which can run code and "
+            "are never loaded: convert them to safetensors where you trust them"
+        )
+    raise ViSpecError(
+        f"no *.safetensors in {folder}: download the head again, and if its author ships only "
+        "pickles (*.bin, *.pt), convert them to safetensors"
     )
 
 
-def _check_destination(destination: Path, overwrite: bool, source: Path | None) -> None:
-    if not destination.exists():
-        return
-    if source is not None and destination.resolve() == source.resolve():
-        raise ViSpecError(f"destination {destination} is the source: choose another folder")
-    if not overwrite:
-        raise ViSpecError(f"destination {destination} exists: choose another or add --overwrite")
-    # --overwrite deletes the folder, so it must look like one that we wrote.
-    if not destination.is_dir():
-        raise ViSpecError(f"destination {destination} is a file: choose a folder")
-    if any(destination.iterdir()) and not _is_ours(destination):
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ViSpecError(f"{index} has no weight_map: download or export the head again")
+    names = sorted({str(name) for name in weight_map.values()})
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
         raise ViSpecError(
-            f"destination {destination} is no head that vispec wrote, --overwrite would delete "
-            "its files: choose another folder"
+            f"{index.parent} lacks {short_list(missing)}, which {index.name} names: download the "
+            "head again"
+        )
+    return [index.parent / name for name in names]
+
+
+def read_entries(files: list[Path]) -> dict[str, TensorEntry]:
+    """Return name -> entry of every tensor in the files, from their headers.
+
+    Raises:
+        ViSpecError: a file is truncated or corrupt, a name occurs twice, or a dtype is no float.
+    """
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        for name, entry in _read_header(file).items():
+            if name in entries:
+                raise ViSpecError(
+                    f"tensor {name!r} is in both {entries[name].file.name} and {file.name}: "
+                    "keep one set of weights in the head's folder"
+                )
+            if entry.dtype not in DTYPES:
+                raise ViSpecError(
+                    f"tensor {name!r} of the head has dtype {entry.dtype}: only unquantised "
+                    "heads (float32, float16, bfloat16) are supported"
+                )
+            entries[name] = entry
+    return entries
+
+
+def _read_header(file: Path) -> dict[str, TensorEntry]:
+    try:
+        with safe_open(str(file), framework="numpy") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            return {
+                name: TensorEntry(file, tuple(one.get_shape()), str(one.get_dtype()))
+                for name, one in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise ViSpecError(
+            f"{file} is truncated or corrupt ({error}): download or export the head again"
+        ) from error
+
+
+def short_list(names: list[str], limit: int = 6) -> str:
+    """At most `limit` names, then a count."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _unknown_format(
+    folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> ViSpecError:
+    other = describe_other_model(config, shapes)
+    if other is not None:
+        return ViSpecError(f"{folder} is {other}; ViSpec needs a head with an image adaptor")
+    return ViSpecError(
+        f"{folder} is of an unknown checkpoint format (architectures "
+        f"{config.get('architectures')!r}, tensors {short_list(sorted(shapes))}): expected one of "
+        f"{', '.join(FORMATS)}; give a ViSpec head, or add its format"
+    )
+
+
+def _refuse_more_layers(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    layers = sorted({name.split(".")[1] for name in shapes if name.startswith("layers.")})
+    if len(layers) > 1:
+        raise ViSpecError(
+            f"the head has {len(layers)} decoder layers (layers.{', layers.'.join(layers)}): only "
+            "heads with one are supported, train or export one with a single layer"
         )
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder holds our card or a canonical config."""
-    try:
-        if "vispec" in json.loads((folder / CONFIG).read_text(encoding="utf-8")):
-            return True
-        names = {path.name for path in folder.iterdir()}
-        card = (folder / CARD).read_text(encoding="utf-8")
-        return names <= _OURS and card.startswith(CARD_TITLE)
-    except (OSError, ValueError, TypeError):
-        return False
+def _match_tensors(
+    found: CheckpointFormat, head: HeadConfig, entries: Mapping[str, TensorEntry]
+) -> dict[str, tuple[str, TensorEntry]]:
+    """Rename the tensors; refuse what is missing, left over or of another shape."""
+    from vllm_vispec.reference import tensor_shapes
 
-
-def _swap_in(scratch: Path, destination: Path) -> None:
-    """Rename, moving an old folder aside first so that a crash loses nothing."""
-    if not destination.exists():
-        scratch.rename(destination)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old.", dir=destination.parent))
-    destination.rename(old / destination.name)
-    try:
-        scratch.rename(destination)
-    except OSError:
-        (old / destination.name).rename(destination)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    expected = tensor_shapes(head)
+    sources: dict[str, tuple[str, TensorEntry]] = {}
+    extra: list[str] = []
+    for name, entry in entries.items():
+        canonical = found.canonical_name(name)
+        if canonical in expected:
+            sources[canonical] = (name, entry)
+        elif canonical not in found.switched_off and not found.is_ignored(name):
+            extra.append(name)
+    missing = [found.source_name(name) for name in expected if name not in sources]
+    if missing:
+        raise ViSpecError(
+            f"the head ({found.name} format) lacks {len(missing)} tensor(s): "
+            f"{short_list(missing)}: download or export it again, or correct the compressor and "
+            "the bias and norm flags in its config.json"
+        )
+    if extra:
+        raise ViSpecError(
+            f"the head ({found.name} format) has {len(extra)} tensor(s) that its config.json "
+            f"does not account for: {short_list(sorted(extra))}: correct the compressor and the "
+            "bias and norm flags there, or remove them"
+        )
+    for name, shape in expected.items():
+        source_name, entry = sources[name]
+        if entry.shape != shape:
+            raise ViSpecError(
+                f"tensor {source_name!r} of the head ({found.name} format) has shape "
+                f"{list(entry.shape)}, config.json asks for {list(shape)}: use the config.json "
+                "that belongs to these weights"
+            )
+    return {name: sources[name] for name in expected}

@@ -1,23 +1,81 @@
-"""Where a head lies: said at configuration time, found again by every worker on its own machine."""
+"""Where a head lies: a folder or a hub id, found again by every worker on its own machine."""
+
+from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vllm_vispec.heads import resolve_head
 from vllm_vispec.utils.errors import ViSpecError
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+
+
+def resolve_head(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """Return the local folder of a head, downloaded if it is a hub id.
+
+    Only `*.json` and `*.safetensors` are fetched: pickles never reach this machine.
+
+    Raises:
+        ViSpecError: the folder does not exist, or the hub cannot deliver the repository.
+    """
+    name = str(path_or_hub_id)
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path
+    if path.is_file():
+        raise ViSpecError(
+            f"head {str(path)!r} is a file: give the folder that holds config.json and the "
+            "safetensors"
+        )
+    if not _HUB_ID.match(name):
+        raise ViSpecError(
+            f"head folder {name!r} does not exist: give an existing folder, or a hub id like "
+            "'org/name'"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=["*.json", "*.safetensors"]
+        )
+    # The hub client raises errors of several families (its own, its HTTP library's), which differ
+    # between versions; all mean the same to the user.
+    except Exception as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise ViSpecError(
+            f"head {name!r}{at} is no local folder and could not be fetched from the hub "
+            f"({type(error).__name__}): check the name, your network and token, or download it "
+            "yourself and give the folder"
+        ) from error
+    return Path(folder)
+
+
+def hub_snapshot(folder: Path) -> tuple[str, str] | None:
+    """Return hub id and commit if the folder is a snapshot in the hub's cache, else None.
+
+    Another machine has no such folder; hub id and commit mean the same everywhere.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = folder.absolute()
+    owner, snapshots = folder.parent.parent, folder.parent.name
+    if owner.parent != Path(HF_HUB_CACHE).absolute() or snapshots != "snapshots":
+        return None
+    return owner.name.removeprefix("models--").replace("--", "/"), folder.name
 
 
 def locate(model: str, folder: Path) -> dict[str, str]:
-    """Return the settings ``model`` and ``revision`` that mean the same head on any machine.
+    """Return the settings `model` and `revision` that mean the same head on any machine.
 
     Args:
-        model: As the user gave it. A folder stays a folder, which every machine must have; a hub
+        model: as the user gave it. A folder stays a folder, which every machine must have; a hub
             id is pinned to the commit that was checked.
-        folder: What it was resolved to here.
+        folder: what it was resolved to here.
     """
     if Path(model).expanduser().is_dir():
         return {"model": str(folder.absolute())}
@@ -29,10 +87,10 @@ def head_folder(draft_model_config: Any) -> Path:
     """Return the head's folder on this machine, downloaded if this machine does not have it yet.
 
     Args:
-        draft_model_config: vLLM's ``ModelConfig`` of the draft.
+        draft_model_config: vLLM's `ModelConfig` of the draft.
 
     Raises:
-        ViSpecError: It is not here and cannot be fetched; names the machine.
+        ViSpecError: it is not here and cannot be fetched; names the machine.
     """
     return _head_folder(draft_model_config.model, draft_model_config.revision)
 
@@ -47,7 +105,7 @@ def _head_folder(model: str, revision: str | None) -> Path:
 
 @contextmanager
 def loaded_from_folder(draft_model_config: Any) -> Iterator[Path]:
-    """While active, vLLM loads the draft's weights from `head_folder`, which it yields.
+    """Let vLLM load the draft's weights from `head_folder`, which this yields.
 
     Outside, the configuration names the head as on every other machine.
     """

@@ -1,24 +1,35 @@
-"""The speculators format's fields: a head that names its target, so that it serves itself.
+"""A head that names its target in the speculators format's fields, so that it serves itself.
 
-vLLM reads them from config.json of whatever it is told to serve. The layout follows the public
-format (github.com/vllm-project/speculators, `SpeculatorsConfig`); its code is not used.
+vLLM reads these fields from config.json of whatever it is told to serve. The layout follows the
+public format (github.com/vllm-project/speculators, `SpeculatorsConfig`); its code is not used.
+
+`vllm serve HEAD` then serves the target with the head. vLLM swaps them itself, but 0.33 refuses
+targets that are folders. So `resolve_target` swaps them for a head in a local folder, in the same
+way. A head fetched from a hub is left to vLLM and may name a hub id only, never a path of this
+machine.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.heads.files import read_json
-from vllm_vispec.heads.formats.base import RawConfig
+from vllm_vispec.heads.folder import CONFIG, read_json
+from vllm_vispec.heads.location import hub_snapshot
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.logs import get_logger
+
+logger = get_logger(__name__)
 
 SPECULATORS_TYPE = "vispec"
 _NOT_OF_A_LAYER = ("architectures", "vispec")
+
+Resolved = tuple[str, str | None, dict[str, Any] | None]
+"""Model to serve, its tokenizer, speculative config."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,7 @@ class Serving:
     Attributes:
         target: as written: a hub id, an absolute path, or a path relative to the head's folder
             that begins with "./" or "../".
-        num_tokens: draft tokens per round.
+        num_tokens: draft tokens per step.
     """
 
     target: str
@@ -38,13 +49,13 @@ class Serving:
 def speculators_fields(
     head: HeadConfig, target: str, destination: Path, num_tokens: int
 ) -> dict[str, Any]:
-    """The additional entries of config.json.
+    """Return the additional entries of config.json.
 
     Args:
         target: hub id or folder. A relative folder is stored relative to `destination`, so that
             both may move together; an absolute one stays absolute.
         destination: where the head will lie.
-        num_tokens: draft tokens per round, unless the user says otherwise.
+        num_tokens: draft tokens per step, unless the user says otherwise.
 
     Raises:
         ViSpecError: the target is written like a path, but there is no such folder.
@@ -68,8 +79,8 @@ def speculators_fields(
     }
 
 
-def read_serving(config: RawConfig) -> Serving | None:
-    """What config.json says about being served, None if it is silent or of another kind.
+def read_serving(config: Mapping[str, Any]) -> Serving | None:
+    """Return what config.json says about being served, None if it says nothing or is not ours.
 
     Raises:
         ViSpecError: the fields are there, but not what they must be.
@@ -96,27 +107,27 @@ def read_serving(config: RawConfig) -> Serving | None:
 def serving_of_folder(folder: Path) -> Serving | None:
     """`read_serving` of a local head; None where there is no readable config.json."""
     try:
-        config = read_json(folder / "config.json")
+        config = read_json(folder / CONFIG)
     except ViSpecError:
         return None
     return read_serving(config)
 
 
-def is_path(target: str) -> bool:
-    """Whether a target is written as a path (else it is a hub id)."""
-    return target in (".", "..") or target.startswith(("./", "../", "/", "~"))
+def names_target(model: str) -> bool:
+    """Whether a model is the local folder of a head that names its target."""
+    return Path(model).is_dir() and serving_of_folder(Path(model)) is not None
 
 
 def locate_target(target: str, head: Path) -> str:
-    """The target of the local head `head` as vLLM takes it.
+    """Return the target of the local head `head` as vLLM takes it.
 
     Raises:
         ViSpecError: it is written as a path and there is no such folder.
     """
-    if not is_path(target):
+    if not _is_path(target):
         return target
     path = Path(os.path.normpath(head.absolute() / Path(target).expanduser()))
-    if not (path / "config.json").is_file():
+    if not (path / CONFIG).is_file():
         raise ViSpecError(
             f"the target of head {head} is {target!r}, but there is no model in {path}: correct "
             "speculators_config.verifier.name_or_path in its config.json, or name the target: "
@@ -125,10 +136,71 @@ def locate_target(target: str, head: Path) -> str:
     return str(path)
 
 
+def resolve_target(
+    original: Callable[..., Resolved], model: str, tokenizer: str | None, *args: Any, **kwargs: Any
+) -> Resolved:
+    """Replace `maybe_override_with_speculators`: heads in local folders are ours."""
+    token = kwargs.get("hf_token")
+    serving = serving_of_folder(Path(model)) if Path(model).is_dir() else None
+    if serving is None:
+        resolved = target, _, settings = original(model, tokenizer, *args, **kwargs)
+        if target != model and (settings or {}).get("method") == SPECULATORS_TYPE:
+            _refuse_path(target, model)
+            _check_target(target, model, token)
+        return resolved
+    settings = {"num_speculative_tokens": serving.num_tokens}
+    settings |= kwargs.get("vllm_speculative_config") or {}
+    settings |= {"method": SPECULATORS_TYPE, "model": model}
+    # Offline, vLLM has replaced a hub id by the folder of its snapshot.
+    snapshot = hub_snapshot(Path(model))
+    if snapshot is not None:
+        settings["model"], settings["revision"] = snapshot
+        _refuse_path(serving.target, settings["model"])
+    target = locate_target(serving.target, Path(model))
+    _check_target(target, model, token)
+    logger.info("ViSpec head %s is served with its target %s", settings["model"], target)
+    return target, tokenizer or target, settings
+
+
+def _is_path(target: str) -> bool:
+    """Whether a target is written as a path (else it is a hub id)."""
+    return target in (".", "..") or target.startswith(("./", "../", "/", "~"))
+
+
+def _refuse_path(target: str, head: str) -> None:
+    if _is_path(target):
+        raise ViSpecError(
+            f"head {head} names the folder {target!r} as its target, which a head from a hub may "
+            "not: name the target yourself, with --speculative-config for the head"
+        )
+
+
+def _check_target(target: str, head: str, token: Any) -> None:
+    """Refuse a hub id that leads nowhere, before vLLM fails on it without naming the head."""
+    from vllm import envs
+
+    if Path(target).is_dir() or envs.VLLM_USE_MODELSCOPE:
+        return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(target, CONFIG, token=token)
+    # The hub client raises errors of several families, and others per version.
+    except Exception as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return  # the repository is there; vLLM will say what it lacks
+        raise ViSpecError(
+            f"target {target!r}, which head {head} names, is no local folder and could not be "
+            f"fetched from the hub ({type(error).__name__}): check the name, your network and "
+            "token, or correct speculators_config.verifier.name_or_path in the head's config.json"
+        ) from error
+
+
 def _stored_target(target: str, destination: Path) -> str:
     path = Path(target).expanduser()
     if not path.is_dir():
-        if is_path(target):
+        if _is_path(target):
             raise ViSpecError(
                 f"target {target!r} is no folder: give the target's folder or its hub id"
             )
@@ -140,15 +212,15 @@ def _stored_target(target: str, destination: Path) -> str:
 
 
 def _architectures(target: str) -> list[str]:
-    """The target's architectures, as far as they can be read without a network."""
+    """Return the target's architectures, as far as they can be read without a network."""
     config: Mapping[str, Any] = {}
     folder = Path(target).expanduser()
     if folder.is_dir():
-        config = read_json(folder / "config.json")
+        config = read_json(folder / CONFIG)
     else:
         from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(target, "config.json")
+        cached = try_to_load_from_cache(target, CONFIG)
         if isinstance(cached, str):
             config = read_json(Path(cached))
     return [str(name) for name in config.get("architectures") or ()]

@@ -8,8 +8,8 @@ from typing import Any
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.utils.errors import ViSpecError, first_line
 
-# Hidden states of one of these mean nothing to a head of another. A name that is not listed may be
-# that of the text model inside the target.
+# A head of one of these cannot read hidden states of another. A name that is not listed may be that
+# of the text model inside the target.
 FAMILIES = frozenset({"llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"})
 
 
@@ -27,31 +27,30 @@ def check_against_target(
             vocabulary or family differ.
     """
     trained_for = f" (trained for {head.target_model_type})" if head.target_model_type else ""
-    for name, ours, theirs in (
-        (*_width(head), hidden_size),
-        ("vocab_size", head.vocab_size, vocab_size),
-    ):
+    width = "vision_size" if head.is_draft_vlm else "hidden_size"
+    for name, theirs in ((width, hidden_size), ("vocab_size", vocab_size)):
+        ours = getattr(head, name)
         if ours != theirs:
             raise ViSpecError(
                 f"{name} of the head is {ours}{trained_for}, that of the target "
                 f"{model_type or 'model'} is {theirs}: use the head that was trained for this "
                 "target"
             )
-    if {head.target_model_type, model_type} <= FAMILIES and head.target_model_type != model_type:
+    if not model_type or head.target_model_type in ("", model_type):
+        return None
+    if {head.target_model_type, model_type} <= FAMILIES:
         raise ViSpecError(
             f"the head was trained for {head.target_model_type}, the target is {model_type}: use "
             "the head that was trained for this target"
         )
-    if head.target_model_type and model_type and head.target_model_type != model_type:
-        return (
-            f"the head was trained for {head.target_model_type}, the target is {model_type}: "
-            "sizes fit, acceptance may be low"
-        )
-    return None
+    return (
+        f"the head was trained for {head.target_model_type}, the target is {model_type}: "
+        "sizes fit, acceptance may be low"
+    )
 
 
 def load_target_config(folder: str | Path, setting: str = "target.model") -> Any:
-    """Configuration of a target.
+    """Load the configuration of a target.
 
     Args:
         setting: what the user calls the target, for messages.
@@ -79,7 +78,7 @@ def load_target_config(folder: str | Path, setting: str = "target.model") -> Any
 
 
 def tensor_parallel_sizes(head: HeadConfig) -> list[int]:
-    """The numbers of tensor-parallel ranks that a head can be spread over, ascending.
+    """Return the numbers of tensor-parallel ranks that a head can be spread over, ascending.
 
     Attention heads are divided among the ranks. Key/value heads are too, or each is given whole to
     as many ranks as there are for it.
@@ -90,10 +89,3 @@ def tensor_parallel_sizes(head: HeadConfig) -> list[int]:
         for size in range(1, head.num_attention_heads + 1)
         if head.num_attention_heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
     ]
-
-
-def _width(head: HeadConfig) -> tuple[str, int]:
-    """Which of a head's sizes the target's hidden size has to equal: (name, size)."""
-    if head.is_draft_vlm:
-        return "vision_size", head.vision_size
-    return "hidden_size", head.hidden_size

@@ -30,8 +30,8 @@ from vllm.platforms import current_platform
 from vllm_vispec.compressors.compressor import ImageCompressor
 from vllm_vispec.compressors.gated_attention import GatedAttention
 from vllm_vispec.draft_vocab.model import DraftLogits
-from vllm_vispec.heads import get_dialect
 from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.formats import get_format
 from vllm_vispec.models.attention import HoleMaskedAttention
 from vllm_vispec.spec_decode.adaptor import ImageAdaptor, TextFusion
 from vllm_vispec.spec_decode.layout import RowCodes
@@ -221,12 +221,12 @@ class EagleViSpecForCausalLM(DraftLogits, EagleLlamaForCausalLM):
         self.has_own_lm_head = False
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load a head in whichever dialect its files are written."""
-        dialect = get_dialect(EngineOptions.from_hf_config(self.config).dialect)
+        """Load a head of any checkpoint format."""
+        names = get_format(EngineOptions.from_hf_config(self.config).checkpoint_format)
         canonical: dict[str, torch.Tensor] = {}
         for name, tensor in weights:
-            canonical_name = dialect.canonical_name(name)
-            if canonical_name is not None and not dialect.is_ignored(name):
+            canonical_name = names.canonical_name(name)
+            if canonical_name is not None:
                 canonical[canonical_name] = tensor
         fusion_names = [name for name in canonical if name.startswith(("fc.", "img_fc."))]
         self.model.fusion.load({name: canonical.pop(name) for name in fusion_names})

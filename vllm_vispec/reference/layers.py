@@ -1,7 +1,7 @@
-"""The draft's building blocks in plain PyTorch.
+"""Building blocks of the drafts in plain PyTorch.
 
-Tensor names end in their shape: B batch, N query rows, M key rows (cache included), D hidden,
-F MLP width, H query heads, G key/value heads, K head_dim, R image runs.
+Sections cited are those of docs/reference-semantics.md. Tensor names end in their shape: B batch,
+N query rows, M key rows (cache included), D hidden, H query heads, G key/value heads, K head_dim.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ class RMSNorm(nn.Module):
 
 
 class ImageAdaptor(CrossAttention):
-    """ViSpec's learned queries over the raw embeddings of one image run.
+    """ViSpec's learned queries over the raw embeddings of one image run (4.14).
 
-    No query projection, no positions, no mask, no residual and no norm. Its last row [R, -1, D] is
-    the run's global feature.
+    The last of its output rows is the run's global feature.
     """
 
     def __init__(self, config: HeadConfig) -> None:
@@ -49,7 +48,7 @@ class ImageAdaptor(CrossAttention):
 
 
 def apply_rope(x_BHNK: Tensor, positions_BN: Tensor, theta: float) -> Tensor:
-    """Plain 1-D rotate-half RoPE; angles in float32, products in the input's dtype."""
+    """Plain 1-D rotate-half RoPE (4.7); angles in float32, products in the input's dtype."""
     half = x_BHNK.shape[-1] // 2
     exponents = torch.arange(half, device=x_BHNK.device, dtype=torch.float32) / half
     inverse_frequencies = theta**-exponents
@@ -83,8 +82,8 @@ class Attention(nn.Module):
         """Attend to the cache and to the rows themselves.
 
         Args:
-            mask_BNM: True where a row may look, or what is added to scores, -inf where it may
-                not; None = causal, cache first.
+            mask_BNM: True where a row may look, or numbers added to scores, -inf where it may not;
+                None: causal, the cache's keys first.
             cache: keys and values of earlier rows; not changed, a longer one is returned.
         """
         q_BHNK = apply_rope(self._heads(self.q_proj(x_BND)), positions_BN, self.theta)
@@ -115,6 +114,22 @@ def causal_mask(rows: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(rows, keys, dtype=torch.bool, device=device).tril(keys - rows)
 
 
+def biased_mask(bias_N: Tensor | None, gated_N: Tensor, keys: int) -> Tensor | None:
+    """Causal mask [1, rows, keys] to be added to scores; None without biases.
+
+    Args:
+        bias_N: biases of the first keys; the keys behind them have none.
+        gated_N: bool, rows that a gate's decision applies to.
+        keys: number of all keys, those of the rows last.
+    """
+    if bias_N is None:
+        return None
+    bias_M = F.pad(bias_N, (0, keys - len(bias_N)))
+    sees_NM = causal_mask(len(gated_N), keys, bias_N.device)
+    mask_NM = torch.where(gated_N[:, None], bias_M, 0.0).masked_fill(~sees_NM, -torch.inf)
+    return mask_NM[None]
+
+
 class MLP(nn.Module):
     """SiLU-gated MLP without biases."""
 
@@ -130,7 +145,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Llama-style layer whose input norm is optional."""
+    """Llama-style layer whose input norm is optional; the reference has none (4.6)."""
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
@@ -148,7 +163,7 @@ class DecoderLayer(nn.Module):
         mask_BNM: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, KVCache]:
-        """One layer; see `Attention.forward` for the arguments."""
+        """Run the layer; see `Attention.forward` for the arguments."""
         normed_BND = x_BND if self.input_layernorm is None else self.input_layernorm(x_BND)
         attended_BND, cache = self.self_attn(normed_BND, positions_BN, mask_BNM, cache)
         x_BND = x_BND + attended_BND

@@ -1,11 +1,12 @@
 """Which draft rows a prompt needs: the geometry of compression, without any tensor mathematics.
 
 Terms: prompt tokens 0..L-1; row p pairs hidden state p with the embedding of token p+1. An image
-[a, b) covers prompt tokens a..b-1, hence rows a-1..b-2 (the one-token shift). Of these rows only
-those that hold a token of the compressor are kept, at their own positions: `models.places` says
-which. ViSpec's adaptor fills the last `num_query_tokens - 1`.
+[a, b) covers prompt tokens a..b-1, hence rows a-1..b-2. Of these rows only those that hold a token
+of the compressor are kept, at their own positions: `compressors.places` says which. ViSpec's
+adaptor fills the last `num_query_tokens - 1` (sections 4.1 to 4.3, 4.7 and 4.8 of
+docs/reference-semantics.md).
 
-Corners, and what is done here:
+Corner cases:
 
 * An image with fewer rows than a compressor has tokens keeps all its rows; with ViSpec's adaptor
   they hold the LAST adaptor rows. (The reference lets positions spill into the text before, or
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from vllm_vispec.compressors.places import place_tokens
 from vllm_vispec.compressors.spec import QUERY, CompressorSpec
@@ -34,40 +36,33 @@ class RowPlan:
 
     Attributes:
         runs: merged image runs [start, end) of tokens, each with one global feature.
-        images: images [start, end) of tokens that are compressed each by itself: the runs with
-            ViSpec's adaptor; empty without compression.
+        images: images [start, end) of tokens, each compressed by itself. With ViSpec's adaptor
+            these are the runs; empty without compression.
+        length: number of rows before compression (= number of prompt tokens).
         positions: RoPE position of each row, which is also the index of its hidden state.
         run_of_row: for an image row its run; for a text row the run whose global feature it
-            gets, -1 for zeros.
+            gets (4.4), -1 for zeros.
         image_of_row: the image whose token fills it, -1 for a text row.
         token_of_row: which of that image's tokens, -1 for a text row.
         branch_of_row: the compressor's branch that made it, -1 for a text row.
-        length: number of rows before compression (= number of prompt tokens).
     """
 
     runs: tuple[Run, ...]
     images: tuple[Run, ...]
+    length: int
     positions: tuple[int, ...]
     run_of_row: tuple[int, ...]
     image_of_row: tuple[int, ...]
     token_of_row: tuple[int, ...]
     branch_of_row: tuple[int, ...]
-    length: int
-
-    @property
-    def is_image(self) -> tuple[bool, ...]:
-        """Whether a row holds a compressor's token."""
-        return tuple(token >= 0 for token in self.token_of_row)
 
     def filler_of_row(self, counts: Sequence[int]) -> list[int]:
-        """Which of all images' tokens, one image after another, fills a row; -1 for a text row.
+        """Number the tokens of all images through: which of them fills a row; -1 for a text row.
 
         Args:
-            counts: tokens of every image, those without a row included.
+            counts: tokens of every image, including those that no row holds.
         """
-        starts = [0]
-        for count in counts:
-            starts.append(starts[-1] + count)
+        starts = [0, *accumulate(counts)]
         pairs = zip(self.image_of_row, self.token_of_row, strict=True)
         return [starts[image] + token if token >= 0 else -1 for image, token in pairs]
 
@@ -111,7 +106,7 @@ def plan_rows(
         runs: images [start, end) in prompt indices.
         num_query_tokens: outputs of ViSpec's adaptor per run; the last is the global feature.
         compress: False keeps every image row as a text row (global features still apply).
-        compressor: what makes an image's tokens; None: ViSpec's adaptor.
+        compressor: makes an image's tokens; None: ViSpec's adaptor.
     """
     given = sorted(runs)
     merged = _behind_row_zero(merge_runs(given, length))
@@ -121,50 +116,36 @@ def plan_rows(
     else:
         images = _behind_row_zero(given)
     images = images if compress else []
-    rows = _Rows()
+    rows: list[_Row] = []
     done = 0
     for run, (start, end) in enumerate(merged):
-        rows.add_text(done, start - 1 if compress else end - 1, run - 1)
+        rows += _text_rows(done, start - 1 if compress else end - 1, run - 1)
         for number, (first, last) in enumerate(images):
             if start <= first < end:
-                rows.add_image(first - 1, last - first, run, number, spec)
+                rows += _image_rows(first - 1, last - first, run, number, spec)
         done = end - 1
-    rows.add_text(done, length, len(merged) - 1)
-    positions, run_of, image_of, token_of, branch_of = rows.columns()
-    return RowPlan(
-        runs=tuple(merged),
-        images=tuple(images),
-        positions=positions,
-        run_of_row=run_of,
-        image_of_row=image_of,
-        token_of_row=token_of,
-        branch_of_row=branch_of,
-        length=length,
-    )
+    rows += _text_rows(done, length, len(merged) - 1)
+    columns = (tuple(row[index] for row in rows) for index in range(5))
+    return RowPlan(tuple(merged), tuple(images), length, *columns)
+
+
+_Row = tuple[int, int, int, int, int]
+"""A kept row: position, run, image, token, branch."""
 
 
 def _behind_row_zero(runs: Iterable[Run]) -> list[Run]:
     return [(max(start, 1), end) for start, end in runs if end > 1]
 
 
-class _Rows:
-    """Kept rows, each (position, run, image, token, branch)."""
+def _text_rows(first: int, last: int, run: int) -> list[_Row]:
+    return [(position, run, -1, -1, -1) for position in range(first, last)]
 
-    def __init__(self) -> None:
-        self.found: list[tuple[int, int, int, int, int]] = []
 
-    def columns(self) -> list[tuple[int, ...]]:
-        """Positions, runs, images, tokens and branches."""
-        return [tuple(row[index] for row in self.found) for index in range(5)]
-
-    def add_text(self, first: int, last: int, run: int) -> None:
-        self.found += [(position, run, -1, -1, -1) for position in range(first, last)]
-
-    def add_image(self, first: int, size: int, run: int, image: int, spec: CompressorSpec) -> None:
-        """The kept ones of an image's `size` rows from row `first` on."""
-        places = place_tokens(spec, size)
-        columns = (x.tolist() for x in (places.rows, places.tokens, places.branches))
-        self.found += [
-            (first + row, run, image, token, branch)
-            for row, token, branch in zip(*columns, strict=True)
-        ]
+def _image_rows(first: int, size: int, run: int, image: int, spec: CompressorSpec) -> list[_Row]:
+    """The kept ones among the `size` rows of an image, which begins at row `first`."""
+    places = place_tokens(spec, size)
+    columns = (column.tolist() for column in (places.rows, places.tokens, places.branches))
+    return [
+        (first + row, run, image, token, branch)
+        for row, token, branch in zip(*columns, strict=True)
+    ]

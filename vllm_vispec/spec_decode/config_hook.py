@@ -19,8 +19,9 @@ from vllm_vispec.compat.features import check_features, uses_vispec
 from vllm_vispec.compat.groups import SELF_SERVING
 from vllm_vispec.compat.patching import patched
 from vllm_vispec.draft_vocab.setting import check_lm_head, resolve_draft_vocab
-from vllm_vispec.heads import HeadInfo, inspect_head, is_vispec_head, self_serving
+from vllm_vispec.heads import speculators
 from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.folder import HeadInfo, inspect_head, is_vispec_head
 from vllm_vispec.heads.location import locate
 from vllm_vispec.models.head_size_checks import check_padded_heads
 from vllm_vispec.spec_decode.checks import (
@@ -49,7 +50,7 @@ def create_engine_config(
         ViSpecError: something that only the finished configuration tells does not go together, or
             the installed vLLM does not allow what the settings ask for.
     """
-    if self_serving.names_target(args.model):
+    if speculators.names_target(args.model):
         require(SELF_SERVING)
     vllm_config = original(args, *call_args, **kwargs)
     if uses_vispec(vllm_config):
@@ -83,7 +84,7 @@ def create_speculative_config(
         except ValueError as error:
             refuse_method(settings.get("method"), error)
             raise
-    options = EngineOptions.pop_from(settings).with_dialect(info.dialect)
+    options = EngineOptions.pop_from(settings).with_checkpoint_format(info.checkpoint_format)
     options = resolve_tree(options, settings)
     check_settings(settings, parallel, has_tree=options.tree is not None)
     check_target(info.config, target, parallel)
@@ -96,9 +97,9 @@ def create_speculative_config(
         check_lm_head(options, target)
     settings |= {"method": "eagle"} | locate(settings["model"], info.folder)
     logger.info(
-        "ViSpec head %s: %s dialect, %s, %d draft tokens per round",
+        "ViSpec head %s: %s checkpoint format, %s, %d draft tokens per round",
         settings["model"],
-        info.dialect,
+        info.checkpoint_format,
         _kind(info.config),
         settings["num_speculative_tokens"],
     )

@@ -18,7 +18,7 @@ SETTING_FLAGS = {
     "spec_tokens": "num_speculative_tokens",
 }
 """vLLM's flags for single keys of the speculative config."""
-_FOUND = {"dialect", "draft_vocab_file"}
+_FOUND = {"checkpoint_format", "draft_vocab_file"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class EngineOptions:
         image_table_size: Images whose adaptor output is kept on the device, least recently used
             first out.  One image takes ``num_query_tokens * hidden_size`` elements.  None: 1024,
             or as many as fit into 384 MiB, see `model.make_rows`.
-        dialect: Whose tensor names the head's files use; found by inspection, not set by users.
+        checkpoint_format: Whose tensor names the head's files use; found by inspection, not set by
+            users.
         draft_vocab: Tokens the draft may propose: a file with a list of them, True or "auto" for
             the list in the head's folder, or an integer for its N most frequent; None: all.
         draft_vocab_file: Where that list lies, relative to the head's folder if it lies in there;
@@ -41,7 +42,7 @@ class EngineOptions:
     """
 
     image_table_size: int | None = None
-    dialect: str = "canonical"
+    checkpoint_format: str = "canonical"
     draft_vocab: str | int | None = None
     draft_vocab_file: str | None = None
     tree: Mapping[str, Any] | None = None
@@ -70,9 +71,9 @@ class EngineOptions:
         """Take the plugin's keys out of a speculative config."""
         return cls(**{name: speculative.pop(name) for name in cls.keys() & speculative.keys()})
 
-    def with_dialect(self, dialect: str) -> "EngineOptions":
-        """Return a copy that names the head's dialect."""
-        return replace(self, dialect=dialect)
+    def with_checkpoint_format(self, name: str) -> "EngineOptions":
+        """Return a copy that names the head's checkpoint format."""
+        return replace(self, checkpoint_format=name)
 
     def with_draft_vocab_file(self, path: str) -> "EngineOptions":
         """Return a copy that names the file of the draft's vocabulary."""

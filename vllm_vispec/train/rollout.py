@@ -117,7 +117,7 @@ def rollout(
         return [_own_pass(draft, batch)] * passes
     assert isinstance(draft, ViSpecDraft)  # there is no third class, see `draft_class`
     if decision is None:
-        decision = decide(draft, batch.hidden_BLD, batch.answer_BL, batch.runs)
+        decision = decide(draft.compressor, batch.hidden_BLD, batch.answer_BL, batch.runs)
     noisy = replace(batch, hidden_BLD=_with_noise(batch, noise, generator))
     return MODES[mode](draft, noisy, _first_rows(draft, noisy, decision), passes)
 

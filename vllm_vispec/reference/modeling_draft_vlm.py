@@ -1,12 +1,12 @@
-"""A draft VLM in pure PyTorch: a small vision language model that drafts on its own.
+"""A draft VLM in plain PyTorch: a small vision-language model that drafts on its own.
 
-It reads tokens and the target's image embeddings, never a hidden state of the target. Rows are
-shifted as in every draft here: row p holds token p + 1 at position p and predicts token p + 2, so
-prompt token 0 is never read and an image token keeps its row.
+It reads tokens and the target's image embeddings, never a hidden state of the target. Its rows are
+shifted like those of every draft: row p holds token p + 1 at position p and predicts token p + 2.
+So prompt token 0 is never read, and every image token keeps its row.
 
 Tensor names end in their shape: B batch, L tokens (= rows), N rows, M keys (cache included), D
-hidden of the draft, E image embeddings (the target's hidden size), A image rows of a batch, S chain
-entries, V vocabulary. Parameter names are the canonical tensor names.
+hidden of the draft, E image embeddings (the target's hidden size), A image rows of a batch, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.reference.base import Draft
+from vllm_vispec.reference.draft import Chain, ChainBuilder, Draft
 from vllm_vispec.reference.layers import DecoderLayer, KVCache, RMSNorm
 from vllm_vispec.reference.rows import Run
-from vllm_vispec.reference.states import Chain
 from vllm_vispec.utils.errors import ViSpecError
+
+PROJECTOR_PREFIX = "projector."
+"""Of the canonical names of the projector's tensors."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class VlmPrefill:
     Attributes:
         layer_in_ND: input rows of the first layer.
         out_ND: output rows behind the final norm; the last one feeds lm_head.
-        caches: of every layer, keys and values of the rows, each [1, G, N, K].
+        caches: keys and values of the rows for each layer, each [1, G, N, K].
     """
 
     layer_in_ND: Tensor
@@ -42,7 +44,7 @@ class VlmPrefill:
 
 
 class Projector(nn.Module):
-    """From the target's image embeddings to the draft's width: LLaVA-1.5's two layers."""
+    """Projects the target's image embeddings to the draft's width, as LLaVA-1.5 does."""
 
     def __init__(self, vision_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ class Projector(nn.Module):
         self.linear_2 = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, image_AE: Tensor) -> Tensor:
-        """[..., E] -> [..., D]; the exact GELU between."""
+        """[..., E] -> [..., D], with the exact GELU between the layers."""
         return self.linear_2(F.gelu(self.linear_1(image_AE)))
 
 
@@ -80,23 +82,23 @@ class DraftVlm(Draft):
 
     @property
     def head_VD(self) -> Tensor:
-        """Its own lm_head: a table of its own, or that of its embeddings."""
+        """Its lm_head: a matrix of its own, or its embedding table."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def output_head(self, target_VD: Tensor, token_ids_V: Tensor | None = None) -> Tensor:
-        """Its own lm_head, see `Draft.output_head`."""
+        """Return its own lm_head, see `Draft.output_head`."""
         return self.head_VD if token_ids_V is None else self.head_VD[token_ids_V]
 
     def distinct_passes(self, passes: int) -> int:
-        """One: given a right chain, its tokens are the sequence's, whatever drafted them."""
+        """Return 1: the rows of a right chain hold the sequence's tokens, whatever the pass."""
         return 1
 
     def token_inputs(self, ids_BL: Tensor, embeds_BLE: Tensor, image_BL: Tensor) -> Tensor:
-        """Inputs of the first layer for tokens [B, L, D], not shifted.
+        """Return the first layer's input for tokens [B, L, D], not shifted.
 
         Args:
             ids_BL: int64 token ids.
-            embeds_BLE: the TARGET's input embeddings; read where an image is.
+            embeds_BLE: the TARGET's input embeddings; only those of images are read.
             image_BL: bool, tokens of images.
         """
         own_BLD = self.embed_tokens(ids_BL)
@@ -109,10 +111,10 @@ class DraftVlm(Draft):
         positions_BN: Tensor,
         caches: Sequence[KVCache] | None = None,
     ) -> tuple[Tensor, tuple[KVCache, ...]]:
-        """All layers and the final norm, causal.
+        """Run all layers, causal, and the final norm.
 
         Args:
-            caches: keys and values of earlier rows, by layer; not changed.
+            caches: keys and values of earlier rows for each layer; not changed.
 
         Returns:
             Output rows [B, N, D], and the caches including them.
@@ -125,10 +127,10 @@ class DraftVlm(Draft):
         return self.norm(x_BND), tuple(longer)
 
     def forward(self, ids_BL: Tensor, embeds_BLE: Tensor, runs: Sequence[Sequence[Run]]) -> Tensor:
-        """Output rows of whole sequences [B, L, D].
+        """Return the output rows of whole sequences [B, L, D].
 
-        Row p reads tokens 1 to p + 1. Sequences are padded on the right; rows from the last token
-        of a sequence on mean nothing, and none before sees them.
+        Row p reads tokens 1 to p + 1. Sequences are padded on the right. Ignore the rows from a
+        sequence's last token on; no earlier row sees them.
 
         Args:
             ids_BL: int64 token ids.
@@ -172,7 +174,7 @@ class DraftVlm(Draft):
     def extend(
         self, ids_N: Tensor, first_position: int, caches: Sequence[KVCache]
     ) -> tuple[Tensor, Tensor, tuple[KVCache, ...]]:
-        """Rows of consecutive text tokens behind the caches.
+        """Run rows of consecutive text tokens behind the caches.
 
         Returns:
             Output rows [N, D], layer input [N, D], and the caches including them.
@@ -185,28 +187,18 @@ class DraftVlm(Draft):
     @torch.no_grad()
     def chain(self, prefill: VlmPrefill, num_tokens: int) -> Chain:
         """Draft `num_tokens` tokens greedily from the end of a prompt, with its own lm_head."""
-        out_ND, layer_in_ND, caches = prefill.out_ND, prefill.layer_in_ND, prefill.caches
-        first = len(out_ND) - 1
-        ids: list[Tensor] = []
-        logits, hiddens, inputs = [], [], []
-        for position in range(first, first + num_tokens):
-            if ids:
-                out_ND, layer_in_ND, caches = self.extend(ids[-1][None], position, caches)
-            logits.append(self.head_VD @ out_ND[-1])
-            ids.append(logits[-1].argmax())
-            hiddens.append(out_ND[-1])
-            inputs.append(layer_in_ND[-1])
-        return Chain(
-            torch.stack(ids),
-            torch.stack(logits),
-            torch.stack(hiddens),
-            torch.stack(inputs),
-            tuple(range(first, first + num_tokens)),
-        )
+        last = len(prefill.out_ND) - 1
+        chain = ChainBuilder(last, self.head_VD)
+        token = chain.add(prefill.out_ND[-1], prefill.layer_in_ND[-1])
+        caches: Sequence[KVCache] = prefill.caches
+        for position in range(last + 1, last + num_tokens):
+            out_ND, layer_in_ND, caches = self.extend(token[None], position, caches)
+            token = chain.add(out_ND[-1], layer_in_ND[-1])
+        return chain.build()
 
 
 def image_mask(runs: Sequence[Sequence[Run]], length: int) -> Tensor:
-    """Tokens of images, bool [B, length] on the CPU."""
+    """Return which tokens are an image's, bool [B, length] on the CPU."""
     mask_BL = torch.zeros(len(runs), length, dtype=torch.bool)
     for row_L, images in zip(mask_BL, runs, strict=True):
         for start, end in images:

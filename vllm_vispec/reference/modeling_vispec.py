@@ -1,29 +1,60 @@
-"""The ViSpec draft in pure PyTorch: the yardstick of the engine, and the module to train.
+"""The ViSpec draft in plain PyTorch: the definition the engine is tested against, and what trains.
 
-Tensor names end in their shape: B batch, L prompt tokens (= rows before compression), N rows,
-M keys (cache included), D hidden, Q adaptor queries, R image runs, A compressed tokens, S chain
-entries, V vocabulary. Parameter names are the canonical tensor names.
+Sections cited are those of docs/reference-semantics.md. Tensor names end in their shape: B batch,
+L prompt tokens (= rows before compression), N rows, M keys (cache included), T tokens of an image,
+D hidden, Q adaptor queries, R image runs, A compressed image tokens, V vocabulary, G key/value
+heads, K head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_vispec.compressors.compressor import ImageCompressor
-from vllm_vispec.compressors.reference_gate import biased_mask, prompt_key_bias
+from vllm_vispec.compressors.reference_gate import prompt_key_bias
 from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.reference.base import Draft
-from vllm_vispec.reference.layers import DecoderLayer, ImageAdaptor, KVCache, RMSNorm
+from vllm_vispec.reference.draft import Chain, ChainBuilder, Draft
+from vllm_vispec.reference.layers import (
+    DecoderLayer,
+    ImageAdaptor,
+    KVCache,
+    RMSNorm,
+    biased_mask,
+)
 from vllm_vispec.reference.rows import RowPlan, Run, plan_rows
-from vllm_vispec.reference.states import Chain, Prefill
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """State of one sequence after its prompt.
+
+    Attributes:
+        plan: the compact rows.
+        adaptor_RQD: adaptor output of every run.
+        global_D: global feature of all later rows (zeros without an image).
+        layer_in_ND: input rows of the decoder layer.
+        out_ND: output rows; the last one feeds lm_head and the next step.
+        cache: keys and values of the compact rows, each [1, G, N, K].
+        key_bias_N: what later rows add to the scores of these keys by the gate's decision; None
+            for a head without a gate.
+    """
+
+    plan: RowPlan
+    adaptor_RQD: Tensor
+    global_D: Tensor
+    layer_in_ND: Tensor
+    out_ND: Tensor
+    cache: KVCache
+    key_bias_N: Tensor | None = None
 
 
 class ViSpecDraft(Draft):
-    """One ViSpec head."""
+    """A head on the target's hidden states."""
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__(config)
@@ -32,7 +63,9 @@ class ViSpecDraft(Draft):
             nn.Embedding(config.vocab_size, size) if config.has_embed_tokens else None
         )
         self.fc = nn.Linear(2 * size, size, bias=config.fc_bias)
-        self.img_fc = nn.Linear(2 * size, size, bias=config.fc_bias) if config.has_img_fc else None
+        self.img_fc = (
+            nn.Linear(2 * size, size, bias=config.fc_bias) if config.global_feature else None
+        )
         self.img_adaptor = ImageAdaptor(config) if config.has_adaptor else None
         self.layer = DecoderLayer(config)
         self.norm = RMSNorm(size, config.rms_norm_eps) if config.final_norm else None
@@ -43,46 +76,42 @@ class ViSpecDraft(Draft):
             if config.has_compressor
             else None
         )
-        self._start_as_identity()
+        if self.img_fc is not None:
+            self._init_img_fc(self.img_fc)
+
+    @torch.no_grad()
+    def _init_img_fc(self, img_fc: nn.Linear) -> None:
+        """[I | 0]: an untrained head passes the hidden state on and ignores images."""
+        nn.init.eye_(img_fc.weight[:, : self.config.hidden_size])
+        img_fc.weight[:, self.config.hidden_size :].zero_()
+        if img_fc.bias is not None:
+            img_fc.bias.zero_()
 
     def output_head(self, target_VD: Tensor, token_ids_V: Tensor | None = None) -> Tensor:
-        """The target's lm_head, see `Draft.output_head`."""
+        """Return the target's lm_head (section 4.6), see `Draft.output_head`."""
         return target_VD
 
     def distinct_passes(self, passes: int) -> int:
-        """All: every pass reads the states of the one before."""
+        """Return all of them: each pass reads the states of the one before."""
         return passes
 
-    @torch.no_grad()
-    def _start_as_identity(self) -> None:
-        """img_fc = [I | 0]: a fresh head passes the hidden state on and ignores images."""
-        if self.img_fc is None:
-            return
-        nn.init.eye_(self.img_fc.weight[:, : self.config.hidden_size])
-        self.img_fc.weight[:, self.config.hidden_size :].zero_()
-        if self.img_fc.bias is not None:
-            self.img_fc.bias.zero_()
-
     def adaptor(self, image_TD: Tensor) -> Tensor:
-        """Embeddings of one image run [T, D] -> [Q, D]; the last row is the global feature."""
+        """Embeddings of one run [T, D] -> [Q, D]; the last row is the global feature (4.3)."""
         return self.adaptor_rows([image_TD])[0]
 
     def adaptor_rows(self, images: Sequence[Tensor]) -> Tensor:
-        """Embeddings of image runs, each [T, D] with its own T -> [R, Q, D], all at once.
-
-        Zeros for a head without adaptor, in which no row reads them.
-        """
+        """Embeddings of runs, each [T, D] with its own T -> [R, Q, D]; zeros without an adaptor."""
         shape = (len(images), self.config.num_query_tokens, self.config.hidden_size)
         if self.img_adaptor is None or not images:
             return self.fc.weight.new_zeros(shape)
         return self.img_adaptor.of_images(images)
 
     def image_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Decoder layer inputs [M, D] of every image [T, D], each compressed by itself.
+        """Embeddings of images, each [T, D] -> decoder layer inputs of each, [tokens, D].
 
-        ViSpec's adaptor rows go in as they are, without the last. Other compressors' tokens are
-        embeddings: they go through the embedding half of `fc`, without bias, state or global
-        feature.
+        ViSpec's adaptor rows but the last are layer inputs already (4.3). Other compressors make
+        embeddings: these go through the embedding half of `fc`, without bias, hidden state or
+        global feature.
         """
         if self.compressor is None:
             return list(self.adaptor_rows(images)[:, :-1])
@@ -95,10 +124,11 @@ class ViSpecDraft(Draft):
     def read_images(
         self, images: Sequence[Tensor], runs: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Adaptor rows [R, Q, D] of runs and `image_tokens` of images; ViSpec's come from one call.
+        """Return the adaptor's rows [R, Q, D] of runs and the `image_tokens` of images.
 
         Args:
-            images, runs: embeddings as `plan` says, each [T, D]; the same for ViSpec's adaptor.
+            images, runs: embeddings of `RowPlan.images` and `RowPlan.runs`, each [T, D]. ViSpec's
+                adaptor is called once: for it both are the same.
         """
         adaptor_RQD = self.adaptor_rows(runs)
         if self.compressor is None:
@@ -106,7 +136,7 @@ class ViSpecDraft(Draft):
         return adaptor_RQD, self.image_tokens(images)
 
     def plan(self, length: int, runs: Sequence[Run]) -> RowPlan:
-        """The compact rows of a prompt of `length` tokens with images at `runs`."""
+        """Lay out the compact rows of a prompt of `length` tokens with images at `runs`."""
         config = self.config
         return plan_rows(
             length,
@@ -117,9 +147,9 @@ class ViSpecDraft(Draft):
         )
 
     def layer_input(self, embeds_ND: Tensor, hidden_ND: Tensor, global_ND: Tensor) -> Tensor:
-        """Fuse text rows [..., D]: f = img_fc([hidden, global]), x = fc([embedding, f]).
+        """Fuse text rows [..., D] (4.5): f = img_fc([hidden, global]), x = fc([embedding, f]).
 
-        Without a global feature f is the hidden state.
+        In a head without a global feature f is the hidden state.
         """
         if self.img_fc is None:
             return self.fc(torch.cat((embeds_ND, hidden_ND), dim=-1))
@@ -133,11 +163,10 @@ class ViSpecDraft(Draft):
         mask_BNM: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, KVCache]:
-        """Decoder layer and, if the head has one, final norm.
+        """Run the decoder layer and, if the head has one, the final norm.
 
         Args:
-            mask_BNM: True where a row may look, or what is added to scores; None = causal, cache
-                first.
+            mask_BNM, cache: see `Attention.forward`.
 
         Returns:
             Output rows [B, N, D] and the cache including them.
@@ -160,19 +189,20 @@ class ViSpecDraft(Draft):
             next_embed_D: draft embedding of the first token the target sampled.
             hidden_LD: the target's hidden states after its final norm.
             runs: images [start, end) in prompt indices.
-            answer_start: where the answer begins if the prompt holds a part of it, at least 1; a
-                gate reads the state before it. None: behind the prompt.
+            answer_start: first answer token if the prompt holds a part of the answer, at least 1;
+                a gate reads the state before it. None: the answer begins behind the prompt.
         """
         plan = self.plan(len(prompt_embeds_LD), runs)
         adaptor_RQD, tokens = self.read_images(
             [prompt_embeds_LD[a:b] for a, b in plan.images],
             [prompt_embeds_LD[a:b] for a, b in plan.runs],
         )
+        # Row p pairs hidden state p with the embedding of token p + 1 (4.1).
         shifted_LD = torch.cat((prompt_embeds_LD[1:], next_embed_D[None]))
         layer_in_ND = self._compact_rows(plan, adaptor_RQD, tokens, shifted_LD, hidden_LD)
         positions_N = torch.tensor(plan.positions, device=hidden_LD.device)
         gate_row = (plan.length if answer_start is None else answer_start) - 1
-        bias_N = prompt_key_bias(self, hidden_LD[gate_row], plan.branch_of_row)
+        bias_N = prompt_key_bias(self.compressor, hidden_LD[gate_row], plan.branch_of_row)
         mask_1NN = biased_mask(bias_N, positions_N >= gate_row, len(positions_N))
         out_BND, cache = self.run_layer(layer_in_ND[None], positions_N[None], mask_1NN)
         global_D = adaptor_RQD[-1, -1] if plan.runs else torch.zeros_like(next_embed_D)
@@ -186,17 +216,17 @@ class ViSpecDraft(Draft):
         shifted_LD: Tensor,
         hidden_LD: Tensor,
     ) -> Tensor:
-        """Decoder layer input of the compact rows [N, D].
+        """Return the decoder layer input of the compact rows [N, D].
 
-        Every row is fused as if it were text, then image rows are overwritten: no branches on
-        row counts, and autograd sees only what is used.
+        All rows are fused as if they were text, then image rows are overwritten: no branch depends
+        on row counts, and autograd sees only what is used.
         """
         device = hidden_LD.device
         index_N = torch.tensor(plan.positions, device=device)
         run_N = torch.tensor(plan.run_of_row, device=device)
         filler_N = torch.tensor(plan.filler_of_row([len(one) for one in tokens]), device=device)
         zero_D = torch.zeros_like(shifted_LD[:1])
-        # One row of zeros behind the last run, so that run -1 (no image yet) finds it.
+        # Run -1, no image yet, finds the row of zeros behind the last run (4.4).
         globals_RD = torch.cat((adaptor_RQD[:, -1], zero_D))
         text_ND = self.layer_input(shifted_LD[index_N], hidden_LD[index_N], globals_RD[run_N])
         if not tokens:
@@ -213,11 +243,7 @@ class ViSpecDraft(Draft):
         cache: KVCache,
         key_bias_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, KVCache]:
-        """One row behind the cache; `key_bias_N` is the prefill's.
-
-        Returns:
-            Its output [D], its layer input [D], and the cache including it.
-        """
+        """Run one row behind the cache: `extend` without the row axis."""
         out_ND, layer_in_ND, cache = self.extend(
             embed_D[None], hidden_D[None], global_D, position, cache, key_bias_N
         )
@@ -232,7 +258,7 @@ class ViSpecDraft(Draft):
         cache: KVCache,
         key_bias_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, KVCache]:
-        """Consecutive rows behind the cache: the catch-up on verified tokens.
+        """Run consecutive rows behind the cache: the catch-up on verified tokens (4.10).
 
         Args:
             key_bias_N: the prefill's, of the first keys of the cache.
@@ -264,29 +290,14 @@ class ViSpecDraft(Draft):
         table_VD = embed_VD if self.embed_tokens is None else self.embed_tokens.weight
         if table_VD is None:
             raise ValueError("the head has no embed_tokens: pass the target's table as embed_VD")
-        hidden_D, layer_in_D = prefill.out_ND[-1], prefill.layer_in_ND[-1]
-        cache, position = prefill.cache, prefill.plan.length - 1
-        ids, logits, hiddens, inputs = [], [], [], []
-        for _ in range(num_tokens):
-            logits.append(lm_head_VD @ hidden_D)
-            ids.append(logits[-1].argmax())
-            hiddens.append(hidden_D)
-            inputs.append(layer_in_D)
-            if len(ids) < num_tokens:
-                position += 1
-                hidden_D, layer_in_D, cache = self.step(
-                    table_VD[ids[-1]],
-                    hidden_D,
-                    prefill.global_D,
-                    position,
-                    cache,
-                    prefill.key_bias_N,
-                )
-        first = prefill.plan.length - 1
-        return Chain(
-            torch.stack(ids),
-            torch.stack(logits),
-            torch.stack(hiddens),
-            torch.stack(inputs),
-            tuple(range(first, first + num_tokens)),
-        )
+        hidden_D, layer_in_D, cache = prefill.out_ND[-1], prefill.layer_in_ND[-1], prefill.cache
+        # Positions go on at the uncompressed length (4.7).
+        last = prefill.plan.length - 1
+        chain = ChainBuilder(last, lm_head_VD)
+        token = chain.add(hidden_D, layer_in_D)
+        for position in range(last + 1, last + num_tokens):
+            hidden_D, layer_in_D, cache = self.step(
+                table_VD[token], hidden_D, prefill.global_D, position, cache, prefill.key_bias_N
+            )
+            token = chain.add(hidden_D, layer_in_D)
+        return chain.build()

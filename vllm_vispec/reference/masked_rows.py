@@ -1,39 +1,36 @@
-"""Batched full-length rows for training: masking instead of compaction.
+"""Rows of whole batches for training: masking instead of compaction.
 
-A kept row has its own position, so dropping the other rows of an image equals hiding them from
-attention. All samples of a batch then keep the length L, whatever images they hold.
+A kept row has its own position, so hiding the other rows of an image from attention equals dropping
+them. All samples of a batch then keep one length L, whatever images they hold.
 
 Tensor names end in their shape: B batch, L tokens, D hidden, R image runs of all samples, N rows
-that hold a compressor's token, A tokens of all images of all samples.
+that hold a compressor's token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vllm_vispec.compressors.reference_gate import KeyBias
+from vllm_vispec.reference.modeling_vispec import ViSpecDraft
 from vllm_vispec.reference.rows import RowPlan, Run
-
-if TYPE_CHECKING:
-    from vllm_vispec.reference.model import ViSpecDraft
 
 
 @dataclass(frozen=True)
 class MaskedRows:
-    """Layer inputs of whole sequences, with a mask in place of compaction.
+    """Layer inputs of whole sequences.
 
-    Feed `layer_in_BLD` to `draft.run_layer` with `attention_mask(visible_BL)`; for a head with a
-    gate also give that a `gating.KeyBias`.
+    Feed `layer_in_BLD` to `draft.run_layer` with `attention_mask(visible_BL)`. For a head with a
+    gate also give `attention_mask` the gate's `KeyBias`.
 
     Attributes:
         layer_in_BLD: input rows of the decoder layer.
-        visible_BL: bool, rows that exist for others to see and to be trained on: text rows and
-            kept image rows.
+        visible_BL: bool, rows that are not dropped: text rows and kept image rows.
         is_text_BL: bool, rows whose output predicts a token.
         global_BLD: the global feature of every row (zeros before the first image), for further
             draft-on-draft steps.
@@ -54,11 +51,11 @@ def masked_rows(
     runs: Sequence[Sequence[Run]],
     lengths: Sequence[int] | None = None,
 ) -> MaskedRows:
-    """Layer inputs of whole sequences.
+    """Compute the layer inputs of whole sequences.
 
     Args:
-        embeds_BLD: target input embeddings of the tokens, NOT shifted (row p takes token p+1; the
-            last row of every sequence has no next token and is hidden).
+        embeds_BLD: target input embeddings of the tokens, NOT shifted. (Row p takes token p+1. The
+            last row of a sequence has no next token and is hidden.)
         hidden_BLD: target hidden states after its final norm.
         runs: images of each sample, in token indices.
         lengths: valid tokens per sample (right padding); None = all L.
@@ -71,25 +68,24 @@ def masked_rows(
         [embeds_BLD[b, start:end] for b, plan in enumerate(plans) for start, end in plan.images],
         [embeds_BLD[b, start:end] for b, plan in enumerate(plans) for start, end in plan.runs],
     )
-    layout = _lay_out(plans, total, [len(one) for one in tokens])
+    layout = _Layout(*(x.to(device) for x in _lay_out(plans, total, [len(one) for one in tokens])))
     zero_B1D = torch.zeros_like(embeds_BLD[:, :1])
     globals_RD = torch.cat((adaptor_RQD[:, -1].to(embeds_BLD.dtype), zero_B1D[0]))
-    global_BLD = globals_RD[layout.run_BL.to(device)]
+    global_BLD = globals_RD[layout.run_BL]
     shifted_BLD = torch.cat((embeds_BLD[:, 1:], zero_B1D), dim=1)
     layer_in_BLD = draft.layer_input(shifted_BLD, hidden_BLD, global_BLD)
     if len(layout.image_N):
-        values_ND = torch.cat(tokens)[layout.filler_N.to(device)]
+        values_ND = torch.cat(tokens)[layout.filler_N]
         rows = layer_in_BLD.flatten(0, 1)
-        rows = rows.index_copy(0, layout.image_N.to(device), values_ND.to(rows.dtype))
+        rows = rows.index_copy(0, layout.image_N, values_ND.to(rows.dtype))
         layer_in_BLD = rows.unflatten(0, (count, total))
-    others = (layout.visible_BL, layout.is_text_BL, layout.branch_BL)
-    visible_BL, is_text_BL, branch_BL = (x.to(device) for x in others)
-    return MaskedRows(layer_in_BLD, visible_BL, is_text_BL, global_BLD, branch_BL)
+    return MaskedRows(
+        layer_in_BLD, layout.visible_BL, layout.is_text_BL, global_BLD, layout.branch_BL
+    )
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where things are, on the CPU.
+class _Layout(NamedTuple):
+    """Where everything lies, on the CPU.
 
     Attributes:
         run_BL: run whose global feature a row gets, counted over all samples; R for none.
@@ -137,10 +133,10 @@ def _lay_out(plans: Sequence[RowPlan], total: int, counts: Sequence[int]) -> _La
 
 
 def attention_mask(visible_BL: Tensor, bias: KeyBias | None = None) -> Tensor:
-    """Causal mask [B, L, L] that hides dropped rows; every row sees itself (no empty softmax).
+    """Causal mask [B, L, L] that hides dropped rows. Every row sees itself: no softmax is empty.
 
-    Bool, True where a row may look. With a gate's biases float32 to be added to scores, -inf where
-    a row may not look: four times the memory, and as much again for its gradients.
+    Bool, True where a row may look. With a gate's biases it is float32, to be added to scores, and
+    -inf where a row may not look. That takes four times the memory, and as much for gradients.
     """
     total = visible_BL.shape[1]
     causal_LL = torch.ones(total, total, dtype=torch.bool, device=visible_BL.device).tril()

@@ -1,1 +1,0 @@
-"""Checkpoint formats of heads: one module each, registered by `vllm_vispec.heads`."""
