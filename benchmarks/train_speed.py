@@ -25,13 +25,11 @@ from examples.pair import DEFAULT_MODEL, ModelOption
 from examples.tiny_vlm.samples import demo_samples
 from vllm_vispec.bench.bootstrap import bootstrap
 from vllm_vispec.bench.machine import describe_machine
-from vllm_vispec.train.config import TrainConfig
+from vllm_vispec.train.config import TrainConfig, config_from_flat
 from vllm_vispec.train.data import BatchOrder, Corpus, read_corpus
 from vllm_vispec.train.distributed import Processes, processes
-from vllm_vispec.train.heads import make_draft
-from vllm_vispec.train.settings import config_from_flat
-from vllm_vispec.train.source import Teacher
-from vllm_vispec.train.teacher import open_teacher
+from vllm_vispec.train.init import make_draft
+from vllm_vispec.train.teacher import Teacher, open_teacher
 from vllm_vispec.train.trainer import Trainer
 
 DEFAULT_OUTPUT = Path("benchmarks/results/train_speed.json")

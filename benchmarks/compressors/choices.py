@@ -52,7 +52,7 @@ def read_choices(file: Path) -> list[Choices]:
 
 def question_states(observed: Iterable[Observed]) -> Iterator[tuple[str, Tensor]]:
     """Family and target state [D] at the end of the prompt, of every answer behind an image."""
-    from vllm_vispec.evaluate.simulate import answer_spans
+    from vllm_vispec.train.simulate import answer_spans
 
     for one in observed:
         first_image = min((start for start, _ in one.runs), default=len(one.token_ids))

@@ -83,7 +83,7 @@ def observe(target: str, data: Path) -> tuple[TrainingTarget, list[Observed]]:
     import torch
 
     from vllm_vispec.data.encode import Encoder, load_processor
-    from vllm_vispec.evaluate.data import DataSource
+    from vllm_vispec.evaluate.options import DataSource
     from vllm_vispec.train.target import TrainingTarget
 
     source, model = DataSource(data), TrainingTarget.load(target, torch.float32, "cpu")
@@ -100,8 +100,8 @@ def replay_all(
     """Accepted drafts of greedy chains over the answers of conversations."""
     import torch
 
-    from vllm_vispec.evaluate.simulate import answer_spans, draft_hits, replay
     from vllm_vispec.train.batch import pad_batch
+    from vllm_vispec.train.simulate import answer_spans, draft_hits, replay
 
     found = []
     for start in range(0, len(observed), BATCH_SIZE):

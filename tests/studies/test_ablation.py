@@ -27,8 +27,8 @@ from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import TEXT_FAMILY, short_answer, write_questions
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.types import Conversation
-from vllm_vispec.train.kinds import get_kind
-from vllm_vispec.train.settings import load_config
+from vllm_vispec.train.config import load_config
+from vllm_vispec.train.head_types import get_head_type
 
 SEEDS = (0, 1, 2)
 
@@ -68,7 +68,7 @@ def test_recipe_of_every_arm_is_valid(arm: Arm, tmp_path: Path) -> None:
     assert config.run.seed == 1
     assert config.schedule.epochs == 2
     assert config.loss.passes == (5 if "loss.passes" in arm.settings else 1)
-    assert get_kind(config.head.kind).text_only == (arm.data == "text")
+    assert get_head_type(config.head.kind).text_only == (arm.data == "text")
 
 
 @pytest.mark.parametrize("arm", [arm for arm in ARMS.values() if arm.after], ids=lambda a: a.name)

@@ -41,8 +41,8 @@ from examples.tiny_vlm.families import FAMILIES
 from vllm_vispec.compressors.spec import COMBINATIONS, PRIMITIVES, parse_compressor
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.reference import ViSpecDraft
-from vllm_vispec.train.kinds import compressor_of, get_kind, new_head_config
-from vllm_vispec.train.settings import load_config
+from vllm_vispec.train.config import load_config
+from vllm_vispec.train.head_types import compressor_of, get_head_type, new_head_config
 
 WIDTH = 32
 
@@ -115,7 +115,7 @@ def test_recipe_of_every_arm_is_valid(arm: Arm, tmp_path: Path) -> None:
     settings = settings_of(Workspace(tmp_path), "target", arm, 1) | {"schedule.epochs": "2"}
     config = load_config(Path(RECIPE), [f"{name}={value}" for name, value in settings.items()])
     config.require_complete()
-    kind = get_kind(config.head.kind)
+    kind = get_head_type(config.head.kind)
     assert not kind.text_only
     if kind.compress:
         made_by = compressor_of(config.head.kind, config.head.compressor)

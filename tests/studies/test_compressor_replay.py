@@ -16,7 +16,7 @@ from benchmarks.compressors.arms import ARMS
 from benchmarks.compressors.choices import question_states
 from vllm_vispec.reference import ViSpecDraft
 from vllm_vispec.train.batch import Observed, Runs
-from vllm_vispec.train.kinds import new_head_config
+from vllm_vispec.train.head_types import new_head_config
 
 WIDTH, VOCAB = 32, 64
 

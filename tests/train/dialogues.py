@@ -8,8 +8,7 @@ from random import Random
 from typing import Any
 
 from tests.support.tiny_models import random_image
-from vllm_vispec.train.config import TrainConfig
-from vllm_vispec.train.settings import config_from_flat
+from vllm_vispec.train.config import TrainConfig, config_from_flat
 
 WORDS = ("the", "cat", "sees", "a", "red", "ball", "and", "two", "blue", "boxes", "near", "trees")
 

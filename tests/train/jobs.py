@@ -7,9 +7,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from vllm_vispec.train.config import config_from_flat
 from vllm_vispec.train.distributed import processes
 from vllm_vispec.train.loop import train
-from vllm_vispec.train.settings import config_from_flat
 from vllm_vispec.train.trainer import StepResult, Trainer
 
 

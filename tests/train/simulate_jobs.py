@@ -13,7 +13,6 @@ from examples.tiny_vlm.dataset import Sample, make_sample
 from examples.tiny_vlm.families import FAMILIES
 from vllm_vispec.data.encode import Encoder, load_processor
 from vllm_vispec.data.types import Part, Turn
-from vllm_vispec.evaluate.data import DataSource
 from vllm_vispec.evaluate.engine import (
     Answer,
     EngineSettings,
@@ -22,8 +21,9 @@ from vllm_vispec.evaluate.engine import (
     open_engine,
     summarise,
 )
+from vllm_vispec.evaluate.options import EvalOptions
 from vllm_vispec.evaluate.report import Report
-from vllm_vispec.evaluate.run import EvalOptions, evaluate
+from vllm_vispec.evaluate.run import evaluate
 
 FIRST_HELDOUT = 700_000
 MAX_TOKENS = 160
@@ -111,12 +111,10 @@ def _answer_all(
                 done.append((replace(question, answer_ids=ids), answer))
 
 
-def simulate_and_measure(
-    folder: str, num_draft_tokens: int, per_family: int = 2, dtype: str = "float32"
-) -> dict[str, Any]:
+def simulate_and_measure(folder: str, num_draft_tokens: int, per_family: int = 2) -> dict[str, Any]:
     """Both measurements on the engine's own answers, as plain data."""
     root = Path(folder)
-    settings = EngineSettings(DEFAULT_MODEL, DEFAULT_DRAFT_MODEL, num_draft_tokens, dtype, 1024)
+    settings = EngineSettings(DEFAULT_MODEL, DEFAULT_DRAFT_MODEL, num_draft_tokens, "float32", 1024)
     items = dialogues(root, per_family)
     encoder = Encoder(load_processor(DEFAULT_MODEL), 1024, root)
     done = _answer_all(settings, items, encoder, root)
@@ -126,11 +124,10 @@ def simulate_and_measure(
     )
     report: Report = evaluate(
         EvalOptions(
-            DEFAULT_MODEL,
-            DEFAULT_DRAFT_MODEL,
-            DataSource(data),
-            num_draft_tokens,
-            dtype,
+            target=DEFAULT_MODEL,
+            head=DEFAULT_DRAFT_MODEL,
+            data=data,
+            num_speculative_tokens=num_draft_tokens,
             check_greedy=True,
         )
     )

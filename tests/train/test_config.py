@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import re
-from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from vllm_vispec.train.config import TrainConfig
-from vllm_vispec.train.losses import get_loss
-from vllm_vispec.train.provenance import command_line
-from vllm_vispec.train.resolve import resolve
-from vllm_vispec.train.settings import (
+from vllm_vispec.train.config import (
+    TrainConfig,
     config_from_flat,
     explain,
     full_name,
-    iter_settings,
     load_config,
 )
+from vllm_vispec.train.head_types import resolve
+from vllm_vispec.train.losses import get_loss
+from vllm_vispec.train.run_log import command_line
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.settings import iter_fields
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
 
@@ -44,17 +44,17 @@ def test_recipe_and_assignments(tmp_path: Path) -> None:
     assert dict(config.loss.weights) == {"l1": 2.0, "rank": 0.5}
     assert config.schedule.epochs == 3.0
     assert config_from_flat(config.flat()) == config
-    with pytest.raises(FrozenInstanceError):
-        config.optimizer.lr = 1.0  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        config.optimizer.lr = 1.0
 
 
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("optimizer.lrr=1", "did you mean 'optimizer.lr'"),
-        ("lrr=1", "did you mean 'optimizer.lr'"),
+        ("optimizer.lrr=1", "did you mean .optimizer.lr."),
+        ("lrr=1", "did you mean .optimizer.lr."),
         ("mode=online", "in several sections: write loss.mode or teacher.mode in full"),
-        ("optimzer.clip_at=1", "did you mean 'optimizer.clip_at'"),
+        ("optimzer.clip_at=1", "did you mean .optimizer."),
         ("zzzzzz=1", "--explain"),
         ("optimizer.lr", "has no '='"),
         ("optimizer.lr=fast", "give a number"),
@@ -62,7 +62,7 @@ def test_recipe_and_assignments(tmp_path: Path) -> None:
         ("batch.size=0", "at least 1"),
         ("data.validation_share=1.5", "at most 0.9"),
         ("optimizer.clip=sometimes", "one of value, norm, none"),
-        ("loss.weights=3", "name: number pairs"),
+        ("loss.weights=3", "name: value pairs"),
     ],
 )
 def test_wrong_assignments(assignment: str, message: str) -> None:
@@ -74,7 +74,7 @@ def test_wrong_assignments(assignment: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("optimiser: {lr: 1}", "did you mean 'optimizer'"),
+        ("optimiser: {lr: 1}", "did you mean .optimizer."),
         ("optimizer: 3", "give a section"),
         ("- 1", "holds no sections"),
         ("a: [", "is no YAML"),
@@ -119,7 +119,7 @@ def test_the_loss_follows_the_head(kind: str, compressor: str, loss: str) -> Non
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
-        (["head.kind=medusa"], "head kind 'medusa' is unknown"),
+        (["head.kind=medusa"], "head type 'medusa' is unknown"),
         (["compressor=jpeg:3"], "'jpeg:3' cannot be used: use one of query, prune, pool"),
         (["compressor=prune:0"], "the ratio of prune is a whole number from 1"),
         (["compressor=weighted(prune:3,pool:4)"], "with one ratio"),
@@ -146,9 +146,9 @@ def test_required_settings() -> None:
 
 def test_every_setting_has_meaning_and_source() -> None:
     table = explain()
-    for name, _, item in iter_settings():
-        assert item.metadata["meaning"], name
-        assert item.metadata["source"], name
+    for name, field in iter_fields(TrainConfig):
+        assert field.description, name
+        assert dict(field.json_schema_extra)["source"], name  # type: ignore[arg-type]
         assert f"\n{name} " in f"\n{table}"
 
 

@@ -12,10 +12,10 @@ import torch
 
 from tests.train.dialogues import write_dialogues, write_records
 from vllm_vispec.data.types import Rejected
+from vllm_vispec.train.checkpoint import Checkpoint, Checkpoints, Progress, check_same_settings
 from vllm_vispec.train.config import BatchConfig, DataConfig, ScheduleConfig
 from vllm_vispec.train.data import BatchOrder, count_reasons, read_corpus
-from vllm_vispec.train.schedule import Plan, rate_factor
-from vllm_vispec.train.state import Checkpoint, Checkpoints, Progress, check_same_settings
+from vllm_vispec.train.optimizer import Plan, rate_factor
 from vllm_vispec.utils import files
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -23,7 +23,9 @@ LENGTHS = {index: 10 + (index * 37) % 50 for index in range(50)}
 
 
 def order(size: int, accumulate: int = 1, world: int = 1, seed: int = 0) -> BatchOrder:
-    return BatchOrder(tuple(LENGTHS), LENGTHS, BatchConfig(size, accumulate, 3), world, seed)
+    return BatchOrder(
+        tuple(LENGTHS), LENGTHS, BatchConfig(size=size, accumulate=accumulate, pool=3), world, seed
+    )
 
 
 def test_order_follows_from_seed_and_epoch() -> None:
@@ -49,7 +51,7 @@ def test_processes_share_what_one_would_see() -> None:
 
 def test_batches_hold_like_lengths() -> None:
     def waste(pool: int) -> int:
-        settings = BatchConfig(5, 1, pool)
+        settings = BatchConfig(size=5, pool=pool)
         steps = BatchOrder(tuple(LENGTHS), LENGTHS, settings, 1, 0).epoch(0)
         batches = [[LENGTHS[i] for i in step[0]] for step in steps]
         return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
@@ -58,7 +60,7 @@ def test_batches_hold_like_lengths() -> None:
 
 
 def test_fewer_samples_than_a_step() -> None:
-    few = BatchOrder((3, 7), LENGTHS, BatchConfig(4, 2, 16), 1, 0)
+    few = BatchOrder((3, 7), LENGTHS, BatchConfig(size=4, accumulate=2), 1, 0)
     assert few.steps_per_epoch == 1
     assert [len(samples) for samples in few.epoch(0)[0]] == [4, 4]
 
@@ -113,14 +115,14 @@ def test_learning_rate() -> None:
 
 
 def test_the_first_limit_ends_a_run() -> None:
-    plan = Plan.of(ScheduleConfig(epochs=2, max_steps=30, minutes=1), 10)
+    plan = Plan.from_settings(ScheduleConfig(epochs=2, max_steps=30, minutes=1), 10)
     assert (plan.total_steps, plan.total_seconds) == (20, 60)
     assert plan.progress(5, 0) == pytest.approx(0.25)
     assert plan.progress(5, 30) == pytest.approx(0.5)
     assert not plan.is_over(19, 59)
     assert plan.is_over(20, 0)
     assert plan.is_over(0, 60)
-    by_time = Plan.of(ScheduleConfig(epochs=0, minutes=2), 10)
+    by_time = Plan.from_settings(ScheduleConfig(epochs=0, minutes=2), 10)
     assert (by_time.total_steps, by_time.progress(1000, 60)) == (None, 0.5)
 
 

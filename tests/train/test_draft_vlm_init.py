@@ -15,11 +15,10 @@ from tests.support.small_draft_vlms import write_draft_vlm
 from tests.train.language_models import write_language_model
 from vllm_vispec.heads.folder import load_draft
 from vllm_vispec.reference import DraftVlm
-from vllm_vispec.train.config import HeadSettings
-from vllm_vispec.train.heads import make_draft
-from vllm_vispec.train.resolve import resolve
-from vllm_vispec.train.settings import config_from_flat
-from vllm_vispec.train.source import Facts
+from vllm_vispec.train.config import HeadSettings, config_from_flat
+from vllm_vispec.train.head_types import resolve
+from vllm_vispec.train.init import make_draft
+from vllm_vispec.train.target import TargetFacts
 from vllm_vispec.utils.errors import ViSpecError
 
 GENERATOR = torch.Generator().manual_seed(1)
@@ -38,7 +37,7 @@ TEXT = SimpleNamespace(
 
 def start(init_from: Path | str = "", vocab: int = 64, **settings: Any) -> DraftVlm:
     text = SimpleNamespace(**(vars(TEXT) | {"vocab_size": vocab}))
-    facts = Facts("qwen2_5_vl", text, TABLE[:vocab], LM_HEAD[:vocab])
+    facts = TargetFacts("qwen2_5_vl", text, TABLE[:vocab], LM_HEAD[:vocab])
     head = HeadSettings(kind="draft_vlm", init_from=str(init_from), **settings)
     draft = make_draft(head, facts, seed=0)
     assert isinstance(draft, DraftVlm)
@@ -56,7 +55,7 @@ def test_a_fresh_one_has_the_targets_width_and_tables() -> None:
     assert all(parameter.requires_grad for parameter in draft.parameters())
     again, other = (
         start(),
-        make_draft(HeadSettings(kind="draft_vlm"), Facts("", TEXT, TABLE, LM_HEAD), seed=1),
+        make_draft(HeadSettings(kind="draft_vlm"), TargetFacts("", TEXT, TABLE, LM_HEAD), seed=1),
     )
     name = "layers.3.mlp.up_proj.weight"
     assert torch.equal(again.state_dict()[name], draft.state_dict()[name])
@@ -155,7 +154,7 @@ def test_kinds_do_not_start_from_each_other(tmp_path: Path) -> None:
     write_draft_vlm(tmp_path / "vlm")
     settings = HeadSettings(kind="vispec", init_from=str(tmp_path / "vlm"))
     with pytest.raises(ViSpecError, match=r"is a draft VLM, head\.kind is 'vispec'"):
-        make_draft(settings, Facts("qwen2_5_vl", TEXT, TABLE, LM_HEAD), seed=0)
+        make_draft(settings, TargetFacts("qwen2_5_vl", TEXT, TABLE, LM_HEAD), seed=0)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,8 @@ from tests.train.dialogues import recipe
 from tests.train.jobs import losses
 from tests.train.language_models import write_language_model
 from tests.train.samples import random_sample
-from vllm_vispec.evaluate.data import DataSource
-from vllm_vispec.evaluate.run import EvalOptions, evaluate
-from vllm_vispec.evaluate.simulate import answer_spans, draft_hits, replay, simulate
+from vllm_vispec.evaluate.options import EvalOptions
+from vllm_vispec.evaluate.run import evaluate
 from vllm_vispec.heads.config import DRAFT_VLM_ARCHITECTURE
 from vllm_vispec.heads.folder import load_draft
 from vllm_vispec.reference import DraftVlm
@@ -26,6 +25,7 @@ from vllm_vispec.train.config import LossSettings, TrainConfig
 from vllm_vispec.train.distributed import processes
 from vllm_vispec.train.loop import Outcome, train
 from vllm_vispec.train.objective import Objective
+from vllm_vispec.train.simulate import answer_spans, draft_hits, replay, simulate
 from vllm_vispec.train.trainer import Trainer
 from vllm_vispec.utils.files import read_json
 
@@ -87,7 +87,7 @@ def test_one_pass_simulates_every_chain() -> None:
             found |= set(wanted)
     assert {0, 1, 2} <= found
     overall = simulate(draft, TARGET_HEAD, batch, DEPTH)["overall"]
-    assert overall.tokens_per_round > 1
+    assert overall.acceptance_length > 1
 
 
 def test_some_tokens_only_are_proposed() -> None:
@@ -169,10 +169,11 @@ def test_trained_exported_and_evaluated(tiny: TinyStore, dialogues: Path, tmp_pa
     with torch.no_grad():
         outputs = [one(ids_BL, embeds_BLE, [((3, 8),), ()]) for one in (found[-1], again)]
     assert torch.equal(*outputs)
-    source = DataSource(dialogues)
-    report = evaluate(EvalOptions(str(target), str(outcome.head), source, 3, device="cpu"))
+    options = EvalOptions(target=str(target), head=str(outcome.head), data=dialogues,
+                          num_speculative_tokens=3, device="cpu")  # fmt: skip
+    report = evaluate(options)
     assert report.samples == 24
-    assert report.simulated["overall"].tokens_per_round >= 1
+    assert report.simulated["overall"].acceptance_length >= 1
 
 
 def test_two_stages_from_a_language_model(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from tests.train.samples import random_sample
 from vllm_vispec.cli.evaluate import evaluate
 from vllm_vispec.data.encode import Encoder, load_processor
 from vllm_vispec.data.types import Rejected
-from vllm_vispec.evaluate.data import DataSource
 from vllm_vispec.evaluate.engine import questions
+from vllm_vispec.evaluate.options import DataSource
 from vllm_vispec.evaluate.run import greedy_tokens
 
 

@@ -13,10 +13,9 @@ from vllm_vispec.compressors.reference_gate import gate_rows
 from vllm_vispec.compressors.spec import parse_compressor
 from vllm_vispec.reference import decide
 from vllm_vispec.train.batch import DraftBatch, pad_batch
-from vllm_vispec.train.choices import Choices, count_choices, to_choices
 from vllm_vispec.train.config import LossSettings
-from vllm_vispec.train.draws import Draws
-from vllm_vispec.train.objective import BALANCE, Objective
+from vllm_vispec.train.metrics import GateDecisions, sum_decisions
+from vllm_vispec.train.objective import BALANCE, Objective, Rng
 from vllm_vispec.train.rollout import MODES, rollout
 
 SELECT = parse_compressor(COMPRESSORS["select"].compressor)
@@ -83,7 +82,7 @@ def test_a_batch_without_an_answer_has_no_turns() -> None:
     assert len(found.output.choice_G) == 0
     (out,) = rollout(draft, batch, 1)
     assert bool(torch.isfinite(out.state_BLD).all())
-    sums = Objective(draft, torch.randn(64, 32), LossSettings("specvlm"))(batch)
+    sums = Objective(draft, torch.randn(64, 32), LossSettings(name="specvlm"))(batch)
     assert float(sums.loss.detach()) == 0.0
 
 
@@ -116,8 +115,8 @@ def test_only_training_draws() -> None:
 
 def test_every_parameter_of_select_learns_from_a_batch() -> None:
     draft, batch = random_draft(COMPRESSORS["select"]), pad_batch(all_samples() * 4)
-    objective = Objective(draft, torch.randn(64, 32), LossSettings("specvlm"))
-    objective(batch, Draws(gate=generator(3))).loss.backward()
+    objective = Objective(draft, torch.randn(64, 32), LossSettings(name="specvlm"))
+    objective(batch, Rng(gate=generator(3))).loss.backward()
     silent = [
         name for name, p in draft.named_parameters() if p.grad is None or not bool(p.grad.any())
     ]
@@ -156,7 +155,7 @@ def test_the_load_balance_is_a_part_of_selects_loss() -> None:
 
     def sums(name: str, weight: float) -> tuple[float, dict[str, float]]:
         objective = Objective(
-            random_draft(COMPRESSORS[name]), head, LossSettings("specvlm", balance=weight)
+            random_draft(COMPRESSORS[name]), head, LossSettings(name="specvlm", balance=weight)
         )
         found = objective(batch)
         parts = {key: float(value) for key, value in found.parts.items() if key != "total"}
@@ -172,24 +171,24 @@ def test_the_load_balance_is_a_part_of_selects_loss() -> None:
 
 def test_the_balance_counts_turns_with_images_only() -> None:
     draft, batch = random_draft(COMPRESSORS["select"]), two_turns()
-    objective = Objective(draft, torch.randn(64, 32), LossSettings("specvlm"))
+    objective = Objective(draft, torch.randn(64, 32), LossSettings(name="specvlm"))
     found = decide(draft.compressor, batch.hidden_BLD, batch.answer_BL, batch.runs)
     assert found is not None
     sums = objective(batch)
     wanted = float(balance(found.of_images()).detach())
     assert float(sums.parts[BALANCE]) / sums.rows == pytest.approx(wanted, rel=1e-5)
-    assert to_choices(sums.choices.tolist()).to_json(SELECT)["turns"] == 2
+    assert GateDecisions.from_sums(sums.decisions.tolist()).to_json(SELECT)["turns"] == 2
 
 
 def test_the_histogram_adds_up() -> None:
     share = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]])
     output = GateOutput(share.log(), share, torch.tensor([0, 1]))
-    one = to_choices(count_choices(output).tolist())
+    one = GateDecisions.from_sums(sum_decisions(output).tolist())
     spec = parse_compressor("select(prune:3,conv:2,text_only)")
-    both = Choices() + one + one + Choices()
+    both = GateDecisions() + one + one + GateDecisions()
     assert both.to_json(spec)["turns"] == 4
     assert both.to_json(spec)["chosen"] == {"prune:3": 0.5, "conv:2": 0.5, "text_only": 0.0}
     assert math.isclose(sum(both.to_json(spec)["share"].values()), 1.0, abs_tol=1e-3)
-    assert both.line(spec) == "prune:3 0.50, conv:2 0.50, text_only 0.00"
-    assert Choices().to_json(spec) == {}
-    assert to_choices([]) == Choices()
+    assert both.describe(spec) == "prune:3 0.50, conv:2 0.50, text_only 0.00"
+    assert GateDecisions().to_json(spec) == {}
+    assert GateDecisions.from_sums([]) == GateDecisions()

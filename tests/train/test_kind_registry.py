@@ -11,7 +11,8 @@ import torch
 from tests.train.samples import random_sample
 from vllm_vispec.reference import tensor_shapes
 from vllm_vispec.train.batch import pad_batch
-from vllm_vispec.train.kinds import HEAD_KINDS, new_draft, new_head_config
+from vllm_vispec.train.head_types import HEAD_TYPES, new_head_config
+from vllm_vispec.train.init import new_draft
 from vllm_vispec.train.rollout import rollout
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -33,7 +34,7 @@ def text_config(**changes: Any) -> SimpleNamespace:
 TABLE = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("kind", HEAD_TYPES)
 def test_a_fresh_head_has_exactly_its_kinds_tensors(kind: str) -> None:
     config = new_head_config(kind, text_config(), target_model_type="qwen2_5_vl")
     draft = new_draft(config, TABLE, seed=0)
@@ -42,16 +43,16 @@ def test_a_fresh_head_has_exactly_its_kinds_tensors(kind: str) -> None:
     assert config.num_key_value_heads == config.num_attention_heads == 4
     assert config.rope_theta == 5e5
     assert (config.compress, config.global_feature) == (
-        HEAD_KINDS[kind].compress,
-        HEAD_KINDS[kind].global_feature,
+        HEAD_TYPES[kind].compress,
+        HEAD_TYPES[kind].global_feature,
     )
 
 
 def test_only_text_eagle_is_trained_on_text_alone() -> None:
-    assert [name for name, kind in HEAD_KINDS.items() if kind.text_only] == ["eagle_text"]
+    assert [name for name, kind in HEAD_TYPES.items() if kind.text_only] == ["eagle_text"]
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("kind", HEAD_TYPES)
 def test_every_parameter_of_a_fresh_head_gets_a_gradient(kind: str) -> None:
     draft = new_draft(new_head_config(kind, text_config(), num_query_tokens=3), TABLE, seed=0)
     outputs = rollout(draft, pad_batch([random_sample(20, ((2, 9),))]), 2)
@@ -116,7 +117,7 @@ def test_changes_go_over_the_defaults() -> None:
     [
         ("medusa", {}, "unknown"),
         ("vispec", {"layers": 2}, "unknown"),
-        ("eagle_vlm", {"compress": True}, "no head of kind"),
+        ("eagle_vlm", {"compress": True}, "no head of type"),
         ("vispec", {"num_query_tokens": 0}, "num_query_tokens"),
     ],
 )

@@ -45,7 +45,7 @@ def test_online_and_offline_are_the_same(
         fill_cache(offline, group)
     assert (tmp_path / "cache" / "shard-00002.safetensors").stat().st_mtime_ns == kept
     monkeypatch.setattr(
-        "vllm_vispec.train.cache.load_target", lambda *_: pytest.fail("the target was loaded")
+        "vllm_vispec.train.teacher.load_target", lambda *_: pytest.fail("the target was loaded")
     )
     run(offline)
     first, second = losses(tmp_path / "online"), losses(tmp_path / "offline")

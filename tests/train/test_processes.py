@@ -15,10 +15,10 @@ from tests.support.tiny_store import TinyStore
 from tests.train.dialogues import recipe
 from tests.train.jobs import losses
 from tests.train.language_models import write_language_model
+from vllm_vispec.train.checkpoint import Checkpoints
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.distributed import processes
 from vllm_vispec.train.loop import train
-from vllm_vispec.train.state import Checkpoints
 
 STEPS = 4
 

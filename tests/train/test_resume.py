@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,10 @@ from tests.support.child import ChildError, run_in_subprocess
 from tests.support.tiny_store import TinyStore
 from tests.train.dialogues import recipe
 from tests.train.jobs import losses, run_and_signal
-from vllm_vispec.train.config import TrainConfig
+from vllm_vispec.train.checkpoint import Checkpoints, check_same_settings
+from vllm_vispec.train.config import TrainConfig, config_from_flat
 from vllm_vispec.train.distributed import processes
 from vllm_vispec.train.loop import Outcome, train
-from vllm_vispec.train.state import Checkpoints, check_same_settings
 from vllm_vispec.utils.errors import ViSpecError
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
@@ -84,7 +83,7 @@ def test_other_settings_are_refused(tiny: TinyStore, dialogues: Path, tmp_path: 
     target = tiny.target("qwen2_5_vl")
     config = recipe(target, dialogues, tmp_path / "run", schedule__max_steps=2, run__save_every=1)
     run(config)
-    longer = replace(config, schedule=replace(config.schedule, max_steps=3))
+    longer = config_from_flat(config.flat() | {"schedule.max_steps": 3})
     with pytest.raises(ViSpecError, match=r"schedule\.max_steps: 2 -> 3.*--override schedule"):
         run(longer)
     assert run(longer, "schedule.max_steps").step == 3
@@ -100,7 +99,7 @@ def test_a_head_of_another_shape_is_refused(
     target = tiny.target("qwen2_5_vl")
     config = recipe(target, dialogues, tmp_path / "run", schedule__max_steps=1)
     run(config)
-    other = replace(config, head=replace(config.head, num_query_tokens=4))
+    other = config_from_flat(config.flat() | {"head.num_query_tokens": 4})
     with pytest.raises(ViSpecError, match="head of another shape"):
         run(other, "head.num_query_tokens")
 

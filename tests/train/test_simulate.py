@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tests.support.child import run_in_subprocess
 from tests.train.samples import HEADS, random_draft, random_sample
-from vllm_vispec.evaluate.acceptance import Acceptance, merge_families
 from vllm_vispec.evaluate.engine import Answer, Question, inside_answer, summarise
-from vllm_vispec.evaluate.simulate import answer_spans, draft_hits, replay, simulate
 from vllm_vispec.reference import ViSpecDraft
 from vllm_vispec.train.batch import Observed, pad_batch
+from vllm_vispec.train.metrics import Acceptance, merge_families
+from vllm_vispec.train.simulate import answer_spans, draft_hits, replay, simulate
 from vllm_vispec.utils.errors import ViSpecError
 
 DEPTH = 4
@@ -74,13 +74,15 @@ def test_simulation_equals_drafting_every_chain(name: str) -> None:
     for one in samples:
         for start, end in answer_spans(one.answer.tolist()):
             rounds = drafted_rounds(draft, one, start, end)
-            part = {one.family: Acceptance.of_rounds(rounds, end - start, DEPTH)}
+            part = {one.family: Acceptance.of_answer(rounds, end - start, DEPTH)}
             expected = merge_families(expected, part)
     overall = found.pop("overall")
     assert found == expected
-    assert overall.accepted == sum(part.accepted for part in expected.values())
+    assert sum(overall.accepted_by_position) == sum(
+        sum(part.accepted_by_position) for part in expected.values()
+    )
     assert overall.answers == 5
-    assert overall.accepted > 10
+    assert sum(overall.accepted_by_position) > 10
     assert (
         overall.tokens == sum(end - start - 1 for start, end in [(14, 58), (13, 20), (24, 40)]) + 10
     )
@@ -135,13 +137,13 @@ def test_spans_of_answers() -> None:
 
 
 def test_rates_of_an_acceptance() -> None:
-    one = Acceptance.of_rounds([2, 0, 1, 2], num_tokens=10, num_draft_tokens=3)
+    one = Acceptance.of_answer([2, 0, 1, 2], num_tokens=10, num_draft_tokens=3)
     assert one == Acceptance(4, 9, (3, 2, 0), 1)
     assert one.accepted_draft == 1.25
-    assert one.tokens_per_round == 2.25
-    assert one.accept_rates == (0.75, 0.5, 0.0)
+    assert one.acceptance_length == 2.25
+    assert one.acceptance_rates == (0.75, 0.5, 0.0)
     assert one.merge(one) == Acceptance(8, 18, (6, 4, 0), 2)
-    assert Acceptance.nothing(2).tokens_per_round == 1
+    assert Acceptance.nothing(2).acceptance_length == 1
 
 
 def test_drafts_behind_the_end_of_an_answer_are_left_out() -> None:
@@ -152,7 +154,8 @@ def test_drafts_behind_the_end_of_an_answer_are_left_out() -> None:
     result = summarise([question], [Answer(tuple(range(8)), (3, 5))], 5)
     assert result.accepted_past_end == 2
     assert result.identical == 1
-    assert result.families["charts"].accepted == result.families["overall"].accepted == 6
+    assert result.families["charts"] == result.families["overall"]
+    assert sum(result.families["charts"].accepted_by_position) == 6
 
 
 def test_drafting_nothing_is_refused() -> None:

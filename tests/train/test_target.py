@@ -74,7 +74,7 @@ def test_states_are_those_of_the_whole_model(kind: str, tiny: TinyStore, dialogu
 
 def test_facts_and_frozen(tiny: TinyStore) -> None:
     target = load(tiny.target("qwen3_vl"))
-    assert (target.hidden_size, target.vocab_size, target.model_type) == (128, 1024, "qwen3_vl")
+    assert target.model_type == "qwen3_vl"
     assert target.embed_VD.shape == target.lm_head_VD.shape == (1024, 128)
     assert not any(p.requires_grad for p in target.model.parameters())
     assert not target.model.training
@@ -119,7 +119,6 @@ def test_vision_of_other_shapes_is_padded() -> None:
         {"pixel_values": torch.ones(1, 3, 2, 2), "image_sizes": torch.ones(1, 2)},
         {},
         {"pixel_values": torch.ones(2, 5, 2, 2), "image_sizes": torch.ones(2, 2)},
-        {"mm_token_type_ids": torch.ones(1, 7)},
     ]
     merged = merge_vision(parts)
     assert {name: tuple(value.shape) for name, value in merged.items()} == {

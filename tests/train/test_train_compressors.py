@@ -13,10 +13,10 @@ from tests.support.tiny_store import TinyStore
 from tests.train.dialogues import recipe
 from tests.train.jobs import losses, run_and_signal
 from vllm_vispec.heads.folder import inspect_head, load_draft
+from vllm_vispec.train.checkpoint import Checkpoints
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.distributed import processes
 from vllm_vispec.train.loop import Outcome, train
-from vllm_vispec.train.state import Checkpoints
 from vllm_vispec.utils.errors import ViSpecError
 
 SELECT = "select(prune:3,conv:2,resampler:2,text_only)"

@@ -8,12 +8,23 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, fields
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, fields
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import typer
+from pydantic import BaseModel
 
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.settings import as_flag, parse
 
 T = TypeVar("T")
 Command = Callable[..., int | None]
@@ -107,6 +118,16 @@ FORMS = {
 NO_OPTION = ("ready_timeout_s",)
 
 
+class SettingsField(NamedTuple):
+    """A field of a settings class; None as the default: the class decides itself."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str | None
+    form: Form
+
+
 class SettingsOption(NamedTuple):
     """A field of a settings class as an option: its parameter, and what reads its value."""
 
@@ -117,29 +138,25 @@ class SettingsOption(NamedTuple):
 def options_of(*settings: type) -> Callable[[Command], Callable[..., None]]:
     """Give a command an option for each field of settings classes, before its own parameters.
 
-    The command is called with the settings first, and its result is the exit code. An option's help
-    is the first sentence about its field under `Attributes:` in the class's docstring, its default
-    is the field's, and a field of type `tuple[T, ...]` takes values separated by commas.
+    The command is called with the settings first, and its result is the exit code. A class is a
+    pydantic model whose fields have descriptions (and "flags" of their own in their
+    `json_schema_extra`), or a dataclass with an `Attributes:` section in its docstring. A field of
+    type `tuple[T, ...]` takes values separated by commas, a dictionary a JSON object.
     """
 
     def decorate(command: Command) -> Callable[..., None]:
         _, *own = inspect.signature(command, eval_str=True).parameters.values()
         own = own[len(settings) - 1 :]
-        options = [{field.name: _option(one, field) for field in _fields(one)} for one in settings]
+        options = [{field.name: _option(field) for field in _fields(one)} for one in settings]
 
         def run(**values: Any) -> None:
             with exit_on_error():
                 # None stands for what the class decides itself.
-                made = [
-                    one(
-                        **{
-                            n: o.read(v)
-                            for n, o in group.items()
-                            if (v := values.pop(n)) is not None
-                        }
-                    )
-                    for one, group in zip(settings, options, strict=True)
+                given = [
+                    {n: o.read(v) for n, o in group.items() if (v := values.pop(n)) is not None}
+                    for group in options
                 ]
+                made = [_make(*pair) for pair in zip(settings, given, strict=True)]
                 raise typer.Exit(command(*made, **values) or 0)
 
         every = [option.parameter for group in options for option in group.values()]
@@ -152,6 +169,12 @@ def options_of(*settings: type) -> Callable[[Command], Callable[..., None]]:
     return decorate
 
 
+def _make(settings: type, values: dict[str, Any]) -> Any:
+    if issubclass(settings, BaseModel):
+        return parse(settings, values, as_flag)
+    return settings(**values)
+
+
 def attribute_docs(settings: type) -> dict[str, str]:
     """Return the first sentence about each field under `Attributes:` in a class's docstring."""
     _, _, section = inspect.cleandoc(settings.__doc__ or "").partition("Attributes:\n")
@@ -160,29 +183,42 @@ def attribute_docs(settings: type) -> dict[str, str]:
     return {name: re.split(r"(?<=\.)\s+(?=[A-Z])", text)[0] for name, text in texts.items()}
 
 
-def _fields(settings: Any) -> Iterator[Field[Any]]:
-    return (field for field in fields(settings) if field.name not in NO_OPTION)
+def _fields(settings: Any) -> Iterator[SettingsField]:
+    empty = inspect.Parameter.empty
+    if issubclass(settings, BaseModel):
+        for name, item in settings.model_fields.items():
+            default = empty if item.is_required() else item.default
+            form = Form(tuple((item.json_schema_extra or {}).get("flags", ())))
+            yield SettingsField(name, item.annotation, default, item.description, form)
+        return
+    types, docs = get_type_hints(settings), attribute_docs(settings)
+    for field in fields(settings):
+        if field.name in NO_OPTION:
+            continue
+        kind, default = types[field.name], empty if field.default is MISSING else field.default
+        if field.default_factory is not MISSING:
+            kind, default = (kind if get_origin(kind) is dict else kind | None), None
+        form = FORMS.get(field.name, Form())
+        yield SettingsField(field.name, kind, default, docs.get(field.name), form)
 
 
-def _option(settings: type, field: Field[Any]) -> SettingsOption:
-    kind, form = get_type_hints(settings)[field.name], FORMS.get(field.name, Form())
-    flag = (*form.names, "--" + field.name.replace("_", "-"))[0]
-    default: Any = inspect.Parameter.empty if field.default is MISSING else field.default
+def _option(field: SettingsField) -> SettingsOption:
+    kind, default, form = field.type, field.default, field.form
+    flag = (*form.names, as_flag(field.name))[0]
     read: Callable[[Any], Any] = _as_given
-    if field.default_factory is not MISSING:
-        kind, default = (kind if get_origin(kind) is dict else kind | None), None
     if get_origin(kind) is tuple:
         item, default = get_args(kind)[0], form.default or ",".join(map(_as_text, default))
         convert = form.read or (lambda flag, text: split(flag, text, item))
         kind, read = str, lambda text: convert(flag, text) if text else ()
     elif get_origin(kind) is dict:
         kind, default, read = str, "{}", lambda text: json_object(flag, text)
-    option = typer.Option(*form.names, help=attribute_docs(settings).get(field.name))
+    elif get_origin(kind) is Literal:
+        kind = str  # the class refuses other values
     parameter = inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
-        annotation=Annotated[kind, option],
+        annotation=Annotated[kind, typer.Option(*form.names, help=field.help)],
     )
     return SettingsOption(parameter, read)
 

@@ -37,7 +37,7 @@ def train(
 
     Several GPUs of one machine: torchrun --nproc-per-node N --no-python vispec train RECIPE.
     """
-    from vllm_vispec.train.settings import explain as explain_settings
+    from vllm_vispec.train.config import explain as explain_settings
 
     if explain:
         typer.echo(explain_settings())
@@ -55,7 +55,7 @@ def _train(
     cache_only: bool,
     ray_workers: int,
 ) -> str:
-    from vllm_vispec.train.settings import full_name, load_config
+    from vllm_vispec.train.config import full_name, load_config
 
     override = tuple(full_name(name.strip()) for name in names.split(",") if name.strip())
     config = load_config(recipe, settings).require_complete()

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from vllm_vispec.data.encode import Encoder
 from vllm_vispec.data.images import open_image
 from vllm_vispec.data.types import Turn
-from vllm_vispec.evaluate.acceptance import OVERALL, Acceptance, Families, merge_families
-from vllm_vispec.evaluate.data import EvalSample
-from vllm_vispec.evaluate.simulate import answer_spans
+from vllm_vispec.evaluate.options import EvalSample
+from vllm_vispec.train.metrics import OVERALL, Acceptance, Families, by_family, merge_families
+from vllm_vispec.train.simulate import answer_spans
 from vllm_vispec.utils.engine_start import spelled_as_json, starting_engine
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer of the engine: its tokens, and the accepted drafts of every round."""
+    """An answer of the engine: its tokens, and the accepted drafts of every step."""
 
     token_ids: tuple[int, ...]
     accepted: tuple[int, ...]
@@ -176,17 +176,15 @@ def summarise(
         kept = inside_answer(answer.accepted, len(answer.token_ids))
         past_end += sum(answer.accepted) - sum(kept)
         identical += list(answer.token_ids) == question.answer_ids
-        one = Acceptance.of_rounds(kept, len(answer.token_ids), num_draft_tokens)
-        results.append({OVERALL: one})
-        if question.family:
-            results.append({question.family: one})
+        one = Acceptance.of_answer(kept, len(answer.token_ids), num_draft_tokens)
+        results.append(by_family(question.family, one))
     return EngineResult(merge_families(*results), identical, past_end)
 
 
 def inside_answer(accepted: Sequence[int], num_tokens: int) -> list[int]:
-    """Accepted drafts of every round without those behind the answer's end.
+    """Accepted drafts of every step without those behind the answer's end.
 
-    The scheduler counts a round before it looks for the stop token.
+    The scheduler counts a step before it looks for the stop token.
     """
     kept: list[int] = []
     left = num_tokens - 1

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_vispec.data.types import Rejected
-from vllm_vispec.evaluate.acceptance import OVERALL, Families
 from vllm_vispec.evaluate.engine import EngineResult
+from vllm_vispec.train.metrics import OVERALL, Families
 from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def make_table(report: Report) -> Table:
     for family in report.simulated:
         for source, families in sources:
             one = families[family]
-            rates = [f"{rate:.0%}" for rate in one.accept_rates]
-            counts = (str(one.answers), str(one.rounds), f"{one.tokens_per_round:.3f}")
+            rates = [f"{rate:.0%}" for rate in one.acceptance_rates]
+            counts = (str(one.answers), str(one.steps), f"{one.acceptance_length:.3f}")
             table.add_row(family if source == "simulated" else "", source, *counts, *rates)
     return table

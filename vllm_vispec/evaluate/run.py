@@ -5,81 +5,27 @@ Tensor names end in their shape: L tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import gc
+from collections.abc import Sequence
 
-from vllm_vispec.evaluate.data import DataSource, EvalSample
+import torch
+from torch import Tensor
+
+from vllm_vispec.data.encode import Encoder
+from vllm_vispec.data.template import load_processor
+from vllm_vispec.data.types import Rejected
+from vllm_vispec.draft_vocab.files import find_vocab
 from vllm_vispec.evaluate.engine import EngineSettings, Question, measure, questions
+from vllm_vispec.evaluate.options import DataSource, EvalOptions, EvalSample
 from vllm_vispec.evaluate.report import Report
+from vllm_vispec.heads.folder import inspect_head, load_draft
+from vllm_vispec.heads.target import check_against_target, load_target_config
+from vllm_vispec.reference import Draft
+from vllm_vispec.train.batch import Observed, pad_batch
+from vllm_vispec.train.metrics import Families, merge_families
+from vllm_vispec.train.simulate import simulate
+from vllm_vispec.train.target import TrainingTarget
 from vllm_vispec.utils.errors import ViSpecError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from vllm_vispec.data.types import Rejected
-    from vllm_vispec.evaluate.acceptance import Families
-    from vllm_vispec.reference import Draft
-    from vllm_vispec.train.batch import Observed
-    from vllm_vispec.train.target import TrainingTarget
-
-DTYPES = ("float32", "bfloat16")
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """What to evaluate, and how.
-
-    Attributes:
-        target, head: folders or hub ids.
-        source: conversations whose answers are the target's own greedy ones.
-        num_speculative_tokens: K.
-        dtype: a name in `DTYPES`, for the target and the head.
-        device: where to simulate; None: the GPU if there is one.
-        batch_size: samples at once.
-        max_length: longer samples are left out (and counted).
-        check_greedy: count the answer tokens that are the target's argmax.
-        engine: ask the engine, too.
-        draft_vocab: what the draft may propose, as in the speculative config; None: all tokens.
-        engine_args: further arguments of `vllm.LLM` for the engine.
-
-    Raises:
-        ViSpecError: a value is impossible.
-    """
-
-    target: str
-    head: str
-    source: DataSource
-    num_speculative_tokens: int = 5
-    dtype: str = "float32"
-    device: str | None = None
-    batch_size: int = 4
-    max_length: int = 4096
-    check_greedy: bool = False
-    engine: bool = False
-    draft_vocab: str | int | None = None
-    engine_args: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ViSpecError(f"--dtype {self.dtype} is unknown: use one of {', '.join(DTYPES)}")
-        for name in ("num_speculative_tokens", "batch_size", "max_length"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise ViSpecError(f"--{flag} {getattr(self, name)} is too small: use at least 1")
-
-    def settings(self) -> dict[str, Any]:
-        """The part of the report that says what was evaluated."""
-        settings: dict[str, Any] = {
-            "target": self.target,
-            "head": self.head,
-            "data": str(self.source.path),
-            "dtype": self.dtype,
-            "num_speculative_tokens": self.num_speculative_tokens,
-        }
-        if self.draft_vocab is not None:
-            settings["draft_vocab"] = self.draft_vocab
-        return settings
 
 
 def evaluate(options: EvalOptions) -> Report:
@@ -88,16 +34,14 @@ def evaluate(options: EvalOptions) -> Report:
     Raises:
         ViSpecError: target, head or data cannot be used, or do not fit each other.
     """
-    from vllm_vispec.data.encode import Encoder, load_processor
-    from vllm_vispec.evaluate.acceptance import merge_families
-
-    encoder = Encoder(load_processor(options.target), options.max_length, options.source.images)
+    source = DataSource(options.data, options.image_root, options.limit)
+    encoder = Encoder(load_processor(options.target), options.max_length, source.images)
     pair = _Pair.load(options)
     rejected: list[Rejected] = []
     parts: list[Families] = []
     asked: list[Question] = []
     samples = greedy = checked = longest = 0
-    for group in options.source.batches(encoder, options.batch_size, rejected):
+    for group in source.batches(encoder, options.batch_size, rejected):
         families, matches, tokens = pair.simulate(group, options)
         parts.append(families)
         samples, greedy, checked = samples + len(group), greedy + matches, checked + tokens
@@ -106,16 +50,16 @@ def evaluate(options: EvalOptions) -> Report:
             asked += [question for sample in group for question in questions(encoder, sample)]
     if not samples:
         reason = f" (first reason: {rejected[0].reason})" if rejected else ""
-        raise ViSpecError(f"--data {options.source.path} has no usable conversation{reason}")
+        raise ViSpecError(f"--data {source.path} has no usable conversation{reason}")
     room = pair.room(longest, options.num_speculative_tokens)
     pair.release()
     return Report(
-        options.settings(),
+        options.summary(),
         samples,
         tuple(rejected),
         merge_families(*parts),
         (greedy, checked) if options.check_greedy else None,
-        measure(_engine(options, room), asked, options.source.images) if options.engine else None,
+        measure(_engine(options, room), asked, source.images) if options.engine else None,
         pair.warning,
     )
 
@@ -127,7 +71,7 @@ def _engine(options: EvalOptions, max_model_len: int) -> EngineSettings:
         options.num_speculative_tokens,
         options.dtype,
         max_model_len,
-        options.draft_vocab,
+        options.draft_vocab_setting,
         options.engine_args,
     )
 
@@ -142,8 +86,6 @@ class _Pair:
         warning: str | None = None,
         token_ids: tuple[int, ...] | None = None,
     ) -> None:
-        import torch
-
         self.target, self.draft, self.warning = target, draft, warning
         self.lm_head_VD, self.token_ids_V = target.lm_head_VD, None
         if token_ids is not None:
@@ -153,20 +95,13 @@ class _Pair:
 
     @classmethod
     def load(cls, options: EvalOptions) -> _Pair:
-        import torch
-
-        from vllm_vispec.draft_vocab.files import find_vocab
-        from vllm_vispec.heads.folder import inspect_head, load_draft
-        from vllm_vispec.heads.target import check_against_target, load_target_config
-        from vllm_vispec.train.target import TrainingTarget
-
         # Before any weights are read.
         info, config = inspect_head(options.head), load_target_config(options.target)
         text = config.get_text_config()
         warning = check_against_target(
             info.config, text.hidden_size, text.vocab_size, config.model_type
         )
-        vocab = find_vocab(options.draft_vocab, info.folder, info.config.vocab_size)
+        vocab = find_vocab(options.draft_vocab_setting, info.folder, info.config.vocab_size)
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, options.dtype)
         draft = load_draft(info.folder, dtype).to(device).eval()
@@ -177,9 +112,6 @@ class _Pair:
         self, group: Sequence[EvalSample], options: EvalOptions
     ) -> tuple[Families, int, int]:
         """Acceptance on a few samples, and how many of how many answer tokens are greedy."""
-        from vllm_vispec.evaluate.simulate import simulate
-        from vllm_vispec.train.batch import pad_batch
-
         observed = self.target.observe([sample.encoded for sample in group])
         families = simulate(
             self.draft,
@@ -197,7 +129,7 @@ class _Pair:
         """max_model_len for conversations of up to `longest` tokens.
 
         vLLM stops drafting for a whole batch as soon as one request, its drafts included, comes
-        near max_model_len: the room for two rounds keeps the longest one from doing so, where the
+        near max_model_len: the room for two steps keeps the longest one from doing so, where the
         target's own limit allows it.
         """
         wanted = longest + 2 * (num_draft_tokens + 1)
@@ -206,10 +138,6 @@ class _Pair:
 
     def release(self) -> None:
         """Free the memory for the engine."""
-        import gc
-
-        import torch
-
         del self.target, self.draft, self.lm_head_VD
         gc.collect()
         if torch.cuda.is_available():

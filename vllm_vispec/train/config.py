@@ -1,56 +1,81 @@
-"""Everything a training run can be told: one frozen dataclass per section of the recipe.
+"""The recipe of a training run: every setting, its default, its meaning and its source.
 
-Every setting carries its meaning and where its default comes from; `vispec train --explain` prints
-them. Sources: "ViSpec" = the paper (arXiv 2509.15235), "ViSpec code" = its published training
-scripts, "NeMo" = the independent recipe in NVIDIA NeMo AutoModel, "SpecVLM" = arXiv 2509.11815
-section 3.5, "ours" = chosen here.
+`vispec train --explain` prints them. Sources: "ViSpec" = the paper (arXiv 2509.15235), "ViSpec
+code" = its published training scripts, "NeMo" = the independent recipe in NVIDIA NeMo AutoModel,
+"SpecVLM" = arXiv 2509.11815 section 3.5, "ours" = chosen here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_origin
 
-from vllm_vispec.train.section import Section, setting
+from pydantic import Field, ValidationInfo, field_validator
+
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.settings import Settings, choices, iter_fields, parse
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+_SHORT = (
+    "With --set and --override the section may be left out of a name that no other section has: "
+    "--set compressor=select"
+)
 
 
-@dataclass(frozen=True)
+def setting(default: Any, meaning: str, source: str, **limits: Any) -> Any:
+    """A documented field; `ge` and `le` are its limits."""
+    return Field(default, description=meaning, json_schema_extra={"source": source}, **limits)
+
+
+class Section(Settings):
+    """A section of the recipe."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML 1.1 reads `off` and `on` as booleans and nothing as None; one text is a list."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        is_list = get_origin(kind) is tuple
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        if value is None and kind not in (int, float):
+            return () if is_list else "" if kind is str else {}
+        return (value,) if is_list and isinstance(value, str) else value
+
+
 class TargetConfig(Section):
     """The frozen model whose answers are to be predicted."""
 
     model: str = setting("", "folder or hub id of the target", "required")
-    dtype: str = setting(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",
         "how the target computes; auto: bfloat16 on a GPU, float32 on a CPU",
         "ViSpec code (bfloat16)",
-        choices=("auto", "float32", "bfloat16", "float16"),
     )
 
 
-@dataclass(frozen=True)
 class HeadSettings(Section):
     """The draft to train."""
 
-    kind: str = setting("vispec", "which head: see vllm_vispec.train.kinds", "ViSpec")
+    kind: str = setting("vispec", "head type: see vllm_vispec.train.head_types", "ViSpec")
     compressor: str = setting(
         "",
         "what makes an image's tokens, like prune:20 or select: see vllm_vispec.compressors.spec; "
-        "none: the kind's own",
+        "none: that of the head type",
         "SpecVLM (select)",
     )
     num_query_tokens: int = setting(
         2,
         "learned queries of ViSpec's adaptor; one less is the number of rows per image",
         "ViSpec code",
-        low=1,
+        ge=1,
     )
-    input_norm: str = setting(
+    input_norm: Literal["auto", "on", "off"] = setting(
         "auto",
-        "norm of the draft's input; auto: as the kind, or as head.init_from",
+        "norm of the draft's input; auto: as the head type, or as head.init_from",
         "SpecVLM (on), ViSpec code (off)",
-        choices=("auto", "on", "off"),
     )
     init_from: str = setting(
         "",
@@ -58,30 +83,25 @@ class HeadSettings(Section):
         "ours; MASSV",
     )
     num_layers: int = setting(
-        0, "decoder layers of a draft VLM; 0: those of head.init_from, else 4", "ours", low=0
+        0, "decoder layers of a draft VLM; 0: those of head.init_from, else 4", "ours", ge=0
     )
     hidden_size: int = setting(
-        0, "width of a draft VLM; 0: that of head.init_from, else the target's", "ours", low=0
+        0, "width of a draft VLM; 0: that of head.init_from, else the target's", "ours", ge=0
     )
     num_heads: int = setting(
-        0, "heads of a draft VLM; 0: those of head.init_from, else as wide as the target's", "ours",
-        low=0,
-    )  # fmt: skip
-    trained: str = setting(
+        0,
+        "heads of a draft VLM; 0: those of head.init_from, else as wide as the target's",
+        "ours",
+        ge=0,
+    )
+    trained: Literal["all", "projector"] = setting(
         "all",
         "which weights of a draft VLM are trained; projector: stage 1",
         "MASSV (stage 1: projector)",
-        choices=("all", "projector"),
     )
-    dtype: str = setting(
-        "bfloat16",
-        "dtype of the exported weights",
-        "ViSpec code",
-        choices=("float32", "bfloat16", "float16"),
-    )
+    dtype: Dtype = setting("bfloat16", "dtype of the exported weights", "ViSpec code")
 
 
-@dataclass(frozen=True)
 class DataConfig(Section):
     """What to train and validate on."""
 
@@ -90,20 +110,19 @@ class DataConfig(Section):
         (), "JSONL files held out; none: a share of train", "ours"
     )
     validation_share: float = setting(
-        0.05, "share of train that is held out", "ViSpec code (95/5)", low=0.0, high=0.9
+        0.05, "share of train that is held out", "ViSpec code (95/5)", ge=0, le=0.9
     )
-    validation_max: int = setting(256, "at most this many held-out samples", "ours", low=1)
+    validation_max: int = setting(256, "at most this many held-out samples", "ours", ge=1)
     image_root: str = setting("", "folder that image paths start from; none: the file's", "ours")
     max_length: int = setting(
-        4096, "longer samples are left out and counted", "ViSpec code, NeMo", low=4
+        4096, "longer samples are left out and counted", "ViSpec code, NeMo", ge=4
     )
-    max_samples: int = setting(0, "use the first so many of train; 0: all", "ours", low=0)
+    max_samples: int = setting(0, "use the first so many of train; 0: all", "ours", ge=0)
     memory_mb: int = setting(
-        1024, "encoded samples kept in memory, MiB; the rest is encoded again", "ours", low=0
+        1024, "encoded samples kept in memory, MiB; the rest is encoded again", "ours", ge=0
     )
 
 
-@dataclass(frozen=True)
 class LossSettings(Section):
     """What is minimised."""
 
@@ -113,152 +132,143 @@ class LossSettings(Section):
         "else vispec",
         "SpecVLM; MASSV; ViSpec code, NeMo",
     )
-    weights: Mapping[str, float] = setting({}, "weights of its parts; none: its own", "see losses")
+    weights: dict[str, float] = setting({}, "weights of its terms; none: its own", "see losses")
     passes: int = setting(
         2,
         "rollout passes, the first on the target's states; a draft VLM always has one",
         "ViSpec code (1 extra pass)",
-        low=1,
+        ge=1,
     )
-    mode: str = setting(
+    mode: Literal["exact", "shifted"] = setting(
         "exact",
         "what a row of a later pass sees; exact: as in the engine, shifted: as in the reference",
         "EAGLE-3 (training-time test)",
-        choices=("exact", "shifted"),
     )
     pass_decay: float = setting(
-        1.0, "weight of pass s is this to the power of s", "ViSpec code (equal)", low=0.0
+        1.0, "weight of pass s is this to the power of s", "ViSpec code (equal)", ge=0
     )
     noise: float = setting(
-        0.0, "uniform noise on the target's states; ViSpec: 0.2", "SpecVLM (online: off)", low=0.0
+        0.0, "uniform noise on the target's states; ViSpec: 0.2", "SpecVLM (online: off)", ge=0
     )
-    chunk_rows: int = setting(2048, "rows whose logits are in memory at a time", "ours", low=1)
+    chunk_rows: int = setting(2048, "rows whose logits are in memory at a time", "ours", ge=1)
     balance: float = setting(
-        0.01, "weight of the load balance over the branches of select", "ours", low=0.0
+        0.01, "weight of the load balance over the branches of select", "ours", ge=0
     )
     temperature_start: float = setting(
-        1.0, "of the Gumbel softmax of select at the run's start", "ours", low=0.01
+        1.0, "of the Gumbel softmax of select at the run's start", "ours", ge=0.01
     )
     temperature_end: float = setting(
-        0.5, "at its end, linear between; as progress goes for the rate", "ours", low=0.01
+        0.5, "at its end, linear between; as progress goes for the rate", "ours", ge=0.01
     )
 
     def temperature(self, progress: float) -> float:
-        """Of the Gumbel softmax when a share of the run is over."""
+        """Temperature of the Gumbel softmax after this share of the run."""
         return self.temperature_start + (self.temperature_end - self.temperature_start) * progress
 
 
-@dataclass(frozen=True)
 class OptimizerConfig(Section):
     """AdamW and what happens to its gradients."""
 
-    lr: float = setting(3e-5, "peak learning rate", "NeMo (stage 1)", low=0.0)
-    beta1: float = setting(0.9, "AdamW", "ViSpec, SpecVLM", low=0.0, high=1.0)
-    beta2: float = setting(0.95, "AdamW", "ViSpec, SpecVLM", low=0.0, high=1.0)
-    eps: float = setting(1e-8, "AdamW", "PyTorch", low=0.0)
-    weight_decay: float = setting(0.0, "AdamW", "SpecVLM", low=0.0)
-    clip: str = setting(
-        "value",
-        "how gradients are clipped",
-        "ViSpec code",
-        choices=("value", "norm", "none"),
+    lr: float = setting(3e-5, "peak learning rate", "NeMo (stage 1)", ge=0)
+    beta1: float = setting(0.9, "AdamW", "ViSpec, SpecVLM", ge=0, le=1)
+    beta2: float = setting(0.95, "AdamW", "ViSpec, SpecVLM", ge=0, le=1)
+    eps: float = setting(1e-8, "AdamW", "PyTorch", ge=0)
+    weight_decay: float = setting(0.0, "AdamW", "SpecVLM", ge=0)
+    clip: Literal["value", "norm", "none"] = setting(
+        "value", "how gradients are clipped", "ViSpec code"
     )
-    clip_at: float = setting(0.5, "largest value or norm", "ViSpec code", low=0.0)
+    clip_at: float = setting(0.5, "largest value or norm", "ViSpec code", ge=0)
     ema: float = setting(
-        0.0, "decay of a moving average of the weights, which is exported; 0: off", "ours",
-        low=0.0, high=0.99999,
-    )  # fmt: skip
+        0.0,
+        "decay of a moving average of the weights, which is exported; 0: off",
+        "ours",
+        ge=0,
+        le=0.99999,
+    )
 
 
-@dataclass(frozen=True)
 class ScheduleConfig(Section):
     """How long, and the learning rate on the way. The first limit that is reached ends it."""
 
-    epochs: float = setting(20.0, "passes over the data; 0: no limit", "ViSpec", low=0.0)
-    max_steps: int = setting(0, "optimizer steps; 0: no limit", "ours", low=0)
-    minutes: float = setting(0.0, "minutes of training; 0: no limit", "ours", low=0.0)
+    epochs: float = setting(20.0, "passes over the data; 0: no limit", "ViSpec", ge=0)
+    max_steps: int = setting(0, "optimizer steps; 0: no limit", "ours", ge=0)
+    minutes: float = setting(0.0, "minutes of training; 0: no limit", "ours", ge=0)
     warmup: float = setting(
         0.05, "share of the run in which the rate rises from 0", "ViSpec (1 of 20), NeMo",
-        low=0.0, high=1.0,
+        ge=0, le=1,
     )  # fmt: skip
-    decay: str = setting(
-        "linear",
-        "shape of the rate's fall",
-        "ViSpec code",
-        choices=("linear", "cosine", "constant"),
+    decay: Literal["linear", "cosine", "constant"] = setting(
+        "linear", "shape of the rate's fall", "ViSpec code"
     )
-    floor: float = setting(0.1, "last rate, as a share of the peak", "NeMo", low=0.0, high=1.0)
+    floor: float = setting(0.1, "last rate, as a share of the peak", "NeMo", ge=0, le=1)
 
 
-@dataclass(frozen=True)
 class BatchConfig(Section):
     """How samples are put together."""
 
-    size: int = setting(8, "samples per process and forward pass", "ViSpec (global batch)", low=1)
-    accumulate: int = setting(1, "forward passes per step", "NeMo: 8 of size 1", low=1)
+    size: int = setting(8, "samples per process and forward pass", "ViSpec (global batch)", ge=1)
+    accumulate: int = setting(1, "forward passes per step", "NeMo: 8 of size 1", ge=1)
     pool: int = setting(
-        16, "batches that are sorted by length together, against padding", "ours", low=1
+        16, "batches that are sorted by length together, against padding", "ours", ge=1
     )
 
 
-@dataclass(frozen=True)
 class TeacherConfig(Section):
     """Where hidden states come from."""
 
-    mode: str = setting(
+    mode: Literal["online", "offline"] = setting(
         "online",
         "online: the target runs in every step; offline: its states are read from disk",
         "SpecVLM (online), ViSpec code (offline)",
-        choices=("online", "offline"),
     )
     cache_dir: str = setting("", "folder of the cache; none: <run.output>/cache", "ours")
-    shard_samples: int = setting(64, "samples per cache file", "ours", low=1)
+    shard_samples: int = setting(64, "samples per cache file", "ours", ge=1)
 
 
-@dataclass(frozen=True)
 class RunConfig(Section):
     """Where results go, and how often."""
 
     output: str = setting("", "folder of checkpoints, curves and the head", "required")
-    seed: int = setting(0, "of weights, order and noise", "ViSpec code", low=0)
-    device: str = setting(
-        "auto", "auto: a GPU if there is one", "ours", choices=("auto", "cpu", "cuda")
+    seed: int = setting(0, "of weights, order and noise", "ViSpec code", ge=0)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one", "ours")
+    autocast: Literal["auto", "off", "bfloat16"] = setting(
+        "auto", "mixed precision of the draft; auto: bfloat16 on a GPU", "ViSpec code"
     )
-    autocast: str = setting(
-        "auto", "mixed precision of the draft; auto: bfloat16 on a GPU", "ViSpec code",
-        choices=("auto", "off", "bfloat16"),
-    )  # fmt: skip
-    threads: int = setting(0, "CPU threads of PyTorch; 0: its own choice", "ours", low=0)
+    threads: int = setting(0, "CPU threads of PyTorch; 0: its own choice", "ours", ge=0)
     validate_every: int = setting(
-        500, "steps between validations; 0: at the end only", "ours", low=0
+        500, "steps between validations; 0: at the end only", "ours", ge=0
     )
-    save_every: int = setting(500, "steps between checkpoints; 0: at the end only", "ours", low=0)
-    keep: int = setting(2, "newest checkpoints kept, beside the best", "ours", low=1)
-    log_every: int = setting(10, "steps per line of metrics.jsonl", "ours", low=1)
-    num_draft_tokens: int = setting(5, "K of the simulated tokens_per_round", "ours", low=1)
-    export: str = setting("best", "which weights become the head", "ours", choices=("best", "last"))
+    save_every: int = setting(500, "steps between checkpoints; 0: at the end only", "ours", ge=0)
+    keep: int = setting(2, "newest checkpoints kept, beside the best", "ours", ge=1)
+    log_every: int = setting(10, "steps per line of metrics.jsonl", "ours", ge=1)
+    num_draft_tokens: int = setting(5, "K of the simulated tokens_per_round", "ours", ge=1)
+    export: Literal["best", "last"] = setting("best", "which weights become the head", "ours")
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """A whole recipe.
+class TrainConfig(Settings):
+    """A whole recipe."""
 
-    Raises:
-        ViSpecError: a required setting is missing or nothing ends the run.
-    """
+    target: TargetConfig = TargetConfig()
+    head: HeadSettings = HeadSettings()
+    data: DataConfig = DataConfig()
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    batch: BatchConfig = BatchConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    run: RunConfig = RunConfig()
 
-    target: TargetConfig = field(default_factory=TargetConfig)
-    head: HeadSettings = field(default_factory=HeadSettings)
-    data: DataConfig = field(default_factory=DataConfig)
-    loss: LossSettings = field(default_factory=LossSettings)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        return {} if value is None else value
 
     def require_complete(self) -> TrainConfig:
-        """Check what a run cannot do without; returns itself."""
+        """Check what a run cannot do without; returns itself.
+
+        Raises:
+            ViSpecError: a required setting is missing or nothing ends the run.
+        """
         required = {
             "target.model": self.target.model,
             "data.train": self.data.train,
@@ -276,25 +286,114 @@ class TrainConfig:
             )
         return self
 
-    def as_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain data, section by section."""
-        plain: dict[str, dict[str, Any]] = {}
-        for item in fields(self):
-            section = getattr(self, item.name)
-            values = {f.name: getattr(section, f.name) for f in fields(section)}
-            plain[item.name] = {name: _plain(value) for name, value in values.items()}
-        return plain
-
     def flat(self) -> dict[str, Any]:
         """Plain data under dotted names, e.g. "optimizer.lr"."""
         return {
             f"{section}.{name}": value
-            for section, values in self.as_dict().items()
+            for section, values in self.model_dump(mode="json").items()
             for name, value in values.items()
         }
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, tuple) else value
+def load_config(recipe: str | Path | None, assignments: Sequence[str] = ()) -> TrainConfig:
+    """Read a recipe and apply assignments on top.
+
+    Args:
+        recipe: a YAML file with the sections of `TrainConfig`; None = defaults only.
+        assignments: "section.name=value", the value as YAML; see `full_name`.
+
+    Raises:
+        ViSpecError: the file cannot be read, or a key or value is wrong; an unknown key is
+            reported with the nearest known one.
+    """
+    content = {} if recipe is None else _read(Path(recipe))
+    for text in assignments:
+        name, value = _assignment(text)
+        _assign(content, full_name(name), value)
+    return _parse(content)
+
+
+def config_from_flat(flat: Mapping[str, Any]) -> TrainConfig:
+    """A config from dotted names, e.g. {"optimizer.lr": 3e-5}.
+
+    Raises:
+        ViSpecError: a key is unknown or a value of the wrong type.
+    """
+    content: dict[str, Any] = {}
+    for name, value in flat.items():
+        _assign(content, name, value)
+    return _parse(content)
+
+
+def full_name(name: str) -> str:
+    """A setting's dotted name; its section may be left out where no other has such a setting.
+
+    Raises:
+        ViSpecError: several sections have one; names them.
+    """
+    found = [full for full, _ in iter_fields(TrainConfig) if full.partition(".")[2] == name]
+    if len(found) > 1:
+        raise ViSpecError(
+            f"setting {name!r} is in several sections: write {' or '.join(found)} in full"
+        )
+    return found[0] if found else name
+
+
+def explain() -> str:
+    """A text table of every setting: name, default, meaning, source of the default."""
+    rows = []
+    for name, field in iter_fields(TrainConfig):
+        default, extra = field.default, field.json_schema_extra
+        is_number = isinstance(default, (int, float))
+        shown = f"{default:g}" if is_number else str(default or "-")
+        meaning = f"{field.description}" + (f" ({' | '.join(c)})" if (c := choices(field)) else "")
+        assert isinstance(extra, dict)
+        rows.append((name, shown, meaning, extra["source"]))
+    widths = [max(len(str(row[column])) for row in rows) for column in range(2)]
+    lines = [
+        f"{name:<{widths[0]}}  {default:<{widths[1]}}  {meaning}  [{source}]"
+        for name, default, meaning, source in rows
+    ]
+    return "\n".join((*lines, "", _SHORT))
+
+
+def _parse(content: Mapping[str, Any]) -> TrainConfig:
+    return parse(TrainConfig, content, see="`vispec train --explain`")
+
+
+def _read(recipe: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ViSpecError(f"recipe {recipe} cannot be read ({error}): give a YAML file") from error
+    except yaml.YAMLError as error:
+        line = " ".join(str(error).split())
+        raise ViSpecError(f"recipe {recipe} is no YAML ({line}): correct it") from error
+    if not isinstance(content or {}, dict):
+        raise ViSpecError(f"recipe {recipe} holds no sections: see examples/recipes")
+    return content or {}
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    import yaml
+
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ViSpecError(f"--set {text!r} has no '=': write --set section.name=value")
+    try:
+        return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ViSpecError(f"--set {text!r}: the value is no YAML, quote it") from error
+
+
+def _assign(content: dict[str, Any], name: str, value: Any) -> None:
+    """Set a dotted name in nested data; `loss.weights.kl` changes one entry of a mapping."""
+    section, _, rest = name.partition(".")
+    if not rest:
+        content[section] = value
+        return
+    below = content.get(section)
+    content[section] = dict(below) if isinstance(below, Mapping) else {}
+    _assign(content[section], rest, value)

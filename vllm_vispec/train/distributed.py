@@ -1,4 +1,4 @@
-"""One process or many: who am I, summing over all, and sharding the draft.
+"""One process or many: who am I, sums over all, sharding the draft, and requests to stop.
 
 A run has one process per GPU (or per CPU worker), started by `torchrun` or by Ray Train. Weights,
 gradients and moments of the draft are sharded by FSDP2 (`fully_shard`), which works on GPUs (NCCL)
@@ -8,10 +8,13 @@ and on CPUs (gloo). Every process sees its own samples; only the main one writes
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -138,3 +141,38 @@ def like(pattern: Tensor, value: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(moved, pattern.device_mesh, pattern.placements)
+
+
+@dataclass
+class StopRequest:
+    """Whether the run was asked to end, and by which signal."""
+
+    signal_name: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.signal_name)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn the first SIGTERM or SIGINT into a request; a second one acts as usual.
+
+    Outside the main thread (a Ray worker) signals are not ours to handle.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.signal_name = signal.Signals(number).name
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

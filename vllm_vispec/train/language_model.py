@@ -1,27 +1,25 @@
 """A small Hugging Face language model as the start of a draft VLM (MASSV, arXiv 2505.10526).
 
-Its decoder, tables and norm are taken over; the projector is what it lacks.
+The draft takes over its decoder, tables and norm. Only the projector is new.
 
 Tensor names end in their shape: V vocabulary, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.heads.folder import TensorEntry, read_entries, read_json, short_list, weight_files
+from vllm_vispec.heads.folder import read_json, short_list, weight_files
 from vllm_vispec.heads.location import resolve_head
-from vllm_vispec.reference import tensor_shapes
 from vllm_vispec.reference.modeling_draft_vlm import PROJECTOR_PREFIX
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import read_tensors
 
 # model_type -> whether q/k/v have biases.
 FAMILIES: Mapping[str, bool] = {"qwen2": True, "llama": False}
@@ -34,103 +32,6 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
 }
-
-
-@dataclass(frozen=True)
-class LanguageModel:
-    """A language model that a draft VLM can start from.
-
-    Attributes:
-        folder: where it lies.
-        model_type: a name in `FAMILIES`.
-        fields: of `HeadConfig`, all that it decides.
-        entries: our name -> (its name, where the tensor lies).
-    """
-
-    folder: Path
-    model_type: str
-    fields: Mapping[str, Any]
-    entries: Mapping[str, tuple[str, TensorEntry]]
-
-    def load_into(self, draft: torch.nn.Module, config: HeadConfig) -> None:
-        """Copy its weights into a draft VLM of this configuration; the projector stays as it is.
-
-        Raises:
-            ViSpecError: tensors are missing, left over or of other shapes.
-        """
-        wanted = {
-            name: shape
-            for name, shape in tensor_shapes(config).items()
-            if not name.startswith(PROJECTOR_PREFIX)
-        }
-        self._check(wanted)
-        weights = draft.state_dict()
-        for name, tensor in self._tensors():
-            with torch.no_grad():
-                weights[name].copy_(_to_rows(tensor, wanted[name][0]))
-
-    def _check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
-        missing = sorted(set(wanted) - set(self.entries))
-        extra = sorted(set(self.entries) - set(wanted))
-        # Only the number of a table's rows may differ.
-        other = [
-            name
-            for name in set(wanted) & set(self.entries)
-            if not _fits(self.entries[name][1].shape, wanted[name])
-        ]
-        for what, names in (("lacks", missing), ("has no use for", extra), ("misshapes", other)):
-            if names:
-                raise ViSpecError(
-                    f"head.init_from {str(self.folder)!r} is a {self.model_type} language model, "
-                    f"but a draft VLM of its config.json {what} {short_list(sorted(names))}: use "
-                    f"a plain, unquantised {' or '.join(FAMILIES)} model"
-                )
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        from safetensors import safe_open
-
-        ordered = sorted(self.entries.items(), key=lambda item: str(item[1][1].file))
-        for file, group in groupby(ordered, key=lambda item: item[1][1].file):
-            with safe_open(str(file), framework="pt") as weights:
-                for name, (theirs, _) in group:
-                    yield name, weights.get_tensor(theirs)
-
-
-def is_language_model(folder: str | Path) -> bool:
-    """Whether a folder holds a whole Hugging Face language model, not a head."""
-    config = read_json(resolve_head(folder) / "config.json")
-    names = config.get("architectures") or ()
-    return "vispec" not in config and any(str(one).endswith("ForCausalLM") for one in names)
-
-
-def read_language_model(folder: str | Path, vocab_size: int) -> LanguageModel:
-    """Look at a language model: config.json and safetensors headers.
-
-    Args:
-        vocab_size: the target's.
-
-    Raises:
-        ViSpecError: its architecture or vocabulary is not one a draft VLM can have.
-    """
-    path = resolve_head(folder)
-    config = read_json(path / "config.json")
-    _check_architecture(path, config, vocab_size)
-    entries = {_our_name(name): (name, e) for name, e in read_entries(weight_files(path)).items()}
-    tied = bool(config.get("tie_word_embeddings", False))
-    if tied:
-        entries.pop("lm_head.weight", None)  # some writers store the table twice
-    heads = config["num_attention_heads"]
-    fields = {
-        **{name: config[name] for name in _SIZES},
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "rope_theta": _rope_theta(path, config),
-        "qkv_bias": FAMILIES[config["model_type"]],
-        "tie_word_embeddings": tied,
-    }
-    return LanguageModel(path, str(config["model_type"]), fields, entries)
-
-
 _SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -141,8 +42,88 @@ _SIZES = (
 )
 
 
-def _check_architecture(folder: Path, config: Mapping[str, Any], vocab_size: int) -> None:
-    where = f"head.init_from {str(folder)!r} ({config.get('model_type')})"
+@dataclass(frozen=True)
+class LanguageModel:
+    """A language model that a draft VLM can start from.
+
+    Attributes:
+        where: how an error names it.
+        fields: all fields of `HeadConfig` that it decides.
+        tensors: its weights under our names.
+    """
+
+    where: str
+    fields: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @torch.no_grad()
+    def load_into(self, draft: nn.Module) -> None:
+        """Copy the weights into a draft VLM of this shape; the projector stays as it is.
+
+        Raises:
+            ViSpecError: tensors are missing, left over or of other shapes.
+        """
+        weights = {
+            n: w for n, w in draft.state_dict().items() if not n.startswith(PROJECTOR_PREFIX)
+        }
+        both = weights.keys() & self.tensors.keys()
+        differences = {
+            "lacks": weights.keys() - both,
+            "has no use for": self.tensors.keys() - both,
+            "misshapes": {n for n in both if not _fits(self.tensors[n].shape, weights[n].shape)},
+        }
+        for what, names in differences.items():
+            if names:
+                raise ViSpecError(
+                    f"{self.where} is a language model, but a draft VLM of its config.json {what} "
+                    f"{short_list(sorted(names))}: use a plain, unquantised "
+                    f"{' or '.join(FAMILIES)} model"
+                )
+        for name, weight in weights.items():
+            weight.copy_(_with_rows(self.tensors[name], len(weight)))
+
+
+def is_language_model(folder: str | Path) -> bool:
+    """Whether a folder holds a whole Hugging Face language model, not a head."""
+    config = read_json(resolve_head(folder) / "config.json")
+    names = config.get("architectures") or ()
+    return "vispec" not in config and any(str(one).endswith("ForCausalLM") for one in names)
+
+
+def read_language_model(folder: str | Path, vocab_size: int) -> LanguageModel:
+    """Read a language model.
+
+    Args:
+        vocab_size: the target's.
+
+    Raises:
+        ViSpecError: its architecture or vocabulary is not one a draft VLM can have.
+    """
+    path = resolve_head(folder)
+    config = read_json(path / "config.json")
+    where = f"head.init_from {str(path)!r} ({config.get('model_type')})"
+    _check_architecture(where, config, vocab_size)
+    tensors = {
+        name.removeprefix("model."): tensor
+        for file in weight_files(path)
+        for name, tensor in read_tensors(file).items()
+    }
+    tied = bool(config.get("tie_word_embeddings", False))
+    if tied:
+        tensors.pop("lm_head.weight", None)  # some writers store the table twice
+    heads = config["num_attention_heads"]
+    fields = {
+        **{name: config[name] for name in _SIZES},
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "rope_theta": _rope_theta(where, config),
+        "qkv_bias": FAMILIES[config["model_type"]],
+        "tie_word_embeddings": tied,
+    }
+    return LanguageModel(where, fields, tensors)
+
+
+def _check_architecture(where: str, config: Mapping[str, Any], vocab_size: int) -> None:
     if config.get("model_type") not in FAMILIES:
         raise ViSpecError(
             f"{where} is a language model that no draft VLM starts from: use one of "
@@ -167,29 +148,25 @@ def _check_architecture(folder: Path, config: Mapping[str, Any], vocab_size: int
         )
 
 
-def _rope_theta(folder: Path, config: Mapping[str, Any]) -> float:
-    """The base of plain RoPE, in the way of transformers 5 or of earlier ones."""
+def _rope_theta(where: str, config: Mapping[str, Any]) -> float:
+    """The base of plain RoPE, as transformers 5 or an earlier version writes it."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling != "default":
         raise ViSpecError(
-            f"head.init_from {str(folder)!r} scales RoPE ({kind}), a draft VLM uses it plain: "
-            "start from another model"
+            f"{where} scales RoPE ({scaling}), a draft VLM uses it plain: start from another model"
         )
     return float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
 
 
-def _our_name(theirs: str) -> str:
-    return theirs.removeprefix("model.")
-
-
-def _fits(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
+def _fits(theirs: torch.Size, ours: torch.Size) -> bool:
+    """Only the number of a table's rows may differ."""
     is_table = len(ours) == 2 and abs(theirs[0] - ours[0]) <= _PADDING
     return theirs == ours or (is_table and theirs[1:] == ours[1:])
 
 
-def _to_rows(tensor: Tensor, rows: int) -> Tensor:
-    """A table with so many rows: padding is cut off, or filled with the mean row.
+def _with_rows(tensor: Tensor, rows: int) -> Tensor:
+    """A table with this many rows: padding is cut off, or filled with the mean row.
 
     The mean row's logit is the mean logit, so a token without a row of its own is never drafted.
     """

@@ -9,26 +9,20 @@ from typing import Any
 
 import torch
 
-from vllm_vispec.evaluate.acceptance import OVERALL, Families
-from vllm_vispec.train.cache import cache_folder
-from vllm_vispec.train.choices import Choices
+from vllm_vispec.heads.export import export_head
+from vllm_vispec.train.checkpoint import Checkpoint, Checkpoints, Progress, check_same_settings
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import BatchOrder, Corpus, read_corpus
-from vllm_vispec.train.distributed import Processes
-from vllm_vispec.train.finish import export_trained
-from vllm_vispec.train.heads import make_draft
-from vllm_vispec.train.kinds import get_kind
-from vllm_vispec.train.lines import gate_line, step_line
-from vllm_vispec.train.progress import Reporter
-from vllm_vispec.train.provenance import describe_run, now
-from vllm_vispec.train.resolve import resolve
-from vllm_vispec.train.schedule import Plan, rate_factor
-from vllm_vispec.train.source import Teacher, target_id
-from vllm_vispec.train.state import Checkpoint, Checkpoints, Progress, check_same_settings
-from vllm_vispec.train.stopping import StopRequest, stop_on_signals
-from vllm_vispec.train.teacher import TEACHERS, open_teacher
+from vllm_vispec.train.distributed import Processes, StopRequest, stop_on_signals
+from vllm_vispec.train.head_types import get_head_type, resolve
+from vllm_vispec.train.init import make_draft
+from vllm_vispec.train.metrics import OVERALL, GateDecisions
+from vllm_vispec.train.optimizer import Plan, rate_factor
+from vllm_vispec.train.run_log import RunLog, describe_run, now
+from vllm_vispec.train.simulate import validate
+from vllm_vispec.train.target import target_id
+from vllm_vispec.train.teacher import OfflineTeacher, Teacher, cache_folder, open_teacher
 from vllm_vispec.train.trainer import Trainer
-from vllm_vispec.train.validation import validate
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import read_json, sweep, write_json
 
@@ -40,26 +34,26 @@ class Outcome:
     Attributes:
         finished: False if it was stopped; the same command goes on.
         step: finished optimizer steps.
-        tokens_per_round: of the last validation, simulated; None without held-out data.
+        acceptance_length: of the last validation, simulated; None without held-out data.
         head: folder of the exported head, None if the run was stopped.
         message: one line for the user.
     """
 
     finished: bool
     step: int
-    tokens_per_round: float | None
+    acceptance_length: float | None
     head: Path | None
     message: str
 
 
 def fill_cache(config: TrainConfig, group: Processes) -> str:
-    """Complete the offline cache and stop there; returns a line for the user.
+    """Complete the cache of the offline teacher and stop; returns a line for the user.
 
     Raises:
-        ViSpecError: see `vllm_vispec.train.cache`.
+        ViSpecError: see `OfflineTeacher`.
     """
     corpus = _corpus(config)
-    teacher = TEACHERS["offline"](config, corpus, group)
+    teacher = OfflineTeacher(config, corpus, group)
     skipped = len(corpus.rejected) + len(teacher.rejected)
     return f"cache {cache_folder(config)}: {len(teacher.lengths)} samples, {skipped} skipped"
 
@@ -84,11 +78,11 @@ def train(
         with stop_on_signals() as stop:
             return run.go(stop)
     finally:
-        run.reporter.close()
+        run.log.close()
 
 
 def _corpus(config: TrainConfig) -> Corpus:
-    return read_corpus(config.data, get_kind(config.head.kind).text_only)
+    return read_corpus(config.data, get_head_type(config.head.kind).text_only)
 
 
 class Run:
@@ -113,18 +107,19 @@ class Run:
                 "a head.kind that trains on samples with images"
             )
         self.order = BatchOrder(chosen, usable, config.batch, group.world, config.run.seed)
-        self.plan = Plan.of(config.schedule, self.order.steps_per_epoch)
+        self.plan = Plan.from_settings(config.schedule, self.order.steps_per_epoch)
         draft = make_draft(config.head, self.teacher.facts, config.run.seed)
+        self._compressor = draft.config.compressor_spec
         self.trainer = Trainer(config, draft, self.teacher, group)
         self.progress = Progress(world=group.world, seed=config.run.seed)
         if saved is not None:
             self.progress = saved.progress
             self.trainer.restore(saved.groups, saved.progress.step)
-        self.reporter = Reporter(
+        self.log = RunLog(
             self.output, self.progress.step, self.plan.total_steps, silent=not group.is_main
         )
-        # Of the steps since the last line of the log.
-        self.choices = Choices()
+        # Since the last line of the log.
+        self.decisions = GateDecisions()
         self.description = self._describe(len(chosen))
 
     def _saved(self, override: tuple[str, ...]) -> tuple[Checkpoint | None, list[str]]:
@@ -159,7 +154,7 @@ class Run:
             f"{name} {entry['count']}"
             for name, entry in content["data"]["skipped_by_reason"].items()
         )
-        self.reporter.say(
+        self.log.info(
             f"train on {trained_on} samples, hold out {len(self.held_out)}, skip {len(rejected)}"
             + (f" ({skipped})" if skipped else "")
             + (f"; go on from step {self.progress.step}" if self.progress.step else "")
@@ -179,7 +174,7 @@ class Run:
             if improved or stopping or (settings.save_every and step % settings.save_every == 0):
                 self._save()
                 saved_at = step
-            if stopping and not self._over():
+            if stopping and not self._is_over():
                 return self._stopped(stop)
         if self.held_out and self.progress.latest_step != self.progress.step:
             self._validate()
@@ -188,15 +183,15 @@ class Run:
             self._save()
         return self._finish()
 
-    def _over(self) -> bool:
+    def _is_over(self) -> bool:
         return self.plan.is_over(self.progress.step, self.progress.seconds)
 
     def _steps(self) -> Iterator[list[list[int]]]:
         """The samples of every step still to come; the order depends on the seed and epoch."""
-        while not self._over():
+        while not self._is_over():
             epoch, position = divmod(self.progress.step, self.order.steps_per_epoch)
             for passes in self.order.epoch(epoch)[position:]:
-                if self._over():
+                if self._is_over():
                     return
                 yield [self.order.mine(samples, self.group.rank) for samples in passes]
 
@@ -214,33 +209,18 @@ class Run:
             # One process's clock for all, or they would end at different steps.
             seconds=self.group.same(before.seconds + result.seconds),
         )
-        self.reporter.step(result.loss)
-        self.choices += result.choices
+        self.log.advance(result.loss)
+        self.decisions += result.decisions
         if self.progress.step % self.config.run.log_every == 0:
-            gate = gate_line(self.choices, self.trainer.head_config.compressor_spec)
-            self.reporter.log("train", step_line(self.progress, result, lr, gate))
-            self.choices = Choices()
+            self.log.step(self.progress, result, lr, self.decisions, self._compressor)
+            self.decisions = GateDecisions()
 
     def _validate(self) -> bool:
-        """Measure tokens_per_round on held-out data; returns whether it is the best so far."""
+        """Measure acceptance on held-out data; returns whether it is the best so far."""
         if not self.held_out:
             return False
-        found, choices = self._simulate()
-        spec = self.trainer.head_config.compressor_spec
-        gate = gate_line(choices, spec)
-        self.reporter.validation(self.progress.step, self.progress.seconds, found, gate)
-        if gate:
-            self.reporter.say(f"the gate's choices: {choices.line(spec)}")
-        rate, step = found[OVERALL].tokens_per_round, self.progress.step
-        improved = self.progress.best is None or rate > self.progress.best
-        self.progress = replace(self.progress, latest=rate, latest_step=step)
-        if improved:
-            self.progress = replace(self.progress, best=rate, best_step=step)
-        return improved
-
-    def _simulate(self) -> tuple[Families, Choices]:
         entries = self.corpus.entries
-        return validate(
+        found, decisions = validate(
             self.trainer.draft_with(self.trainer.weights_for_use()),
             self.teacher,
             self.held_out,
@@ -249,6 +229,13 @@ class Run:
             self.config.batch.size,
             self.group,
         )
+        self.log.validation(self.progress, found, decisions, self._compressor)
+        length, step = found[OVERALL].acceptance_length, self.progress.step
+        improved = self.progress.best is None or length > self.progress.best
+        self.progress = replace(self.progress, latest=length, latest_step=step)
+        if improved:
+            self.progress = replace(self.progress, best=length, best_step=step)
+        return improved
 
     def _save(self) -> None:
         groups = self.trainer.state()
@@ -275,9 +262,7 @@ class Run:
                 "best_tokens_per_round": self.progress.best,
             }
             write_json(self.output / "run.json", self.description)
-            export_trained(
-                self.config, self.trainer, self.checkpoints, self.progress, head, self.description
-            )
+            self._export(head)
         self.group.wait()
         rate = (
             ""
@@ -286,3 +271,20 @@ class Run:
         )
         message = f"finished after {self.progress.step} steps{rate}; head: {head}"
         return Outcome(True, self.progress.step, self.progress.latest, head, message)
+
+    def _export(self, folder: Path) -> None:
+        """Write the head that `run.export` names (the average of its weights if there is one)."""
+        config, step = self.config, self.progress.step
+        if config.run.export == "best" and self.progress.best_step is not None:
+            step = self.progress.best_step
+        groups = self.checkpoints.load(step).groups
+        draft = self.trainer.draft_with(groups.get("average") or groups["weights"])
+        export_head(
+            draft.cpu(),
+            folder,
+            target=config.target.model,
+            dtype=config.head.dtype,
+            num_speculative_tokens=config.run.num_draft_tokens,
+            provenance={**self.description, "exported_step": step},
+            overwrite=True,
+        )

@@ -9,6 +9,7 @@ Tensor names end in their shape: B samples, L rows, N counted rows, D hidden, V 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from random import Random
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +19,40 @@ from torch.utils.checkpoint import checkpoint
 from vllm_vispec.compressors.gate import balance
 from vllm_vispec.reference import Decision, Draft, decide
 from vllm_vispec.train.batch import DraftBatch
-from vllm_vispec.train.choices import count_choices
 from vllm_vispec.train.config import LossSettings
-from vllm_vispec.train.draws import NOTHING, Draws
 from vllm_vispec.train.losses import LossInputs, get_loss
+from vllm_vispec.train.metrics import sum_decisions
 from vllm_vispec.train.rollout import PassOutput, rollout
 
 # The load-balance term, among the parts of a loss.
 BALANCE = "balance"
+
+
+@dataclass(frozen=True)
+class Rng:
+    """Random sources of one forward pass; None: nothing is drawn.
+
+    Attributes:
+        noise: of the noise on the target's states.
+        gate: of the Gumbel noise on a gate's logits.
+        temperature: of the softmax that the gate's gradients go through.
+    """
+
+    noise: torch.Generator | None = None
+    gate: torch.Generator | None = None
+    temperature: float = 1.0
+
+
+NO_RNG = Rng()
+
+
+def make_generator(device: torch.device, purpose: str, *place: int) -> torch.Generator:
+    """Return a generator for a purpose at a place: seed, step, pass and process.
+
+    It depends on nothing else, so a resumed run draws the same.
+    """
+    name = " ".join(map(str, (purpose, *place)))
+    return torch.Generator(device).manual_seed(Random(name).getrandbits(62))
 
 
 @dataclass(frozen=True)
@@ -37,14 +64,14 @@ class Sums:
         rows: counted rows of pass 0, what the step's sum is divided by.
         parts: sums of every loss term over the rows of pass 0 (detached).
         right: rows of pass 0 whose most likely token is the answer's.
-        choices: see `choices.count_choices`; empty for a head without a gate.
+        decisions: see `metrics.sum_decisions`; empty for a head without a gate.
     """
 
     loss: Tensor
     rows: int
     parts: dict[str, Tensor]
     right: Tensor
-    choices: Tensor
+    decisions: Tensor
 
 
 class Objective(nn.Module):
@@ -60,15 +87,15 @@ class Objective(nn.Module):
         self.balance = settings.balance if draft.config.compressor_spec.balanced else 0.0
         self.part_names = (*self.loss.weights, *([BALANCE] if self.balance else []))
 
-    def forward(self, batch: DraftBatch, draws: Draws = NOTHING) -> Sums:
+    def forward(self, batch: DraftBatch, rng: Rng = NO_RNG) -> Sums:
         """Loss of a batch on the draft's device, in its dtype (or under autocast)."""
         decision = decide(
             self.draft.compressor,
             batch.hidden_BLD,
             batch.answer_BL,
             batch.runs,
-            draws.gate,
-            draws.temperature,
+            rng.gate,
+            rng.temperature,
         )
         outputs = rollout(
             self.draft,
@@ -76,7 +103,7 @@ class Objective(nn.Module):
             self.draft.distinct_passes(self.settings.passes),
             self.settings.mode,
             self.settings.noise,
-            draws.noise,
+            rng.noise,
             decision,
         )
         # A term without weight on every parameter: all get gradients (zeros) even where a batch
@@ -95,7 +122,7 @@ class Objective(nn.Module):
             even = rows * self._balance(decision)
             total = total + self.balance * even
             parts[BALANCE] = even.detach()
-        return Sums(total, rows, parts, first["right"], _choices(decision))
+        return Sums(total, rows, parts, first["right"], _sum_decisions(decision))
 
     def _balance(self, decision: Decision | None) -> Tensor:
         """Of the turns that see an image; zero without any."""
@@ -134,5 +161,5 @@ class Objective(nn.Module):
         return sums
 
 
-def _choices(decision: Decision | None) -> Tensor:
-    return torch.zeros(0) if decision is None else count_choices(decision.of_images())
+def _sum_decisions(decision: Decision | None) -> Tensor:
+    return torch.zeros(0) if decision is None else sum_decisions(decision.of_images())

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_vispec.train.config import TrainConfig
-from vllm_vispec.train.provenance import command_line
-from vllm_vispec.train.settings import config_from_flat
+from vllm_vispec.train.config import TrainConfig, config_from_flat
+from vllm_vispec.train.run_log import command_line
 from vllm_vispec.utils.errors import ViSpecError
 
 # Ray changes the working directory of its workers, so paths must not depend on it.
@@ -45,7 +44,7 @@ def train_on_ray(
         ray.init(include_dashboard=False, log_to_driver=True)
     use_gpu = _use_gpu(ray.cluster_resources(), config.run.device, workers)
     job = {
-        "settings": _absolute(config.flat()),
+        "config": _absolute(config),
         "override": list(override),
         "cache_only": cache_only,
         "command": command_line(),
@@ -83,27 +82,29 @@ def _use_gpu(resources: Mapping[str, float], device: str, workers: int) -> bool:
     use_gpu = device == "cuda" or (device == "auto" and resources.get("GPU", 0) >= workers)
     if use_gpu:
         wanted["GPU"] = workers
-    for kind, count in wanted.items():
-        if resources.get(kind, 0) < count:
+    for resource, count in wanted.items():
+        if resources.get(resource, 0) < count:
             raise ViSpecError(
-                f"--workers {workers} needs {count} {kind}, the Ray cluster has "
-                f"{resources.get(kind, 0):g}: use fewer workers or add nodes"
+                f"--workers {workers} needs {count} {resource}, the Ray cluster has "
+                f"{resources.get(resource, 0):g}: use fewer workers or add nodes"
             )
     return use_gpu
 
 
-def _absolute(flat: Mapping[str, Any]) -> dict[str, Any]:
-    def whole(path: str) -> str:
-        return str(Path(path).absolute()) if path and Path(path).exists() else path
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """The recipe with absolute paths; hub ids stay as they are."""
 
-    changed = dict(flat)
+    def absolute(name: str, path: str) -> str:
+        # Outputs need not exist yet.
+        is_path = Path(path).exists() or name in ("run.output", "teacher.cache_dir")
+        return str(Path(path).absolute()) if path and is_path else path
+
+    flat = config.flat()
     for name in _PATHS:
         value = flat[name]
-        changed[name] = [whole(v) for v in value] if isinstance(value, list) else whole(value)
-    # These may not exist yet.
-    for name in ("run.output", "teacher.cache_dir"):
-        changed[name] = str(Path(flat[name]).absolute()) if flat[name] else ""
-    return changed
+        is_list = isinstance(value, list)
+        flat[name] = [absolute(name, v) for v in value] if is_list else absolute(name, value)
+    return config_from_flat(flat)
 
 
 def _worker(job: Mapping[str, Any]) -> str:
@@ -111,7 +112,7 @@ def _worker(job: Mapping[str, Any]) -> str:
     from vllm_vispec.train.distributed import processes
     from vllm_vispec.train.loop import fill_cache, train
 
-    config = config_from_flat(job["settings"])
+    config: TrainConfig = job["config"]
     with processes(config.run.device) as group:
         if job["cache_only"]:
             return fill_cache(config, group)

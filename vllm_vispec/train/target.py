@@ -5,27 +5,25 @@ Tensor names end in their shape: B batch, L tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_vispec.data.encode import Encoded
 from vllm_vispec.heads.target import load_target_config
 from vllm_vispec.train.batch import Observed
 from vllm_vispec.utils.errors import ViSpecError, first_line
 
-if TYPE_CHECKING:
-    from vllm_vispec.data.encode import Encoded
-
-# Per-token outputs of processors. They are made here from the token ids, so that they are padded
-# like these.
-_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+# Weight files are known by their size and this many blocks of this size, spread evenly.
+_BLOCKS, _BLOCK_BYTES = 64, 2**16
 
 
 @dataclass(frozen=True)
@@ -66,16 +64,6 @@ class TrainingTarget:
     def text_config(self) -> Any:
         """The configuration of the language model."""
         return self.model.config.get_text_config()
-
-    @property
-    def hidden_size(self) -> int:
-        """D."""
-        return int(self.text_config.hidden_size)
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the rows of `lm_head`."""
-        return len(self.lm_head_VD)
 
     @property
     def model_type(self) -> str:
@@ -152,6 +140,48 @@ class TrainingTarget:
         )
 
 
+@dataclass(frozen=True)
+class TargetFacts:
+    """What training needs to know of the target besides its states.
+
+    Attributes:
+        text_config: transformers config of its language model.
+        embed_VD, lm_head_VD: its tables, on the run's device, in its dtype.
+    """
+
+    model_type: str
+    text_config: Any
+    embed_VD: Tensor
+    lm_head_VD: Tensor
+
+    @classmethod
+    def of(cls, target: TrainingTarget) -> TargetFacts:
+        """Facts of a loaded target."""
+        return cls(
+            target.model_type,
+            target.text_config,
+            target.embed_VD.detach(),
+            target.lm_head_VD.detach(),
+        )
+
+
+def target_id(model: str) -> str:
+    """A name for a target's exact content: a digest of a local folder, else the hub id."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    total = hashlib.sha256()
+    patterns = ("*.json", "*.jinja", "*.safetensors")
+    for file in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        size = file.stat().st_size
+        total.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as source:
+            for block in range(_BLOCKS):
+                source.seek(size * block // _BLOCKS)
+                total.update(source.read(_BLOCK_BYTES))
+    return total.hexdigest()
+
+
 def image_token_id(config: Any) -> int:
     """Id of the image placeholder in a target's token ids.
 
@@ -174,7 +204,7 @@ def merge_vision(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     Other dimensions are padded with zeros at their end (LLaVA-NeXT: tiles per image, whose real
     number follows from `image_sizes`).
     """
-    names = dict.fromkeys(name for part in parts for name in part if name not in _PER_TOKEN)
+    names = dict.fromkeys(name for part in parts for name in part)
     return {name: _join([part[name] for part in parts if name in part]) for name in names}
 
 

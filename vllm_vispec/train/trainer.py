@@ -3,50 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vllm_vispec.reference import Draft, draft_class
 from vllm_vispec.train.batch import pad_batch
-from vllm_vispec.train.choices import Choices, to_choices
-from vllm_vispec.train.config import OptimizerConfig, TrainConfig
+from vllm_vispec.train.checkpoint import Tensors
+from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.distributed import Processes, assign, like, shard, whole
-from vllm_vispec.train.draws import Draws, source
-from vllm_vispec.train.objective import Objective, Sums
+from vllm_vispec.train.metrics import GateDecisions
+from vllm_vispec.train.objective import Objective, Rng, Sums, make_generator
+from vllm_vispec.train.optimizer import CLIPS, make_optimizer, total_norm
 from vllm_vispec.train.rollout import ROW_MULTIPLE
-from vllm_vispec.train.source import Teacher
-from vllm_vispec.train.state import Tensors
+from vllm_vispec.train.teacher import Teacher
 from vllm_vispec.utils.errors import ViSpecError
 
 # An average of few steps would still hold mostly the start: its decay grows as (1 + t) / (10 + t).
 _EMA_DELAY = 10
-
-
-def _clip_values(gradients: list[Tensor], limit: float) -> None:
-    for gradient in gradients:
-        gradient.clamp_(-limit, limit)
-
-
-def _clip_norm(gradients: list[Tensor], limit: float) -> None:
-    factor = limit / (total_norm(gradients) + 1e-6)
-    if factor < 1:
-        for gradient in gradients:
-            gradient.mul_(factor)
-
-
-CLIPS: Mapping[str, Callable[[list[Tensor], float], None]] = {
-    "value": _clip_values,
-    "norm": _clip_norm,
-    "none": lambda gradients, limit: None,
-}
-
-
-def total_norm(gradients: Iterable[Tensor]) -> float:
-    """Euclidean norm over all gradients, sharded or not."""
-    return float(whole(nn.utils.get_total_norm(list(gradients))).item())
 
 
 @dataclass(frozen=True)
@@ -61,7 +37,7 @@ class StepResult:
         tokens: tokens of the samples, prompts and images included.
         gradient_norm: before clipping.
         seconds: of this process.
-        choices: of the head's gate, if it has one.
+        decisions: of the head's gate, if it has one.
     """
 
     loss: float
@@ -71,7 +47,7 @@ class StepResult:
     tokens: int
     gradient_norm: float
     seconds: float
-    choices: Choices = field(default_factory=Choices)
+    decisions: GateDecisions = field(default_factory=GateDecisions)
 
 
 class Trainer:
@@ -124,7 +100,7 @@ class Trainer:
             batch = batch.to(self._group.device, torch.float32)
             tokens += sum(batch.lengths)
             with torch.autocast(self._group.device.type, torch.bfloat16, self._autocast):
-                sums = self._objective(batch, self._draws(number, index, progress))
+                sums = self._objective(batch, self._rng(number, index, progress))
             sums.loss.backward()
             found.append(sums)
         totals = self._totals(found, tokens)
@@ -143,16 +119,19 @@ class Trainer:
             tokens=int(totals["tokens"]),
             gradient_norm=norm,
             seconds=time.perf_counter() - begin,
-            choices=to_choices([v for name, v in totals.items() if name.startswith("choice.")]),
+            decisions=GateDecisions.from_sums(
+                [value for name, value in totals.items() if name.startswith("decision.")]
+            ),
         )
 
-    def _draws(self, number: int, index: int, progress: float) -> Draws:
-        """What a forward pass draws; validation and export never do."""
-        place = (self._config.run.seed, number, index, self._group.rank, self._group.device)
-        loss, compressor = self._config.loss, self.head_config.compressor_spec
-        return Draws(
-            source("noise", *place) if loss.noise else None,
-            source("gate", *place) if compressor.gated else None,
+    def _rng(self, number: int, index: int, progress: float) -> Rng:
+        """Random sources of a forward pass; validation and export have none."""
+        place = (self._config.run.seed, number, index, self._group.rank)
+        device, loss = self._group.device, self._config.loss
+        is_gated = self.head_config.compressor_spec.gated
+        return Rng(
+            make_generator(device, "noise", *place) if loss.noise else None,
+            make_generator(device, "gate", *place) if is_gated else None,
             loss.temperature(progress),
         )
 
@@ -166,8 +145,8 @@ class Trainer:
             "right": [one.right for one in found],
             **{f"part.{name}": [one.parts[name] for one in found] for name in names},
             **{
-                f"choice.{index}": [one.choices[index] for one in found]
-                for index in range(len(found[0].choices))
+                f"decision.{index}": [one.decisions[index] for one in found]
+                for index in range(len(found[0].decisions))
             },
         }
         summed = [sum(float(v) for v in values) for values in columns.values()]
@@ -245,17 +224,3 @@ class Trainer:
 
 
 _MOMENTS = {"moment1": "exp_avg", "moment2": "exp_avg_sq"}
-
-
-def make_optimizer(
-    settings: OptimizerConfig, weights: Iterable[nn.Parameter], group: Processes
-) -> torch.optim.AdamW:
-    """AdamW over the trained weights."""
-    return torch.optim.AdamW(
-        list(weights),
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=group.world == 1 or group.device.type == "cuda",
-    )

@@ -1,7 +1,4 @@
-"""Kinds of heads to train: ViSpec and the baselines of its ablation, and how they start.
-
-Tensor names end in their shape: V vocabulary, D hidden.
-"""
+"""Head types to train: ViSpec and the baselines of its ablation; what a recipe means for each."""
 
 from __future__ import annotations
 
@@ -9,24 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from vllm_vispec.compressors.spec import QUERY, parse_compressor
 from vllm_vispec.heads.config import FIELD_NAMES, HeadConfig
-from vllm_vispec.reference import Draft, ViSpecDraft
-from vllm_vispec.train.fresh import new_draft_vlm, start_linears
+from vllm_vispec.train.config import HeadSettings, TrainConfig
+from vllm_vispec.train.losses import STATE_TERMS, get_loss
 from vllm_vispec.utils.errors import ViSpecError
 
 # Decoder layers of a draft VLM.
 DRAFT_VLM_LAYERS = 4
-# What disturbs the sum of embedding and state in a fresh `fc`, as a share of a linear's weights.
-FUSION_NOISE = 0.3
+# The loss of a head: SpecVLM distils with a compressor, ViSpec with its adaptor and without any;
+# a draft VLM has no states that could be compared.
+COMPRESSOR_LOSS, OTHER_LOSS, DRAFT_VLM_LOSS = "specvlm", "vispec", "kl"
+# Settings that mean something for draft VLMs only.
+_DRAFT_VLM_ONLY = ("num_layers", "hidden_size", "num_heads", "trained")
 
 
 @dataclass(frozen=True)
-class HeadKind:
-    """What a kind of head sees of an image, and what it is trained on.
+class HeadType:
+    """What a head of this type sees of an image, and what it is trained on.
 
     Attributes:
         compress, global_feature: flags of `HeadConfig`.
@@ -34,7 +31,7 @@ class HeadKind:
         summary: one line for help texts and model cards.
         compressor: what makes an image's tokens unless `head.compressor` says otherwise.
         input_norm: whether the decoder layer norms its input unless `head.input_norm` says so.
-        draft_vlm: a vision language model of its own, see `train.draft_vlm`.
+        draft_vlm: an independent small vision language model.
     """
 
     compress: bool
@@ -46,17 +43,17 @@ class HeadKind:
     draft_vlm: bool = False
 
 
-HEAD_KINDS: Mapping[str, HeadKind] = {
-    "vispec": HeadKind(True, True, "compressed images and their global feature"),
-    "vispec_no_global": HeadKind(True, False, "compressed images, no global feature"),
-    "vispec_no_compress": HeadKind(False, True, "every image token and the global feature"),
-    "eagle_vlm": HeadKind(False, False, "EAGLE that sees every image token"),
-    "eagle_text": HeadKind(False, False, "EAGLE trained on text only", text_only=True),
+HEAD_TYPES: Mapping[str, HeadType] = {
+    "vispec": HeadType(True, True, "compressed images and their global feature"),
+    "vispec_no_global": HeadType(True, False, "compressed images, no global feature"),
+    "vispec_no_compress": HeadType(False, True, "every image token and the global feature"),
+    "eagle_vlm": HeadType(False, False, "EAGLE that sees every image token"),
+    "eagle_text": HeadType(False, False, "EAGLE trained on text only", text_only=True),
     # SpecVLM (arXiv 2509.11815): elastic compressor, norm on the draft's input.
-    "specvlm": HeadKind(
+    "specvlm": HeadType(
         True, False, "SpecVLM: elastic compressor", compressor="select", input_norm=True
     ),
-    "specvlm_global": HeadKind(
+    "specvlm_global": HeadType(
         True,
         True,
         "SpecVLM's compressor and ViSpec's global feature",
@@ -64,7 +61,7 @@ HEAD_KINDS: Mapping[str, HeadKind] = {
         input_norm=True,
     ),
     # Spec-LLaVA (arXiv 2509.11961) and MASSV (arXiv 2505.10526): an independent small model.
-    "draft_vlm": HeadKind(
+    "draft_vlm": HeadType(
         False,
         False,
         "a small vision language model of its own",
@@ -74,38 +71,38 @@ HEAD_KINDS: Mapping[str, HeadKind] = {
 }
 
 
-def get_kind(name: str) -> HeadKind:
-    """The kind `name`.
+def get_head_type(name: str) -> HeadType:
+    """Return the head type of this name (`head.kind` in a recipe).
 
     Raises:
-        ViSpecError: there is none of this name.
+        ViSpecError: there is none.
     """
-    if name not in HEAD_KINDS:
-        raise ViSpecError(f"head kind {name!r} is unknown: use one of {', '.join(HEAD_KINDS)}")
-    return HEAD_KINDS[name]
+    if name not in HEAD_TYPES:
+        raise ViSpecError(f"head type {name!r} is unknown: use one of {', '.join(HEAD_TYPES)}")
+    return HEAD_TYPES[name]
 
 
-def compressor_of(kind: str, text: str) -> str:
-    """What a head of this kind compresses images with, in full; "query" is ViSpec's adaptor.
+def compressor_of(head_type: str, text: str) -> str:
+    """Return the whole specification of a head's compressor; "query" is ViSpec's adaptor.
 
     Args:
-        text: as `head.compressor`; "" = the kind's own.
+        text: as `head.compressor`; "" = the one of the head type.
 
     Raises:
-        ViSpecError: unknown kind or compressor, or a kind that does not compress.
+        ViSpecError: unknown head type or compressor, or a head type that does not compress.
     """
-    chosen = get_kind(kind)
+    chosen = get_head_type(head_type)
     if text and not chosen.compress:
-        able = [name for name, one in HEAD_KINDS.items() if one.compress]
+        able = [name for name, one in HEAD_TYPES.items() if one.compress]
         raise ViSpecError(
-            f"head.compressor {text!r} does not go with head.kind {kind!r}, which sees no "
+            f"head.compressor {text!r} does not go with head.kind {head_type!r}, which sees no "
             f"compressed images: drop it or use one of {', '.join(able)}"
         )
     return str(parse_compressor(text or chosen.compressor))
 
 
 def new_head_config(
-    kind: str,
+    head_type: str,
     target_text_config: Any,
     *,
     target_model_type: str = "",
@@ -113,12 +110,12 @@ def new_head_config(
     compressor: str = "",
     **changes: Any,
 ) -> HeadConfig:
-    """Shape of a fresh head for a target.
+    """Return the configuration of a new head for a target, in our own checkpoint format.
 
     Widths, heads, RoPE base and norm epsilon are those of the target's text model; as in the
     reference, attention is full multi-head (as many key/value as query heads), q/k/v and fc have
-    biases, there is no final norm and an input norm only in SpecVLM's kinds. The target's embedding
-    table is used. A draft VLM has 4 layers, both norms and tables of its own.
+    biases, there is no final norm and an input norm only in SpecVLM's heads. The target's embedding
+    table is used. A draft VLM has 4 layers, both norms and its own tables.
 
     Args:
         target_text_config: the transformers config of the target's text model.
@@ -129,17 +126,19 @@ def new_head_config(
         changes: other fields of `HeadConfig`, over these defaults.
 
     Raises:
-        ViSpecError: unknown kind or field, or an impossible value.
+        ViSpecError: unknown head type or field, or an impossible value.
     """
-    chosen = get_kind(kind)
+    chosen = get_head_type(head_type)
     for name in changes:
         if name not in FIELD_NAMES:
             raise ViSpecError(f"head setting {name!r} is unknown: use fields of HeadConfig")
     flags = {"compress": chosen.compress, "global_feature": chosen.global_feature}
     for name, value in flags.items():
         if changes.get(name, value) != value:
-            raise ViSpecError(f"{name}={changes[name]} is no head of kind {kind!r}: drop {name}")
-    made_by = compressor_of(kind, compressor)
+            raise ViSpecError(
+                f"{name}={changes[name]} is no head of type {head_type!r}: drop {name}"
+            )
+    made_by = compressor_of(head_type, compressor)
     fields: dict[str, Any] = {
         **_sizes_of(target_text_config),
         "target_model_type": target_model_type,
@@ -193,46 +192,52 @@ def _rope_theta(text: Any) -> float:
     return float(theta)
 
 
-@torch.no_grad()
-def new_draft(config: HeadConfig, embed_VD: Tensor, seed: int) -> Draft:
-    """A fresh float32 draft on the CPU; the same seed gives the same weights.
-
-    It starts as a plain sum: fc = [I | I] plus a little noise, so that a text row is its token's
-    embedding plus its state; img_fc = [I | 0] as in the reference, so that images come in as
-    training finds them useful; a compressor starts as it says itself; all other weights are normal,
-    biases zero, norms one. For a draft VLM see `fresh.new_draft_vlm`.
-
-    Args:
-        embed_VD: the target's embedding table, copied and frozen if the head has its own.
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Return the recipe with the loss its head trains on; checks head type and compressor.
 
     Raises:
-        ViSpecError: the table does not fit the head.
+        ViSpecError: head type or compressor is unknown, or settings do not go together.
     """
-    wanted = (config.vocab_size, config.vision_size or config.hidden_size)
-    if tuple(embed_VD.shape) != wanted:
+    made_by = compressor_of(config.head.kind, config.head.compressor)
+    is_vlm = get_head_type(config.head.kind).draft_vlm
+    if config.loss.name == "auto":
+        name = OTHER_LOSS if made_by == QUERY else COMPRESSOR_LOSS
+        name = DRAFT_VLM_LOSS if is_vlm else name
+        loss = config.loss.model_copy(update={"name": name})
+        config = config.model_copy(update={"loss": loss})
+    (_check_draft_vlm if is_vlm else _check_head)(config)
+    return config
+
+
+def _check_draft_vlm(config: TrainConfig) -> None:
+    loss = config.loss
+    terms = STATE_TERMS & set(get_loss(loss.name, **loss.weights).weights)
+    if terms:
         raise ViSpecError(
-            f"the target's embedding table is {tuple(embed_VD.shape)}, the head's config says "
-            f"{wanted}: set vocab_size and hidden_size of the head to the target's"
+            f"loss {loss.name!r} compares hidden states ({', '.join(sorted(terms))}), a draft VLM "
+            f"has none of the target's: use loss.name {DRAFT_VLM_LOSS} or set these "
+            "loss.weights to 0"
         )
-    if config.is_draft_vlm:
-        return new_draft_vlm(config, embed_VD, seed)
-    draft = ViSpecDraft(config)
-    generator = torch.Generator().manual_seed(seed)
-    start_linears(draft, generator)
-    _start_fusion(draft)
-    if draft.img_adaptor is not None:
-        std = config.adaptor_head_dim**-0.5
-        nn.init.normal_(draft.img_adaptor.query, std=std, generator=generator)
-    if draft.compressor is not None:
-        draft.compressor.start(generator)
-    if draft.embed_tokens is not None:
-        draft.embed_tokens.weight.copy_(embed_VD)
-        draft.embed_tokens.weight.requires_grad_(False)
-    return draft
+    if loss.noise:
+        raise ViSpecError(
+            f"loss.noise {loss.noise} disturbs the target's states, a draft VLM reads none: set "
+            "it to 0"
+        )
+    if config.head.input_norm == "off":
+        raise ViSpecError("head.input_norm off does not go with a draft VLM: leave it at auto")
+    if config.head.trained == "projector" and not config.head.init_from:
+        raise ViSpecError(
+            "head.trained projector would freeze a fresh draft VLM's random weights: set "
+            "head.init_from to a language model's folder, or train all"
+        )
 
 
-def _start_fusion(draft: ViSpecDraft) -> None:
-    eye_DD = torch.eye(draft.config.hidden_size)
-    draft.fc.weight.mul_(FUSION_NOISE).add_(torch.cat((eye_DD, eye_DD), dim=1))
-    if draft.img_fc is not None:
-        draft.img_fc.weight.copy_(torch.cat((eye_DD, torch.zeros_like(eye_DD)), dim=1))
+def _check_head(config: TrainConfig) -> None:
+    fresh = HeadSettings()
+    for name in _DRAFT_VLM_ONLY:
+        if getattr(config.head, name) != getattr(fresh, name):
+            able = [head_type for head_type, one in HEAD_TYPES.items() if one.draft_vlm]
+            raise ViSpecError(
+                f"head.{name} is {getattr(config.head, name)!r}, which head.kind "
+                f"{config.head.kind!r} does not have: drop it, or use {', '.join(able)}"
+            )

@@ -1,8 +1,8 @@
-"""Greedy chains replayed over recorded answers: the engine's acceptance without an engine.
+"""Acceptance of greedy chains replayed over recorded answers, without an engine.
 
 Pass s of an exact rollout computes, at row p, the (s + 1)-th draft token of the chain that begins
-at row p - s, given that the chain was right so far. A round accepts the leading right tokens, then
-the target adds its own next token, and the next round begins behind it. On the target's own greedy
+at row p - s, given that the chain was right so far. A step accepts the leading right tokens, then
+the target adds its bonus token, and the next step begins behind it. On the target's own greedy
 answers this is what the engine does under greedy decoding, up to rounding.
 
 Tensor names end in their shape: B samples, L rows, N counted rows, S passes, D hidden, V
@@ -17,13 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_vispec.evaluate.acceptance import OVERALL, Acceptance, Families, merge_families
-from vllm_vispec.reference import Draft
-from vllm_vispec.train.batch import DraftBatch
+from vllm_vispec.reference import Draft, decide
+from vllm_vispec.train.batch import DraftBatch, pad_batch
+from vllm_vispec.train.distributed import Processes
+from vllm_vispec.train.metrics import (
+    OVERALL,
+    Acceptance,
+    Families,
+    GateDecisions,
+    by_family,
+    merge_families,
+    sum_decisions,
+)
 from vllm_vispec.train.rollout import PassOutput, rollout
+from vllm_vispec.train.teacher import Teacher
 from vllm_vispec.utils.errors import ViSpecError
-
-__all__ = ["Acceptance", "answer_spans", "draft_hits", "merge_families", "simulate"]
 
 # Rows whose logits are held at once; a vocabulary of 150,000 then takes 300 MB in float32.
 ROWS_AT_ONCE = 512
@@ -61,8 +69,8 @@ def simulate(
         hits = hits_SBL[:, sample].tolist()
         for start, end in answer_spans(batch.answer_BL[sample].tolist()):
             accepted = replay(hits, start, end)
-            one = Acceptance.of_rounds(accepted, end - start, num_draft_tokens)
-            results += [{OVERALL: one}, {family: one}] if family else [{OVERALL: one}]
+            one = Acceptance.of_answer(accepted, end - start, num_draft_tokens)
+            results.append(by_family(family, one))
     return merge_families(*results)
 
 
@@ -109,7 +117,7 @@ def answer_spans(answer: Sequence[bool]) -> list[tuple[int, int]]:
 
 
 def replay(hits: Sequence[Sequence[bool]], start: int, end: int) -> list[int]:
-    """Accepted draft tokens of every round of the answer [start, end).
+    """Accepted draft tokens of every step of the answer [start, end).
 
     Drafts behind the answer's end never count: the engine throws them away with whatever the
     target made of them.
@@ -118,7 +126,7 @@ def replay(hits: Sequence[Sequence[bool]], start: int, end: int) -> list[int]:
         hits: for every pass and row, whether the draft token is the answer's.
     """
     accepted: list[int] = []
-    # The last token that is known when a round begins; the first comes out of the prefill.
+    # The last token that is known when a step begins; the first comes out of the prefill.
     known = start
     while known < end - 1:
         deepest = min(len(hits), end - 1 - known)
@@ -129,3 +137,52 @@ def replay(hits: Sequence[Sequence[bool]], start: int, end: int) -> list[int]:
         accepted.append(count)
         known += count + 1
     return accepted
+
+
+def validate(
+    draft: Draft,
+    teacher: Teacher,
+    samples: Sequence[int],
+    families: Sequence[str],
+    num_draft_tokens: int,
+    batch_size: int,
+    group: Processes,
+) -> tuple[Families, GateDecisions]:
+    """Acceptance on held-out samples, by family and overall, and the decisions of the gate.
+
+    The processes share the samples and all return the same. The gate draws nothing.
+
+    Args:
+        samples: held-out samples of the corpus, by index.
+        families: the families among them.
+        num_draft_tokens: K of the simulated chains.
+    """
+    spec = draft.config.compressor_spec
+    decisions = torch.zeros(2 * len(spec.primitives) if spec.gated else 0, dtype=torch.float64)
+    mine = sorted(samples, key=lambda index: teacher.lengths[index])[group.rank :: group.world]
+    found: Families = {}
+    for first in range(0, len(mine), batch_size):
+        batch = pad_batch(teacher.observe(mine[first : first + batch_size]))
+        part = simulate(draft, teacher.facts.lm_head_VD, batch, num_draft_tokens)
+        found = merge_families(found, part)
+        decisions += _gate_decisions(draft, batch) if spec.gated else 0
+    names = [*sorted({*families} - {""}), OVERALL]
+    nothing = Acceptance.nothing(num_draft_tokens)
+    rows = [
+        [one.steps, one.tokens, one.answers, *one.accepted_by_position]
+        for one in (found.get(name, nothing) for name in names)
+    ]
+    totals = group.sum(torch.tensor(rows, dtype=torch.int64)).tolist()
+    merged = {
+        name: Acceptance(steps, tokens, tuple(accepted), answers)
+        for name, (steps, tokens, answers, *accepted) in zip(names, totals, strict=True)
+    }
+    return merged, GateDecisions.from_sums(group.sum(decisions).tolist())
+
+
+@torch.inference_mode()
+def _gate_decisions(draft: Draft, batch: DraftBatch) -> Tensor:
+    batch = batch.to(draft.weight.device)
+    decision = decide(draft.compressor, batch.hidden_BLD, batch.answer_BL, batch.runs)
+    assert decision is not None  # the head has a gate
+    return sum_decisions(decision.of_images()).double().cpu()

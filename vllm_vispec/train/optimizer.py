@@ -1,12 +1,16 @@
-"""The learning rate, as a function of how much of the run is over."""
+"""The optimizer: AdamW, how gradients are clipped, the learning rate, and how long a run is."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from vllm_vispec.train.config import ScheduleConfig
+import torch
+from torch import Tensor, nn
+
+from vllm_vispec.train.config import OptimizerConfig, ScheduleConfig
+from vllm_vispec.train.distributed import Processes, whole
 
 # What is left of the rate when a share x of the decay is over.
 SHAPES: Mapping[str, Callable[[float], float]] = {
@@ -45,8 +49,8 @@ class Plan:
     total_seconds: float | None
 
     @classmethod
-    def of(cls, settings: ScheduleConfig, steps_per_epoch: int) -> Plan:
-        """The plan of a schedule for data of a known size."""
+    def from_settings(cls, settings: ScheduleConfig, steps_per_epoch: int) -> Plan:
+        """Return the plan of a schedule for data of a known size."""
         limits = [settings.max_steps] if settings.max_steps else []
         if settings.epochs:
             limits.append(max(1, round(settings.epochs * steps_per_epoch)))
@@ -64,3 +68,41 @@ class Plan:
     def is_over(self, steps: int, seconds: float) -> bool:
         """Whether a limit is reached."""
         return self.progress(steps, seconds) >= 1.0
+
+
+def _clip_values(gradients: list[Tensor], limit: float) -> None:
+    for gradient in gradients:
+        gradient.clamp_(-limit, limit)
+
+
+def _clip_norm(gradients: list[Tensor], limit: float) -> None:
+    factor = limit / (total_norm(gradients) + 1e-6)
+    if factor < 1:
+        for gradient in gradients:
+            gradient.mul_(factor)
+
+
+CLIPS: Mapping[str, Callable[[list[Tensor], float], None]] = {
+    "value": _clip_values,
+    "norm": _clip_norm,
+    "none": lambda gradients, limit: None,
+}
+
+
+def total_norm(gradients: Iterable[Tensor]) -> float:
+    """Euclidean norm over all gradients, sharded or not."""
+    return float(whole(nn.utils.get_total_norm(list(gradients))).item())
+
+
+def make_optimizer(
+    settings: OptimizerConfig, weights: Iterable[nn.Parameter], group: Processes
+) -> torch.optim.AdamW:
+    """AdamW over the trained weights."""
+    return torch.optim.AdamW(
+        list(weights),
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=group.world == 1 or group.device.type == "cuda",
+    )

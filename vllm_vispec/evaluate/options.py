@@ -1,0 +1,128 @@
+"""What to evaluate, and the samples to evaluate on, a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from vllm_vispec.data.encode import Encoded, Encoder
+from vllm_vispec.data.images import image_folder
+from vllm_vispec.data.read import read_conversations
+from vllm_vispec.data.types import Conversation, Rejected
+from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.settings import Settings
+
+
+class EvalOptions(Settings):
+    """What to evaluate, and how: the options of `vispec eval`."""
+
+    target: str = Field(description="Target: a folder or hub id.")
+    head: str = Field(description="Head: a folder or hub id, any checkpoint format.")
+    data: Path = Field(
+        description="JSONL of conversations whose answers are the target's own greedy ones, e.g. "
+        "from `vispec regenerate --temperature 0`."
+    )
+    image_root: Path | None = Field(
+        default=None, description="Folder of relative image paths; default: that of --data."
+    )
+    num_speculative_tokens: int = Field(
+        default=5,
+        ge=1,
+        description="Draft tokens per step (K).",
+        json_schema_extra={"flags": ["--num-speculative-tokens", "-k"]},
+    )
+    limit: int | None = Field(default=None, ge=1, description="Look at the first records only.")
+    engine: bool = Field(
+        default=False, description="Measure the same questions with the engine, too."
+    )
+    engine_args: dict[str, Any] = Field(
+        default={}, description="JSON object of further vllm.LLM settings for --engine."
+    )
+    check_greedy: bool = Field(
+        default=False, description="Report how many answer tokens are the target's greedy choice."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="float32 or bfloat16."
+    )
+    device: str | None = Field(
+        default=None, description="Where to simulate; default: a GPU if there is one."
+    )
+    batch_size: int = Field(default=4, ge=1, description="Conversations at once.")
+    max_length: int = Field(
+        default=4096, ge=1, description="Longest conversation in tokens; longer ones are left out."
+    )
+    draft_vocab: str | None = Field(
+        default=None,
+        description="Tokens that may be drafted: a list, auto, or how many; default: all.",
+    )
+
+    @property
+    def draft_vocab_setting(self) -> str | int | None:
+        """The draft vocabulary as the speculative config takes it."""
+        text = self.draft_vocab
+        return int(text) if text is not None and text.isdigit() else text
+
+    def summary(self) -> dict[str, Any]:
+        """The part of the report that says what was evaluated."""
+        names = ("target", "head", "data", "dtype", "num_speculative_tokens")
+        found = self.model_dump(mode="json", include={*names})
+        vocab = self.draft_vocab_setting
+        return {name: found[name] for name in names} | ({"draft_vocab": vocab} if vocab else {})
+
+
+@dataclass(frozen=True)
+class EvalSample:
+    """A conversation and its tokens."""
+
+    conversation: Conversation
+    encoded: Encoded
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A conversation file.
+
+    Attributes:
+        path: JSONL (or a JSON array) of conversations.
+        image_root: folder of relative image paths; None: the file's own.
+        limit: most records to look at; None: all.
+
+    Raises:
+        ViSpecError: the file is not there.
+    """
+
+    path: Path
+    image_root: Path | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path.is_file():
+            raise ViSpecError(f"--data {self.path} is no file: give a JSONL file of conversations")
+
+    @property
+    def images(self) -> Path:
+        """Folder that relative image paths start from."""
+        return image_folder(self.path, self.image_root)
+
+    def batches(
+        self, encoder: Encoder, size: int, rejected: list[Rejected]
+    ) -> Iterator[list[EvalSample]]:
+        """Yield groups of up to `size` encoded samples; what is left out goes to `rejected`."""
+        group: list[EvalSample] = []
+        for item in islice(read_conversations(self.path, self.image_root), self.limit):
+            found = item if isinstance(item, Rejected) else encoder(item)
+            if isinstance(found, Rejected):
+                rejected.append(found)
+                continue
+            assert isinstance(item, Conversation)
+            group.append(EvalSample(item, found))
+            if len(group) == size:
+                yield group
+                group = []
+        if group:
+            yield group

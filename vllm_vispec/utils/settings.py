@@ -1,0 +1,114 @@
+"""Settings classes: pydantic models whose errors are one line that names the setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from vllm_vispec.utils.errors import ViSpecError, did_you_mean
+
+M = TypeVar("M", bound=BaseModel)
+Spelling = Callable[[str], str]
+"""A setting's dotted name -> how the user writes it."""
+
+# Start of a pydantic error type -> what the setting takes.
+_WANTED: Mapping[str, str] = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a number",
+    "bool": "true or false",
+    "string": "a text",
+    "path": "a path",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "name: value pairs",
+    "mapping": "name: value pairs",
+    "model": "a section with settings below it",
+}
+_LIMITS: Mapping[str, tuple[str, str]] = {
+    "greater_than_equal": ("ge", "at least"),
+    "less_than_equal": ("le", "at most"),
+    "greater_than": ("gt", "more than"),
+    "less_than": ("lt", "less than"),
+}
+
+
+class Settings(BaseModel):
+    """Base of settings classes: frozen, and only names that are declared.
+
+    Make them with `parse`, which turns pydantic's errors into ours.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+
+
+def as_flag(name: str) -> str:
+    """Spell a setting as an option of a command."""
+    return f"--{name.replace('_', '-')}"
+
+
+def parse(model: type[M], values: Mapping[str, Any], spelling: Spelling = str, see: str = "") -> M:
+    """Return the settings, checked.
+
+    Args:
+        values: nested as the model is.
+        spelling: how the user writes a setting.
+        see: where all settings are listed; for names that resemble none.
+
+    Raises:
+        ViSpecError: one line about the first error, with the nearest known name or what to give.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise ViSpecError(_describe(error, model, spelling, see)) from error
+
+
+def iter_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield (dotted name, field) of every setting, nested ones in place of their section."""
+    for name, field in model.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield from iter_fields(section, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """Return the values of a `Literal` field; none for others."""
+    found = get_args(field.annotation)
+    return found if found and all(isinstance(one, str) for one in found) else ()
+
+
+def _describe(error: ValidationError, model: type[BaseModel], spelling: Spelling, see: str) -> str:
+    first = error.errors(include_url=False)[0]
+    name, kind = ".".join(map(str, first["loc"])), first["type"]
+    context = first.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])  # worded by a validator of the model
+    if kind == "extra_forbidden":
+        return f"setting {name!r} is unknown{_nearest(name, model) or (see and f'; see {see}')}"
+    if kind == "missing":
+        return f"{spelling(name)} is missing: set it"
+    if kind in _LIMITS:
+        key, words = _LIMITS[kind]
+        wanted = f"give {words} {context[key]:g}"
+    elif kind == "literal_error":
+        wanted = "use one of " + context["expected"].replace(" or ", ", ").replace("'", "")
+    else:
+        wanted = "give " + _WANTED.get(kind.split("_")[0], first["msg"])
+    return f"{spelling(name)} is {first['input']!r}: {wanted}"
+
+
+def _nearest(name: str, model: type[BaseModel]) -> str:
+    """A hint at a known name; a name without its section, or of another one, counts too."""
+    known = [full for full, _ in iter_fields(model)]
+    tails = {full.rpartition(".")[2]: full for full in known}
+    hint = did_you_mean(name, {*known, *model.model_fields})
+    if not hint:
+        found = did_you_mean(name.rpartition(".")[2], tails)
+        hint = next((f'; did you mean "{tails[t]}"?' for t in tails if f'"{t}"' in found), "")
+    return hint
