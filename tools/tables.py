@@ -53,20 +53,12 @@ def patch_points() -> str:
 
     parts = []
     for group in GROUPS:
-        rows = [
-            (point, "both" if point in group.common else runner.upper())
-            for runner, points in (("v2", (*group.common, *group.v2)), ("v1", group.v1))
-            for point in points
-        ]
-        lines = [
-            "| patch point | runner | expected parameters | use | why | versions |",
-            "|---" * 6,
-        ]
-        lines[1] += "|"
-        for point, runner in rows:
-            cells = f"`{point.name}`", runner, ", ".join(point.parameters) or "-", point.use
-            lines.append(f"| {' | '.join((*cells, point.reason, ', '.join(point.versions)))} |")
-        title = group.name[0].upper() + group.name[1:]
+        lines = ["| patch point | expected parameters | use | why |", "|---|---|---|---|"]
+        for point in group.points:
+            named = [name for symbol in point.symbols for name in symbol.parameters]
+            cells = f"`{point.name}`", ", ".join(named) or "-", point.use, point.reason
+            lines.append(f"| {' | '.join(cells)} |")
+        title = group.title[0].upper() + group.title[1:]
         parts.append(f"\n## {title}\n\nNeeded for: {group.feature}.\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
 

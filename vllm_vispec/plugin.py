@@ -4,6 +4,10 @@ Kept trivial to import.  An exception while importing an entry point is swallowe
 users would then only see that ``vispec`` is no known method.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger("vllm_vispec")
@@ -23,27 +27,43 @@ def register() -> None:
         logger.error("ViSpec is disabled: %s", problem)
         _refuse(problem)
         return
-    from vllm_vispec.compat import patches
     from vllm_vispec.compat.check import first_broken
-    from vllm_vispec.compat.groups import SELF_SERVING
-    from vllm_vispec.trees.patch_points import SCHEDULER_POINTS
+    from vllm_vispec.heads.patch_points import SELF_SERVING
+    from vllm_vispec.trees.patch_points import TREE_SLOTS
 
     _register_draft_architectures()
-    patches.apply_core_patches()
+    _patch_configuration()
     # What cannot be patched is refused when a feature that needs it is asked for.
-    if first_broken(SELF_SERVING.points()) is None:
-        patches.apply_self_serving_patches()
-    if first_broken(SCHEDULER_POINTS) is None:
-        patches.apply_tree_scheduler_patches()
+    for group in (SELF_SERVING, TREE_SLOTS):
+        if first_broken(group.points) is None:
+            group.apply()
 
 
 def find_problem() -> str | None:
     """Return why ViSpec cannot work with the installed vLLM, or None."""
-    from vllm_vispec.compat import versions
-    from vllm_vispec.compat.check import group_problem
-    from vllm_vispec.compat.groups import CORE
+    from vllm_vispec.compat import check
+    from vllm_vispec.spec_decode.patch_points import CORE
 
-    return versions.version_problem(versions.installed_version()) or group_problem(CORE)
+    return check.version_problem(check.installed_version()) or check.group_problem(CORE)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Stands for ``EngineArgs.create_speculative_config``.
+
+    Attributes:
+        problem: What `"method": "vispec"` fails with; everything else is vLLM's.
+    """
+
+    problem: str
+
+    def __call__(self, original: Any, args: Any, *call_args: Any, **kwargs: Any) -> Any:
+        """Refuse our method."""
+        from vllm_vispec.config import METHOD, settings_of
+
+        if settings_of(args).get("method") == METHOD:
+            raise ViSpecError(self.problem)
+        return original(args, *call_args, **kwargs)
 
 
 def _refuse(problem: str) -> None:
@@ -51,10 +71,22 @@ def _refuse(problem: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_vispec.compat.patching import patch
-    from vllm_vispec.compat.refusal import Refusal
 
     if hasattr(EngineArgs, "create_speculative_config"):
         patch(EngineArgs, "create_speculative_config", Refusal(problem))
+
+
+def _patch_configuration() -> None:
+    """Let vLLM's configuration accept ViSpec heads, and let workers begin with ours."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from vllm_vispec.compat.patching import patch
+    from vllm_vispec.spec_decode import config_hook, worker_hook
+
+    patch(EngineArgs, "create_speculative_config", config_hook.create_speculative_config)
+    patch(EngineArgs, "create_engine_config", config_hook.create_engine_config)
+    patch(WorkerBase, "__init__", worker_hook.init_worker)
 
 
 def _register_draft_architectures() -> None:

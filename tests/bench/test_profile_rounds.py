@@ -21,8 +21,6 @@ from vllm_vispec.bench.profile_steps import (
     Steps,
     find_steps,
 )
-from vllm_vispec.compat.check import require
-from vllm_vispec.compat.groups import PROFILE
 from vllm_vispec.utils.errors import ViSpecError
 
 
@@ -249,7 +247,3 @@ def test_every_runner_is_watched_where_it_says(name: str) -> None:
     install(tape.recorder, llm, name)
     llm.llm_engine.step()
     assert [one.kind for one in find_steps(tape.take(), K, 1).steps] == ["decode"]
-
-
-def test_this_vllm_can_be_looked_into() -> None:
-    require(PROFILE)

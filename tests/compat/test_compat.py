@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,42 +19,30 @@ from tests.support.heads import BASE
 from tests.support.runners import overlay_folder
 from tests.support.small_draft_vlms import DRAFT_VLM
 from vllm_vispec import plugin
-from vllm_vispec.compat import check, source, versions
+from vllm_vispec.compat import check, groups, source
 from vllm_vispec.compat.check import check_points, first_broken, group_problem, require
-from vllm_vispec.compat.features import needed_groups
-from vllm_vispec.compat.groups import (
-    CHAINS,
-    CORE,
-    GROUPS,
-    PADDED_HEADS,
-    PROFILE,
-    SCRATCH,
-    SELF_SERVING,
-    VERIFY,
-    VERIFY_ATTENTION,
-)
+from vllm_vispec.compat.groups import GROUPS, check_features, needed_groups
 from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint, Runner
 from vllm_vispec.compat.patching import patch
-from vllm_vispec.compat.refusal import Refusal
+from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.spec_decode.options import EngineOptions
+from vllm_vispec.models.padded_heads_patch_points import PADDED_HEADS
+from vllm_vispec.spec_decode.patch_points import CHAINS, CORE
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.v1.patch_points import CHAINS as V1_CHAINS
 
 PACKAGE = Path(plugin.__file__).parent
-PARTS = [
-    pytest.param(group, runner, id=f"{group.name} {runner or ''}".replace(" ", "-").strip("-"))
-    for group in GROUPS
-    for runner in group.runners
-]
 READ_MODULE = source.read_module
 
 
-@pytest.mark.parametrize(("group", "runner"), PARTS)
-def test_every_patch_point_fits_the_installed_vllm(
-    group: PatchGroup, runner: Runner | None
-) -> None:
-    assert [state for state in check_points(group.points(runner)) if not state.ok] == []
+def by_title(group: PatchGroup) -> str:
+    return group.title.replace(" ", "-")
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=by_title)
+def test_every_patch_point_fits_the_installed_vllm(group: PatchGroup) -> None:
+    assert [state for state in check_points(group.points) if not state.ok] == []
 
 
 @pytest.mark.overlay
@@ -63,29 +55,33 @@ def test_every_patch_point_fits_the_next_release(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(check, "read_module", read)
     for group in GROUPS:
-        assert [state for state in check_points(group.points()) if not state.ok] == []
+        assert [state for state in check_points(group.points) if not state.ok] == []
+
+
+ARGS = "vllm.engine.arg_utils:EngineArgs"
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("place", "said"),
     [
-        ({"symbol": "EngineArgs.renamed"}, "EngineArgs.renamed not found"),
-        ({"symbol": "Renamed.create"}, "Renamed.create not found"),
-        ({"module": "vllm.engine.moved"}, "module vllm.engine.moved not found"),
-        ({"parameters": ("target_model_config", "surprise")}, "no parameter 'surprise'"),
+        (f"{ARGS}.renamed", "EngineArgs.renamed not found"),
+        ("vllm.engine.arg_utils:Renamed.create", "Renamed.create not found"),
+        ("vllm.engine.moved:EngineArgs", "module vllm.engine.moved not found"),
+        (f"{ARGS}.create_engine_config(surprise)", "no parameter 'surprise'"),
         (
-            {"parameters": ("target_parallel_config", "target_model_config")},
+            f"{ARGS}.create_speculative_config(target_parallel_config, target_model_config)",
             "parameters in another order",
         ),
-        ({"symbol": "EngineArgs.self.never_set"}, "EngineArgs.self.never_set not found"),
+        (f"{ARGS}.self.never_set", "EngineArgs.self.never_set not found"),
+        (f"{ARGS}{{model, create_engine_config(usage_context), other}}", "other not found in"),
+        (f"{ARGS}{{model, create_engine_config(usage)}}", "no parameter 'usage'"),
+        (f"{ARGS}{{model, create_engine_config(usage_context), tokenizer}}", None),
     ],
 )
-def test_a_changed_patch_point_is_found(change: dict[str, Any], said: str) -> None:
-    point = next(p for p in CORE.common if p.symbol.endswith("create_speculative_config"))
-    broken = first_broken((replace(point, **change),))
-    assert broken is not None
-    assert broken.problem is not None
-    assert said in broken.problem
+def test_a_changed_patch_point_is_found(place: str, said: str | None) -> None:
+    broken = first_broken((PatchPoint("reads", place, ""),))
+    assert (broken is None) is (said is None)
+    assert broken is None or (said or "") in (broken.problem or "")
 
 
 SOURCE = '''
@@ -146,10 +142,10 @@ def test_symbols_are_found_in_the_text(symbol: str, parameters: list[str] | None
 
 
 def _settings(
-    head: HeadConfig = BASE, *, adaptive: bool = False, **options: Any
+    head: HeadConfig = BASE, *, adaptive: bool = False, is_v2: bool = True, **settings: Any
 ) -> SimpleNamespace:
     """Return vLLM's configuration, as far as it says what a head and its settings need."""
-    content = head.to_llama_config_dict() | EngineOptions(**options).to_section()
+    content = head.to_llama_config_dict()
     named = content | {"architectures": [head.architecture], "to_dict": lambda: content}
     return SimpleNamespace(
         speculative_config=SimpleNamespace(
@@ -158,6 +154,8 @@ def _settings(
             num_speculative_tokens=29,
             num_speculative_tokens_per_batch_size=None,
         ),
+        additional_config=ViSpecConfig(**settings).to_section(),
+        use_v2_model_runner=is_v2,
     )
 
 
@@ -168,14 +166,14 @@ SETTINGS: dict[str, Any] = {
     "draft VLM": _settings(DRAFT_VLM),
     "draft_vocab": _settings(draft_vocab="auto", draft_vocab_file="tokens.txt"),
     "adaptive verification": _settings(adaptive=True),
-    "trees": _settings(tree=TreeSettings().to_config()),
+    "trees": _settings(tree=TreeSettings()),
 }
 """Configurations by the group that only they need, but for the first."""
 
 
 def _without(point: PatchPoint) -> Callable[[str], str | None]:
     """Return a reader of vLLM's source in which one definition has another name."""
-    owner, _, name = point.symbol.replace(".self.", ".").rpartition(".")
+    owner, _, name = point.symbols[0].name.replace(".self.", ".").rpartition(".")
 
     def read(module: str) -> str | None:
         text = READ_MODULE(module)
@@ -187,47 +185,42 @@ def _without(point: PatchPoint) -> Callable[[str], str | None]:
     return read
 
 
-def _point_to_break(group: PatchGroup, runner: Runner | None) -> PatchPoint:
+def _point_to_break(group: PatchGroup) -> PatchPoint:
     """Return a patch point that no other group needs if there is one, else any."""
-    mine = group.common if runner is None else group.points_of(runner)
-    others = {point.name for other in GROUPS if other is not group for point in other.points()}
-    return next((point for point in mine if point.name not in others), mine[0])
+    others = {p.name for other in GROUPS if other is not group for p in other.points}
+    return next((p for p in group.points if p.name not in others), group.points[0])
 
 
-@pytest.mark.parametrize(("group", "runner"), PARTS)
+@pytest.mark.parametrize("group", GROUPS, ids=by_title)
 def test_a_broken_patch_point_disables_its_feature_alone(
-    group: PatchGroup, runner: Runner | None, monkeypatch: pytest.MonkeyPatch
+    group: PatchGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which configurations are refused on which runner, and with which line."""
-    point = _point_to_break(group, runner)
-    monkeypatch.setattr(check, "read_module", _without(point))
-    refused = set()
-    for name, settings in SETTINGS.items():
-        for used in ("v1", "v2"):
-            needed = needed_groups(settings, used)
-            problems = [p for g in needed if (p := group_problem(g, used)) is not None]
-            if problems:
-                refused.add((name, used))
-            touched = [g for g in needed if point.name in {p.name for p in g.points(used)}]
-            assert len(problems) == len(touched), (name, used, problems)
-    runners = ("v1", "v2") if runner is None else (runner,)
-    if group in (CORE, CHAINS, PADDED_HEADS):
+    monkeypatch.setattr(check, "read_module", _without(_point_to_break(group)))
+    refused = {
+        (name, runner)
+        for name, settings in SETTINGS.items()
+        for runner in ("v1", "v2")
+        if any(group_problem(needed) for needed in needed_groups(settings, runner))
+    }
+    runners = ("v1", "v2") if group.runner is None else (group.runner,)
+    if group in (CORE, CHAINS, V1_CHAINS, PADDED_HEADS):
         spared = {"uncompressed", "draft VLM"} if group is PADDED_HEADS else set()
         assert refused == {(n, used) for n in SETTINGS for used in runners if n not in spared}
     else:
         assert "chains" not in {name for name, _ in refused}
         assert {(group.name, used) for used in runners if group.name in SETTINGS} <= refused
-    (problem,) = filter(None, [group_problem(group, runner)])
-    for said in (group.feature, point.name, group.remedy, "install vLLM 0.32 to 0.33"):
+    problem = group_problem(group) or ""
+    for said in (group.feature, group.remedy, "install vLLM 0.32 to 0.33"):
         assert said in problem
     assert "\n" not in problem
 
 
-def test_every_feature_has_a_group_and_a_configuration_that_needs_it() -> None:
-    """Those that no engine needs: `vllm serve HEAD`, and what measures."""
+def test_every_feature_has_a_configuration_that_needs_it() -> None:
+    """Those that no engine needs: `vllm serve HEAD`, what measures, and GPUs' scratch."""
     needed = {g for s in SETTINGS.values() for used in ("v1", "v2") for g in needed_groups(s, used)}
-    measuring = {PROFILE, VERIFY, VERIFY_ATTENTION}
-    assert set(GROUPS) - needed == {SCRATCH, SELF_SERVING, *measuring}
+    others = {group.name for group in set(GROUPS) - needed}
+    assert others == {"scratch", "self-serving", "profile", "verify"}
 
 
 @pytest.mark.parametrize(
@@ -245,30 +238,69 @@ def test_a_removed_runner_leaves_the_other(
         check, "read_module", lambda m: None if m.startswith(gone) else READ_MODULE(m)
     )
     for group in needed_groups(SETTINGS[name], runner):
-        require(group, runner)
-    other: Runner = "v1" if runner == "v2" else "v2"
-    with pytest.raises(
-        ViSpecError, match=rf"^ViSpec on the {other.upper()} model runner: .*not found"
-    ):
-        require(CHAINS, other)
+        require(group)
+    chains = V1_CHAINS if runner == "v2" else CHAINS
+    other = "V1" if runner == "v2" else "V2"
+    with pytest.raises(ViSpecError, match=rf"^ViSpec on the {other} model runner: .*not found"):
+        require(chains)
+
+
+WITHOUT_V1 = """
+import sys
+from importlib import import_module
+from pathlib import Path
+# An editable install would find the folder after all.
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+import vllm_vispec
+from vllm_vispec import plugin
+from vllm_vispec.compat import groups
+root = Path(vllm_vispec.__file__).parent
+assert not (root / "v1").exists()
+plugin.register()
+for group in groups.GROUPS:
+    if group.runner == "v2":
+        group.apply()
+for room in ("spec_decode", "trees", "models", "draft_vlm", "draft_vocab", "compressors", "bench"):
+    for path in (root / room).glob("*.py"):
+        import_module(f"vllm_vispec.{room}.{path.stem}")
+assert "chains on V1" not in [group.title for group in groups.GROUPS]
+"""
+
+
+def test_without_the_folder_v1_the_v2_runner_works(tmp_path: Path) -> None:
+    """Every module that V2 engines import, their checks and their patches."""
+    ignored = shutil.ignore_patterns("v1", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "vllm_vispec", ignore=ignored)
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_V1], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_runner_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "GROUPS", tuple(g for g in GROUPS if g.runner != "v1"))
+    assert CHAINS in check_features(_settings())
+    with pytest.raises(ViSpecError, match=r"no V1 model runner: use .*RUNNER=1\)"):
+        check_features(_settings(is_v2=False))
 
 
 def test_a_broken_core_disables_our_method_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = next(p for p in CORE.common if p.symbol.startswith("WorkerBase"))
+    point = next(p for p in CORE.points if "WorkerBase" in p.place)
     monkeypatch.setattr(check, "read_module", _without(point))
     problem = plugin.find_problem()
     assert problem is not None
     assert problem.startswith(f"ViSpec: patch point {point.name} does not fit this vLLM")
-    refuse = Refusal(problem)
+    refuse = plugin.Refusal(problem)
     with pytest.raises(ViSpecError, match=r"install vLLM 0\.32 to 0\.33"):
         refuse(None, SimpleNamespace(speculative_config={"method": "vispec"}))
     other = SimpleNamespace(speculative_config={"method": "ngram"})
     assert refuse(lambda args: args, other) is other
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2"])
-def test_plain_chains_need_the_core_chains_and_their_wider_heads_alone(runner: Runner) -> None:
-    assert needed_groups(SETTINGS["chains"], runner) == [CORE, CHAINS, PADDED_HEADS]
+def test_plain_chains_need_the_core_chains_and_their_wider_heads_alone() -> None:
+    assert needed_groups(SETTINGS["chains"], "v2") == [CORE, CHAINS, PADDED_HEADS]
+    assert needed_groups(SETTINGS["chains"], "v1") == [CORE, PADDED_HEADS, V1_CHAINS]
 
 
 def test_the_check_of_v2_chains_reads_no_other_modules(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +314,7 @@ def test_the_check_of_v2_chains_reads_no_other_modules(monkeypatch: pytest.Monke
     monkeypatch.setattr(check, "read_module", note)
     monkeypatch.setattr(source, "_parse", lambda text, symbol: pytest.fail(f"parsed for {symbol}"))
     for group in needed_groups(SETTINGS["chains"], "v2"):
-        require(group, "v2")
+        require(group)
     assert len(set(read)) <= 20
     assert not [m for m in read if ".spec_decode." in m and ".gpu." not in m]
     assert "vllm.v1.worker.gpu_model_runner" not in read
@@ -293,18 +325,18 @@ def test_the_check_of_v2_chains_reads_no_other_modules(monkeypatch: pytest.Monke
     [("0.31.2", True), ("0.32.0", False), ("0.33.1+cpu", False), ("0.40.0", False), ("dev", False)],
 )
 def test_versions(version: str, refused: bool) -> None:
-    problem = versions.version_problem(version)
+    problem = check.version_problem(version)
     assert (problem is not None) == refused
     if problem:
         assert "install vLLM 0.32 to 0.33" in problem
 
 
 def test_a_newer_version_warns(caplog: pytest.LogCaptureFixture) -> None:
-    versions.logger.addHandler(caplog.handler)
+    check.logger.addHandler(caplog.handler)
     try:
-        versions.version_problem("0.40.0")
+        check.version_problem("0.40.0")
     finally:
-        versions.logger.removeHandler(caplog.handler)
+        check.logger.removeHandler(caplog.handler)
     assert "was tested with vLLM 0.32 to 0.33, this is 0.40.0" in caplog.text
 
 
@@ -355,27 +387,29 @@ def test_patching_new_chooses_the_class() -> None:
     assert base(2).value == 2
 
 
+def _listed(*uses: str) -> set[str]:
+    points = (point for group in GROUPS for point in group.points)
+    return {s.name for point in points if not uses or point.use in uses for s in point.symbols}
+
+
+PUBLIC = {"load_model", "load_weights", "compute_logits", "__init__", "capture"}
+"""Members that vLLM expects of every speculator or model."""
+
+
 def test_every_override_of_a_vllm_class_is_listed() -> None:
-    """Methods of our proposers that vLLM's classes have too must be listed."""
-    listed = {point.symbol.split(".")[-1] for group in GROUPS for point in group.points()}
-    for name in (
-        "v1/proposer.py",
-        "spec_decode/speculator.py",
-        "v1/tree_proposer.py",
-        "v1/tree_sampler.py",
-        "models/padded_impl.py",
-        "trees/speculator.py",
-        "trees/rejection_sampler.py",
-    ):
-        text = (PACKAGE / name).read_text()
-        overridden = set(re.findall(r"super\(\)\.(\w+)\(", text)) - {"__init__"}
-        assert overridden <= listed, name
+    """Methods of our speculators that vLLM's classes have too."""
+    listed = {symbol.split(".")[-1] for symbol in _listed()} | PUBLIC
+    names = ("*/*speculator.py", "*/*sampler.py", "*/*proposer.py", "models/padded_impl.py")
+    paths = {path for name in names for path in PACKAGE.glob(name)}
+    assert len(paths) >= 7
+    for path in paths:
+        overridden = set(re.findall(r"super\(\)\.(\w+)\(", path.read_text()))
+        assert overridden <= listed, path.name
 
 
 def test_every_patch_is_listed_and_there_is_no_other_way() -> None:
     """Whatever `patch` changes is listed as wrapped or subclassed; nothing is assigned by hand."""
-    points = [point for group in GROUPS for point in group.points()]
-    listed = {p.symbol for p in points if p.use in ("wraps", "subclasses")}
+    listed = _listed("wraps", "subclasses")
     names = {symbol.split(".")[-1] for symbol in listed} | {"__new__"}
     patched, assigned = set(), set()
     for path in PACKAGE.rglob("*.py"):
@@ -387,18 +421,5 @@ def test_every_patch_is_listed_and_there_is_no_other_way() -> None:
     assert assigned == set()
     assert {name for _, name in patched} <= names
     on_classes = {f"{owner}.{name}" for owner, name in patched if owner[0].isupper()}
-    assert on_classes == {
-        "Attention.__init__",
-        "CPUDNNLGEMMHandler.__del__",
-        "Attention.get_kv_cache_spec",
-        "EagleProposer.__new__",
-        "EagleSpeculator.__new__",
-        "EngineArgs.create_engine_config",
-        "EngineArgs.create_speculative_config",
-        "FlashInferMetadataBuilder.set_workspace_buffer",
-        "ModelState.custom_sampler",
-        "TritonAttentionMetadataBuilder.__init__",
-        "VllmConfig.num_lookahead_tokens",
-        "WorkerBase.__init__",
-    }
-    assert {p for p in on_classes if not p.endswith("__new__")} <= listed
+    assert {"EagleSpeculator.__new__", "WorkerBase.__init__"} <= on_classes
+    assert {name for name in on_classes if not name.endswith("__new__")} <= listed

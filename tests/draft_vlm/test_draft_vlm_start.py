@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.small_draft_vlms import DRAFT_VLM
-from vllm_vispec.compat.features import reads_embeddings, reads_target_states
+from vllm_vispec.config import reads_embeddings, reads_target_states
 from vllm_vispec.draft_vlm.model import EagleDraftVlmForCausalLM as Draft
 from vllm_vispec.heads.config import ARCHITECTURE, DRAFT_VLM_ARCHITECTURE, EMBEDS_ARCHITECTURE
 from vllm_vispec.plugin import _register_draft_architectures

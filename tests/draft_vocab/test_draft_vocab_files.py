@@ -12,11 +12,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.support.heads import write_head
+from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.draft_vocab.files import DraftVocab, find_vocab, read_vocab, write_vocab
 from vllm_vispec.draft_vocab.setting import check_lm_head, read_setting, resolve_draft_vocab
 from vllm_vispec.heads.export import convert_head
 from vllm_vispec.heads.folder import DRAFT_VOCAB, DRAFT_VOCAB_FACTS, inspect_head
-from vllm_vispec.spec_decode.options import EngineOptions
 from vllm_vispec.utils.errors import ViSpecError
 
 # Files
@@ -77,8 +77,8 @@ def test_safetensors_that_hold_something_else(tmp_path: Path) -> None:
 # The setting
 
 
-def options(value: Any) -> EngineOptions:
-    return EngineOptions.pop_from({"draft_vocab": value})
+def options(value: Any) -> ViSpecConfig:
+    return ViSpecConfig.pop_from({"draft_vocab": value})
 
 
 def test_without_the_setting_nothing_changes(tmp_path: Path) -> None:
@@ -101,7 +101,8 @@ def test_the_list_of_the_head(tmp_path: Path, value: Any, ids: tuple[int, ...]) 
     # The way to the workers and back.
     section = json.loads(json.dumps(found.to_section()))
     moved = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name} of another machine"))
-    read = read_setting(EngineOptions.from_hf_config(type("Config", (), section)), moved, 8)
+    config = ViSpecConfig.from_vllm(SimpleNamespace(additional_config=section))
+    read = read_setting(config, moved, 8)
     assert read is not None
     assert read.token_ids == ids
     assert settings == {"use_local_argmax_reduction": True}

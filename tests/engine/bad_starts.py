@@ -343,7 +343,7 @@ def try_all(folder: str) -> Iterator[dict[str, str]]:
     yield {"name": "good"} | attempts.attempt(good, "good")
     for name, case in BAD_STARTS.items():
         yield {"name": name} | attempts.attempt(case, name)
-    with _registered_anew("versions.installed_version", lambda: "0.31.2"):
+    with _registered_anew("check.installed_version", lambda: "0.31.2"):
         yield {"name": "old vLLM"} | attempts.attempt(good, "old")
     with _registered_anew("check.read_module", lambda module: None):
         yield {"name": "broken patch point"} | attempts.attempt(good, "broken")

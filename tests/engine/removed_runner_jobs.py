@@ -44,10 +44,10 @@ def _ask_for_the_other(arguments: dict[str, Any]) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_vispec.compat.check import require
-    from vllm_vispec.compat.groups import CHAINS
+    from vllm_vispec.spec_decode.patch_points import CHAINS
 
     if os.environ[VARIABLE] == "0":
         # Without Triton vLLM itself refuses V2 here, before we are asked.
-        require(CHAINS, "v2")
+        require(CHAINS)
     os.environ[VARIABLE] = "0"
     EngineArgs(**arguments).create_engine_config()

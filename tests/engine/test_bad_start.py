@@ -8,7 +8,7 @@ import pytest
 
 from tests.engine.bad_starts import BAD_STARTS
 from tests.support.child import run_in_subprocess
-from vllm_vispec.compat.versions import version_problem
+from vllm_vispec.compat.check import version_problem
 
 Results = dict[str, dict[str, str]]
 

@@ -42,13 +42,13 @@ class Layer:
         from vllm.config import VllmConfig, set_current_vllm_config
         from vllm.model_executor.layers.attention import Attention
 
-        from vllm_vispec.compat.patches import apply_tree_patches
         from vllm_vispec.trees import attention
+        from vllm_vispec.trees.patch_points import apply_attention
 
         config: Any = VllmConfig()
         config.cache_config.block_size = BLOCK
         config.model_config = SimpleNamespace(dtype=dtype, is_mm_prefix_lm=False, rswa_window=None)
-        apply_tree_patches("v1")
+        apply_attention()
         torch.set_default_dtype(dtype)
         settings = mock.patch.multiple(
             attention, has_branches=lambda _: True, settings_of=lambda _: TreeSettings()

@@ -43,6 +43,7 @@ def _draft(weight_VD: torch.Tensor, file: Path) -> Any:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.models.llama_eagle import EagleLlamaForCausalLM
 
+    from vllm_vispec.config import ViSpecConfig
     from vllm_vispec.draft_vocab.model import DraftLogits
 
     class Draft(DraftLogits, EagleLlamaForCausalLM):
@@ -51,10 +52,8 @@ def _draft(weight_VD: torch.Tensor, file: Path) -> Any:
 
     file.write_text(json.dumps(IDS[::-1]))
     draft = Draft()
-    section = {"draft_vocab": str(file), "draft_vocab_file": str(file)}
-    draft.config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, num_attention_heads=4, vispec_engine=section
-    )
+    draft.vispec_config = ViSpecConfig(draft_vocab=str(file), draft_vocab_file=str(file))
+    draft.config = LlamaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_attention_heads=4)
     draft.logits_processor = LogitsProcessor(VOCAB)
     draft.lm_head = ParallelLMHead(VOCAB, HIDDEN, params_dtype=torch.float32)
     draft.lm_head.weight_loader(draft.lm_head.weight, weight_VD)

@@ -16,7 +16,6 @@ import torch
 from tests.support.live_bytes import LiveBytes
 from vllm_vispec.models.padded_impl import LayerPadding
 from vllm_vispec.models.vispec import make_rows
-from vllm_vispec.spec_decode.options import EngineOptions
 from vllm_vispec.trees import target_cache
 from vllm_vispec.trees.code_rows import CodeRows
 from vllm_vispec.trees.grow import TreeGrower
@@ -75,9 +74,9 @@ def _head(sizes: Sizes, num_query_tokens: int) -> Any:
 def test_chains(model: str, num_query_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The row table and the batch's rows, replicated on every card."""
     monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
-    head, options = _head(MODELS[model], num_query_tokens), EngineOptions()
+    head = _head(MODELS[model], num_query_tokens)
     with META:
-        rows = make_rows(head, options.image_table_size, TOKENS, 256)
+        rows = make_rows(head, None, TOKENS, 256)
     num_bytes = sum(buffer.nbytes for buffer in rows.buffers())
     assert rows.codes.num_slots > 256
     assert TOKENS * head.hidden_size * 2 < num_bytes < CHAIN_BUDGET

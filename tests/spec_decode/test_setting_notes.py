@@ -11,10 +11,10 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from tests.support.heads import BASE
+from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.spec_decode import speculator as v2
-from vllm_vispec.spec_decode.options import EngineOptions
-from vllm_vispec.spec_decode.setting_notes import note_settings_without_effect
+from vllm_vispec.spec_decode.setting_notes import describe_drafts, note_settings_without_effect
 
 
 class DraftConfig(SimpleNamespace):
@@ -27,23 +27,26 @@ class DraftConfig(SimpleNamespace):
 def engine(
     *,
     schedule: list[list[int]] | None = None,
-    table: int = 1024,
+    table: int | None = None,
     has_adaptor: bool = True,
     takes_images: bool = True,
     tree: dict[str, Any] | None = None,
+    tokens: int = 5,
 ) -> Any:
     values = asdict(BASE) if has_adaptor else asdict(BASE) | {"compress": False}
     values |= {} if has_adaptor else {"global_feature": False}
     head = HeadConfig(**values)
-    section = EngineOptions(image_table_size=table, tree=tree).to_section()
-    draft = DraftConfig(**head.to_llama_config_dict(), **section)
+    draft = DraftConfig(**head.to_llama_config_dict())
+    config = ViSpecConfig.pop_from({"image_table_size": table, "tree": tree})
     return SimpleNamespace(
         speculative_config=SimpleNamespace(
-            num_speculative_tokens=5,
+            num_speculative_tokens=tokens,
             num_speculative_tokens_per_batch_size=schedule,
             draft_model_config=SimpleNamespace(hf_config=draft),
         ),
-        scheduler_config=SimpleNamespace(max_num_seqs=16),
+        additional_config=config.to_section(),
+        scheduler_config=SimpleNamespace(max_num_seqs=16, async_scheduling=False),
+        use_v2_model_runner=False,
         model_config=SimpleNamespace(supports_multimodal_inputs=takes_images),
     )
 
@@ -73,6 +76,26 @@ def test_each_is_named_in_a_line(
     for message, part in zip(caplog.messages, said, strict=True):
         assert message.startswith("speculative config: ")
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "chains of 5 tokens"),
+        ({"tree": {"top_k": 4}}, "trees of 5 nodes on 4 levels (eagle2, depth 3, top_k 4)"),
+        (
+            {"tree": {"policy": "entropy", "top_k": 1, "depth": 4}},
+            "chains of 5 tokens (entropy, may end early)",
+        ),
+        (
+            {"schedule": [[1, 8, 29], [9, 16, 4], [17, 64, 0]], "tree": {}, "tokens": 29},
+            "by load: trees of 29 nodes on 4 levels (eagle2, depth 3, top_k 8) for 1 to 8 requests,"
+            " chains of 4 tokens for 9 to 16 requests, nothing for 17 to 64 requests",
+        ),
+    ],
+)
+def test_what_is_drafted_is_one_line(settings: dict[str, Any], said: str) -> None:
+    assert describe_drafts(engine(**settings)) == said
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from unittest import mock
 
 import pytest
 
-from vllm_vispec.heads.config import ARCHITECTURE
-from vllm_vispec.spec_decode import worker_hook
-from vllm_vispec.spec_decode.options import EngineOptions
+from vllm_vispec.config import ViSpecConfig
+from vllm_vispec.spec_decode.patch_points import speculator_class
+from vllm_vispec.spec_decode.setting_notes import note_settings_without_effect
 from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
-from vllm_vispec.trees import attention, limits
+from vllm_vispec.trees import attention
 from vllm_vispec.trees import model_state as v2_state
 from vllm_vispec.trees.setting import has_branches, resolve_tree
 from vllm_vispec.trees.settings import TreeSettings
@@ -24,18 +24,22 @@ CONFIDENT = TreeSettings("spec_llava", depth=3, top_k=2)
 
 
 def _config(
-    tree: TreeSettings | None, schedule: list[list[int]] | None = None, num_nodes: int = 29
+    tree: TreeSettings | None,
+    schedule: list[list[int]] | None = None,
+    num_nodes: int = 29,
+    *,
+    is_v2: bool = False,
+    is_async: bool = False,
 ) -> Any:
-    options = EngineOptions(tree=None if tree is None else tree.to_config())
-    draft = SimpleNamespace(
-        hf_config=SimpleNamespace(**options.to_section(), architectures=[ARCHITECTURE])
-    )
     speculative = SimpleNamespace(
-        draft_model_config=draft,
-        num_speculative_tokens=num_nodes,
-        num_speculative_tokens_per_batch_size=schedule,
+        num_speculative_tokens=num_nodes, num_speculative_tokens_per_batch_size=schedule
     )
-    return SimpleNamespace(speculative_config=speculative)
+    return SimpleNamespace(
+        speculative_config=speculative,
+        additional_config=ViSpecConfig(tree=tree).to_section(),
+        scheduler_config=SimpleNamespace(async_scheduling=is_async, max_num_seqs=64),
+        use_v2_model_runner=is_v2,
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,26 +94,33 @@ def test_v2_refuses_trees_where_a_target_has_its_own_sampler(
 
 
 def test_single_paths_are_trees_if_they_may_end_early() -> None:
-    def resolved(**tree: Any) -> Any:
-        settings = {"num_speculative_tokens": 4}
-        return resolve_tree(EngineOptions(tree={"top_k": 1} | tree), settings).tree
-
-    assert resolved(policy="eagle2") is None
-    assert resolved(policy="spec_llava", threshold=0.3) == {
-        **CONFIDENT.one_branch().to_config(),
-        "threshold": 0.3,
-    }
+    settings = {"num_speculative_tokens": 4}
+    assert resolve_tree(TreeSettings("eagle2", top_k=1), settings) is None
+    path = TreeSettings("spec_llava", top_k=1, threshold=0.3)
+    assert resolve_tree(path, settings) == path
 
 
-def test_v2_says_that_it_drafts_whole_chains(caplog: pytest.LogCaptureFixture) -> None:
-    limits.logger.addHandler(caplog.handler)
-    try:
-        chosen = worker_hook._v2_speculator(_config(CONFIDENT.one_branch()))
-        assert chosen.__name__ == "ViSpecSpeculator"
-        assert "as chains, whatever its threshold: the V2" in caplog.text
-        assert worker_hook._v2_speculator(_config(CONFIDENT)).__name__ == "TreeSpeculator"
-    finally:
-        limits.logger.removeHandler(caplog.handler)
+def test_v2_drafts_single_paths_as_chains() -> None:
+    assert speculator_class(_config(CONFIDENT.one_branch(), num_nodes=4)).__name__ == (
+        "ViSpecSpeculator"
+    )
+    assert speculator_class(_config(CONFIDENT)).__name__ == "TreeSpeculator"
+
+
+@pytest.mark.parametrize(
+    ("runner", "said"),
+    [
+        ({"is_v2": True}, "the V2 model runner's drafts stay on the device"),
+        ({"is_async": True}, "with asynchronous scheduling drafts stay on the device"),
+        ({}, ""),
+    ],
+)
+def test_a_threshold_without_effect_is_named(
+    runner: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    note_settings_without_effect(_config(CONFIDENT.one_branch(), num_nodes=4, **runner))
+    assert ("tree.threshold is ignored" in caplog.text) is bool(said)
+    assert said in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -117,16 +128,11 @@ def test_v2_says_that_it_drafts_whole_chains(caplog: pytest.LogCaptureFixture) -
     [(CONFIDENT, False, True), (CONFIDENT, True, False), (TreeSettings(), False, False)],
 )
 def test_v1_cuts_paths_that_the_scheduler_sees(
-    tree: TreeSettings, is_async: bool, grows: bool, caplog: pytest.LogCaptureFixture
+    tree: TreeSettings, is_async: bool, grows: bool
 ) -> None:
     """An empty place among drafts on the device would be a token to vLLM's sampler."""
     proposer: Any = object.__new__(TreeProposer)
     proposer.vllm_config = _config(tree, [[1, 2, 9], [3, 9, 4]])
     proposer._settings = tree
     proposer._runner = SimpleNamespace(use_async_scheduling=is_async)
-    limits.logger.addHandler(caplog.handler)
-    try:
-        assert (proposer._make_path_grower() is not None) is grows
-    finally:
-        limits.logger.removeHandler(caplog.handler)
-    assert ("with asynchronous scheduling" in caplog.text) is is_async
+    assert (proposer._make_path_grower() is not None) is grows

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from vllm_vispec.bench.load import chat_messages
 from vllm_vispec.bench.machine import has_gpu, server_environment
-from vllm_vispec.bench.patch_points import PROFILE
 from vllm_vispec.bench.profile_steps import (
     ADAPTOR,
     CLOCKS,
@@ -38,6 +37,7 @@ from vllm_vispec.bench.profile_steps import (
 )
 from vllm_vispec.bench.schema import BenchSample, Record
 from vllm_vispec.compat.check import require
+from vllm_vispec.compat.groups import groups_named
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.process import WorkerProcess, serve_requests
 
@@ -209,7 +209,8 @@ class ProfiledEngine:
         from vllm_vispec.plugin import register
 
         self.job = Job.from_json(request["job"])
-        require(PROFILE, cast("Runner", self.job.runner))
+        for group in groups_named("profile", cast("Runner", self.job.runner)):
+            require(group)
         register()
         options = engine_options(self.job.serve_args)
         draft = dict(self.job.speculative_config)

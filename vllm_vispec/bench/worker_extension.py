@@ -11,14 +11,15 @@ would win against a fault. See `vllm_vispec.v1.cpu_sampling`.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from vllm.platforms import current_platform
 
-from vllm_vispec.compat.patches import apply_cpu_sampling_patches
+if current_platform.is_cpu() and find_spec("vllm_vispec.v1") is not None:
+    from vllm_vispec.v1.patch_points import apply_cpu_sampling
 
-if current_platform.is_cpu():
-    apply_cpu_sampling_patches()
+    apply_cpu_sampling()
 
 _DRAFTS = ("drafter", "speculator")
 """Where the V1 and the V2 runner keep what drafts."""

@@ -14,8 +14,10 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from vllm_vispec import __version__
-from vllm_vispec.compat import groups, versions
+from vllm_vispec.compat import check as versions
+from vllm_vispec.compat import groups
 from vllm_vispec.compat.check import PatchPointState, check_points, group_problem
+from vllm_vispec.spec_decode.patch_points import CHAINS, CORE
 
 if TYPE_CHECKING:
     from vllm_vispec.heads.config import HeadConfig
@@ -223,21 +225,19 @@ def _patch_point_lines(*, verbose: bool) -> tuple[list[str], bool]:
     """
     lines, broken, chains_ok = ["patch points in vLLM:"], [], []
     for group in groups.GROUPS:
-        for runner in group.runners:
-            states = check_points(group.points(runner))
-            misfits = [state for state in states if not state.ok]
-            name = group.name if runner is None else f"{group.name} on {runner.upper()}"
-            lines.append(
-                f"  {'FAIL' if misfits else 'ok':4} {name}: "
-                f"{len(states) - len(misfits)} of {len(states)} fit"
-            )
-            lines += [_state_line(state) for state in (states if verbose else misfits)]
-            problem = group_problem(group, runner)
-            if problem is not None:
-                broken.append(problem)
-            if group is groups.CHAINS:
-                chains_ok.append(problem is None)
-    core_problem = group_problem(groups.CORE)
+        states = check_points(group.points)
+        misfits = [state for state in states if not state.ok]
+        lines.append(
+            f"  {'FAIL' if misfits else 'ok':4} {group.title}: "
+            f"{len(states) - len(misfits)} of {len(states)} fit"
+        )
+        lines += [_state_line(state) for state in (states if verbose else misfits)]
+        problem = group_problem(group)
+        if problem is not None:
+            broken.append(problem)
+        if group.name == CHAINS.name:
+            chains_ok.append(problem is None)
+    core_problem = group_problem(CORE)
     if core_problem is not None:
         return [*lines, f"ViSpec is disabled here. {core_problem}"], False
     return [*lines, *(f"not available here: {problem}" for problem in broken)], any(chains_ok)

@@ -1,45 +1,31 @@
-"""What the gate of compressors touches in vLLM: states and ends of prompts."""
+"""What the gate of compressors relies on in vLLM: ends of prompts."""
+
+from typing import Any
 
 from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
+from vllm_vispec.config import head_of
 
-_V1 = (
-    PatchPoint(
-        "vllm.v1.spec_decode.llm_base_proposer",
-        "SpecDecodeBaseProposer.self.hidden_states",
-        (),
-        "reads",
-        "the target's state of the last prompt token",
-    ),
-    PatchPoint(
-        "vllm.v1.worker.gpu_input_batch",
-        "InputBatch.self.num_prompt_tokens",
-        (),
-        "reads",
-        "where a prompt ends",
-    ),
-)
 
-_V2 = (
-    PatchPoint(
-        "vllm.v1.worker.gpu.model_states.interface",
-        "ModelState.add_request",
-        ("req_index", "new_req_data"),
-        "wraps",
-        "where a prompt ends (one object only)",
-    ),
-    PatchPoint(
-        "vllm.v1.core.sched.output",
-        "NewRequestData.prompt_len",
-        (),
-        "reads",
-        "where a prompt ends",
-    ),
-)
+def has_gate(vllm_config: Any) -> bool:
+    """Whether the head chooses among several compressors for each request."""
+    head = head_of(vllm_config)
+    return head.has_compressor and head.compressor_spec.gated
+
 
 GATE = PatchGroup(
     name="gate",
     feature="compressors with a gate",
     remedy="use a head without a gate",
-    v1=_V1,
-    v2=_V2,
+    runner="v2",
+    is_needed=has_gate,
+    points=(
+        PatchPoint(
+            "wraps",
+            "vllm.v1.worker.gpu.model_states.interface:ModelState.add_request"
+            "(req_index, new_req_data)",
+            "where a prompt ends (one object only)",
+        ),
+    ),
 )
+
+GROUPS = (GATE,)

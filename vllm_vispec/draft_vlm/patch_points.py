@@ -1,95 +1,35 @@
-"""What draft VLMs touch in vLLM: buffers of hidden states, embedding and lm_head."""
+"""What draft VLMs rely on in vLLM: buffers of hidden states, embedding and lm_head."""
+
+from typing import Any
 
 from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
-from vllm_vispec.models.uncompressed_patch_points import UNCOMPRESSED
+from vllm_vispec.config import reads_target_states
 
-_V1_PROPOSER = "vllm.v1.spec_decode.llm_base_proposer"
-_V2_AR = "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator"
 
-_COMMON = (
-    PatchPoint(
-        "vllm.model_executor.layers.vocab_parallel_embedding",
-        "ParallelLMHead.tie_weights",
-        ("embed_tokens",),
-        "calls",
-        "an lm_head that is its embedding table",
-    ),
-)
+def is_draft_vlm(vllm_config: Any) -> bool:
+    """Whether the engine drafts with a vision language model of its own."""
+    return not reads_target_states(vllm_config)
 
-_V1 = (
-    PatchPoint(
-        _V1_PROPOSER,
-        "SpecDecodeBaseProposer.self.hidden_states",
-        (),
-        "overrides",
-        "has no columns, as such a draft reads no state of the target",
-    ),
-    PatchPoint(
-        _V1_PROPOSER,
-        "SpecDecodeBaseProposer.set_inputs_first_pass",
-        ("target_hidden_states",),
-        "overrides",
-        "given by name; no column of the target's states is copied",
-    ),
-    PatchPoint(
-        _V1_PROPOSER,
-        "SpecDecodeBaseProposer.self.inputs_embeds_size",
-        (),
-        "reads",
-        "the draft's own width, which need not be the target's",
-    ),
-    PatchPoint(
-        _V1_PROPOSER,
-        "SpecDecodeBaseProposer._maybe_share_embeddings",
-        ("target_language_model",),
-        "reads",
-        "keeps its own embedding, as has_own_embed_tokens says",
-    ),
-    PatchPoint(
-        _V1_PROPOSER,
-        "SpecDecodeBaseProposer._maybe_share_lm_head",
-        ("target_language_model",),
-        "reads",
-        "keeps its own lm_head, as has_own_lm_head says",
-    ),
-)
-
-_V2 = (
-    PatchPoint(
-        _V2_AR,
-        "TargetDependentARSpeculator.__init__",
-        ("vllm_config", "device"),
-        "overrides",
-        "its buffer of hidden states is replaced before anything is recorded",
-    ),
-    PatchPoint(
-        _V2_AR,
-        "TargetDependentARSpeculator.self.hidden_states",
-        (),
-        "overrides",
-        "has no columns, as such a draft reads no state of the target",
-    ),
-    PatchPoint(
-        _V2_AR,
-        "update_draft_inputs",
-        ("hidden_states", "next_input_hidden_states"),
-        "reads",
-        "copies as many columns as the draft's second output has, here none",
-    ),
-    PatchPoint(
-        "vllm.v1.worker.gpu.spec_decode.eagle.utils",
-        "_should_share",
-        ("eagle", "flag", "draft", "target"),
-        "reads",
-        "keeps its own embedding and lm_head",
-    ),
-)
 
 DRAFT_VLM = PatchGroup(
     name="draft VLM",
     feature="draft VLMs",
     remedy="use another head",
-    common=(*UNCOMPRESSED.common, *_COMMON),
-    v1=(*UNCOMPRESSED.v1, *_V1),
-    v2=(*UNCOMPRESSED.v2, *_V2),
+    runner="v2",
+    is_needed=is_draft_vlm,
+    points=(
+        PatchPoint(
+            "reads",
+            "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator:update_draft_inputs"
+            "(hidden_states, next_input_hidden_states)",
+            "copies as many columns as the draft's second output has, here none",
+        ),
+        PatchPoint(
+            "reads",
+            "vllm.v1.worker.gpu.spec_decode.eagle.utils:_should_share(eagle, flag, draft, target)",
+            "keeps its own embedding and lm_head",
+        ),
+    ),
 )
+
+GROUPS = (DRAFT_VLM,)

@@ -17,7 +17,6 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_vispec.draft_vocab.setting import read_setting
-from vllm_vispec.spec_decode.options import EngineOptions
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.logs import get_logger
 
@@ -54,7 +53,7 @@ def give_own_lm_head(model: Any, folder: Path) -> None:
         ViSpecError: the list cannot be used, or the target's lm_head is quantized.
     """
     vocab_size = model.config.vocab_size
-    vocab = read_setting(EngineOptions.from_hf_config(model.config), folder, vocab_size)
+    vocab = read_setting(model.vispec_config, folder, vocab_size)
     if vocab is None:
         return
     shared: VocabParallelEmbedding = model.lm_head

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.draft_vocab.files import DraftVocab, choose_tokens, locate_vocab, read_vocab
-from vllm_vispec.spec_decode.options import EngineOptions
 from vllm_vispec.utils.errors import ViSpecError
 
 
-def read_setting(options: EngineOptions, folder: Path, vocab_size: int) -> DraftVocab | None:
+def read_setting(config: ViSpecConfig, folder: Path, vocab_size: int) -> DraftVocab | None:
     """Return the tokens that the settings ask for, None if they ask for all.
 
     Args:
@@ -19,15 +19,15 @@ def read_setting(options: EngineOptions, folder: Path, vocab_size: int) -> Draft
     Raises:
         ViSpecError: the list cannot be used.
     """
-    if options.draft_vocab_file is None:
+    if config.draft_vocab_file is None:
         return None
-    vocab = read_vocab(folder / options.draft_vocab_file, vocab_size)
-    return choose_tokens(options.draft_vocab, vocab)
+    vocab = read_vocab(folder / config.draft_vocab_file, vocab_size)
+    return choose_tokens(config.draft_vocab, vocab)
 
 
 def resolve_draft_vocab(
-    options: EngineOptions, settings: dict[str, Any], folder: Path, vocab_size: int
-) -> EngineOptions:
+    config: ViSpecConfig, settings: dict[str, Any], folder: Path, vocab_size: int
+) -> ViSpecConfig:
     """Find and check the list, and let vLLM ask the draft for tokens rather than logits.
 
     Args:
@@ -39,16 +39,16 @@ def resolve_draft_vocab(
     Raises:
         ViSpecError: the list cannot be used, or not with the other settings.
     """
-    if options.draft_vocab is None or options.draft_vocab is False:
-        return options
+    if config.draft_vocab is None or config.draft_vocab is False:
+        return config
     if settings.get("draft_lm_head_quantization"):
         raise ViSpecError(
             "speculative config: draft_vocab and draft_lm_head_quantization both replace the "
             "draft's lm_head: leave one of them out"
         )
-    path, folder = locate_vocab(options.draft_vocab, folder), folder.absolute()
+    path, folder = locate_vocab(config.draft_vocab, folder), folder.absolute()
     is_in_head = path.is_relative_to(folder)
-    found = options.with_draft_vocab_file(str(path.relative_to(folder) if is_in_head else path))
+    found = config.replace(draft_vocab_file=str(path.relative_to(folder) if is_in_head else path))
     read_setting(found, folder, vocab_size)
     is_greedy = settings.get("draft_sample_method", "greedy") == "greedy"
     if is_greedy and not settings.get("enable_adaptive_verification"):
@@ -56,7 +56,7 @@ def resolve_draft_vocab(
     return found
 
 
-def check_lm_head(options: EngineOptions, target: Any) -> None:
+def check_lm_head(config: ViSpecConfig, target: Any) -> None:
     """Refuse a list of tokens for a target whose configuration says that its lm_head is quantized.
 
     Not all say so; workers look at the weights themselves.
@@ -67,10 +67,10 @@ def check_lm_head(options: EngineOptions, target: Any) -> None:
     Raises:
         ViSpecError: Names the setting and the remedy.
     """
-    if options.draft_vocab_file is None:
+    if config.draft_vocab_file is None:
         return
-    for config in (target.hf_config, target.hf_text_config):
-        stated = getattr(config, "quantization_config", None)
+    for hf_config in (target.hf_config, target.hf_text_config):
+        stated = getattr(hf_config, "quantization_config", None)
         if isinstance(stated, Mapping) and _quantizes_lm_head(stated):
             raise ViSpecError(
                 "speculative config: draft_vocab needs an lm_head in float32, bfloat16 or float16, "

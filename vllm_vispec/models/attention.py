@@ -24,13 +24,13 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.v1.attention.backend import AttentionType
 
-from vllm_vispec.compat.patches import apply_workspace_patches
 from vllm_vispec.models.padded_heads import (
     BackendFinder,
     PaddedHead,
     choose_padded_head,
     remedy,
 )
+from vllm_vispec.models.padded_heads_patch_points import apply_workspace
 from vllm_vispec.spec_decode.row_table import MASK_CHANNEL, RowTable
 from vllm_vispec.trees.setting import num_code_channels
 from vllm_vispec.utils.errors import ViSpecError
@@ -133,7 +133,7 @@ class HoleMaskedAttention(nn.Module):
         scale = head_dim**-0.5
         finder = BackendFinder.of_layer(self.num_heads, head_dim, scale, **layer_settings)
         head = padded_head(finder, head_dim, num_branches)
-        apply_workspace_patches(head.backend)
+        apply_workspace(head.backend)
         logger.info(
             "ViSpec draft: attention heads of %d are padded to %d for %s",
             head_dim,

@@ -7,6 +7,7 @@ from vllm.config import set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from vllm_vispec.config import head_of
 from vllm_vispec.heads.config import ARCHITECTURE, HeadConfig
 from vllm_vispec.trees.setting import num_code_channels
 
@@ -22,9 +23,7 @@ def check_padded_heads(vllm_config: Any) -> None:
         ViSpecError: Names the setting and the remedy.
     """
     draft_config = _draft_config(vllm_config)
-    head = HeadConfig.from_config_json(
-        vllm_config.speculative_config.draft_model_config.hf_config.to_dict()
-    )
+    head = head_of(vllm_config)
     if head.architecture == ARCHITECTURE and _can_select_here(draft_config):
         _check_draft(draft_config, head)
     num_codes = num_code_channels(vllm_config)

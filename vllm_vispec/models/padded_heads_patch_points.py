@@ -1,100 +1,101 @@
-"""What attention heads with more channels than the model's touch in vLLM."""
+"""What attention heads with more channels than the model's rely on in vLLM."""
+
+from typing import Any
 
 from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
+from vllm_vispec.compat.patching import patch
+from vllm_vispec.config import head_of
+from vllm_vispec.heads.config import ARCHITECTURE
+from vllm_vispec.trees.setting import has_branches
 
-_LAYER = "vllm.model_executor.layers.attention.attention"
 _BACKENDS = "vllm.v1.attention.backends"
+_REMEDY = "use a head without image compression, and no tree"
 
-_COMMON = (
-    PatchPoint(
-        "vllm.v1.attention.selector",
-        "get_attn_backend",
-        ("head_size", "dtype", "kv_cache_dtype", "attn_type"),
-        "calls",
-        "finds a backend for the padded head size",
-    ),
-    PatchPoint(
-        _LAYER,
-        "Attention.__init__",
-        (
-            "num_heads",
-            "head_size",
-            "scale",
-            "num_kv_heads",
-            "cache_config",
-            "quant_config",
-            "prefix",
-            "attn_type",
-            "attn_backend",
-        ),
-        "wraps",
-        "its call of the selector is read off and made for padded head sizes; then the layer is "
-        "built with the backend found",
-    ),
-    PatchPoint(
-        "vllm.v1.attention.backend",
-        "AttentionBackend.supports_head_size",
-        ("head_size",),
-        "calls",
-        "which head sizes a backend serves",
-    ),
-    PatchPoint(
-        "vllm.v1.attention.backend",
-        "AttentionBackend.get_impl_cls",
-        (),
-        "calls",
-        "some backends refuse a device or a cache dtype when they are built, and not before",
-    ),
-    PatchPoint(
-        "vllm.v1.kv_cache_interface",
-        "get_kv_quant_mode",
-        ("kv_cache_dtype",),
-        "calls",
-        "whether keys and values are quantized; decides the step of head sizes",
-    ),
-)
 
-_SCRATCH = (
-    PatchPoint(
-        f"{_BACKENDS}.triton_attn",
-        "TritonAttentionMetadataBuilder.__init__",
-        ("kv_cache_spec",),
-        "wraps",
-        "split-K scratch as wide as the layer's heads; vLLM takes the model's",
-    ),
-    PatchPoint(
-        f"{_BACKENDS}.triton_attn",
-        "TritonAttentionMetadataBuilder.self.softmax_segm_output",
-        (),
-        "overrides",
-        "that scratch",
-    ),
-    PatchPoint(
-        f"{_BACKENDS}.flashinfer",
-        "FlashInferMetadataBuilder.set_workspace_buffer",
-        ("workspace_buffer",),
-        "wraps",
-        "on V2, a layer shares the target's workspace only if that is large enough",
-    ),
-    PatchPoint(
-        f"{_BACKENDS}.flashinfer",
-        "FLASHINFER_PREFILL_WORKSPACE_BYTES_PER_ELEM",
-        (),
-        "reads",
-        "how large a workspace vLLM would make",
-    ),
-)
+def _has_padded_heads(vllm_config: Any) -> bool:
+    return head_of(vllm_config).architecture == ARCHITECTURE or has_branches(vllm_config)
+
+
+def _needs_scratch(vllm_config: Any) -> bool:
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu() and _has_padded_heads(vllm_config)
+
+
+def apply_scratch() -> None:
+    """Let the Triton backend make its scratch as wide as a layer's heads; CPUs have none."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
+
+    from vllm_vispec.models import attention_scratch
+
+    patch(TritonAttentionMetadataBuilder, "__init__", attention_scratch.init_triton_builder)
+
+
+def apply_workspace(backend: Any) -> None:
+    """Let layers that were given FlashInfer share a workspace only if it is large enough.
+
+    Importing FlashInfer initialises the device; by now vLLM's selector has done so.
+    """
+    if backend.get_name() != "FLASHINFER":
+        return
+    from vllm.v1.attention.backends.flashinfer import FlashInferMetadataBuilder
+
+    from vllm_vispec.models import attention_scratch
+
+    patch(FlashInferMetadataBuilder, "set_workspace_buffer", attention_scratch.set_workspace_buffer)
+
 
 PADDED_HEADS = PatchGroup(
     name="padded heads",
     feature="attention heads with more channels, of heads that compress images and of draft trees",
-    remedy="use a head without image compression, and no tree",
-    common=_COMMON,
+    remedy=_REMEDY,
+    is_needed=_has_padded_heads,
+    points=(
+        PatchPoint(
+            "wraps",
+            "vllm.model_executor.layers.attention.attention:Attention.__init__(num_heads, "
+            "head_size, scale, num_kv_heads, cache_config, quant_config, prefix, attn_type, "
+            "attn_backend)",
+            "its call of the selector is read off and made for padded head sizes; then the layer "
+            "is built with the backend found",
+        ),
+        PatchPoint(
+            "calls",
+            "vllm.v1.kv_cache_interface:get_kv_quant_mode(kv_cache_dtype)",
+            "whether keys and values are quantized; decides the step of head sizes",
+        ),
+    ),
 )
 
 SCRATCH = PatchGroup(
     name="scratch",
     feature="attention heads with more channels on a GPU",
-    remedy="use a head without image compression, and no tree",
-    common=_SCRATCH,
+    remedy=_REMEDY,
+    is_needed=_needs_scratch,
+    apply=apply_scratch,
+    points=(
+        PatchPoint(
+            "wraps",
+            f"{_BACKENDS}.triton_attn:TritonAttentionMetadataBuilder"
+            "{__init__(kv_cache_spec), self.softmax_segm_output}",
+            "split-K scratch as wide as the layer's heads; vLLM takes the model's",
+        ),
+        PatchPoint(
+            "wraps",
+            f"{_BACKENDS}.flashinfer:FlashInferMetadataBuilder.set_workspace_buffer"
+            "(workspace_buffer)",
+            "on V2, a layer shares the target's workspace only if that is large enough",
+        ),
+        PatchPoint(
+            "reads",
+            f"{_BACKENDS}.flashinfer:FLASHINFER_PREFILL_WORKSPACE_BYTES_PER_ELEM",
+            "how large a workspace vLLM would make",
+        ),
+    ),
 )
+
+GROUPS = (PADDED_HEADS, SCRATCH)

@@ -29,13 +29,13 @@ from vllm.platforms import current_platform
 
 from vllm_vispec.compressors.compressor import ImageCompressor
 from vllm_vispec.compressors.gated_attention import GatedAttention
+from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.draft_vocab.model import DraftLogits
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.formats import get_format
 from vllm_vispec.models.attention import HoleMaskedAttention
 from vllm_vispec.spec_decode.adaptor import ImageAdaptor, TextFusion
 from vllm_vispec.spec_decode.layout import RowCodes
-from vllm_vispec.spec_decode.options import EngineOptions
 from vllm_vispec.spec_decode.row_table import GatedRowTable, RowTable
 from vllm_vispec.utils.logs import get_logger
 
@@ -102,7 +102,7 @@ class DraftModel(nn.Module):
         )
         self.rows = make_rows(
             head,
-            EngineOptions.from_hf_config(self.config).image_table_size,
+            ViSpecConfig.from_vllm(vllm_config).image_table_size,
             vllm_config.scheduler_config.max_num_batched_tokens,
             vllm_config.scheduler_config.max_num_seqs,
         )
@@ -210,6 +210,7 @@ class EagleViSpecForCausalLM(DraftLogits, EagleLlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         nn.Module.__init__(self)
         self.config = draft_hf_config(vllm_config)
+        self.vispec_config = ViSpecConfig.from_vllm(vllm_config)
         self.model = self.model_class(
             vllm_config=vllm_config,
             prefix=maybe_prefix(prefix, "model"),
@@ -222,7 +223,7 @@ class EagleViSpecForCausalLM(DraftLogits, EagleLlamaForCausalLM):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load a head of any checkpoint format."""
-        names = get_format(EngineOptions.from_hf_config(self.config).checkpoint_format)
+        names = get_format(self.vispec_config.checkpoint_format)
         canonical: dict[str, torch.Tensor] = {}
         for name, tensor in weights:
             canonical_name = names.canonical_name(name)

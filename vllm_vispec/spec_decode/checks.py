@@ -3,12 +3,11 @@
 from dataclasses import fields
 from typing import Any, get_args
 
-from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
-from vllm.config.speculative import SpeculativeMethod
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, speculative
 
+from vllm_vispec.config import METHOD, SETTING_KEYS
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.target import check_against_target, tensor_parallel_sizes
-from vllm_vispec.spec_decode.options import METHOD, EngineOptions
 from vllm_vispec.utils.errors import ViSpecError, did_you_mean
 from vllm_vispec.utils.logs import get_logger
 
@@ -34,12 +33,12 @@ def check_keys(settings: dict[str, Any]) -> None:
     Raises:
         ViSpecError: Names the key, and the known one nearest to it.
     """
-    ours = EngineOptions.keys()
-    known = ({field.name for field in fields(SpeculativeConfig)} - _FILLED_BY_VLLM) | ours
+    known = {field.name for field in fields(SpeculativeConfig)} - _FILLED_BY_VLLM | SETTING_KEYS
     for name in settings:
         if name not in known:
             hint = did_you_mean(name, known) or (
-                f"; leave it out (ViSpec's keys are {', '.join(sorted(ours))}, the others vLLM's)"
+                f"; leave it out (ViSpec's keys are {', '.join(sorted(SETTING_KEYS))}, the others "
+                "vLLM's)"
             )
             raise ViSpecError(f'speculative config: key "{name}" is unknown{hint}')
 
@@ -50,10 +49,11 @@ def refuse_method(method: Any, error: Exception) -> None:
     Raises:
         ViSpecError: Names the methods, and the one nearest to what was given.
     """
-    # Methods of single models ("deepseek_mtp") are deprecated names of "mtp".
-    methods = [METHOD, *(name for name in _flat(SpeculativeMethod) if not name.endswith("_mtp"))]
-    if method is None or method in _flat(SpeculativeMethod):
+    known = _methods()
+    if method is None or method in known:
         return
+    # Methods of single models ("deepseek_mtp") are deprecated names of "mtp".
+    methods = [METHOD, *(name for name in known if not name.endswith("_mtp"))]
     raise ViSpecError(
         f"speculative config: method={method!r} is unknown"
         f"{did_you_mean(method, methods) or ';'} choose one of {', '.join(methods)}"
@@ -66,14 +66,16 @@ def refuse_other_method(method: Any, model: str) -> None:
     Raises:
         ViSpecError: Names the method to use.
     """
-    if method in _flat(SpeculativeMethod):
+    if method in _methods():
         raise ViSpecError(
             f"speculative config: method={method!r} does not fit, {model} is a ViSpec head; use "
             f'"method": "{METHOD}"'
         )
 
 
-def _flat(literal: Any) -> tuple[str, ...]:
+def _methods() -> tuple[str, ...]:
+    """Return the names of vLLM's methods; they only make messages better, so they may be gone."""
+    literal = getattr(speculative, "SpeculativeMethod", None)
     return tuple(str(name) for name in get_args(literal))
 
 

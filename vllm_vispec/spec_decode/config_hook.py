@@ -6,23 +6,31 @@ EAGLE keeps working.  The draft is told apart by its registered architecture alo
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from transformers import LlamaConfig
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.transformers_utils.config import HFConfigParser
+from vllm.transformers_utils.config import register_config_parser
+from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from vllm_vispec.compat.check import require
-from vllm_vispec.compat.features import check_features, uses_vispec
-from vllm_vispec.compat.groups import SELF_SERVING
-from vllm_vispec.compat.patching import patched
+from vllm_vispec.compat.groups import check_features
+from vllm_vispec.config import (
+    METHOD,
+    SETTING_FLAGS,
+    ViSpecConfig,
+    settings_of,
+    uses_vispec,
+)
 from vllm_vispec.draft_vocab.setting import check_lm_head, resolve_draft_vocab
 from vllm_vispec.heads import speculators
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.folder import HeadInfo, inspect_head, is_vispec_head
 from vllm_vispec.heads.location import locate
+from vllm_vispec.heads.patch_points import SELF_SERVING
 from vllm_vispec.models.head_size_checks import check_padded_heads
 from vllm_vispec.spec_decode.checks import (
     check_keys,
@@ -31,14 +39,41 @@ from vllm_vispec.spec_decode.checks import (
     refuse_method,
     refuse_other_method,
 )
-from vllm_vispec.spec_decode.options import METHOD, SETTING_FLAGS, EngineOptions, settings_of
-from vllm_vispec.spec_decode.setting_notes import note_settings_without_effect
+from vllm_vispec.spec_decode.setting_notes import describe_drafts, note_settings_without_effect
 from vllm_vispec.trees import limits
-from vllm_vispec.trees.setting import may_branch, read_tree, resolve_tree
+from vllm_vispec.trees.setting import resolve_tree
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
+
+CONFIG_FORMAT = "vispec"
+"""Name under which vLLM knows `HeadConfigParser`."""
+
+
+class HeadConfigParser(ConfigParserBase):
+    """Reads the configuration of a head of any checkpoint format as a plain `LlamaConfig`."""
+
+    def parse(
+        self,
+        model: str | Path,
+        trust_remote_code: bool,
+        revision: str | None = None,
+        code_revision: str | None = None,
+        **kwargs: Any,
+    ) -> tuple[dict[str, Any], LlamaConfig]:
+        """Return the configuration as plain data and as an object."""
+        head = inspect_head(model, revision).config
+        content = head.to_llama_config_dict()
+        config = LlamaConfig(**content)
+        config.architectures = [head.architecture]
+        return content, config
+
+
+@lru_cache
+def register_head_parser() -> None:
+    """Make vLLM read configurations in our format; vLLM logs a line, so only once one is used."""
+    register_config_parser(CONFIG_FORMAT)(HeadConfigParser)
 
 
 def create_engine_config(
@@ -52,15 +87,21 @@ def create_engine_config(
     """
     if speculators.names_target(args.model):
         require(SELF_SERVING)
-    vllm_config = original(args, *call_args, **kwargs)
+    given = args.additional_config
+    try:
+        vllm_config = original(args, *call_args, **kwargs)
+    finally:
+        # `create_speculative_config` put our settings in; the caller's arguments stay as they were.
+        args.additional_config = given
     if uses_vispec(vllm_config):
         check_features(vllm_config)
-        tree = read_tree(vllm_config)
+        tree = ViSpecConfig.from_vllm(vllm_config).tree
         if tree is not None:
             limits.check_engine(vllm_config, tree)
             limits.note_graphs(vllm_config, tree)
         check_padded_heads(vllm_config)
         note_settings_without_effect(vllm_config)
+        logger.info("ViSpec drafts %s", describe_drafts(vllm_config))
     return vllm_config
 
 
@@ -84,17 +125,20 @@ def create_speculative_config(
         except ValueError as error:
             refuse_method(settings.get("method"), error)
             raise
-    options = EngineOptions.pop_from(settings).with_checkpoint_format(info.checkpoint_format)
-    options = resolve_tree(options, settings)
-    check_settings(settings, parallel, has_tree=options.tree is not None)
+    config = ViSpecConfig.pop_from(settings)
+    may_branch = config.tree is not None and config.tree.width > 1
+    config = config.replace(
+        checkpoint_format=info.checkpoint_format, tree=resolve_tree(config.tree, settings)
+    )
+    check_settings(settings, parallel, has_tree=config.tree is not None)
     check_target(info.config, target, parallel)
-    if may_branch(options):
+    if may_branch:
         limits.check_target(target)
         limits.check_connector(args.kv_transfer_config)
         limits.check_cache_dtype(args.kv_cache_dtype)
-    options = resolve_draft_vocab(options, settings, info.folder, info.config.vocab_size)
+    config = resolve_draft_vocab(config, settings, info.folder, info.config.vocab_size)
     if not info.config.is_draft_vlm:
-        check_lm_head(options, target)
+        check_lm_head(config, target)
     settings |= {"method": "eagle"} | locate(settings["model"], info.folder)
     logger.info(
         "ViSpec head %s: %s checkpoint format, %s, %d draft tokens per round",
@@ -103,13 +147,27 @@ def create_speculative_config(
         _kind(info.config),
         settings["num_speculative_tokens"],
     )
-    # The caller's arguments stay as they were given.
-    ours = copy.copy(args)
+    args.additional_config = (args.additional_config or {}) | config.to_section()
+    return _create_with_head(original, args, settings, target, parallel)
+
+
+def _create_with_head(
+    original: Any,
+    args: EngineArgs,
+    settings: dict[str, Any],
+    target: ModelConfig,
+    parallel: ParallelConfig,
+) -> SpeculativeConfig:
+    """Call vLLM, which reads the draft's configuration in the format that the target has."""
+    register_head_parser()
+    ours, reading = copy.copy(args), copy.copy(target)
     ours.speculative_config = settings
     for flag in SETTING_FLAGS:
         setattr(ours, flag, None)
-    with _reading_head(settings["model"], info.config, options):
-        return original(ours, target, parallel)
+    reading.config_format = CONFIG_FORMAT
+    speculative: SpeculativeConfig = original(ours, reading, parallel)
+    speculative.target_model_config = target
+    return speculative
 
 
 def _is_meant_for_us(settings: dict[str, Any]) -> bool:
@@ -144,23 +202,3 @@ def _find_head(settings: dict[str, Any]) -> HeadInfo | None:
         return None
     check_keys(settings)
     return inspect_head(model)
-
-
-def _reading_head(
-    head_model: str, head: HeadConfig, options: EngineOptions
-) -> AbstractContextManager[None]:
-    """While active, vLLM's ``hf`` config parser knows the head's configuration already."""
-
-    def parse(
-        original: Callable[..., Any], parser: Any, model: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if str(model) != head_model:
-            return original(parser, model, *args, **kwargs)
-        from transformers import LlamaConfig
-
-        content = head.to_llama_config_dict() | options.to_section()
-        config = LlamaConfig(**content)
-        config.architectures = [head.architecture]
-        return content, config
-
-    return patched(HFConfigParser, "parse", parse)

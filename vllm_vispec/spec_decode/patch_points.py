@@ -1,101 +1,166 @@
-"""What every ViSpec engine touches in vLLM; checked when the plugin loads."""
+"""What ViSpec relies on in vLLM: in every engine, for chains, and for adaptive verification."""
+
+from collections.abc import Callable
+from typing import Any
 
 from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
+from vllm_vispec.compat.patching import patch
+from vllm_vispec.config import trims_drafts, uses_vispec
+from vllm_vispec.trees.setting import has_branches
 
-_ARGS = "vllm.engine.arg_utils"
-_CONFIG = "vllm.transformers_utils.config"
-_LLAMA = "vllm.model_executor.models.llama"
-
-_COMMON = (
-    PatchPoint(
-        _ARGS,
-        "EngineArgs.create_speculative_config",
-        ("target_model_config", "target_parallel_config"),
-        "wraps",
-        'accepts "method": "vispec", checks the head against the target',
-    ),
-    PatchPoint(
-        _ARGS,
-        "EngineArgs.create_engine_config",
-        ("usage_context",),
-        "wraps",
-        "checks what only the finished configuration tells, before any other process starts",
-    ),
-    PatchPoint(
-        "vllm.config.speculative",
-        "SpeculativeMethod",
-        (),
-        "reads",
-        'lists the methods, "vispec" among them, where one is misspelt',
-    ),
-    PatchPoint(
-        _CONFIG,
-        "HFConfigParser.parse",
-        ("model", "trust_remote_code", "revision"),
-        "wraps",
-        "returns the head's configuration as a plain LlamaConfig; only while a head is read",
-    ),
-    PatchPoint(
-        "vllm.v1.worker.worker_base",
-        "WorkerBase.__init__",
-        ("vllm_config",),
-        "wraps",
-        "first moment in a worker at which the configuration is known and no runner exists",
-    ),
-    PatchPoint(
-        "vllm.multimodal.inputs",
-        "PlaceholderRange.extract_embeds_range",
-        (),
-        "calls",
-        "which prompt positions hold vision embeddings",
-    ),
-    PatchPoint(
-        _LLAMA,
-        "LlamaDecoderLayer.__init__",
-        ("vllm_config", "prefix", "config", "attn_layer_type"),
-        "subclasses",
-        "the draft's decoder layer takes our attention",
-    ),
-    PatchPoint(
-        "vllm.model_executor.models.llama_eagle",
-        "EagleLlamaForCausalLM.forward",
-        ("input_ids", "positions", "hidden_states"),
-        "subclasses",
-        "the draft model's interface",
-    ),
-    PatchPoint(
-        _LLAMA,
-        "LlamaForCausalLM.compute_logits",
-        ("hidden_states",),
-        "overrides",
-        "logits of the draft; those of its own tokens where it has a vocabulary of its own",
-    ),
-    PatchPoint(
-        "vllm.utils.torch_utils",
-        "async_tensor_h2d",
-        ("data", "device", "dtype"),
-        "calls",
-        "uploads that nothing waits for, from pinned memory where the platform has it",
-    ),
-    PatchPoint(
-        "vllm.utils.torch_utils",
-        "np_to_pinned_tensor",
-        ("array",),
-        "calls",
-        "row codes in pinned memory where the platform has it",
-    ),
-    PatchPoint(
-        "vllm.config.kv_transfer",
-        "KVTransferConfig.is_kv_consumer",
-        (),
-        "reads",
-        "whether prompts may come without their images' features, which one line says at start",
-    ),
+_ARGS = "vllm.engine.arg_utils:EngineArgs"
+_BATCH = "vllm.v1.worker.gpu.input_batch:InputBatch"
+_ENCODER_CACHE = "vllm.v1.worker.gpu.mm.encoder_cache:EncoderCache"
+_SPECULATOR = (
+    "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator:TargetDependentARSpeculator"
 )
 
 CORE = PatchGroup(
     name="core",
     feature="ViSpec",
     remedy="",
-    common=_COMMON,
+    is_needed=uses_vispec,
+    points=(
+        PatchPoint(
+            "wraps",
+            f"{_ARGS}.create_speculative_config(target_model_config, target_parallel_config)",
+            'accepts "method": "vispec", checks the head against the target',
+        ),
+        PatchPoint(
+            "wraps",
+            f"{_ARGS}.create_engine_config(usage_context)",
+            "checks what only the finished configuration tells, before any other process starts",
+        ),
+        PatchPoint(
+            "reads",
+            "vllm.config.model:ModelConfig.config_format",
+            "vLLM reads the draft's configuration in the target's format; ours is registered",
+        ),
+        PatchPoint(
+            "wraps",
+            "vllm.v1.worker.worker_base:WorkerBase.__init__(vllm_config)",
+            "first moment in a worker at which the configuration is known and no runner exists",
+        ),
+        PatchPoint(
+            "subclasses",
+            "vllm.model_executor.models.llama:LlamaDecoderLayer.__init__"
+            "(vllm_config, prefix, config, attn_layer_type)",
+            "the draft's decoder layer takes our attention",
+        ),
+        PatchPoint(
+            "subclasses",
+            "vllm.model_executor.models.llama_eagle:EagleLlamaForCausalLM.forward"
+            "(input_ids, positions, hidden_states)",
+            "the draft model's interface",
+        ),
+    ),
 )
+
+
+def _apply_chains() -> None:
+    """Let `EagleSpeculator(...)` build our speculator where the draft is a ViSpec head."""
+    from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+
+    patch(EagleSpeculator, "__new__", _new_speculator)
+
+
+def _new_speculator(
+    original: Callable[..., Any], base: type, vllm_config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Stands for ``EagleSpeculator.__new__``: vLLM chooses a speculator's class by method alone."""
+    is_ours = base.__name__ == "EagleSpeculator" and uses_vispec(vllm_config)
+    return original(speculator_class(vllm_config) if is_ours else base)
+
+
+def speculator_class(vllm_config: Any) -> type:
+    """Return the class of what drafts in an engine with a ViSpec head."""
+    if has_branches(vllm_config):
+        from vllm_vispec.trees.speculator import TreeSpeculator
+
+        return TreeSpeculator
+    from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
+
+    return ViSpecSpeculator
+
+
+CHAINS = PatchGroup(
+    name="chains",
+    feature="ViSpec",
+    remedy="",
+    runner="v2",
+    is_needed=uses_vispec,
+    apply=_apply_chains,
+    points=(
+        PatchPoint(
+            "subclasses",
+            "vllm.v1.worker.gpu.spec_decode.eagle.speculator:EagleSpeculator.load_draft_model"
+            "(target_model, target_attn_layer_names)",
+            "EagleSpeculator(...) builds a ViSpecSpeculator when the draft is ours",
+        ),
+        PatchPoint(
+            "overrides",
+            f"{_SPECULATOR}.propose(input_batch, attn_metadata, slot_mappings, last_hidden_states)",
+            "row ids for the batch",
+        ),
+        PatchPoint(
+            "overrides",
+            f"{_SPECULATOR}.on_prefill_end(num_reqs)",
+            "keep one row id per request for the one-token steps",
+        ),
+        PatchPoint(
+            "overrides",
+            f"{_SPECULATOR}.init_cudagraph_manager(cudagraph_mode)",
+            "says so where draft steps are not recorded",
+        ),
+        PatchPoint(
+            "reads",
+            f"{_SPECULATOR}{{self.last_token_indices, self.hidden_states}}",
+            "which token of each request is drafted from; the width of what the draft reads of "
+            "the target's states",
+        ),
+        PatchPoint(
+            "overrides",
+            "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
+            "{set_attn(model_state), self.supports_mm_inputs}",
+            "finds the encoder cache; whether vLLM hands the draft the image tokens' embeddings",
+        ),
+        PatchPoint(
+            "reads",
+            "vllm.v1.worker.gpu.model_states.interface:ModelState"
+            "{self.supports_mm_inputs, self.encoder_cache}",
+            "the encoder cache; there is none in an engine started for text only",
+        ),
+        PatchPoint(
+            "reads",
+            f"{_ENCODER_CACHE}{{self.mm_features, self.encoder_outputs}}",
+            "where a request's images lie, and the vision tower's output by item hash",
+        ),
+        PatchPoint(
+            "wraps",
+            f"{_ENCODER_CACHE}.reset_encoder_cache",
+            "image rows are dropped with the encoder cache (one object only)",
+        ),
+        PatchPoint(
+            "reads",
+            f"{_BATCH}{{req_ids, num_tokens, num_computed_tokens_np, query_start_loc_np}}",
+            "whose rows a batch has, how many, and where each request's rows begin",
+        ),
+    ),
+)
+
+ADAPTIVE = PatchGroup(
+    name="adaptive verification",
+    feature="enable_adaptive_verification with a ViSpec head",
+    remedy='leave "enable_adaptive_verification" out of the speculative config',
+    runner="v2",
+    is_needed=trims_drafts,
+    points=(
+        PatchPoint(
+            "reads",
+            f"{_BATCH}{{num_draft_tokens_per_req, query_start_loc}}",
+            "draft tokens before the device cut them, and where requests begin after the cut",
+        ),
+    ),
+)
+
+GROUPS = (CORE, CHAINS, ADAPTIVE)

@@ -1,18 +1,41 @@
-"""Settings that cannot have their effect, said in one line each when an engine is configured."""
+"""What the log says when an engine is configured: what is drafted, and what has no effect."""
 
 from collections.abc import Iterator
-from dataclasses import fields
 from itertools import chain
 from typing import Any
 
-from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.spec_decode.options import EngineOptions
-from vllm_vispec.trees.setting import has_branches, read_tree
+from vllm_vispec.config import ViSpecConfig, head_of
+from vllm_vispec.trees.setting import draft_loads, has_branches, has_paths, read_tree
+from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
 
-_DEFAULTS = {option.name: option.default for option in fields(EngineOptions)}
+
+def describe_drafts(vllm_config: Any) -> str:
+    """Say what is drafted at which load: chains, single paths or trees, and how many tokens."""
+    tree = read_tree(vllm_config)
+    if vllm_config.speculative_config.num_speculative_tokens_per_batch_size:
+        parts = (
+            f"{_drafts_of(count, tree)} for {first} to {last} requests"
+            for first, last, count in draft_loads(vllm_config)
+        )
+        return f"by load: {', '.join(parts)}"
+    ((_, _, count),) = draft_loads(vllm_config)
+    return _drafts_of(count, tree)
+
+
+def _drafts_of(count: int, tree: TreeSettings | None) -> str:
+    if count == 0:
+        return "nothing"
+    if tree is None or count <= tree.levels:
+        # Whether paths really end early is the runner's matter, see `_path_lines`.
+        ends = f" ({tree.policy}, may end early)" if tree is not None and tree.is_confident else ""
+        return f"chains of {count} tokens{ends}"
+    return (
+        f"trees of {count} nodes on {tree.levels} levels ({tree.policy}, depth {tree.depth}, "
+        f"top_k {tree.top_k})"
+    )
 
 
 def note_settings_without_effect(vllm_config: Any) -> None:
@@ -21,8 +44,8 @@ def note_settings_without_effect(vllm_config: Any) -> None:
     Args:
         vllm_config: vLLM's finished configuration, whose draft is ours.
     """
-    lines = _tree_lines(vllm_config), _schedule_lines(vllm_config), _image_table_lines(vllm_config)
-    for line in chain.from_iterable(lines):
+    kinds = _tree_lines, _path_lines, _schedule_lines, _image_table_lines
+    for line in chain.from_iterable(lines(vllm_config) for lines in kinds):
         logger.warning("speculative config: %s", line)
 
 
@@ -34,6 +57,18 @@ def _tree_lines(vllm_config: Any) -> Iterator[str]:
             "one path: these are drafted and verified as a chain; raise num_speculative_tokens "
             "(29 suits most heads)"
         )
+
+
+def _path_lines(vllm_config: Any) -> Iterator[str]:
+    if not has_paths(vllm_config):
+        return
+    if vllm_config.use_v2_model_runner:
+        reason = "the V2 model runner's drafts stay on the device"
+    elif vllm_config.scheduler_config.async_scheduling:
+        reason = "with asynchronous scheduling drafts stay on the device"
+    else:
+        return
+    yield f"tree.threshold is ignored: single paths are drafted at full length, because {reason}"
 
 
 def _schedule_lines(vllm_config: Any) -> Iterator[str]:
@@ -48,11 +83,10 @@ def _schedule_lines(vllm_config: Any) -> Iterator[str]:
 
 
 def _image_table_lines(vllm_config: Any) -> Iterator[str]:
-    hf_config = vllm_config.speculative_config.draft_model_config.hf_config
-    size = EngineOptions.from_hf_config(hf_config).image_table_size
-    if size == _DEFAULTS["image_table_size"]:
+    size = ViSpecConfig.from_vllm(vllm_config).image_table_size
+    if size is None:
         return
-    if not HeadConfig.from_config_json(hf_config.to_dict()).has_adaptor:
+    if not head_of(vllm_config).has_adaptor:
         yield f"image_table_size={size} has no effect, since this head keeps no rows of images"
     elif not vllm_config.model_config.supports_multimodal_inputs:
         yield f"image_table_size={size} has no effect, since this engine takes no images"

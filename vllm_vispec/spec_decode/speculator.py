@@ -11,8 +11,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
-from vllm_vispec.compat.features import reads_target_states, trims_drafts
 from vllm_vispec.compat.patching import patch
+from vllm_vispec.config import reads_target_states, trims_drafts
 from vllm_vispec.draft_vocab.model import give_own_lm_head
 from vllm_vispec.heads.location import loaded_from_folder
 from vllm_vispec.spec_decode.adaptive_verification import moved_rows

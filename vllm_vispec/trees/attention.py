@@ -16,8 +16,8 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 
-from vllm_vispec.compat.patches import apply_workspace_patches
 from vllm_vispec.models.padded_heads import BackendFinder, PaddedHead, choose_padded_head, remedy
+from vllm_vispec.models.padded_heads_patch_points import apply_workspace
 from vllm_vispec.models.padded_impl import LayerPadding, padded_class
 from vllm_vispec.trees.code_rows import CodeRows
 from vllm_vispec.trees.codes import MIN_LOGIT, mask_logit
@@ -93,7 +93,7 @@ def _build_padded(original: Callable[..., None], given: BoundArguments, codes: C
     _check_class(type(layer))
     head_size = values["head_size"]
     head = padded_head(_finder_of(given), head_size, codes.num_channels)
-    apply_workspace_patches(head.backend)
+    apply_workspace(head.backend)
     padded_size = head.size
     values.update(head_size=padded_size, attn_backend=head.backend)
     original(*given.args, **given.kwargs)

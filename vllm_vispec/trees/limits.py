@@ -156,15 +156,6 @@ def _most_requests(vllm_config: Any, requests: int, rows: int) -> int:
     return min(requests, vllm_config.scheduler_config.max_num_batched_tokens // rows)
 
 
-def note_whole_paths(reason: str) -> None:
-    """Say that single paths do not end where the draft is unsure, and why."""
-    logger.warning(
-        "speculative config: single paths of a tree.policy are drafted and verified whole, as "
-        "chains, whatever its threshold: %s",
-        reason,
-    )
-
-
 def _check_buffers(vllm_config: Any, settings: TreeSettings) -> None:
     """A level of one tree, and a row for every other request, must fit vLLM's buffers."""
     scheduler = vllm_config.scheduler_config

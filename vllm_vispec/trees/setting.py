@@ -1,9 +1,8 @@
 """The setting ``tree``: resolved at configuration time, read in the workers."""
 
-from dataclasses import replace
 from typing import Any
 
-from vllm_vispec.spec_decode.options import EngineOptions
+from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.trees.codes import num_channels
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.errors import ViSpecError
@@ -15,20 +14,14 @@ _UNSUPPORTED = {
 }
 
 
-def resolve_tree(options: EngineOptions, settings: dict[str, Any]) -> EngineOptions:
-    """Check the setting and give it its defaults; a chain is no tree.
-
-    Args:
-        settings: the rest of the speculative config.
+def resolve_tree(tree: TreeSettings | None, settings: dict[str, Any]) -> TreeSettings | None:
+    """Check the setting against the rest of the speculative config; None if it means chains.
 
     Raises:
         ViSpecError: Names the setting and the remedy.
     """
-    if options.tree is None:
-        return options
-    tree = TreeSettings.from_config(options.tree)
-    if tree.width == 1 and not tree.is_confident:
-        return replace(options, tree=None)
+    if tree is None or (tree.width == 1 and not tree.is_confident):
+        return None
     tree.check_nodes(settings.get("num_speculative_tokens"))
     for name, (allowed, reason) in _UNSUPPORTED.items():
         if settings.get(name, allowed) != allowed:
@@ -36,26 +29,22 @@ def resolve_tree(options: EngineOptions, settings: dict[str, Any]) -> EngineOpti
                 f"speculative config: {name}={settings[name]!r} does not work with tree "
                 f"({reason}); leave one of them out"
             )
-    return replace(options, tree=tree.to_config())
-
-
-def may_branch(options: EngineOptions) -> bool:
-    """Whether the setting is for trees of more than one path, whatever a load schedule says."""
-    return options.tree is not None and TreeSettings.from_config(options.tree).width > 1
+    return tree
 
 
 def read_tree(vllm_config: Any) -> TreeSettings | None:
     """Return how the engine grows trees, None if it drafts chains or nothing."""
-    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
-    if draft is None:
-        return None
-    value = EngineOptions.from_hf_config(draft.hf_config).tree
-    return None if value is None else TreeSettings.from_config(value)
+    return ViSpecConfig.from_vllm(vllm_config).tree
+
+
+def has_tree(vllm_config: Any) -> bool:
+    """Whether the engine grows trees, single paths that may end early among them."""
+    return read_tree(vllm_config) is not None
 
 
 def schedules_chains(vllm_config: Any, settings: TreeSettings) -> bool:
     """Whether the load schedule has numbers of draft tokens so small that chains are drafted."""
-    return any(0 < count <= settings.levels for count in _scheduled(vllm_config))
+    return any(0 < count <= settings.levels for _, _, count in draft_loads(vllm_config))
 
 
 def has_branches(vllm_config: Any) -> bool:
@@ -63,7 +52,7 @@ def has_branches(vllm_config: Any) -> bool:
     settings = read_tree(vllm_config)
     if settings is None or settings.width == 1:
         return False
-    return max(_scheduled(vllm_config)) > settings.levels
+    return max(count for _, _, count in draft_loads(vllm_config)) > settings.levels
 
 
 def num_code_channels(vllm_config: Any) -> int:
@@ -76,11 +65,9 @@ def num_code_channels(vllm_config: Any) -> int:
 
 def tree_loads(vllm_config: Any, settings: TreeSettings) -> list[tuple[int, int]]:
     """Return at which loads trees with branches are drafted: most requests, and nodes."""
-    speculative = vllm_config.speculative_config
-    most, most_nodes = vllm_config.scheduler_config.max_num_seqs, speculative.num_speculative_tokens
-    schedule = speculative.num_speculative_tokens_per_batch_size or [(1, most, most_nodes)]
-    loads = ((min(last, most), min(count, most_nodes)) for _, last, count in schedule)
-    return [(requests, nodes) for requests, nodes in loads if nodes > settings.levels]
+    most = vllm_config.scheduler_config.max_num_seqs
+    loads = draft_loads(vllm_config)
+    return [(min(last or most, most), n) for _, last, n in loads if n > settings.levels]
 
 
 def has_paths(vllm_config: Any) -> bool:
@@ -91,9 +78,17 @@ def has_paths(vllm_config: Any) -> bool:
     return not has_branches(vllm_config) or schedules_chains(vllm_config, settings)
 
 
-def _scheduled(vllm_config: Any) -> list[int]:
-    """Return how many draft tokens there are, at one load or another."""
+def draft_loads(vllm_config: Any) -> list[tuple[int, int | None, int]]:
+    """Return how many draft tokens there are at which load.
+
+    Returns:
+        First and last number of requests (None: all), and the number of draft tokens.
+    """
     speculative = vllm_config.speculative_config
-    most = speculative.num_speculative_tokens
-    schedule = speculative.num_speculative_tokens_per_batch_size
-    return [min(count, most) for _, _, count in schedule or ((1, 1, most),)]
+    most, schedule = (
+        speculative.num_speculative_tokens,
+        speculative.num_speculative_tokens_per_batch_size,
+    )
+    if not schedule:
+        return [(1, None, most)]
+    return [(first, last, min(count, most)) for first, last, count in schedule]

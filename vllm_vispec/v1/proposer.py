@@ -7,8 +7,8 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.v1.spec_decode.eagle import EagleProposer
 
-from vllm_vispec.compat.features import reads_embeddings, reads_target_states
 from vllm_vispec.compat.patching import patch
+from vllm_vispec.config import reads_embeddings, reads_target_states
 from vllm_vispec.draft_vocab.model import give_own_lm_head
 from vllm_vispec.heads.location import loaded_from_folder
 from vllm_vispec.spec_decode.draft_rows import DraftRows, RequestRows

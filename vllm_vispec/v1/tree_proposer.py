@@ -22,7 +22,6 @@ from vllm_vispec.trees.grow import (
     best_path,
     replace_rows,
 )
-from vllm_vispec.trees.limits import note_whole_paths
 from vllm_vispec.trees.parts import parts_of, spread_rows
 from vllm_vispec.trees.setting import has_branches, has_paths
 from vllm_vispec.v1.proposer import ViSpecProposer
@@ -87,10 +86,8 @@ class TreeProposer(ViSpecProposer):
 
     def _make_path_grower(self) -> PathGrower | None:
         """Return what grows single paths; None where vLLM's chains do."""
-        if not has_paths(self.vllm_config):
-            return None
-        if self._runner.use_async_scheduling:
-            note_whole_paths("with asynchronous scheduling drafts stay on the device")
+        # With asynchronous scheduling drafts stay on the device, which the log said at start.
+        if not has_paths(self.vllm_config) or self._runner.use_async_scheduling:
             return None
         return PathGrower(self._settings.one_branch())
 

@@ -28,8 +28,8 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import KVCacheTensor, create_kv_cache_views
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_vispec.compat import patches
 from vllm_vispec.models.padded_heads import MAX_EXTRA_CHANNELS, BackendFinder
+from vllm_vispec.models.padded_heads_patch_points import apply_scratch, apply_workspace
 from vllm_vispec.spec_decode.row_table import MASK_CHANNEL
 from vllm_vispec.trees.codes import encode, num_channels, word_tables
 from vllm_vispec.trees.grow import DraftTree, TreeGrower
@@ -238,8 +238,8 @@ class PagedLayer:
         device: torch.device,
     ) -> PagedLayer:
         """Build layer and cache as an engine does."""
-        patches.apply_scratch_patches()
-        patches.apply_workspace_patches(backend)
+        apply_scratch()
+        apply_workspace(backend)
         cache_config, dtype = vllm_config.cache_config, vllm_config.model_config.dtype
         block_size = backend.get_preferred_block_size(BLOCK_SIZE)
         counts = [-(-(prompt + case.decode_rows) // block_size) for prompt in PROMPTS]

@@ -6,12 +6,11 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_vispec.bench.patch_points import PROFILE
 from vllm_vispec.compat.check import require
+from vllm_vispec.compat.groups import groups_named
 from vllm_vispec.plugin import register
 from vllm_vispec.utils.errors import ViSpecError, first_line
 from vllm_vispec.utils.process import serve_requests
-from vllm_vispec.verify.patch_points import VERIFY, VERIFY_ATTENTION
 from vllm_vispec.verify.prompts import PROMPTS
 from vllm_vispec.verify.result import Acceptance, Answer, AttentionCase, AttentionError
 
@@ -34,8 +33,9 @@ class Worker:
 
         self.llm = LLM(**request["engine"], worker_extension_cls=EXTENSION, disable_log_stats=False)
         state = self.llm.collective_rpc("vispec_state")[0]
-        for group in (PROFILE, VERIFY):
-            require(group, state["runner"].lower())
+        runner = state["runner"].lower()
+        for group in (*groups_named("profile", runner), *groups_named("verify", runner)):
+            require(group)
         return {"state": state}
 
     def ask(self, request: Request) -> dict[str, Any]:
@@ -78,7 +78,6 @@ class Worker:
         import torch
         from vllm.engine.arg_utils import EngineArgs
 
-        require(VERIFY_ATTENTION)
         if torch.cpu._is_amx_tile_supported():
             # In an engine the model's products ask the kernel for these registers first.
             torch.cpu._init_amx()

@@ -1,0 +1,172 @@
+"""The settings of ViSpec: parsed and checked once, then carried to every process as they are.
+
+Users give them beside vLLM's keys in ``--speculative-config``.  Workers find them in
+``VllmConfig.additional_config["vispec"]``.  Imports nothing of vLLM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vllm_vispec.heads.config import (
+    ARCHITECTURES,
+    DRAFT_VLM_ARCHITECTURE,
+    EMBEDS_ARCHITECTURE,
+    HeadConfig,
+)
+from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.utils.errors import ViSpecError
+
+METHOD = "vispec"
+SECTION = "vispec"
+"""Key of ``VllmConfig.additional_config``."""
+SETTING_FLAGS = {
+    "spec_method": "method",
+    "spec_model": "model",
+    "spec_tokens": "num_speculative_tokens",
+}
+"""vLLM's flags for single keys of the speculative config."""
+SETTING_KEYS = frozenset({"image_table_size", "draft_vocab", "tree"})
+"""Our keys of the speculative config; the other fields of `ViSpecConfig` are found, not set."""
+_MAX_IMAGES = 1_000_000
+
+
+class ViSpecConfig(BaseModel):
+    """What ViSpec is told, and what it found out about the head when the engine was configured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_table_size: int | None = Field(
+        default=None,
+        description="Images whose adaptor output is kept on the device, least recently used first "
+        "out. One image takes num_query_tokens * hidden_size elements. Default: 1024, or as many "
+        "as fit into 384 MiB.",
+    )
+    draft_vocab: bool | int | str | None = Field(
+        default=None,
+        description='Tokens the draft may propose: a file with a list of them, true or "auto" for '
+        "the list in the head's folder, or an integer for its N most frequent. Default: all.",
+    )
+    tree: TreeSettings | None = Field(
+        default=None, description="How draft trees are grown. Default: chains are drafted."
+    )
+    checkpoint_format: str = Field(
+        default="canonical",
+        description="Whose tensor names the head's files use; found by inspection.",
+    )
+    draft_vocab_file: str | None = Field(
+        default=None,
+        description="Where the list of draft_vocab lies, relative to the head's folder if it lies "
+        "in there; found.",
+    )
+
+    @field_validator("image_table_size", mode="before")
+    @classmethod
+    def _check_image_table_size(cls, size: Any) -> Any:
+        is_count = isinstance(size, int) and not isinstance(size, bool)
+        if size is not None and not (is_count and 1 <= size <= _MAX_IMAGES):
+            raise ViSpecError(
+                f"speculative config: image_table_size={size!r} must be an integer between 1 and "
+                f"{_MAX_IMAGES}; leave it out for the default of 1024"
+            )
+        return size
+
+    @field_validator("draft_vocab", mode="before")
+    @classmethod
+    def _check_draft_vocab(cls, given: Any) -> Any:
+        if not isinstance(given, str | int | None) or given == "":
+            raise ViSpecError(
+                f'speculative config: draft_vocab={given!r} must be a file, "auto", or '
+                "a number of tokens; leave it out to draft from the whole vocabulary"
+            )
+        return given
+
+    @field_validator("tree", mode="before")
+    @classmethod
+    def _read_tree(cls, given: Any) -> TreeSettings | None:
+        is_read = given is None or isinstance(given, TreeSettings)
+        return given if is_read else TreeSettings.from_config(given)
+
+    @classmethod
+    def pop_from(cls, speculative: dict[str, Any]) -> ViSpecConfig:
+        """Take our keys out of a speculative config.
+
+        Raises:
+            ViSpecError: names the key and the remedy.
+        """
+        given = {name: speculative.pop(name) for name in SETTING_KEYS & speculative.keys()}
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            # Our validators raise `ViSpecError`, whose text is meant for users.
+            raise ViSpecError(str(error.errors()[0]["ctx"]["error"])) from None
+
+    @classmethod
+    def from_vllm(cls, vllm_config: Any) -> ViSpecConfig:
+        """Return an engine's settings; the defaults where it was given none."""
+        sections = getattr(vllm_config, "additional_config", None)
+        return cls(**sections.get(SECTION, {})) if isinstance(sections, Mapping) else cls()
+
+    def to_section(self) -> dict[str, Any]:
+        """Return the entry for ``VllmConfig.additional_config``, plain data."""
+        return {SECTION: self.model_dump(mode="json")}
+
+    def replace(self, **changes: Any) -> ViSpecConfig:
+        """Return a copy with other values."""
+        return self.model_copy(update=changes)
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """Return the speculative config in vLLM's `EngineArgs`, with its flags for single keys in it.
+
+    Raises:
+        ViSpecError: A key is given both ways.
+    """
+    given = args.speculative_config or {}
+    settings = {str(key).replace("-", "_"): value for key, value in given.items()}
+    for flag, key in SETTING_FLAGS.items():
+        value = getattr(args, flag, None)
+        if value is None:
+            continue
+        if key in settings:
+            raise ViSpecError(
+                f"speculative config: {key} is given twice, here and as "
+                f"--{flag.replace('_', '-')}; leave one of them out"
+            )
+        settings[key] = value
+    return settings
+
+
+def uses_vispec(vllm_config: Any) -> bool:
+    """Whether the engine's draft is a ViSpec head."""
+    return not _draft_architectures(vllm_config).isdisjoint(ARCHITECTURES)
+
+
+def reads_embeddings(vllm_config: Any) -> bool:
+    """Whether the draft takes the image tokens' embeddings as its input."""
+    reading = {EMBEDS_ARCHITECTURE, DRAFT_VLM_ARCHITECTURE}
+    return not _draft_architectures(vllm_config).isdisjoint(reading)
+
+
+def reads_target_states(vllm_config: Any) -> bool:
+    """Whether the draft takes the target's hidden states in; a draft VLM does not."""
+    return DRAFT_VLM_ARCHITECTURE not in _draft_architectures(vllm_config)
+
+
+def trims_drafts(vllm_config: Any) -> bool:
+    """Whether vLLM verifies fewer draft tokens than there are, by what it expects of them."""
+    return bool(getattr(vllm_config.speculative_config, "enable_adaptive_verification", False))
+
+
+def head_of(vllm_config: Any) -> HeadConfig:
+    """Return the head that the engine drafts with."""
+    draft = vllm_config.speculative_config.draft_model_config
+    return HeadConfig.from_config_json(draft.hf_config.to_dict())
+
+
+def _draft_architectures(vllm_config: Any) -> set[str]:
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    return set(draft.hf_config.architectures or ()) if draft is not None else set()
