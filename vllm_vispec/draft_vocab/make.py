@@ -110,12 +110,12 @@ class VocabOptions:
     """What to count, and what to write.
 
     Attributes:
-        target: folder or hub id, for its tokenizer.
-        head: folder or hub id, for the size of the vocabulary.
-        data: JSON lines of conversations with the target's answers.
-        output: folder to write to; None: the head's.
-        size: tokens of the list, or None for `DEFAULT_SIZE`; never more than the target has.
-        overwrite: replace an earlier list.
+        target: Folder or hub id of the target, for its tokenizer.
+        head: Folder or hub id of the head, for the size of the vocabulary.
+        data: Answers of the target, e.g. the output of `vispec regenerate`.
+        output: Folder to write to; default: the head's.
+        size: Tokens of the list; default: 32768, or all.
+        overwrite: Replace an earlier list.
 
     Raises:
         ViSpecError: the size is too small.
