@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from vllm_vispec.heads.config import (
     ARCHITECTURES,
@@ -19,6 +19,7 @@ from vllm_vispec.heads.config import (
 )
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.settings import Settings, parse
 
 METHOD = "vispec"
 SECTION = "vispec"
@@ -34,10 +35,8 @@ SETTING_KEYS = frozenset({"image_table_size", "draft_vocab", "tree"})
 _MAX_IMAGES = 1_000_000
 
 
-class ViSpecConfig(BaseModel):
+class ViSpecConfig(Settings):
     """What ViSpec is told, and what it found out about the head when the engine was configured."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     image_table_size: int | None = Field(
         default=None,
@@ -98,11 +97,7 @@ class ViSpecConfig(BaseModel):
             ViSpecError: names the key and the remedy.
         """
         given = {name: speculative.pop(name) for name in SETTING_KEYS & speculative.keys()}
-        try:
-            return cls(**given)
-        except ValidationError as error:
-            # Our validators raise `ViSpecError`, whose text is meant for users.
-            raise ViSpecError(str(error.errors()[0]["ctx"]["error"])) from None
+        return parse(cls, given)
 
     @classmethod
     def from_vllm(cls, vllm_config: Any) -> ViSpecConfig:

@@ -131,7 +131,7 @@ def measure(bench: Bench, condition: Condition, drafts: Sequence[Draft]) -> None
     """Measure every draft that has no result yet.
 
     Raises:
-        SideError: An engine failed.
+        ViSpecError: An engine failed.
     """
     missing = bench.missing(condition, drafts)
     for begin in range(0, len(missing), bench.beside):

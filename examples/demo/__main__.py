@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from examples.demo.compare import Exchange, run_exchanges, summarise, warm_up
 from examples.demo.job import Job
 from examples.demo.page import render_page
-from examples.demo.side import Side, SideError
+from examples.demo.side import Side
 from examples.demo.table import print_lines, print_tables
 from examples.pair import (
     DEFAULT_DRAFT_MODEL,
@@ -28,6 +28,7 @@ from examples.pair import (
     Pair,
 )
 from examples.tiny_vlm.samples import demo_samples
+from vllm_vispec.utils.errors import ViSpecError
 
 WARM_UP_SAMPLES = 2
 
@@ -83,7 +84,7 @@ def main(
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         exchanges = run(job, repetitions, threads, output.parent, console)
-    except SideError as error:
+    except ViSpecError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     samples = list(demo_samples(per_family, job.families or None))

@@ -6,17 +6,15 @@ while it is asked, so two of these can wait beside each other without disturbing
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import IO, Any
+from typing import Any
 
 from examples.demo.job import Answer, Job
 from examples.pair import has_gpu
 from examples.tiny_vlm.samples import DemoSample, demo_samples
+from vllm_vispec.utils.process import serve_requests
 
 
 class Engine:
@@ -81,25 +79,18 @@ def _content(part: dict[str, Any], images: Any) -> dict[str, Any]:
 
 def serve(make_engine: Callable[[Job], Any]) -> None:
     """Build the engine of the first line, then answer line by line until stdin ends."""
-    replies = _take_stdout()
-    begin = time.perf_counter()
-    engine = make_engine(Job.from_json(json.loads(sys.stdin.readline())))
-    _write(replies, {"ready": time.perf_counter() - begin})
-    for line in sys.stdin:
-        _write(replies, engine.reply(json.loads(line)))
-    engine.llm.llm_engine.engine_core.shutdown()
+    engines: list[Any] = []
 
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        if engines:
+            return dict(engines[0].reply(request))
+        begin = time.perf_counter()
+        engines.append(make_engine(Job.from_json(request)))
+        return {"ready": time.perf_counter() - begin}
 
-def _take_stdout() -> IO[str]:
-    """Keep stdout for replies; whatever else prints there goes to stderr."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return replies
-
-
-def _write(replies: IO[str], content: dict[str, Any]) -> None:
-    replies.write(json.dumps(content) + "\n")
-    replies.flush()
+    serve_requests(answer)
+    for engine in engines:
+        engine.llm.llm_engine.engine_core.shutdown()
 
 
 if __name__ == "__main__":

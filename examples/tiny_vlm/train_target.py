@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vllm_vispec.utils.files import writing
+
 from .batching import Batch, stream
 from .dataset import FAMILY_WEIGHTS, HARD_WEIGHTS
 from .model import Target, TargetConfig, grow
@@ -117,8 +119,8 @@ class Run:
             "extra": self.extra.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        with writing(path) as aside:
+            torch.save(state, aside)
 
 
 def make_optimizer(target: Target, extra: FutureHeads) -> torch.optim.Optimizer:

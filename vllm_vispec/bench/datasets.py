@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from vllm_vispec.data.images import BadImage, image_file, image_folder, open_ima
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.types import Conversation, Part, Rejected, Turn
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import writing
 
 CATEGORIES = ("general_vqa", "text_vqa", "captioning", "charts", "reasoning", "multi_turn")
 """The six task categories that MMSpec and the tiny world of the examples share."""
@@ -322,15 +322,7 @@ def _resize(path: str, width: int, height: int, folder: Path) -> str:
         ) from error
     except BadImage as error:
         raise ViSpecError(f"{error}; remove its record from the dataset") from error
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Another process may be writing the same copy: each fills its own file, the last one wins.
-        draft = target.with_suffix(f".{os.getpid()}.tmp")
-        image.save(draft, format="PNG")
-        draft.replace(target)
-    except OSError as error:
-        raise ViSpecError(
-            f"resized image of {path} cannot be written to {folder} ({error.strerror or error}): "
-            "choose another folder"
-        ) from error
+    # Another process may be writing the same copy: each fills its own file, the last one wins.
+    with writing(target) as aside:
+        image.save(aside, format="PNG")
     return str(target.resolve())

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import write_json
 
 
 def beside(output: Path, kind: str) -> Path:
@@ -125,10 +126,7 @@ class Journal:
         Raises:
             ViSpecError: they cannot be written.
         """
-        try:
-            replace_json(beside(self.output, "summary.json"), summary)
-        except OSError as error:
-            raise self._failure(error) from error
+        write_json(beside(self.output, "summary.json"), summary)
 
     def _failure(self, error: OSError) -> ViSpecError:
         kept = len(self.done) + self.written
@@ -160,7 +158,7 @@ def _check_meta(output: Path, configuration: Mapping[str, Any], created: bool) -
     """Compare the settings with those of the earlier run, or write them for a new file."""
     meta = beside(output, "meta.json")
     if created:
-        replace_json(meta, configuration)
+        write_json(meta, configuration)
         return
     try:
         earlier = json.loads(meta.read_text(encoding="utf-8"))
@@ -176,13 +174,6 @@ def _check_meta(output: Path, configuration: Mapping[str, Any], created: bool) -
             f"--output {output} was made with {name} {earlier.get(name)!r}, now it is "
             f"{configuration[name]!r}; choose another file or the earlier setting"
         )
-
-
-def replace_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file in one step, so that no reader sees half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
