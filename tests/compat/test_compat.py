@@ -26,7 +26,7 @@ from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint, Runner
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.models.padded_heads_patch_points import PADDED_HEADS
+from vllm_vispec.models.patch_points import PADDED_HEADS
 from vllm_vispec.spec_decode.patch_points import CHAINS, CORE
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.errors import ViSpecError

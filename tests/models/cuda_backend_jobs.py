@@ -238,7 +238,7 @@ class Engine:
                 model=folder, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=512
             )
         self.config = VllmConfig(model_config=model, cache_config=CacheConfig())
-        from vllm_vispec.models.padded_heads_patch_points import apply_scratch
+        from vllm_vispec.models.patch_points import apply_scratch
 
         apply_scratch()
 

@@ -13,8 +13,7 @@ from vllm_vispec.compressors import patch_points as compressors
 from vllm_vispec.draft_vlm import patch_points as draft_vlm
 from vllm_vispec.draft_vocab import patch_points as draft_vocab
 from vllm_vispec.heads import patch_points as heads
-from vllm_vispec.models import padded_heads_patch_points as padded_heads
-from vllm_vispec.models import uncompressed_patch_points as uncompressed
+from vllm_vispec.models import patch_points as models
 from vllm_vispec.spec_decode import patch_points as spec_decode
 from vllm_vispec.trees import patch_points as trees
 from vllm_vispec.utils.errors import ViSpecError
@@ -34,8 +33,7 @@ def _v1_groups() -> tuple[PatchGroup, ...]:
 
 GROUPS: tuple[PatchGroup, ...] = (
     *spec_decode.GROUPS,
-    *padded_heads.GROUPS,
-    *uncompressed.GROUPS,
+    *models.GROUPS,
     *compressors.GROUPS,
     *draft_vlm.GROUPS,
     *draft_vocab.GROUPS,

@@ -30,7 +30,7 @@ from vllm_vispec.models.padded_heads import (
     choose_padded_head,
     remedy,
 )
-from vllm_vispec.models.padded_heads_patch_points import apply_workspace
+from vllm_vispec.models.patch_points import apply_workspace
 from vllm_vispec.spec_decode.row_table import MASK_CHANNEL, RowTable
 from vllm_vispec.trees.setting import num_code_channels
 from vllm_vispec.utils.errors import ViSpecError

@@ -17,8 +17,8 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_vispec.models.padded_heads import BackendFinder, PaddedHead, choose_padded_head, remedy
-from vllm_vispec.models.padded_heads_patch_points import apply_workspace
 from vllm_vispec.models.padded_impl import LayerPadding, padded_class
+from vllm_vispec.models.patch_points import apply_workspace
 from vllm_vispec.trees.code_rows import CodeRows
 from vllm_vispec.trees.codes import MIN_LOGIT, mask_logit
 from vllm_vispec.trees.limits import check_cache_dtype

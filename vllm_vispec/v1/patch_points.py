@@ -8,7 +8,7 @@ from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import uses_vispec
 from vllm_vispec.draft_vlm.patch_points import DRAFT_VLM
 from vllm_vispec.draft_vocab.patch_points import DRAFT_VOCAB
-from vllm_vispec.models.uncompressed_patch_points import UNCOMPRESSED
+from vllm_vispec.models.patch_points import UNCOMPRESSED
 from vllm_vispec.trees.patch_points import TREES
 from vllm_vispec.trees.setting import has_tree
 

@@ -29,7 +29,7 @@ from vllm.v1.kv_cache_interface import KVCacheTensor, create_kv_cache_views
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_vispec.models.padded_heads import MAX_EXTRA_CHANNELS, BackendFinder
-from vllm_vispec.models.padded_heads_patch_points import apply_scratch, apply_workspace
+from vllm_vispec.models.patch_points import apply_scratch, apply_workspace
 from vllm_vispec.spec_decode.row_table import MASK_CHANNEL
 from vllm_vispec.trees.codes import encode, num_channels, word_tables
 from vllm_vispec.trees.grow import DraftTree, TreeGrower

@@ -1,10 +1,10 @@
-"""What attention heads with more channels than the model's rely on in vLLM."""
+"""What padded attention heads, and drafts that read the images' embeddings, rely on in vLLM."""
 
 from typing import Any
 
 from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
 from vllm_vispec.compat.patching import patch
-from vllm_vispec.config import head_of
+from vllm_vispec.config import head_of, reads_embeddings
 from vllm_vispec.heads.config import ARCHITECTURE
 from vllm_vispec.trees.setting import has_branches
 
@@ -98,4 +98,20 @@ SCRATCH = PatchGroup(
     ),
 )
 
-GROUPS = (PADDED_HEADS, SCRATCH)
+UNCOMPRESSED = PatchGroup(
+    name="uncompressed",
+    feature="heads without image compression",
+    remedy="use a head that compresses images",
+    runner="v2",
+    is_needed=reads_embeddings,
+    points=(
+        PatchPoint(
+            "reads",
+            "vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.gather_mm_embeddings"
+            "(draft_lookahead)",
+            "embeddings of the tokens one ahead of the target's",
+        ),
+    ),
+)
+
+GROUPS = (PADDED_HEADS, SCRATCH, UNCOMPRESSED)
