@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.heads import BASE
+from tests.support.heads import BASE, DRAFT_VLM
 from tests.support.runners import overlay_folder
-from tests.support.small_draft_vlms import DRAFT_VLM
 from vllm_vispec import plugin
 from vllm_vispec.compat import check, groups, source
 from vllm_vispec.compat.check import check_points, first_broken, group_problem, require

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.heads import BASE, TYPICAL, edit_config, write_config
-from tests.support.small_draft_vlms import DRAFT_VLM, write_draft_vlm
+from tests.support.heads import BASE, DRAFT_VLM, TYPICAL, edit_config, write_config, write_draft_vlm
 from vllm_vispec.bench.roofline import draft_shape, target_shape
 from vllm_vispec.cli.doctor import head_lines
 from vllm_vispec.heads.config import DRAFT_VLM_ARCHITECTURE, HeadConfig

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.small_draft_vlms import DRAFT_VLM
+from tests.support.heads import DRAFT_VLM
 from vllm_vispec.config import reads_embeddings, reads_target_states
 from vllm_vispec.draft_vlm.model import EagleDraftVlmForCausalLM as Draft
 from vllm_vispec.heads.config import ARCHITECTURE, DRAFT_VLM_ARCHITECTURE, EMBEDS_ARCHITECTURE

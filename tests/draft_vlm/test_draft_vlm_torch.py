@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.heads import TYPICAL, write_head
-from tests.support.small_draft_vlms import (
+from tests.support.heads import (
     DRAFT_VLM,
+    TYPICAL,
     random_draft_vlm,
     random_prompt,
     write_draft_vlm,
+    write_head,
 )
 from vllm_vispec.heads.folder import load_draft
 from vllm_vispec.reference import DraftVlm, ViSpecDraft, draft_class, image_mask, tensor_shapes

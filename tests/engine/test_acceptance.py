@@ -1,140 +1,121 @@
 """A request's drafts do not depend on what else goes on: they equal those of a cold single run.
 
-Compared are the accepted tokens of every round and the logits behind every draft (relative to the
+Compared are the accepted tokens of every step and the logits behind every draft (relative to the
 request's largest logit). Two exceptions:
 
-* A preempted request that resumes recomputes its cache and emits one token without a draft round,
-  so its rounds begin elsewhere from there on. Where rounds begin at the same token, logits agree.
+* A preempted request that resumes recomputes its cache and emits one token without drafts, so its
+  steps begin elsewhere from there on. Where steps begin at the same token, logits agree.
 * When an image's rows are gone and its tokens are a prefix hit, there is nothing to draft from: the
   miss is counted, output stays right and logits are far off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 
-from tests.engine.setups import params
-from tests.support.child import run_in_subprocess
-from tests.support.runners import RUNNERS, Runner
-from tests.support.tiny_store import TinyStore
+from tests.support.comparison import Compared, compare, serve_cold
+from tests.support.engine import Engine
+from tests.support.runners import marks
+from tests.support.tiny_store import KIND, TinyStore
+from tests.support.workloads import Request, image_text, mixed_requests, words
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
-KIND = "qwen2_5_vl"
 TOLERANCE = 1e-4
-Situations = dict[str, dict[str, Any]]
-
-CHUNKS: Mapping[str, Any] = {"max_num_batched_tokens": 24, "max_num_seqs": 3}
-ROOMY: Mapping[str, Any] = {
-    "name": "roomy",
-    "options": {},
-    "situations": ["together", "prefix_hit", "table_only", "aborted_neighbours", "true_miss"],
+ROOMY = {"max_num_batched_tokens": 256, "max_num_seqs": 8}
+ENGINES: Mapping[str, Mapping[str, Any]] = {
+    "roomy": ROOMY,
+    "chunks": {"max_num_batched_tokens": 24, "max_num_seqs": 3},
+    "blocks": ROOMY | {"num_blocks": 9},
+    "async": ROOMY | {"async_scheduling": True},
 }
-SETUPS: Mapping[str, list[Mapping[str, Any]]] = {
-    "v1": [
-        ROOMY,
-        {"name": "chunks", "options": CHUNKS, "situations": ["chunked", "together"]},
-        {"name": "blocks", "options": {"num_blocks": 9}, "situations": ["together"]},
-        {"name": "async", "options": {"async_scheduling": True}, "situations": ["together"]},
-    ],
-    "v2": [
-        {"name": "roomy", "options": {}, "situations": ["prefix_hit", "table_only", "true_miss"]},
-        {"name": "chunks", "options": CHUNKS, "situations": ["together"]},
-        {"name": "blocks", "options": {"num_blocks": 9}, "situations": ["together"]},
-        {"name": "async", "options": {"async_scheduling": True}, "situations": ["together"]},
-    ],
-}
-EQUAL = [
-    "roomy-together",
-    "roomy-prefix_hit",
-    "roomy-table_only",
-    "roomy-aborted_neighbours",
-    "chunks-chunked",
-    "chunks-together",
-    "async-together",
+V1 = (
+    "roomy-together roomy-prefix_hit roomy-table_only roomy-aborted_neighbours roomy-true_miss "
+    "chunks-chunked chunks-together blocks-together async-together"
+)
+V2 = (
+    "roomy-prefix_hit roomy-table_only roomy-true_miss "
+    "chunks-together blocks-together async-together"
+)
+SITUATIONS = [
+    pytest.param(runner, compiler, situation, id=f"{name}-{situation}", marks=marks(runner, slow))
+    for name, runner, compiler, situations, slow in (
+        ("v1", "v1", None, V1, False),
+        ("v2", "v2", None, V2, True),
+        ("v1-overlay", "v1-overlay", None, V1, False),
+        ("v1-compiled", "v1", "eager", V1, True),
+    )
+    for situation in situations.split()
 ]
 
 
-COMPILED = replace(RUNNERS["v1"], name="v1-compiled")
+def requests(kind: str) -> list[Request]:
+    """Return requests of all kinds, some with images, whole or cut, before a cached block."""
+    image = image_text(kind, 1)
+    return [
+        *mixed_requests(kind, 8, 22, seed=3),
+        Request("deep-0", f"Look: {image} {words(40, 80)}", (2,), 24),
+        Request("deep-1", f"Look: {image} and {image} {words(41, 80)}", (4, 5), 24),
+        Request("cut-0", f"{words(42, 22)} {image} {words(43, 60)}", (7,), 24),
+    ]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        *params("v1", "v2", "v1-overlay", slow=["v2"]),
-        pytest.param(COMPILED, id=COMPILED.name, marks=pytest.mark.slow),
-    ],
-)
-def found(request: pytest.FixtureRequest, tiny: TinyStore) -> Situations:
-    """Every situation of one runner, compared with cold single runs."""
-    runner: Runner = request.param
-    target, head = tiny.pair(KIND)
-    kwargs = {
-        "kind": KIND,
-        "options": {
-            "model": target,
-            "draft": head,
-            "compiler": "eager" if runner is COMPILED else None,
-        },
-        "setups": SETUPS[runner.name.split("-")[0]],
-        "count": 8,
-    }
-    items = run_in_subprocess(
-        "tests.engine.acceptance_jobs:compare", kwargs, runner.env(), timeout=1500
-    )
-    return {item["situation"]: item for item in items}
+@pytest.mark.parametrize(("runner", "compiler", "situation"), SITUATIONS)
+def test_drafts_equal_a_cold_single_run(
+    engine: Callable[..., Engine],
+    tiny: TinyStore,
+    runner: str,
+    compiler: str | None,
+    situation: str,
+) -> None:
+    name, _, what = situation.partition("-")
+    options = {"draft": tiny.head(), "compiler": compiler}
+    cold = engine(runner, **ROOMY, **options).once(serve_cold, requests(KIND))
+    found = compare(cold, engine(runner, **ENGINES[name], **options), what, requests(KIND))
+    assert len(found.requests) >= 8
+    assert all(row.same_ids for row in found.requests.values())
+    if situation == "blocks-together":
+        assert_preempted(found)
+    elif situation == "roomy-true_miss":
+        assert_true_miss(found)
+    else:
+        assert_equal(found)
+    if situation == "roomy-prefix_hit":
+        assert sum(row.cached > 0 for row in found.requests.values()) >= 3
+    elif situation == "chunks-together":
+        assert found.spy.split_images > 0
+    elif situation == "roomy-table_only":
+        # The encoder cache was cleared, the rows survived.
+        assert found.requests["deep-0"].cached > 0
+        assert found.table["hits"] > 0
 
 
-def test_drafts_equal_a_cold_single_run(found: Situations) -> None:
-    names = [name for name in EQUAL if name in found]
-    assert {"roomy-prefix_hit", "roomy-table_only", "chunks-together"} <= set(names)
-    for name in names:
-        requests = found[name]["requests"]
-        assert len(requests) >= 8
-        for request, row in requests.items():
-            assert row["same_ids"], (name, request)
-            assert row["accepted"] == row["cold_accepted"], (name, request)
-            assert row["shared"] == row["cold_keys"] > 0, (name, request)
-            assert row["gap"] < TOLERANCE, (name, request)
+def assert_equal(found: Compared) -> None:
+    """Same acceptance and logits; the table was not asked in vain."""
+    assert found.table["misses"] == 0
+    for request, row in found.requests.items():
+        assert row.accepted == row.cold_accepted, request
+        assert row.shared == row.cold_steps > 0, request
+        assert row.gap < TOLERANCE, request
 
 
-def test_situations_arose(found: Situations) -> None:
-    """Hits, splits and aborts really happened; the table was not asked in vain."""
-    hits = found["roomy-prefix_hit"]
-    assert sum(row["cached"] > 0 for row in hits["requests"].values()) >= 3
-    assert found["chunks-together"]["spy"]["split_images"] > 0
-    assert all(found[name]["table"]["misses"] == 0 for name in EQUAL if name in found)
-
-
-def test_encoder_cache_cleared_but_rows_survive(found: Situations) -> None:
-    served = found["roomy-table_only"]
-    assert served["requests"]["deep-0"]["cached"] > 0
-    assert served["table"]["hits"] > 0
-
-
-def test_preempted_requests(found: Situations) -> None:
-    """Exception 1: rounds move, the logits of rounds at the same token do not."""
-    served = found["blocks-together"]
-    preempted = set(served["spy"]["preempted"])
-    assert preempted
-    for request, row in served["requests"].items():
-        assert row["same_ids"], request
-        assert row["gap"] < TOLERANCE, request
-        if request in preempted:
-            assert row["shared"] >= 0.5 * row["cold_keys"], request
+def assert_preempted(found: Compared) -> None:
+    """Exception 1: steps move, the logits of steps at the same token do not."""
+    assert found.spy.preempted
+    for request, row in found.requests.items():
+        assert row.gap < TOLERANCE, request
+        if request in found.spy.preempted:
+            assert row.shared >= 0.5 * row.cold_steps, request
         else:
-            assert row["accepted"] == row["cold_accepted"], request
+            assert row.accepted == row.cold_accepted, request
 
 
-def test_true_miss(found: Situations) -> None:
+def assert_true_miss(found: Compared) -> None:
     """Exception 2; it also shows that the comparison of logits sees a wrong row."""
-    served = found["roomy-true_miss"]
-    assert served["table"]["misses"] > 0
-    assert all(row["same_ids"] for row in served["requests"].values())
+    assert found.table["misses"] > 0
     for request in ("deep-0", "deep-1", "cut-0"):
-        assert served["requests"][request]["cached"] > 0
-        assert served["requests"][request]["gap"] > 100 * TOLERANCE
+        assert found.requests[request].cached > 0
+        assert found.requests[request].gap > 100 * TOLERANCE

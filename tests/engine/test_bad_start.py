@@ -1,68 +1,365 @@
-"""Bad input at start: every case is refused in one line that names the setting and the remedy."""
+"""Bad input at start: every case is refused in one line that names the setting and the remedy.
+
+Engines are configured, never built.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from tests.engine.bad_starts import BAD_STARTS
-from tests.support.child import run_in_subprocess
+from tests.support.child import Child
+from tests.support.engine import register_plugin
+from tests.support.heads import edit_config, edit_tensors, write_config, write_head
+from tests.support.tiny_configs import HEAD_DIM, HIDDEN, VOCAB
+from tests.support.tiny_store import TinyStore
 from vllm_vispec.compat.check import version_problem
+from vllm_vispec.draft_vocab.files import write_vocab
+from vllm_vispec.heads.folder import DRAFT_VOCAB
+from vllm_vispec.heads.speculators import SPECULATORS_TYPE
 
-Results = dict[str, dict[str, str]]
+Spoil = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class BadStart:
+    """One refused start.
+
+    Attributes:
+        message: Regular expression that the error matches.
+        spoil: Changes a copy of a good head.
+        spec: Changes to the speculative config; None removes a key.
+        engine: Further engine arguments.
+        target: ``vision``, ``text``, or ``head``: one that names its target.
+        error: Name of the exception's class.
+    """
+
+    message: str
+    spoil: Spoil | None = None
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    target: str = "vision"
+    error: str = "ViSpecError"
+
+
+def _weights(folder: Path) -> Path:
+    return folder / "model.safetensors"
+
+
+def _truncate(folder: Path) -> None:
+    data = _weights(folder).read_bytes()
+    _weights(folder).write_bytes(data[: len(data) // 2])
+
+
+def _pickle_only(folder: Path) -> None:
+    _weights(folder).rename(folder / "pytorch_model.bin")
+
+
+def _drop(name: str) -> Spoil:
+    return lambda folder: edit_tensors(folder, lambda tensors: tensors.__delitem__(name))
+
+
+def _add(name: str) -> Spoil:
+    return lambda folder: edit_tensors(
+        folder, lambda tensors: tensors.update({name: torch.zeros(4)})
+    )
+
+
+def _rewrite(dialect: str = "reference", **changes: Any) -> Spoil:
+    """Replace the head by one with other sizes."""
+    sizes = {"hidden_size": HIDDEN, "head_dim": HEAD_DIM, "vocab_size": VOCAB}
+    return lambda folder: write_head(
+        folder, dialect, **(sizes | {"intermediate_size": 48} | changes)
+    )
+
+
+def _only(tensors: Mapping[str, tuple[int, ...]], architecture: str) -> Spoil:
+    """Replace the head by other weights."""
+
+    def spoil(folder: Path) -> None:
+        save_file({name: torch.zeros(size) for name, size in tensors.items()}, _weights(folder))
+        write_config(folder, {"architectures": [architecture]})
+
+    return spoil
+
+
+def _canonical_without_section(folder: Path) -> None:
+    write_head(folder, "canonical")
+    config = json.loads((folder / "config.json").read_text())
+    del config["vispec"], config["architectures"]
+    write_config(folder, config)
+
+
+COUNT = r"num_speculative_tokens={} must be an integer between 1 and \d+; 3 to 6 suits"
+EAGLE = {"fc.weight": (HIDDEN, 2 * HIDDEN), "layers.0.mlp.up_proj.weight": (48, HIDDEN)}
+EAGLE3 = {"fc.weight": (HIDDEN, 3 * HIDDEN), "d2t": (8,)}
+
+TREE = {"tree": {"policy": "eagle2"}, "num_speculative_tokens": 29}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "lm_head": True}
+EXAMPLE_CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+
+BAD_STARTS: Mapping[str, BadStart] = {
+    "heads that no backend serves": BadStart(
+        "no attention backend here serves heads of 518 channels.*leave the speculative config out",
+        spoil=_rewrite("canonical", head_dim=512),
+    ),
+    "missing folder": BadStart(
+        "head folder '/nowhere/head' does not exist.*give", spec={"model": "/nowhere/head"}
+    ),
+    "no model": BadStart('"model" is missing; give the folder', spec={"model": None}),
+    "empty model": BadStart('"model" is missing; give the folder', spec={"model": ""}),
+    "no config": BadStart(
+        r"config\.json is missing", lambda folder: (folder / "config.json").unlink()
+    ),
+    "truncated weights": BadStart("truncated or corrupt.*download or export", _truncate),
+    "pickle only": BadStart("only pickle weights.*convert them to safetensors", _pickle_only),
+    "missing tensor": BadStart(r"lacks 1 tensor\(s\): fc\.weight.*export", _drop("fc.weight")),
+    "missing tensor of a head given as eagle": BadStart(
+        r"lacks 1 tensor\(s\): fc\.weight.*export", _drop("fc.weight"), spec={"method": "eagle"}
+    ),
+    "extra tensor": BadStart(r"account for: lm_head\.weight.*remove", _add("lm_head.weight")),
+    "config of another head": BadStart(
+        r"has shape .*config\.json asks for.*use the config\.json",
+        lambda folder: edit_config(folder, intermediate_size=7),
+    ),
+    "wrong hidden size": BadStart(
+        rf"hidden_size of the head is 64.*is {HIDDEN}: use the head that was trained",
+        _rewrite(hidden_size=64, head_dim=16),
+    ),
+    "wrong vocabulary": BadStart(
+        rf"vocab_size of the head is 999.*is {VOCAB}: use the head that was trained",
+        _rewrite(vocab_size=999),
+    ),
+    "head of another family": BadStart(
+        "trained for llava, the target is qwen2_5_vl: use the head that was trained",
+        lambda folder: edit_config(folder, model_type="llava"),
+    ),
+    "EAGLE head": BadStart(
+        'text-only EAGLE head.*"method":"eagle"', _only(EAGLE, "LlamaForCausalLM")
+    ),
+    "EAGLE-3 head": BadStart(
+        'EAGLE-3 head.*"method":"eagle3"', _only(EAGLE3, "LlamaForCausalLMEagle3")
+    ),
+    "unknown dialect": BadStart("unknown dialect.*expected one of.*give", _only({"w": (2,)}, "X")),
+    "K missing": BadStart(COUNT.format("None"), spec={"num_speculative_tokens": None}),
+    "K is 0": BadStart(COUNT.format("0"), spec={"num_speculative_tokens": 0}),
+    "K is -1": BadStart(COUNT.format("-1"), spec={"num_speculative_tokens": -1}),
+    "K is 100": BadStart(COUNT.format("100"), spec={"num_speculative_tokens": 100}),
+    "K is a word": BadStart(COUNT.format("'four'"), spec={"num_speculative_tokens": "four"}),
+    "K is true": BadStart(COUNT.format("True"), spec={"num_speculative_tokens": True}),
+    "K is 2.5": BadStart(COUNT.format(r"2\.5"), spec={"num_speculative_tokens": 2.5}),
+    "text-only target": BadStart("takes no images; ViSpec needs a vision-language", target="text"),
+    "no image table": BadStart(
+        "image_table_size=0 must be an integer.*leave it out", spec={"image_table_size": 0}
+    ),
+    "parallel drafting": BadStart(
+        "parallel_drafting does not work with ViSpec.*leave it out",
+        spec={"parallel_drafting": True},
+    ),
+    "other vocabularies": BadStart(
+        "use_heterogeneous_vocab does not work.*leave it out",
+        spec={"use_heterogeneous_vocab": True},
+    ),
+    "draft TP differs": BadStart(
+        "draft_tensor_parallel_size=2 must equal the target's 1; leave it out",
+        spec={"draft_tensor_parallel_size": 2},
+    ),
+    "TP does not fit": BadStart(
+        "tensor_parallel_size=3 does not fit the head's 4 .*choose one of 1, 2, 4",
+        engine={"tensor_parallel_size": 3},
+    ),
+    "pipeline parallel": BadStart(
+        "pipeline_parallel_size=2 does not work with ViSpec.*set it to 1",
+        engine={"pipeline_parallel_size": 2},
+    ),
+    "tree is no object": BadStart(
+        "tree='eagle2' must be an object such as", spec={"tree": "eagle2"}
+    ),
+    "tree with an unknown key": BadStart(
+        r"tree\.width is unknown; the keys are policy", spec={"tree": {"width": 3}}
+    ),
+    "tree with too few nodes": BadStart(
+        "num_speculative_tokens=3 must be an integer between 4 and 127: with a tree",
+        spec={"tree": {}},
+    ),
+    "tree with too many nodes": BadStart(
+        "num_speculative_tokens=29 must be an integer between 2 and 6",
+        spec={"tree": {"depth": 1, "top_k": 2}, "num_speculative_tokens": 29},
+    ),
+    "tree with a sampled draft": BadStart(
+        "draft_sample_method='probabilistic' does not work with tree.*leave one of them out",
+        spec={**TREE, "draft_sample_method": "probabilistic"},
+    ),
+    "tree with a connector": BadStart(
+        "kv_connector=ExampleConnector may save keys before.*choose one of.*leave",
+        spec=TREE,
+        engine={"kv_transfer_config": EXAMPLE_CONNECTOR},
+    ),
+    "tree with a quantized cache": BadStart(
+        "kv_cache_dtype=fp8_e5m2 does not work with tree.*leave one of them out",
+        spec=TREE,
+        engine={"kv_cache_dtype": "fp8_e5m2"},
+    ),
+    "chain that calls itself a tree": BadStart(
+        COUNT.format("100"), spec={"tree": {"policy": "chain"}, "num_speculative_tokens": 100}
+    ),
+    "tree with batches taken apart": BadStart(
+        "data_parallel_size=2 does not work with tree.*leave one of them out",
+        spec=TREE,
+        engine={"data_parallel_size": 2},
+    ),
+    "unknown key": BadStart(
+        r'key "no_such_key" is unknown; leave it out \(ViSpec\'s keys are draft_vocab, ',
+        spec={"no_such_key": 1},
+    ),
+    "misspelt key": BadStart(
+        r'key "num_speculative_token" is unknown; did you mean "num_speculative_tokens"\?',
+        spec={"num_speculative_tokens": None, "num_speculative_token": 4},
+    ),
+    "misspelt key of the plugin": BadStart(
+        r'key "draft_vocabs" is unknown; did you mean "draft_vocab"\?',
+        spec={"draft-vocabs": "auto"},
+    ),
+    "misspelt key of the tree": BadStart(
+        r'tree\.topk is unknown; did you mean "top_k"\?', spec=TREE | {"tree": {"topk": 4}}
+    ),
+    "method under a misspelt key": BadStart(
+        r'key "metod" is unknown; did you mean "method"\?', spec={"method": None, "metod": "vispec"}
+    ),
+    "misspelt method": BadStart(
+        "method=.vispek. is unknown; did you mean .vispec..? choose one of vispec, ngram, .*eagle3",
+        spec={"method": "vispek"},
+    ),
+    "another method": BadStart(
+        'method=.draft_model. does not fit, .* is a ViSpec head; use "method": "vispec"',
+        spec={"method": "draft_model"},
+    ),
+    "no method": BadStart(COUNT.format("77"), spec={"method": None, "num_speculative_tokens": 77}),
+    "no such method": BadStart(
+        "method='no such' is unknown; choose one of vispec, ", spec={"method": "no such"}
+    ),
+    "config without our section": BadStart(
+        'config.json of the head has no "vispec" section.*restore the config.json',
+        _canonical_without_section,
+    ),
+    "flags in place of the config": BadStart(
+        COUNT.format("77"),
+        spec=dict.fromkeys(("method", "num_speculative_tokens")),
+        engine={"spec_method": "vispec", "spec_tokens": 77},
+    ),
+    "key and flag": BadStart(
+        "num_speculative_tokens is given twice, here and as --spec-tokens; leave one of them out",
+        engine={"spec_tokens": 4},
+    ),
+    "draft_vocab of a quantized lm_head": BadStart(
+        r"draft_vocab needs an lm_head in .*quantized \(awq\): leave draft_vocab out",
+        lambda folder: write_vocab(folder / DRAFT_VOCAB, [1, 2]),
+        spec={"draft_vocab": "auto"},
+        engine={"hf_overrides": {"quantization_config": AWQ}},
+    ),
+}
+
+
+GOOD, GOOD_TREE = BadStart(""), BadStart("", spec=TREE)
+# How vLLM differs then, what is started, and what is said; "" is nothing.
+UNFIT: Mapping[str, tuple[str, BadStart, str]] = {
+    "good": ("", GOOD, ""),
+    "old vLLM": ("old", GOOD, r"^vLLM 0\.31\.2 is too old; install vLLM 0\.32 to 0\.33$"),
+    "broken patch point": (
+        "unreadable",
+        GOOD,
+        r"^ViSpec: patch point \S+ does not fit this vLLM.*install vLLM 0\.32 to 0\.33",
+    ),
+    "good without trees": ("without get_kv_cache_spec", GOOD, ""),
+    "broken trees": (
+        "without get_kv_cache_spec",
+        GOOD_TREE,
+        r'^draft trees: patch point \S+Attention\.get_kv_cache_spec .*; leave "tree" out of ',
+    ),
+    "good without self-serving": ("without maybe_override_with_speculators", GOOD, ""),
+    "broken self-serving": (
+        "without maybe_override_with_speculators",
+        BadStart("", target="head"),
+        r"^serving a head with the target it names: .*; serve the target, with the head in",
+    ),
+    "good again": ("", GOOD, ""),
+}
 
 
 @pytest.fixture(scope="module")
-def refusals(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Try all starts in one child process."""
-    folder = str(tmp_path_factory.mktemp("bad-start"))
-    items = run_in_subprocess("tests.engine.bad_starts:try_all", {"folder": folder})
-    return {item["name"]: item for item in items}
+def folder(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the good head, of all targets, and of what is tried."""
+    found = tmp_path_factory.mktemp("starts")
+    shutil.copytree(tiny.head(), found / "head with target")
+    proposal = {"verifier": {"name_or_path": str(tiny.target())}}
+    section = {**proposal, "proposal_methods": [{"speculative_tokens": 3}]}
+    edit_config(
+        found / "head with target",
+        speculators_model_type=SPECULATORS_TYPE,
+        speculators_config=section,
+    )
+    write_text_target(found / "text", tiny.target())
+    return found
+
+
+def write_text_target(folder: Path, vision: Path) -> None:
+    """Write the configuration of a text-only target; weights are not needed to refuse it."""
+    shutil.copytree(vision, folder, ignore=shutil.ignore_patterns("*.safetensors", "*processor*"))
+    text = json.loads((vision / "config.json").read_text())["text_config"]
+    text |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    write_config(folder, text)
+
+
+@pytest.fixture
+def start(child: Callable[..., Child], tiny: TinyStore, folder: Path, tmp_path: Path) -> Any:
+    """Return what starts a case and returns the error's class and message, both empty without."""
+
+    def start(case: BadStart, vllm: str = "") -> tuple[str, str]:
+        head = shutil.copytree(tiny.head(), tmp_path / "head")
+        if case.spoil is not None:
+            case.spoil(head)
+        spec: dict[str, Any] = {"method": "vispec", "model": str(head), "num_speculative_tokens": 3}
+        spec = {key: value for key, value in (spec | dict(case.spec)).items() if value is not None}
+        named = {"head": folder / "head with target", "text": folder / "text"}
+        model = str(named.get(case.target, tiny.target()))
+        # Nothing is left behind that would change vLLM, so the process is the other tests'.
+        process = child("v1")
+        found: tuple[str, str] = process.call(_start, vllm, model, spec, dict(case.engine))
+        return found
+
+    return start
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("name", BAD_STARTS)
-def test_refused(refusals: Results, name: str) -> None:
-    case, found = BAD_STARTS[name], refusals[name]
-    assert found["error"] == case.error, found["message"]
-    assert re.search(case.message, found["message"]), found["message"]
-    if case.error == "ViSpecError":
-        assert "\n" not in found["message"]
+def test_refused(start: Any, name: str) -> None:
+    case = BAD_STARTS[name]
+    error, message = start(case)
+    assert error == case.error, message
+    assert re.search(case.message, message), message
+    assert error != "ViSpecError" or "\n" not in message
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    "name", ["good", "good without trees", "good without self-serving", "good again"]
-)
-def test_good_start_is_accepted(refusals: Results, name: str) -> None:
-    assert refusals[name]["error"] == "", refusals[name]["message"]
-
-
-@pytest.mark.engine
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("old vLLM", r"^vLLM 0\.31\.2 is too old; install vLLM 0\.32 to 0\.33$"),
-        (
-            "broken patch point",
-            r"^ViSpec: patch point \S+ does not fit this vLLM.*install vLLM 0\.32 to 0\.33",
-        ),
-        (
-            "broken trees",
-            r'^draft trees: patch point \S+Attention\.get_kv_cache_spec .*; leave "tree" out of ',
-        ),
-        (
-            "broken self-serving",
-            r"^serving a head with the target it names: .*; serve the target, with the head in",
-        ),
-    ],
-)
-def test_unfit_vllm_is_refused(refusals: Results, name: str, message: str) -> None:
-    found = refusals[name]
-    assert found["error"] == "ViSpecError", found["message"]
-    assert re.search(message, found["message"]), found["message"]
-    assert "\n" not in found["message"]
+@pytest.mark.parametrize("name", UNFIT)
+def test_unfit_vllm_is_refused(start: Any, name: str) -> None:
+    vllm, case, wanted = UNFIT[name]
+    error, message = start(case, vllm)
+    assert error == ("ViSpecError" if wanted else ""), message
+    assert re.search(wanted, message), message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.9.0"])
@@ -73,3 +370,57 @@ def test_old_version(version: str) -> None:
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.0+cpu", "0.33.1rc1", "0.34.0", "1.0", "dev"])
 def test_other_versions_go_on(version: str) -> None:
     assert version_problem(version) is None
+
+
+# What follows runs in the child.
+
+
+def _start(vllm: str, model: str, spec: dict[str, Any], engine: dict[str, Any]) -> tuple[str, str]:
+    register_plugin()
+    from vllm.engine.arg_utils import EngineArgs
+
+    with _changed(vllm):
+        try:
+            EngineArgs(model=model, speculative_config=spec, **engine).create_engine_config()
+        except Exception as error:
+            return type(error).__name__, str(error)
+    return "", ""
+
+
+def _changed(vllm: str) -> Any:
+    """Return a context in which vLLM is too old, unreadable, or ``without`` a definition."""
+    if vllm == "old":
+        return _registered_anew("check.installed_version", lambda: "0.31.2")
+    if vllm == "unreadable":
+        return _registered_anew("check.read_module", lambda module: None)
+    return _without(vllm.removeprefix("without ")) if vllm else nullcontext()
+
+
+def _without(name: str) -> Any:
+    """Let vLLM's source text have another name for one of its definitions."""
+    from vllm_vispec.compat import check
+
+    read = check.__dict__["read_module"]
+
+    def other(asked: str) -> str | None:
+        text: str | None = read(asked)
+        return text.replace(name, f"{name}_2") if text else text
+
+    return mock.patch.object(check, "read_module", other)
+
+
+@contextmanager
+def _registered_anew(name: str, replacement: Callable[..., str | None]) -> Iterator[None]:
+    """Register the plugin as in a fresh process in which ``compat.<name>`` says something else."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_vispec import plugin
+
+    installed = EngineArgs.create_speculative_config
+    EngineArgs.create_speculative_config = installed.__wrapped__
+    try:
+        with mock.patch(f"vllm_vispec.compat.{name}", replacement):
+            plugin.register()
+        yield
+    finally:
+        EngineArgs.create_speculative_config = installed

@@ -7,19 +7,26 @@ vLLM's own code copies is vLLM's, also where it is called from here.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 
-from tests.engine.setups import params
-from tests.support.child import run_in_subprocess
-from tests.support.runners import RUNNERS, Runner
-from tests.support.tiny_store import TinyStore
+from tests.support.child import Child
+from tests.support.copy_watch import CopyWatch, mark_host_buffers
+from tests.support.engine import Engine
+from tests.support.runners import marks
+from tests.support.tiny_store import GATED, KIND, UNCOMPRESSED, TinyStore
+from tests.support.workloads import Request, image_text, serve_requests, words
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
-KIND = "qwen2_5_vl"
 ROWS = "spec_decode/row_table.py:set_batch"
+EMBEDS = "models/uncompressed.py:embed_input_ids"
 # By draft: at most one copy a step of each, from pinned memory.
 UPLOADS = {
     "chain": {ROWS},
@@ -33,81 +40,89 @@ UPLOADS = {
     },
     "concat": {ROWS, "compressors/image_tokens.py:put_rows"},
     # Where an image's embeddings go.
-    "no_compress": {ROWS, "models/uncompressed.py:embed_input_ids"},
-    "unpadded": {ROWS, "models/uncompressed.py:embed_input_ids"},
+    "no_compress": {ROWS, EMBEDS},
+    # V1 where `disable_padded_drafter_batch` takes rejected tokens out of the draft's batch.
+    "unpadded": {ROWS, EMBEDS},
     "draft_vlm": {ROWS, "draft_vlm/model.py:embed_input_ids"},
 }
 # V1 tells the device which tree each request has; on V2 the device knows.
 V1_UPLOADS = {"tree": {"v1/tree_runner.py:_begin"}}
-DEFAULT = ("chain", "tree")
-FURTHER = ("gated", "concat", "no_compress", "draft_vlm")
-OPTIONS = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 48}
-Found = dict[str, dict[str, Any]]
+CONCAT = GATED | {"compressor": "concat(resampler:2,conv:2,pool:3)"}
+CASES = [
+    pytest.param(runner, name, id=f"{runner}-{name}", marks=marks(runner, slow))
+    for runners, names, slow in (
+        ("v1 v2 v1-overlay v2-overlay", "chain tree", False),
+        ("v1 v2", "gated concat no_compress draft_vlm", True),
+        ("v1", "unpadded", True),
+    )
+    for runner in runners.split()
+    for name in names.split()
+]
+# Text, images that the engine's budget splits, and one request that is sampled.
+REQUESTS = [
+    Request("text", words(1, 40), (), 12),
+    Request("image", f"{image_text(KIND, 1)} {words(2, 9)}", (2,), 12),
+    Request("images", f"{words(3, 9)} {image_text(KIND, 2)} {words(4, 9)}", (3, 4), 12),
+    Request("sampled", f"{image_text(KIND, 1)} {words(5, 30)}", (4,), 12, {"temperature": 0.8}),
+]
 
 
-def _drafts(tiny: TinyStore) -> dict[str, dict[str, Any]]:
-    def head(**changes: Any) -> str:
-        return tiny.pair(KIND, **changes)[1]
-
-    compressing = {"num_q": 1, "dialect": "canonical"}
-    embedding = head(compress=False, dialect="canonical")
-    unpadded = {
-        "method": "vispec",
-        "model": embedding,
-        "num_speculative_tokens": 5,
-        "disable_padded_drafter_batch": True,
-    }
-    return {
-        "chain": {"draft": head()},
-        "tree": {"draft": head(), "tree": {"depth": 3, "top_k": 2}, "num_draft_tokens": 6},
-        "gated": {"draft": head(compressor="select(prune:2,pool:4,text_only)", **compressing)},
-        "concat": {"draft": head(compressor="concat(resampler:2,conv:2,pool:3)", **compressing)},
-        "no_compress": {"draft": embedding},
-        "unpadded": {"draft": embedding, "extra": {"speculative_config": unpadded}},
-        "draft_vlm": {"draft": tiny.draft_vlm(KIND)[1]},
-    }
+def _options(tiny: TinyStore, name: str) -> dict[str, Any]:
+    changes = {"gated": GATED, "concat": CONCAT}
+    changes |= dict.fromkeys(("no_compress", "unpadded"), UNCOMPRESSED)
+    draft = tiny.draft_vlm() if name == "draft_vlm" else tiny.head(**changes.get(name, {}))
+    options: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 48, "draft": draft}
+    if name == "tree":
+        options |= {"tree": {"depth": 3, "top_k": 2}, "num_draft_tokens": 6}
+    if name == "unpadded":
+        options["config"] = {"disable_padded_drafter_batch": True}
+    return options
 
 
-def _watch(tiny: TinyStore, runner: Runner, names: tuple[str, ...]) -> Found:
-    base, drafts = {**OPTIONS, "model": str(tiny.target(KIND))}, _drafts(tiny)
-    engines = {name: base | drafts[name] for name in names}
-    kwargs = {"kind": KIND, "engines": engines}
-    items = run_in_subprocess("tests.engine.copy_jobs:watch", kwargs, runner.env())
-    return {item["engine"]: item | {"runner": runner.name[:2]} for item in items}
+@pytest.mark.parametrize(("runner", "name"), CASES)
+def test_listed_uploads_only(
+    engine: Callable[..., Engine],
+    child: Callable[..., Child],
+    tiny: TinyStore,
+    runner: str,
+    name: str,
+) -> None:
+    child(runner, process="copies").call(_upload_as_on_a_gpu)
+    ours = engine(runner, process="copies", **_options(tiny, name))
+    plain = ours.run(serve_requests, REQUESTS)
+    found, uploads, violations = ours.run(_watch)
+    listed = UPLOADS[name] | (V1_UPLOADS.get(name, set()) if runner.startswith("v1") else set())
+    assert violations == {}
+    assert set(uploads) == listed
+    assert found.acceptance() > 0
+    for request, expected in plain.outputs().items():
+        assert request == "sampled" or found.outputs()[request] == expected
 
 
-@pytest.fixture(scope="module", params=params("v1", "v2", "v1-overlay", "v2-overlay"))
-def default(request: pytest.FixtureRequest, tiny: TinyStore) -> Found:
-    """Chain and tree on one runner."""
-    return _watch(tiny, request.param, DEFAULT)
+# What follows runs in the child.
 
 
-@pytest.fixture(scope="module", params=params("v1", "v2", slow=["v1", "v2"]))
-def further(request: pytest.FixtureRequest, tiny: TinyStore) -> Found:
-    """Other heads on one runner."""
-    return _watch(tiny, request.param, FURTHER)
+def _upload_as_on_a_gpu() -> None:
+    """Undo what vLLM's CPU workers change: there an upload and its buffer are the host's own."""
+    from vllm.utils import torch_utils
+
+    upload = torch_utils.async_tensor_h2d
+    from vllm.v1.worker.cpu import shm  # noqa: F401
+
+    torch_utils.async_tensor_h2d = upload
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    CPUModelRunner._postprocess_tensors = lambda self: None
 
 
-def _assert_listed_uploads_only(found: dict[str, Any]) -> None:
-    name = found["engine"]
-    listed = UPLOADS[name] | (V1_UPLOADS.get(name, set()) if found["runner"] == "v1" else set())
-    assert found["violations"] == {}
-    assert set(found["uploads"]) == listed
-    assert found["same"]
-    assert found["accepted"] > 0
+def _watch(llm: LLM) -> tuple[Any, dict[str, int], dict[str, int]]:
+    copies, step = CopyWatch(), llm.llm_engine.step
+    mark_host_buffers()
 
+    def watched_step() -> Any:
+        with copies.watching():
+            return step()
 
-@pytest.mark.parametrize("name", DEFAULT)
-def test_listed_uploads_only(default: Found, name: str) -> None:
-    _assert_listed_uploads_only(default[name])
-
-
-@pytest.mark.parametrize("name", FURTHER)
-def test_listed_uploads_only_with_other_heads(further: Found, name: str) -> None:
-    _assert_listed_uploads_only(further[name])
-
-
-@pytest.mark.slow
-def test_rejected_rows_are_found_on_the_host(tiny: TinyStore) -> None:
-    """V1 where `disable_padded_drafter_batch` takes rejected tokens out of the draft's batch."""
-    _assert_listed_uploads_only(_watch(tiny, RUNNERS["v1"], ("unpadded",))["unpadded"])
+    with patch.object(llm.llm_engine, "step", watched_step):
+        found = serve_requests(llm, REQUESTS)
+    return found, dict(copies.uploads), dict(copies.violations)

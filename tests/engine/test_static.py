@@ -7,87 +7,132 @@ device. Host work of ours must lie outside the functions that vLLM captures.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.engine.setups import params
-from tests.support.child import run_in_subprocess
-from tests.support.runners import RUNNERS, Runner
-from tests.support.tiny_store import TinyStore
+from tests.support.engine import Engine
+from tests.support.operators import Record
+from tests.support.runners import marks
+from tests.support.spies import drafter
+from tests.support.tiny_store import GATED, KIND, UNCOMPRESSED, TinyStore
+from tests.support.workloads import Request, image_text, serve_requests, words
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
-KIND = "qwen2_5_vl"
-NUM_REQUESTS = 4
-Batches = dict[str, dict[str, Any]]
-
-
-UNCOMPRESSED = {"compress": False, "dialect": "canonical"}
-GATED = {"compressor": "select(prune:2,pool:4,text_only)", "num_q": 1, "dialect": "canonical"}
-HEADS = [
-    *(
-        pytest.param((p.values[0], {}), id=p.id, marks=p.marks)
-        for p in params("v1", "v2", "v2-overlay", slow=["v2"])
-    ),
-    pytest.param((RUNNERS["v1"], UNCOMPRESSED), id="v1-no_compress", marks=pytest.mark.slow),
-    *(
-        pytest.param((p.values[0], None), id=f"{p.id}-vlm", marks=[*p.marks, pytest.mark.slow])
-        for p in params("v1", "v2")
-    ),
-    *(
-        pytest.param((p.values[0], GATED), id=f"{p.id}-gated", marks=[*p.marks, pytest.mark.slow])
-        for p in params("v2")
-    ),
+COUNT = 4
+BATCHES = {
+    name: [
+        Request(f"{name}-{i}", f"{image_text(KIND, n)} {words(i, 9)}", tuple(range(i, i + n)), 19)
+        for i, n in enumerate(counts)
+    ]
+    for name, counts in {"text": (0, 0, 0, 0), "images": (1, 2, 1, 2)}.items()
+}
+ROWS = [
+    pytest.param(runner, head, id=f"{runner}-{head}", marks=marks(runner, slow))
+    for runner, head, slow in (
+        ("v1", "vispec", False),
+        ("v2", "vispec", True),
+        ("v2-overlay", "vispec", False),
+        ("v1", "no_compress", True),
+        ("v1", "vlm", True),
+        ("v2", "vlm", True),
+        ("v2", "gated", True),
+    )
 ]
 
 
-@pytest.fixture(scope="module", params=HEADS)
-def recorded(request: pytest.FixtureRequest, tiny: TinyStore) -> Batches:
-    """Operators of every draft pass, by batch."""
-    runner: Runner
-    runner, changes = request.param
-    target, head = tiny.draft_vlm(KIND) if changes is None else tiny.pair(KIND, **changes)
-    options = {
-        "model": target,
-        "draft": head,
-        "max_num_seqs": NUM_REQUESTS,
-        "max_model_len": 256,
-    }
-    items = run_in_subprocess(
-        "tests.engine.static_jobs:inspect", {"kind": KIND, "options": options}, runner.env()
-    )
-    return {item["batch"]: item for item in items}
-
-
-@pytest.mark.parametrize("batch", ["text", "images"])
-def test_nothing_is_read_back(recorded: Batches, batch: str) -> None:
-    assert recorded[batch]["violations"] == []
-    assert f"pass {NUM_REQUESTS}" in recorded[batch]["passes"]
-
-
-def test_operators_depend_on_the_size_alone(recorded: Batches) -> None:
-    """Every pass over as many tokens runs the same operators on the same shapes.
-
-    What happens between passes lies outside the graphs, and is left out where nothing changes.
-    """
-    text, images = (
-        {key: kinds for key, kinds in recorded[name]["passes"].items() if key.startswith("pass ")}
-        for name in ("text", "images")
-    )
-    for passes in (text, images):
-        assert {key: len(kinds) for key, kinds in passes.items() if len(kinds) > 1} == {}
-    shared = set(text) & set(images)
-    # A draft step and a full verification round are among them.
-    assert {f"pass {NUM_REQUESTS}", f"pass {6 * NUM_REQUESTS}"} <= shared
+@pytest.mark.parametrize(("runner", "head"), ROWS)
+def test_static(engine: Callable[..., Engine], tiny: TinyStore, runner: str, head: str) -> None:
+    changes = {"no_compress": UNCOMPRESSED, "gated": GATED}.get(head, {})
+    draft = tiny.draft_vlm() if head == "vlm" else tiny.head(**changes)
+    ours = engine(runner, draft=draft, max_num_seqs=COUNT, name="static")
+    passes, found = ours.run(_inspect)
+    assert found == {"violations": [], "inside": [], "moved": []}
+    for name in BATCHES:
+        # Every pass over as many tokens runs the same operators on the same shapes. What happens
+        # between passes lies outside the graphs, and is left out where nothing changes.
+        assert {key: len(kinds) for key, kinds in passes[name].items() if len(kinds) > 1} == {}
+    shared = set(passes["text"]) & set(passes["images"])
+    # A draft pass and a full verification are among them.
+    assert {f"pass {COUNT}", f"pass {6 * COUNT}"} <= shared
     for key in shared:
-        assert text[key] == images[key], key
+        assert passes["text"][key] == passes["images"][key], key
 
 
-def test_host_work_lies_outside(recorded: Batches) -> None:
-    """V2 captures ``_prefill`` and the decode loop; filling codes and lookups happen elsewhere."""
-    assert all(batch["inside"] == [] for batch in recorded.values())
+# What follows runs in the child.
 
 
-def test_buffers_stay_in_place(recorded: Batches) -> None:
-    assert all(batch["moved"] == [] for batch in recorded.values())
+def _inspect(llm: LLM) -> tuple[dict[str, dict[str, list[list[str]]]], dict[str, list[str]]]:
+    """Serve both batches; return the operators of every pass by batch, and what is forbidden."""
+    proposer, record = drafter(llm), Record()
+    _instrument(proposer, record)
+    rows = proposer.model.model.rows
+    before = {name: buffer.data_ptr() for name, buffer in rows.named_buffers()}
+    passes: dict[str, dict[str, list[list[str]]]] = {}
+    for name, requests in BATCHES.items():
+        record.passes = {}
+        serve_requests(llm, requests)
+        passes[name] = {
+            key: sorted(map(list, set(map(tuple, ops))))
+            for key, ops in record.passes.items()
+            if key.startswith("pass ")
+        }
+    moved = [name for name, buffer in rows.named_buffers() if buffer.data_ptr() != before[name]]
+    found = {"violations": record.violations, "inside": record.inside, "moved": moved}
+    return passes, {key: sorted(set(names)) for key, names in found.items()}
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+def _instrument(proposer: Any, record: Record) -> None:
+    """Record the draft model's passes and logits; note our host work in what V2 captures.
+
+    V2 captures ``_prefill`` and the decode loop; filling rows and lookups must happen elsewhere.
+    """
+    model, rows, depth = proposer.model, proposer.draft_rows, [0]
+
+    def watched(label: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def make(call: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                tensors = [v for v in (*args, *kwargs.values()) if hasattr(v, "shape")]
+                with record.watching(f"{label} {tensors[0].shape[0] if tensors else ''}"):
+                    return call(*args, **kwargs)
+
+            return wrapped
+
+        return make
+
+    def captured(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            depth[0] += 1
+            try:
+                return call(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+
+        return wrapped
+
+    def noted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            record.inside += [call.__name__] if depth[0] else []
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    for layer in model.model.layers:
+        _wrap(layer.self_attn.attn, "forward", record.pausing)
+    _wrap(model.model, "forward", watched("pass"))
+    _wrap(model, "compute_logits", watched("logits"))
+    for name in ("_prefill", "_multi_step_decode", "_generate_draft"):
+        if hasattr(proposer, name):
+            _wrap(proposer, name, captured)
+    for owner, name in ((rows, "fill"), (rows, "move"), (rows.table, "slot_of")):
+        _wrap(owner, name, noted)
+    _wrap(rows, "move", watched("move"))

@@ -7,46 +7,44 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
-from tests.engine.verify_jobs import CASES
-from tests.support.child import REPOSITORY, run_in_subprocess
+from tests.support.child import REPOSITORY, Child
 from tests.support.runners import V1_ENV
-from vllm_vispec.verify.result import AttentionError, Verification
+from vllm_vispec.verify.result import CHAIN, TREE, AttentionCase, AttentionError, Verification
 from vllm_vispec.verify.settings import SHIPPED_PAIR
 from vllm_vispec.verify.verdict import TOLERANCE
 
 pytestmark = pytest.mark.engine
 SECONDS = 900
+CASES = (AttentionCase(CHAIN, 64, 72, 4, 2, 1), AttentionCase(TREE, 128, 152, 4, 2, 30))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_attention_check_sees_a_leak(dtype: str) -> None:
+def test_the_attention_check_sees_a_leak(child: Any, dtype: str) -> None:
     """Seen on the CPU's backend: 3e-6 in float32, 9e-3 in bfloat16; 0.9 and more with a leak."""
-    job = "tests.engine.verify_jobs:attention_errors"
-    found = run_in_subprocess(job, {"target": SHIPPED_PAIR[0], "dtype": dtype}, V1_ENV)
+    found = child("v1").call(_attention_errors, SHIPPED_PAIR[0], dtype)
     assert len(found) == len(CASES)
-    for case, one in zip(CASES, found, strict=True):
-        errors = {name: AttentionError.from_json(error) for name, error in one.items()}
-        assert errors["as it is"].used_size is not None
-        assert errors["as it is"].used_size >= case.padded_size
-        assert errors["as it is"].reason is None
-        assert 0 < errors["as it is"].worst <= TOLERANCE[dtype]
+    for case, errors in zip(CASES, found, strict=True):
+        whole: AttentionError = errors["as it is"]
+        assert whole.used_size is not None
+        assert whole.used_size >= case.padded_size
+        assert whole.reason is None
+        assert 0 < whole.worst <= TOLERANCE[dtype]
         assert errors["no channels"].worst > 10 * TOLERANCE[dtype]
         assert errors["NaN"].worst > 1e6
 
 
 def test_cudas_backends_with_stand_ins() -> None:
     """Triton's kernels run interpreted, in float32; the others are built, down to the KV cache."""
-    job = "tests.engine.verify_jobs:cuda_attention"
-    found = run_in_subprocess(job, {"target": SHIPPED_PAIR[0]}, V1_ENV | {"TRITON_INTERPRET": "1"})
-    triton, built = found[:2], found[2:]
-    assert [(one["case"], one["size"]) for one in triton] == [("chain", 72), ("tree", 152)]
-    assert all(0 < one["error"] <= TOLERANCE["float32"] for one in triton)
-    sizes: dict[str, list[int]] = {}
-    for one in built:
-        sizes.setdefault(one["backend"], []).append(one["size"])
+    child = Child(V1_ENV | {"TRITON_INTERPRET": "1"})
+    errors, sizes = child.call(_cuda_attention, SHIPPED_PAIR[0])
+    child.close()
+    assert [(case, size) for case, size, _ in errors] == [("chain", 72), ("tree", 152)]
+    assert all(0 < worst <= TOLERANCE["float32"] for _, _, worst in errors)
     assert sizes == {
         "FLASH_ATTN": [72, 152],
         "FLASHINFER": [128, 256],
@@ -102,3 +100,78 @@ def test_the_command_on_the_shipped_pair(tmp_path: Path) -> None:
     }
     page = output.with_suffix(".txt").read_text()
     assert "tree: passed (16 of 16 answers equal, 0 differ within noise, 0 wrong)" in page
+
+
+# What follows runs in the child.
+
+
+def _attention_errors(target: str, dtype: str) -> list[dict[str, AttentionError]]:
+    """Return each case's errors: as it is, without keys' channels, and with NaN in the values."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_vispec.verify import attention
+
+    config = EngineArgs(model=target, dtype=dtype, max_model_len=1024).create_engine_config()
+    make = attention.Batch.make
+
+    def without_channels(case: AttentionCase, *args: Any) -> Any:
+        batch = make(case, *args)
+        batch.key[..., case.head_size :] = 0
+        return batch
+
+    def with_nan(case: AttentionCase, *args: Any) -> Any:
+        batch = make(case, *args)
+        batch.value[0] = float("nan")
+        return batch
+
+    changes = {"as it is": make, "no channels": without_channels, "NaN": with_nan}
+    found: list[dict[str, AttentionError]] = [{} for _ in CASES]
+    for name, changed in changes.items():
+        with mock.patch.object(attention.Batch, "make", changed):
+            for errors, case in zip(found, CASES, strict=True):
+                errors[name] = attention.check_attention(config, case, "CPU_ATTN")
+    return found
+
+
+def _cuda_attention(
+    target: str,
+) -> tuple[list[tuple[str, int | None, float]], dict[str, list[int]]]:
+    """Return what comes of CUDA's backends with stand-ins; only Triton's kernels run."""
+    from tests.support import cuda_stand_in
+
+    platform = cuda_stand_in.install()
+    platform.device_type = "cpu"
+    # vLLM's custom operators of attention exist for CUDA alone.
+    platform.opaque_attention_op = classmethod(lambda cls: False)
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_vispec.verify import attention
+    from vllm_vispec.verify.run import BACKENDS
+
+    config = EngineArgs(
+        model=target, dtype="float32", max_model_len=256, max_num_seqs=32
+    ).create_engine_config()
+    with (
+        mock.patch.object(attention, "PROMPTS", (17, 33, 50)),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+    ):
+        checked = [attention.check_attention(config, case, "TRITON_ATTN") for case in CASES]
+    errors = [
+        (case.feature, one.used_size, one.worst) for case, one in zip(CASES, checked, strict=True)
+    ]
+    config.model_config.dtype = torch.bfloat16
+    sizes: dict[str, list[int]] = {}
+    for backend in BACKENDS["cuda"]:
+        backend_class = AttentionBackendEnum[backend].get_class()
+        for case in CASES:
+            with set_current_vllm_config(config):
+                size, _ = attention._find_head_size(config, backend_class, case)
+            assert size is not None
+            cpu = torch.device("cpu")
+            layer = attention.PagedLayer.build(config, backend_class, case, size, cpu)
+            assert layer.group.get_metadata_builder(0) is not None
+            sizes.setdefault(backend, []).append(size)
+    return errors, sizes

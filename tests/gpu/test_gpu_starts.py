@@ -2,112 +2,161 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
-from tests.engine.setups import mean_accepted, outputs
-from tests.engine.test_starts import KIND, KINDS, SIZES, options
-from tests.support.child import ChildError, run_in_subprocess
+from tests.support.child import Child, ChildError
+from tests.support.engine import register_plugin, shut_down_distributed
+from tests.support.spies import drafter
+from tests.support.starts import KINDS, SIZES, draft_options, start_requests
 from tests.support.tiny_store import TinyStore
+from tests.support.workloads import Served, drive
 
 pytestmark = pytest.mark.timeout(1200)
-MEMORY: dict[str, Any] = {"gpu_memory_utilization": 0.3}
-Served = dict[str, dict[str, Any]]
+EXTENSION = "vllm_vispec.verify.worker_extension.VerifyWorker"
 
 
-def start(name: str, tiny: TinyStore, lists: Path, dtype: str, **more: Any) -> dict[str, Any]:
-    """Return one start for `engine_jobs.serve`; ``plain`` has no draft."""
-    if name == "plain":
-        arguments: dict[str, Any] = {"model": str(tiny.target(KIND))}
-    else:
-        given = options(tiny, name, lists)
-        arguments = {"model": given["model"], **given["extra"]}
-    arguments |= {**SIZES, **MEMORY, "dtype": dtype}
-    return {"name": name, "arguments": arguments | more}
+@dataclass(frozen=True)
+class Found:
+    """What an engine answered, before and ``after`` a sleep; its runner and recorded graphs."""
+
+    served: Served
+    runner: str
+    graphs: dict[str, Any]
+    after: Served | None = None
 
 
-def serve(starts: list[dict[str, Any]], env: dict[str, str] | None = None) -> Served:
-    """Start and serve in one child process; what each start answered by its name."""
-    kwargs = {"kind": KIND, "starts": starts}
-    items = run_in_subprocess("tests.gpu.engine_jobs:serve", kwargs, env or {}, 1100)
-    return {item["name"]: item for item in items}
+def start(name: str, tiny: TinyStore, dtype: str, **more: Any) -> dict[str, Any]:
+    """Return the arguments of an engine with vLLM's defaults; ``plain`` has no draft."""
+    arguments: dict[str, Any] = {"model": str(tiny.target())}
+    if name != "plain":
+        given = draft_options(tiny, name)
+        config = {"method": "vispec", "model": given["draft"], **given["config"]}
+        arguments["speculative_config"] = config
+        arguments["per_request_spec_decode_metrics"] = "detailed"
+    return {**arguments, **SIZES, "gpu_memory_utilization": 0.3, "dtype": dtype, **more}
+
+
+def serve(
+    starts: dict[str, dict[str, Any]], env: dict[str, str] | None = None, **how: bool
+) -> dict[str, Found]:
+    """Start one engine after another in a child process; what each answered by its name."""
+    child = Child(env or {})
+    try:
+        return {name: child.call(run, arguments, **how) for name, arguments in starts.items()}
+    finally:
+        child.close()
+
+
+def run(arguments: dict[str, Any], text_only: bool = False, sleep: bool = False) -> Found:
+    """Serve the same requests with an engine (in its process).
+
+    With ``sleep`` it sleeps at level 2, wakes up with its weights read again, and serves them a
+    second time; with ``text_only`` requests with images are left out.
+    """
+    register_plugin()
+    from vllm import LLM
+
+    wanted = [one for one in start_requests(16) if not (text_only and one.images)]
+    llm = LLM(disable_log_stats=False, worker_extension_cls=EXTENSION, seed=0, **arguments)
+    try:
+        served = Served(drive(llm, wanted))
+        (state,) = llm.collective_rpc("vispec_state")
+        found = Found(served, state["runner"], state["graphs"])
+        if sleep:
+            _sleep_and_wake(llm)
+            found = replace(found, after=Served(drive(llm, wanted)))
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    del llm
+    shut_down_distributed()
+    return found
+
+
+def _sleep_and_wake(llm: Any) -> None:
+    """Lose weights and KV cache, as users of reinforcement learning do between two updates."""
+    from vllm.model_executor.model_loader import get_model_loader
+
+    llm.sleep(level=2)
+    llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights")
+    # vLLM's `reload_weights` leaves the draft out.
+    config = llm.llm_engine.vllm_config
+    draft_config = config.speculative_config.draft_model_config
+    get_model_loader(config.load_config).load_weights(drafter(llm).model, draft_config)
+    llm.wake_up(tags=["kv_cache"])
+
+
+def assert_same(served: dict[str, Found]) -> None:
+    """All answer what plain vLLM answers."""
+    for name in set(served) - {"plain"}:
+        assert served[name].served.outputs() == served["plain"].served.outputs(), name
+        assert served[name].served.acceptance() > 0, name
+
+
+SOME = ("plain", "chain", "tree")
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def found(
-    request: pytest.FixtureRequest, tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Served]:
+def found(request: pytest.FixtureRequest, tiny: TinyStore) -> tuple[str, dict[str, Found]]:
     """Plain vLLM and every kind of draft, in one dtype."""
-    lists = tmp_path_factory.mktemp("lists")
-    names = ["plain", *KINDS]
-    return request.param, serve([start(name, tiny, lists, request.param) for name in names])
+    names = ("plain", *KINDS)
+    return request.param, serve({name: start(name, tiny, request.param) for name in names})
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_drafts_change_no_answer(found: tuple[str, Served], kind: str) -> None:
+def test_drafts_change_no_answer(found: tuple[str, dict[str, Found]]) -> None:
     dtype, served = found
-    assert mean_accepted(served[kind]) > 0
     if dtype == "float32":
         # In 16 bits batches of other shapes round otherwise: `vispec verify` judges those.
-        assert outputs(served[kind]) == outputs(served["plain"])
+        assert_same(served)
+    assert all(served[kind].served.acceptance() > 0 for kind in KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_v2_runner_records_graphs(found: tuple[str, Served], kind: str) -> None:
+def test_the_v2_runner_records_graphs(found: tuple[str, dict[str, Found]], kind: str) -> None:
     dtype, served = found
-    assert served[kind]["runner"] == "V2"
-    graphs = " ".join(served[kind]["graphs"])
+    assert served[kind].runner == "V2"
+    graphs = " ".join(served[kind].graphs)
     assert "target" in graphs or "compiled pieces" in graphs, graphs
     if kind == "tree" and dtype == "bfloat16":
         assert "growth of draft trees, FULL" in graphs
         assert "walks down draft trees, FULL" in graphs
 
 
-def test_without_graphs(tiny: TinyStore, tmp_path: Path) -> None:
-    names = ("plain", "chain", "tree")
-    eager = [start(name, tiny, tmp_path, "float32", enforce_eager=True) for name in names]
-    served = serve(eager)
-    for name in names[1:]:
-        assert outputs(served[name]) == outputs(served["plain"])
-        assert not any("FULL" in graph for graph in served[name]["graphs"])
+def test_without_graphs(tiny: TinyStore) -> None:
+    served = serve({name: start(name, tiny, "float32", enforce_eager=True) for name in SOME})
+    assert_same(served)
+    assert not any("FULL" in graph for name in SOME for graph in served[name].graphs)
 
 
-def test_the_v1_runner(tiny: TinyStore, tmp_path: Path) -> None:
-    names = ("plain", "chain", "tree")
-    starts = [start(name, tiny, tmp_path, "float32") for name in names]
+def test_the_v1_runner(tiny: TinyStore) -> None:
+    starts = {name: start(name, tiny, "float32") for name in SOME}
     served = serve(starts, {"VLLM_USE_V2_MODEL_RUNNER": "0"})
-    for name in names[1:]:
-        assert served[name]["runner"] == "V1"
-        assert outputs(served[name]) == outputs(served["plain"])
+    assert_same(served)
+    assert all(served[name].runner == "V1" for name in SOME)
 
 
 @pytest.mark.parametrize("kind", ["chain", "tree"])
-def test_sleep_of_level_two(tiny: TinyStore, tmp_path: Path, kind: str) -> None:
-    sleeping = start(kind, tiny, tmp_path, "float32", enable_sleep_mode=True) | {"sleep": True}
-    served = serve([sleeping])[kind]
-    assert outputs(served | {"results": served["after"]}) == outputs(served)
+def test_sleep_of_level_two(tiny: TinyStore, kind: str) -> None:
+    starts = {kind: start(kind, tiny, "float32", enable_sleep_mode=True)}
+    served = serve(starts, sleep=True)[kind]
+    assert served.after is not None
+    assert served.after.outputs() == served.served.outputs()
 
 
-def test_a_quantized_cache(tiny: TinyStore, tmp_path: Path) -> None:
+def test_a_quantized_cache(tiny: TinyStore) -> None:
     """Where the device has no fp8 attention, plain vLLM is refused too."""
-    names = ("plain", "chain")
-    starts = [start(name, tiny, tmp_path, "bfloat16", kv_cache_dtype="fp8") for name in names]
     try:
-        served = serve(starts)
-    except ChildError as error:
-        assert error.items == []  # noqa: PT017  # not even plain vLLM started
+        serve({"plain": start("plain", tiny, "bfloat16", kv_cache_dtype="fp8")})
+    except ChildError:
         return
-    assert mean_accepted(served["chain"]) > 0
+    served = serve({"chain": start("chain", tiny, "bfloat16", kv_cache_dtype="fp8")})
+    assert served["chain"].served.acceptance() > 0
 
 
-def test_a_target_served_without_images(tiny: TinyStore, tmp_path: Path) -> None:
-    starts = [
-        start(name, tiny, tmp_path, "float32", limit_mm_per_prompt={"image": 0, "video": 0})
-        for name in ("plain", "chain", "tree")
-    ]
-    served = serve([one | {"text_only": True} for one in starts])
-    for name in ("chain", "tree"):
-        assert outputs(served[name]) == outputs(served["plain"])
-        assert mean_accepted(served[name]) > 0
+def test_a_target_served_without_images(tiny: TinyStore) -> None:
+    limits = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
+    starts = {name: start(name, tiny, "float32", **limits) for name in SOME}
+    assert_same(serve(starts, text_only=True))

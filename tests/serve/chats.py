@@ -1,4 +1,4 @@
-"""What the serving tests ask, as data, and the answers of an engine without speculation."""
+"""What the serving tests ask, as data, and how an engine answers it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import struct
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from tests.support import engine
+from tests.support.engine import greedy
 from tests.support.tiny_models import random_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from vllm import LLM
 
 MAX_TOKENS = 24
 MAX_MODEL_LEN = 512
@@ -66,11 +67,8 @@ def huge_png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
 
 
-def plain_answers(model: str) -> dict[str, str]:
-    """Answer all chats with plain vLLM; runs in a child process."""
-    options = engine.EngineOptions(model=model, max_model_len=MAX_MODEL_LEN)
-    with engine.engine(options) as llm:
-        asked = chats()
-        params = engine.greedy(MAX_TOKENS)
-        outputs = llm.chat(list(asked.values()), params, use_tqdm=False)
-        return {name: output.outputs[0].text for name, output in zip(asked, outputs, strict=True)}
+def plain_answers(llm: LLM) -> dict[str, str]:
+    """Answer all chats (in the engine's process)."""
+    asked = chats()
+    outputs = llm.chat(list(asked.values()), greedy(MAX_TOKENS), use_tqdm=False)
+    return {name: output.outputs[0].text for name, output in zip(asked, outputs, strict=True)}

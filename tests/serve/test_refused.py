@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -21,8 +20,8 @@ MOST_LINES_OF_VLLM = 20
 @pytest.mark.serve
 @pytest.mark.engine
 @pytest.mark.timeout(300)
-def test_one_line(tmp_path: Path) -> None:
-    model, head = TinyStore(tmp_path / "tiny").pair("qwen2_5_vl")
+def test_one_line(tiny: TinyStore) -> None:
+    model, head = str(tiny.target()), tiny.head()
     config = {"method": "vispec", "model": head, "num_speculative_token": 4}
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
     done = subprocess.run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.serve import chats
 from tests.serve.server import Server, served_folder, started_server
-from tests.support.child import run_in_subprocess
+from tests.support.engine import Engine
 from tests.support.tiny_store import TinyStore
 
 pytestmark = [pytest.mark.serve, pytest.mark.engine]
@@ -40,8 +40,8 @@ def _arguments(model: str, head: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    return TinyStore(tmp_path_factory.mktemp("tiny")).pair("qwen2_5_vl")
+def pair(tiny: TinyStore) -> tuple[str, str]:
+    return str(tiny.target()), tiny.head()
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,9 @@ def starting(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def plain(pair: tuple[str, str], starting: Server) -> dict[str, str]:
+def plain(engine: Callable[..., Engine], starting: Server) -> dict[str, str]:
     """Answers of the target without speculation, found while the server starts."""
-    found = run_in_subprocess("tests.serve.chats:plain_answers", {"model": pair[0]}, timeout=400)
-    return dict(found[0])
+    return dict(engine("v1", max_model_len=chats.MAX_MODEL_LEN).run(chats.plain_answers))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.live_bytes import LiveBytes
+from tests.support.operators import LiveBytes
 from vllm_vispec.models.padded_impl import LayerPadding
 from vllm_vispec.models.vispec import make_rows
 from vllm_vispec.trees import target_cache

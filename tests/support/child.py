@@ -1,7 +1,8 @@
-"""Run a function of the test suite in a fresh Python process, with JSON in and JSON lines out.
+"""Child processes that call functions of the test suite.
 
-Engines of different kinds (V1, V2 under Triton's interpreter, the 0.33 overlay) need different
-environments before the first import, hence a process each.
+Engines of different kinds (V1, V2 under Triton's interpreter, vLLM 0.33) need other environments
+before the first import, hence a process each. Arguments and results are pickled, so a function of a
+test module can be passed as it is.
 """
 
 from __future__ import annotations
@@ -9,10 +10,15 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +27,90 @@ LOG_TAIL = 4000
 
 
 class ChildError(AssertionError):
-    """The child failed; carries what it had returned before and the end of its log."""
+    """The call failed; ``log`` is what the child had printed and the error's traceback."""
 
-    def __init__(self, reason: str, items: list[Any], log: str) -> None:
+    def __init__(self, reason: str, log: str) -> None:
         super().__init__(f"{reason}\n--- end of the child's log ---\n{log[-LOG_TAIL:]}")
-        self.items = items
         self.log = log
+
+
+class Child:
+    """A process that calls one function after another.
+
+    Args:
+        env: Added to this process's environment; its ``PYTHONPATH`` goes before the repository's.
+        timeout: Most seconds a call may take.
+    """
+
+    def __init__(self, env: Mapping[str, str] | None = None, timeout: float = 1500) -> None:
+        self._timeout = timeout
+        self._connection, there = Pipe()
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="vispec-child-", suffix=".log")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.child", str(there.fileno())],
+            env=_environment(env or {}),
+            cwd=REPOSITORY,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            pass_fds=[there.fileno()],
+        )
+        there.close()
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return ``function(*args, **kwargs)``, called in the child.
+
+        Raises:
+            ChildError: It raised, the process died or the time was up; the process is gone then.
+        """
+        deadline = time.monotonic() + self._timeout
+        try:
+            _send(self._connection, (function, args, kwargs))
+            while not self._connection.poll(0.5):
+                if self._process.poll() is not None:
+                    raise EOFError
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"no result after {self._timeout:.0f} s")
+            value, error = _receive(self._connection)
+        except (EOFError, OSError) as failure:
+            error = str(failure) if isinstance(failure, TimeoutError) else self._ended()
+        if not error:
+            return value
+        log = f"{self.log()}\n{error}"
+        self.close()
+        raise ChildError(f"{function.__name__}: {error.strip().splitlines()[-1]}", log)
+
+    def _ended(self) -> str:
+        return f"the process ended: exit status {self._process.wait(10)}"
+
+    def log(self) -> str:
+        """Return what the process has printed."""
+        return Path(self._log.name).read_text(errors="replace")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes calls."""
+        return not self._connection.closed
+
+    def close(self) -> None:
+        """End the process; it stops its engines first if it can."""
+        if not self.is_open:
+            return
+        self._connection.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(10)
+
+
+def _send(connection: Connection, value: Any) -> None:
+    # Not its own method, with which torch shares memory instead of copying.
+    connection.send_bytes(pickle.dumps(value))
+
+
+def _receive(connection: Connection) -> Any:
+    return pickle.loads(connection.recv_bytes())  # noqa: S301  # from our own process
 
 
 def run_in_subprocess(
@@ -34,51 +118,19 @@ def run_in_subprocess(
     kwargs: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
     timeout: float = 900,
-    log_file: Path | None = None,
 ) -> list[Any]:
-    """Call ``module:function`` with ``kwargs`` in a child process and return what it yields.
-
-    The function returns or yields JSON data: a generator gives one item per ``yield`` (kept even if
-    the child dies later), anything else a list of one item. ``env`` is added to this process's
-    environment; its ``PYTHONPATH`` goes in front of the repository's. ``log_file`` gets what the
-    process printed.
-
-    Raises:
-        ChildError: the function raised, the process died or the time was up.
-    """
-    with tempfile.TemporaryDirectory(prefix="vispec-child-") as name:
-        result, log = Path(name) / "result.jsonl", Path(name) / "log.txt"
-        command = [sys.executable, "-m", "tests.support.child", target, str(result)]
-        reason = _run(
-            command, json.dumps(dict(kwargs or {})), _environment(env or {}), log, timeout
-        )
-        items = _read(result)
-        text = log.read_text(errors="replace")
-        if log_file is not None:
-            log_file.write_text(text)
-    if reason or not items or items[-1] != {"done": True}:
-        raise ChildError(f"{target}: {reason or 'ended early'}", _values(items), text)
-    return _values(items)
+    """Call ``module:function`` in a process of its own; what it yields or returns, as JSON."""
+    child = Child(env, timeout)
+    try:
+        return list(child.call(_collect, target, dict(kwargs or {})))
+    finally:
+        child.close()
 
 
-def _run(command: list[str], stdin: str, env: dict[str, str], log: Path, timeout: float) -> str:
-    """Run ``command`` and return why it failed ("" if it did not)."""
-    with log.open("w") as sink:
-        try:
-            done = subprocess.run(
-                command,
-                input=stdin,
-                text=True,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                env=env,
-                cwd=REPOSITORY,
-                timeout=timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return f"no result after {timeout:.0f} s"
-    return "" if done.returncode == 0 else f"exit status {done.returncode}"
+def _collect(target: str, kwargs: dict[str, Any]) -> Any:
+    module, _, name = target.partition(":")
+    value = getattr(importlib.import_module(module), name)(**kwargs)
+    return json.loads(json.dumps(list(value) if hasattr(value, "__next__") else [value]))
 
 
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:
@@ -88,33 +140,26 @@ def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     return merged
 
 
-def _read(path: Path) -> list[Any]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-
-
-def _values(items: list[Any]) -> list[Any]:
-    return [item["value"] for item in items if "value" in item]
-
-
-def _call(target: str, kwargs: Mapping[str, Any]) -> Iterable[Any]:
-    module, _, name = target.partition(":")
-    value = getattr(importlib.import_module(module), name)(**kwargs)
-    return value if hasattr(value, "__next__") else [value]
-
-
 def main() -> None:
-    """Entry point of the child: ``module:function RESULT_FILE``, keyword arguments on stdin."""
-    from tests.support.engine import prepare_process
+    """Answer calls until the parent closes its end."""
+    from tests.support import engine
 
-    prepare_process()
-    target, result = sys.argv[1], Path(sys.argv[2])
-    kwargs = json.load(sys.stdin)
-    with result.open("w") as sink:
-        for value in _call(target, kwargs):
-            print(json.dumps({"value": value}), file=sink, flush=True)
-        print(json.dumps({"done": True}), file=sink, flush=True)
+    engine.prepare_process()
+    connection = Connection(int(sys.argv[1]))
+    while True:
+        try:
+            function, args, kwargs = _receive(connection)
+        except EOFError:
+            break
+        except Exception:
+            _send(connection, (None, traceback.format_exc()))
+            continue
+        try:
+            answer = function(*args, **kwargs), ""
+        except Exception:
+            answer = None, traceback.format_exc()
+        _send(connection, answer)
+    engine.end_process()
 
 
 if __name__ == "__main__":

@@ -1,19 +1,27 @@
-"""Start, drive and completely stop in-process vLLM engines, one after another."""
+"""vLLM engines of the tests: their options, how they run in a child process, and a handle to ask.
+
+:class:`Engine` is what tests use. Its engine lives in a child process with others (a few at a time,
+each started when it is first asked), because a process costs ten seconds and an engine one.
+"""
 
 from __future__ import annotations
 
 import atexit
 import gc
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from tests.support import gpu_start
+from tests.support.child import Child
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
+
+    from tests.support.workloads import Served
 
 IN_PROCESS_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -26,15 +34,20 @@ IN_PROCESS_ENV = {
     "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
 }
 """Environment of an engine that lives in this process (set before vLLM is imported)."""
+MOST_RUNNING = 4
+"""Engines that one process keeps; the one asked least recently is stopped for another."""
+ROOMY_BLOCKS = 512
 
 
 @dataclass(frozen=True)
 class EngineOptions:
     """Settings of one test engine; ``extra`` goes to ``vllm.LLM`` unchanged.
 
+    ``name`` tells an engine that a test changes from others with the same settings.
+
     ``num_blocks`` limits the KV cache to that many blocks of ``block_size`` tokens (small values
     force preemption). ``draft`` switches speculation with ``num_draft_tokens`` tokens on;
-    ``tree`` is the setting of that name.
+    ``tree`` is the setting of that name, ``config`` holds further speculative settings.
 
     Engines run eagerly, in fp32 and with a KV cache of a given size unless ``compiler``, ``dtype``
     and ``memory_profile`` say otherwise. ``compiler`` says what compiles the models: "inductor" as
@@ -47,7 +60,8 @@ class EngineOptions:
     num_draft_tokens: int = 5
     method: str = "vispec"
     tree: Mapping[str, Any] | None = None
-    max_model_len: int = 512
+    config: Mapping[str, Any] = field(default_factory=dict)
+    max_model_len: int = 256
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512
     num_blocks: int | None = None
@@ -57,8 +71,8 @@ class EngineOptions:
     compiler: Literal["eager", "inductor", "piecewise"] | None = None
     dtype: str = "float32"
     memory_profile: bool = False
-    enable_mm_embeds: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
 
     def llm_kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments for ``vllm.LLM``."""
@@ -75,27 +89,29 @@ class EngineOptions:
             "enforce_eager": self.compiler is None,
             "disable_log_stats": False,
         }
-        if self.num_blocks is not None:
-            kwargs["num_gpu_blocks_override"] = self.num_blocks
         if self.memory_profile:
             kwargs["gpu_memory_utilization"] = gpu_start.memory_fraction()
-        if self.enable_mm_embeds:
-            kwargs["enable_mm_embeds"] = True
+        else:
+            kwargs["num_gpu_blocks_override"] = self.num_blocks or ROOMY_BLOCKS
         if self.draft is not None:
             kwargs["per_request_spec_decode_metrics"] = "detailed"
             kwargs["speculative_config"] = {
                 "method": self.method,
                 "model": self.draft,
                 "num_speculative_tokens": self.num_draft_tokens,
+                **({} if self.tree is None else {"tree": dict(self.tree)}),
+                **self.config,
             }
-            if self.tree is not None:
-                kwargs["speculative_config"]["tree"] = dict(self.tree)
         return kwargs | dict(self.extra)
+
+    def key(self) -> str:
+        """Return what tells these options from others."""
+        return json.dumps(asdict(self), sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished sequence with what each of its verification rounds did."""
+    """One finished sequence with what each of its verification steps did."""
 
     token_ids: list[int]
     text: str
@@ -106,19 +122,127 @@ class Completion:
     request_id: str
     logprobs: list[dict[int, float]] | None = None
 
-    @property
-    def mean_accepted(self) -> float:
-        """Mean ``accepted_draft`` per round, 0 without rounds."""
-        rounds = self.accepted_draft
-        return sum(rounds) / len(rounds) if rounds else 0.0
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain data."""
-        return asdict(self)
+@dataclass(frozen=True)
+class Engine:
+    """An engine in a child process.
+
+    Attributes:
+        place: What tells the child from others.
+        kind: The target's family.
+        memo: What :meth:`once` found, of all engines.
+    """
+
+    child: Child
+    place: str
+    options: EngineOptions
+    kind: str
+    memo: dict[str, Any]
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return ``function(llm, *args, **kwargs)``, called where the engine is."""
+        return self.child.call(_on_engine, self.options, function, *args, **kwargs)
+
+    def once(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return ``run(...)``, called once for all tests of the session that ask."""
+        asked = (self.place, self.options.key(), function.__qualname__, args, kwargs)
+        key = repr(asked)
+        if key not in self.memo:
+            self.memo[key] = self.run(function, *args, **kwargs)
+        return self.memo[key]
+
+    def generate(self, prompts: Sequence[Any], max_tokens: int = 16, **params: Any) -> list[Any]:
+        """Answer ``prompts`` (text, or as vLLM takes them) greedily; the completion of each."""
+        return list(self.run(_generate, list(prompts), max_tokens, params))
+
+    def counters(self) -> dict[str, float]:
+        """Return vLLM's counters and gauges since the engine's start."""
+        return dict(self.run(counters))
+
+    def drafts(self) -> int:
+        """Return how many times tokens were drafted for a request."""
+        return int(self.counters()["vllm:spec_decode_num_drafts"])
+
+    def acceptance(self) -> float:
+        """Return the accepted draft tokens per draft."""
+        accepted = self.counters()["vllm:spec_decode_num_accepted_tokens"]
+        return accepted / max(self.drafts(), 1)
+
+    def serve(self, scenario: str, **kwargs: Any) -> Served:
+        """Serve a scenario of :mod:`tests.support.workloads`, once for all tests that ask."""
+        from tests.support.workloads import serve
+
+        found: Served = self.once(serve, scenario, self.kind, **kwargs)
+        return found
+
+
+class Engines:
+    """Child processes by environment, of which the last few used stay, and engines in them."""
+
+    MOST_PROCESSES = 3
+
+    def __init__(self) -> None:
+        self._children: dict[str, Child] = {}
+        self._memo: dict[str, Any] = {}
+
+    def child(self, env: Mapping[str, str], process: str = "") -> Child:
+        """Return the process with ``env`` added to its environment.
+
+        ``process`` names one apart from the others, for functions that change vLLM itself.
+        """
+        key = self._place(env, process)
+        child = self._children.pop(key, None)
+        if child is None or not child.is_open:
+            while len(self._children) >= self.MOST_PROCESSES:
+                self._children.pop(next(iter(self._children))).close()
+            child = Child(env)
+        self._children[key] = child
+        return child
+
+    def engine(
+        self, env: Mapping[str, str], process: str, options: EngineOptions, kind: str
+    ) -> Engine:
+        """Return a handle to an engine in that process."""
+        child = self.child(env, process)
+        return Engine(child, self._place(env, process), options, kind, self._memo)
+
+    @staticmethod
+    def _place(env: Mapping[str, str], process: str) -> str:
+        return json.dumps([process, dict(env)], sort_keys=True)
+
+    def close(self) -> None:
+        """End all processes."""
+        for child in self._children.values():
+            child.close()
+
+
+# What follows runs in the child.
+
+_running: dict[str, LLM] = {}
+
+
+def _on_engine(
+    options: EngineOptions, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    key = options.key()
+    llm = _running.pop(key, None)
+    if llm is None:
+        while len(_running) >= MOST_RUNNING:
+            _stop(_running.pop(next(iter(_running))))
+        llm = _start(options)
+    _running[key] = llm
+    return function(llm, *args, **kwargs)
+
+
+def end_process() -> None:
+    """Let the engines' own processes end, then this one at once."""
+    for llm in _running.values():
+        llm.llm_engine.engine_core.shutdown()
+    os._exit(0)
 
 
 def prepare_process() -> None:
-    """Set the in-process environment and load the plugin (call before importing vLLM)."""
+    """Set the in-process environment (call before importing vLLM)."""
     for name, value in IN_PROCESS_ENV.items():
         os.environ.setdefault(name, value)
 
@@ -133,25 +257,36 @@ def register_plugin() -> None:
 @contextmanager
 def engine(options: EngineOptions) -> Iterator[LLM]:
     """Yield a running ``vllm.LLM`` and take everything down afterwards."""
+    llm = _start(options)
+    try:
+        yield llm
+    finally:
+        _stop(llm)
+
+
+def _start(options: EngineOptions) -> LLM:
     prepare_process()
     if options.draft is not None:
         register_plugin()
     from vllm import LLM
 
     _take_over_freezing()
-    llm: LLM | None = None
-    try:
-        with (
-            _cpu_keeps_async_scheduling(options.async_scheduling),
-            gpu_start.compiler(options.compiler),
-            gpu_start.memory_profile(options.memory_profile),
-        ):
-            llm = LLM(**options.llm_kwargs())
-        yield llm
-    finally:
-        if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
-        del llm
+    with (
+        _cpu_keeps_async_scheduling(options.async_scheduling),
+        gpu_start.compiler(options.compiler),
+        gpu_start.memory_profile(options.memory_profile),
+    ):
+        try:
+            return LLM(**options.llm_kwargs())
+        except BaseException:
+            if not _running:
+                shut_down_distributed()
+            raise
+
+
+def _stop(llm: LLM) -> None:
+    llm.llm_engine.engine_core.shutdown()
+    if not _running:
         shut_down_distributed()
 
 
@@ -212,11 +347,10 @@ def greedy(max_tokens: int, **kwargs: Any) -> SamplingParams:
     return SamplingParams(**(settings | kwargs))
 
 
-def generate(
-    llm: LLM, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams]
+def _generate(
+    llm: LLM, prompts: list[Any], max_tokens: int, params: dict[str, Any]
 ) -> list[Completion]:
-    """Run ``prompts`` as one batch and return the first sequence of each, in order."""
-    outputs = llm.generate(list(prompts), params, use_tqdm=False)
+    outputs = llm.generate(prompts, greedy(max_tokens, **params), use_tqdm=False)
     return [completions(output)[0] for output in outputs]
 
 
@@ -240,7 +374,17 @@ def _completion(item: Any, output: RequestOutput) -> Completion:
     )
 
 
-def metric_value(llm: LLM, name: str) -> float:
-    """Return the sum over all series of the counter or gauge ``name`` (0 if it is absent)."""
-    found = [metric for metric in llm.get_metrics() if metric.name == name]
-    return float(sum(getattr(metric, "value", 0) for metric in found))
+def counters(llm: LLM) -> dict[str, float]:
+    """Return vLLM's counters and gauges, each the sum over its series (0 if it is absent)."""
+    found: dict[str, float] = dict.fromkeys(
+        (
+            "vllm:num_preemptions",
+            "vllm:prefix_cache_hits",
+            "vllm:spec_decode_num_drafts",
+            "vllm:spec_decode_num_accepted_tokens",
+        ),
+        0.0,
+    )
+    for metric in llm.get_metrics():
+        found[metric.name] = found.get(metric.name, 0.0) + float(getattr(metric, "value", 0))
+    return found

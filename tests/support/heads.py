@@ -1,4 +1,4 @@
-"""Small synthetic heads of every checkpoint format, written the way their authors write them."""
+"""Small random heads and draft VLMs, in every format, written as their authors write them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.formats import get_format
-from vllm_vispec.reference import tensor_shapes
+from vllm_vispec.reference import DraftVlm, tensor_shapes
 
 Config = dict[str, Any]
+Tensors = dict[str, Tensor]
 
 BASE = HeadConfig(
     target_model_type="qwen2_5_vl",
@@ -96,8 +97,8 @@ TYPICAL = {
 }
 
 
-def random_tensors(head: HeadConfig) -> dict[str, Tensor]:
-    """Canonical tensors of a head."""
+def random_tensors(head: HeadConfig) -> Tensors:
+    """Return canonical tensors of a head."""
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=generator) * 0.2
@@ -106,16 +107,22 @@ def random_tensors(head: HeadConfig) -> dict[str, Tensor]:
 
 
 def write_head(folder: Path, checkpoint_format: str = "reference", **changes: Any) -> HeadConfig:
-    """Write a head; `changes` go to its `HeadConfig`. Returns that."""
+    """Write a random head; ``changes`` go to its ``HeadConfig``. Returns that."""
     head = replace(TYPICAL[checkpoint_format], **changes)
+    write_tensors(folder, checkpoint_format, head, random_tensors(head))
+    return head
+
+
+def write_tensors(folder: Path, checkpoint_format: str, head: HeadConfig, tensors: Tensors) -> None:
+    """Write a head with canonical tensors in this format."""
     names = get_format(checkpoint_format)
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, _CONFIGS[checkpoint_format](head))
     save_file(
-        {names.source_name(name): tensor for name, tensor in random_tensors(head).items()},
+        {names.source_name(name): tensor.contiguous() for name, tensor in tensors.items()},
         folder / "model.safetensors",
+        metadata={"format": "pt"},
     )
-    return head
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -135,3 +142,40 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> N
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+# Narrower than the target's image embeddings, and with fewer key heads than query heads.
+_DRAFT_VLM: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "num_query_tokens": 1,
+    "qkv_bias": True,
+    "fc_bias": False,
+    "layer0_input_norm": True,
+    "final_norm": True,
+    "global_feature": False,
+    "compress": False,
+    "num_hidden_layers": 3,
+    "vision_size": 32,
+}
+DRAFT_VLM = replace(BASE, **_DRAFT_VLM)
+
+
+def write_draft_vlm(folder: Path, **changes: Any) -> HeadConfig:
+    """Write a random draft VLM; ``changes`` go to its ``HeadConfig``. Returns that."""
+    return write_head(folder, "canonical", **(_DRAFT_VLM | changes))
+
+
+def random_draft_vlm(config: HeadConfig = DRAFT_VLM) -> DraftVlm:
+    """Return one whose weights are all random, biases and norms included."""
+    draft = DraftVlm(config)
+    draft.load_state_dict(random_tensors(config))
+    return draft.eval()
+
+
+def random_prompt(length: int, width: int = 32, vocab: int = 64) -> tuple[Tensor, ...]:
+    """Return token ids [L] and the target's input embeddings [L, width]."""
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(vocab, (length,), generator=generator)
+    return ids, torch.randn(length, width, generator=generator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -52,15 +52,18 @@ RUNNERS: Mapping[str, Runner] = {
 }
 
 
-def runner_params() -> list[pytest.ParameterSet]:
-    """Return the runners as pytest parameters with their markers (for fixtures and tests)."""
-    return [pytest.param(runner, id=name, marks=_marks(runner)) for name, runner in RUNNERS.items()]
+def runners(*names: str, slow: Sequence[str] = ()) -> list[pytest.ParameterSet]:
+    """Return runners' names as parameters with their markers.
+
+    Those in ``slow`` stay out of the default set, as the overlays do.
+    """
+    return [pytest.param(name, id=name, marks=marks(name, name in slow)) for name in names]
 
 
-def _marks(runner: Runner) -> list[pytest.MarkDecorator]:
-    marks = [pytest.mark.engine]
-    if runner.variables is V2_ENV:
-        marks.append(pytest.mark.v2)
-    if runner.overlay:
-        marks.append(pytest.mark.overlay)
-    return marks
+def marks(name: str, slow: bool = False) -> list[pytest.MarkDecorator]:
+    """Return the markers of tests that use the runner ``name``."""
+    runner = RUNNERS[name]
+    found = [pytest.mark.engine]
+    found += [pytest.mark.v2] if runner.variables is V2_ENV else []
+    found += [pytest.mark.overlay] if runner.overlay else []
+    return [*found, pytest.mark.slow] if slow else found

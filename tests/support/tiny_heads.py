@@ -1,34 +1,43 @@
-"""Random ViSpec heads for the tiny targets, in every layout.
+"""Random heads and draft VLMs for the tiny targets, whose drafts are accepted now and then.
 
-Heads without compression or global feature, and those with a compressor of their own, exist in the
-canonical layout only.
+``noise`` scales everything that disturbs the copied embedding: fused hidden states, the global
+feature and the decoder layers. More noise means fewer accepted tokens; from about 0.8 on the chain
+of steps also amplifies rounding, so that draft logits of two runs differ by over 1e-4.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.support.compressor_heads import random_compressor
-from tests.support.tiny_configs import FAMILIES, HEADS, HIDDEN, MAX_POSITIONS, MLP, VOCAB, Family
+from tests.support.tiny_configs import (
+    FAMILIES,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    MAX_POSITIONS,
+    MLP,
+    VOCAB,
+)
 
 if TYPE_CHECKING:
     import torch
 
-Tensors = dict[str, "torch.Tensor"]
+    from vllm_vispec.heads.config import HeadConfig
+
+# The gate's weights, in units of a normal start: large enough that prompts differ in what it says.
+GATE_SCALE = 3.0
+# Of the layers, whose outputs are added to the copied embedding.
+OUTPUTS = (".o_proj.weight", ".down_proj.weight")
 
 
 @dataclass(frozen=True)
 class HeadSpec:
     """What distinguishes one random head from another.
 
-    ``noise`` scales everything that disturbs the copied embedding: fused hidden states, the global
-    feature and the decoder layer. More noise means fewer accepted tokens; from about 0.8 on the
-    chain of steps also amplifies rounding, so that draft logits of two runs differ by over 1e-4.
-    A ``compressor`` other than "query" needs ``num_q`` = 1.
+    Heads without compression or global feature, and those with a ``compressor`` other than "query",
+    which need ``num_q`` = 1, exist in the canonical format only.
     """
 
     kind: str
@@ -42,163 +51,150 @@ class HeadSpec:
     compressor: str = "query"
     kv_heads: int = HEADS
 
-    @property
-    def has_compressor(self) -> bool:
-        """Whether it is another one than ViSpec's adaptor."""
-        return self.compressor != "query"
+
+@dataclass(frozen=True)
+class DraftVlmSpec:
+    """What distinguishes one random draft VLM from another; it is narrower than its target."""
+
+    kind: str
+    hidden: int = 48
+    layers: int = 2
+    heads: int = 2
+    kv_heads: int = 1
+    qkv_bias: bool = True
+    tied: bool = False
+    noise: float = 0.6
+    seed: int = 0
 
 
 def build_head(spec: HeadSpec, target: Path, folder: Path) -> Path:
     """Write the head ``spec`` for the tiny ``target`` folder to ``folder`` and return it."""
-    from safetensors.torch import load_file, save_file
-
-    if (folder / "model.safetensors").exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = load_file(target / "model.safetensors")
-    embedding = next(t for name, t in weights.items() if name.endswith("embed_tokens.weight"))
-    tensors = _tensors(spec, embedding)
-    rename, config = DIALECTS[spec.dialect]
-    named = {rename(name): tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = _base_config(spec) | config(spec, FAMILIES[spec.kind])
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return folder
-
-
-def _tensors(spec: HeadSpec, embedding: torch.Tensor) -> Tensors:
-    """Return the head's tensors under the reference names (fp32)."""
-    import torch
-
-    generator = torch.Generator().manual_seed(spec.seed + 1000)
-
-    def normal(*shape: int, scale: float) -> torch.Tensor:
-        return torch.empty(shape).normal_(generator=generator) * scale
-
-    unit = HIDDEN**-0.5
-    eye = torch.eye(HIDDEN)
-    tensors = {
-        "embed_tokens.weight": embedding.clone(),
-        "fc.weight": torch.cat([eye, normal(HIDDEN, HIDDEN, scale=unit * spec.noise)], dim=1),
-        "fc.bias": normal(HIDDEN, scale=0.1),
-        "img_fc.weight": torch.cat([eye, normal(HIDDEN, HIDDEN, scale=unit)], dim=1),
-        "img_fc.bias": normal(HIDDEN, scale=0.1),
-        "imadpt.q": normal(spec.num_q, HEADS, HIDDEN // HEADS, scale=1.0),
-        "layers.0.post_attention_layernorm.weight": 1 + normal(HIDDEN, scale=0.1),
-        "layers.0.mlp.gate_proj.weight": normal(MLP, HIDDEN, scale=unit),
-        "layers.0.mlp.up_proj.weight": normal(MLP, HIDDEN, scale=unit),
-        "layers.0.mlp.down_proj.weight": normal(HIDDEN, MLP, scale=MLP**-0.5 * spec.noise),
-        "layers.0.self_attn.o_proj.weight": normal(HIDDEN, HIDDEN, scale=unit * spec.noise),
-        "imadpt.o_proj.weight": normal(HIDDEN, HIDDEN, scale=unit),
-    }
-    for owner, names in (("layers.0.self_attn", "qkv"), ("imadpt", "kv")):
-        for name in names:
-            is_layers_key = owner == "layers.0.self_attn" and name != "q"
-            rows = spec.kv_heads * HIDDEN // HEADS if is_layers_key else HIDDEN
-            tensors[f"{owner}.{name}_proj.weight"] = normal(rows, HIDDEN, scale=unit)
-            if spec.qkv_bias:
-                tensors[f"{owner}.{name}_proj.bias"] = normal(rows, scale=0.1)
-    for prefix, wanted in (
-        ("imadpt.", (spec.compress and not spec.has_compressor) or spec.global_feature),
-        ("img_fc.", spec.global_feature),
-    ):
-        if not wanted:
-            tensors = {name: row for name, row in tensors.items() if not name.startswith(prefix)}
-    if spec.has_compressor:
-        tensors |= random_compressor(spec.compressor, HIDDEN, HEADS, spec.qkv_bias, generator)
-    if spec.dialect == "automodel":
-        tensors["layers.0.input_layernorm.weight"] = 1 + normal(HIDDEN, scale=0.1)
-        tensors["norm.weight"] = 1 + normal(HIDDEN, scale=0.1)
-    return tensors
-
-
-def _base_config(spec: HeadSpec) -> dict[str, Any]:
-    family = FAMILIES[spec.kind]
-    return {
-        "hidden_size": HIDDEN,
-        "intermediate_size": MLP,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": spec.kv_heads,
-        "num_hidden_layers": 1,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": MAX_POSITIONS,
-        "hidden_act": "silu",
-        "rms_norm_eps": family.rms_norm_eps,
-        "rope_theta": family.rope_theta,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-    }
-
-
-def _reference_config(spec: HeadSpec, family: Family) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "architectures": [family.model_class],
-        "model_type": spec.kind,
-        "initializer_range": 0.02,
-        "use_cache": True,
-    }
-    return config | ({"qkv_bias": True} if spec.qkv_bias else {})
-
-
-def _automodel_config(spec: HeadSpec, family: Family) -> dict[str, Any]:
-    return {
-        "architectures": ["VispecDraftModel"],
-        "model_type": spec.kind,
-        "vispec_num_query_tokens": spec.num_q,
-        "draft_num_hidden_layers": 1,
-        "qkv_bias": spec.qkv_bias,
-        "fc_bias": True,
-        "head_dim": HIDDEN // HEADS,
-    }
-
-
-def _automodel_name(name: str) -> str:
-    if name == "imadpt.q":
-        return "img_adaptor.query"
-    return name.replace("imadpt.", "img_adaptor.")
-
-
-def _canonical_config(spec: HeadSpec, family: Family) -> dict[str, Any]:
-    from vllm_vispec.heads.config import HeadConfig
-
-    head = HeadConfig(
-        target_model_type=spec.kind,
+    has_norms = spec.dialect == "automodel"
+    config = _config(
+        spec.kind,
         hidden_size=HIDDEN,
         intermediate_size=MLP,
         num_attention_heads=HEADS,
         num_key_value_heads=spec.kv_heads,
-        head_dim=HIDDEN // HEADS,
-        vocab_size=VOCAB,
-        max_position_embeddings=MAX_POSITIONS,
-        rope_theta=family.rope_theta,
-        rms_norm_eps=family.rms_norm_eps,
         num_query_tokens=spec.num_q,
         qkv_bias=spec.qkv_bias,
         fc_bias=True,
-        layer0_input_norm=False,
-        final_norm=False,
+        layer0_input_norm=has_norms,
+        final_norm=has_norms,
         global_feature=spec.global_feature,
         compress=spec.compress,
         compressor=spec.compressor,
     )
-    return head.to_config_json("float32")
+    return _write(config, spec.dialect, spec.noise, spec.seed + 1000, target, folder)
 
 
-def _canonical_name(name: str) -> str:
-    from vllm_vispec.heads.formats import get_format
+def build_draft_vlm(spec: DraftVlmSpec, target: Path, folder: Path) -> Path:
+    """Write the draft VLM ``spec`` for the tiny ``target`` folder to ``folder`` and return it."""
+    config = _config(
+        spec.kind,
+        hidden_size=spec.hidden,
+        intermediate_size=2 * spec.hidden,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        num_query_tokens=1,
+        qkv_bias=spec.qkv_bias,
+        fc_bias=False,
+        layer0_input_norm=True,
+        final_norm=True,
+        global_feature=False,
+        compress=False,
+        num_hidden_layers=spec.layers,
+        vision_size=HIDDEN,
+        tie_word_embeddings=spec.tied,
+    )
+    return _write(config, "canonical", spec.noise, spec.seed + 2000, target, folder)
 
+
+def _config(kind: str, **settings: Any) -> HeadConfig:
+    from vllm_vispec.heads.config import HeadConfig
+
+    return HeadConfig(
+        target_model_type=kind,
+        head_dim=HEAD_DIM,
+        vocab_size=VOCAB,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_theta=FAMILIES[kind].rope_theta,
+        rms_norm_eps=FAMILIES[kind].rms_norm_eps,
+        **settings,
+    )
+
+
+def _write(
+    config: HeadConfig, dialect: str, noise: float, seed: int, target: Path, folder: Path
+) -> Path:
+    """Write random tensors around what is the target's.
+
+    A draft VLM sees the target's embedding and lm_head through one random map to fewer dimensions:
+    rows stay nearly orthogonal, so that each token still votes for the same successor.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from tests.support.heads import write_tensors
+    from vllm_vispec.reference import tensor_shapes
+
+    if (folder / "model.safetensors").exists():
+        return folder
+    generator = torch.Generator().manual_seed(seed)
+    tables = load_file(target / "model.safetensors")
+    narrowing = torch.randn(HIDDEN, config.hidden_size, generator=generator) * HIDDEN**-0.5
+    tensors = {}
+    for name, shape in tensor_shapes(config).items():
+        if name in ("embed_tokens.weight", "lm_head.weight"):
+            table = next(tensor for key, tensor in tables.items() if key.endswith(name))
+            tensors[name] = table @ narrowing if config.is_draft_vlm else table
+        else:
+            tensors[name] = _random_tensor(name, shape, noise, generator)
+    write_tensors(folder, dialect, config, tensors)
+    return folder
+
+
+def _random_tensor(
+    name: str, shape: tuple[int, ...], noise: float, generator: torch.Generator
+) -> torch.Tensor:
+    import torch
+
+    random = torch.randn(shape, generator=generator)
     if name.startswith("compressor."):
-        return name
-    found = get_format("reference").canonical_name(name)
-    assert found is not None, name
-    return found
+        return random * shape[-1] ** -0.5 * (GATE_SCALE if ".gate." in name else 1)
+    if name.endswith("query"):
+        return random
+    if name.endswith("norm.weight"):
+        return 1 + 0.1 * random
+    if name.endswith("bias"):
+        return 0.1 * random
+    if name in ("fc.weight", "img_fc.weight"):
+        scale = shape[0] ** -0.5 * (noise if name == "fc.weight" else 1)
+        return torch.cat([torch.eye(shape[0]), random[:, shape[0] :] * scale], dim=1)
+    is_output = name.startswith("layer") and name.endswith(OUTPUTS)
+    return random * shape[1] ** -0.5 * (noise if is_output else 1)
 
 
-Rename = Callable[[str], str]
-ConfigWriter = Callable[[HeadSpec, Family], dict[str, Any]]
+def with_compressor(draft: Path, folder: Path, text: str) -> Path:
+    """Write the ViSpec head ``draft`` with the random compressor ``text`` in place of its adaptor.
 
-DIALECTS: Mapping[str, tuple[Rename, ConfigWriter]] = {
-    "reference": (str, _reference_config),
-    "automodel": (_automodel_name, _automodel_config),
-    "canonical": (_canonical_name, _canonical_config),
-}
+    The adaptor's last query stays, for the global feature. Returns ``folder``.
+    """
+    import torch
+
+    from tests.support.heads import write_tensors
+    from vllm_vispec.heads.folder import inspect_head, iter_canonical_tensors
+    from vllm_vispec.reference import tensor_shapes
+
+    old = inspect_head(draft).config
+    head = replace(old, compressor=text, num_query_tokens=1)
+    tensors = dict(iter_canonical_tensors(draft))
+    tensors["img_adaptor.query"] = tensors["img_adaptor.query"][-1:].clone()
+    generator = torch.Generator().manual_seed(0)
+    tensors |= {
+        name: _random_tensor(name, shape, 1.0, generator)
+        for name, shape in tensor_shapes(head).items()
+        if name.startswith("compressor.")
+    }
+    write_tensors(folder, "canonical", head, tensors)
+    return folder

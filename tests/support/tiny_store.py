@@ -5,11 +5,20 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from tests.support.draft_vlm_heads import DraftVlmSpec, build_draft_vlm
-from tests.support.tiny_configs import HEADS
-from tests.support.tiny_heads import HeadSpec, build_head
+from tests.support.tiny_heads import DraftVlmSpec, HeadSpec, build_draft_vlm, build_head
 from tests.support.tiny_models import build_target
+
+KIND = "qwen2_5_vl"
+"""The family of most tests."""
+GATED: dict[str, Any] = {
+    "compressor": "select(prune:2,pool:4,text_only)",
+    "num_q": 1,
+    "dialect": "canonical",
+}
+UNCOMPRESSED: dict[str, Any] = {"compress": False, "dialect": "canonical"}
+"""What makes a head of :class:`TinyStore` a gated one, or one without compression."""
 
 
 @dataclass(frozen=True)
@@ -18,30 +27,20 @@ class TinyStore:
 
     root: Path
 
-    def target(self, kind: str, seed: int = 0) -> Path:
+    def target(self, kind: str = KIND, seed: int = 0) -> Path:
         """Return the folder of the tiny target of family ``kind``."""
         return build_target(kind, self.root / f"{kind}-{seed}", seed)
 
-    def head(self, spec: HeadSpec, target_seed: int = 0) -> Path:
-        """Return the folder of the head ``spec`` for the target of the same family."""
-        parts = (spec.kind, spec.dialect, spec.num_q, spec.qkv_bias, spec.noise, spec.seed)
-        flags: tuple[object, ...] = (
-            spec.compress,
-            spec.global_feature,
-            re.sub(r"\W+", "_", spec.compressor),
-        )
-        if spec.kv_heads != HEADS:
-            flags = (*flags, f"kv{spec.kv_heads}")
-        name = "head-" + "-".join(str(part) for part in (*parts, *flags, target_seed))
-        return build_head(spec, self.target(spec.kind, target_seed), self.root / name)
+    def head(self, kind: str = KIND, **changes: Any) -> str:
+        """Return the folder of a head for that target; ``changes`` go to its ``HeadSpec``."""
+        spec = replace(HeadSpec(kind), **changes)
+        return str(build_head(spec, self.target(kind), self.root / _name("head", spec)))
 
-    def pair(self, kind: str, **changes: object) -> tuple[str, str]:
-        """Return target and head folders as strings, ready for :class:`EngineOptions`."""
-        spec = replace(HeadSpec(kind), **changes)  # type: ignore[arg-type]
-        return str(self.target(kind)), str(self.head(spec))
+    def draft_vlm(self, kind: str = KIND, **changes: Any) -> str:
+        """Return the folder of a draft VLM; ``changes`` go to its ``DraftVlmSpec``."""
+        spec = replace(DraftVlmSpec(kind), **changes)
+        return str(build_draft_vlm(spec, self.target(kind), self.root / _name("draft-vlm", spec)))
 
-    def draft_vlm(self, kind: str, **changes: object) -> tuple[str, str]:
-        """Return the folders of a target and of a draft VLM for it, as strings."""
-        spec = replace(DraftVlmSpec(kind), **changes)  # type: ignore[arg-type]
-        target = self.target(kind)
-        return str(target), str(build_draft_vlm(spec, target, self.root / spec.name))
+
+def _name(what: str, spec: HeadSpec | DraftVlmSpec) -> str:
+    return "-".join([what, *(re.sub(r"\W+", "_", str(value)) for value in vars(spec).values())])

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.heads import write_head
-from tests.support.small_draft_vlms import write_draft_vlm
+from tests.support.heads import write_draft_vlm, write_head
 from tests.train.language_models import write_language_model
 from vllm_vispec.heads.folder import load_draft
 from vllm_vispec.reference import DraftVlm

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.small_draft_vlms import DRAFT_VLM, random_draft_vlm
+from tests.support.heads import DRAFT_VLM, random_draft_vlm
 from tests.support.tiny_store import TinyStore
 from tests.train.dialogues import recipe
 from tests.train.jobs import losses

@@ -6,18 +6,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.support.child import run_in_subprocess
-from tests.support.engine import IN_PROCESS_ENV
+from tests.support.engine import IN_PROCESS_ENV, Engine
 from tests.support.tiny_store import TinyStore
 from vllm_vispec.heads.folder import inspect_head
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 NUM_DRAFT_TOKENS = 3
+PROMPTS = ("the cat sees a red ball", "two blue boxes near trees")
 SETTINGS = {
     "target.dtype": "float32",
     "data.max_length": "256",
@@ -48,7 +49,7 @@ def vispec(*arguments: str) -> str:
 
 
 def test_regenerate_train_evaluate_export_serve(
-    tiny: TinyStore, dialogues: Path, tmp_path: Path
+    engine: Callable[..., Engine], tiny: TinyStore, dialogues: Path, tmp_path: Path
 ) -> None:
     target, answers, run = str(tiny.target("qwen2_5_vl")), tmp_path / "answers.jsonl", "run"
     vispec(
@@ -68,22 +69,25 @@ def test_regenerate_train_evaluate_export_serve(
     )
     report = json.loads((tmp_path / "eval.json").read_text())
     assert "tokens_per_round" in json.dumps(report)
-    check_served(target, head)
+    check_served(engine, target, head)
     # One setting more, and the head has SpecVLM's compressor.
     paths["run.output"] = str(tmp_path / "select")
     settings = {**SETTINGS, **paths, "compressor": "select"}
     vispec("train", *(part for item in settings.items() for part in _set(*item)))
     select = tmp_path / "select" / "head"
     assert inspect_head(select).config.compressor_spec.name == "select"
-    check_served(target, select)
+    check_served(engine, target, select)
 
 
-def check_served(target: str, head: Path) -> None:
-    """The engine drafts with the head, and answers as without it."""
-    kwargs = {"target": target, "head": str(head)}
-    plain, served = run_in_subprocess("tests.train.pipeline_jobs:serve", kwargs, timeout=600)
-    assert served["token_ids"] == plain["token_ids"]
-    assert (plain["drafts"], served["drafts"] > 0) == (0, True)
+def check_served(engine: Callable[..., Engine], target: str, head: Path) -> None:
+    """A head that is served by its own folder finds its target, and answers as that does."""
+    plain, served = (engine("v1", model=str(model)) for model in (target, head))
+    found = served.generate(PROMPTS, 24)
+    assert [one.token_ids for one in found] == [
+        one.token_ids for one in plain.generate(PROMPTS, 24)
+    ]
+    assert plain.drafts() == 0
+    assert served.drafts() > 0
 
 
 def _set(name: str, value: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu import cudagraph_utils
 
-from tests.support.recorded_graph import RecordedGraph
+from tests.support.operators import RecordedGraph
 from tests.support.tree_models import grow, random_model
 from tests.support.tree_speculators import LAYER, VOCAB, WIDTH, SmallTreeSpeculator
 from vllm_vispec.spec_decode.speculator import ViSpecSpeculator

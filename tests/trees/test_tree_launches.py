@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
-from tests.support.recorded_graph import RecordedGraph
+from tests.support.operators import RecordedGraph
 from tests.support.tree_models import grow, random_model
 from tests.support.tree_speculators import SmallTreeSpeculator
 from vllm_vispec.spec_decode.layout import RowCodes

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.engine.static_jobs import Record
+from tests.support.operators import Record
 from tests.support.tree_models import VOCAB
 from vllm_vispec.trees.code_rows import CodeRows
 from vllm_vispec.trees.grow import TreeGrower, best_path, replace_rows

@@ -12,7 +12,7 @@ import pytest
 import torch
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from tests.engine.static_jobs import Record
+from tests.support.operators import Record
 from vllm_vispec.trees.target_cache import TargetCache
 from vllm_vispec.utils.errors import ViSpecError
 

@@ -17,7 +17,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import random_sample
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from tests.support.live_bytes import LiveBytes
+from tests.support.operators import LiveBytes
 from tests.support.tree_models import VOCAB, grow, random_model, slow_walk
 from vllm_vispec.trees.grow import DraftTree
 from vllm_vispec.trees.rounds import Moves, TreeRound, TreeTable
