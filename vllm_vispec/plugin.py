@@ -19,7 +19,7 @@ def register() -> None:
     Only what every engine with a head needs is checked here; what single features need is checked
     where they are used, so that one that cannot work leaves the others alone.
     """
-    from vllm_vispec.utils import command_errors
+    from vllm_vispec.compat import command_errors
 
     command_errors.install()
     problem = find_problem()

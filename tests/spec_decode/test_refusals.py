@@ -53,7 +53,7 @@ def test_known_keys(settings: dict[str, object]) -> None:
 def test_only_commands_of_vllm_lose_their_traceback() -> None:
     import vllm
 
-    from vllm_vispec.utils.command_errors import is_vllm_command
+    from vllm_vispec.compat.command_errors import is_vllm_command
 
     package = Path(vllm.__file__).parent
     assert is_vllm_command(["/usr/bin/vllm", "serve"])

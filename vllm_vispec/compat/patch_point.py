@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-VERSIONS = ("0.32", "0.33")
-
 Runner = Literal["v1", "v2"]
 
 _PLACE = re.compile(
