@@ -21,7 +21,7 @@ ARCHITECTURES = (ARCHITECTURE, EMBEDS_ARCHITECTURE, DRAFT_VLM_ARCHITECTURE)
 FORMAT_VERSION = 3
 
 # What vLLM reads from the flat part of config.json; the rest is in the "vispec" section.
-_LLAMA_FIELDS = (
+LLAMA_FIELDS = (
     "hidden_size",
     "intermediate_size",
     "num_attention_heads",
@@ -169,7 +169,7 @@ class HeadConfig:
         return {
             "architectures": [self.architecture],
             "model_type": "llama",
-            **{name: getattr(self, name) for name in _LLAMA_FIELDS},
+            **{name: getattr(self, name) for name in LLAMA_FIELDS},
             "num_hidden_layers": self.num_hidden_layers,
             "hidden_act": "silu",
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
@@ -223,7 +223,7 @@ class HeadConfig:
         optional = ("compressor", *_DRAFT_VLM_FIELDS)
         values = {name: section[name] for name in optional if name in section}
         for names, source, where in (
-            ((*_LLAMA_FIELDS, "rope_theta"), flat, "config.json"),
+            ((*LLAMA_FIELDS, "rope_theta"), flat, "config.json"),
             (_VISPEC_FIELDS, section, 'the "vispec" section of config.json'),
         ):
             for name in names:
@@ -240,7 +240,7 @@ FIELD_NAMES = tuple(field.name for field in fields(HeadConfig))
 _VISPEC_FIELDS = tuple(
     name
     for name in FIELD_NAMES
-    if name not in (*_LLAMA_FIELDS, *_DRAFT_VLM_FIELDS, "rope_theta", "compressor")
+    if name not in (*LLAMA_FIELDS, *_DRAFT_VLM_FIELDS, "rope_theta", "compressor")
 )
 
 

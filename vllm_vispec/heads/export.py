@@ -178,7 +178,7 @@ def check_dtype(name: str, setting: str = "dtype") -> None:
     Raises:
         ViSpecError: names the setting and what is possible.
     """
-    possible = ("float32", "float16", "bfloat16")
+    possible = dict.fromkeys(DTYPES.values())
     if name not in possible:
         raise ViSpecError(f"{setting} {name!r} is not supported: use one of {', '.join(possible)}")
 

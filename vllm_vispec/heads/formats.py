@@ -123,6 +123,14 @@ CANONICAL = CheckpointFormat(
 )
 
 
+_PUBLISHED_KEYS = {
+    "embed_tokens.weight": "embed_tokens.weight",
+    "fc.*": "fc.*",
+    "img_fc.*": "img_fc.*",
+    "layers.0.*": "layer.*",
+}
+
+
 def _is_automodel(config: RawConfig, shapes: Shapes) -> bool:
     architectures = config.get("architectures") or ()
     return "VispecDraftModel" in architectures or any(n.startswith("img_adaptor.") for n in shapes)
@@ -169,14 +177,7 @@ def _write_automodel(head: HeadConfig, dtype: str) -> dict[str, Any]:
 AUTOMODEL = CheckpointFormat(
     name="automodel",
     summary="NeMo Automodel exports (img_adaptor.*, vispec_num_query_tokens)",
-    keys={
-        "embed_tokens.weight": "embed_tokens.weight",
-        "fc.*": "fc.*",
-        "img_fc.*": "img_fc.*",
-        "img_adaptor.*": "img_adaptor.*",
-        "layers.0.*": "layer.*",
-        "norm.weight": "norm.weight",
-    },
+    keys=_PUBLISHED_KEYS | {"img_adaptor.*": "img_adaptor.*", "norm.weight": "norm.weight"},
     detect=_is_automodel,
     read_config=_read_automodel,
     write_config=_write_automodel,
@@ -205,14 +206,7 @@ def _read_reference(config: RawConfig, shapes: Shapes) -> HeadConfig:
 REFERENCE = CheckpointFormat(
     name="reference",
     summary="published heads of KangJialiang/ViSpec (imadpt.*, no input norm, no final norm)",
-    keys={
-        "embed_tokens.weight": "embed_tokens.weight",
-        "fc.*": "fc.*",
-        "img_fc.*": "img_fc.*",
-        "imadpt.q": "img_adaptor.query",
-        "imadpt.*": "img_adaptor.*",
-        "layers.0.*": "layer.*",
-    },
+    keys=_PUBLISHED_KEYS | {"imadpt.q": "img_adaptor.query", "imadpt.*": "img_adaptor.*"},
     detect=lambda config, shapes: any(name.startswith("imadpt.") for name in shapes),
     read_config=_read_reference,
     # The number of queries is in the shape of `imadpt.q` only.

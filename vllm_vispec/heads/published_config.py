@@ -5,23 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.config import LLAMA_FIELDS, HeadConfig
 from vllm_vispec.utils.errors import ViSpecError
 
 Shapes = Mapping[str, tuple[int, ...]]
 RawConfig = Mapping[str, Any]
 
-_WRITTEN = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-    "qkv_bias",
-)
 _TARGET_CLASSES = {
     "llava": "LlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
@@ -121,7 +110,7 @@ def target_like_config(head: HeadConfig, dtype: str) -> dict[str, Any]:
     """
     config: dict[str, Any] = {
         "model_type": head.target_model_type,
-        **{name: getattr(head, name) for name in _WRITTEN},
+        **{name: getattr(head, name) for name in (*LLAMA_FIELDS, "rope_theta", "qkv_bias")},
         "num_hidden_layers": 1,
         "hidden_act": "silu",
         "initializer_range": 0.02,
@@ -131,8 +120,8 @@ def target_like_config(head: HeadConfig, dtype: str) -> dict[str, Any]:
     }
     if head.target_model_type in _TARGET_CLASSES:
         config["architectures"] = [_TARGET_CLASSES[head.target_model_type]]
-    if head.head_dim * head.num_attention_heads != head.hidden_size:
-        config["head_dim"] = head.head_dim
+    if head.head_dim * head.num_attention_heads == head.hidden_size:
+        del config["head_dim"]
     return config
 
 
