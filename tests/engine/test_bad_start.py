@@ -151,7 +151,9 @@ BAD_STARTS: Mapping[str, BadStart] = {
     "EAGLE-3 head": BadStart(
         'EAGLE-3 head.*"method":"eagle3"', _only(EAGLE3, "LlamaForCausalLMEagle3")
     ),
-    "unknown dialect": BadStart("unknown dialect.*expected one of.*give", _only({"w": (2,)}, "X")),
+    "unknown format": BadStart(
+        "unknown checkpoint format.*expected one of.*give", _only({"w": (2,)}, "X")
+    ),
     "K missing": BadStart(COUNT.format("None"), spec={"num_speculative_tokens": None}),
     "K is 0": BadStart(COUNT.format("0"), spec={"num_speculative_tokens": 0}),
     "K is -1": BadStart(COUNT.format("-1"), spec={"num_speculative_tokens": -1}),
