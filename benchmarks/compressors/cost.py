@@ -56,8 +56,7 @@ def kept_rows(config: HeadConfig, image_tokens: int) -> list[int]:
 
 
 def _compressor_flops(config: HeadConfig, image_tokens: int) -> int:
-    from vllm_vispec.compressors.compressor import compressor_cost
-    from vllm_vispec.compressors.resampler import Resampler
+    from vllm_vispec.compressors.compressor import Resampler, compressor_cost
     from vllm_vispec.compressors.spec import CompressorSpec
 
     flops = 0

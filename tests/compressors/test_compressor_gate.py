@@ -26,7 +26,7 @@ WIDTH = 16
 
 def test_fresh_gate_prefers_nobody() -> None:
     gate = Gate(WIDTH, 3)
-    gate.start()
+    gate.init_weights()
     assert torch.equal(gate(torch.randn(5, WIDTH)), torch.zeros(5, 3))
 
 

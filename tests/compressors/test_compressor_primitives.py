@@ -19,7 +19,7 @@ from vllm_vispec.compressors.compressor import (
     compressor_shapes,
 )
 from vllm_vispec.compressors.gate import DECISIONS
-from vllm_vispec.compressors.places import num_tokens, place_tokens
+from vllm_vispec.compressors.places import num_tokens, place_tokens, segments
 from vllm_vispec.compressors.spec import COMBINATIONS, PRIMITIVES, parse_compressor
 
 WIDTH, HEADS = 16, 4
@@ -117,6 +117,10 @@ def test_primitive_is_the_plain_loop(text: str) -> None:
         wanted = NAIVE[spec.name](image_TD, spec.amount, compressor)
         assert len(found_MD) == len(wanted) == num_tokens(spec, len(image_TD))
         if wanted:
+            borders = compressor.branches[0].borders(image_TD).tolist()
+            assert (
+                spec.name == "resampler" or borders == segments(len(image_TD), len(wanted)).tolist()
+            )
             torch.testing.assert_close(found_MD, torch.stack(wanted))
 
 
@@ -187,7 +191,7 @@ def test_cost() -> None:
 
 def test_fresh_conv_is_nearly_the_mean() -> None:
     compressor = ImageCompressor(parse_compressor("conv:3"), WIDTH, HEADS, True)
-    compressor.start(torch.Generator().manual_seed(0))
+    compressor.init_weights(torch.Generator().manual_seed(0))
     image_TD = images_of((12,))[0].float()
     mean_MD = image_TD.unflatten(0, (4, 3)).mean(1)
     torch.testing.assert_close(compressor([image_TD])[0], mean_MD, atol=0.5, rtol=0)
@@ -198,7 +202,7 @@ def test_start_follows_its_generator(text: str) -> None:
     def started(seed: int) -> dict[str, Tensor]:
         torch.manual_seed(5)
         compressor = ImageCompressor(parse_compressor(text), WIDTH, HEADS, True)
-        compressor.start(torch.Generator().manual_seed(seed))
+        compressor.init_weights(torch.Generator().manual_seed(seed))
         return compressor.state_dict()
 
     one, same, other = started(0), started(0), started(1)

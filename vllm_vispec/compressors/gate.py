@@ -7,8 +7,8 @@ Without a question, in a prompt that is one image, that token is the image's or 
 
 The gate does not mix tokens: every branch keeps its tokens in the draft's cache, which requests
 share, and the gate biases the scores of a branch's keys. So cached tokens never depend on a
-question, and a choice costs nothing to change. A bias is one number per branch, 0 for a branch that
-is seen as it is.
+question, and a decision costs nothing to change. A bias is one number per branch, 0 for a branch
+that is seen as it is.
 
 Tensor names end in their shape: G prompts, K branches, D hidden, F width of the gate.
 """
@@ -48,7 +48,7 @@ class Gate(nn.Module):
 
     def __init__(self, hidden_size: int, num_branches: int) -> None:
         super().__init__()
-        width = gate_width(hidden_size)
+        width = max(hidden_size // 4, 1)
         self.in_proj = nn.Linear(hidden_size, width)
         self.out_proj = nn.Linear(width, num_branches)
 
@@ -58,26 +58,10 @@ class Gate(nn.Module):
         return self.out_proj(hidden_GF).float()
 
     @torch.no_grad()
-    def start(self) -> None:
+    def init_weights(self) -> None:
         """All branches alike at first."""
         nn.init.zeros_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
-
-    @staticmethod
-    def tensor_shapes(hidden_size: int, num_branches: int) -> Mapping[str, tuple[int, ...]]:
-        """Name -> shape of the parameters."""
-        width = gate_width(hidden_size)
-        return {
-            "in_proj.weight": (width, hidden_size),
-            "in_proj.bias": (width,),
-            "out_proj.weight": (num_branches, width),
-            "out_proj.bias": (num_branches,),
-        }
-
-
-def gate_width(hidden_size: int) -> int:
-    """F."""
-    return max(hidden_size // 4, 1)
 
 
 def weigh(logits_GK: Tensor, noise_GK: Tensor | None, temperature: float) -> GateOutput:
@@ -89,7 +73,7 @@ def weigh(logits_GK: Tensor, noise_GK: Tensor | None, temperature: float) -> Gat
 def choose(logits_GK: Tensor, noise_GK: Tensor | None, temperature: float) -> GateOutput:
     """Select: only the first branch is seen.
 
-    With Gumbel noise (training) the choice is a draw, and gradients are those of the softmax at
+    With Gumbel noise (training) the branch is drawn, and gradients are those of the softmax at
     `temperature`, straight through.
     """
     noisy_GK = logits_GK if noise_GK is None else logits_GK + noise_GK
@@ -115,7 +99,7 @@ def gumbel_noise(like_GK: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def balance(output: GateOutput) -> Tensor:
-    """Load balance: K * sum of share of choices times mean share; 1 if even, K if one wins."""
+    """Load balance: K * sum of share of decisions times mean share; 1 if even, K if one wins."""
     count = output.share_GK.shape[-1]
     chosen_K = F.one_hot(output.choice_G, count).to(output.share_GK).mean(0)
     return count * (chosen_K * output.share_GK.mean(0)).sum()

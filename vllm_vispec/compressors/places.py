@@ -2,7 +2,7 @@
 
 An image of N embeddings has N draft rows. A compressor makes M tokens of it, M <= N or not; each
 token gets a row of its own and with it a RoPE position, as near as possible to the middle of what
-it was made from. All other rows are holes. Rows are never shared, also between the branches of a
+it was made from. All other rows are masked. Rows are never shared, also between the branches of a
 combination, because every branch's keys stay in the cache and only the query decides which it sees.
 """
 
@@ -18,7 +18,7 @@ from vllm_vispec.compressors.spec import PRIMITIVES, CompressorSpec
 
 @dataclass(frozen=True)
 class ImagePlaces:
-    """The kept rows of one image, in order of their rows.
+    """The rows of one image that hold a token, in their order.
 
     Attributes:
         rows: int64, row inside the image.

@@ -8,7 +8,7 @@ Heads are read and written in `vllm_vispec.heads`, which may import this room; t
 `vllm_vispec.heads.config` only.
 """
 
-from vllm_vispec.compressors.reference_gate import Decision, KeyBias, decide
+from vllm_vispec.compressors.turns import Decision, KeyBias, decide
 from vllm_vispec.reference.build import draft_class, tensor_shapes
 from vllm_vispec.reference.draft import Chain, Draft
 from vllm_vispec.reference.masked_rows import MaskedRows, attention_mask, masked_rows

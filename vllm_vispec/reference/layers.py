@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_vispec.compressors.resampler import CrossAttention
+from vllm_vispec.compressors.compressor import CrossAttention
 from vllm_vispec.heads.config import HeadConfig
 
 # Keys after RoPE and values, each [B, G, M, K].

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_vispec.compressors.reference_gate import KeyBias
+from vllm_vispec.compressors.turns import KeyBias
 from vllm_vispec.reference.modeling_vispec import ViSpecDraft
 from vllm_vispec.reference.rows import RowPlan, Run
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_vispec.compressors.compressor import ImageCompressor
-from vllm_vispec.compressors.reference_gate import prompt_key_bias
+from vllm_vispec.compressors.turns import prompt_key_bias
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.reference.draft import Chain, ChainBuilder, Draft
 from vllm_vispec.reference.layers import (

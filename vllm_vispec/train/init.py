@@ -227,7 +227,7 @@ def new_draft(config: HeadConfig, embed_VD: Tensor, seed: int) -> Draft:
         std = config.adaptor_head_dim**-0.5
         nn.init.normal_(draft.img_adaptor.query, std=std, generator=generator)
     if draft.compressor is not None:
-        draft.compressor.start(generator)
+        draft.compressor.init_weights(generator)
     if draft.embed_tokens is not None:
         draft.embed_tokens.weight.copy_(embed_VD)
         draft.embed_tokens.weight.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The gate of a head over whole sequences: turns, decisions, and biases of keys.
+"""The gate over whole sequences, in training and the reference: turns, decisions, key biases.
 
 A turn is one answer with the prompt before it. Its gate reads the target's state at the prompt's
 last token, row a - 1 of an answer that begins at token a, and holds for all rows from there to the
@@ -6,7 +6,7 @@ next turn's. Rows before the first gate see every branch as it is; in a draft of
 depends on what they see. An answer at token 0 has no prompt: its gate reads token 0.
 
 Tensor names end in their shape: B samples, L rows (= tokens), N rows from some row on, G turns of
-all samples, K branches, D hidden, M keys.
+all samples, K branches, D hidden.
 """
 
 from __future__ import annotations
