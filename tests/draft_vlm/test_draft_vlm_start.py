@@ -88,9 +88,11 @@ def test_vllm_knows_the_architecture() -> None:
 
 def _embed(ids: list[int], **kwargs: Any) -> torch.Tensor:
     inner = SimpleNamespace(
-        embed_tokens=lambda index: TABLE[index], projector=lambda rows_NW: -rows_NW.repeat(1, 2)
+        embed_tokens=lambda index: TABLE[index],
+        vision_size=2,
+        image_inputs=lambda rows_NW: -rows_NW.repeat(1, 2),
     )
-    fake: Any = SimpleNamespace(model=inner, _vision_size=2)
+    fake: Any = SimpleNamespace(model=inner)
     return Draft.embed_input_ids(fake, torch.tensor(ids), **kwargs)
 
 

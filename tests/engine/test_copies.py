@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
-ROWS = "spec_decode/row_table.py:set_batch"
+ROWS = "spec_decode/row_table.py:set_step"
+TOKENS = "spec_decode/row_table.py:_put_image_tokens"
 EMBEDS = "models/uncompressed.py:embed_input_ids"
 # By draft: at most one copy a step of each, from pinned memory.
 UPLOADS = {
@@ -34,16 +35,16 @@ UPLOADS = {
     # Where an image's tokens stand, once per image; what the gate decided, once per request.
     "gated": {
         ROWS,
-        "spec_decode/row_table.py:set_choices",
-        "compressors/decisions.py:decide",
-        "compressors/image_tokens.py:put_rows",
+        "compressors/gated.py:set_step",
+        "compressors/gated.py:decide",
+        TOKENS,
     },
-    "concat": {ROWS, "compressors/image_tokens.py:put_rows"},
+    "concat": {ROWS, TOKENS},
     # Where an image's embeddings go.
     "no_compress": {ROWS, EMBEDS},
     # V1 where `disable_padded_drafter_batch` takes rejected tokens out of the draft's batch.
     "unpadded": {ROWS, EMBEDS},
-    "draft_vlm": {ROWS, "draft_vlm/model.py:embed_input_ids"},
+    "draft_vlm": {ROWS, EMBEDS},
 }
 # V1 tells the device which tree each request has; on V2 the device knows.
 V1_UPLOADS = {"tree": {"v1/tree_runner.py:_begin"}}

@@ -248,10 +248,11 @@ def look(llm: LLM, requests: list[Request], target: str, draft: str) -> FirstLoo
 def choices(llm: LLM) -> dict[str, list[float]]:
     """Return the gate's decisions, as codes of the draft's queries."""
     rows, model = drafter(llm).draft_rows, drafter(llm).model.model
-    if rows._choices is None:
+    if rows.gate is None:
         return {}
-    known = rows._choices._choices.items()
-    return {name.rsplit("-", 1)[0]: model.rows.query_code[index].tolist() for name, index in known}
+    known = rows.gate.known_decisions().items()
+    table = model.rows.branch_query
+    return {name.rsplit("-", 1)[0]: table[index].tolist() for name, index in known}
 
 
 @contextmanager

@@ -133,6 +133,6 @@ def _instrument(proposer: Any, record: Record) -> None:
     for name in ("_prefill", "_multi_step_decode", "_generate_draft"):
         if hasattr(proposer, name):
             _wrap(proposer, name, captured)
-    for owner, name in ((rows, "fill"), (rows, "move"), (rows.table, "slot_of")):
+    for owner, name in ((rows, "set_step"), (rows, "select_rows"), (rows.table, "slot_of")):
         _wrap(owner, name, noted)
-    _wrap(rows, "move", watched("move"))
+    _wrap(rows, "select_rows", watched("move"))

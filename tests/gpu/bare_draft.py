@@ -13,26 +13,25 @@ from torch import nn
 
 from tests.gpu.setup import Setup
 from vllm_vispec.spec_decode.adaptor import TextFusion
-from vllm_vispec.spec_decode.layout import RowCodes
 from vllm_vispec.spec_decode.row_table import RowTable
+from vllm_vispec.spec_decode.step import DraftStep, RowIds
 
 NUM_UPLOADS = 200
 
 
 def run_upload_order(setup: Setup) -> Any:
-    """Codes that are uploaded while the device lags behind arrive whole and in order."""
+    """Row ids that are uploaded while the device lags behind arrive whole and in order."""
     num_tokens = 4096 if setup.on_gpu else 64
-    table = RowTable(RowCodes(256, 2), 8, num_tokens).to(setup.device)
-    table.offset.copy_(torch.arange(table.codes.size, device=setup.device)[:, None].expand(-1, 8))
+    table = RowTable(RowIds(256, 2), 8, num_tokens).to(setup.device)
+    table.offset.copy_(torch.arange(table.ids.size, device=setup.device)[:, None].expand(-1, 8))
     found = torch.empty(NUM_UPLOADS, num_tokens, dtype=table.offset.dtype, device=setup.device)
     generator = torch.Generator().manual_seed(0)
     expected = torch.randint(256, (NUM_UPLOADS, num_tokens), dtype=torch.int32, generator=generator)
     if setup.on_gpu:
         torch.cuda._sleep(200_000_000)  # about a tenth of a second
-    for index, codes_T in enumerate(expected):
-        host_T = codes_T.clone()
-        table.set_batch(host_T.pin_memory() if setup.on_gpu else host_T)
-        del host_T  # the allocator may use its memory again
+    for index, row_ids_T in enumerate(expected):
+        # The pinned copy is dropped at once; the allocator may use its memory again.
+        table.set_step(DraftStep(row_ids_T.numpy()))
         found[index] = table.batch_offset[:, 0]
     wrong = int((found.cpu().int() != expected).any(dim=1).sum())
     assert wrong == 0, f"{wrong} of {NUM_UPLOADS} uploads arrived late or torn"
@@ -45,13 +44,13 @@ class _LayerInput(nn.Module):
     def __init__(self, hidden_size: int, max_num_tokens: int) -> None:
         super().__init__()
         self.fusion = TextFusion(hidden_size)
-        self.rows = RowTable(RowCodes(9, 2), hidden_size, max_num_tokens)
+        self.rows = RowTable(RowIds(9, 2), hidden_size, max_num_tokens)
         channels = torch.zeros(1, hidden_size)
         channels[:, -8:] = 1.0
         self.register_buffer("key_channels", channels)
 
     def forward(self, embeddings: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        input_TD = self.rows.mix(self.fusion.fuse(embeddings, hidden))
+        input_TD = self.rows.layer_input(self.fusion.fuse(embeddings, hidden))
         mask_T1 = self.rows.key_mask_of(input_TD.shape[0])
         return torch.addcmul(input_TD, mask_T1, self.key_channels)
 
@@ -65,8 +64,8 @@ def run_compile(setup: Setup) -> Any:
         module = _LayerInput(hidden_size, max_num_tokens).to(dtype)
     for tensor in (module.fusion.weight.data, module.rows.offset):
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * hidden_size**-0.5)
-    codes_T = torch.randint(19, (max_num_tokens,), dtype=torch.int32, generator=generator)
-    module.rows.set_batch(codes_T)
+    row_ids_T = torch.randint(19, (max_num_tokens,), dtype=torch.int32, generator=generator)
+    module.rows.set_step(DraftStep(row_ids_T.numpy()))
     counter = torch._dynamo.testing.CompileCounterWithBackend(
         "inductor" if setup.on_gpu else "eager"
     )

@@ -14,14 +14,8 @@ from tests.support.heads import TYPICAL, edit_config, write_head
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.folder import inspect_head, load_draft
 from vllm_vispec.reference import ViSpecDraft, tensor_shapes
-from vllm_vispec.spec_decode.layout import (
-    FeatureSlice,
-    ImageRun,
-    RequestLayout,
-    RowCodes,
-    row_rules,
-    write_text_codes,
-)
+from vllm_vispec.spec_decode.layout import FeatureSlice, ImageRun, RequestLayout
+from vllm_vispec.spec_decode.step import RowIds, write_text_row_ids
 from vllm_vispec.utils.errors import ViSpecError
 
 KINDS = [(True, True), (True, False), (False, True), (False, False)]
@@ -102,10 +96,10 @@ def layout_of(*spans: tuple[int, int]) -> RequestLayout:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 40])
-def test_text_codes_follow_the_last_image_that_ended(size: int) -> None:
+def test_text_row_ids_follow_the_last_image_that_ended(size: int) -> None:
     """However the rows are cut, each gets the image behind which it stands."""
     spans = [(0, 3), (5, 9), (9, 11), (20, 30)]
-    layout, codes = layout_of(*spans), RowCodes(num_slots=9, num_query_tokens=3)
+    layout, ids = layout_of(*spans), RowIds(num_slots=9, num_query_tokens=3)
     asked: list[ImageRun] = []
 
     def slot_of(run: ImageRun) -> int:
@@ -115,16 +109,9 @@ def test_text_codes_follow_the_last_image_that_ended(size: int) -> None:
     found = np.full(40, -1, dtype=np.int32)
     for first in range(0, 40, size):
         asked.clear()
-        write_text_codes(layout, codes, slot_of, first, found[first : first + size])
+        write_text_row_ids(layout, ids, slot_of, first, found[first : first + size])
         # Embeddings of a run may be incomplete before its last token is at hand.
         assert all(run.text_row < first + size for run in asked)
     for row in range(40):
         ended = [index for index, (_, end) in enumerate(spans) if end - 1 <= row]
-        assert found[row] == codes.text(ended[-1] + 1 if ended else 0), row
-
-
-def test_rules_of_a_head_without_adaptor_see_no_images() -> None:
-    features = [object()]
-    assert row_rules(False, False).build_layout(features).runs == ()  # type: ignore[arg-type]
-    assert row_rules(False, True).write is write_text_codes
-    assert row_rules(True, False) == row_rules(True, True)
+        assert found[row] == ids.text(ended[-1] + 1 if ended else 0), row

@@ -43,8 +43,7 @@ def everything() -> Iterator[dict[str, Any]]:
 
 def chosen_heads(engine: Engine) -> Iterator[list[str]]:
     """Yield backend and head size of draft layers (chain) and of the target's layers (tree)."""
-    from vllm_vispec.models import attention
-    from vllm_vispec.models.padded_heads import BackendFinder
+    from vllm_vispec.models.padded_heads import BackendFinder, padded_draft_head
     from vllm_vispec.trees import attention as trees
     from vllm_vispec.trees.codes import num_channels
     from vllm_vispec.trees.settings import TreeSettings
@@ -59,7 +58,7 @@ def chosen_heads(engine: Engine) -> Iterator[list[str]]:
         )
         return head
 
-    for kind, choose in (("chain", attention.padded_head), ("tree", tree)):
+    for kind, choose in (("chain", padded_draft_head), ("tree", tree)):
         for cache_dtype in CACHE_DTYPES:
             for capability in CAPABILITIES:
                 cells = []
@@ -79,8 +78,7 @@ def chosen_heads(engine: Engine) -> Iterator[list[str]]:
 
 def refusals(engine: Engine) -> Iterator[str]:
     """Yield what is said where a stated backend cannot serve the draft."""
-    from vllm_vispec.models.attention import padded_head
-    from vllm_vispec.models.padded_heads import BackendFinder
+    from vllm_vispec.models.padded_heads import BackendFinder, padded_draft_head
     from vllm_vispec.utils.errors import ViSpecError
 
     cases = (
@@ -94,7 +92,7 @@ def refusals(engine: Engine) -> Iterator[str]:
         with engine.on(capability, cache_dtype, backend) as config:
             finder = BackendFinder.of_layer(1, size, 1.0, cache_config=config.cache_config)
             try:
-                yield f"served: {padded_head(finder, size)}"
+                yield f"served: {padded_draft_head(finder, size)}"
             except ViSpecError as error:
                 yield str(error)
 
@@ -286,8 +284,8 @@ class Engine:
         from vllm.model_executor.layers import linear
 
         from vllm_vispec.models import attention
-        from vllm_vispec.spec_decode.layout import RowCodes
         from vllm_vispec.spec_decode.row_table import RowTable
+        from vllm_vispec.spec_decode.step import RowIds
 
         modules: tuple[Any, ...] = (attention, linear, parameter)
         for module in modules:
@@ -295,8 +293,8 @@ class Engine:
             module.get_tensor_model_parallel_rank = lambda: 0
         size = self.hf_config.hidden_size
         with torch.device("meta"):
-            rows = RowTable(RowCodes(num_slots=1, num_query_tokens=1), size, 16)
-            return attention.HoleMaskedAttention(
+            rows = RowTable(RowIds(num_slots=1, num_query_tokens=1), size, 16)
+            return attention.MaskedAttention(
                 self.hf_config,
                 size,
                 HEADS,

@@ -13,7 +13,10 @@ TABLE = torch.arange(40.0).view(10, 4)
 
 
 def embed(ids: list[int], **kwargs: object) -> torch.Tensor:
-    fake = SimpleNamespace(model=SimpleNamespace(embed_tokens=lambda index: TABLE[index]))
+    inner = SimpleNamespace(
+        embed_tokens=lambda index: TABLE[index], vision_size=4, image_inputs=lambda rows_NW: rows_NW
+    )
+    fake = SimpleNamespace(model=inner)
     found: torch.Tensor = Draft.embed_input_ids(fake, torch.tensor(ids), **kwargs)  # type: ignore[arg-type]
     return found
 

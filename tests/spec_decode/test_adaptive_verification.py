@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_vispec.spec_decode.adaptive_verification import moved_rows
+from vllm_vispec.spec_decode.speculator import moved_rows
 
 
 def batch(drafts: list[int] | None, kept: list[int], others: list[int]) -> Any:

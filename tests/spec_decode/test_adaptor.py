@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,8 +12,9 @@ from tests.support.golden import load_cases
 from vllm_vispec.heads.folder import inspect_head, iter_canonical_tensors, load_draft
 from vllm_vispec.spec_decode.adaptor import ImageAdaptor, TextFusion, merge_partials
 from vllm_vispec.spec_decode.image_table import ImageTable
-from vllm_vispec.spec_decode.layout import FeatureSlice, ImageRun, RowCodes
+from vllm_vispec.spec_decode.layout import FeatureSlice, ImageRun
 from vllm_vispec.spec_decode.row_table import RowTable
+from vllm_vispec.spec_decode.step import DraftStep, RowIds
 
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
 
@@ -28,18 +30,21 @@ class Parts:
     def __init__(self, folder: Path, num_slots: int = 4) -> None:
         head = inspect_head(folder).config
         weights = dict(iter_canonical_tensors(folder))
-        self.codes = RowCodes(num_slots, head.num_query_tokens)
+        self.ids = RowIds(num_slots, head.num_query_tokens)
         self.fusion = TextFusion(head.hidden_size)
-        self.rows = RowTable(self.codes, head.hidden_size, 64)
-        self.adaptor = ImageAdaptor(head, self.fusion, self.rows)
+        self.rows = RowTable(self.ids, head.hidden_size, 64)
+        self.adaptor = ImageAdaptor(head)
         self.fusion.load({k: v for k, v in weights.items() if k.startswith(("fc.", "img_fc."))})
         prefix = "img_adaptor."
         self.adaptor.load_state_dict(
             {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
         )
-        self.rows.set_no_image(self.fusion)
-        self.adaptor.fold()
-        self.table = ImageTable(self.adaptor, num_slots)
+        self.rows.write_image(0, self.fusion.offset(torch.zeros(head.hidden_size)))
+        self.adaptor.fold_queries()
+        self.table = ImageTable(self.rows, self.fusion, self.adaptor)
+
+    def set_ids(self, *row_ids: int) -> None:
+        self.rows.set_step(DraftStep(np.array(row_ids, dtype=np.int32)))
 
 
 def run_of(*parts: FeatureSlice) -> ImageRun:
@@ -58,20 +63,21 @@ def test_rows_match_the_plain_module(query_tokens: int) -> None:
         rows = plain.adaptor(embeds)
         expected = plain.layer_input(e, h, rows[-1].expand_as(h))
         no_image = plain.layer_input(e, h, torch.zeros_like(h))
-    first = parts.codes.text(slot)
+    first = parts.ids.text(slot)
     compact = parts.rows.offset[first + 1 : first + query_tokens]
     torch.testing.assert_close(compact, rows[:-1], **TOLERANCE)
-    for code, wanted in ((first, expected), (parts.codes.text(0), no_image)):
-        parts.rows.set_batch(torch.full((5,), code, dtype=torch.int32))
-        torch.testing.assert_close(parts.rows.mix(parts.fusion.fuse(e, h)), wanted, **TOLERANCE)
+    for row_id, wanted in ((first, expected), (parts.ids.text(0), no_image)):
+        parts.set_ids(*[row_id] * 5)
+        found = parts.rows.layer_input(parts.fusion.fuse(e, h))
+        torch.testing.assert_close(found, wanted, **TOLERANCE)
 
 
 def test_partials_merge_to_attention_over_everything() -> None:
     adaptor = Parts(head_folder(4)).adaptor
     torch.manual_seed(1)
     embeds = torch.randn(20, 64)
-    whole = adaptor.partial(embeds).value
-    pieces = [adaptor.partial(piece) for piece in embeds.split([3, 16, 1])]
+    whole = adaptor.attend(embeds).value
+    pieces = [adaptor.attend(piece) for piece in embeds.split([3, 16, 1])]
     torch.testing.assert_close(merge_partials(pieces), whole, **TOLERANCE)
 
 
@@ -79,18 +85,18 @@ def test_deepstack_columns_are_ignored() -> None:
     adaptor = Parts(head_folder(2)).adaptor
     embeds = torch.randn(6, 64)
     wide = torch.cat([embeds, torch.randn(6, 128)], dim=1)
-    torch.testing.assert_close(adaptor.partial(wide).value, adaptor.partial(embeds).value)
+    torch.testing.assert_close(adaptor.attend(wide).value, adaptor.attend(embeds).value)
 
 
-def test_compact_rows_and_holes_replace_the_text_input() -> None:
+def test_image_tokens_and_masked_positions_replace_the_text_input() -> None:
     parts = Parts(head_folder(2))
-    parts.rows.set_batch(torch.tensor([1, parts.codes.hole, 0], dtype=torch.int32))
+    parts.set_ids(1, parts.ids.masked, 0)
     fused = torch.randn(3, 64)
-    mixed = parts.rows.mix(fused)
+    mixed = parts.rows.layer_input(fused)
     torch.testing.assert_close(mixed[0], parts.rows.offset[1])
     torch.testing.assert_close(mixed[1], torch.zeros(64))
     assert parts.rows.key_mask_of(3).flatten().tolist() == [0.0, -64.0, 0.0]
-    parts.rows.keep_rows(torch.tensor([1]))
+    parts.rows.select_rows(torch.tensor([1]))
     assert parts.rows.key_mask_of(1).tolist() == [[-64.0]]
 
 

@@ -34,11 +34,17 @@ def test_a_producer_gets_no_prompts_from_elsewhere(given: Any, found: str | None
     assert receiving_connector(given) == found
 
 
+def table_of(connector: str | None) -> ImageTable:
+    """A table of two slots."""
+    parts = Parts(head_folder(2), num_slots=3)
+    return ImageTable(parts.rows, parts.fusion, parts.adaptor, connector)
+
+
 def warning_of(
     caplog: pytest.LogCaptureFixture, connector: str | None, known: tuple[str, ...] = ()
 ) -> str:
     """What is said about a missing image by a table of two slots, given those it has seen."""
-    table = ImageTable(Parts(head_folder(2)).adaptor, 3, connector)
+    table = table_of(connector)
     embeds = {name: torch.randn(4, 64) for name in known}
     for name in known:
         table.slot_of(run_of(FeatureSlice(name, 0, 4)), embeds)
@@ -72,10 +78,10 @@ def test_behind_a_connector_a_full_table_may_be_to_blame(caplog: pytest.LogCaptu
 
 def test_a_connector_is_named_once_at_start(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    ImageTable(Parts(head_folder(2)).adaptor, 3, NIXL)
+    table_of(NIXL)
     (said,) = caplog.messages
     assert NIXL in said
     assert "acceptance is lower" in said
     # A head without an adaptor reads no features of images behind their rows.
-    ImageTable(None, 1, NIXL)
+    ImageTable(Parts(head_folder(2)).rows, None, None, NIXL)
     assert len(caplog.messages) == 1

@@ -1,4 +1,4 @@
-"""Row codes against a slow, obvious re-statement of the reference's rules."""
+"""Row ids against a slow, obvious re-statement of the reference's rules."""
 
 import random
 from dataclasses import dataclass, field
@@ -6,14 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from vllm_vispec.spec_decode.layout import (
-    FeatureSlice,
-    ImageRun,
-    RequestLayout,
-    RowCodes,
-    build_layout,
-    write_row_codes,
-)
+from vllm_vispec.spec_decode.layout import FeatureSlice, ImageRun, RequestLayout, build_layout
+from vllm_vispec.spec_decode.step import RowIds, write_row_ids
 
 
 @dataclass
@@ -39,42 +33,40 @@ def run_slots(layout: RequestLayout) -> dict[ImageRun, int]:
     return {run: slot for slot, run in enumerate(layout.runs, start=1)}
 
 
-def expected_codes(layout: RequestLayout, codes: RowCodes, length: int) -> np.ndarray:
-    """Prompt token by prompt token, as the reference README states it."""
+def expected_ids(layout: RequestLayout, ids: RowIds, length: int) -> np.ndarray:
+    """Prompt token by prompt token, as docs/reference-semantics.md states it."""
     slots = run_slots(layout)
-    out = np.full(length, codes.text(0), dtype=np.int32)
+    out = np.full(length, ids.text(0), dtype=np.int32)
     current = 0
     for row in range(length):
         token = row + 1  # the row pairs with the next token
         inside = [run for run in layout.runs if run.begin <= token < run.end]
         if not inside:
             current = max((slots[r] for r in layout.runs if r.end <= token), default=0)
-            out[row] = codes.text(current)
+            out[row] = ids.text(current)
             continue
         from_end = inside[0].end - token  # 1 for the last image token
-        compact = codes.num_query_tokens - from_end  # index among compact tokens, 1-based
-        is_compact = from_end <= codes.num_query_tokens - 1
-        out[row] = codes.text(slots[inside[0]]) + compact if is_compact else codes.hole
+        token_index = ids.num_query_tokens - from_end  # 1-based, among the image's tokens
+        is_compact = from_end <= ids.num_query_tokens - 1
+        out[row] = ids.text(slots[inside[0]]) + token_index if is_compact else ids.masked
     return out
 
 
-def all_codes(
-    layout: RequestLayout, codes: RowCodes, length: int, chunk_sizes: list[int]
-) -> np.ndarray:
+def all_ids(layout: RequestLayout, ids: RowIds, length: int, chunk_sizes: list[int]) -> np.ndarray:
     slots = run_slots(layout)
     parts, first_row = [], 0
     for size in chunk_sizes:
         out = np.empty(size, dtype=np.int32)
-        write_row_codes(layout, codes, slots.get, first_row, out)
+        write_row_ids(layout, ids, slots.get, first_row, out)
         parts.append(out)
         first_row += size
     return np.concatenate(parts)[:length]
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_codes_match_the_rules_however_the_prompt_is_cut(seed: int) -> None:
+def test_ids_match_the_rules_however_the_prompt_is_cut(seed: int) -> None:
     rng = random.Random(seed)
-    codes = RowCodes(num_slots=9, num_query_tokens=rng.choice([1, 2, 3, 4]))
+    ids = RowIds(num_slots=9, num_query_tokens=rng.choice([1, 2, 3, 4]))
     features, cursor = [], rng.choice([0, 0, 1, 5])
     for index in range(rng.randint(0, 5)):
         end = cursor + rng.randint(1, 9)
@@ -85,8 +77,8 @@ def test_codes_match_the_rules_however_the_prompt_is_cut(seed: int) -> None:
     sizes: list[int] = []
     while sum(sizes) < length:
         sizes.append(rng.randint(1, 7))
-    expected = expected_codes(layout, codes, length)
-    np.testing.assert_array_equal(all_codes(layout, codes, length, sizes), expected)
+    expected = expected_ids(layout, ids, length)
+    np.testing.assert_array_equal(all_ids(layout, ids, length, sizes), expected)
 
 
 def test_images_that_touch_are_one_run() -> None:
@@ -114,14 +106,14 @@ def test_audio_is_left_to_the_text_path() -> None:
     assert build_layout([feature("a", (3, 6), modality="audio")]).runs == ()
 
 
-def test_a_missing_image_is_all_holes_and_the_text_behind_has_none() -> None:
-    codes = RowCodes(num_slots=4, num_query_tokens=3)
+def test_a_missing_image_is_masked_and_the_text_behind_has_none() -> None:
+    ids = RowIds(num_slots=4, num_query_tokens=3)
     layout = build_layout([feature("a", (3, 8))])
     out = np.empty(10, dtype=np.int32)
-    write_row_codes(layout, codes, lambda run: None, 0, out)
-    np.testing.assert_array_equal(out[:2], codes.text(0))
-    np.testing.assert_array_equal(out[2:7], codes.hole)
-    np.testing.assert_array_equal(out[7:], codes.text(0))
+    write_row_ids(layout, ids, lambda run: None, 0, out)
+    np.testing.assert_array_equal(out[:2], ids.text(0))
+    np.testing.assert_array_equal(out[2:7], ids.masked)
+    np.testing.assert_array_equal(out[7:], ids.text(0))
 
 
 def test_decode_rows_ask_only_for_the_last_image() -> None:
@@ -132,5 +124,5 @@ def test_decode_rows_ask_only_for_the_last_image() -> None:
         asked.append(run)
         return 1
 
-    write_row_codes(layout, RowCodes(4, 2), slot_of, 600, np.empty(5, dtype=np.int32))
+    write_row_ids(layout, RowIds(4, 2), slot_of, 600, np.empty(5, dtype=np.int32))
     assert asked == [layout.runs[-1]]

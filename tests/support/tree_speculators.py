@@ -104,7 +104,7 @@ class SmallTreeSpeculator(TreeSpeculator):
         self.query, self.key = self.codes.query(_HEAD), self.codes.key(_HEAD)
         self.table = TreeTable(settings, nodes, max_num_reqs, CPU)
         self.rows = torch.arange(max_num_tokens)
-        self.draft_rows: Any = SimpleNamespace(move=self._move)
+        self.draft_rows: Any = SimpleNamespace(select_rows=self._select_rows)
         self.model: Any = SimpleNamespace(compute_logits=self._logits)
         self.embedding = torch.randn(VOCAB, WIDTH, generator=generator)
         self.head = 3 * torch.randn(WIDTH, VOCAB, generator=generator)
@@ -147,7 +147,7 @@ class SmallTreeSpeculator(TreeSpeculator):
     def on_prefill_end(self, num_reqs: int) -> None:
         """Nothing has rows to be told."""
 
-    def _move(self, index: torch.Tensor) -> None:
+    def _select_rows(self, index: torch.Tensor) -> None:
         self.rows[: len(index)] = self.rows[index]
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,8 @@ from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from tests.support.operators import RecordedGraph
 from tests.support.tree_models import grow, random_model
 from tests.support.tree_speculators import SmallTreeSpeculator
-from vllm_vispec.spec_decode.layout import RowCodes
 from vllm_vispec.spec_decode.row_table import RowTable
+from vllm_vispec.spec_decode.step import RowIds
 from vllm_vispec.trees import rejection_sampler as v2_sampler
 from vllm_vispec.trees import speculator as v2
 from vllm_vispec.trees.code_rows import CodeRows
@@ -200,8 +200,8 @@ def _sampler(
 def _speculator() -> SmallTreeSpeculator:
     speculator = SmallTreeSpeculator(SETTINGS, NODES, REQUESTS, 2 * ROWS)
     speculator.place_keys()
-    table = RowTable(RowCodes(2, 4), WIDTH, 2 * ROWS)
-    speculator.draft_rows = SimpleNamespace(move=table.keep_rows)
+    table = RowTable(RowIds(2, 4), WIDTH, 2 * ROWS)
+    speculator.draft_rows = SimpleNamespace(select_rows=table.select_rows)
     return speculator
 
 

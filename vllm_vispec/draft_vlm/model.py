@@ -1,15 +1,17 @@
 """A draft VLM in vLLM: a small vision language model of its own beside the target.
 
 It reads the tokens and what the target's vision tower made of the images, and none of the target's
-hidden states.  vLLM's EAGLE route for multimodal drafts fits but for one thing, a buffer of hidden
-states that it hands from pass to pass; for this draft that buffer has no columns.
+hidden states. vLLM's EAGLE route for multimodal drafts fits but for one thing, a buffer of hidden
+states that it hands from pass to pass. For this draft that buffer has no columns.
+
+Its hooks: `plugin.register` names the architecture, and `config.reads_target_states` says that the
+draft reads no states.
 
 Shapes: T tokens in the batch, N image tokens, D the draft's hidden size, W the target's (its
 vision_size).
 """
 
-from collections.abc import Iterable, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -21,19 +23,18 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.llama import LlamaAttention
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
-from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.models.uncompressed import EagleViSpecEmbedsForCausalLM
 from vllm_vispec.models.vispec import (
     CANONICAL_TO_VLLM,
     DraftDecoderLayer,
     DraftRMSNorm,
-    EagleViSpecForCausalLM,
     draft_hf_config,
 )
 from vllm_vispec.reference.modeling_draft_vlm import Projector
-from vllm_vispec.spec_decode.layout import RowCodes
 from vllm_vispec.spec_decode.row_table import RowTable
+from vllm_vispec.spec_decode.step import RowIds
 
 _LM_HEAD = "lm_head.weight"
 _WEIGHTS = WeightsMapper(orig_to_new_stacked=CANONICAL_TO_VLLM.orig_to_new_stacked)
@@ -44,7 +45,7 @@ class DraftVlmModel(nn.Module):
     """Embedding, projector and decoder layers, given embeddings."""
 
     # What `DraftRows` asks a draft for: no image has rows of its own, all rows are text.
-    adaptor = compressor = None
+    adaptor = compressor = fusion = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layer_id: int = 0) -> None:
         super().__init__()
@@ -56,6 +57,7 @@ class DraftVlmModel(nn.Module):
             head.vocab_size, size, prefix=maybe_prefix(prefix, "embed_tokens")
         )
         # Whole on every tensor-parallel rank.
+        self.vision_size = head.vision_size
         self.projector = Projector(head.vision_size, size).requires_grad_(False)
         prefixes = [
             maybe_prefix(prefix, f"layers.{layer_id + index}")
@@ -64,9 +66,13 @@ class DraftVlmModel(nn.Module):
         layers = [DraftDecoderLayer(vllm_config, head, LlamaAttention, name) for name in prefixes]
         self.layers = nn.ModuleList(layers)
         self.norm = DraftRMSNorm(size, eps=head.rms_norm_eps)
-        # One code and no columns: nothing is added to a row.
+        # One row id and no columns: nothing is added to a row.
         max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self.rows = RowTable(RowCodes(1, 1), 0, max_num_tokens)
+        self.rows = RowTable(RowIds(1, 1), 0, max_num_tokens)
+
+    def image_inputs(self, vision_NW: torch.Tensor) -> torch.Tensor:
+        """Return inputs ``[N, D]`` for image tokens."""
+        return self.projector(vision_NW)
 
     def forward(self, inputs_embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Run one draft pass over embeddings ``[T, D]``; return normed hidden states ``[T, D]``."""
@@ -77,17 +83,14 @@ class DraftVlmModel(nn.Module):
         return normed_TD
 
 
-class EagleDraftVlmForCausalLM(EagleViSpecForCausalLM):
+class EagleDraftVlmForCausalLM(EagleViSpecEmbedsForCausalLM):
     """Registered architecture; the prefix ``Eagle`` keeps vLLM's configuration from renaming it."""
 
-    # Asked by vLLM's runners before they gather embeddings for the draft.
-    supports_multimodal_embeddings: ClassVar[Literal[True]] = True
     model_class = DraftVlmModel
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         head = self.model.head
-        self._vision_size = head.vision_size
         self.lm_head = ParallelLMHead(
             head.vocab_size, head.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
         )
@@ -96,50 +99,10 @@ class EagleDraftVlmForCausalLM(EagleViSpecForCausalLM):
         self.has_own_embed_tokens = True
         self.has_own_lm_head = True
 
-    def embed_input_ids(
-        self,
-        input_ids: torch.Tensor,
-        multimodal_embeddings: Sequence[torch.Tensor] | None = None,
-        *,
-        is_multimodal: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Embed tokens ``[T]`` with the draft's own table and projector, ``[T, D]``.
-
-        Args:
-            multimodal_embeddings: The vision tower's output, ``[N, >= W]`` each; columns beyond W
-                (deepstack) are the target's alone.
-            is_multimodal: bool ``[T]``, on the host; True where the next of their rows belongs.
-        """
-        embeds_TD = self.model.embed_tokens(input_ids)
-        if multimodal_embeddings:
-            vision_NW = torch.cat([item[:, : self._vision_size] for item in multimodal_embeddings])
-            projected_ND = self.model.projector(vision_NW.to(embeds_TD.dtype))
-            assert is_multimodal is not None
-            index_N = async_tensor_h2d(is_multimodal.nonzero().flatten(), embeds_TD.device)
-            embeds_TD.index_copy_(0, index_N, projected_ND)
-        return embeds_TD
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        hidden_states: torch.Tensor,
-        inputs_embeds: torch.Tensor | None = None,
+    def run_model(
+        self, inputs_embeds: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run one draft pass.
-
-        Args:
-            input_ids: ``[T]``; embedded here where the engine takes no images.
-            positions: ``[T]``.
-            hidden_states: ``[T, 0]``, see the top of this file.
-            inputs_embeds: ``[T, D]`` or None.
-
-        Returns:
-            Hidden states ``[T, D]`` for lm_head, and ``[T, 0]`` of them for the next pass.
-        """
-        if inputs_embeds is None:
-            assert input_ids is not None
-            inputs_embeds = self.model.embed_tokens(input_ids)
+        """Run the compiled model; the second output has no columns, see the top of this file."""
         hidden_TD = self.model(inputs_embeds, positions)
         return hidden_TD, hidden_TD[:, :0]
 

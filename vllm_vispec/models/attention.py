@@ -1,22 +1,21 @@
 """The draft's attention: vLLM's own backends, with some rows of the cache made invisible.
 
-Dropping an image's tokens while the rest keep their positions equals masking them.  The draft
-keeps the target's slots, one per token, and the layer's head is a few channels wider than the
-head's weights: every query holds a constant there, a hole's key holds the negative of it, all other
-keys hold zero.  A hole's softmax weight is then exactly zero on any backend, cached, paged or
-captured.  The projections are padded when weights are loaded, so a pass only adds the keys' mask.
+Dropping an image's tokens while the rest keep their positions equals masking them. The draft keeps
+the target's slots, one per token, and the layer's heads are a few channels wider than the head's
+weights. There every query holds a constant, a masked position's key holds the negative of it, and
+all other keys hold zero. The softmax weight of a masked position is then exactly zero on any
+backend, cached, paged or captured. The projections are padded when weights are loaded, so a pass
+only adds the keys' mask.
 
 Shapes: T tokens, D hidden size, H heads, K key/value heads, h head size, P padded head size,
 E = H * h or K * h.
 """
 
-from math import ceil
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig
-from vllm.config import CacheConfig, get_current_vllm_config
+from vllm.config import CacheConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
@@ -24,76 +23,19 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.v1.attention.backend import AttentionType
 
-from vllm_vispec.models.padded_heads import (
-    BackendFinder,
-    PaddedHead,
-    choose_padded_head,
-    remedy,
-)
+from vllm_vispec.models.padded_heads import BackendFinder, padded_draft_head
 from vllm_vispec.models.patch_points import apply_workspace
 from vllm_vispec.spec_decode.row_table import MASK_CHANNEL, RowTable
-from vllm_vispec.trees.setting import num_code_channels
-from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
 
-# Below exp(-104) float32 has nothing left; the margin covers real logits of several hundred.
-MIN_MASK_LOGIT = 1000.0
 
-
-def mask_logit(head_dim: int, num_channels: int) -> float:
-    """Return how far a hole's logit lies below the others'."""
-    return float(num_channels * MASK_CHANNEL**2 * head_dim**-0.5)
-
-
-def least_head_size(head_dim: int, num_branches: int = 0) -> int:
-    """Return the smallest head size that has channels enough to mask.
+class MaskedAttention(nn.Module):
+    """Drop-in for vLLM's ``LlamaAttention`` that hides the positions the row table masks.
 
     Args:
-        num_branches: Channels that are needed beside those that mask.
-    """
-    return head_dim + num_branches + ceil(MIN_MASK_LOGIT / mask_logit(head_dim, 1))
-
-
-def padded_head(finder: BackendFinder, head_dim: int, num_branches: int = 0) -> PaddedHead:
-    """Return the head size ``P`` of a draft's layer, and the backend that the layer is built with.
-
-    In engines with trees the layer is padded once more, for the path codes; the backend is the one
-    that serves both.
-
-    Raises:
-        ViSpecError: If no backend serves a head size that large.
-    """
-    least = least_head_size(head_dim, num_branches)
-    num_codes = num_code_channels(get_current_vllm_config())
-    if num_codes:
-        least = -(-least // finder.step) * finder.step
-    head = choose_padded_head(finder, head_dim, least + num_codes)
-    if head is None:
-        what_to_set = remedy(
-            finder,
-            head_dim,
-            least + num_codes,
-            '"attention_backend": "{}" in the speculative config',
-        )
-        raise ViSpecError(
-            f"no attention backend here serves heads of {least + num_codes} channels with "
-            f"kv_cache_dtype={finder.kv_cache_dtype}; ViSpec needs them above the draft's "
-            f"{head_dim} to mask image rows{_and_branches(num_branches)}; {what_to_set}"
-        )
-    return PaddedHead(least, head.backend) if num_codes else head
-
-
-def _and_branches(num_branches: int) -> str:
-    return f" and to weigh the compressor's {num_branches} branches" if num_branches else ""
-
-
-class HoleMaskedAttention(nn.Module):
-    """Drop-in for vLLM's ``LlamaAttention`` that hides the rows the table marks as holes.
-
-    Args:
-        rows: The draft's row table; says which tokens of the batch are holes.
+        rows: The draft's row table; says which tokens of the batch are masked.
         num_branches: Channels behind ``h`` that subclasses use; masking has those behind them.
         config: The draft's configuration.
         Others: As ``LlamaAttention`` passes them.
@@ -132,7 +74,7 @@ class HoleMaskedAttention(nn.Module):
         }
         scale = head_dim**-0.5
         finder = BackendFinder.of_layer(self.num_heads, head_dim, scale, **layer_settings)
-        head = padded_head(finder, head_dim, num_branches)
+        head = padded_draft_head(finder, head_dim, num_branches)
         apply_workspace(head.backend)
         logger.info(
             "ViSpec draft: attention heads of %d are padded to %d for %s",
@@ -178,12 +120,13 @@ class HoleMaskedAttention(nn.Module):
         """Attend over the visible rows; ``[T, D]`` in, ``[T, D]`` out."""
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q, k = self.mark(*self.rotary_emb(positions, q, k))
+        q, k = self.add_channels(*self.rotary_emb(positions, q, k))
+        # In place: a slice of the projection's output, which nothing else reads.
         k = k.addcmul_(self.rows.key_mask_of(hidden_states.shape[0]), self.key_channels)
         output, _ = self.o_proj(self.attn(q, k, v))
         return output
 
-    def mark(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_channels(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return queries and keys ``[T, E]`` as they are; subclasses use channels of their own."""
         return q, k
 

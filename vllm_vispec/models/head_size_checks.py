@@ -51,14 +51,13 @@ def _can_select_here(vllm_config: Any) -> bool:
 
 
 def _check_draft(config: Any, head: HeadConfig) -> None:
-    from vllm_vispec.models.attention import padded_head
-    from vllm_vispec.models.padded_heads import BackendFinder
+    from vllm_vispec.models.padded_heads import BackendFinder, padded_draft_head
 
     spec = head.compressor_spec
     num_branches = len(spec.primitives) if head.has_compressor and spec.gated else 0
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
         finder = BackendFinder.of_layer(1, head.head_dim, 1.0, cache_config=config.cache_config)
-        padded_head(finder, head.head_dim, num_branches)
+        padded_draft_head(finder, head.head_dim, num_branches)
 
 
 def _check_target(config: Any, num_codes: int) -> None:

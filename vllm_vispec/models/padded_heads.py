@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import unwrap
+from math import ceil
 from typing import Any
 
 import torch
@@ -21,7 +22,12 @@ from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
 from vllm_vispec.compat.patching import patched
+from vllm_vispec.spec_decode.row_table import MASK_CHANNEL
+from vllm_vispec.trees.setting import num_code_channels
+from vllm_vispec.utils.errors import ViSpecError
 
+# Below exp(-104) float32 has nothing left; the margin covers real logits of several hundred.
+MIN_MASK_LOGIT = 1000.0
 # FlashInfer goes from 256 to 512 at once.
 MAX_EXTRA_CHANNELS = 256
 
@@ -143,6 +149,53 @@ def remedy(finder: BackendFinder, head_size: int, least: int, setting: str) -> s
         if finder.is_quantized and choose_padded_head(plain, head_size, least) is not None:
             return "leave kv_cache_dtype out"
     return "leave the speculative config out"
+
+
+def mask_logit(head_dim: int, num_channels: int) -> float:
+    """Return how far a masked position's logit lies below the others'."""
+    return float(num_channels * MASK_CHANNEL**2 * head_dim**-0.5)
+
+
+def least_head_size(head_dim: int, num_branches: int = 0) -> int:
+    """Return the smallest head size that has channels enough to mask.
+
+    Args:
+        num_branches: Channels that are needed beside those that mask.
+    """
+    return head_dim + num_branches + ceil(MIN_MASK_LOGIT / mask_logit(head_dim, 1))
+
+
+def padded_draft_head(finder: BackendFinder, head_dim: int, num_branches: int = 0) -> PaddedHead:
+    """Return the head size ``P`` of a draft's layer, and the backend that the layer is built with.
+
+    In engines with trees the layer is padded once more, for the path codes; the backend is the one
+    that serves both.
+
+    Raises:
+        ViSpecError: If no backend serves a head size that large.
+    """
+    least = least_head_size(head_dim, num_branches)
+    num_codes = num_code_channels(get_current_vllm_config())
+    if num_codes:
+        least = -(-least // finder.step) * finder.step
+    head = choose_padded_head(finder, head_dim, least + num_codes)
+    if head is None:
+        what_to_set = remedy(
+            finder,
+            head_dim,
+            least + num_codes,
+            '"attention_backend": "{}" in the speculative config',
+        )
+        raise ViSpecError(
+            f"no attention backend here serves heads of {least + num_codes} channels with "
+            f"kv_cache_dtype={finder.kv_cache_dtype}; ViSpec needs them above the draft's "
+            f"{head_dim} to mask image rows{_and_branches(num_branches)}; {what_to_set}"
+        )
+    return PaddedHead(least, head.backend) if num_codes else head
+
+
+def _and_branches(num_branches: int) -> str:
+    return f" and to weigh the compressor's {num_branches} branches" if num_branches else ""
 
 
 class _SelectorCalled(Exception):

@@ -28,19 +28,21 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 
 from vllm_vispec.compressors.compressor import ImageCompressor
-from vllm_vispec.compressors.gated_attention import GatedAttention
+from vllm_vispec.compressors.gated import (
+    DECISIONS_PER_REQUEST,
+    GatedAttention,
+    GatedRowTable,
+)
 from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.draft_vocab.model import DraftLogits
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.formats import get_format
-from vllm_vispec.models.attention import HoleMaskedAttention
+from vllm_vispec.models.attention import MaskedAttention
 from vllm_vispec.spec_decode.adaptor import ImageAdaptor, TextFusion
-from vllm_vispec.spec_decode.layout import RowCodes
-from vllm_vispec.spec_decode.row_table import GatedRowTable, RowTable
+from vllm_vispec.spec_decode.row_table import RowTable
+from vllm_vispec.spec_decode.step import RowIds
 from vllm_vispec.utils.logs import get_logger
 
-# Choices of a gate that are kept: those of requests that wait preempted too.
-CHOICES_PER_REQUEST = 4
 # Without the setting the table of images takes no more than either.
 _MAX_IMAGES = 1024
 _MAX_TABLE_BYTES = 384 * 2**20
@@ -107,7 +109,7 @@ class DraftModel(nn.Module):
             vllm_config.scheduler_config.max_num_seqs,
         )
         self.fusion = TextFusion(head.hidden_size)
-        self.adaptor = ImageAdaptor(head, self.fusion, self.rows) if head.has_adaptor else None
+        self.adaptor = ImageAdaptor(head) if head.has_adaptor else None
         self.compressor = make_compressor(head)
         layer_prefix = maybe_prefix(prefix, f"layers.{layer_id}")
         layer = DraftDecoderLayer(vllm_config, head, self.attention_factory(), layer_prefix)
@@ -130,7 +132,7 @@ class DraftModel(nn.Module):
         self, embeddings: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one draft pass given the tokens' embeddings ``[T, D]``."""
-        hidden_states = self.rows.mix(self.fusion.fuse(embeddings, hidden_states))
+        hidden_states = self.rows.layer_input(self.fusion.fuse(embeddings, hidden_states))
         residual = None
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual)
@@ -156,11 +158,11 @@ def make_rows(
     spec = head.compressor_spec
     num_branches = len(spec.primitives) if spec.gated else 1
     num_slots = max_images + 1 if head.has_adaptor else 1
-    codes = RowCodes(num_slots, head.num_query_tokens, num_branches if head.has_compressor else 0)
+    ids = RowIds(num_slots, head.num_query_tokens, num_branches if head.has_compressor else 0)
     if head.has_compressor and spec.gated:
-        num_choices = CHOICES_PER_REQUEST * max_num_requests + 1
-        return GatedRowTable(codes, head.hidden_size, max_num_tokens, num_choices)
-    return RowTable(codes, head.hidden_size, max_num_tokens)
+        num_decisions = DECISIONS_PER_REQUEST * max_num_requests + 1
+        return GatedRowTable(ids, head.hidden_size, max_num_tokens, num_decisions)
+    return RowTable(ids, head.hidden_size, max_num_tokens)
 
 
 def _default_images(head: HeadConfig) -> int:
@@ -187,13 +189,13 @@ def make_compressor(head: HeadConfig) -> ImageCompressor | None:
 
 @support_torch_compile
 class ViSpecModel(DraftModel):
-    """The draft of heads that compress images: adaptor rows, and holes that attention skips."""
+    """The draft of heads that compress images: adaptor rows, and masked positions."""
 
     def attention_factory(self) -> Callable[..., Any]:
-        """Return the attention that leaves the table's holes out, and heeds the gate if any."""
+        """Return the attention that hides masked positions, and heeds the gate if there is one."""
         if isinstance(self.rows, GatedRowTable):
             return partial(GatedAttention, rows=self.rows)
-        return partial(HoleMaskedAttention, rows=self.rows)
+        return partial(MaskedAttention, rows=self.rows)
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
@@ -234,9 +236,11 @@ class EagleViSpecForCausalLM(DraftLogits, EagleLlamaForCausalLM):
         canonical |= self.attention_weights(canonical)
         self.has_own_embed_tokens = "embed_tokens.weight" in canonical
         AutoWeightsLoader(self.model).load_weights(canonical.items(), mapper=CANONICAL_TO_VLLM)
-        self.model.rows.set_no_image(self.model.fusion)
+        # Text before the first image sees a global feature of zeros.
+        no_image_D = torch.zeros_like(self.model.fusion.bias)
+        self.model.rows.write_image(0, self.model.fusion.offset(no_image_D))
         if self.model.adaptor is not None:
-            self.model.adaptor.fold()
+            self.model.adaptor.fold_queries()
 
     def attention_weights(self, canonical: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the weights whose form the layer's attention changes; here, padded heads."""

@@ -1,7 +1,8 @@
 """The vision adaptor inside the engine, and the fused input it contributes to.
 
 Shapes: Q num_query_tokens, N embeddings of one item, D hidden size, H heads, h head size,
-T tokens in the batch, E = Q * H, M tokens of a compressor.
+T tokens in the batch, E = Q * H, M tokens of a compressor. References like 4.5 are to
+docs/reference-semantics.md.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.spec_decode.row_table import RowTable
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def merge_partials(partials: Sequence[AdaptorPartial]) -> torch.Tensor:
 class TextFusion(nn.Module):
     """``fc(cat(e, img_fc(cat(h, g))))`` with everything that depends on the image taken out.
 
-    With ``fc = [F_e | F_h]`` and ``img_fc = [W_h | W_g]`` (reference 4.5), the layer input is
+    With ``fc = [F_e | F_h]`` and ``img_fc = [W_h | W_g]`` (4.5), the layer input is
     ``F_e e + (F_h W_h) h + F_h (W_g g + b_img) + b_fc``.  The last two terms are one vector per
     image, kept in the row table, so a draft step costs what plain EAGLE's costs.  Products are
     formed in float32.
@@ -90,16 +90,15 @@ class TextFusion(nn.Module):
 
 
 class ImageAdaptor(nn.Module):
-    """Learned queries over one image's embeddings (reference 4.14); fills the row table.
+    """Learned queries over one image's embeddings (4.14).
 
     Replicated on every tensor-parallel rank: it runs once per image and is small.
     """
 
-    def __init__(self, head: HeadConfig, fusion: TextFusion, table: RowTable) -> None:
+    def __init__(self, head: HeadConfig) -> None:
         super().__init__()
         size, self.num_heads = head.hidden_size, head.num_attention_heads
         self.hidden_size, self.head_dim = size, size // head.num_attention_heads
-        self.num_query_tokens = head.num_query_tokens
         shape = (head.num_query_tokens, self.num_heads, self.head_dim)
         self.query = nn.Parameter(torch.zeros(shape), requires_grad=False)
         self.k_proj = nn.Linear(size, size, bias=head.qkv_bias)
@@ -109,11 +108,9 @@ class ImageAdaptor(nn.Module):
         self.folded_query: torch.Tensor
         folded_ED = torch.zeros(head.num_query_tokens * self.num_heads, size, dtype=torch.float32)
         self.register_buffer("folded_query", folded_ED, persistent=False)
-        # In a tuple: both are the draft model's children, not this module's.
-        self._targets = (fusion, table)
 
     @torch.inference_mode()
-    def fold(self) -> None:
+    def fold_queries(self) -> None:
         """Multiply the queries into the key projection; call it once the weights are loaded.
 
         A query's score for an embedding is ``q (W_k e) = (q W_k) e``, and the weighted sum of
@@ -126,7 +123,7 @@ class ImageAdaptor(nn.Module):
         self.folded_query.copy_(torch.einsum("qhe,hed->qhd", query_QHh, weight_HhD).flatten(0, 1))
 
     @torch.inference_mode()
-    def partial(self, embeddings: torch.Tensor) -> AdaptorPartial:
+    def attend(self, embeddings: torch.Tensor) -> AdaptorPartial:
         """Attend over ``[N, >= D]`` embeddings; columns beyond D (deepstack) are ignored."""
         embeds_ND = embeddings[:, : self.hidden_size].float()
         score_EN = self.folded_query @ embeds_ND.T
@@ -141,10 +138,6 @@ class ImageAdaptor(nn.Module):
         return AdaptorPartial(log_weight_QH, value_QHh)
 
     @torch.inference_mode()
-    def store(self, slot: int, value_QHh: torch.Tensor) -> None:
-        """Project the merged attention and write the slot's rows of the table."""
-        fusion, table = self._targets
-        rows_QD = self.o_proj(value_QHh.flatten(1).to(self.o_proj.weight.dtype))
-        first = table.codes.text(slot)
-        table.offset[first] = fusion.offset(rows_QD[-1])
-        table.offset[first + 1 : first + self.num_query_tokens] = rows_QD[:-1]
+    def project(self, value_QHh: torch.Tensor) -> torch.Tensor:
+        """Return the image's rows ``[Q, D]``; the last is its global feature, the others tokens."""
+        return self.o_proj(value_QHh.flatten(1).to(self.o_proj.weight.dtype))

@@ -1,49 +1,51 @@
-"""Keeps the draft's row codes in step with the batch; shared by both proposers."""
+"""Makes each step's `DraftStep` from the batch's requests; the same for both model runners.
+
+Features have their hooks here: a compressor places its tokens (`compressors.image_tokens`), and a
+gate decides where prompts end (`compressors.gated`).
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from operator import le
+from typing import Any
 
 import numpy as np
 import torch
-from vllm.utils.torch_utils import np_to_pinned_tensor
 
-from vllm_vispec.compressors.decisions import Choices
+from vllm_vispec.compressors.gated import GateDecisions, GatedRowTable
 from vllm_vispec.compressors.image_tokens import ImageTokens
 from vllm_vispec.models.vispec import EagleViSpecForCausalLM
 from vllm_vispec.spec_decode.connectors import receiving_connector
-from vllm_vispec.spec_decode.held_rows import HeldRows, Round
 from vllm_vispec.spec_decode.image_table import ImageTable
-from vllm_vispec.spec_decode.layout import FeatureLike, ImageRun, RequestLayout, row_rules
-from vllm_vispec.spec_decode.row_table import GatedRowTable, RowTable
+from vllm_vispec.spec_decode.layout import FeatureLike, ImageRun, RequestLayout, build_layout
+from vllm_vispec.spec_decode.row_table import RowTable
+from vllm_vispec.spec_decode.step import (
+    DraftStep,
+    PlacedTokens,
+    RequestRows,
+    write_row_ids,
+    write_text_row_ids,
+)
+
+_NO_IMAGES = RequestLayout()
 
 
-class RequestRows(NamedTuple):
-    """One request's part of the batch.
+@dataclass(frozen=True)
+class _UniformStep:
+    """A step whose rows all have one id, and keep it as long as its requests go on.
 
-    Attributes:
-        request_id: vLLM's id.
-        features: Its multimodal items, empty for text-only requests.
-        first_row: Absolute position of its first token in the batch.  For a request past its
-            prompt any position past the prompt will do.
-        num_rows: Its tokens in the batch.
-        num_prompt_tokens: Length of its prompt, 0 if not known.
+    Plain lists: numpy's calls are dear in a decoding step, whose caches are cold.
     """
 
-    request_id: str
-    features: Sequence[FeatureLike]
-    first_row: int
+    request_ids: list[str]
+    first_rows: list[int]
     num_rows: int
-    num_prompt_tokens: int = 0
-
-    @property
-    def prompt_end(self) -> int | None:
-        """Index among its rows of its last prompt token; None if that is not in the batch."""
-        index = self.num_prompt_tokens - 1 - self.first_row
-        return index if 0 <= index < self.num_rows else None
+    # Images in the table until then: one computed later may have taken the slot.
+    num_computed: int
 
 
 class DraftRows:
-    """Writes, once per step, which table row every token of the batch uses.
+    """Tells the row table, once a step, which row every token of the batch uses.
 
     Host work is O(requests) plus one numpy fill of the batch; at most one asynchronous copy to the
     device, nothing is read back.
@@ -57,31 +59,33 @@ class DraftRows:
     def __init__(
         self, model: EagleViSpecForCausalLM, max_num_requests: int, kv_transfer: Any = None
     ) -> None:
-        head = model.model.head
-        self._rows: RowTable = model.model.rows
-        self._rules = row_rules(head.compress, head.global_feature)
-        connector = receiving_connector(kv_transfer)
-        self.table = ImageTable(model.model.adaptor, self._rows.codes.num_slots, connector)
+        draft = model.model
+        head, rows = draft.head, draft.rows
+        self._rows: RowTable = rows
+        self._write_ids = write_row_ids if head.compress else write_text_row_ids
+        # Without compression and global feature no row depends on an image.
+        self._has_layouts = head.compress or head.global_feature
         self._has_slots = head.has_adaptor
-        self._tokens = ImageTokens.of(model.model)
-        self._choices = Choices.of(model.model)
+        connector = receiving_connector(kv_transfer)
+        self.table = ImageTable(rows, draft.fusion, draft.adaptor, connector)
+        self._tokens: ImageTokens | None = None
+        if draft.compressor is not None:
+            max_tokens = rows.row_ids.shape[0]
+            self._tokens = ImageTokens(draft.compressor, draft.fusion, rows.ids, max_tokens)
+        self.gate: GateDecisions | None = None
+        if draft.compressor is not None and isinstance(rows, GatedRowTable):
+            self.gate = GateDecisions(draft.compressor, rows.num_decisions, head.head_dim)
         self._layouts: dict[str, tuple[Sequence[FeatureLike], RequestLayout]] = {}
         self._max_layouts = 4 * max_num_requests
         self._warned: set[tuple[str, ImageRun]] = set()
-        self._held: HeldRows | None = None
-        self._last: Round | None = None
-
-    @property
-    def has_gate(self) -> bool:
-        """Whether a gate decides at the ends of prompts; else nothing reads their lengths."""
-        return self._choices is not None
+        self._uniform: _UniformStep | None = None
 
     def clear(self) -> None:
         """Forget all images, e.g. after new weights."""
         self.table.clear()
         if self._tokens is not None:
             self._tokens.clear()
-        self._held = self._last = None
+        self._uniform = None
 
     def reset_encoder_cache(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stands for vLLM's method of this name, which is called when weights are replaced.
@@ -91,145 +95,119 @@ class DraftRows:
         self.clear()
         return original(*args, **kwargs)
 
-    def holds(self, request_ids: list[str], first_rows: list[int], num_rows: int) -> bool:
-        """Whether the last batch's rows serve this one, so that it needs no `fill`.
+    def serves_step(self, request_ids: list[str], first_rows: list[int], num_rows: int) -> bool:
+        """Whether the last batch's rows serve this one, so that it needs no `set_step`.
 
-        So it is in most decoding rounds of one request, or of several without images: the same
-        requests, all further on, as many rows, and no image that was not there before. Never where
-        a gate decides, for which any round may hold a prompt's end.
+        They do in most decoding steps of one request, or of several without images: the same
+        requests are further on, with as many rows, and no image was computed since. They never do
+        where a gate decides, as any step may hold a prompt's end.
 
         Args:
             request_ids: The batch's requests, in its order.
             first_rows: See `RequestRows`.
             num_rows: Rows of the whole batch.
         """
-        last, held = self._last, self._held
-        known = (
+        last = self._uniform
+        return (
             last is not None
-            and held is not None
-            and self._choices is None
-            and held.written == self.table.stats.computed
-            and last.leads_to(request_ids, first_rows, num_rows)
+            and last.num_rows == num_rows
+            and last.request_ids == request_ids
+            # A preempted request begins anew.
+            and all(map(le, last.first_rows, first_rows))
+            and last.num_computed == self.table.stats.computed
         )
-        # The runner changes its list in place.
-        ids = last.request_ids if known and last is not None else list(request_ids)
-        self._last = Round(ids, first_rows, num_rows)
-        return known
 
-    def fill(
+    def set_step(
         self,
         requests: Sequence[RequestRows],
         embeddings: Mapping[str, torch.Tensor],
         hidden_states: torch.Tensor | None = None,
     ) -> None:
-        """Set the codes of a batch, requests in batch order.
+        """Lay out a batch and hand it to the row table.
 
         Args:
-            requests: All requests of the batch.
+            requests: All requests of the batch, in its order.
             embeddings: Vision-tower output by item hash, whatever is at hand in this step.
             hidden_states: The target's, ``[T, D]``; read only where a gate decides.
         """
         self.table.begin_step()
-        choices = self._choose(requests, hidden_states)
-        codes = [self._single_code(request, embeddings) for request in requests]
-        num_rows = [request.num_rows for request in requests]
-        total = sum(num_rows)
-        if codes and codes[0] is not None and _is_uniform(codes) and _is_uniform(choices):
-            self._set_uniform(codes[0], choices[0], total)
-            return
-        codes_T = self._row_codes(requests, codes, embeddings)
-        self._held = self._last = None
-        self._upload(codes_T)
-        if self._choices is not None:
-            self._upload_choices(np.repeat(np.array(choices, dtype=np.int32), num_rows))
-        if self._tokens is not None:
-            self._tokens.put_rows()
+        decisions_T = self._decide(requests, hidden_states)
+        row_ids_T = np.empty(sum(request.num_rows for request in requests), dtype=np.int32)
+        placed: list[PlacedTokens] = []
+        begin, is_behind_images = 0, self.gate is None
+        for request in requests:
+            end, layout = begin + request.num_rows, self._layout(request)
+            is_behind_images = is_behind_images and request.first_row >= layout.stop_row
+            placed += self._write_request(request, layout, embeddings, begin, row_ids_T[begin:end])
+            begin = end
+        self._rows.set_step(DraftStep(row_ids_T, tuple(placed), decisions_T))
+        # Behind its images, a request keeps the id that its first row has.
+        is_uniform = is_behind_images and begin and row_ids_T.min() == row_ids_T.max()
+        self._uniform = None
+        if is_uniform:
+            self._uniform = _UniformStep(
+                [request.request_id for request in requests],
+                [request.first_row for request in requests],
+                begin,
+                self.table.stats.computed,
+            )
 
-    def _row_codes(
-        self,
-        requests: Sequence[RequestRows],
-        codes: Sequence[int | None],
-        embeddings: Mapping[str, torch.Tensor],
-    ) -> np.ndarray:
-        """Return the codes of all rows, int32 ``[T]``, given those of requests that have one."""
-        codes_T = np.empty(sum(request.num_rows for request in requests), dtype=np.int32)
-        begin = 0
-        for request, code in zip(requests, codes, strict=True):
-            rows = codes_T[begin : begin + request.num_rows]
-            if code is None:
-                self._fill_request(request, embeddings, begin, rows)
-            else:
-                rows[:] = code
-            begin += request.num_rows
-        return codes_T
-
-    def move(self, token_indices: torch.Tensor) -> None:
+    def select_rows(self, token_indices: torch.Tensor) -> None:
         """Let row ``i`` of the batch be what row ``token_indices[i]`` was.
 
         Before the draft steps: one row for each request. Drafts are text; what follows the last row
         of an unfinished prompt is thrown away.
         """
-        # Rows of one code serve as they are, unless more of them are needed (draft trees).
-        num_rows = token_indices.shape[0]
-        if self._held is None or num_rows > self._held.num_rows:
-            self._rows.keep_rows(token_indices)
-            self._held = self._held and self._held._replace(num_rows=num_rows)
+        # Rows of one id serve as they are, unless more of them are needed (draft trees).
+        if self._uniform is None or token_indices.shape[0] > self._uniform.num_rows:
+            self._rows.select_rows(token_indices)
 
-    def _choose(
+    def _decide(
         self, requests: Sequence[RequestRows], hidden_states: torch.Tensor | None
-    ) -> list[int]:
-        """Return the requests' choices, after the gate decided where prompts end in this batch."""
-        if self._choices is None:
-            return [0] * len(requests)
+    ) -> np.ndarray | None:
+        """Let the gate decide where prompts end; return every row's decision, int32 ``[T]``."""
+        if self.gate is None:
+            return None
         ends: list[tuple[str, int]] = []
         begin = 0
         for request in requests:
             end = request.prompt_end
-            if end is not None and request.features and self._layout(request).runs:
+            if end is not None and self._layout(request).runs:
                 ends.append((request.request_id, begin + end))
             begin += request.num_rows
         if ends and hidden_states is not None:
-            self._choices.decide(ends, hidden_states)
-        return [self._choices.choice_of(request.request_id) for request in requests]
+            assert isinstance(self._rows, GatedRowTable)
+            self._rows.write_decisions(*self.gate.decide(ends, hidden_states))
+        found = [self.gate.decision_of(request.request_id) for request in requests]
+        num_rows = [request.num_rows for request in requests]
+        return np.repeat(np.array(found, dtype=np.int32), num_rows)
 
-    def _single_code(
-        self, request: RequestRows, embeddings: Mapping[str, torch.Tensor]
-    ) -> int | None:
-        """Return the code of all the request's rows where they have one, behind its images."""
-        layout = self._layout(request) if request.features else None
-        if layout is None or not layout.runs:
-            return self._rows.codes.text(0)
-        if request.first_row < layout.stop_row:
-            return None
-        return self._rows.codes.text(self._slot_of(request, layout.runs[-1], embeddings) or 0)
-
-    def _slot_of(
-        self, request: RequestRows, run: ImageRun, embeddings: Mapping[str, torch.Tensor]
-    ) -> int | None:
-        if not self._has_slots:
-            return None
-        slot = self.table.slot_of(run, embeddings)
-        # A run that ends later is looked up again; its first rows are holes either way.
-        if slot is None and run.text_row < request.first_row + request.num_rows:
-            self._note_miss(request.request_id, run)
-        return slot
-
-    def _fill_request(
+    def _write_request(
         self,
         request: RequestRows,
+        layout: RequestLayout,
         embeddings: Mapping[str, torch.Tensor],
         begin: int,
         out: np.ndarray,
-    ) -> None:
-        def slot_of(run: ImageRun) -> int | None:
-            return self._slot_of(request, run, embeddings)
+    ) -> list[PlacedTokens]:
+        """Write the ids of a request's rows, which begin at row ``begin`` of the batch."""
 
-        layout = self._layout(request)
-        self._rules.write(layout, self._rows.codes, slot_of, request.first_row, out)
-        if self._tokens is None:
-            return
-        for run in self._tokens.write_codes(layout, request.first_row, begin, embeddings, out):
+        def slot_of(run: ImageRun) -> int | None:
+            if not self._has_slots:
+                return None
+            slot = self.table.slot_of(run, embeddings)
+            # A run that ends later is looked up again; its first rows are masked either way.
+            if slot is None and run.text_row < request.first_row + request.num_rows:
+                self._note_miss(request.request_id, run)
+            return slot
+
+        self._write_ids(layout, self._rows.ids, slot_of, request.first_row, out)
+        if self._tokens is None or not layout.runs:
+            return []
+        placed, missing = self._tokens.place(layout, request.first_row, begin, embeddings, out)
+        for run in missing:
             self._note_miss(request.request_id, run)
+        return placed
 
     def _note_miss(self, request_id: str, run: ImageRun) -> None:
         """Count a missing image once per request, not once per step."""
@@ -240,36 +218,14 @@ class DraftRows:
             self.table.count_miss(run)
 
     def _layout(self, request: RequestRows) -> RequestLayout:
+        if not request.features or not self._has_layouts:
+            return _NO_IMAGES
         known = self._layouts.get(request.request_id)
         # Ids may be reused; the features tell whether it is still the same request.
         if known is not None and known[0] is request.features:
             return known[1]
         if len(self._layouts) >= self._max_layouts:
             self._layouts.clear()
-        layout = self._rules.build_layout(request.features)
+        layout = build_layout(request.features)
         self._layouts[request.request_id] = (request.features, layout)
         return layout
-
-    def _set_uniform(self, code: int, choice: int, count: int) -> None:
-        """Set a batch whose tokens all have one code, unless the device holds it already.
-
-        So it is with one request that decodes, and with any number of requests without images.
-        """
-        made = 0 if self._choices is None else self._choices.version
-        wanted = HeldRows(code, choice, count, self.table.stats.computed + made)
-        if self._held is None or not self._held.covers(wanted):
-            self._upload(np.full(count, code, dtype=np.int32))
-            if self._choices is not None:
-                self._upload_choices(np.full(count, choice, dtype=np.int32))
-            self._held = wanted
-
-    def _upload(self, codes_T: np.ndarray) -> None:
-        self._rows.set_batch(np_to_pinned_tensor(codes_T))
-
-    def _upload_choices(self, choices_T: np.ndarray) -> None:
-        assert isinstance(self._rows, GatedRowTable)
-        self._rows.set_choices(np_to_pinned_tensor(choices_T))
-
-
-def _is_uniform(values: Sequence[int | None]) -> bool:
-    return values.count(values[0]) == len(values)

@@ -13,9 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_vispec.spec_decode.adaptor import AdaptorPartial, ImageAdaptor, merge_partials
+from vllm_vispec.spec_decode.adaptor import (
+    AdaptorPartial,
+    ImageAdaptor,
+    TextFusion,
+    merge_partials,
+)
 from vllm_vispec.spec_decode.connectors import note_connector, remedy_for_missing
 from vllm_vispec.spec_decode.layout import FeatureSlice, ImageRun
+from vllm_vispec.spec_decode.row_table import RowTable
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
@@ -37,16 +43,22 @@ class ImageTable:
     """Least-recently-used map from a run of images to a slot of the draft's row table.
 
     Args:
-        adaptor: The draft's vision adaptor; turns embeddings into rows and stores them. None for
-            a head without one, whose table is never asked.
-        num_slots: Slots in the table, slot 0 ("no image") included.
+        rows: The draft's row table; its slot 0 is "no image".
+        fusion: Turns an image's global feature into what it adds to text rows.
+        adaptor: Turns an image's embeddings into rows. None for a head without one, whose table is
+            never asked.
         connector: The KV connector that may bring prompts without their images' features.
     """
 
     def __init__(
-        self, adaptor: ImageAdaptor | None, num_slots: int, connector: str | None = None
+        self,
+        rows: RowTable,
+        fusion: TextFusion | None,
+        adaptor: ImageAdaptor | None,
+        connector: str | None = None,
     ) -> None:
-        self._adaptor, self._connector = adaptor, connector
+        self._rows, self._fusion, self._adaptor = rows, fusion, adaptor
+        self._connector, num_slots = connector, rows.ids.num_slots
         if adaptor is not None and connector is not None:
             note_connector(connector)
         self._free = list(range(num_slots - 1, 0, -1))
@@ -96,7 +108,9 @@ class ImageTable:
             return None
         self.stats.computed += 1
         assert self._adaptor is not None
-        self._adaptor.store(slot, merge_partials(available))
+        assert self._fusion is not None
+        rows_QD = self._adaptor.project(merge_partials(available))
+        self._rows.write_image(slot, self._fusion.offset(rows_QD[-1]), rows_QD[:-1])
         self._slots[run.parts] = slot
         return slot
 
@@ -135,7 +149,7 @@ class ImageTable:
         if output_ND is None:
             return None
         assert self._adaptor is not None
-        partial = self._adaptor.partial(output_ND[part.start : part.stop])
+        partial = self._adaptor.attend(output_ND[part.start : part.stop])
         self._partials[part] = partial
         if len(self._partials) > self._max_partials:
             self._partials.popitem(last=False)

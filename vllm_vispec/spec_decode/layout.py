@@ -2,17 +2,15 @@
 
 Draft row ``p`` pairs the target's hidden state at position ``p`` with the embedding of token
 ``p + 1``.  An image on prompt tokens ``[begin, end)`` therefore occupies draft rows
-``[begin - 1, end - 1)``; the row ``end - 1`` is text again and is the first to use the image's
-global feature (reference semantics 4.1 - 4.4).
+``[begin - 1, end - 1)``. The row ``end - 1`` is text again and is the first to use the image's
+global feature (docs/reference-semantics.md, 4.1 to 4.4).
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
-
-import numpy as np
 
 VISION_MODALITIES = ("image", "video")
 
@@ -57,8 +55,8 @@ class FeatureSlice:
 class ImageRun:
     """A maximal stretch ``[begin, end)`` of vision tokens in the prompt.
 
-    Images that touch form one run, as in the reference (4.8): the adaptor reads all of their
-    embeddings at once.  ``parts`` lists those embeddings in order and is the run's identity.
+    Images that touch form one run (docs/reference-semantics.md, 4.8): the adaptor reads all of
+    their embeddings at once. ``parts`` lists those embeddings in order and is the run's identity.
     """
 
     begin: int
@@ -96,7 +94,7 @@ class RequestLayout:
 
     @cached_property
     def stop_row(self) -> int:
-        """First draft row behind all images, from which on every row has one code."""
+        """First draft row behind all images, from which on all rows have one id."""
         return self.runs[-1].text_row if self.runs else 0
 
     @cached_property
@@ -154,124 +152,9 @@ def build_layout(features: Sequence[FeatureLike]) -> RequestLayout:
 
 
 def _visible_parts(run: _OpenRun) -> tuple[FeatureSlice, ...]:
-    """Drop the embedding of prompt token 0: no draft row pairs with it (reference 4.2)."""
+    """Drop the embedding of prompt token 0: no draft row pairs with it."""
     if run.begin > 0:
         return tuple(run.parts)
     head, *rest = run.parts
     trimmed = FeatureSlice(head.identifier, head.start + 1, head.stop)
     return tuple(part for part in (trimmed, *rest) if part.start < part.stop)
-
-
-@dataclass(frozen=True)
-class RowCodes:
-    """Numbering of the draft's row table.
-
-    Image slot ``s`` owns the codes ``s * num_query_tokens + j``: ``j = 0`` is a text row that
-    carries the image's global feature, ``j >= 1`` is compact token ``j - 1``.  Slot 0 is "no
-    image yet".  The code behind them marks a hole, a row that no query may see.  The last ones are
-    those of a compressor's tokens, one code for each branch that is told apart; what such a row
-    holds is no matter of its code.
-    """
-
-    num_slots: int
-    num_query_tokens: int
-    num_branches: int = 0
-
-    @property
-    def hole(self) -> int:
-        """Code of a masked row."""
-        return self.num_slots * self.num_query_tokens
-
-    @property
-    def size(self) -> int:
-        """Number of codes."""
-        return self.hole + 1 + self.num_branches
-
-    def token(self, branch: int) -> int:
-        """Code of a row that holds a compressor's token of this branch."""
-        return self.hole + 1 + branch
-
-    def text(self, slot: int) -> int:
-        """Code of a text row behind the image in ``slot``."""
-        return slot * self.num_query_tokens
-
-
-def write_row_codes(
-    layout: RequestLayout,
-    codes: RowCodes,
-    slot_of: Callable[[ImageRun], int | None],
-    first_row: int,
-    out: np.ndarray,
-) -> None:
-    """Write the codes of draft rows ``first_row .. first_row + len(out) - 1`` into ``out``.
-
-    A function of absolute position alone, so it serves a whole prompt, a chunk of one, what is
-    left after a prefix hit, a resumed request and decoding alike.
-
-    Args:
-        layout: The request's vision runs.
-        codes: Numbering of the row table.
-        slot_of: Table slot of a run, or None if its features are not available; such a run has
-            no compact tokens and the text behind it is treated as having no image.
-        first_row: Absolute position of the first row.
-        out: int32 ``[num_rows]``.
-    """
-    out[:] = codes.text(0)
-    for run in layout.runs_within(first_row, first_row + len(out)):
-        slot = slot_of(run)
-        out[max(run.text_row - first_row, 0) :] = codes.text(slot or 0)
-        if run.text_row > first_row:
-            _write_image_rows(run, codes, slot, first_row, out)
-
-
-def write_text_codes(
-    layout: RequestLayout,
-    codes: RowCodes,
-    slot_of: Callable[[ImageRun], int | None],
-    first_row: int,
-    out: np.ndarray,
-) -> None:
-    """Like :func:`write_row_codes` for heads without compression: every row is text.
-
-    An image's rows use what the text before it does, the global feature of an earlier image.
-    """
-    out[:] = codes.text(0)
-    for run in layout.runs_ended(first_row, first_row + len(out)):
-        out[max(run.text_row - first_row, 0) :] = codes.text(slot_of(run) or 0)
-
-
-def _write_image_rows(
-    run: ImageRun, codes: RowCodes, slot: int | None, first_row: int, out: np.ndarray
-) -> None:
-    """Holes, then the last ``num_query_tokens - 1`` rows of the run as compact tokens.
-
-    A run with fewer rows than compact tokens keeps the last of the tokens, one per row; the
-    reference leaves that case undefined (4.8).
-    """
-    num_compact = min(codes.num_query_tokens - 1, run.text_row - run.first_row)
-    if slot is None:
-        num_compact = 0
-    begin = max(run.first_row, first_row)
-    end = min(run.text_row, first_row + len(out))
-    out[begin - first_row : end - first_row] = codes.hole
-    compact_begin = run.text_row - num_compact
-    for row in range(max(compact_begin, begin), end):
-        out[row - first_row] = codes.text(slot or 0) + codes.num_query_tokens - (run.text_row - row)
-
-
-@dataclass(frozen=True)
-class RowRules:
-    """How a kind of head lays out its rows: the two functions the engine calls."""
-
-    build_layout: Callable[[Sequence[FeatureLike]], RequestLayout]
-    write: Callable[..., None]
-
-
-def row_rules(compress: bool, global_feature: bool) -> RowRules:
-    """Return the rules of a head with these flags."""
-    if compress:
-        return RowRules(build_layout, write_row_codes)
-    if global_feature:
-        return RowRules(build_layout, write_text_codes)
-    # Without an adaptor no row depends on an image.
-    return RowRules(lambda features: RequestLayout(), write_text_codes)

@@ -3,28 +3,30 @@
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from vllm_vispec.compat.patching import patch
+from vllm_vispec.compressors.gated import PromptLengths
 from vllm_vispec.config import reads_target_states, trims_drafts
 from vllm_vispec.draft_vocab.model import give_own_lm_head
 from vllm_vispec.heads.location import loaded_from_folder
-from vllm_vispec.spec_decode.adaptive_verification import moved_rows
-from vllm_vispec.spec_decode.draft_rows import DraftRows, RequestRows
-from vllm_vispec.spec_decode.prompt_lengths import PromptLengths
+from vllm_vispec.spec_decode.draft_rows import DraftRows
+from vllm_vispec.spec_decode.step import RequestRows
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
 
 
 class ViSpecSpeculator(EagleSpeculator):
-    """vLLM's EAGLE speculator plus row codes; positions are 1-D here already."""
+    """vLLM's EAGLE speculator, with a row id for every token of the batch."""
 
     draft_rows: DraftRows
     hidden_states: torch.Tensor
@@ -54,7 +56,7 @@ class ViSpecSpeculator(EagleSpeculator):
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
         """Learn where the vision tower's output is kept, if the engine takes images at all."""
         super().set_attn(model_state, *args, **kwargs)
-        if self.draft_rows.has_gate:
+        if self.draft_rows.gate is not None:
             self._prompts.follow(model_state)
         if model_state.supports_mm_inputs:
             cache = self._encoder_cache = model_state.encoder_cache
@@ -76,29 +78,29 @@ class ViSpecSpeculator(EagleSpeculator):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Fill the row codes, then draft as EAGLE does."""
-        self._fill_rows(input_batch, last_hidden_states)
+        """Lay the batch's rows out, then draft as EAGLE does."""
+        self._set_rows(input_batch, last_hidden_states)
         read_TD = last_hidden_states[:, : self.hidden_states.shape[1]]
         return super().propose(input_batch, attn_metadata, slot_mappings, read_TD, *args, **kwargs)
 
-    def _fill_rows(self, input_batch: InputBatch, hidden_states: torch.Tensor) -> None:
-        """Set the row codes of a batch, unless the device holds them already."""
+    def _set_rows(self, input_batch: InputBatch, hidden_states: torch.Tensor) -> None:
+        """Set the rows of a batch, unless the device holds them already."""
         count, cache = input_batch.num_reqs, self._encoder_cache
         first_rows = input_batch.num_computed_tokens_np[:count].tolist()
         ids, num_rows = input_batch.req_ids[:count], int(input_batch.num_tokens)
-        if not self.draft_rows.holds(ids, first_rows, num_rows):
+        if not self.draft_rows.serves_step(ids, first_rows, num_rows):
             features = {} if cache is None else cache.mm_features
             outputs = {} if cache is None else cache.encoder_outputs
             requests = _requests(input_batch, features, self._prompts)
-            self.draft_rows.fill(requests, outputs, hidden_states)
+            self.draft_rows.set_step(requests, outputs, hidden_states)
         moved = moved_rows(input_batch) if self._trims_drafts else None
         if moved is not None:
-            self.draft_rows.move(moved)
+            self.draft_rows.select_rows(moved)
 
     def on_prefill_end(self, num_reqs: int) -> None:
-        """Keep each request's last code for the one-token steps; outside any graph."""
+        """Keep each request's last row for the one-token steps; outside any graph."""
         super().on_prefill_end(num_reqs)
-        self.draft_rows.move(self.last_token_indices[:num_reqs])
+        self.draft_rows.select_rows(self.last_token_indices[:num_reqs])
 
 
 @lru_cache
@@ -123,7 +125,31 @@ def _requests(
             features=features.get(request_id, ()),
             first_row=computed[index],
             num_rows=starts[index + 1] - starts[index],
-            num_prompt_tokens=prompts.get(request_id),
+            num_prompt_tokens=prompts.length_of(request_id),
         )
         for index, request_id in enumerate(input_batch.req_ids[: input_batch.num_reqs])
     ]
+
+
+def moved_rows(batch: InputBatch) -> torch.Tensor | None:
+    """Return, for every row of the requests with drafts, a row of the same request.
+
+    Adaptive verification trims drafts. The host knows how many draft tokens are verified in all and
+    spreads them evenly; how many each request keeps is decided on the device and never read back.
+    Requests with drafts come first, so everything behind them lies where the host thinks. A request
+    with drafts is past its prompt, so all its rows have one id, and only the borders between such
+    requests have to be moved.
+
+    Returns:
+        int64 ``[V]`` on the device: indices into the batch as the host laid it out. None if the
+        host's layout is the true one.
+    """
+    drafts_R = batch.num_draft_tokens_per_req
+    if drafts_R is None or not 0 < batch.num_draft_tokens < int(drafts_R.sum()):
+        return None
+    count = int(np.count_nonzero(drafts_R[: batch.num_reqs]))
+    starts = batch.query_start_loc_np[: count + 1].astype(np.int64)
+    ends_V = batch.query_start_loc[1 : count + 1]
+    rows_V = torch.arange(int(starts[-1]), device=ends_V.device, dtype=ends_V.dtype)
+    owner_V = torch.searchsorted(ends_V, rows_V, right=True)
+    return async_tensor_h2d(starts[:-1], ends_V.device)[owner_V]

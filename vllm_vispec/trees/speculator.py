@@ -198,7 +198,7 @@ class TreeSpeculator(ViSpecSpeculator):
             num_requests = min(num_requests, self.max_num_tokens // self._width)
         rows_R = torch.arange(num_requests, device=self.device)
         if num_requests * self._width <= self.max_num_tokens:
-            self.draft_rows.move(spread_rows(rows_R, num_requests, self._width))
+            self.draft_rows.select_rows(spread_rows(rows_R, num_requests, self._width))
             self._grow_first(num_requests, bound_R[:num_requests], is_profile=is_profile)
             return
         buffers = self.idx_mapping, self.input_buffers.positions, self._root_hidden
@@ -211,7 +211,7 @@ class TreeSpeculator(ViSpecSpeculator):
             self.idx_mapping[count:] = NO_REQUEST
             self.block_tables.gather_block_tables(input_batch.idx_mapping[part], count)
             rows = spread_rows(rows_R, count, self._width)
-            self.draft_rows.move(rows)
+            self.draft_rows.select_rows(rows)
             rows_R = torch.arange(count * self._width, len(rows), device=self.device)
             self._grow_first(count, bound_R[part], is_profile=False)
             drafts_RN[part] = self.draft_tokens[:count]

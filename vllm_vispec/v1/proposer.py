@@ -11,7 +11,8 @@ from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import reads_embeddings, reads_target_states
 from vllm_vispec.draft_vocab.model import give_own_lm_head
 from vllm_vispec.heads.location import loaded_from_folder
-from vllm_vispec.spec_decode.draft_rows import DraftRows, RequestRows
+from vllm_vispec.spec_decode.draft_rows import DraftRows
+from vllm_vispec.spec_decode.step import RequestRows
 
 
 class StayingRows(NamedTuple):
@@ -34,7 +35,7 @@ def staying_rows(starts_R1: torch.Tensor, new_starts_R1: torch.Tensor) -> torch.
 
 
 class ViSpecProposer(EagleProposer):
-    """vLLM's EAGLE proposer plus row codes and plain 1-D positions."""
+    """vLLM's EAGLE proposer, with a row id for every token of the batch and plain 1-D positions."""
 
     draft_rows: DraftRows
     hidden_states: torch.Tensor
@@ -60,20 +61,18 @@ class ViSpecProposer(EagleProposer):
         patch(self._runner, "reset_encoder_cache", self.draft_rows.reset_encoder_cache)
 
     def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> Any:
-        """Fill row codes after vLLM has laid out the first draft pass."""
+        """Set the rows after vLLM has laid out the first draft pass."""
         width = self.hidden_states.shape[1]
         kwargs["target_hidden_states"] = kwargs["target_hidden_states"][:, :width]
         num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
         self._first_draft_rows = token_indices
         batch = self._runner.input_batch
         first_rows = batch.num_computed_tokens_cpu[: batch.num_reqs].tolist()
-        holds = self.draft_rows.holds(batch.req_ids, first_rows, int(metadata.num_actual_tokens))
-        if holds:
-            return num_tokens, token_indices, metadata
-        starts = metadata.query_start_loc_cpu.tolist()
-        self.draft_rows.fill(
-            self._requests(starts), self._runner.encoder_cache, self.hidden_states[:num_tokens]
-        )
+        num_rows = int(metadata.num_actual_tokens)
+        if not self.draft_rows.serves_step(batch.req_ids, first_rows, num_rows):
+            requests = self._requests(metadata.query_start_loc_cpu.tolist())
+            states = self.hidden_states[:num_tokens]
+            self.draft_rows.set_step(requests, self._runner.encoder_cache, states)
         return num_tokens, token_indices, metadata
 
     def prepare_inputs(self, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +93,7 @@ class ViSpecProposer(EagleProposer):
         return super().build_model_inputs_first_pass(num_tokens, num_input_tokens, mm_embed_inputs)
 
     def _set_positions(self, num_tokens: int, positions: torch.Tensor) -> None:
-        """Take plain positions ``[T]`` where the target's are M-RoPE; the draft's never are (4.7).
+        """Take plain positions ``[T]`` where the target's are M-RoPE; the draft's never are.
 
         The runner keeps them on the device for its slot mapping, right under asynchronous
         scheduling too.
@@ -107,7 +106,7 @@ class ViSpecProposer(EagleProposer):
 
     def _requests(self, starts: list[int]) -> list[RequestRows]:
         batch, states = self._runner.input_batch, self._runner.requests
-        has_gate = self.draft_rows.has_gate
+        has_gate = self.draft_rows.gate is not None
         return [
             RequestRows(
                 request_id=request_id,
@@ -120,9 +119,9 @@ class ViSpecProposer(EagleProposer):
         ]
 
     def _update_positions_dependent_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        """Before the first one-token step, keep each request's last code."""
+        """Before the first one-token step, keep each request's last row."""
         if self._first_draft_rows is not None:
-            self.draft_rows.move(self._first_draft_rows)
+            self.draft_rows.select_rows(self._first_draft_rows)
             self._first_draft_rows = None
         return super()._update_positions_dependent_metadata(*args, **kwargs)
 

@@ -154,7 +154,7 @@ class TreeProposer(ViSpecProposer):
             if num_passes:
                 count = part.stop - part.start
                 rows = spread_rows(rows_R, count, width)
-                self.draft_rows.move(rows)
+                self.draft_rows.select_rows(rows)
                 rows_R = torch.arange(count * width, len(rows), device=rows.device)
                 passes = self._passes(root_R[part], width, num_passes, _part_of(batch, part))
                 self._run_passes(grower, frontier, hidden_RD[part], passes)

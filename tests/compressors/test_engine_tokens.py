@@ -1,4 +1,4 @@
-"""Tokens of compressors in the engine's rows, and the gate's choices, against the PyTorch plan.
+"""Tokens of compressors in the engine's rows, and the gate's decisions, against the PyTorch plan.
 
 Shapes: D hidden size, M tokens, K branches.
 """
@@ -17,14 +17,14 @@ import torch.nn.functional as F
 
 from tests.spec_decode.test_layout import Feature, feature
 from tests.support.heads import BASE
-from vllm_vispec.compressors.gated_attention import query_scale
+from vllm_vispec.compressors.gated import GatedRowTable, query_scale
 from vllm_vispec.compressors.spec import parse_compressor
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.models.vispec import make_compressor, make_rows
 from vllm_vispec.reference import plan_rows
 from vllm_vispec.spec_decode.adaptor import ImageAdaptor, TextFusion
-from vllm_vispec.spec_decode.draft_rows import DraftRows, RequestRows
-from vllm_vispec.spec_decode.row_table import GatedRowTable
+from vllm_vispec.spec_decode.draft_rows import DraftRows
+from vllm_vispec.spec_decode.step import RequestRows
 
 SELECT = "select(prune:3,pool:2,resampler:2,text_only)"
 SPECS = (
@@ -50,7 +50,7 @@ def draft_rows(head: HeadConfig, max_requests: int = 4) -> tuple[DraftRows, Any]
     torch.manual_seed(0)
     rows, fusion = make_rows(head, 8, MAX_ROWS, max_requests), TextFusion(SIZE)
     torch.nn.init.normal_(fusion.weight)
-    adaptor = ImageAdaptor(head, fusion, rows) if head.has_adaptor else None
+    adaptor = ImageAdaptor(head) if head.has_adaptor else None
     compressor = make_compressor(head)
     assert compressor is not None
     if compressor.gate is not None:
@@ -77,14 +77,14 @@ def embeddings_of(spans: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
 def filled(
     found: DraftRows, rows: Any, features: list[Feature], sizes: list[int], embeds: Mapping
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and offsets of a prompt's rows that come in chunks."""
-    codes, offsets, first = [], [], 0
+    """Ids and offsets of a prompt's rows that come in chunks."""
+    ids, offsets, first = [], [], 0
     for size in sizes:
-        found.fill([RequestRows("r", features, first, size)], embeds)
-        codes.append(rows.row_codes[:size].clone())
+        found.set_step([RequestRows("r", features, first, size)], embeds)
+        ids.append(rows.row_ids[:size].clone())
         offsets.append(rows.batch_offset[:size].clone())
         first += size
-    return torch.cat(codes), torch.cat(offsets)
+    return torch.cat(ids), torch.cat(offsets)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -100,23 +100,23 @@ def test_tokens_stand_where_the_plan_says_however_the_prompt_is_cut(
     sizes: list[int] = []
     while sum(sizes) < length:
         sizes.append(min(rng.randint(1, 7), length - sum(sizes)))
-    codes, offsets = filled(found, model.rows, features, sizes, embeds)
+    ids, offsets = filled(found, model.rows, features, sizes, embeds)
     spec = parse_compressor(compressor)
     plan = plan_rows(length, spans, 1, compressor=spec)
     numbers = {span: i for i, span in enumerate(spans)}
     by_start = {max(a, 1): numbers[a, b] for a, b in spans}
     kept = dict(zip(plan.positions, range(len(plan.positions)), strict=True))
     for row in range(length):
-        code = int(codes[row])
+        row_id = int(ids[row])
         if row not in kept:
-            assert code == model.rows.codes.hole
+            assert row_id == model.rows.ids.masked
             continue
         index = kept[row]
         if plan.token_of_row[index] < 0:
-            assert code == 0
+            assert row_id == 0
             continue
         branch = plan.branch_of_row[index] if spec.gated else 0
-        assert code == model.rows.codes.token(branch)
+        assert row_id == model.rows.ids.branch(branch)
         start, end = plan.images[plan.image_of_row[index]]
         image_ND = embeds[str(by_start[start])][-(end - start) :]
         (tokens_MD,) = model.compressor([image_ND])
@@ -142,7 +142,7 @@ def test_tokens_beyond_the_bound_are_forgotten() -> None:
     assert found._tokens is not None
     for name in "abc":
         embeds = {name: torch.randn(30, SIZE)}
-        found.fill([RequestRows(name, [feature(name, (1, 31))], 0, 40)], embeds)
+        found.set_step([RequestRows(name, [feature(name, (1, 31))], 0, 40)], embeds)
     assert [part.identifier for part in found._tokens._known] == ["b", "c"]
 
 
@@ -153,15 +153,15 @@ def test_an_image_without_embeddings_is_all_holes_and_counted(
     found, model = draft_rows(head_of("pool:2", global_feature))
     request = RequestRows("r", [feature("0", (2, 8))], 0, 12)
     for _ in range(2):
-        found.fill([request], {})
-        hole = model.rows.codes.hole
-        assert model.rows.row_codes[:12].tolist() == [0, *[hole] * 6, *[0] * 5]
+        found.set_step([request], {})
+        masked = model.rows.ids.masked
+        assert model.rows.row_ids[:12].tolist() == [0, *[masked] * 6, *[0] * 5]
         assert found.table.stats.misses == 1
 
 
 def test_without_tokens_no_embeddings_are_missed() -> None:
     found, _ = draft_rows(head_of("text_only"))
-    found.fill([RequestRows("r", [feature("0", (2, 8))], 0, 12)], {})
+    found.set_step([RequestRows("r", [feature("0", (2, 8))], 0, 12)], {})
     assert found.table.stats.misses == 0
 
 
@@ -185,70 +185,53 @@ def test_a_gate_decides_at_the_prompts_end_and_for_its_request_alone() -> None:
     found, model = draft_rows(head_of("weighted(prune:2,pool:2)"))
     rows: GatedRowTable = model.rows
     state = torch.cat((gate_state(1.0)[:10], gate_state(-3.0)[:10]))
-    found.fill([ask("a"), ask("b")], EMBEDS, state)
+    found.set_step([ask("a"), ask("b")], EMBEDS, state)
     wanted_2K = model.compressor.decide(state[[9, 19]]).bias_GK * query_scale(BASE.head_dim)
-    torch.testing.assert_close(rows.batch_query_code[[9, 19]], wanted_2K)
+    torch.testing.assert_close(rows.batch_branch_query[[9, 19]], wanted_2K)
     assert not torch.allclose(*wanted_2K)
-    found.move(torch.tensor([9, 19]))
-    torch.testing.assert_close(rows.batch_query_code[:2], wanted_2K)
+    found.select_rows(torch.tensor([9, 19]))
+    torch.testing.assert_close(rows.batch_branch_query[:2], wanted_2K)
     # Decoding: other rows, another order, a request without images between them.
     text = RequestRows("text", [], 30, 2, num_prompt_tokens=10)
-    found.fill([ask("b", 12, 2), text, ask("a", 14, 2)], {}, torch.zeros(6, SIZE))
-    torch.testing.assert_close(rows.batch_query_code[0], wanted_2K[1])
-    assert rows.batch_query_code[2:4].eq(0).all()
-    torch.testing.assert_close(rows.batch_query_code[4], wanted_2K[0])
+    found.set_step([ask("b", 12, 2), text, ask("a", 14, 2)], {}, torch.zeros(6, SIZE))
+    torch.testing.assert_close(rows.batch_branch_query[0], wanted_2K[1])
+    assert rows.batch_branch_query[2:4].eq(0).all()
+    torch.testing.assert_close(rows.batch_branch_query[4], wanted_2K[0])
 
 
 @torch.no_grad()
-def test_a_choice_is_that_of_the_whole_prompt_however_it_comes() -> None:
+def test_a_decision_is_that_of_the_whole_prompt_however_it_comes() -> None:
     """In chunks, behind a cached prefix, and behind the prompt after a preemption."""
     wanted = None
     for sizes in ([10], [4, 6], [9, 1]):
         found, model = draft_rows(head_of(SELECT))
         first, state = 0, gate_state(1.0)
         for size in sizes:
-            found.fill([ask("a", first, size)], EMBEDS, state[first : first + size])
+            found.set_step([ask("a", first, size)], EMBEDS, state[first : first + size])
             first += size
-        code = model.rows.batch_query_code[sizes[-1] - 1].clone()
+        code = model.rows.batch_branch_query[sizes[-1] - 1].clone()
         assert wanted is None or torch.equal(code, wanted)
         wanted = code
-    found.fill([ask("a", 12, 5)], {}, torch.zeros(5, SIZE))
-    assert torch.equal(model.rows.batch_query_code[4], wanted)
+    found.set_step([ask("a", 12, 5)], {}, torch.zeros(5, SIZE))
+    assert torch.equal(model.rows.batch_branch_query[4], wanted)
 
 
 @torch.no_grad()
-def test_one_request_that_decodes_needs_no_upload(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, model = draft_rows(head_of(SELECT))
-    found.fill([ask("a")], EMBEDS, gate_state(1.0)[:10])
-    found.fill([ask("a", 10, 6)], {}, torch.zeros(6, SIZE))
-    held = model.rows.batch_query_code[:6].clone()
-    uploads: list[str] = []
-    monkeypatch.setattr(found, "_upload", lambda codes: uploads.append("codes"))
-    monkeypatch.setattr(found, "_upload_choices", lambda choices: uploads.append("choices"))
-    found.move(torch.tensor([5]))
-    found.fill([ask("a", 16, 6)], {}, torch.zeros(6, SIZE))
-    assert uploads == []
-    assert torch.equal(model.rows.batch_query_code[:6], held)
-    found.fill([ask("b", 10, 6)], {}, torch.zeros(6, SIZE))
-    assert uploads == ["codes", "choices"]
-
-
-@torch.no_grad()
-def test_the_least_recent_choice_makes_room() -> None:
+def test_the_least_recent_decision_makes_room() -> None:
     found, model = draft_rows(head_of(SELECT), max_requests=1)
-    assert found._choices is not None
+    assert found.gate is not None
     for name in "abcd":
-        found.fill([ask(name)], EMBEDS, gate_state(1.0)[:10])
-    found.fill([ask("a", 12, 1)], {}, torch.zeros(1, SIZE))
-    found.fill([ask("e")], EMBEDS, gate_state(1.0)[:10])
-    choices = {name: found._choices.choice_of(name) for name in "abcde"}
-    assert choices["b"] == 0
-    assert sorted(choices.values()) == [0, 1, 2, 3, 4]
-    assert len(model.rows.query_code) == 5
+        found.set_step([ask(name)], EMBEDS, gate_state(1.0)[:10])
+    found.set_step([ask("a", 12, 1)], {}, torch.zeros(1, SIZE))
+    found.set_step([ask("e")], EMBEDS, gate_state(1.0)[:10])
+    decisions = {name: found.gate.decision_of(name) for name in "abcde"}
+    assert decisions["b"] == 0
+    assert sorted(decisions.values()) == [0, 1, 2, 3, 4]
+    assert len(model.rows.branch_query) == 5
 
 
 def test_a_prompt_that_is_one_image_is_decided_at_its_last_token() -> None:
     found, model = draft_rows(head_of(SELECT))
     request = RequestRows("r", [feature("0", (0, 6))], 0, 6, num_prompt_tokens=6)
-    found.fill([request], {"0": torch.randn(6, SIZE)}, torch.randn(6, SIZE))
-    assert bool(model.rows.batch_query_code[5].ne(0).any())
+    found.set_step([request], {"0": torch.randn(6, SIZE)}, torch.randn(6, SIZE))
+    assert bool(model.rows.batch_branch_query[5].ne(0).any())

@@ -1,23 +1,31 @@
-"""Biases through padded channels equal an additive mask; holes stay invisible beside them.
+"""Biases through padded channels equal an additive mask; masked positions stay invisible.
 
 Shapes: T rows, H heads, h head size, P padded head size, K branches.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from vllm_vispec.compressors.gate import HIDDEN_BIAS
-from vllm_vispec.compressors.gated_attention import GatedAttention, query_scale
-from vllm_vispec.models.attention import MIN_MASK_LOGIT, least_head_size, mask_logit
-from vllm_vispec.spec_decode.layout import RowCodes
-from vllm_vispec.spec_decode.row_table import GatedRowTable
+from vllm_vispec.compressors.gated import (
+    PROMPTS_PER_REQUEST,
+    GatedAttention,
+    GatedRowTable,
+    PromptLengths,
+    query_scale,
+)
+from vllm_vispec.models.padded_heads import MIN_MASK_LOGIT, least_head_size, mask_logit
+from vllm_vispec.spec_decode.step import DraftStep, RowIds
 
 HEADS, HEAD, EXTRA, ROWS = 2, 16, 32, 9
-CODES = RowCodes(num_slots=1, num_query_tokens=1, num_branches=3)
+IDS = RowIds(num_slots=1, num_query_tokens=1, num_branches=3)
 
 
 def gated(dtype: torch.dtype) -> GatedAttention:
@@ -26,10 +34,15 @@ def gated(dtype: torch.dtype) -> GatedAttention:
     nn.Module.__init__(attention)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    attention.rows = GatedRowTable(CODES, HEADS * HEAD, ROWS, num_choices=4)
+    attention.rows = GatedRowTable(IDS, HEADS * HEAD, ROWS, num_decisions=4)
     torch.set_default_dtype(before)
     attention.head_dim, attention.padded_size, attention.num_branches = HEAD, HEAD + EXTRA, 3
     return attention
+
+
+def set_step(rows: GatedRowTable, ids: list[int], decisions: list[int]) -> None:
+    both = (np.array(values, dtype=np.int32) for values in (ids, decisions))
+    rows.set_step(DraftStep(next(both), decisions_T=next(both)))
 
 
 def scores(q_TE: torch.Tensor, k_TE: torch.Tensor, size: int) -> torch.Tensor:
@@ -49,18 +62,17 @@ def test_biases_equal_an_additive_mask(dtype: torch.dtype, tolerance: float) -> 
     weights = {f"{name}_proj.weight": torch.randn(size, size) * 0.1 for name in "qkvo"}
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
     bias_CK = torch.tensor([[0, HIDDEN_BIAS, HIDDEN_BIAS], [-0.5, -1.2, -2.7]])
-    rows.decide(torch.tensor([1, 2]), bias_CK * query_scale(HEAD))
-    first = CODES.token(0)
-    codes = [0, first, CODES.hole, first + 1, first + 2, CODES.hole, first, 0, 0]
-    rows.set_batch(torch.tensor(codes, dtype=torch.int32))
-    choices = [0, 1, 1, 1, 1, 2, 2, 2, 2]
-    rows.set_choices(torch.tensor(choices, dtype=torch.int32))
+    rows.write_decisions(torch.tensor([1, 2]), bias_CK * query_scale(HEAD))
+    first = IDS.branch(0)
+    ids = [0, first, IDS.masked, first + 1, first + 2, IDS.masked, first, 0, 0]
+    decisions = [0, 1, 1, 1, 1, 2, 2, 2, 2]
+    set_step(rows, ids, decisions)
     wide = attention.pad_weights(weights)
     x_TD = torch.randn(ROWS, size).to(dtype)
     q_TE, k_TE = (
         F.linear(x_TD, wide[f"{n}_proj.weight"], wide[f"{n}_proj.bias"].to(dtype)) for n in "qk"
     )
-    q_TE, k_TE = attention.mark(q_TE, k_TE)
+    q_TE, k_TE = attention.add_channels(q_TE, k_TE)
     channels = torch.zeros(1, HEADS, HEAD + EXTRA, dtype=dtype)
     channels[..., HEAD + 3 :] = 1
     k_TE = k_TE + rows.key_mask_of(ROWS) * channels.flatten(1)
@@ -68,9 +80,9 @@ def test_biases_equal_an_additive_mask(dtype: torch.dtype, tolerance: float) -> 
 
     plain_q, plain_k = (F.linear(x_TD, weights[f"{name}_proj.weight"]) for name in "qk")
     biases_C4 = F.pad(torch.cat((torch.zeros(1, 3), bias_CK)), (0, 1))
-    branch_T = torch.tensor([code - first if code >= first else 3 for code in codes])
-    wanted_HTT = scores(plain_q, plain_k, HEAD) + biases_C4[torch.tensor(choices)][:, branch_T]
-    seen_T = torch.tensor(codes) != CODES.hole
+    branch_T = torch.tensor([row_id - first if row_id >= first else 3 for row_id in ids])
+    wanted_HTT = scores(plain_q, plain_k, HEAD) + biases_C4[torch.tensor(decisions)][:, branch_T]
+    seen_T = torch.tensor(ids) != IDS.masked
     torch.testing.assert_close(
         found_HTT[..., seen_T].softmax(-1),
         wanted_HTT[..., seen_T].softmax(-1),
@@ -88,15 +100,34 @@ def test_masking_keeps_enough_channels(branches: int, least: int) -> None:
 
 
 @torch.no_grad()
-def test_rows_keep_their_own_codes() -> None:
+def test_rows_keep_their_own_channels() -> None:
     attention = gated(torch.float32)
     rows = attention.rows
-    rows.decide(torch.tensor([1]), torch.tensor([[1.0, 2.0, 3.0]]))
-    rows.set_batch(torch.tensor([0, CODES.hole, CODES.token(2)], dtype=torch.int32))
-    rows.set_choices(torch.tensor([0, 1, 1], dtype=torch.int32))
-    query, key = rows.branch_codes(3)
+    rows.write_decisions(torch.tensor([1]), torch.tensor([[1.0, 2.0, 3.0]]))
+    set_step(rows, [0, IDS.masked, IDS.branch(2)], [0, 1, 1])
+    query, key = rows.branch_channels(3)
     assert query.tolist() == [[0, 0, 0], [1, 2, 3], [1, 2, 3]]
     assert key.tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 128]]
-    rows.keep_rows(torch.tensor([2]))
-    query, key = rows.branch_codes(1)
+    rows.select_rows(torch.tensor([2]))
+    query, key = rows.branch_channels(1)
     assert query.tolist() == [[1, 2, 3]]
+
+
+def test_prompt_lengths_are_noted_and_requests_passed_on() -> None:
+    added: list[tuple[int, str]] = []
+    state = SimpleNamespace(add_request=lambda index, new: added.append((index, new.req_id)))
+    prompts = PromptLengths(2)
+    prompts.follow(state)
+    state.add_request(1, SimpleNamespace(req_id="a", prompt_len=7))
+    assert added == [(1, "a")]
+    assert prompts.length_of("a") == 7
+    assert prompts.length_of("dummy") == 0
+
+
+def test_the_oldest_prompt_lengths_make_room() -> None:
+    prompts = PromptLengths(1)
+    for index in range(PROMPTS_PER_REQUEST):
+        prompts.note(str(index), index + 1)
+    prompts.note("0", 5)
+    prompts.note("new", 9)
+    assert [prompts.length_of(name) for name in ("0", "1", "new")] == [5, 0, 9]
