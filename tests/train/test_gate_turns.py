@@ -9,8 +9,8 @@ import torch
 
 from tests.train.samples import COMPRESSORS, HEADS, all_samples, random_draft, random_sample
 from vllm_vispec.compressors.gate import HIDDEN_BIAS, GateOutput, balance
-from vllm_vispec.compressors.turns import gate_rows
 from vllm_vispec.compressors.spec import parse_compressor
+from vllm_vispec.compressors.turns import gate_rows
 from vllm_vispec.reference import decide
 from vllm_vispec.train.batch import DraftBatch, pad_batch
 from vllm_vispec.train.config import LossSettings
