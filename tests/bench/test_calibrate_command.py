@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from tests.bench.pairs_to_estimate import CHECKPOINTS, QWEN_7B, ROOT, TYPICAL, folder
-from vllm_vispec.bench.calibrate import MeasuredCell, hold_out, read_measured
+from tests.bench.pairs_to_estimate import CHECKPOINTS, ROOT, TYPICAL
+from vllm_vispec.bench.calibrate import hold_out, read_measured
 from vllm_vispec.bench.roofline import Hardware, draft_shape, predict, target_shape
 from vllm_vispec.bench.schema import (
     CELLS_FILE,
@@ -79,26 +78,6 @@ def test_cells_held_out_of_a_run_are_predicted(tmp_path: Path) -> None:
     assert "| batch | K | cell |" in result.output
 
 
-def test_a_result_file_of_decode_speed() -> None:
-    """Committed measurements, so that no clock is involved."""
-    result = run_command(str(RESULTS), *PAIR, "--context", "150", "--hold-out", "k=5")
-    assert result.exit_code == 0, result.output
-    rows = [line for line in result.output.splitlines() if "| held out | " in line]
-    assert [row.split("|")[2].strip() for row in rows if row.startswith("| 1 |")] == ["plain", "5"]
-
-
-@pytest.mark.parametrize(
-    ("text", "held"),
-    [("batch=4", [4]), ("batch=1,16", [1, 16]), ("k=3", [])],
-)
-def test_hold_out(text: str, held: list[int]) -> None:
-    cells = [MeasuredCell(batch, 2, 1, (), 1.0, 2) for batch in (1, 4, 16)]
-    choose = hold_out(text)
-    assert choose is not None
-    assert [cell.batch for cell in cells if choose(cell)] == held
-    assert hold_out("every-third") is None
-
-
 @pytest.mark.parametrize("text", ["batch", "batch=", "side=3", "k=x"])
 def test_hold_out_that_is_not_understood(text: str) -> None:
     with pytest.raises(ViSpecError, match="use every-third, batch=16,32 or k=5"):
@@ -122,14 +101,6 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, change: dict[str, Any], sa
         read_measured(tmp_path / given["path"], given["side"], given["context"])
 
 
-def test_too_few_cells_end_the_command_with_one_line(tmp_path: Path) -> None:
-    run = run_folder(tmp_path / "run", (1,), (2,))
-    result = run_command(str(run), *PAIR)
-    assert result.exit_code == 1
-    assert "too few to calibrate on" in result.stderr
-    assert result.stderr.count("\n") == 1
-
-
 # Keys and values by number
 
 NUMBERS = {
@@ -143,31 +114,3 @@ NUMBERS = {
     "--batch-size": "32",
     "--context": "4000",
 }
-
-
-def estimated(*more: str) -> float:
-    result = RUNNER.invoke(app, ["bench", "estimate", *chain(*NUMBERS.items()), *more])
-    assert result.exit_code == 0, result.output
-    row = next(line for line in result.output.splitlines() if line.startswith("| 32 | 3 |"))
-    return float(row.split("|")[6])
-
-
-def test_keys_and_values_make_passes_longer() -> None:
-    """The plain pass in ms; the head's keys and values are not in it."""
-    without = estimated()
-    read = 32 * 4000 * 57344 / 2600e9 * 1000
-    with_both = estimated(
-        "--target-kv-bytes-per-token", "57344", "--head-kv-bytes-per-token", "2048"
-    )
-    assert with_both == pytest.approx(without + read, abs=0.02)
-    assert estimated("--head-kv-bytes-per-token", "2048") == pytest.approx(without, abs=0.01)
-
-
-def test_keys_and_values_of_a_folder_are_not_given_twice(tmp_path: Path) -> None:
-    target = str(folder(tmp_path / "target", QWEN_7B))
-    arguments = ["--target", target, "--head", target, "--target-kv-bytes-per-token", "1"]
-    result = RUNNER.invoke(
-        app, ["bench", "estimate", *arguments, "--device", "h100-sxm", "--acceptance-rate", "0.7"]
-    )
-    assert result.exit_code == 1
-    assert "--target-kv-bytes-per-token goes with --target-parameters" in result.stderr

@@ -94,16 +94,3 @@ def test_an_unreadable_image_makes_room_for_the_next_sample(tiny: Path) -> None:
     dataset = load_dataset("tiny", tiny, options)
     assert len(dataset.samples) == 2
     assert list(rejections(dataset)) == [first.sample_id]
-
-
-def test_options_are_checked() -> None:
-    with pytest.raises(ViSpecError, match="limit 0 leaves no sample"):
-        DatasetOptions(limit=0)
-    with pytest.raises(ViSpecError, match="max_tokens 0 leaves no answer"):
-        DatasetOptions(max_tokens=0)
-
-
-def test_image_root(tiny: Path, tmp_path: Path) -> None:
-    file = write_lines(tmp_path / "elsewhere" / "q.jsonl", tiny_record(3, "charts"))
-    (sample,) = load_dataset("tiny", file, DatasetOptions(image_root=tiny)).samples
-    assert sample.images == (str((tiny / "images" / "3.png").resolve()),)

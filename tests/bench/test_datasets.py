@@ -85,21 +85,6 @@ def test_mmspec_measures_every_turn(mmspec: Path) -> None:
     }
 
 
-def test_mmspec_takes_what_the_descriptions_leave_open(tmp_path: Path) -> None:
-    picture(tmp_path / "charts" / "a.png")
-    picture(tmp_path / "images" / "b.png")
-    write_lines(
-        tmp_path / "mmspec.jsonl",
-        {"id": 1, "image": "charts/a.png", "turns": ["Q?"], "topic": "Chart-Understanding"},
-        {"id": 2, "image": ["charts/a.png", "b.png"], "prompt": "Q?", "topic": "maps"},
-        {"id": 3, "question": "Q?"},
-    )
-    samples = by_id(load_dataset("mmspec", tmp_path))
-    assert samples["1"].family == "charts"
-    assert (samples["2"].family, len(samples["2"].images)) == ("maps", 2)
-    assert (samples["3"].family, samples["3"].images) == (UNLABELLED, ())
-
-
 def test_unusable_records_are_counted_with_reasons(mmspec: Path) -> None:
     file = mmspec / "mmspec.jsonl"
     (mmspec / "images" / "broken.png").write_bytes(b"no picture")
@@ -152,20 +137,6 @@ def test_missing_files_say_what_is_expected(tmp_path: Path) -> None:
         load_dataset("coco", tmp_path)
 
 
-def test_a_dataset_without_samples_is_an_error(tmp_path: Path) -> None:
-    file = write_lines(tmp_path / "empty.jsonl")
-    with pytest.raises(ViSpecError, match=r"gives no sample \(empty\)"):
-        load_dataset("openai", file)
-    file = write_lines(tmp_path / "bad.jsonl", {"id": 1}, {"id": 2})
-    with pytest.raises(ViSpecError, match="all 2 records are unusable, first: line 1: the record"):
-        load_dataset("openai", file)
-    (tmp_path / "b.png").write_bytes(b"no picture")
-    content = [{"type": "image", "image": "b.png"}, {"type": "text", "text": "Q?"}]
-    record = {"id": 1, "messages": [{"role": "user", "content": content}]}
-    with pytest.raises(ViSpecError, match="all 1 records are unusable, first: image "):
-        load_dataset("openai", write_lines(tmp_path / "images.jsonl", record))
-
-
 def openai_record(name: str, *texts: str, image: str | None = None) -> dict[str, Any]:
     """Messages of the user and the assistant in turns."""
     messages: list[dict[str, Any]] = [
@@ -194,14 +165,3 @@ def test_openai_asks_the_last_question_behind_the_recorded_answers(tmp_path: Pat
     asked = (Part(image=str(image.resolve())), Part(text="What is it?"))
     assert samples["llava"].turns == (Turn("user", asked),)
     assert samples["llava"].family == UNLABELLED
-
-
-def test_openai_refuses_what_cannot_be_asked(tmp_path: Path) -> None:
-    answer_first = openai_record("first", "Q?", "A.", "Q?")
-    answer_first["messages"] = answer_first["messages"][1:]
-    only_answer = openai_record("none", "Q?", "A.")
-    only_answer["messages"] = only_answer["messages"][1:]
-    records = (openai_record("good", "Q?"), answer_first, only_answer)
-    dataset = load_dataset("openai", write_lines(tmp_path / "in.jsonl", *records))
-    assert [sample.sample_id for sample in dataset.samples] == ["good"]
-    assert rejections(dataset) == {"first": "it begins with an answer", "none": "no question"}

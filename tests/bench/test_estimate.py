@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 
 from tests.bench.pairs_to_estimate import (
-    CHECKPOINTS,
     DRAFT,
     HARDWARE,
     PERFECT,
@@ -23,7 +21,6 @@ from tests.bench.pairs_to_estimate import (
     speedup,
 )
 from vllm_vispec.bench.estimate import (
-    DEVICES,
     EstimateOptions,
     estimate,
     estimate_to_markdown,
@@ -32,7 +29,6 @@ from vllm_vispec.bench.roofline import (
     FREE,
     Hardware,
     PassShape,
-    acceptance_length,
     draft_shape,
     predict,
     target_shape,
@@ -47,16 +43,6 @@ def test_perfect_acceptance_and_a_free_draft_give_k_plus_one(k: int) -> None:
     assert speedup(PERFECT, k, draft=FREE) == pytest.approx(k + 1)
 
 
-@pytest.mark.parametrize("k", [1, 4, 8])
-@pytest.mark.parametrize("batch", [1, 16, 256])
-def test_without_acceptance_it_is_slower_than_plain(k: int, batch: int) -> None:
-    assert speedup((0.0,) * 8, k, batch) < 1
-
-
-def test_without_drafts_it_is_plain() -> None:
-    assert speedup(k=0) == 1
-
-
 def test_a_pass_at_batch_1_is_bound_by_bandwidth_and_verifying_is_free() -> None:
     one = predict(TARGET, DRAFT, HARDWARE, TYPICAL, 4, 1, 500)
     assert (one.plain_bound, one.verify_bound, one.draft_bound) == ("bandwidth",) * 3
@@ -68,27 +54,6 @@ def test_a_large_batch_is_bound_by_compute_and_loses() -> None:
     assert one.verify_bound == one.plain_bound == "compute"
     # Every drafted token costs as much as a decoded one: what is rejected is lost.
     assert one.decode_speedup == pytest.approx(one.tokens_per_round / 5)
-
-
-def test_it_rises_with_the_acceptance_of_every_position() -> None:
-    for position in range(4):
-        better = list(TYPICAL)
-        better[position] += 0.02
-        assert speedup(tuple(better)) > speedup(TYPICAL)
-    rates = [speedup(tuple((rate / 10) ** k for k in (1, 2, 3, 4))) for rate in range(11)]
-    assert rates == sorted(rates)
-
-
-def test_it_falls_with_the_batch_and_never_exceeds_the_tokens_of_a_round() -> None:
-    found = [speedup(batch=batch, context=1) for batch in (1, 64, 256, 1024)]
-    assert found == sorted(found, reverse=True)
-    assert found[0] < acceptance_length(TYPICAL, 4)
-
-
-def test_a_smaller_draft_and_less_context_for_it_gain() -> None:
-    args = (TARGET, DRAFT, HARDWARE, TYPICAL, 4, 64, 4000)
-    assert predict(*args, 1000).decode_speedup > predict(*args).decode_speedup
-    assert speedup(draft=PassShape(0.7e9, 0.25e9, 0.1e9)) > speedup()
 
 
 # Numbers by hand
@@ -141,50 +106,7 @@ def test_sizes_under_text_config_and_fp8(tmp_path: Path) -> None:
     assert fp8.kv_bytes_per_token == 57_344
 
 
-def test_the_shipped_pair_has_sizes() -> None:
-    target = target_shape(CHECKPOINTS / "target")
-    draft = draft_shape(CHECKPOINTS / "vispec_head", CHECKPOINTS / "target")
-    assert 17e6 < target.token_parameters < 20e6
-    assert 0 < draft.weight_bytes < target.weight_bytes / 10
-
-
-@pytest.mark.parametrize("name", ["h100-sxm", "h200", "a100-80gb", "l40s"])
-def test_public_figures_are_sourced_and_dense(tmp_path: Path, name: str) -> None:
-    device = DEVICES[name]
-    assert "NVIDIA" in device.source
-    assert 100 < device.half < 1000
-    whole = options(
-        tmp_path, device=name, bandwidth_share=1, compute_share=1, pass_overhead_ms=0
-    ).hardware()
-    assert whole == Hardware(device.terabytes * 1e12, device.half * 1e12, 0)
-
-
-def test_public_figures() -> None:
-    assert {name: (one.terabytes, one.half) for name, one in DEVICES.items()} == {
-        "h100-sxm": (3.35, 989.4),
-        "h200": (4.8, 989.4),
-        "a100-80gb": (2.039, 312.0),
-        "l40s": (0.864, 362.05),
-    }
-
-
 # What users give
-
-
-def test_the_table_is_marked_as_an_estimate_and_names_its_assumptions(tmp_path: Path) -> None:
-    content = estimate(options(tmp_path, num_speculative_tokens=(2, 4), batch_size=(1, 64)))
-    text = estimate_to_markdown(content)
-    assert text.startswith("**estimate")
-    assert "decode_speedup (estimate)" in text
-    assert "NVIDIA H100 data sheet" in text
-    assert "0.2 ms of every pass" in text
-    assert len(content["rows"]) == 4
-    assert content["kind"] == "estimate"
-    assert all(row["kind"] == "estimate" for row in content["rows"])
-    row, *_ = content["rows"]
-    ends = row["decode_speedup_by_overhead"]
-    assert ends["twice"] < row["decode_speedup"] < ends["without"]
-    assert json.loads(json.dumps(content)) == content
 
 
 def test_the_schedule_is_what_vllm_takes(tmp_path: Path) -> None:

@@ -84,12 +84,6 @@ def test_a_failed_load_says_why_and_the_next_has_a_new_child(tmp_path: Path) -> 
         assert generator(job(tmp_path)).wall_s != first.wall_s
 
 
-def test_a_child_that_never_gets_ready(child: Path, tmp_path: Path) -> None:
-    child.write_text("import no_such_module")
-    with LoadGenerator() as generator, pytest.raises(LoadError, match=r"ended: .*no_such_module"):
-        generator(job(tmp_path))
-
-
 PARENT = """
 import os, sys, time
 from pathlib import Path

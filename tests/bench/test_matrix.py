@@ -11,7 +11,7 @@ import pytest
 
 from tests.bench.fakes import HEAD, SETTINGS, TARGET
 from vllm_vispec.bench.heads import plain_eagle_head, target_embedding, with_bias, zeroed_head
-from vllm_vispec.bench.matrix import MatrixSettings, different_settings
+from vllm_vispec.bench.matrix import different_settings
 from vllm_vispec.bench.questions import find_side, samples_for
 from vllm_vispec.bench.schema import BenchSample
 from vllm_vispec.bench.variants import VARIANTS, Heads
@@ -86,11 +86,6 @@ def test_a_star_keeps_its_middle() -> None:
     assert different_settings(earlier, replace(star, design="full").to_json()) == "design"
 
 
-def test_number_of_questions() -> None:
-    settings = replace(SETTINGS, waves=2, least=8)
-    assert [settings.num_questions(load) for load in (1, 4, 5, 64)] == [8, 8, 10, 128]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -112,16 +107,6 @@ def test_number_of_questions() -> None:
 def test_impossible_settings(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ViSpecError, match=message):
         replace(SETTINGS, **change)
-
-
-def test_sides_without_a_head_need_none() -> None:
-    assert MatrixSettings("target", "openai", sides=("plain", "ngram")).head is None
-
-
-def test_axes_may_widen_but_not_the_rest() -> None:
-    earlier = SETTINGS.to_json()
-    assert different_settings(earlier, replace(SETTINGS, concurrency=(8,)).to_json()) is None
-    assert different_settings(earlier, replace(SETTINGS, target="x").to_json()) == "target"
 
 
 def test_speculative_configs(tmp_path: Path) -> None:
@@ -197,11 +182,6 @@ def test_text_head_becomes_a_plain_eagle_head(tmp_path: Path) -> None:
     expected = draft.layer_input(embedding.float(), hidden, hidden)
     found = torch.cat((tensors["embed_tokens.weight"], hidden), dim=1) @ tensors["fc.weight"].T
     torch.testing.assert_close(found, expected)
-
-
-def test_head_with_adaptor_is_no_eagle_head(tmp_path: Path) -> None:
-    with pytest.raises(ViSpecError, match=r"--eagle-head .* parts that EAGLE lacks"):
-        plain_eagle_head(str(HEAD), str(TARGET), tmp_path)
 
 
 def squares(side: int) -> int:

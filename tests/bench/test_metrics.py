@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy
 import pytest
 
 from vllm_vispec.bench.intervals import Measured, with_interval
@@ -14,13 +13,9 @@ from vllm_vispec.bench.metrics import (
     METRICS,
     Value,
     baseline_key,
-    by_key,
     measure,
-    only_family,
-    percentile,
 )
 from vllm_vispec.bench.schema import CellKey, CellResult, MemoryFacts, Request, SpecCounters
-from vllm_vispec.utils.errors import ViSpecError
 
 GLOSSARY = Path(__file__).resolve().parents[2] / "docs" / "glossary.md"
 SECTION = re.compile(r"(<!-- metrics: [^>]*-->\n).*?(<!-- /metrics -->)", re.DOTALL)
@@ -81,28 +76,6 @@ BY_HAND: dict[str, Value] = {
 @pytest.mark.parametrize("name", METRICS)
 def test_one_repetition(name: str) -> None:
     assert measure(name, [SIDE], [PLAIN]) == pytest.approx(BY_HAND[name])
-
-
-@pytest.mark.parametrize("name", METRICS)
-def test_nothing_to_compute_from(name: str) -> None:
-    failed = replace(SIDE, requests=(), spec=None, error="the server did not start")
-    for cells in ([], [failed]):
-        assert measure(name, cells, [PLAIN]) is None
-        assert with_interval(name, cells, [PLAIN]) == Measured(None)
-
-
-def test_plain_drafts_nothing_and_is_as_fast_as_itself() -> None:
-    assert measure("tokens_per_round", [PLAIN]) is None
-    assert measure("accepted_at", [PLAIN]) is None
-    assert measure("image_table_hit_rate", [PLAIN]) is None
-    assert measure("tokens_per_chunk", [PLAIN]) == pytest.approx(1.0)
-    assert measure("decode_speedup", [PLAIN], [PLAIN]) == pytest.approx(1.0)
-
-
-def test_a_comparing_metric_needs_plain() -> None:
-    compared = [name for name, metric in METRICS.items() if metric.compares]
-    assert compared == ["decode_speedup", "e2e_speedup", "ttft_ratio", "identical_outputs"]
-    assert all(measure(name, [SIDE]) is None for name in compared)
 
 
 def test_acceptance_is_pooled_over_repetitions() -> None:
@@ -174,39 +147,6 @@ def test_identical_outputs() -> None:
     assert measure("identical_outputs", [warm], [PLAIN]) is None
 
 
-def test_one_family() -> None:
-    cells, plain = only_family([SIDE], "a"), only_family([PLAIN], "a")
-    assert measure("decode_speedup", cells, plain) == pytest.approx(2.0)
-    assert measure("mean_output_tokens", cells) == pytest.approx(5.0)
-    assert measure("tokens_per_chunk", cells) == pytest.approx(2.0)
-    # What is known of the whole cell only is not claimed of a part.
-    for name in ("tokens_per_round", "output_throughput", "peak_memory", "kv_blocks"):
-        assert measure(name, cells) is None
-
-
-def test_percentile_is_numpys() -> None:
-    values = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0]
-    for share in (0.0, 0.025, 0.5, 0.9, 0.99, 1.0):
-        assert percentile(values, share) == pytest.approx(numpy.percentile(values, 100 * share))
-    assert percentile([], 0.5) is None
-
-
-def test_cells_by_key() -> None:
-    groups = by_key([replace(SIDE, repetition=1), PLAIN, SIDE])
-    assert list(groups) == [KEY, baseline_key(KEY)]
-    assert [cell.repetition for cell in groups[KEY]] == [0, 1]
-
-
-def test_unknown_metric() -> None:
-    with pytest.raises(ViSpecError, match="metric speed is unknown; there are tokens_per_round, "):
-        measure("speed", [SIDE])
-
-
-def test_interval_of_a_constant_has_no_width() -> None:
-    found = with_interval("decode_speedup", [SIDE], [PLAIN])
-    assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
-
-
 def test_interval_covers_the_samples() -> None:
     # Speedups of 1 and 3 with equal weight: a resample has 1, 2 or 3, each end in a quarter.
     plain = replace(
@@ -245,9 +185,3 @@ def test_no_interval_from_one_thing() -> None:
     assert with_interval("peak_memory", [SIDE, replace(SIDE, repetition=1)]) == Measured(4.0)
     single = replace(SIDE, requests=SIDE.requests[:1])
     assert with_interval("mean_output_tokens", [single]) == Measured(5.0)
-
-
-def test_definitions_fit_a_table() -> None:
-    for metric in METRICS.values():
-        assert "|" not in metric.definition + metric.formula
-        assert metric.definition.endswith(".")

@@ -23,13 +23,12 @@ from vllm_vispec.bench.profile import (
     ProfileSettings,
     groups_of,
     measure,
-    notes,
     pair,
 )
 from vllm_vispec.bench.profile_engine import RUNNERS, EngineProcess
 from vllm_vispec.bench.profile_page import print_profile
 from vllm_vispec.bench.profile_steps import Steps
-from vllm_vispec.bench.profile_summary import Block, Profile
+from vllm_vispec.bench.profile_summary import Profile
 from vllm_vispec.cli.app import app
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -81,13 +80,6 @@ def test_as_many_rounds_on_both_sides() -> None:
     assert found.eagle[-1].prompt_tokens == 40
 
 
-def test_prefills_of_other_batches_are_no_counterparts() -> None:
-    eagle, vispec = Tape(), Tape()
-    eagle.step(prefill(40))
-    vispec.step(prefill(41))
-    assert pair(eagle.found(), vispec.found()) == Block((), ())
-
-
 def test_sides_take_turns() -> None:
     log: list[str] = []
     sides = {side: FakeEngine(side, log=log) for side in ("vispec", "eagle")}
@@ -101,13 +93,6 @@ def test_sides_take_turns() -> None:
     assert len(blocks) == 4
     assert left_out["eagle"] == {UNPAIRED: 8}
     assert left_out["vispec"] == {}
-
-
-def test_groups_are_full() -> None:
-    names = [[sample.sample_id for sample in group] for group in groups_of(SAMPLES, 2)]
-    assert names == [["s0", "s1"], ["s2", "s0"]]
-    with pytest.raises(ViSpecError, match="--concurrency 4: the dataset has 3 samples"):
-        groups_of(SAMPLES, 4)
 
 
 def test_no_round_to_compare() -> None:
@@ -213,12 +198,6 @@ def test_bad_options(options: dict[str, str], said: str, tmp_path: Path) -> None
     result = CLI.invoke(app, ["bench", "profile", *words])
     assert result.exit_code == 1
     assert said in result.output
-
-
-def test_interpreted_runner_says_so() -> None:
-    assert INTERPRETED not in notes(SETTINGS)
-    v2 = ProfileSettings(str(TARGET), str(HEAD), "d", runner="v2")
-    assert next(notes(v2)) == INTERPRETED
 
 
 def test_jobs_make_a_head_of_equal_size(tmp_path: Path) -> None:

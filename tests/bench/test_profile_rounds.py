@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,6 @@ from vllm_vispec.bench.profile_steps import (
     Batch,
     Prompt,
     Recorder,
-    Steps,
     find_steps,
 )
 from vllm_vispec.utils.errors import ViSpecError
@@ -62,13 +60,6 @@ def test_a_prefill_round_is_apart() -> None:
     assert list(second.seconds) == list(parts.columns("decode", K))
 
 
-def test_work_of_a_kind_that_has_no_such_part_is_host_work() -> None:
-    tape = Tape()
-    tape.step(DECODE, ours=(("adaptor", 9.0),))
-    (found,) = tape.found().steps
-    assert found.seconds["host"] == 3 + 9
-
-
 @pytest.mark.parametrize(
     ("batch", "drafts", "reason"),
     [
@@ -92,22 +83,6 @@ def test_other_rounds_are_left_out(batch: Batch, drafts: int, reason: str) -> No
     assert found.left_out == {reason: 1}
 
 
-def test_steps_that_run_nothing_are_no_rounds() -> None:
-    tape = Tape()
-    tape.step(Batch((), ()), drafts=0)
-    tape.leaf(parts.STEP, 1)
-    assert tape.found() == Steps()
-
-
-def test_full_batches_count_with_concurrency() -> None:
-    tape = Tape()
-    tape.step(Batch((K + 1, K + 1), (K, K)))
-    tape.step(DECODE)
-    found = tape.found(concurrency=2)
-    assert [one.requests for one in found.steps] == [2]
-    assert found.left_out == {OTHER_BATCH: 1}
-
-
 def test_one_draft_token_has_no_step() -> None:
     tape = Tape()
     tape.step(Batch((2,), (1,)), drafts=1)
@@ -115,14 +90,6 @@ def test_one_draft_token_has_no_step() -> None:
     assert not [name for name in found.seconds if name.startswith(parts.DRAFT_STEP)]
     assert "step" not in found.wholes
     assert sum(found.seconds.values()) == found.wholes["round"]
-
-
-def test_rounds_survive_json() -> None:
-    tape = Tape()
-    tape.step(prefill(), vision=2)
-    tape.step(Batch((9,), (8,)))
-    found = tape.found()
-    assert Steps.from_json(found.to_json()) == found
 
 
 class Draft(torch.nn.Module):
@@ -152,22 +119,6 @@ def test_objects_are_watched_and_their_classes_are_not() -> None:
     # A call inside of a span with the same name is no span of its own.
     assert [(span.name, span.seconds) for span in recorder.take()] == [("model", 1), ("logits", 1)]
     assert recorder.take() == []
-
-
-def test_an_error_closes_what_is_open() -> None:
-    tape = Tape()
-    with suppress(RuntimeError), tape.recorder.span("outer"):
-        tape.recorder.begin("inner")
-        tape.wait(2)
-        raise RuntimeError
-    tape.leaf("next", 1)
-    assert [span.inner for span in tape.take()][-1] == 0
-    assert tape.recorder._open == []
-
-
-def test_a_method_that_is_gone_is_named() -> None:
-    with pytest.raises(ViSpecError, match=r"Draft has no propose.*profile with vLLM 0\.32"):
-        Recorder(lambda: 0.0).wrap(Draft(), "propose", "propose")
 
 
 def test_batch_of_a_scheduler_output() -> None:

@@ -39,20 +39,10 @@ def test_interval_is_as_wide_as_blocks_differ() -> None:
     assert summarise(blocks) == summarise(blocks)
 
 
-def test_a_part_that_eagle_lacks_has_no_ratio() -> None:
-    found = summarise([block(20, 10)]).parts["row_codes"]
-    assert (found.ratio, found.ratio_interval_95, found.ratio_first_decile) == (None, None, None)
-
-
 def test_typical_parts_add_up_to_a_round() -> None:
     blocks = [block(eagle, 10) for eagle in (20, 21, 22, 23, 24, 25, 26, 27, 28, 2000)]
     typical = summarise(blocks).typical["eagle"]
     assert sum(typical.values()) == pytest.approx(152 - 20 + 24.5, abs=1)
-
-
-def test_two_rounds_are_both_typical() -> None:
-    blocks = [block(20, 10, rounds=1), block(30, 10, rounds=1)]
-    assert sum(summarise(blocks).typical["eagle"].values()) == pytest.approx(152 + 5)
 
 
 def test_one_block_has_no_interval() -> None:

@@ -35,12 +35,6 @@ def test_the_answer_is_one_sentence_with_everything_a_sceptic_asks_for() -> None
     )
 
 
-def test_the_answer_says_up_to_which_load_it_gains() -> None:
-    answer = text_of(made_up(ks=(4,)), "answer")
-    assert "**2.00x" in answer
-    assert "it gains up to concurrency 4 and falls to 0.90x at 16." in answer
-
-
 def test_noise_is_not_sold_as_a_gain() -> None:
     def slow_half(one: CellResult) -> CellResult:
         if one.key.side != "vispec":
@@ -60,23 +54,6 @@ def test_a_loss_is_called_one() -> None:
     assert "decoding is only **0.90x" in answer
 
 
-def test_without_vispec_the_report_is_about_the_side_that_was_measured() -> None:
-    answer = text_of(made_up(sides=("plain", "ngram")), "answer")
-    assert answer.startswith("With n-gram lookup, K = 2 (")
-
-
-@pytest.mark.parametrize("name", ["concurrency", "num_speculative_tokens"])
-def test_axes_have_a_chart_with_a_line_at_parity_and_a_table(name: str) -> None:
-    made = report(made_up())
-    text = text_of(made_up(), name)
-    alt = alt_texts(text)[f"speedup_{name}"]
-    assert "vispec: " in alt
-    assert "eagle: " in alt
-    assert "stroke-width: 3" in made.pictures[f"speedup_{name}"]  # the bold line
-    assert "bold line at 1.0" in text
-    assert "decode_speedup (95 %)" in tables_in(text)[0][0]
-
-
 def test_every_table_with_a_speedup_has_equality_and_length_beside_it() -> None:
     text = report(made_up(image_tokens=(0, 64, -1), temperatures=(0.0, 1.0))).markdown
     heads = [one[0] for one in tables_in(text)]
@@ -85,17 +62,6 @@ def test_every_table_with_a_speedup_has_equality_and_length_beside_it() -> None:
     for head in with_speedup:
         place = next(i for i, name in enumerate(head) if "decode_speedup" in name)
         assert head[place + 2 : place + 4] == ["identical outputs", "mean output, side / plain"]
-
-
-def test_image_tokens_are_an_axis_with_images_as_they_are_at_its_end() -> None:
-    text = text_of(made_up(image_tokens=(-1, 64, 0)), "image_tokens")
-    assert re.search(r"at 0, .* at 64, .* at as they are", alt_texts(text)["speedup_image_tokens"])
-
-
-def test_sampled_cells_have_their_own_chart_and_no_equality() -> None:
-    text = text_of(made_up(temperatures=(0.0, 1.0)), "concurrency")
-    assert list(alt_texts(text)) == ["speedup_concurrency", "speedup_concurrency_2"]
-    assert "sampled" in text
 
 
 def test_acceptance_per_position_adds_up() -> None:
@@ -119,34 +85,6 @@ def test_losses_are_listed_with_the_setting_that_limits_them() -> None:
     assert "| yes | K = 2 at this load, with 1.10 | **0.90" in text
     assert '"model": "some/head", "num_speculative_tokens": 2}' in text
     assert "vispec bench tune" in text
-
-
-def test_where_no_k_gains_drafting_is_switched_off() -> None:
-    text = text_of(made_up(ks=(4,)), "losses")
-    assert "K = 0 at this load: no K that was measured gains" in text
-    assert '"num_speculative_tokens_per_batch_size": [[1, 15, 4], [16, 16, 0]]' in text
-
-
-def test_without_losses_it_says_how_close_it_came() -> None:
-    text = text_of(made_up(concurrency=(1, 4)), "losses")
-    assert "slower than plain vLLM in none of the 4 cells measured" in text
-    assert "lowest decode_speedup is 1.50 at K = 4, concurrency 4" in text
-
-
-def test_late_first_tokens_and_different_outputs_are_losses_too() -> None:
-    def flawed(one: CellResult) -> CellResult:
-        if one.key.side == "plain":
-            return one
-        late = [replace(item, ttft_s=0.6, e2e_s=item.e2e_s + 0.1) for item in one.requests]
-        late[0] = replace(late[0], output_text="something else")
-        return replace(one, requests=tuple(late))
-
-    run = made_up(flawed)
-    text = text_of(run, "losses")
-    assert "The first token comes more than 5% later than without drafting in 6 of 6" in text
-    assert "Greedy outputs differ from plain vLLM's in 6 of 6 cells, at most 25.0 %" in text
-    assert "with 75 % of the outputs identical" in text_of(run, "answer")
-    assert "**75 %**" in text_of(run, "cells")
 
 
 def test_shorter_outputs_are_seen_beside_the_speedup() -> None:
@@ -192,15 +130,6 @@ def test_failed_and_missing_cells_are_shown_as_such() -> None:
     assert rows["vispec", "1"][7] == "ok"
 
 
-def test_cells_that_were_never_begun_are_missing_rows() -> None:
-    run = made_up(lambda one: None if one.key.side == "vispec" else one, ks=(4,))
-    rows = [row for row in table(run, "cells") if row[1] == "vispec"]
-    assert [row[7] for row in rows] == ["**missing**"] * 3
-    assert "No answer" in text_of(run, "answer")
-    line = "- **missing**: repetition 1, 2 of rows 3, 6, 9 was not measured"
-    assert line in text_of(run, "failures")
-
-
 def test_a_failed_plain_side_leaves_no_speedup() -> None:
     def no_plain(one: CellResult) -> CellResult:
         failed = replace(one, requests=(), error="no")
@@ -210,20 +139,6 @@ def test_a_failed_plain_side_leaves_no_speedup() -> None:
     assert "No answer" in text_of(run, "answer")
     assert "Not known: no speedup" in text_of(run, "losses")
     assert table(run, "cells")[0][8] == "-"
-
-
-def test_failed_requests_are_counted_and_their_reason_given() -> None:
-    def one_fails(one: CellResult) -> CellResult:
-        first = replace(one.requests[0], output_text="", output_tokens=0, error="HTTP 500")
-        return replace(one, requests=(first, *one.requests[1:]))
-
-    run = made_up(one_fails)
-    assert "25 % of the requests failed, first error: HTTP 500" in text_of(run, "failures")
-    assert "Requests failed in 6 of 6 cells" in text_of(run, "losses")
-
-
-def test_a_run_without_flaws_says_so() -> None:
-    assert "None: every cell that was asked for was measured" in text_of(made_up(), "failures")
 
 
 @pytest.mark.parametrize(

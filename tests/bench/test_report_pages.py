@@ -8,17 +8,13 @@ import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
-from math import nan
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from tests.bench.made_up_runs import EVIL, RESAMPLES, made_up, report, text_of
-from vllm_vispec.bench.facts import Facts
-from vllm_vispec.bench.pages import code, escape, fenced
-from vllm_vispec.bench.plots import Chart
+from tests.bench.made_up_runs import EVIL, RESAMPLES, made_up, report
+from vllm_vispec.bench.pages import code, escape
 from vllm_vispec.bench.report import write_report
 from vllm_vispec.bench.schema import CELLS_FILE, RUN_FILE, BenchRun, CellResult
 from vllm_vispec.cli.bench import app
@@ -113,31 +109,6 @@ def test_what_is_filled_in_keeps_its_place() -> None:
     assert code("") == ""
 
 
-def test_fences_are_longer_than_what_they_hold() -> None:
-    assert fenced("echo ```` done") == "`````\necho ```` done\n`````"
-
-
-def test_every_row_has_its_command_and_the_environment_is_there() -> None:
-    run = made_up()
-    commands = text_of(run, "commands").split("\n\n")
-    assert len(commands) == 1 + 2 * len(Facts.of(run, RESAMPLES).table) == 1 + 2 * 18
-    assert commands[1] == (
-        "Row 1: plain, K = 2, concurrency 1, greedy, image tokens as they are, dataset tiny suite"
-    )
-    assert commands[2] == "```\nvllm serve plain\nvllm bench serve --max-concurrency 1\n```"
-    environment = text_of(run, "environment")
-    assert "| `machine.packages.vllm` | `0.32.0` |" in environment
-    assert "| `settings.repetitions` | `2` |" in environment
-    # On the page each is folded away under its title.
-    assert report(run).html.count("<details><summary>Row ") == 18
-
-
-def test_commands_that_differ_between_repetitions_are_all_shown() -> None:
-    run = made_up(lambda one: replace(one, command=f"port {one.repetition}"), ks=(4,))
-    titles = text_of(run, "commands").split("\n\n")[1::2]
-    assert [one[-14:] for one in titles[:2]] == [", repetition 1", ", repetition 2"]
-
-
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     run = made_up(image_tokens=(0, -1), sides=("plain", "vispec"), concurrency=(1, 4))
     folder = tmp_path / "run"
@@ -165,13 +136,6 @@ def test_unreadable_runs_and_folders_are_user_errors(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ViSpecError, match="cannot be written"):
         write_report(run, tmp_path / "file" / "out", RESAMPLES)
-
-
-def test_labels_of_any_kind_can_be_drawn() -> None:
-    points = pd.DataFrame([{"side": "_$x$", "x": "b", "y": 1.0, "low": nan, "high": nan}])
-    chart = Chart("n", "$\\frac", "_x_$", "$$", points, ["$a$", "b"], "other")
-    assert chart.draw().count("<svg") == 1
-    assert "1.00 at b" in chart.alt
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.bench.made_up_runs import RESAMPLES, made_up, table, text_of
+from tests.bench.made_up_runs import RESAMPLES, made_up, text_of
 from vllm_vispec.bench.facts import Facts
 from vllm_vispec.bench.matrix import points
 from vllm_vispec.bench.schema import BenchRun
@@ -36,29 +36,9 @@ def test_only_the_star_is_expected() -> None:
     assert "None: every cell that was asked for was measured" in text_of(star(), "failures")
 
 
-def test_a_cell_of_the_star_that_is_missing_shows() -> None:
-    run = star()
-    gone = [cell for cell in run.cells if cell.key.temperature == 0]
-    text = text_of(replace(run, cells=tuple(gone)), "failures")
-    assert "**missing**: repetition 1, 2 of rows" in text
-
-
 def test_it_leads_with_the_middle() -> None:
     main = Facts.of(star(), RESAMPLES).main
     assert main is not None
     assert main.num_speculative_tokens == 4
     # K = 2 is faster, and the answer does not hide it.
     assert "K = 4 (of 2, the fastest being 2 with 2.20x), greedy" in text_of(star(), "answer")
-
-
-def test_every_axis_has_its_chart() -> None:
-    found = {
-        name: {row[1] for row in table(star(), name)}
-        for name in ("concurrency", "image_tokens", "num_speculative_tokens", "temperature")
-    }
-    assert found == {
-        "concurrency": {"1", "4", "16"},
-        "image_tokens": {"0", "64", "as they are"},
-        "num_speculative_tokens": {"2", "4"},
-        "temperature": {"greedy", "temperature 1"},
-    }

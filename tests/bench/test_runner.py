@@ -92,15 +92,6 @@ def test_image_lookups_are_those_of_the_cell(tmp_path: Path) -> None:
     assert MemoryFacts(1, 2, 3, 4).since(MemoryFacts()) == MemoryFacts(1, 2)
 
 
-def test_every_number_of_draft_tokens_has_its_own_servers(tmp_path: Path) -> None:
-    world = World()
-    settings = replace(SETTINGS, num_speculative_tokens=(2, 5))
-    run_matrix(settings, SAMPLES, tmp_path, tools=world.tools())
-    ends = [event for event in world.events if event.split()[0] in ("start", "stop")]
-    one = ["start plain", "start vispec", "stop vispec", "stop plain"]
-    assert ends == one * 2
-
-
 def test_a_failed_cell_is_recorded_and_tried_again_later(tmp_path: Path) -> None:
     def fail(job: LoadJob) -> None:
         if job.concurrency == 2 and "vispec" in job.url:
@@ -122,25 +113,6 @@ def test_a_failed_cell_is_recorded_and_tried_again_later(tmp_path: Path) -> None
     assert [event for event in world.events if event.startswith("start")] == ["start vispec"]
     assert not any(cell.error for cell in BenchRun.load(tmp_path).cells)
     assert len(lines(tmp_path / "cells.jsonl")) == 5
-
-
-def test_starts_overlap_where_there_are_cores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vllm_vispec.bench.server.starts_at_once", lambda: 2)
-    world = World()
-    settings = replace(SETTINGS, sides=("plain", "ngram", "vispec"), warm_up=1)
-    assert run_matrix(settings, SAMPLES, tmp_path, tools=world.tools()).measured == 3
-    starts = [event for event in world.events if event.startswith(("start", "load"))][:6]
-    # One is waited for while the next one starts.
-    assert starts == [
-        "start plain",
-        "start ngram",
-        "load plain 1",
-        "start vispec",
-        "load ngram 1",
-        "load vispec 1",
-    ]
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 4])

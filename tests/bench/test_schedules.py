@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.fakes import HEAD, SAMPLES, SETTINGS, TARGET, World
+from tests.bench.fakes import SAMPLES, SETTINGS, World
 from vllm_vispec.bench.matrix import different_settings
 from vllm_vispec.bench.runner import run_matrix
-from vllm_vispec.bench.schedules import SETTING, merged_ranges, read_schedule, speculative_config
+from vllm_vispec.bench.schedules import SETTING, merged_ranges, read_schedule
 from vllm_vispec.bench.schema import BenchRun
-from vllm_vispec.bench.variants import VARIANTS, Heads
 from vllm_vispec.utils.errors import ViSpecError
 
 RANGES = ((1, 4, 5), (5, 16, 0))
@@ -33,10 +32,6 @@ def test_forms_that_are_read(text: str, tmp_path: Path) -> None:
     file = tmp_path / "tune.json"
     file.write_text(text)
     assert read_schedule(str(file)) == RANGES
-
-
-def test_a_config_with_one_k() -> None:
-    assert read_schedule('{"num_speculative_tokens": 4}') == ((1, 1, 4),)
 
 
 @pytest.mark.parametrize(
@@ -64,25 +59,6 @@ def test_merged_ranges() -> None:
     assert merged_ranges(chosen) == ((1, 3, 5), (4, 15, 3), (16, 16, 0))
     assert merged_ranges(chosen, midway=True) == ((1, 2, 5), (3, 7, 3), (8, 16, 0))
     assert merged_ranges([(8, 2)]) == ((1, 8, 2),)
-
-
-def test_the_side_is_served_with_the_schedule(tmp_path: Path) -> None:
-    heads = Heads(str(TARGET), str(HEAD), "", tmp_path, RANGES)
-    config = VARIANTS["vispec_tuned"].speculative_config(heads, 3)
-    assert config == {
-        "method": "vispec",
-        "model": str(HEAD),
-        "num_speculative_tokens": 5,
-        SETTING: [[1, 4, 5], [5, 16, 0]],
-    }
-    assert speculative_config({"method": "vispec"}, [(1, 8, 0)]) is None
-
-
-def test_no_draft_at_k_0(tmp_path: Path) -> None:
-    heads = Heads(str(TARGET), str(HEAD), "", tmp_path)
-    config = VARIANTS["vispec"].speculative_config(heads, 0)
-    assert config is not None
-    assert (config["num_speculative_tokens"], config[SETTING]) == (1, [[1, 1, 0]])
 
 
 def test_the_side_needs_a_schedule() -> None:

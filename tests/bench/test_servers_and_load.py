@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,18 +15,15 @@ import pytest
 from tests.bench.fakes import SAMPLES, SETTINGS, World, lines
 from vllm_vispec.bench.load import (
     LoadError,
-    LoadJob,
     LoadResult,
     chat_messages,
     read_result,
     write_questions,
 )
-from vllm_vispec.bench.machine import peak_bytes
-from vllm_vispec.bench.questions import AskTarget, QuestionStore, with_answers
+from vllm_vispec.bench.questions import AskTarget, QuestionStore
 from vllm_vispec.bench.runner import digest
 from vllm_vispec.bench.schema import (
     BenchSample,
-    CellResult,
     MemoryFacts,
     SpecCounters,
 )
@@ -38,29 +34,10 @@ from vllm_vispec.bench.server import (
     ServerError,
     ServerSpec,
     choose_ports,
-    option_value,
 )
 from vllm_vispec.data.types import Part, Turn
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.process import interruptible
-
-
-def test_earlier_questions_are_answered_once() -> None:
-    questions = [Turn("user", (Part(text),)) for text in ("one?", "two?", "three?")]
-    given = Turn("assistant", (Part("given"),))
-    sample = BenchSample("s", "f", (questions[0], given, questions[1], questions[2]), 8)
-    assert sample.follow_up
-    asked: list[int] = []
-
-    def ask(partial: BenchSample) -> str:
-        asked.append(len(partial.turns))
-        return "own"
-
-    (whole,) = with_answers([sample], ask)
-    texts = [turn.text for turn in whole.turns]
-    assert texts == ["one?", "given", "two?", "own", "three?"]
-    assert asked == [3]
-    assert with_answers([whole], ask) == (whole,)
 
 
 def test_earlier_questions_are_answered_when_they_are_needed(
@@ -102,19 +79,6 @@ def test_questions_for_the_load(tmp_path: Path) -> None:
     assert digest([sample]) != digest([replace(sample, max_tokens=9)])
     with pytest.raises(ViSpecError, match=r"sample s: .*nothing\.png does not exist"):
         chat_messages(replace(sample, turns=(Turn("user", (Part(image="/nothing.png"),)),)))
-
-
-def test_command_of_the_load(tmp_path: Path) -> None:
-    samples = (SAMPLES[0], replace(SAMPLES[1], max_tokens=20))
-    job = LoadJob("http://h:1", "m", samples, tmp_path / "q.jsonl", 4, 1.0, tmp_path / "r.json")
-    arguments = job.arguments()
-    assert option_value(arguments, "--num-prompts") == "2"
-    assert option_value(arguments, "--temperature") == "1"
-    assert json.loads(option_value(arguments, "--extra-body") or "") == {
-        "max_completion_tokens": 20,
-        "skip_special_tokens": False,
-    }
-    assert "--ignore-eos" not in arguments
 
 
 def result_of(**change: object) -> dict[str, object]:
@@ -194,11 +158,6 @@ def test_memory_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert BenchServer(replace(spec, arguments=())).memory() == MemoryFacts()
 
 
-def test_memory_of_a_process_and_its_children() -> None:
-    assert (peak_bytes(os.getpid()) or 0) > 1 << 20
-    assert peak_bytes(2**22 + 1) is None
-
-
 def test_ports() -> None:
     assert len(set(choose_ports(3))) == 3
     first = choose_ports(1)[0]
@@ -240,8 +199,3 @@ def test_sigterm_becomes_an_interrupt() -> None:
     with pytest.raises(KeyboardInterrupt), interruptible():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_damaged_record() -> None:
-    with pytest.raises(ViSpecError, match=r"CellResult: .*: Field required"):
-        CellResult.from_json({"repetition": 0})

@@ -59,11 +59,6 @@ def test_choice(given: dict[int, Gain], chosen: int) -> None:
     assert choose_k(given) == chosen
 
 
-def test_a_noisy_gain_does_not_count() -> None:
-    assert choose_k({0: Gain(1.0, 0.01), 5: Gain(1.2, 0.3)}) == 0
-    assert choose_k({0: Gain(1.0, 0.01), 5: Gain(1.2, 0.1)}) == 5
-
-
 def test_tuning_of_a_run() -> None:
     tuning = Tuning.from_run(run_with(SPEEDS))
     assert dict(tuning.chosen) == {1: 5, 4: 3, 16: 1, 64: 0}
@@ -82,12 +77,6 @@ def test_tuning_of_a_run() -> None:
             assert gain.low <= gain.value <= gain.high
 
 
-def test_noise_makes_the_choice_smaller() -> None:
-    speeds = {1: {1: 1.4, 3: 1.5}}
-    assert Tuning.from_run(run_with(speeds, noise=0.001)).chosen == {1: 3}
-    assert Tuning.from_run(run_with(speeds, noise=0.3)).chosen[1] < 3
-
-
 def test_several_conditions_are_averaged() -> None:
     run = run_with({1: {1: 1.5, 3: 2.0}}, conditions=((0.0, -1), (1.0, -1)))
 
@@ -102,13 +91,6 @@ def test_several_conditions_are_averaged() -> None:
     assert found[1][1].spread > 0
 
 
-def test_one_k_for_all_needs_no_ranges() -> None:
-    tuning = Tuning.from_run(run_with({1: {3: 2.0}, 8: {3: 1.5}}))
-    assert tuning.ranges == ((1, 8, 3),)
-    assert tuning.config is not None
-    assert SETTING not in tuning.config
-
-
 def test_a_faster_k_that_is_not_chosen_is_explained() -> None:
     tuning = Tuning.from_run(run_with({1: {6: 2.0, 8: 2.04}, 8: {6: 2.0, 8: 2.5}}, noise=0.1))
     assert tuning.chosen == {1: 6, 8: 8}
@@ -116,13 +98,6 @@ def test_a_faster_k_that_is_not_chosen_is_explained() -> None:
     assert reason.startswith("concurrency 1: K = 6 (1.98x) is chosen, not K = 8 (2.02x)")
     assert "within the 95 % interval" in reason
     assert "--repetitions" in reason
-
-
-def test_no_gain_anywhere() -> None:
-    tuning = Tuning.from_run(run_with({1: {3: 0.9}, 8: {3: 0.8}}))
-    assert tuning.config is None
-    assert "serve without it" in tuning.advice()[0]
-    assert tuning.to_json()["speculative_config"] is None
 
 
 def test_a_run_without_vispec() -> None:
@@ -235,16 +210,6 @@ def test_command(world: World, data: Path, tmp_path: Path, monkeypatch: pytest.M
     again = CLI.invoke(app, arguments(data, output))
     assert again.exit_code == 0, again.output
     assert len(world.loads()) == loads
-
-
-def test_command_without_a_trial(
-    world: World, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    speeding(world, monkeypatch)
-    result = CLI.invoke(app, arguments(data, tmp_path / "out", "--no-verify"))
-    assert result.exit_code == 0, result.output
-    assert "tuned" not in result.output
-    assert json.loads((tmp_path / "out" / "tune.json").read_text())["verified"] == []
 
 
 def test_from_a_run(tmp_path: Path) -> None:
