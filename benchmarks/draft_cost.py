@@ -30,8 +30,7 @@ from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import write_questions
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
 from vllm_vispec.bench.profile import ProfileSettings, run_profile
-from vllm_vispec.bench.profile_page import print_profile
-from vllm_vispec.bench.profile_summary import Profile
+from vllm_vispec.bench.profile_result import Profile, print_profile
 from vllm_vispec.utils.files import write_json
 
 DEFAULT_OUTPUT = Path("benchmarks/results/draft_cost.json")

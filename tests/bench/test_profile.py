@@ -26,9 +26,8 @@ from vllm_vispec.bench.profile import (
     pair,
 )
 from vllm_vispec.bench.profile_engine import RUNNERS, EngineProcess
-from vllm_vispec.bench.profile_page import print_profile
+from vllm_vispec.bench.profile_result import Profile, print_profile
 from vllm_vispec.bench.profile_steps import Steps
-from vllm_vispec.bench.profile_summary import Profile
 from vllm_vispec.cli.app import app
 from vllm_vispec.utils.errors import ViSpecError
 

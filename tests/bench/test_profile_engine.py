@@ -12,8 +12,8 @@ from tests.bench.fakes import HEAD, SAMPLES, TARGET
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
 from vllm_vispec.bench.profile import ProfileSettings, run_profile
 from vllm_vispec.bench.profile_engine import RUNNERS
+from vllm_vispec.bench.profile_result import Profile
 from vllm_vispec.bench.profile_steps import INCOMPLETE, columns
-from vllm_vispec.bench.profile_summary import Profile
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE
 from vllm_vispec.utils.errors import ViSpecError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.bench.made_up_spans import DECODE, Tape
-from vllm_vispec.bench.profile_summary import Block, summarise
+from vllm_vispec.bench.profile_result import Block, summarise
 
 
 def block(eagle: float, vispec: float, rounds: int = 3) -> Block:

@@ -18,7 +18,7 @@ from vllm_vispec.bench.load import (
     LoadJob,
     LoadResult,
 )
-from vllm_vispec.bench.runner import run_matrix
+from vllm_vispec.bench.runner import check_inputs, run_matrix
 from vllm_vispec.bench.schema import (
     BenchRun,
     BenchSample,
@@ -30,7 +30,7 @@ from vllm_vispec.bench.server import (
     option_value,
     serve_arguments,
 )
-from vllm_vispec.bench.variants import Heads, check_inputs
+from vllm_vispec.bench.variants import Heads
 from vllm_vispec.utils.errors import ViSpecError
 
 BOTH = replace(SETTINGS, concurrency=(1, 2), repetitions=2, warm_up=1)

@@ -25,7 +25,7 @@ from vllm_vispec.utils.files import write_json, write_text
 from vllm_vispec.utils.process import interruptible
 
 if TYPE_CHECKING:
-    from vllm_vispec.bench.profile_summary import Block, Profile
+    from vllm_vispec.bench.profile_result import Block, Profile
     from vllm_vispec.bench.questions import AskTarget
 
 FORMAT = 1
@@ -178,8 +178,7 @@ def run_profile(
             folder cannot be written.
         KeyboardInterrupt: on SIGINT and SIGTERM.
     """
-    from vllm_vispec.bench.profile_page import draw, to_page
-    from vllm_vispec.bench.profile_summary import Profile, by_image_tokens, summarise
+    from vllm_vispec.bench.profile_result import Profile, by_image_tokens, draw, summarise, to_page
 
     tools = tools or Tools()
     if settings.clock == "cpu" and has_gpu():
@@ -333,7 +332,7 @@ def pair(eagle: Steps, vispec: Steps) -> Block:
     Prefills are counterparts if they are over the same batch. One side may need fewer decoding
     steps; its last ones are over a longer context, so the rest of the other side's are left out.
     """
-    from vllm_vispec.bench.profile_summary import Block
+    from vllm_vispec.bench.profile_result import Block
 
     pairs: list[tuple[Step, Step]] = []
     for kind in KINDS:

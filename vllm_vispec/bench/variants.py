@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vllm_vispec.bench.heads import check_has_adaptor, plain_eagle_head, zeroed_head
+from vllm_vispec.bench.heads import plain_eagle_head, zeroed_head
 from vllm_vispec.bench.schedules import K_SETTING, SETTING, Ranges, speculative_config
 from vllm_vispec.utils.errors import ViSpecError
 
-if TYPE_CHECKING:
-    from vllm_vispec.bench.matrix import MatrixSettings
-
-PACKAGES = {"vllm": "vllm", "pandas": "pandas (vllm[bench])"}
 # vLLM's lookup looks for the longest repeated n-gram between these lengths.
 NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 NO_DRAFT = {K_SETTING: 1, SETTING: [[1, 1, 0]]}
@@ -128,34 +123,3 @@ def check_variants(names: Sequence[str], options: Mapping[str, object]) -> None:
         for option in VARIANTS[name].needs:
             if not options.get(option):
                 raise ViSpecError(f"--sides: {name} needs {option}: give it, or leave the side out")
-
-
-def check_inputs(settings: MatrixSettings) -> None:
-    """Refuse what would let a run fail after minutes.
-
-    Raises:
-        ViSpecError: a package is missing, or the target or a head is not there or not usable.
-    """
-    from vllm_vispec.heads.folder import inspect_head
-
-    for module, name in PACKAGES.items():
-        if importlib.util.find_spec(module) is None:
-            raise ViSpecError(f"vllm bench serve needs {name}: install it here")
-    _check_folder("--target", settings.target)
-    needed = {option for name in settings.sides for option in VARIANTS[name].needs}
-    if "--head" in needed and settings.head:
-        inspect_head(settings.head)
-        if "vispec_zeroed" in settings.sides:
-            check_has_adaptor(settings.head)
-    if "--eagle-head" in needed and settings.eagle_head:
-        _check_folder("--eagle-head", settings.eagle_head)
-
-
-def _check_folder(flag: str, name: str) -> None:
-    """Refuse a path to nothing; hub ids are left to vLLM."""
-    path = Path(name).expanduser()
-    looks_like_path = path.is_absolute() or name.startswith(("./", "../", "~")) or path.exists()
-    if looks_like_path and not (path / "config.json").is_file():
-        raise ViSpecError(f"{flag} {name} has no config.json: give a model's folder or hub id")
-    if not looks_like_path and name.count("/") > 1:
-        raise ViSpecError(f"{flag} {name} does not exist: give a model's folder or hub id")

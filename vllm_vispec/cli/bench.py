@@ -165,7 +165,7 @@ def profile(
     """
     from vllm_vispec.bench.datasets import load_dataset
     from vllm_vispec.bench.profile import Tools, run_profile
-    from vllm_vispec.bench.profile_page import print_profile
+    from vllm_vispec.bench.profile_result import print_profile
 
     options = DatasetOptions(
         families=settings.families, limit=settings.limit, max_tokens=settings.max_tokens
