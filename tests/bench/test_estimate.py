@@ -1,24 +1,22 @@
-"""The cost model: its limits, numbers worked out by hand, what users give."""
+"""The cost model: numbers worked out by hand, what users give, calibration."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from tests.bench.pairs_to_estimate import (
-    DRAFT,
-    HARDWARE,
-    PERFECT,
-    QWEN_7B,
-    TARGET,
-    TYPICAL,
-    folder,
-    options,
-    speedup,
+from vllm_vispec.bench.calibrate import (
+    MeasuredCell,
+    calibrate,
+    hold_out,
+    measured_cells,
+    read_measured,
 )
 from vllm_vispec.bench.estimate import (
     EstimateOptions,
@@ -33,6 +31,18 @@ from vllm_vispec.bench.roofline import (
     predict,
     target_shape,
 )
+from vllm_vispec.bench.schema import (
+    CELLS_FILE,
+    FORMAT,
+    RUN_FILE,
+    BenchRun,
+    CellKey,
+    CellResult,
+    MemoryFacts,
+    Request,
+    SpecCounters,
+)
+from vllm_vispec.cli.app import app
 from vllm_vispec.utils.errors import ViSpecError
 
 # Limits
@@ -207,3 +217,206 @@ def test_unreadable_folders_and_heads_of_other_targets_are_refused(tmp_path: Pat
     head = folder(tmp_path / "head", {**QWEN_7B, "hidden_size": 2048})
     with pytest.raises(ViSpecError, match="hidden_size 2048, the target 3584"):
         draft_shape(head, target)
+
+
+# A 7B target and a one-layer head on something like an H100.
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINTS = ROOT / "examples/tiny_vlm/checkpoints"
+TARGET = PassShape(15e9, 7e9, 0.5e9, kv_bytes_per_token=57344)
+DRAFT = PassShape(1.5e9, 0.25e9, 0.5e9, kv_bytes_per_token=2048)
+HARDWARE = Hardware(bandwidth=3e12, flops=6e14, pass_overhead_s=1e-4)
+PERFECT = (1.0,) * 8
+TYPICAL = (0.8, 0.6, 0.45, 0.35, 0.25, 0.2, 0.15, 0.1)
+QWEN_7B = {
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "torch_dtype": "bfloat16",
+}
+
+
+def speedup(
+    acceptance: tuple[float, ...] = TYPICAL,
+    k: int = 4,
+    batch: int = 1,
+    draft: PassShape = DRAFT,
+    hardware: Hardware = HARDWARE,
+    context: float = 500.0,
+) -> float:
+    return predict(TARGET, draft, hardware, acceptance, k, batch, context).decode_speedup
+
+
+def folder(path: Path, config: object) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def options(tmp_path: Path, **others: object) -> EstimateOptions:
+    target = folder(tmp_path / "target", QWEN_7B)
+    head = folder(tmp_path / "head", QWEN_7B)
+    settings = {"device": "h100-sxm", "acceptance_rate": 0.7, "target": target, "head": head}
+    return EstimateOptions(**{**settings, **others})  # type: ignore[arg-type]
+
+
+# Calibration
+
+
+def made_up_cells(hardware: Hardware, noise: float = 0.0) -> list[MeasuredCell]:
+    cells: list[MeasuredCell] = []
+    for batch in (1, 4, 16, 64, 256):
+        for k in (0, 1, 2, 4, 6):
+            one = predict(TARGET, DRAFT, hardware, TYPICAL, k, batch, 500)
+            sign = 1 if len(cells) % 2 else -1
+            seconds = one.seconds_per_token * (1 + sign * noise)
+            cells.append(MeasuredCell(batch, k, 500, TYPICAL if k else (), seconds))
+    return cells
+
+
+def test_calibration_finds_the_rates_that_made_the_cells() -> None:
+    truth = Hardware(bandwidth=2.2e12, flops=3.1e14, pass_overhead_s=4e-4)
+    found = calibrate(made_up_cells(truth), TARGET, DRAFT)
+    assert found["compute_seen"]
+    assert found["hardware"]["bandwidth"] == pytest.approx(truth.bandwidth, rel=0.01)
+    assert found["hardware"]["flops"] == pytest.approx(truth.flops, rel=0.01)
+    assert found["hardware"]["pass_overhead_s"] == pytest.approx(truth.pass_overhead_s, rel=0.02)
+    assert found["fitted"]["cells"] + found["held_out"]["cells"] == len(found["cells"]) == 25
+    assert found["held_out"]["seconds_per_token"]["worst_error"] < 0.01
+    assert found["kind"] == "estimate"
+
+
+def test_the_form_of_the_model_fits_what_was_measured_on_the_shipped_pair() -> None:
+    """Committed measurements, so that no clock is involved."""
+    shapes = (
+        target_shape(CHECKPOINTS / "target", "float32"),
+        draft_shape(CHECKPOINTS / "vispec_head", CHECKPOINTS / "target", "float32"),
+    )
+    results = json.loads((ROOT / "benchmarks/results/decode_speed.json").read_text())["results"]
+    cells = []
+    for one in results:
+        k, accepted = one["num_speculative_tokens"], tuple(one["accepted_at"])
+        cells += [
+            MeasuredCell(1, 0, 150, (), 1 / one["plain_tokens_per_second"], k),
+            MeasuredCell(1, k, 150, accepted, 1 / one["vispec_tokens_per_second"], k),
+        ]
+    summary = calibrate(cells, *shapes)["held_out"]
+    assert summary["cells"] == len(cells) // 2 - 1
+    assert summary["decode_speedup"]["mean_error"] < 0.10
+    assert summary["decode_speedup"]["worst_error"] < 0.20
+
+
+def test_too_few_cells_are_refused() -> None:
+    cells = made_up_cells(HARDWARE)[:4]
+    with pytest.raises(ViSpecError, match="2 measured cells are too few"):
+        calibrate(cells, TARGET, DRAFT, lambda cell: cell.num_speculative_tokens < 2)
+    with pytest.raises(ViSpecError, match="no decode time"):
+        calibrate([replace(cells[0], seconds_per_token=0.0), *cells], TARGET, DRAFT)
+
+
+def cell(
+    side: str, repetition: int, seconds: float, spec: SpecCounters | None, error: str | None = None
+) -> CellResult:
+    requests = (
+        Request("a", "charts", "x", 11, 100, 0.5, 0.5 + seconds, ()),
+        Request("b", "charts", "", 0, 0, 0.0, 0.0, (), "refused"),
+    )
+    key = CellKey(side, 2, 3, 0.0, -1, "tiny")
+    return CellResult(key, repetition, requests, 1.0, spec, MemoryFacts(), "cmd", error)
+
+
+def test_measured_cells_pool_repetitions_and_leave_failures_out() -> None:
+    first, second = SpecCounters(10, 30, 15, (8, 5, 2)), SpecCounters(10, 30, 9, (6, 3, 0))
+    cells = (
+        cell("plain", 0, 2.0, None),
+        cell("plain", 1, 4.0, None),
+        cell("vispec", 0, 1.0, first),
+        cell("vispec", 1, 1.0, second),
+        cell("vispec", 2, 9.0, first, error="server died"),
+        cell("eagle", 0, 1.0, first),
+    )
+    plain, ours = measured_cells(BenchRun(1, {}, {}, cells), "vispec")
+    assert plain == MeasuredCell(2, 0, 105.5, (), plain.seconds_per_token, 3)
+    assert plain.seconds_per_token == pytest.approx(0.3)
+    assert ours.num_speculative_tokens == 3
+    assert ours.acceptance == (0.7, 0.4, 0.1)
+    assert ours.seconds_per_token == pytest.approx(0.1)
+
+
+RUNNER = CliRunner()
+RESULTS = ROOT / "benchmarks/results/decode_speed.json"
+TINY_TARGET, TINY_HEAD = CHECKPOINTS / "target", CHECKPOINTS / "vispec_head"
+PAIR = ("--target", str(TINY_TARGET), "--head", str(TINY_HEAD), "--dtype", "float32")
+TRUTH = Hardware(bandwidth=3e9, flops=4e10, pass_overhead_s=1e-3)
+ROUNDS = 1000
+
+
+def run_folder(
+    path: Path, batches: tuple[int, ...] = (1, 4, 16), ks: tuple[int, ...] = (2, 4)
+) -> Path:
+    """A run whose times are those of a machine with the rates `TRUTH`."""
+    path.mkdir()
+    (path / RUN_FILE).write_text(json.dumps({"format": FORMAT, "machine": {}, "settings": {}}))
+    cells = [
+        made_up(side, batch, k) for batch in batches for k in ks for side in ("plain", "vispec")
+    ]
+    lines = [json.dumps(cell.to_json()) + "\n" for cell in cells]
+    (path / CELLS_FILE).write_text("".join(lines))
+    return path
+
+
+def made_up(side: str, batch: int, k: int) -> CellResult:
+    shapes = target_shape(TINY_TARGET, "float32"), draft_shape(TINY_HEAD, TINY_TARGET, "float32")
+    drafts = k if side == "vispec" else 0
+    one = predict(*shapes, TRUTH, TYPICAL, drafts, batch, 150.5)
+    seconds = 100 * one.seconds_per_token
+    accepted = tuple(round(ROUNDS * share) for share in TYPICAL[:k])
+    spec = SpecCounters(ROUNDS, k * ROUNDS, sum(accepted), accepted) if drafts else None
+    requests = (Request("a", "charts", "x", 101, 100, 0.5, 0.5 + seconds, ()),)
+    key = CellKey(side, batch, k, 0.0, -1, "tiny")
+    return CellResult(key, 0, requests, 1.0, spec, MemoryFacts(), "cmd", None)
+
+
+def run_command(*arguments: str) -> Any:
+    return RUNNER.invoke(app, ["bench", "calibrate", *arguments])
+
+
+def test_cells_held_out_of_a_run_are_predicted(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    output = tmp_path / "found.json"
+    result = run_command(str(run), *PAIR, "--hold-out", "batch=4", "--output", str(output))
+    assert result.exit_code == 0, result.output
+    found = json.loads(output.read_text())
+    assert found["hardware"]["bandwidth"] == pytest.approx(TRUTH.bandwidth, rel=0.01)
+    assert found["held_out"]["cells"] == 4
+    assert found["held_out"]["decode_speedup"]["worst_error"] < 0.01
+    rows = [line for line in result.output.splitlines() if "| held out |" in line]
+    assert {row.split("|")[1].strip() for row in rows if row.startswith("| 4 ")} == {"4"}
+    assert sum(row.startswith("| 4 | plain |") for row in rows) == 2
+    assert "| batch | K | cell |" in result.output
+
+
+@pytest.mark.parametrize("text", ["batch", "batch=", "side=3", "k=x"])
+def test_hold_out_that_is_not_understood(text: str) -> None:
+    with pytest.raises(ViSpecError, match="use every-third, batch=16,32 or k=5"):
+        hold_out(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"side": "eagle"}, "no finished cell of --side eagle"),
+        ({"path": "missing.json"}, r"cannot be read .*No such file"),
+        ({"path": "wrong.json"}, r"cannot be read as a result of .*KeyError"),
+        ({"path": str(RESULTS), "context": None}, "give --context"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    (tmp_path / "wrong.json").write_text('{"results": [{"num_speculative_tokens": 3}]}')
+    run = run_folder(tmp_path / "run", (1,), (2,))
+    given = {"path": str(run), "side": "vispec", "context": 100.0, **change}
+    with pytest.raises(ViSpecError, match=said):
+        read_measured(tmp_path / given["path"], given["side"], given["context"])
