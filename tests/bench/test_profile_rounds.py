@@ -201,10 +201,6 @@ def test_every_runner_is_watched_where_it_says(name: str) -> None:
     assert [one.kind for one in find_steps(tape.take(), K, 1).steps] == ["decode"]
 
 
-def test_this_vllm_can_be_looked_into() -> None:
-    require(PROFILE)
-
-
 def block(eagle: float, vispec: float, rounds: int = 3) -> Block:
     """A block whose first passes take that long."""
     sides = []

@@ -60,7 +60,7 @@ def test_doctor_leaves_without_tidying_up(options: list[str], status: int) -> No
     done = subprocess.run(command, capture_output=True, check=False, text=True)
     assert done.returncode == status
     assert done.stdout.startswith("vllm-vispec")
-    assert "verify attention: " in done.stdout
+    assert "verify on V2: " in done.stdout
     assert len(done.stderr.splitlines()) == status
 
 
