@@ -3,7 +3,7 @@
 `vispec bench run` reads a draft's image table, if it has one, and relies on nothing private.
 """
 
-from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
+from vllm_vispec.compat.patch_point import PatchGroup, wraps
 
 _FEATURE = "vispec bench profile and vispec verify"
 
@@ -14,14 +14,12 @@ GROUPS = (
         remedy="",
         runner="v2",
         points=(
-            PatchPoint(
-                "wraps",
+            wraps(
                 "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
                 "{sample(hidden_states), self.speculator}",
                 "verification and sampling; what drafts",
             ),
-            PatchPoint(
-                "wraps",
+            wraps(
                 "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.sample_draft"
                 "(hidden_states)",
                 "draft sampling",
@@ -34,13 +32,11 @@ GROUPS = (
         remedy="",
         runner="v1",
         points=(
-            PatchPoint(
-                "wraps",
+            wraps(
                 "vllm.v1.worker.gpu_model_runner:GPUModelRunner{_sample(logits), self.drafter}",
                 "verification and sampling; what drafts",
             ),
-            PatchPoint(
-                "wraps",
+            wraps(
                 "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer._sample_draft_tokens"
                 "(hidden_states)",
                 "draft sampling",

@@ -8,7 +8,7 @@ command-line options) is none.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 Runner = Literal["v1", "v2"]
@@ -76,6 +76,13 @@ class PatchPoint:
         return re.sub(r"\([^)]*\)", "", self.place)
 
 
+wraps = partial(PatchPoint, "wraps")
+overrides = partial(PatchPoint, "overrides")
+subclasses = partial(PatchPoint, "subclasses")
+calls = partial(PatchPoint, "calls")
+reads = partial(PatchPoint, "reads")
+
+
 def _names(text: str | None) -> tuple[str, ...]:
     return tuple(text.split(", ")) if text else ()
 
@@ -84,8 +91,8 @@ def _never(vllm_config: Any) -> bool:
     return False
 
 
-def _nothing() -> None:
-    """Some features change nothing of vLLM's classes."""
+def no_patches() -> None:
+    """Patches nothing: most features only rely on what vLLM has."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ class PatchGroup:
     points: tuple[PatchPoint, ...]
     runner: Runner | None = None
     is_needed: Callable[[Any], bool] = _never
-    apply: Callable[[], None] = _nothing
+    apply: Callable[[], None] = no_patches
 
     @property
     def title(self) -> str:

@@ -7,7 +7,6 @@ because of the way it is laid out.
 
 import ast
 import re
-from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,43 +94,23 @@ def _parameters_at(text: str, *, nested: bool) -> list[str] | None:
 
 
 def _parse(text: str, symbol: str) -> list[str] | None:
-    found = _find_node(ast.parse(text), symbol)
-    return None if found is None else _parameter_names(found)
-
-
-def _find_node(tree: ast.AST, symbol: str) -> ast.AST | None:
     owner, _, attribute = symbol.partition(".self.")
-    if attribute:
-        scope = _find_node(tree, owner)
-        return None if scope is None else _find_attribute(scope, attribute)
-    node: ast.AST | None = tree
-    for name in symbol.split("."):
-        node = next((child for child in _definitions(node) if _name_of(child) == name), None)
-        if node is None:
+    node: ast.AST = ast.parse(text)
+    for name in owner.split("."):
+        found = [child for child in getattr(node, "body", ()) if name in _names_of(child)]
+        if not found:
             return None
-    return node
+        node = found[0]
+    if not attribute:
+        return _parameter_names(node)
+    stored = (one for one in ast.walk(node) if isinstance(getattr(one, "ctx", None), ast.Store))
+    return [] if attribute in (getattr(one, "attr", None) for one in stored) else None
 
 
-def _definitions(scope: ast.AST | None) -> Iterator[ast.AST]:
-    return iter(getattr(scope, "body", ()))
-
-
-def _name_of(node: ast.AST) -> str | None:
-    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        return node.name
-    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-        return node.target.id
-    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-        return node.targets[0].id
-    return None
-
-
-def _find_attribute(scope: ast.AST, name: str) -> ast.AST | None:
-    for node in ast.walk(scope):
-        stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-        if stored and node.attr == name:  # type: ignore[attr-defined]
-            return node
-    return None
+def _names_of(node: ast.AST) -> set[str]:
+    """Return the names that a statement defines."""
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return {getattr(node, "name", ""), *(getattr(target, "id", "") for target in targets)}
 
 
 def _parameter_names(node: ast.AST) -> list[str]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
+from vllm_vispec.compat.patch_point import PatchGroup, wraps
 from vllm_vispec.config import head_of
 
 
@@ -19,8 +19,7 @@ GATE = PatchGroup(
     runner="v2",
     is_needed=has_gate,
     points=(
-        PatchPoint(
-            "wraps",
+        wraps(
             "vllm.v1.worker.gpu.model_states.interface:ModelState.add_request"
             "(req_index, new_req_data)",
             "where a prompt ends (one object only)",

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
+from vllm_vispec.compat.patch_point import PatchGroup, reads
 from vllm_vispec.config import reads_target_states
 
 
@@ -18,14 +18,12 @@ DRAFT_VLM = PatchGroup(
     runner="v2",
     is_needed=is_draft_vlm,
     points=(
-        PatchPoint(
-            "reads",
+        reads(
             "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator:update_draft_inputs"
             "(hidden_states, next_input_hidden_states)",
             "copies as many columns as the draft's second output has, here none",
         ),
-        PatchPoint(
-            "reads",
+        reads(
             "vllm.v1.worker.gpu.spec_decode.eagle.utils:_should_share(eagle, flag, draft, target)",
             "keeps its own embedding and lm_head",
         ),

@@ -1,11 +1,10 @@
 """What a draft with a vocabulary of its own relies on in vLLM."""
 
+from dataclasses import replace
 from typing import Any
 
-from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
+from vllm_vispec.compat.patch_point import PatchGroup, overrides, reads
 from vllm_vispec.config import ViSpecConfig
-
-FEATURE, REMEDY = "draft_vocab", 'leave "draft_vocab" out of the speculative config'
 
 
 def has_draft_vocab(vllm_config: Any) -> bool:
@@ -15,27 +14,22 @@ def has_draft_vocab(vllm_config: Any) -> bool:
 
 DRAFT_VOCAB = PatchGroup(
     name="draft_vocab",
-    feature=FEATURE,
-    remedy=REMEDY,
+    feature="draft_vocab",
+    remedy='leave "draft_vocab" out of the speculative config',
     is_needed=has_draft_vocab,
     points=(
-        PatchPoint(
-            "overrides",
+        overrides(
             "vllm.model_executor.layers.logits_processor:LogitsProcessor.self.org_vocab_size",
             "number of the draft's tokens",
         ),
     ),
 )
 
-V2_DRAFT_VOCAB = PatchGroup(
-    name="draft_vocab",
-    feature=FEATURE,
-    remedy=REMEDY,
+V2_DRAFT_VOCAB = replace(
+    DRAFT_VOCAB,
     runner="v2",
-    is_needed=has_draft_vocab,
     points=(
-        PatchPoint(
-            "reads",
+        reads(
             "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.sample_draft"
             "(hidden_states, draft_logits)",
             "asks the draft for tokens if use_local_argmax_reduction is set",

@@ -1,6 +1,6 @@
 """What `vllm serve HEAD` relies on in vLLM."""
 
-from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
+from vllm_vispec.compat.patch_point import PatchGroup, wraps
 from vllm_vispec.compat.patching import patch
 
 
@@ -20,8 +20,7 @@ SELF_SERVING = PatchGroup(
     remedy="serve the target, with the head in --speculative-config",
     apply=_apply,
     points=(
-        PatchPoint(
-            "wraps",
+        wraps(
             "vllm.transformers_utils.config:maybe_override_with_speculators"
             "(model, tokenizer, vllm_speculative_config, hf_token)",
             "`vllm serve HEAD`: finds the target a head names (wrapped in `vllm.engine.arg_utils`)",

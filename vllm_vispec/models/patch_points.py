@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
+from vllm_vispec.compat.patch_point import PatchGroup, calls, reads, wraps
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import head_of, reads_embeddings
 from vllm_vispec.heads.config import ARCHITECTURE
@@ -55,16 +55,14 @@ PADDED_HEADS = PatchGroup(
     remedy=_REMEDY,
     is_needed=_has_padded_heads,
     points=(
-        PatchPoint(
-            "wraps",
+        wraps(
             "vllm.model_executor.layers.attention.attention:Attention.__init__(num_heads, "
             "head_size, scale, num_kv_heads, cache_config, quant_config, prefix, attn_type, "
             "attn_backend)",
             "its call of the selector is read off and made for padded head sizes; then the layer "
             "is built with the backend found",
         ),
-        PatchPoint(
-            "calls",
+        calls(
             "vllm.v1.kv_cache_interface:get_kv_quant_mode(kv_cache_dtype)",
             "whether keys and values are quantized; decides the step of head sizes",
         ),
@@ -78,20 +76,17 @@ SCRATCH = PatchGroup(
     is_needed=_needs_scratch,
     apply=apply_scratch,
     points=(
-        PatchPoint(
-            "wraps",
+        wraps(
             f"{_BACKENDS}.triton_attn:TritonAttentionMetadataBuilder"
             "{__init__(kv_cache_spec), self.softmax_segm_output}",
             "split-K scratch as wide as the layer's heads; vLLM takes the model's",
         ),
-        PatchPoint(
-            "wraps",
+        wraps(
             f"{_BACKENDS}.flashinfer:FlashInferMetadataBuilder.set_workspace_buffer"
             "(workspace_buffer)",
             "on V2, a layer shares the target's workspace only if that is large enough",
         ),
-        PatchPoint(
-            "reads",
+        reads(
             f"{_BACKENDS}.flashinfer:FLASHINFER_PREFILL_WORKSPACE_BYTES_PER_ELEM",
             "how large a workspace vLLM would make",
         ),
@@ -105,8 +100,7 @@ UNCOMPRESSED = PatchGroup(
     runner="v2",
     is_needed=reads_embeddings,
     points=(
-        PatchPoint(
-            "reads",
+        reads(
             "vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.gather_mm_embeddings"
             "(draft_lookahead)",
             "embeddings of the tokens one ahead of the target's",

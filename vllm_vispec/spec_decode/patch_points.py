@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
+from vllm_vispec.compat.patch_point import PatchGroup, overrides, reads, subclasses, wraps
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import trims_drafts, uses_vispec
 from vllm_vispec.trees.setting import has_branches
@@ -21,34 +21,28 @@ CORE = PatchGroup(
     remedy="",
     is_needed=uses_vispec,
     points=(
-        PatchPoint(
-            "wraps",
+        wraps(
             f"{_ARGS}.create_speculative_config(target_model_config, target_parallel_config)",
             'accepts "method": "vispec", checks the head against the target',
         ),
-        PatchPoint(
-            "wraps",
+        wraps(
             f"{_ARGS}.create_engine_config(usage_context)",
             "checks what only the finished configuration tells, before any other process starts",
         ),
-        PatchPoint(
-            "reads",
+        reads(
             "vllm.config.model:ModelConfig.config_format",
             "vLLM reads the draft's configuration in the target's format; ours is registered",
         ),
-        PatchPoint(
-            "wraps",
+        wraps(
             "vllm.v1.worker.worker_base:WorkerBase.__init__(vllm_config)",
             "first moment in a worker at which the configuration is known and no runner exists",
         ),
-        PatchPoint(
-            "subclasses",
+        subclasses(
             "vllm.model_executor.models.llama:LlamaDecoderLayer.__init__"
             "(vllm_config, prefix, config, attn_layer_type)",
             "the draft's decoder layer takes our attention",
         ),
-        PatchPoint(
-            "subclasses",
+        subclasses(
             "vllm.model_executor.models.llama_eagle:EagleLlamaForCausalLM.forward"
             "(input_ids, positions, hidden_states)",
             "the draft model's interface",
@@ -91,57 +85,47 @@ CHAINS = PatchGroup(
     is_needed=uses_vispec,
     apply=_apply_chains,
     points=(
-        PatchPoint(
-            "subclasses",
+        subclasses(
             "vllm.v1.worker.gpu.spec_decode.eagle.speculator:EagleSpeculator.load_draft_model"
             "(target_model, target_attn_layer_names)",
             "EagleSpeculator(...) builds a ViSpecSpeculator when the draft is ours",
         ),
-        PatchPoint(
-            "overrides",
+        overrides(
             f"{_SPECULATOR}.propose(input_batch, attn_metadata, slot_mappings, last_hidden_states)",
             "row ids for the batch",
         ),
-        PatchPoint(
-            "overrides",
+        overrides(
             f"{_SPECULATOR}.on_prefill_end(num_reqs)",
             "keep one row id per request for the one-token steps",
         ),
-        PatchPoint(
-            "overrides",
+        overrides(
             f"{_SPECULATOR}.init_cudagraph_manager(cudagraph_mode)",
             "says so where draft steps are not recorded",
         ),
-        PatchPoint(
-            "reads",
+        reads(
             f"{_SPECULATOR}{{self.last_token_indices, self.hidden_states}}",
             "which token of each request is drafted from; the width of what the draft reads of "
             "the target's states",
         ),
-        PatchPoint(
-            "overrides",
+        overrides(
             "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
             "{set_attn(model_state), self.supports_mm_inputs}",
             "finds the encoder cache; whether vLLM hands the draft the image tokens' embeddings",
         ),
-        PatchPoint(
-            "reads",
+        reads(
             "vllm.v1.worker.gpu.model_states.interface:ModelState"
             "{self.supports_mm_inputs, self.encoder_cache}",
             "the encoder cache; there is none in an engine started for text only",
         ),
-        PatchPoint(
-            "reads",
+        reads(
             f"{_ENCODER_CACHE}{{self.mm_features, self.encoder_outputs}}",
             "where a request's images lie, and the vision tower's output by item hash",
         ),
-        PatchPoint(
-            "wraps",
+        wraps(
             f"{_ENCODER_CACHE}.reset_encoder_cache",
             "image rows are dropped with the encoder cache (one object only)",
         ),
-        PatchPoint(
-            "reads",
+        reads(
             f"{_BATCH}{{req_ids, num_tokens, num_computed_tokens_np, query_start_loc_np}}",
             "whose rows a batch has, how many, and where each request's rows begin",
         ),
@@ -155,8 +139,7 @@ ADAPTIVE = PatchGroup(
     runner="v2",
     is_needed=trims_drafts,
     points=(
-        PatchPoint(
-            "reads",
+        reads(
             f"{_BATCH}{{num_draft_tokens_per_req, query_start_loc}}",
             "draft tokens before the device cut them, and where requests begin after the cut",
         ),

@@ -1,9 +1,18 @@
 """What the V1 model runner's part of ViSpec relies on in vLLM."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
+from vllm_vispec.compat.patch_point import (
+    PatchGroup,
+    calls,
+    no_patches,
+    overrides,
+    reads,
+    subclasses,
+    wraps,
+)
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import uses_vispec
 from vllm_vispec.draft_vlm.patch_points import DRAFT_VLM
@@ -74,111 +83,90 @@ CHAINS = PatchGroup(
     is_needed=uses_vispec,
     apply=_apply_chains,
     points=(
-        PatchPoint(
-            "subclasses",
+        subclasses(
             "vllm.v1.spec_decode.eagle:EagleProposer.__init__(vllm_config, device, runner)",
             "EagleProposer(...) builds a ViSpecProposer when the draft is ours",
         ),
-        PatchPoint(
-            "overrides",
+        overrides(
             f"{_PROPOSER}.set_inputs_first_pass"
             "(target_token_ids, next_token_ids, target_positions, target_hidden_states, cad)",
             "row ids for the first draft pass; states as wide as the draft reads",
         ),
-        PatchPoint(
-            "overrides",
+        overrides(
             f"{_PROPOSER}._set_positions(num_tokens, positions)",
             "plain positions for the draft of an M-RoPE target",
         ),
-        PatchPoint(
-            "overrides",
+        overrides(
             f"{_PROPOSER}.prepare_inputs"
             "(common_attn_metadata, sampled_token_ids, num_draft_tokens)",
             "which tokens stay when disable_padded_drafter_batch drops the rejected ones",
         ),
-        PatchPoint(
-            "overrides",
+        overrides(
             f"{_PROPOSER}._update_positions_dependent_metadata"
             "(positions, common_attn_metadata, batch_size, input_batch_size)",
             "keep one row id per request for the one-token steps",
         ),
-        PatchPoint(
-            "overrides",
+        overrides(
             f"{_PROPOSER}.prepare_next_token_ids_padded"
             "(sampled_token_ids, requests, gpu_input_batch, discard_request_mask)",
             "right next token at the border of a prompt chunk",
         ),
-        PatchPoint(
-            "overrides",
+        overrides(
             f"{_PROPOSER}"
             "{load_model(target_model), self.supports_mm_inputs, self.hidden_states, "
             "self.inputs_embeds_size}",
             "row table is allocated with the head; no embeddings for heads that compress images; "
             "how wide what the draft reads is",
         ),
-        PatchPoint(
-            "reads",
+        reads(
             f"{_RUNNER}"
             "{self.encoder_cache, self.positions, self.optimistic_seq_lens_cpu, "
             "self.discard_request_mask}",
             "the vision tower's output; plain positions; ends of chunks of unfinished prompts",
         ),
-        PatchPoint(
-            "reads",
+        reads(
             "vllm.v1.worker.gpu_input_batch:InputBatch"
             "{self.num_tokens_no_spec, self.num_prompt_tokens}",
             "where vLLM looks up the next token of an unfinished prompt, changed while it looks; "
             "where a prompt ends",
         ),
-        PatchPoint(
-            "wraps",
+        wraps(
             f"{_RUNNER}.reset_encoder_cache",
             "image rows are dropped with the encoder cache (one object only)",
         ),
-        PatchPoint(
-            "wraps",
+        wraps(
             f"{_V1_SAMPLER}:expand_batch_to_tokens"
             "(x, cu_num_tokens, num_tokens, replace_from, replace_to)",
             "on CPUs vLLM's kernel leaves the temperatures of sampled requests unset",
         ),
-        PatchPoint(
-            "wraps",
+        wraps(
             "vllm._custom_ops:CPUDNNLGEMMHandler.__del__",
             "on CPUs a handler that is collected while a model is traced prints a traceback",
         ),
     ),
 )
 
-_UNCOMPRESSED = PatchGroup(
-    name=UNCOMPRESSED.name,
-    feature=UNCOMPRESSED.feature,
-    remedy=UNCOMPRESSED.remedy,
+_UNCOMPRESSED = replace(
+    UNCOMPRESSED,
     runner="v1",
-    is_needed=UNCOMPRESSED.is_needed,
     points=(
-        PatchPoint(
-            "overrides",
+        overrides(
             f"{_PROPOSER}.build_model_inputs_first_pass"
             "(num_tokens, num_input_tokens, mm_embed_inputs)",
             "image mask where rejected tokens are dropped",
         ),
-        PatchPoint(
-            "reads",
+        reads(
             f"{_RUNNER}._gather_mm_embeddings(scheduler_output, shift_computed_tokens)",
             "embeddings of the tokens one ahead of the target's",
         ),
     ),
 )
 
-_DRAFT_VLM = PatchGroup(
-    name=DRAFT_VLM.name,
-    feature=DRAFT_VLM.feature,
-    remedy=DRAFT_VLM.remedy,
+_DRAFT_VLM = replace(
+    DRAFT_VLM,
     runner="v1",
-    is_needed=DRAFT_VLM.is_needed,
     points=(
-        PatchPoint(
-            "reads",
+        reads(
             f"{_PROPOSER}"
             "{_maybe_share_embeddings(target_language_model), "
             "_maybe_share_lm_head(target_language_model)}",
@@ -187,110 +175,89 @@ _DRAFT_VLM = PatchGroup(
     ),
 )
 
-_DRAFT_VOCAB = PatchGroup(
-    name=DRAFT_VOCAB.name,
-    feature=DRAFT_VOCAB.feature,
-    remedy=DRAFT_VOCAB.remedy,
+_DRAFT_VOCAB = replace(
+    DRAFT_VOCAB,
     runner="v1",
-    is_needed=DRAFT_VOCAB.is_needed,
     points=(
-        PatchPoint(
-            "reads",
+        reads(
             f"{_PROPOSER}._greedy_sample(hidden_states)",
             "asks the draft for tokens if use_local_argmax_reduction is set",
         ),
     ),
 )
 
-_TREES = PatchGroup(
-    name=TREES.name,
-    feature=TREES.feature,
-    remedy=TREES.remedy,
+_TREES = replace(
+    TREES,
     runner="v1",
     is_needed=has_tree,
+    apply=no_patches,
     points=(
-        PatchPoint(
-            "overrides",
+        overrides(
             f"{_V1_PROPOSER}:SpecDecodeBaseProposer.propose"
             "(num_speculative_tokens, common_attn_metadata)",
             "one pass for each level behind vLLM's first pass",
         ),
-        PatchPoint(
-            "overrides",
+        overrides(
             f"{_V1_PROPOSER}:SpecDecodeBaseProposer._sample_draft_tokens"
             "(hidden_states, sampling_metadata)",
             "hidden states behind the roots",
         ),
-        PatchPoint(
-            "calls",
+        calls(
             f"{_V1_PROPOSER}:SpecDecodeBaseProposer._determine_batch_execution_and_padding"
             "(num_tokens)",
             "passes over levels",
         ),
-        PatchPoint(
-            "calls",
+        calls(
             f"{_V1_PROPOSER}:SpecDecodeBaseProposer._get_slot_mapping(num_tokens, slot_mapping)",
             "passes over levels",
         ),
-        PatchPoint(
-            "reads",
+        reads(
             f"{_V1_PROPOSER}:SpecDecodeBaseProposer.self._draft_attn_layer_names",
             "the cache of the target's layers alone is tidied",
         ),
-        PatchPoint(
-            "wraps",
+        wraps(
             f"{_V1_RUNNER}:GPUModelRunner._calc_spec_decode_metadata"
             "(num_draft_tokens, cu_num_scheduled_tokens)",
             "which requests of a batch have drafts (one object only)",
         ),
-        PatchPoint(
-            "wraps",
+        wraps(
             f"{_V1_RUNNER}:GPUModelRunner._model_forward(input_ids, positions)",
             "positions by level, and codes (one object only)",
         ),
-        PatchPoint(
-            "wraps",
+        wraps(
             f"{_V1_RUNNER}:GPUModelRunner._get_draft_token_ids_cpu",
             "empty places are no drafts (one object only)",
         ),
-        PatchPoint(
-            "wraps",
+        wraps(
             f"{_V1_RUNNER}:GPUModelRunner._input_fits_in_drafter(common_attn_metadata)",
             "drafted up to the longest sequence (one object only)",
         ),
-        PatchPoint(
-            "subclasses",
+        subclasses(
             f"{_V1_RUNNER}:GPUModelRunner.self.rejection_sampler",
             "the walk along the target's own samples",
         ),
-        PatchPoint(
-            "overrides",
+        overrides(
             f"{_V1_SAMPLER}:RejectionSampler.forward"
             "(metadata, draft_probs, logits, sampling_metadata)",
             "the walk along the target's own samples",
         ),
-        PatchPoint(
-            "calls",
+        calls(
             f"{_V1_SAMPLER}:RejectionSampler.apply_logits_processors"
             "(logits, sampling_metadata, metadata)",
             "for every row of logits, the last ones included",
         ),
-        PatchPoint(
-            "calls",
+        calls(
             f"{_V1_SAMPLER}:RejectionSampler._get_logprobs_tensors"
             "(max_num_logprobs, metadata, logits, target_logits, bonus_logits)",
             "logprobs of the accepted paths",
         ),
-        PatchPoint(
-            "calls",
+        calls(
             f"{_V1_SAMPLER}:apply_sampling_constraints"
             "(logits, cu_num_draft_tokens, sampling_metadata)",
             "temperature, top_k and top_p for every row of logits",
         ),
-        PatchPoint(
-            "reads",
-            "vllm.forward_context:ForwardContext.slot_mapping",
-            "where each layer stored the batch",
+        reads(
+            "vllm.forward_context:ForwardContext.slot_mapping", "where each layer stored the batch"
         ),
     ),
 )

@@ -3,7 +3,7 @@
 Its attention check calls private functions, too: what does not fit there is that backend's failure.
 """
 
-from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
+from vllm_vispec.compat.patch_point import PatchGroup, reads
 
 _FEATURE = "vispec verify"
 
@@ -13,8 +13,7 @@ GROUPS = (
         feature=_FEATURE,
         remedy="",
         points=(
-            PatchPoint(
-                "reads",
+            reads(
                 "vllm.compilation.cuda_graph:CUDAGraphWrapper"
                 "{_all_instances, self.concrete_cudagraph_entries}",
                 "which CUDA graphs were captured",
@@ -27,13 +26,11 @@ GROUPS = (
         remedy="",
         runner="v2",
         points=(
-            PatchPoint(
-                "reads",
+            reads(
                 "vllm.v1.worker.gpu.model_runner:GPUModelRunner.self.cudagraph_manager",
                 "the target's CUDA graphs",
             ),
-            PatchPoint(
-                "reads",
+            reads(
                 "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator:"
                 "TargetDependentARSpeculator.self.decode_cudagraph_manager",
                 "the draft's CUDA graphs",
