@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError
 
 from vllm_vispec.heads.card import CARD_TITLE, DEFAULT_NUM_TOKENS, guess_target, model_card
 from vllm_vispec.heads.config import HeadConfig
@@ -36,6 +33,7 @@ from vllm_vispec.heads.speculators import (
     speculators_fields,
 )
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -200,22 +198,20 @@ def new_head_folder(
         ViSpecError: the destination is taken, cannot be written, or what was written is no head.
     """
     _check_destination(destination, overwrite, source)
-    scratch: Path | None = None
+    old = destination.with_name(f".{destination.name}.old")
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-        yield scratch
-        inspect_head(scratch)  # never put a folder in place that would not load
-        # Temporary folders are private; servers often run as another user.
-        scratch.chmod(0o755)
-        _swap_in(scratch, destination)
-    except (OSError, SafetensorError) as error:
-        raise ViSpecError(
-            f"{destination} cannot be written ({error}): free space there or choose another folder"
-        ) from error
+        with writing(destination) as scratch:
+            scratch.mkdir()
+            yield scratch
+            inspect_head(scratch)  # never put a folder in place that would not load
+            if destination.exists():
+                # Moved aside first, so that a crash loses nothing.
+                shutil.rmtree(old, ignore_errors=True)
+                destination.rename(old)
     finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+        if not destination.exists() and old.exists():
+            old.rename(destination)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: str) -> None:
@@ -265,22 +261,6 @@ def _is_ours(folder: Path) -> bool:
         return names <= _OURS and card.startswith(CARD_TITLE)
     except (OSError, ValueError, TypeError):
         return False
-
-
-def _swap_in(scratch: Path, destination: Path) -> None:
-    """Rename, moving an old folder aside first so that a crash loses nothing."""
-    if not destination.exists():
-        scratch.rename(destination)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old.", dir=destination.parent))
-    destination.rename(old / destination.name)
-    try:
-        scratch.rename(destination)
-    except OSError:
-        (old / destination.name).rename(destination)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _tensors(
