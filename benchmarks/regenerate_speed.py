@@ -28,7 +28,7 @@ from vllm_vispec.bench.machine import describe_machine
 from vllm_vispec.data.images import open_image
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.regenerate.dialogue import Regenerated
-from vllm_vispec.data.regenerate.settings import RegenerateSettings, Sampling
+from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.data.types import Conversation, Rejected
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -114,9 +114,7 @@ def run_one_by_one(settings: RegenerateSettings, conversations: Sequence[Convers
         text = template.render(conversation.turns, open_answer=True)
         inputs = template.processor(text=[text], images=images, return_tensors="pt")
         with torch.inference_mode():
-            ids = model.generate(
-                **inputs, do_sample=False, max_new_tokens=settings.sampling.max_tokens
-            )
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=settings.max_tokens)
         return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
     answer(conversations[0])
@@ -200,7 +198,9 @@ def main(
             input=write_questions(interleaved(samples + WARM_UP), folder),
             output=folder / "out.jsonl",
             prompt_style="none",
-            sampling=Sampling(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
+            temperature=0.0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
             dtype=dtype,
             max_model_len=max_model_len,
             engine={"enforce_eager": eager},

@@ -32,4 +32,6 @@ def settings(tmp_path: Path) -> RegenerateSettings:
     lines += [json.dumps(record("lost", image="none.png")), "{broken", lines[0]]
     source = tmp_path / "in" / "data.jsonl"
     source.write_text("\n".join(lines) + "\n")
-    return RegenerateSettings("some/target", source, tmp_path / "out" / "data.jsonl")
+    return RegenerateSettings(
+        target="some/target", input=source, output=tmp_path / "out" / "data.jsonl"
+    )

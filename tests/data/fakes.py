@@ -50,7 +50,7 @@ class FakeBackend:
 
     def _one(self, conversation: Conversation) -> Regenerated | Rejected:
         try:
-            dialogue = Dialogue.start(conversation, self.request)
+            dialogue = Dialogue.begin(conversation, self.request)
             while not dialogue.accept(self.speak(dialogue), None):
                 pass
         except ValueError as error:
@@ -71,6 +71,11 @@ def record(name: str, **changes: Any) -> dict[str, Any]:
         {"from": "gpt", "value": "old too"},
     ]
     return {"id": name, "family": "vqa", "image": "a.png", "conversations": turns} | changes
+
+
+def changed(settings: RegenerateSettings, **changes: Any) -> RegenerateSettings:
+    """Return the settings with other values."""
+    return RegenerateSettings(**(dict(settings) | changes))
 
 
 def run(settings: RegenerateSettings, backend: FakeBackend) -> Summary:

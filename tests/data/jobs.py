@@ -12,7 +12,7 @@ from vllm_vispec.data.regenerate.backends.offline import OfflineBackend
 from vllm_vispec.data.regenerate.backends.ray_data import RayBackend
 from vllm_vispec.data.regenerate.dialogue import Regenerated
 from vllm_vispec.data.regenerate.job import regenerate_all
-from vllm_vispec.data.regenerate.settings import RegenerateSettings, Sampling
+from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.data.types import Conversation, Rejected
 
 
@@ -42,7 +42,8 @@ def to_settings(model: str, source: str, output: str, **changes: Any) -> Regener
         input=Path(source),
         output=Path(output),
         prompt_style="detailed",
-        sampling=Sampling(max_tokens=24, seed=3),
+        max_tokens=24,
+        seed=3,
         dtype="float32",
         max_model_len=400,
         engine={"max_num_seqs": 4, "enforce_eager": True},
@@ -74,7 +75,7 @@ def run_ray(model: str, source: str, output: str) -> dict[str, Any]:
 
     settings = to_settings(model, source, output, workers=2)
     summary = regenerate_all(settings, "ray", make)
-    return summary.to_json() | {"way": made[0].way, "processes": len(made[0].processes)}
+    return summary.to_json() | {"processes": len(made[0].processes)}
 
 
 def records(output: Path) -> dict[str, dict[str, Any]]:

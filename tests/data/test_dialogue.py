@@ -8,17 +8,11 @@ from typing import Any
 import pytest
 
 from tests.support.tiny_store import TinyStore
-from vllm_vispec.data.encode import Encoder, load_processor
-from vllm_vispec.data.regenerate.backends.wire import (
-    conversation_from_json,
-    conversation_to_json,
-    result_from_json,
-    result_id,
-    result_to_json,
-)
-from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Regenerated
-from vllm_vispec.data.regenerate.prompts import PROMPT_STYLES, ask, question_groups
-from vllm_vispec.data.types import Conversation, Part, Rejected, Turn
+from vllm_vispec.data.encode import Encoder
+from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, ask, question_groups
+from vllm_vispec.data.regenerate.settings import PROMPT_STYLES
+from vllm_vispec.data.template import load_processor
+from vllm_vispec.data.types import Conversation, Part, Turn
 
 SYSTEM = Turn("system", (Part(text="Be kind."),))
 LOOK = Turn("user", (Part(image="a.png"), Part(text="What is it?")))
@@ -73,12 +67,12 @@ def test_the_request_joins_the_last_question() -> None:
     assert asked.parts == (Part(image="a.png"), Part(text="What is it?\nBe long."))
     (picture,) = ask((Turn("user", (Part(image="a.png"),)),), "Be long.")
     assert picture.parts == (Part(image="a.png"), Part(text="Be long."))
-    assert "1000 words" in PROMPT_STYLES["long"].request
-    assert PROMPT_STYLES["none"].request == ""
+    assert "1000 words" in PROMPT_STYLES["long"]
+    assert PROMPT_STYLES["none"] == ""
 
 
 def test_own_answers_are_the_context(encoder: Encoder) -> None:
-    dialogue = Dialogue.start(TALK, "")
+    dialogue = Dialogue.begin(TALK, "")
     assert dialogue.turns == (SYSTEM, LOOK)
     space = own_space(encoder)
     assert not dialogue.accept(reply(encoder, dialogue, space + "A star."), encoder.template)
@@ -95,7 +89,7 @@ def test_own_answers_are_the_context(encoder: Encoder) -> None:
 
 
 def test_an_answer_cut_off_round_trips(encoder: Encoder) -> None:
-    dialogue = Dialogue.start(Conversation("s", (LOOK,)), "")
+    dialogue = Dialogue.begin(Conversation("s", (LOOK,)), "")
     whole = reply(encoder, dialogue, own_space(encoder) + "A sta", finish_reason="length")
     assert whole.token_ids is not None
     cut = Answer(whole.text, "length", whole.token_ids[:-1], whole.prompt_token_ids)
@@ -105,7 +99,7 @@ def test_an_answer_cut_off_round_trips(encoder: Encoder) -> None:
 
 
 def test_sampled_tokens_that_the_tokenizer_would_not_choose(encoder: Encoder) -> None:
-    dialogue = Dialogue.start(Conversation("s", (LOOK,)), "")
+    dialogue = Dialogue.begin(Conversation("s", (LOOK,)), "")
     tokenizer = encoder.template.tokenizer
     text = own_space(encoder) + "star"
     letters = [tokenizer(c, add_special_tokens=False).input_ids[0] for c in text]
@@ -119,7 +113,7 @@ def test_sampled_tokens_that_the_tokenizer_would_not_choose(encoder: Encoder) ->
 
 
 def test_a_prompt_that_the_engine_saw_differently(encoder: Encoder) -> None:
-    dialogue = Dialogue.start(Conversation("s", (LOOK,)), "")
+    dialogue = Dialogue.begin(Conversation("s", (LOOK,)), "")
     usual = reply(encoder, dialogue, own_space(encoder) + "star")
     assert usual.prompt_token_ids is not None
     other = Answer(usual.text, "stop", usual.token_ids, usual.prompt_token_ids[1:])
@@ -130,7 +124,7 @@ def test_a_prompt_that_the_engine_saw_differently(encoder: Encoder) -> None:
 
 
 def test_without_tokens_nothing_is_checked() -> None:
-    dialogue = Dialogue.start(Conversation("s", (LOOK,)), "")
+    dialogue = Dialogue.begin(Conversation("s", (LOOK,)), "")
     assert dialogue.accept(Answer(" A star. ", "stop"), None)
     done = dialogue.finish(None)
     assert done.round_trip is None
@@ -138,29 +132,13 @@ def test_without_tokens_nothing_is_checked() -> None:
 
 
 def test_empty_answer() -> None:
-    dialogue = Dialogue.start(TALK, "")
+    dialogue = Dialogue.begin(TALK, "")
     with pytest.raises(ValueError, match="empty answer"):
         dialogue.accept(Answer(" \n", "stop", (2,), (1,)), None)
 
 
 @pytest.mark.parametrize("reason", ["abort", "error", "None"])
 def test_an_answer_that_the_engine_gave_up(reason: str) -> None:
-    dialogue = Dialogue.start(TALK, "")
+    dialogue = Dialogue.begin(TALK, "")
     with pytest.raises(ValueError, match=f"ended with {reason}"):
         dialogue.accept(Answer("half", reason, (2,), (1,)), None)
-
-
-def test_results_travel_as_json() -> None:
-    assert conversation_from_json(conversation_to_json(TALK)) == Conversation(
-        TALK.sample_id, TALK.turns, TALK.family
-    )
-    done = Regenerated(
-        Conversation("s", TALK.turns, "vqa"),
-        (Answer("a", "stop", (1, 2), (3,)), Answer("b", "length")),
-        False,
-        "because",
-    )
-    assert result_from_json(result_to_json(done)) == done
-    lost = Rejected("x", "bad image")
-    assert result_from_json(result_to_json(lost)) == lost
-    assert [result_id(done), result_id(lost)] == ["s", "x"]

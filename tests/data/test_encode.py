@@ -11,7 +11,8 @@ import torch
 
 from tests.support.tiny_configs import FAMILIES
 from tests.support.tiny_store import TinyStore
-from vllm_vispec.data.encode import Encoded, Encoder, load_processor
+from vllm_vispec.data.encode import Encoded, Encoder
+from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Conversation, Part, Rejected, Turn
 from vllm_vispec.utils.errors import ViSpecError
 

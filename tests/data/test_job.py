@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.data.fakes import COUNT, FakeBackend, Killed, records, rejected, run
+from tests.data.fakes import COUNT, FakeBackend, Killed, changed, records, rejected, run
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Regenerated
-from vllm_vispec.data.regenerate.settings import RegenerateSettings, Sampling
+from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.data.types import Conversation
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.settings import as_flag, parse
 
 
 def test_counts_add_up(settings: RegenerateSettings) -> None:
@@ -59,7 +60,7 @@ def test_the_output_can_be_read_back(settings: RegenerateSettings) -> None:
 
 
 def test_an_image_root_keeps_paths_as_written(settings: RegenerateSettings) -> None:
-    rooted = replace(settings, image_root=settings.input.parent)
+    rooted = changed(settings, image_root=settings.input.parent)
     run(rooted, FakeBackend())
     assert records(rooted)[0]["messages"][0]["content"][0] == {"type": "image", "image": "a.png"}
 
@@ -115,7 +116,7 @@ def test_round_trip_failures(settings: RegenerateSettings, strict: bool, kept: i
             odd = conversation.sample_id == "s3"
             return replace(done, round_trip=not odd, round_trip_reason="so" if odd else "")
 
-    summary = run(replace(settings, strict=strict), Changed())
+    summary = run(changed(settings, strict=strict), Changed())
     assert summary.round_trip_failed == 1
     assert summary.success == COUNT - 1 + kept
     expected = None if kept else "template round trip: so"
@@ -134,40 +135,31 @@ def test_a_backend_that_loses_samples_is_noticed(settings: RegenerateSettings) -
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"prompt_style": "loud"}, "--prompt-style loud: choose one of none, long"),
+        ({"prompt_style": "loud"}, "--prompt-style is 'loud': use one of none, long"),
         ({"target": ""}, "--target is missing"),
-        ({"workers": 0}, "--workers 0"),
-        ({"concurrency": 0}, "--concurrency 0"),
+        ({"workers": 0}, "--workers is 0: give at least 1"),
+        ({"concurrency": 0}, "--concurrency is 0: give at least 1"),
+        ({"temperature": -1.0}, "--temperature is -1.0: give at least 0"),
+        ({"top_p": 0.0}, "--top-p is 0.0: give more than 0"),
+        ({"top_p": 1.1}, "--top-p is 1.1: give at most 1"),
+        ({"max_tokens": 0}, "--max-tokens is 0: give at least 1"),
     ],
 )
 def test_bad_settings(settings: RegenerateSettings, change: dict[str, Any], named: str) -> None:
     with pytest.raises(ViSpecError, match=named):
-        replace(settings, **change)
-
-
-@pytest.mark.parametrize(
-    "bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_tokens": 0}]
-)
-def test_bad_sampling(bad: dict[str, Any]) -> None:
-    name = next(iter(bad)).replace("_", "-")
-    with pytest.raises(ViSpecError, match=f"--{name} .*: choose"):
-        Sampling(**bad)
+        parse(RegenerateSettings, dict(settings) | change, as_flag)
 
 
 def test_own_request(settings: RegenerateSettings) -> None:
-    run(replace(settings, prompt_text="Be thorough."), FakeBackend())
+    run(changed(settings, prompt_text="Be thorough."), FakeBackend())
     found = records(settings)[0]
     assert found["prompt_style"] == "own"
     assert found["messages"][0]["content"][1]["text"] == "What is it?\nBe thorough."
 
 
-def test_seeds_differ_by_sample_turn_and_job() -> None:
-    seeds = {
-        Sampling(seed=seed).seed_of(name, turn)
-        for seed in range(3)
-        for name in ("a", "b", "a0")
-        for turn in range(3)
-    }
+def test_seeds_differ_by_sample_turn_and_job(settings: RegenerateSettings) -> None:
+    jobs = [changed(settings, seed=seed) for seed in range(3)]
+    seeds = {job.seed_of(n, turn) for job in jobs for n in ("a", "b", "a0") for turn in range(3)}
     assert len(seeds) == 27
     assert all(0 <= seed < 2**32 for seed in seeds)
-    assert Sampling(seed=1).seed_of("a", 1) == Sampling(seed=1).seed_of("a", 1)
+    assert jobs[1].seed_of("a", 1) == changed(settings, seed=1).seed_of("a", 1)

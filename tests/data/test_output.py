@@ -7,14 +7,13 @@ import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.data.fakes import COUNT, FakeBackend, record, run
-from vllm_vispec.data.regenerate.settings import RegenerateSettings, Sampling
+from tests.data.fakes import COUNT, FakeBackend, changed, record, run
+from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.utils.errors import ViSpecError
 
 
@@ -30,8 +29,8 @@ def test_half_a_line_is_dropped(settings: RegenerateSettings) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"sampling": Sampling(temperature=0.0)}, "temperature 1.0, now it is 0.0"),
-        ({"sampling": Sampling(seed=1)}, "seed 0, now it is 1"),
+        ({"temperature": 0.0}, "temperature 1.0, now it is 0.0"),
+        ({"seed": 1}, "seed 0, now it is 1"),
         ({"prompt_style": "none"}, "prompt_style 'long', now it is 'none'"),
         ({"target": "other"}, "target 'some/target', now it is 'other'"),
     ],
@@ -42,7 +41,7 @@ def test_never_mixes_configurations(
     run(settings, FakeBackend())
     before = settings.output.read_bytes()
     with pytest.raises(ViSpecError, match="choose another file") as caught:
-        run(replace(settings, **change), FakeBackend())
+        run(changed(settings, **change), FakeBackend())
     assert named in str(caught.value)
     assert settings.output.read_bytes() == before
 
@@ -82,19 +81,19 @@ def test_output_in_use(settings: RegenerateSettings) -> None:
 def test_output_is_input(settings: RegenerateSettings) -> None:
     before = settings.input.read_bytes()
     with pytest.raises(ViSpecError, match="is the input"):
-        run(replace(settings, output=settings.input), FakeBackend())
+        run(changed(settings, output=settings.input), FakeBackend())
     assert settings.input.read_bytes() == before
 
 
 def test_unwritable_output(settings: RegenerateSettings) -> None:
-    blocked = replace(settings, output=settings.input / "below" / "out.jsonl")
+    blocked = changed(settings, output=settings.input / "below" / "out.jsonl")
     with pytest.raises(ViSpecError, match="cannot be written"):
         run(blocked, FakeBackend())
 
 
 def test_missing_input(settings: RegenerateSettings) -> None:
     with pytest.raises(ViSpecError, match=r"--input .* cannot be read"):
-        run(replace(settings, input=Path("none.jsonl")), FakeBackend())
+        run(changed(settings, input=Path("none.jsonl")), FakeBackend())
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from tests.data.fakes import FakeBackend
-from vllm_vispec.cli.regenerate import backend_name, regenerate
+from vllm_vispec.cli.regenerate import regenerate
 from vllm_vispec.data.regenerate import job
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.utils.errors import ViSpecError
@@ -53,8 +53,8 @@ def test_summary(app: typer.Typer, backend: FakeBackend, settings: RegenerateSet
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["--prompt-style", "loud"], "--prompt-style loud"),
-        (["--temperature", "-1"], "--temperature -1.0"),
+        (["--prompt-style", "loud"], "--prompt-style is 'loud'"),
+        (["--temperature", "-1"], "--temperature is -1.0"),
         (["--engine", "[]"], "--engine is not a JSON object"),
         (["--engine", "{"], "--engine is not JSON"),
         (["--server", "http://x", "--ray"], "--server and --ray exclude each other"),
@@ -71,12 +71,6 @@ def test_user_errors_are_one_line(
     assert result.exit_code == 1
     assert result.stderr.startswith(f"vispec: {named}")
     assert result.stderr.count("\n") == 1
-
-
-def test_choices() -> None:
-    assert backend_name("", False) == "offline"
-    assert backend_name("http://x", False) == "server"
-    assert backend_name("", True) == "ray"
 
 
 def test_unknown_backend(settings: RegenerateSettings) -> None:

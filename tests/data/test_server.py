@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.data.fake_server import ANSWER, FakeServer, running
+from tests.data.fakes import changed
 from tests.support.tiny_store import TinyStore
-from vllm_vispec.data.encode import load_processor
 from vllm_vispec.data.regenerate.backends import server as backend
 from vllm_vispec.data.regenerate.job import Summary, regenerate_all
-from vllm_vispec.data.regenerate.settings import RegenerateSettings, Sampling
-from vllm_vispec.data.template import ChatTemplate
+from vllm_vispec.data.regenerate.settings import RegenerateSettings
+from vllm_vispec.data.template import ChatTemplate, load_processor
 from vllm_vispec.utils.errors import ViSpecError
 
 
@@ -46,12 +45,14 @@ def settings(target: Path, tmp_path: Path, pictures: Path) -> RegenerateSettings
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(item) + "\n" for item in records))
     return RegenerateSettings(
-        str(target),
-        source,
-        tmp_path / "out.jsonl",
+        target=str(target),
+        input=source,
+        output=tmp_path / "out.jsonl",
         image_root=pictures,
         prompt_style="none",
-        sampling=Sampling(temperature=0.7, top_p=0.9, max_tokens=50),
+        temperature=0.7,
+        top_p=0.9,
+        max_tokens=50,
         concurrency=2,
         server="nowhere",
     )
@@ -59,7 +60,7 @@ def settings(target: Path, tmp_path: Path, pictures: Path) -> RegenerateSettings
 
 def run(settings: RegenerateSettings, fake: FakeServer) -> Summary:
     with running(fake):
-        return regenerate_all(replace(settings, server=fake.url), "server")
+        return regenerate_all(changed(settings, server=fake.url), "server")
 
 
 def template(target: Path) -> ChatTemplate:
@@ -106,13 +107,13 @@ def test_requests_run_at_the_same_time(settings: RegenerateSettings) -> None:
 
 
 def test_a_server_without_token_ids(settings: RegenerateSettings) -> None:
-    summary = run(replace(settings, target=""), FakeServer())
+    summary = run(changed(settings, target=""), FakeServer())
     assert summary.round_trip_unchecked == summary.success == 5
     assert json.loads(settings.output.open().readline())["response_token_ids"] == [None, None]
 
 
 def test_a_server_that_goes_away_loses_nothing(settings: RegenerateSettings, target: Path) -> None:
-    one_by_one = replace(settings, concurrency=1)
+    one_by_one = changed(settings, concurrency=1)
     with pytest.raises(ViSpecError, match=r"does not answer .* run the same command again"):
         run(one_by_one, FakeServer(template(target), refuse_after=4))
     assert len(settings.output.read_text().splitlines()) == 2
@@ -122,7 +123,7 @@ def test_a_server_that_goes_away_loses_nothing(settings: RegenerateSettings, tar
 
 def test_no_server(settings: RegenerateSettings) -> None:
     with pytest.raises(ViSpecError, match="does not answer"):
-        regenerate_all(replace(settings, server="http://127.0.0.1:9"), "server")
+        regenerate_all(changed(settings, server="http://127.0.0.1:9"), "server")
 
 
 def test_several_models(settings: RegenerateSettings) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from examples.pair import DEFAULT_DRAFT_MODEL, DEFAULT_MODEL
 from examples.tiny_vlm.dataset import Sample, make_sample
 from examples.tiny_vlm.families import FAMILIES
-from vllm_vispec.data.encode import Encoder, load_processor
+from vllm_vispec.data.encode import Encoder
+from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Part, Turn
 from vllm_vispec.evaluate.engine import (
     Answer,

@@ -16,7 +16,8 @@ from examples.tiny_vlm.dataset import make_sample, strip_marks
 from tests.support.heads import write_head
 from tests.train.samples import random_sample
 from vllm_vispec.cli.evaluate import evaluate
-from vllm_vispec.data.encode import Encoder, load_processor
+from vllm_vispec.data.encode import Encoder
+from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Rejected
 from vllm_vispec.evaluate.engine import questions
 from vllm_vispec.evaluate.options import DataSource

@@ -11,8 +11,9 @@ import torch
 
 from tests.support.tiny_configs import FAMILIES
 from tests.support.tiny_store import TinyStore
-from vllm_vispec.data.encode import Encoded, Encoder, load_processor
+from vllm_vispec.data.encode import Encoded, Encoder
 from vllm_vispec.data.read import read_conversations
+from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Conversation
 from vllm_vispec.heads.target import load_target_config
 from vllm_vispec.train.target import TrainingTarget, merge_vision

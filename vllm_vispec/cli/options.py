@@ -139,9 +139,9 @@ def options_of(*settings: type) -> Callable[[Command], Callable[..., None]]:
     """Give a command an option for each field of settings classes, before its own parameters.
 
     The command is called with the settings first, and its result is the exit code. A class is a
-    pydantic model whose fields have descriptions (and "flags" of their own in their
-    `json_schema_extra`), or a dataclass with an `Attributes:` section in its docstring. A field of
-    type `tuple[T, ...]` takes values separated by commas, a dictionary a JSON object.
+    pydantic model whose fields have descriptions, or a dataclass with an `Attributes:` section. In
+    a model's `json_schema_extra`, "flags" gives an option other names and "option": False hides it.
+    A field of type `tuple[T, ...]` takes values separated by commas, a dictionary a JSON object.
     """
 
     def decorate(command: Command) -> Callable[..., None]:
@@ -188,8 +188,10 @@ def _fields(settings: Any) -> Iterator[SettingsField]:
     if issubclass(settings, BaseModel):
         for name, item in settings.model_fields.items():
             default = empty if item.is_required() else item.default
-            form = Form(tuple((item.json_schema_extra or {}).get("flags", ())))
-            yield SettingsField(name, item.annotation, default, item.description, form)
+            extra: Any = item.json_schema_extra or {}
+            form = Form(tuple(extra.get("flags", ())))
+            if extra.get("option", True):
+                yield SettingsField(name, item.annotation, default, item.description, form)
         return
     types, docs = get_type_hints(settings), attribute_docs(settings)
     for field in fields(settings):

@@ -7,81 +7,33 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_vispec.cli.options import exit_on_error, json_object
+from vllm_vispec.cli.options import options_of
 from vllm_vispec.data.regenerate.picture_folder import write_questions
-from vllm_vispec.data.regenerate.prompts import PROMPT_STYLES
-from vllm_vispec.data.regenerate.settings import (
-    DEFAULT_MAX_TOKENS,
-    DEFAULT_TEMPERATURE,
-    RegenerateSettings,
-    Sampling,
-)
+from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
     from vllm_vispec.data.regenerate.job import Summary
 
-STYLES = ", ".join(PROMPT_STYLES)
 
-
+@options_of(RegenerateSettings)
 def regenerate(
-    input_file: Annotated[
-        Path,
-        typer.Option(
-            "--input", help="JSON lines or a JSON array, LLaVA or OpenAI style; or an image folder."
-        ),
-    ],
-    output: Annotated[Path, typer.Option(help="JSON lines file; an earlier run is continued.")],
+    settings: RegenerateSettings,
     question: Annotated[
         list[str] | None, typer.Option(help="To ask about the images of a folder; repeatable.")
     ] = None,
-    target: Annotated[
-        str, typer.Option(help="Folder or hub id of the target; optional with --server.")
-    ] = "",
-    image_root: Annotated[
-        Path | None, typer.Option(help="Where image paths start; default: the input's folder.")
-    ] = None,
-    prompt_style: Annotated[str, typer.Option(help=f"Added to questions: {STYLES}.")] = "long",
-    prompt_text: Annotated[str, typer.Option(help="Your own words instead of a style.")] = "",
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = DEFAULT_TEMPERATURE,
-    top_p: Annotated[float, typer.Option(help="Nucleus of the sampling.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="Per answer.")] = DEFAULT_MAX_TOKENS,
-    seed: Annotated[int, typer.Option(help="With a sample's id it gives the sample's seed.")] = 0,
-    strict: Annotated[
-        bool, typer.Option(help="Reject answers whose text has other tokens in the template.")
-    ] = False,
-    dtype: Annotated[str, typer.Option(help="The engine's dtype.")] = "auto",
-    max_model_len: Annotated[
-        int | None, typer.Option(help="Longest prompt plus answer; default: the target's.")
-    ] = None,
-    engine: Annotated[str, typer.Option(help="JSON object of further vllm.LLM settings.")] = "{}",
-    server: Annotated[str, typer.Option(help="URL of a running vllm serve instead.")] = "",
-    concurrency: Annotated[int, typer.Option(help="Open requests to the server.")] = 32,
     ray: Annotated[bool, typer.Option("--ray", help="Run as a Ray job.")] = False,
-    workers: Annotated[int, typer.Option(help="Engines of the Ray job.")] = 1,
 ) -> None:
     """Let the target answer image questions at length: training data for its draft head."""
     from vllm_vispec.data.regenerate.job import regenerate_all
 
-    with exit_on_error():
-        settings = RegenerateSettings(
-            target=target,
-            input=conversation_file(input_file, output, question or []),
-            output=output,
-            image_root=image_root,
-            prompt_style=prompt_style,
-            prompt_text=prompt_text,
-            sampling=Sampling(temperature, top_p, max_tokens, seed),
-            strict=strict,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            engine=json_object("--engine", engine),
-            server=server,
-            concurrency=concurrency,
-            workers=workers,
-        )
-        summary = regenerate_all(settings, backend_name(server, ray), progress=True)
-    for line in summary_lines(summary, output):
+    if settings.server and ray:
+        raise ViSpecError("--server and --ray exclude each other; leave one out")
+    backend = "server" if settings.server else "ray" if ray else "offline"
+    source = conversation_file(settings.input, settings.output, question or [])
+    settings = settings.model_copy(update={"input": source})
+    summary = regenerate_all(settings, backend, progress=True)
+    for line in summary_lines(summary, settings.output):
         typer.echo(line)
 
 
@@ -98,18 +50,6 @@ def conversation_file(source: Path, output: Path, questions: list[str]) -> Path:
             f"--question is for a folder of images, --input {source} is none: drop it"
         )
     return source
-
-
-def backend_name(server: str, ray: bool) -> str:
-    """Return the backend that the options ask for.
-
-    Raises:
-        ViSpecError: they ask for two.
-    """
-    if server and ray:
-        raise ViSpecError("--server and --ray exclude each other; leave one out")
-    chosen = {"server": bool(server), "ray": ray, "offline": True}
-    return next(name for name, wanted in chosen.items() if wanted)
 
 
 def summary_lines(summary: Summary, output: Path) -> list[str]:

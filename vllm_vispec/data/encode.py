@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_vispec.data.images import BadImage, open_image
 from vllm_vispec.data.spans import PlainSample, RoundTripError, plain_sample
-from vllm_vispec.data.template import ChatTemplate, load_processor
+from vllm_vispec.data.template import ChatTemplate
 from vllm_vispec.data.types import Conversation, Rejected, Turn
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
-
-__all__ = ["Encoded", "Encoder", "load_processor"]
 
 SEQUENCE_OUTPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """Processor outputs with one entry per token: they follow from `Encoded.token_ids`."""
@@ -47,7 +45,7 @@ class Encoder:
     """Turns conversations into `Encoded`, or says why not. Nothing is ever cut.
 
     Args:
-        processor: the target's processor, see `load_processor`.
+        processor: the target's processor, see `template.load_processor`.
         max_length: most tokens of a sample; longer ones are rejected.
         image_root: folder that relative image paths start from; None: the working directory.
         recorded: take the last answer's tokens from the record (``response_token_ids``) where it

@@ -50,7 +50,7 @@ def to_conversation(record: Any, sample_id: str) -> Conversation:
     known = {"id", "family", found.key, *found.own_keys}
     extra = {name: value for name, value in record.items() if name not in known}
     family = record.get("family")
-    return Conversation(sample_id, turns, str(family) if family else "", MappingProxyType(extra))
+    return Conversation(sample_id, turns, str(family) if family else "", extra)
 
 
 def _llava_turns(record: Record) -> tuple[Turn, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
@@ -42,7 +41,7 @@ class Conversation:
     sample_id: str
     turns: tuple[Turn, ...]
     family: str = ""
-    extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def images(self) -> tuple[str, ...]:

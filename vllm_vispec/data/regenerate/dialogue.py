@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_vispec.data.encode import Encoded, Encoder
-from vllm_vispec.data.regenerate.prompts import ask, question_groups
 from vllm_vispec.data.spans import plain_sample
 from vllm_vispec.data.template import ChatTemplate
 from vllm_vispec.data.types import FINISH_KEY, Conversation, Part, Rejected, Turn
@@ -48,7 +47,7 @@ class Dialogue:
     round_trip_reason: str = ""
 
     @classmethod
-    def start(cls, conversation: Conversation, request: str) -> Dialogue:
+    def begin(cls, conversation: Conversation, request: str) -> Dialogue:
         """Drop the answers of a conversation and ask its first question.
 
         Raises:
@@ -148,3 +147,38 @@ def compare(encoder: Encoder, conversation: Conversation, last: Answer) -> str:
     if found == [*(last.prompt_token_ids or ()), *answer]:
         return ""
     return "the engine's prompt has other tokens than the encoder's"
+
+
+def ask(turns: tuple[Turn, ...], request: str) -> tuple[Turn, ...]:
+    """Return the turns before an answer, with the request added to the last question."""
+    if not request:
+        return turns
+    last = max(i for i, turn in enumerate(turns) if turn.role == "user")
+    parts = turns[last].parts
+    gap = "\n" if parts and parts[-1].text else ""
+    asked = Turn("user", _with_text(parts, gap + request))
+    return (*turns[:last], asked, *turns[last + 1 :])
+
+
+def _with_text(parts: tuple[Part, ...], text: str) -> tuple[Part, ...]:
+    if parts and parts[-1].image is None:
+        return (*parts[:-1], Part(text=parts[-1].text + text))
+    return (*parts, Part(text=text))
+
+
+def question_groups(turns: tuple[Turn, ...]) -> list[tuple[Turn, ...]]:
+    """Split a dialogue into what stands before each answer; the answers themselves are dropped.
+
+    Raises:
+        ValueError: nobody asks anything.
+    """
+    groups: list[list[Turn]] = [[]]
+    for turn in turns:
+        if turn.role != "assistant":
+            groups[-1].append(turn)
+        elif any(item.role == "user" for item in groups[-1]):
+            groups.append([])
+    asked = [tuple(group) for group in groups if any(turn.role == "user" for turn in group)]
+    if not asked:
+        raise ValueError("no question")
+    return asked

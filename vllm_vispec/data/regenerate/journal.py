@@ -10,10 +10,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from vllm_vispec.utils.errors import ViSpecError
@@ -49,35 +48,24 @@ class Journal:
     """
 
     def __init__(self, output: Path, configuration: Mapping[str, Any]) -> None:
-        self.output = output
-        self.done: set[str] = set()
-        self._file = -1
-        self._rejected = -1
-        self._size = 0
-        self.written = 0
-        try:
+        self.output, self.done = output, set[str]()
+        self._size = self._written = 0
+        with self._naming_failures(), ExitStack() as stack:
             output.parent.mkdir(parents=True, exist_ok=True)
-            self._open(configuration)
-        except OSError as error:
-            self.close()
-            raise self._failure(error) from error
-        except ViSpecError:
-            self.close()
-            raise
-
-    def _open(self, configuration: Mapping[str, Any]) -> None:
-        created = not self.output.exists() or self.output.stat().st_size == 0
-        self._file = os.open(self.output, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ViSpecError(
-                f"--output {self.output} is being written by another job; choose another file"
-            ) from error
-        _check_meta(self.output, configuration, created)
-        self._load()
-        rejected = beside(self.output, "rejected.jsonl")
-        self._rejected = os.open(rejected, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            created = not output.exists() or output.stat().st_size == 0
+            # Unbuffered: nothing of a record that did not fit may be written later.
+            self._file = stack.enter_context(output.open("ab", buffering=0))
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ViSpecError(
+                    f"--output {output} is being written by another job; choose another file"
+                ) from error
+            _check_meta(output, configuration, created)
+            self._load()
+            rejected = beside(output, "rejected.jsonl")
+            self._rejected = stack.enter_context(rejected.open("wb", buffering=0))
+            self._open = stack.pop_all()
 
     def _load(self) -> None:
         """Read the ids that are there and drop a last line that was cut off."""
@@ -91,8 +79,7 @@ class Journal:
                     f"--output {self.output}: line {number} is damaged; remove the line and start "
                     "again"
                 ) from error
-        if self._size < len(content):
-            os.ftruncate(self._file, self._size)
+        self._file.truncate(self._size)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append a finished sample.
@@ -100,14 +87,13 @@ class Journal:
         Raises:
             ViSpecError: it cannot be written; nothing of it stays in the file.
         """
-        line = _line(record)
-        try:
-            _write(self._file, line)
-        except OSError as error:
-            os.ftruncate(self._file, self._size)
-            raise self._failure(error) from error
-        self._size += len(line)
-        self.written += 1
+        with self._naming_failures():
+            try:
+                self._size += _write(self._file, record)
+            except OSError:
+                self._file.truncate(self._size)
+                raise
+        self._written += 1
 
     def reject(self, sample_id: str, reason: str) -> None:
         """Note a sample that is left out.
@@ -115,10 +101,8 @@ class Journal:
         Raises:
             ViSpecError: it cannot be written.
         """
-        try:
-            _write(self._rejected, _line({"id": sample_id, "reason": reason}))
-        except OSError as error:
-            raise self._failure(error) from error
+        with self._naming_failures():
+            _write(self._rejected, {"id": sample_id, "reason": reason})
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the counts of the finished job.
@@ -128,30 +112,22 @@ class Journal:
         """
         write_json(beside(self.output, "summary.json"), summary)
 
-    def _failure(self, error: OSError) -> ViSpecError:
-        kept = len(self.done) + self.written
-        return ViSpecError(
-            f"--output {self.output} cannot be written ({error.strerror or error}): {kept} "
-            "finished samples are kept; make room and run the same command again"
-        )
-
-    def close(self) -> None:
-        """Close the files and give the lock back."""
-        for handle in (self._file, self._rejected):
-            if handle >= 0:
-                os.close(handle)
-        self._file = self._rejected = -1
+    @contextmanager
+    def _naming_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            kept = len(self.done) + self._written
+            raise ViSpecError(
+                f"--output {self.output} cannot be written ({error.strerror or error}): {kept} "
+                "finished samples are kept; make room and run the same command again"
+            ) from error
 
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+    def __exit__(self, *details: object) -> None:
+        self._open.close()  # gives the lock back
 
 
 def _check_meta(output: Path, configuration: Mapping[str, Any], created: bool) -> None:
@@ -176,11 +152,10 @@ def _check_meta(output: Path, configuration: Mapping[str, Any], created: bool) -
         )
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
-    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-
-
-def _write(handle: int, content: bytes) -> None:
-    """Write everything; a full disk may take a part first and refuse the rest."""
-    while content:
-        content = content[os.write(handle, content) :]
+def _write(file: Any, record: Mapping[str, Any]) -> int:
+    """Write a line; a full disk may take a part first and refuse the rest."""
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+    rest = line
+    while rest:
+        rest = rest[file.write(rest) :]
+    return len(line)

@@ -1,102 +1,90 @@
-"""Settings of a regeneration job."""
+"""Settings of a regeneration job: the options of `vispec regenerate`."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
 
 from vllm_vispec.data.images import image_folder
-from vllm_vispec.data.regenerate.prompts import PROMPT_STYLES
-from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.settings import Settings
 
-DEFAULT_TEMPERATURE = 1.0
-"""Sampled answers keep the head from reading the next token out of the hidden state (ViSpec,
-arXiv 2509.15235, section on training data)."""
-DEFAULT_MAX_TOKENS = 1024
-"""New tokens per answer in ViSpec's data."""
+PROMPT_STYLES: Mapping[str, str] = MappingProxyType(
+    {
+        "none": "",
+        "long": "Answer at length, with at least 1000 words.",
+        "detailed": "Answer in detail and mention everything you see.",
+        "reasoning": "Think step by step and write every step down.",
+    }
+)
+"""What is added to a question as a sentence of its own, so that the target answers at length.
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn. ``temperature`` 0 is greedy; ``seed`` and the sample id give the
-    seed of each answer. ``ignore_eos`` is for measurements only."""
-
-    temperature: float = DEFAULT_TEMPERATURE
-    top_p: float = 1.0
-    max_tokens: int = DEFAULT_MAX_TOKENS
-    seed: int = 0
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ViSpecError: a value is out of range.
-        """
-        if not 0.0 <= self.temperature <= 10.0:
-            raise ViSpecError(f"--temperature {self.temperature}: choose 0 (greedy) to 10")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ViSpecError(f"--top-p {self.top_p}: choose more than 0 and at most 1")
-        if self.max_tokens < 1:
-            raise ViSpecError(f"--max-tokens {self.max_tokens}: choose at least 1")
-
-    def seed_of(self, sample_id: str, answer: int) -> int:
-        """Return the seed of the answer with this number: 32 bits, independent of the order."""
-        text = f"{self.seed}\0{sample_id}\0{answer}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+A draft head learns from the target's own words, and there are few of them in a one-word answer.
+ViSpec asks for at least 1000 words (arXiv 2509.15235, training data)."""
 
 
-@dataclass(frozen=True)
-class RegenerateSettings:
-    """What decides about the answers, and where they are made.
+class RegenerateSettings(Settings):
+    """What decides about the answers, and where they are made."""
 
-    ``target`` is a folder or hub id ("" only with a server). ``prompt_text`` is a request of one's
-    own that takes the style's place. ``engine`` goes to ``vllm.LLM`` unchanged. ``strict`` rejects
-    answers that do not survive the chat template.
-    """
+    input: Path = Field(
+        description="JSON lines or a JSON array, LLaVA or OpenAI style; or an image folder."
+    )
+    output: Path = Field(description="JSON lines file; an earlier run is continued.")
+    target: str = Field(
+        default="", description="Folder or hub id of the target; optional with --server."
+    )
+    image_root: Path | None = Field(
+        default=None, description="Where image paths start; default: the input's folder."
+    )
+    prompt_style: Literal["none", "long", "detailed", "reasoning"] = Field(
+        default="long", description=f"Added to questions: {', '.join(PROMPT_STYLES)}."
+    )
+    prompt_text: str = Field(default="", description="Your own words instead of a style.")
+    # Sampled answers keep the head from reading the next token out of the hidden state (ViSpec,
+    # arXiv 2509.15235, training data; so is the number of tokens).
+    temperature: float = Field(default=1.0, ge=0, le=10, description="0 is greedy.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus of the sampling.")
+    max_tokens: int = Field(default=1024, ge=1, description="Per answer.")
+    seed: int = Field(
+        default=0, description="With a sample's id and the turn it gives the answer's seed."
+    )
+    ignore_eos: bool = Field(
+        default=False, description="For measurements.", json_schema_extra={"option": False}
+    )
+    strict: bool = Field(
+        default=False, description="Reject answers whose text has other tokens in the template."
+    )
+    dtype: str = Field(default="auto", description="The engine's dtype.")
+    max_model_len: int | None = Field(
+        default=None, description="Longest prompt plus answer; default: the target's."
+    )
+    engine: dict[str, Any] = Field(
+        default={}, description="JSON object of further vllm.LLM settings."
+    )
+    server: str = Field(default="", description="URL of a running vllm serve instead.")
+    concurrency: int = Field(default=32, ge=1, description="Open requests to the server.")
+    workers: int = Field(default=1, ge=1, description="Engines of the Ray job.")
 
-    target: str
-    input: Path
-    output: Path
-    image_root: Path | None = None
-    prompt_style: str = "long"
-    prompt_text: str = ""
-    sampling: Sampling = field(default_factory=Sampling)
-    strict: bool = False
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    engine: Mapping[str, Any] = field(default_factory=dict)
-    server: str = ""
-    concurrency: int = 32
-    workers: int = 1
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without reading anything.
-
-        Raises:
-            ViSpecError: a setting is unknown, out of range or missing.
-        """
-        if self.prompt_style not in PROMPT_STYLES:
-            known = ", ".join(PROMPT_STYLES)
-            raise ViSpecError(f"--prompt-style {self.prompt_style}: choose one of {known}")
+    @model_validator(mode="after")
+    def _has_target(self) -> RegenerateSettings:
         if not self.target and not self.server:
-            raise ViSpecError("--target is missing: give the target's folder or hub id")
-        for name, value in (("--workers", self.workers), ("--concurrency", self.concurrency)):
-            if value < 1:
-                raise ViSpecError(f"{name} {value}: choose at least 1")
+            raise ValueError("--target is missing: give the target's folder or hub id")
+        return self
 
-    def anywhere(self) -> RegenerateSettings:
-        """Return the settings with absolute paths, for processes in other folders."""
-        return replace(
-            self,
-            target=absolute_target(self.target),
-            input=self.input.absolute(),
-            output=self.output.absolute(),
-            image_root=None if self.image_root is None else self.image_root.absolute(),
+    def with_absolute_paths(self) -> RegenerateSettings:
+        """Return the settings for processes in other folders."""
+        return self.model_copy(
+            update={
+                "target": _absolute(self.target),
+                "input": self.input.absolute(),
+                "output": self.output.absolute(),
+                "image_root": self.image_root and self.image_root.absolute(),
+            }
         )
 
     @property
@@ -107,29 +95,29 @@ class RegenerateSettings:
     @property
     def request(self) -> str:
         """What is added to every question."""
-        return self.prompt_text or PROMPT_STYLES[self.prompt_style].request
+        return self.prompt_text or PROMPT_STYLES[self.prompt_style]
 
     @property
     def style_name(self) -> str:
         """Name of the prompt style for the record."""
         return "own" if self.prompt_text else self.prompt_style
 
+    def seed_of(self, sample_id: str, answer: int) -> int:
+        """Return the seed of the answer with this number: 32 bits, independent of the order."""
+        text = f"{self.seed}\0{sample_id}\0{answer}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what two runs must share to write to one file, the input's hash left out."""
+        names = ("temperature", "top_p", "max_tokens", "seed", "strict", "dtype", "max_model_len")
         return {
-            "target": absolute_target(self.target),
+            "target": _absolute(self.target),
             "prompt_style": self.style_name,
             "request": self.request,
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "max_tokens": self.sampling.max_tokens,
-            "seed": self.sampling.seed,
-            "strict": self.strict,
-            "dtype": self.dtype,
-            "max_model_len": self.max_model_len,
+            **{name: getattr(self, name) for name in names},
         }
 
 
-def absolute_target(target: str) -> str:
-    """Return a local folder as an absolute path, a hub id as it is."""
+def _absolute(target: str) -> str:
+    """A local folder as an absolute path, a hub id as it is."""
     return os.path.abspath(target) if target and Path(target).is_dir() else target

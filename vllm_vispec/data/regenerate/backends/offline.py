@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from vllm_vispec.data.encode import Encoder, load_processor
+from vllm_vispec.data.encode import Encoder
 from vllm_vispec.data.images import open_image
 from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Regenerated
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
+from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Conversation, Rejected
 from vllm_vispec.utils.engine_start import spelled_as_json, starting_engine
 from vllm_vispec.utils.errors import first_line
@@ -56,7 +57,7 @@ class OfflineBackend:
 
     def _begin(self, conversation: Conversation, running: dict[str, Dialogue]) -> Rejected | None:
         try:
-            dialogue = Dialogue.start(conversation, self.settings.request)
+            dialogue = Dialogue.begin(conversation, self.settings.request)
             running[self._enqueue(dialogue)] = dialogue
         except ValueError as error:
             return Rejected(conversation.sample_id, first_line(error))
@@ -110,7 +111,7 @@ def start_engine(settings: RegenerateSettings) -> LLM:
     arguments: dict[str, Any] = {
         "model": settings.target,
         "dtype": settings.dtype,
-        "seed": settings.sampling.seed,
+        "seed": settings.seed,
     }
     if settings.max_model_len is not None:
         arguments["max_model_len"] = settings.max_model_len
@@ -142,14 +143,13 @@ def sampling_params(settings: RegenerateSettings, dialogue: Dialogue) -> Samplin
     """Return the sampling parameters of a dialogue's current answer."""
     from vllm import SamplingParams
 
-    sampling = settings.sampling
-    greedy = sampling.temperature == 0
+    greedy = settings.temperature == 0
     return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=1.0 if greedy else sampling.top_p,
-        max_tokens=sampling.max_tokens,
-        ignore_eos=sampling.ignore_eos,
-        seed=None if greedy else sampling.seed_of(dialogue.source.sample_id, len(dialogue.answers)),
+        temperature=settings.temperature,
+        top_p=1.0 if greedy else settings.top_p,
+        max_tokens=settings.max_tokens,
+        ignore_eos=settings.ignore_eos,
+        seed=None if greedy else settings.seed_of(dialogue.source.sample_id, len(dialogue.answers)),
     )
 
 

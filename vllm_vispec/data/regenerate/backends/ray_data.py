@@ -1,33 +1,19 @@
-"""A Ray job: engines in actors, fed by Ray Data.
+"""A Ray Data job: engines in actors that answer blocks of dialogues.
 
-Ray Data hands over a block's results when the block is finished; to lose nothing when a job is
+Ray Data hands over a block's results when the block is finished. To lose nothing when a job is
 killed, workers also put every finished dialogue into a queue, and the job takes them from there.
 A block that Ray runs again after a worker died may come twice: the second time is dropped.
-
-Where Ray Data's own packages (pandas, pyarrow) are missing, a pool of the same actors does the
-work of handing out blocks.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from queue import Empty
 from threading import Thread
-from types import MappingProxyType
 from typing import Any
 
 from vllm_vispec.data.regenerate.backends.offline import OfflineBackend
-from vllm_vispec.data.regenerate.backends.wire import (
-    conversation_from_json,
-    conversation_to_json,
-    result_from_json,
-    result_id,
-    result_to_json,
-)
 from vllm_vispec.data.regenerate.dialogue import Regenerated
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.data.types import Conversation, Rejected
@@ -37,41 +23,25 @@ from vllm_vispec.utils.errors import ViSpecError
 BLOCK = 64
 """Most dialogues of one block. Small blocks keep the workers equally busy, an engine needs many."""
 POLL_S = 1.0
-RAY_EXTRA = 'pip install "ray[data]"'
 
-logger = logging.getLogger(__name__)
-
-Item = dict[str, str]
-Blocks = list[list[Item]]
-HandOut = Callable[["Cluster", Blocks], set[int]]
-"""Has all blocks answered; returns the processes that did it."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What a way to hand out blocks needs; ``gpus`` are per worker."""
-
-    settings: RegenerateSettings
-    queue: Any
-    workers: int
-    gpus: int
+Result = Regenerated | Rejected
 
 
 class BlockWorker:
-    """Lives in an actor: one engine that answers blocks of dialogues (JSON in, JSON out)."""
+    """Lives in an actor: one engine that answers blocks of dialogues, given by their numbers."""
 
-    def __init__(self, settings: RegenerateSettings, queue: Any) -> None:
-        self.queue = queue
-        self.backend = OfflineBackend(settings)
+    def __init__(self, settings: RegenerateSettings, conversations: Any, queue: Any) -> None:
+        import ray
+
+        self.conversations: Sequence[Conversation] = ray.get(conversations)
+        self.queue, self.backend = queue, OfflineBackend(settings)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
         """Answer a block and return, for each dialogue, this process (Ray Data wants columns)."""
-        done = 0
-        texts = [str(text) for text in batch["item"]]
-        for result in self.backend.answer(conversation_from_json(text) for text in texts):
-            self.queue.put(result_to_json(result))
-            done += 1
-        return {"process": [os.getpid()] * done}
+        block = [self.conversations[number] for number in batch["id"]]
+        for result in self.backend.answer(block):
+            self.queue.put(result)
+        return {"process": [os.getpid()] * len(block)}
 
 
 class RayBackend:
@@ -80,40 +50,30 @@ class RayBackend:
     def __init__(self, settings: RegenerateSettings) -> None:
         try:
             import ray
+            import ray.data
         except ImportError as error:
-            raise ViSpecError(f"--ray needs Ray; run: {RAY_EXTRA}") from error
-        self.settings = settings.anywhere()
+            raise ViSpecError(
+                f"--ray needs Ray Data ({error}); run: pip install 'vllm-vispec[ray]'"
+            ) from error
+        self.settings = settings.with_absolute_paths()
         self.started = not ray.is_initialized()
         if self.started:
             ray.init(log_to_driver=False, include_dashboard=False)
-        self.way = choose_way()
-        if self.way != "data":
-            logger.warning(
-                "Ray Data is incomplete here (%s); a pool of Ray actors runs the job instead",
-                RAY_EXTRA,
-            )
         self.processes: set[int] = set()
 
-    def answer(self, conversations: Iterable[Conversation]) -> Iterator[Regenerated | Rejected]:
+    def answer(self, conversations: Iterable[Conversation]) -> Iterator[Result]:
         """Yield each conversation's result as soon as it is there.
 
         Raises:
             ViSpecError: the workers failed.
         """
-        import ray
         from ray.util.queue import Queue
 
-        items = [{"item": conversation_to_json(item)} for item in conversations]
-        blocks = to_blocks(items, self.settings.workers)
-        tensor_parallel = int(self.settings.engine.get("tensor_parallel_size", 1))
-        gpus = tensor_parallel if ray.cluster_resources().get("GPU", 0) else 0
-        queue = Queue()
-        cluster = Cluster(self.settings, queue, min(self.settings.workers, len(blocks)), gpus)
-        job = BlockJob(HAND_OUT[self.way], cluster, blocks)
+        queue, todo = Queue(), list(conversations)
+        job = BackgroundJob(lambda: self._run(todo, queue))
         try:
             yield from drain(queue, job)
         finally:
-            self.processes = job.processes
             queue.shutdown()
 
     def close(self) -> None:
@@ -123,29 +83,43 @@ class RayBackend:
         if self.started:
             ray.shutdown()
 
+    def _run(self, todo: list[Conversation], queue: Any) -> None:
+        """Have all blocks answered; Ray starts a worker again that died."""
+        import ray
 
-class BlockJob(Thread):
-    """Hands out all blocks in a thread of its own, so that results can be taken meanwhile."""
+        blocks = num_blocks(len(todo), self.settings.workers)
+        has_gpu = ray.cluster_resources().get("GPU", 0)
+        gpus = int(self.settings.engine.get("tensor_parallel_size", 1)) if has_gpu else None
+        answered = ray.data.range(len(todo), override_num_blocks=blocks).map_batches(
+            BlockWorker,
+            fn_constructor_args=(self.settings, ray.put(todo), queue),
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(size=min(self.settings.workers, blocks)),
+            num_cpus=1,
+            num_gpus=gpus,
+        )
+        self.processes = {int(row["process"]) for row in answered.iter_rows()}
 
-    def __init__(self, hand_out: HandOut, cluster: Cluster, blocks: Blocks) -> None:
+
+class BackgroundJob(Thread):
+    """Runs in a thread of its own, so that results can be taken meanwhile."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
         super().__init__(daemon=True)
-        self._hand_out = hand_out
-        self._cluster = cluster
-        self._blocks = blocks
+        self._work = work
         self.error: BaseException | None = None
-        self.processes: set[int] = set()
         self.start()
 
     def run(self) -> None:
         """Run until every block is answered or one of them failed for good."""
         try:
-            self.processes = self._hand_out(self._cluster, self._blocks)
+            self._work()
         except Exception as error:  # whatever it is, it belongs to the thread that waits
             self.error = error
 
 
-def drain(queue: Any, job: BlockJob, poll: float = POLL_S) -> Iterator[Regenerated | Rejected]:
-    """Yield what the workers put into the queue until they are through.
+def drain(queue: Any, job: BackgroundJob, poll: float = POLL_S) -> Iterator[Result]:
+    """Yield what the workers put into the queue until they are through, each dialogue once.
 
     Raises:
         ViSpecError: they failed; everything they had put into the queue comes first.
@@ -154,70 +128,22 @@ def drain(queue: Any, job: BlockJob, poll: float = POLL_S) -> Iterator[Regenerat
     while True:
         alive = job.is_alive()
         try:
-            result = result_from_json(queue.get(timeout=poll))
+            result: Result = queue.get(timeout=poll)
         except Empty:
             if alive:
                 continue
             break
-        if result_id(result) not in seen:
-            seen.add(result_id(result))
+        source = result if isinstance(result, Rejected) else result.conversation
+        if source.sample_id not in seen:
+            seen.add(source.sample_id)
             yield result
     if job.error is not None:
-        reason = user_reason(job.error)
+        # Ray puts what was raised in an actor at the end of a traceback.
+        text = str(job.error).strip()
+        reason = find_cause(text) if text else type(job.error).__name__
         raise ViSpecError(f"the Ray job failed: {reason}") from job.error
 
 
-def user_reason(error: BaseException) -> str:
-    """Return what was raised in an actor: Ray puts it at the end of a traceback."""
-    return find_cause(str(error)) if str(error).strip() else type(error).__name__
-
-
-def to_blocks(items: Sequence[Item], workers: int) -> Blocks:
-    """Split the dialogues: at least one block per worker, none longer than `BLOCK`."""
-    size = max(1, min(BLOCK, -(-len(items) // workers)))
-    return [list(items[start : start + size]) for start in range(0, len(items), size)]
-
-
-def choose_way() -> str:
-    """Return "data" if Ray Data is complete here, else "actors"."""
-    try:
-        importlib.import_module("ray.data")
-        importlib.import_module("pyarrow")
-    except ImportError:
-        return "actors"
-    return "data"
-
-
-def _with_ray_data(cluster: Cluster, blocks: Blocks) -> set[int]:
-    """Run the blocks as a Ray Data job; Ray starts a worker again that died."""
-    import ray
-
-    items = [item for block in blocks for item in block]
-    data = ray.data.from_items(items, override_num_blocks=len(blocks))
-    answered = data.map_batches(
-        BlockWorker,
-        fn_constructor_args=(cluster.settings, cluster.queue),
-        batch_size=None,
-        compute=ray.data.ActorPoolStrategy(size=cluster.workers),
-        num_cpus=1,
-        num_gpus=cluster.gpus or None,
-    )
-    return {int(row["process"]) for row in answered.iter_rows()}
-
-
-def _with_actors(cluster: Cluster, blocks: Blocks) -> set[int]:
-    """Run the blocks in a pool of actors; a block whose worker died is given out again once."""
-    import ray
-    from ray.util.actor_pool import ActorPool
-
-    actor = ray.remote(num_cpus=1, num_gpus=cluster.gpus, max_restarts=1, max_task_retries=1)(
-        BlockWorker
-    )
-    made = [actor.remote(cluster.settings, cluster.queue) for _ in range(cluster.workers)]
-    batches = [{"item": [item["item"] for item in block]} for block in blocks]
-    pool = ActorPool(made)
-    answered = pool.map_unordered(lambda worker, batch: worker.__call__.remote(batch), batches)
-    return {process for block in answered for process in block["process"]}
-
-
-HAND_OUT: Mapping[str, HandOut] = MappingProxyType({"data": _with_ray_data, "actors": _with_actors})
+def num_blocks(count: int, workers: int) -> int:
+    """Return a number of blocks: one per worker if there is enough, none longer than `BLOCK`."""
+    return max(min(count, workers), -(-count // BLOCK))

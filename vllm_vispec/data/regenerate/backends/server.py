@@ -1,19 +1,19 @@
-"""A running `vllm serve` (or another OpenAI-compatible server), asked by many threads at once."""
+"""A running `vllm serve` (or another OpenAI-compatible server), asked many questions at once."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import islice
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_vispec.data.encode import Encoder, load_processor
+from vllm_vispec.data.encode import Encoder
 from vllm_vispec.data.images import image_file, open_image
 from vllm_vispec.data.regenerate.backends.offline import NO_LIMIT
 from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Regenerated
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
+from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Conversation, Part, Rejected, Turn
 from vllm_vispec.utils.errors import ViSpecError, first_line
 
@@ -28,13 +28,15 @@ class ServerBackend:
     """Sends each dialogue's turns to a server; ``concurrency`` dialogues at a time."""
 
     def __init__(self, settings: RegenerateSettings) -> None:
-        from openai import OpenAI
+        from openai import AsyncOpenAI
 
         self.settings = settings
-        base = settings.server.rstrip("/")
-        base = base if base.endswith("/v1") else f"{base}/v1"
-        self.client = OpenAI(base_url=base, api_key="none", max_retries=RETRIES, timeout=TIMEOUT_S)
-        self.model = self._served_model()
+        base = settings.server.rstrip("/").removesuffix("/v1") + "/v1"
+        self.client = AsyncOpenAI(
+            base_url=base, api_key="none", max_retries=RETRIES, timeout=TIMEOUT_S
+        )
+        self.runner = asyncio.Runner()
+        self.model = self.runner.run(self._served_model())
         self.encoder = (
             Encoder(load_processor(settings.target), NO_LIMIT, settings.images_from, recorded=False)
             if settings.target
@@ -42,37 +44,40 @@ class ServerBackend:
         )
 
     def answer(self, conversations: Iterable[Conversation]) -> Iterator[Result]:
-        """Yield each conversation's result as soon as it is there."""
-        waiting = iter(conversations)
-        with ThreadPoolExecutor(self.settings.concurrency) as pool:
-            running: set[Future[Result]] = set()
-            try:
-                while True:
-                    free = self.settings.concurrency - len(running)
-                    running |= {pool.submit(self._dialogue, c) for c in islice(waiting, free)}
-                    if not running:
-                        return
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    yield from self._results(done)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        """Yield each conversation's result as soon as it is there.
+
+        Raises:
+            ViSpecError: the connection is lost; everything finished before comes first.
+        """
+        results = self._results(conversations)
+        try:
+            while (result := self.runner.run(anext(results, None))) is not None:
+                yield result
+        finally:
+            self.runner.run(results.aclose())
 
     def close(self) -> None:
         """Close the connections."""
-        self.client.close()
+        self.runner.run(self.client.close())
+        self.runner.close()
 
-    def _results(self, done: Iterable[Future[Result]]) -> Iterator[Result]:
-        """Yield the results; a lost connection comes last, so that nothing finished is lost."""
-        lost: ViSpecError | None = None
-        for future in done:
-            try:
-                yield future.result()
-            except ViSpecError as error:
-                lost = error
-        if lost is not None:
-            raise lost
+    async def _results(self, conversations: Iterable[Conversation]) -> AsyncGenerator[Result, None]:
+        free = asyncio.Semaphore(self.settings.concurrency)
 
-    def _served_model(self) -> str:
+        async def finish(conversation: Conversation) -> Result:
+            async with free:
+                return await self._dialogue(conversation)
+
+        tasks = [asyncio.create_task(finish(conversation)) for conversation in conversations]
+        try:
+            for result in asyncio.as_completed(tasks):
+                yield await result
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _served_model(self) -> str:
         """Return the name of the model to ask for.
 
         Raises:
@@ -81,7 +86,7 @@ class ServerBackend:
         from openai import OpenAIError
 
         try:
-            names = [model.id for model in self.client.models.list().data]
+            names = [model.id for model in (await self.client.models.list()).data]
         except OpenAIError as error:
             raise self._no_server(error) from error
         if self.settings.target in names:
@@ -99,7 +104,7 @@ class ServerBackend:
             "serve and run the same command again"
         )
 
-    def _dialogue(self, conversation: Conversation) -> Result:
+    async def _dialogue(self, conversation: Conversation) -> Result:
         """Have all questions of a dialogue answered.
 
         Raises:
@@ -109,10 +114,14 @@ class ServerBackend:
 
         template = self.encoder.template if self.encoder else None
         try:
-            dialogue = Dialogue.start(conversation, self.settings.request)
-            while not dialogue.accept(self._ask(dialogue), template):
-                pass
-            return dialogue.finish(self.encoder)
+            dialogue = Dialogue.begin(conversation, self.settings.request)
+            is_finished = False
+            while not is_finished:
+                # Images are read and text is rendered beside the requests that are on their way.
+                request = await asyncio.to_thread(self._request, dialogue)
+                response = await self.client.chat.completions.create(**request)
+                is_finished = dialogue.accept(to_answer(response), template)
+            return await asyncio.to_thread(dialogue.finish, self.encoder)
         except APIConnectionError as error:
             raise self._no_server(error) from error
         except APIStatusError as error:
@@ -120,11 +129,11 @@ class ServerBackend:
         except ValueError as error:
             return Rejected(conversation.sample_id, first_line(error))
 
-    def _ask(self, dialogue: Dialogue) -> Answer:
-        sampling = self.settings.sampling
+    def _request(self, dialogue: Dialogue) -> dict[str, Any]:
+        settings = self.settings
         extra: dict[str, Any] = {
             "return_token_ids": True,
-            "ignore_eos": sampling.ignore_eos,
+            "ignore_eos": settings.ignore_eos,
             # The model's own defaults would change the distribution that is sampled.
             "top_k": 0,
             "min_p": 0.0,
@@ -133,16 +142,15 @@ class ServerBackend:
         if self.encoder is not None:
             text = self.encoder.template.render(dialogue.turns, open_answer=True)
             extra["add_special_tokens"] = self.encoder.template.adds_special_tokens(text)
-        response = self.client.chat.completions.create(
-            model=self.model,
-            messages=to_openai(dialogue.turns, self.settings.images_from),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_tokens,
-            seed=sampling.seed_of(dialogue.source.sample_id, len(dialogue.answers)),
-            extra_body=extra,
-        )
-        return to_answer(response)
+        return {
+            "model": self.model,
+            "messages": to_openai(dialogue.turns, settings.images_from),
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "max_tokens": settings.max_tokens,
+            "seed": settings.seed_of(dialogue.source.sample_id, len(dialogue.answers)),
+            "extra_body": extra,
+        }
 
 
 def to_answer(response: Any) -> Answer:
@@ -193,5 +201,5 @@ def data_url(path: str, root: Path) -> str:
     open_image(path, root)
     file = image_file(path, root)
     with Image.open(file) as image:
-        kind = image.get_format_mimetype() or "image/png"
-    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode('ascii')}"
+        mime_type = image.get_format_mimetype() or "image/png"
+    return f"data:{mime_type};base64,{base64.b64encode(file.read_bytes()).decode('ascii')}"
