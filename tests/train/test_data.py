@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.dialogues import write_dialogues, write_records
+from tests.train.runs import write_dialogues, write_records
 from vllm_vispec.data.types import Rejected
-from vllm_vispec.train.checkpoint import Checkpoint, Checkpoints, Progress, check_same_settings
+from vllm_vispec.train.checkpoint import Checkpoint, Checkpoints, Progress
 from vllm_vispec.train.config import BatchConfig, DataConfig, ScheduleConfig
 from vllm_vispec.train.data import BatchOrder, count_reasons, read_corpus
 from vllm_vispec.train.optimizer import Plan, rate_factor
@@ -179,15 +179,3 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     (path / "state.json").write_text("{")
     with pytest.raises(ViSpecError, match="cannot be read"):
         saved.load(1)
-
-
-def test_other_settings_are_refused() -> None:
-    saved = {"optimizer.lr": 1e-3, "run.keep": 2, "batch.size": 8}
-    assert check_same_settings(saved, {**saved, "run.keep": 3}) == []
-    now = {**saved, "optimizer.lr": 2e-3, "batch.size": 4}
-    message = r"batch\.size: 8 -> 4, optimizer\.lr.*--override batch\.size,optimizer\.lr"
-    with pytest.raises(ViSpecError, match=message):
-        check_same_settings(saved, now)
-    with pytest.raises(ViSpecError, match=r"\(batch\.size: 8 -> 4\)"):
-        check_same_settings(saved, now, ("optimizer.lr",))
-    assert check_same_settings(saved, now, tuple(now)) == ["batch.size", "optimizer.lr"]

@@ -9,21 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.heads import DRAFT_VLM, random_draft_vlm
+from tests.support.small_draft_vlms import DRAFT_VLM, random_draft_vlm
 from tests.support.tiny_store import TinyStore
-from tests.train.dialogues import recipe
-from tests.train.jobs import losses
 from tests.train.language_models import write_language_model
+from tests.train.runs import losses, recipe, run
 from tests.train.samples import random_sample
 from vllm_vispec.evaluate.options import EvalOptions
 from vllm_vispec.evaluate.run import evaluate
 from vllm_vispec.heads.config import DRAFT_VLM_ARCHITECTURE
-from vllm_vispec.heads.folder import load_draft
 from vllm_vispec.reference import DraftVlm
 from vllm_vispec.train.batch import Observed, pad_batch
 from vllm_vispec.train.config import LossSettings, TrainConfig
-from vllm_vispec.train.distributed import processes
-from vllm_vispec.train.loop import Outcome, train
 from vllm_vispec.train.objective import Objective
 from vllm_vispec.train.simulate import answer_spans, draft_hits, replay, simulate
 from vllm_vispec.train.trainer import Trainer
@@ -32,11 +28,6 @@ from vllm_vispec.utils.files import read_json
 DEPTH = 4
 FEW = 3
 TARGET_HEAD = torch.randn(64, 32, generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # sums depend on the number of threads
 
 
 def often_right() -> DraftVlm:
@@ -131,11 +122,6 @@ def test_gradients_of_the_first_stage() -> None:
                 parameter.grad = None
 
 
-def run(config: TrainConfig, *override: str) -> Outcome:
-    with processes("cpu") as group:
-        return train(config, group, override)
-
-
 def small(target: Path, data: Path, output: Path, **changes: Any) -> TrainConfig:
     """A draft VLM of two narrow layers, for five steps unless changed."""
     sizes = {"head__num_layers": 2, "head__hidden_size": 32, "head__num_heads": 2}
@@ -163,7 +149,7 @@ def test_trained_exported_and_evaluated(tiny: TinyStore, dialogues: Path, tmp_pa
     config = read_json(outcome.head / "config.json")
     assert config["architectures"] == [DRAFT_VLM_ARCHITECTURE]
     assert (config["num_hidden_layers"], config["hidden_size"]) == (2, 32)
-    again = load_draft(outcome.head)
+    again = DraftVlm.from_folder(outcome.head)
     ids_BL = torch.randint(1000, (2, 20), generator=torch.Generator().manual_seed(0))
     embeds_BLE = torch.randn(2, 20, again.config.vision_size)
     with torch.no_grad():
@@ -182,48 +168,15 @@ def test_two_stages_from_a_language_model(tiny: TinyStore, dialogues: Path, tmp_
     first = run(small(target, dialogues, tmp_path / "first", head__trained="projector",
                       head__init_from=str(tmp_path / "lm"), optimizer__ema=0.9))  # fmt: skip
     assert first.head is not None
-    one = load_draft(first.head)
+    one = DraftVlm.from_folder(first.head)
     assert torch.equal(one.head_VD, model.lm_head.weight)
     assert torch.equal(one.norm.weight, model.model.norm.weight)
     assert not torch.equal(one.projector.linear_1.bias, torch.zeros(24))
     second = run(small(target, dialogues, tmp_path / "second", run__export="last",
                        head__init_from=str(first.head)))  # fmt: skip
     assert second.head is not None
-    two = load_draft(second.head)
+    two = DraftVlm.from_folder(second.head)
     names = [name for name, parameter in two.named_parameters()
              if torch.equal(parameter, one.state_dict()[name])]  # fmt: skip
     assert names == []
     assert losses(tmp_path / "second")[5] < losses(tmp_path / "first")[1]
-
-
-class CrashError(Exception):
-    """The power went."""
-
-
-@pytest.mark.parametrize("trained", ["all", "projector"])
-def test_resumed_equals_uninterrupted(
-    tiny: TinyStore, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str
-) -> None:
-    target = tiny.target("qwen2_5_vl")
-    write_language_model(tmp_path / "lm", vocab_size=1024)
-    common = {"optimizer__ema": 0.9, "run__save_every": 2, "head__trained": trained,
-              "head__init_from": str(tmp_path / "lm"), "run__export": "last"}  # fmt: skip
-    whole = run(small(target, dialogues, tmp_path / "whole", **common))
-    config = small(target, dialogues, tmp_path / "cut", **common)
-    original = Trainer.step
-
-    def step(self: Trainer, passes: Any, number: int, *rest: Any) -> Any:
-        if number == 3:
-            raise CrashError
-        return original(self, passes, number, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", step)
-        with pytest.raises(CrashError):
-            run(config)
-    cut = run(config)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    assert whole.head is not None
-    assert cut.head is not None
-    weights = [load_draft(head).state_dict() for head in (whole.head, cut.head)]
-    assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())

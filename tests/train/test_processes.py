@@ -12,13 +12,10 @@ import pytest
 
 from tests.support.child import REPOSITORY
 from tests.support.tiny_store import TinyStore
-from tests.train.dialogues import recipe
-from tests.train.jobs import losses
 from tests.train.language_models import write_language_model
+from tests.train.runs import losses, recipe, run
 from vllm_vispec.train.checkpoint import Checkpoints
 from vllm_vispec.train.config import TrainConfig
-from vllm_vispec.train.distributed import processes
-from vllm_vispec.train.loop import train
 
 STEPS = 4
 
@@ -27,11 +24,6 @@ def settings(target: Path, data: Path, output: Path, size: int, **head: str) -> 
     return recipe(target, data, output, schedule__max_steps=STEPS, optimizer__lr=1e-4,
                   batch__size=size, optimizer__clip="norm", optimizer__ema=0.9,
                   schedule__decay="constant", run__validate_every=2, **head)  # fmt: skip
-
-
-def alone(config: TrainConfig) -> None:
-    with processes("cpu") as group:
-        assert train(config, group).finished
 
 
 def arguments(config: TrainConfig) -> list[str]:
@@ -78,10 +70,10 @@ def test_two_processes_equal_one(
     if head is DRAFT_VLM:
         write_language_model(tmp_path / "lm", vocab_size=1024)
         head = {**head, "head__init_from": str(tmp_path / "lm")}
-    alone(settings(target, dialogues, tmp_path / "one", 4, **head))
+    run(settings(target, dialogues, tmp_path / "one", 4, **head))
     two = settings(target, dialogues, tmp_path / "two", 2, **head)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command = [*launcher, "-m", "tests.train.command", *arguments(two)]
+    command = [*launcher, "-m", "vllm_vispec", "train", *arguments(two)]
     # In two goes: sharded moments and averages come back from the checkpoint.
     call([*command, "--set", "schedule.max_steps=2"])
     assert Checkpoints(tmp_path / "two" / "checkpoints", 2).steps() == [2]
@@ -94,9 +86,9 @@ def test_two_processes_equal_one(
 @pytest.mark.slow
 def test_two_ray_workers_equal_one(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:
     target = tiny.target("qwen2_5_vl")
-    alone(settings(target, dialogues, tmp_path / "one", 4))
+    run(settings(target, dialogues, tmp_path / "one", 4))
     two = settings(target, dialogues, tmp_path / "two", 2)
-    text = call(["-m", "tests.train.command", "--ray", "--workers", "2", *arguments(two)])
+    text = call(["-m", "vllm_vispec", "train", "--ray", "--workers", "2", *arguments(two)])
     assert "finished after 4 steps" in text
     check_equal(tmp_path / "one", tmp_path / "two")
     command = json.loads((tmp_path / "two" / "run.json").read_text())["command"]

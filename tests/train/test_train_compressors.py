@@ -10,13 +10,10 @@ import pytest
 import torch
 
 from tests.support.tiny_store import TinyStore
-from tests.train.dialogues import recipe
-from tests.train.jobs import losses, run_and_signal
-from vllm_vispec.heads.folder import inspect_head, load_draft
-from vllm_vispec.train.checkpoint import Checkpoints
+from tests.train.runs import lines, losses, recipe, run
+from vllm_vispec.heads import inspect_head
+from vllm_vispec.reference import ViSpecDraft
 from vllm_vispec.train.config import TrainConfig
-from vllm_vispec.train.distributed import processes
-from vllm_vispec.train.loop import Outcome, train
 from vllm_vispec.utils.errors import ViSpecError
 
 SELECT = "select(prune:3,conv:2,resampler:2,text_only)"
@@ -33,19 +30,9 @@ COMPRESSORS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # sums depend on the number of threads
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("states"))
-
-
-def run(config: TrainConfig) -> Outcome:
-    with processes("cpu") as group:
-        return train(config, group)
 
 
 def cached(tiny: TinyStore, data: Path, output: Path, cache: str, **changes: Any) -> TrainConfig:
@@ -60,11 +47,6 @@ def cached(tiny: TinyStore, data: Path, output: Path, cache: str, **changes: Any
     )
 
 
-def lines(output: Path, kind: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
-
-
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_every_compressor_learns_and_is_exported(
     compressor: str, tiny: TinyStore, dialogues: Path, tmp_path: Path, cache: str
@@ -77,7 +59,7 @@ def test_every_compressor_learns_and_is_exported(
     head = inspect_head(tmp_path / "run" / "head").config
     assert (head.compressor, head.global_feature) == (compressor, False)
     assert (head.layer0_input_norm, head.num_query_tokens) == (True, 1)
-    assert load_draft(tmp_path / "run" / "head").compressor is not None
+    assert ViSpecDraft.from_folder(tmp_path / "run" / "head").compressor is not None
     resolved = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert resolved["loss"]["name"] == "specvlm"
     card = (tmp_path / "run" / "head" / "README.md").read_text()
@@ -111,39 +93,11 @@ def test_the_same_seed_gives_the_same_head(
         torch.manual_seed(len(heads))  # nothing may come from there
         run(cached(tiny, dialogues, tmp_path / name, cache, head__compressor=SELECT,
                    schedule__max_steps=3, run__seed=seed))  # fmt: skip
-        heads[name] = load_draft(tmp_path / name / "head").state_dict()
+        heads[name] = ViSpecDraft.from_folder(tmp_path / name / "head").state_dict()
     for name, tensor in heads["one"].items():
         assert torch.equal(tensor, heads["same"][name]), name
     kernel = "compressor.branches.1.kernel.weight"
     assert not torch.equal(heads["one"][kernel], heads["other"][kernel])
-
-
-def test_a_stopped_run_goes_on_with_the_same_draws(
-    tiny: TinyStore, dialogues: Path, tmp_path: Path, cache: str
-) -> None:
-    def eight_steps(name: str) -> TrainConfig:
-        return cached(tiny, dialogues, tmp_path / name, cache, head__compressor=SELECT,
-                      schedule__max_steps=8, run__save_every=4, optimizer__ema=0.9,
-                      loss__noise=0.2, run__validate_every=4)  # fmt: skip
-
-    run(eight_steps("whole"))
-    config = eight_steps("stopped")
-    assert run_and_signal(config.flat(), 5, "SIGTERM")["step"] == 5
-    assert run(config).step == 8
-    whole, stopped = losses(tmp_path / "whole"), losses(tmp_path / "stopped")
-    assert stopped == pytest.approx(whole, abs=1e-6, rel=1e-6)
-    chosen = [
-        [line["gate"]["chosen"] for line in lines(tmp_path / name, "train") if "gate" in line]
-        for name in ("whole", "stopped")
-    ]
-    assert chosen[0] == chosen[1]
-    groups = [
-        Checkpoints(tmp_path / name / "checkpoints", 2).load(8).groups
-        for name in ("whole", "stopped")
-    ]
-    for group, members in groups[0].items():
-        for name, tensor in members.items():
-            torch.testing.assert_close(groups[1][group][name], tensor, atol=1e-6, rtol=1e-5)
 
 
 def test_heads_start_from_other_heads(
@@ -152,7 +106,7 @@ def test_heads_start_from_other_heads(
     def trained(name: str, **changes: Any) -> dict[str, torch.Tensor]:
         run(cached(tiny, dialogues, tmp_path / name, cache, schedule__max_steps=1,
                    optimizer__lr=0.0, **changes))  # fmt: skip
-        return load_draft(tmp_path / name / "head").state_dict()
+        return ViSpecDraft.from_folder(tmp_path / name / "head").state_dict()
 
     def head(name: str) -> str:
         return str(tmp_path / name / "head")

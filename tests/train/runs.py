@@ -1,14 +1,19 @@
-"""Conversation files for the tests of training, and recipes that train on them."""
+"""Conversation files for the tests of training, recipes that train on them, and what runs leave."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from tests.support.tiny_models import random_image
 from vllm_vispec.train.config import TrainConfig, config_from_flat
+from vllm_vispec.train.distributed import processes
+from vllm_vispec.train.loop import Outcome, train
+from vllm_vispec.train.trainer import StepResult, Trainer
 
 WORDS = ("the", "cat", "sees", "a", "red", "ball", "and", "two", "blue", "boxes", "near", "trees")
 
@@ -70,3 +75,39 @@ def recipe(target: str | Path, data: Path, output: Path, **changes: Any) -> Trai
     }
     named = {name.replace("__", ".", 1): value for name, value in changes.items()}
     return config_from_flat(flat | named)
+
+
+def run(config: TrainConfig, *override: str) -> Outcome:
+    """Train in this process."""
+    with processes("cpu") as group:
+        return train(config, group, override)
+
+
+def run_and_signal(flat: dict[str, Any], at_step: int, signal_name: str) -> dict[str, Any]:
+    """Train, and get a signal while step `at_step` (from 1) is computed."""
+    original = Trainer.step
+
+    def step(
+        self: Trainer, passes: Any, number: int, lr: float, progress: float = 0.0
+    ) -> StepResult:
+        if number + 1 == at_step:
+            os.kill(os.getpid(), getattr(signal, signal_name))
+        return original(self, passes, number, lr, progress)
+
+    Trainer.step = step  # type: ignore[method-assign]
+    try:
+        outcome = run(config_from_flat(flat))
+    finally:
+        Trainer.step = original  # type: ignore[method-assign]
+    return {"finished": outcome.finished, "step": outcome.step, "message": outcome.message}
+
+
+def lines(output: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Lines of a run's metrics.jsonl."""
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Loss of every logged step of a run."""
+    return {line["step"]: line["loss"] for line in lines(output)}
