@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,9 +96,11 @@ class Encoder:
                 f"{len(images)} images, but the rendered dialogue has {marks} image tokens"
             )
         outputs = self._process(plain.prompt_text, images)
-        counts = self._image_counts(outputs["input_ids"], images)
-        repeats = _repeats(plain.token_ids, self.image_token_id, counts)
-        length = sum(repeats)
+        counts = iter(self._image_counts(outputs["input_ids"], images))
+        is_image = [token == self.image_token_id for token in plain.token_ids]
+        repeats = [next(counts) if image else 1 for image in is_image]
+        ends = list(accumulate(repeats))
+        length = ends[-1]
         if length > self.max_length:
             raise ValueError(f"longer than max_length: {length} tokens, {self.max_length} allowed")
         times = torch.tensor(repeats)
@@ -110,7 +113,11 @@ class Encoder:
             family=conversation.family,
             token_ids=token_ids,
             answer=torch.tensor(plain.answer).repeat_interleave(times),
-            runs=_runs(plain.token_ids, self.image_token_id, repeats),
+            runs=tuple(
+                (end - count, end)
+                for image, count, end in zip(is_image, repeats, ends, strict=True)
+                if image
+            ),
             vision=outputs["vision"],
         )
 
@@ -127,7 +134,8 @@ class Encoder:
 
     def _image_counts(self, expanded: list[int], images: list[Image]) -> list[int]:
         """Return how many tokens each image takes."""
-        counts = _stretches(expanded, self.image_token_id)
+        stretches = groupby(expanded)
+        counts = [len(list(same)) for token, same in stretches if token == self.image_token_id]
         if len(counts) == len(images):
             return counts
         # Images that touch form one stretch: ask the processor about each of them alone.
@@ -142,35 +150,3 @@ def image_token_id(processor: Any) -> int:
     if found is None:
         found = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     return int(found)
-
-
-def _stretches(ids: Sequence[int], wanted: int) -> list[int]:
-    """Return the lengths of the contiguous stretches of a token."""
-    lengths = []
-    before = None
-    for token in ids:
-        if token == wanted and before == wanted:
-            lengths[-1] += 1
-        elif token == wanted:
-            lengths.append(1)
-        before = token
-    return lengths
-
-
-def _repeats(ids: Sequence[int], image_token: int, counts: Sequence[int]) -> list[int]:
-    """Return how often each token of the unexpanded sample is repeated."""
-    remaining = iter(counts)
-    return [next(remaining) if token == image_token else 1 for token in ids]
-
-
-def _runs(
-    ids: Sequence[int], image_token: int, repeats: Sequence[int]
-) -> tuple[tuple[int, int], ...]:
-    """Return where the images lie in the expanded sample."""
-    runs = []
-    position = 0
-    for token, count in zip(ids, repeats, strict=True):
-        if token == image_token:
-            runs.append((position, position + count))
-        position += count
-    return tuple(runs)

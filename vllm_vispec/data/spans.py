@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from vllm_vispec.data.template import ChatTemplate
@@ -83,7 +84,7 @@ def _until_last_answer(conversation: Conversation) -> tuple[Turn, ...]:
         turns = turns[:-1]
     if not turns:
         raise ValueError("no answer")
-    if all(turn.role != "user" for turn in turns[: _first_answer(turns)]):
+    if all(turn.role != "user" for turn in takewhile(lambda turn: turn.role != "assistant", turns)):
         raise ValueError("an answer without a question before it")
     for turn in turns:
         if turn.role != "assistant":
@@ -95,10 +96,6 @@ def _until_last_answer(conversation: Conversation) -> tuple[Turn, ...]:
     if any(part.image for turn in conversation.turns[len(turns) :] for part in turn.parts):
         raise ValueError("an image without an answer after it")
     return turns
-
-
-def _first_answer(turns: Sequence[Turn]) -> int:
-    return [turn.role for turn in turns].index("assistant")
 
 
 def _cut_off(conversation: Conversation, answers: int) -> list[bool]:
@@ -120,7 +117,8 @@ def _span(
     if ids[: len(before)] != before:
         raise RoundTripError(f"chat template: the tokens before turn {index} are no prefix")
     end = _answer_end(text, len(prefix), turns[index].text)
-    shared = _shared(ids, template.tokenize(text[:end]))
+    pairs = zip(ids, template.tokenize(text[:end]), strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     if shared <= len(before):
         raise RoundTripError(f"chat template: the answer in turn {index} has no token of its own")
     return len(before), shared
@@ -134,13 +132,3 @@ def _answer_end(text: str, start: int, answer: str) -> int:
         if found >= 0 and not text[start:found].strip():
             return found + len(wanted)
     raise RoundTripError("chat template: it changes the text of an answer")
-
-
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return the length of the common prefix."""
-    count = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count

@@ -43,19 +43,17 @@ Record = dict[str, Any]
 
 
 class Teacher(Protocol):
-    """A source of observed samples."""
+    """A source of observed samples.
 
-    @property
-    def facts(self) -> TargetFacts:
-        """What training needs to know of the target."""
+    Attributes:
+        facts: what training needs to know of the target.
+        lengths: tokens of every usable sample, by its index in the corpus.
+        rejected: samples that cannot be encoded.
+    """
 
-    @property
-    def lengths(self) -> Mapping[int, int]:
-        """Tokens of every usable sample, by its index in the corpus."""
-
-    @property
-    def rejected(self) -> Sequence[Rejected]:
-        """Samples that cannot be encoded."""
+    facts: TargetFacts
+    lengths: dict[int, int]
+    rejected: tuple[Rejected, ...]
 
     def observe(self, indices: Sequence[int]) -> list[Observed]:
         """Return what the target computes for these samples, on the run's device."""
