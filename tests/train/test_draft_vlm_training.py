@@ -1,4 +1,4 @@
-"""Draft VLMs in training: one pass, simulation, stages, resume, export, evaluation."""
+"""Draft VLMs in training: loss, stages, export, evaluation."""
 
 from __future__ import annotations
 
@@ -18,76 +18,13 @@ from vllm_vispec.evaluate.options import EvalOptions
 from vllm_vispec.evaluate.run import evaluate
 from vllm_vispec.heads.config import DRAFT_VLM_ARCHITECTURE
 from vllm_vispec.reference import DraftVlm
-from vllm_vispec.train.batch import Observed, pad_batch
+from vllm_vispec.train.batch import pad_batch
 from vllm_vispec.train.config import LossSettings, TrainConfig
 from vllm_vispec.train.objective import Objective
-from vllm_vispec.train.simulate import answer_spans, draft_hits, replay, simulate
 from vllm_vispec.train.trainer import Trainer
 from vllm_vispec.utils.files import read_json
 
-DEPTH = 4
-FEW = 3
 TARGET_HEAD = torch.randn(64, 32, generator=torch.Generator().manual_seed(5))
-
-
-def often_right() -> DraftVlm:
-    """A draft under whose lm_head only a few tokens are ever the best."""
-    draft = random_draft_vlm()
-    assert draft.lm_head is not None
-    with torch.no_grad():
-        draft.lm_head.weight[FEW:] = 0
-    return draft
-
-
-def sample(length: int, answers: list[tuple[int, int]]) -> Observed:
-    one = random_sample(length, ((2, 7), (9, 12)), answers)
-    return replace(one, token_ids=one.token_ids % FEW)
-
-
-def drafted_rounds(draft: DraftVlm, one: Observed, start: int, end: int) -> list[int]:
-    """Rounds of an answer, every chain drafted greedily from scratch."""
-    rounds, known = [], start
-    while known < end - 1:
-        prefill = draft.prefill(
-            one.token_ids[:known],
-            one.embeds_LD[:known],
-            int(one.token_ids[known]),
-            [run for run in one.runs if run[1] <= known],
-        )
-        drafted = draft.chain(prefill, DEPTH).token_ids_S.tolist()
-        gold = one.token_ids[known + 1 : end].tolist()
-        pairs = zip(drafted, gold, strict=False)
-        count = next((i for i, (a, b) in enumerate(pairs) if a != b), min(DEPTH, len(gold)))
-        rounds.append(count)
-        known += count + 1
-    return rounds
-
-
-@torch.no_grad()
-def test_one_pass_simulates_every_chain() -> None:
-    draft = often_right()
-    samples = [sample(60, [(14, 58)]), sample(40, [(13, 20), (24, 40)]), sample(31, [(20, 31)])]
-    batch = pad_batch(samples)
-    hits_SBL = draft_hits(draft, TARGET_HEAD, batch, DEPTH)
-    assert len(hits_SBL) == DEPTH
-    found = set()
-    for number, one in enumerate(samples):
-        for start, end in answer_spans(one.answer.tolist()):
-            wanted = drafted_rounds(draft, one, start, end)
-            assert replay(hits_SBL[:, number].tolist(), start, end) == wanted
-            found |= set(wanted)
-    assert {0, 1, 2} <= found
-    overall = simulate(draft, TARGET_HEAD, batch, DEPTH)["overall"]
-    assert overall.acceptance_length > 1
-
-
-def test_some_tokens_only_are_proposed() -> None:
-    draft, batch = often_right(), pad_batch([sample(60, [(14, 58)])])
-    all_SBL = draft_hits(draft, TARGET_HEAD, batch, 1)
-    few_V = torch.arange(FEW)
-    assert torch.equal(draft_hits(draft, TARGET_HEAD[few_V], batch, 1, few_V), all_SBL)
-    none_V = torch.tensor([40, 41])
-    assert not draft_hits(draft, TARGET_HEAD[none_V], batch, 1, none_V).any()
 
 
 @pytest.mark.parametrize("chunk_rows", [7, 2048])

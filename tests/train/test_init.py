@@ -1,4 +1,4 @@
-"""What a draft VLM starts from, and which recipes it refuses."""
+"""What drafts of every head type start from, and which recipes are refused."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.heads import write_draft_vlm, write_head
+from tests.support.heads import write_head
+from tests.support.small_draft_vlms import write_draft_vlm
 from tests.train.language_models import write_language_model
-from vllm_vispec.heads.folder import load_draft
+from tests.train.samples import random_sample
 from vllm_vispec.reference import DraftVlm
+from vllm_vispec.train.batch import pad_batch
 from vllm_vispec.train.config import HeadSettings, config_from_flat
-from vllm_vispec.train.head_types import resolve
-from vllm_vispec.train.init import make_draft
+from vllm_vispec.train.head_types import HEAD_TYPES, new_head_config, resolve
+from vllm_vispec.train.init import make_draft, new_draft
+from vllm_vispec.train.rollout import rollout
 from vllm_vispec.train.target import TargetFacts
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -34,9 +37,12 @@ TEXT = SimpleNamespace(
 )
 
 
+def text(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**(vars(TEXT) | changes))
+
+
 def start(init_from: Path | str = "", vocab: int = 64, **settings: Any) -> DraftVlm:
-    text = SimpleNamespace(**(vars(TEXT) | {"vocab_size": vocab}))
-    facts = TargetFacts("qwen2_5_vl", text, TABLE[:vocab], LM_HEAD[:vocab])
+    facts = TargetFacts("qwen2_5_vl", text(vocab_size=vocab), TABLE[:vocab], LM_HEAD[:vocab])
     head = HeadSettings(kind="draft_vlm", init_from=str(init_from), **settings)
     draft = make_draft(head, facts, seed=0)
     assert isinstance(draft, DraftVlm)
@@ -107,7 +113,7 @@ def test_a_projector_alone_is_trained(tmp_path: Path) -> None:
 
 def test_the_next_stage_takes_everything_over(tmp_path: Path) -> None:
     write_draft_vlm(tmp_path)
-    draft, wanted = start(tmp_path), load_draft(tmp_path).state_dict()
+    draft, wanted = start(tmp_path), DraftVlm.from_folder(tmp_path).state_dict()
     assert all(torch.equal(one, wanted[name]) for name, one in draft.state_dict().items())
     assert all(parameter.requires_grad for parameter in draft.parameters())
 
@@ -179,3 +185,106 @@ def test_its_loss_compares_logits() -> None:
     kept = {"head.kind": "draft_vlm", "loss.name": "specvlm", "loss.weights": {"feature": 0.0}}
     assert resolve(config_from_flat(kept)).loss.name == "specvlm"
     assert resolve(config_from_flat({"head.kind": "vispec"})).loss.name == "vispec"
+
+
+@pytest.mark.parametrize("kind", HEAD_TYPES)
+def test_a_fresh_head_has_exactly_its_kinds_tensors(kind: str) -> None:
+    config = new_head_config(kind, TEXT, target_model_type="qwen2_5_vl")
+    draft = new_draft(config, TABLE, seed=0)
+    shapes = {name: tuple(p.shape) for name, p in draft.named_parameters()}
+    assert shapes == config.tensor_shapes()
+    assert config.dialect == "canonical"
+    assert config.num_key_value_heads == config.num_attention_heads == 4
+    assert config.rope_theta == 5e5
+    assert (config.compress, config.global_feature) == (
+        HEAD_TYPES[kind].compress,
+        HEAD_TYPES[kind].global_feature,
+    )
+
+
+def test_only_text_eagle_is_trained_on_text_alone() -> None:
+    assert [name for name, kind in HEAD_TYPES.items() if kind.text_only] == ["eagle_text"]
+
+
+@pytest.mark.parametrize("kind", HEAD_TYPES)
+def test_every_parameter_of_a_fresh_head_gets_a_gradient(kind: str) -> None:
+    draft = new_draft(new_head_config(kind, TEXT, num_query_tokens=3), TABLE, seed=0)
+    outputs = rollout(draft, pad_batch([random_sample(20, ((2, 9),))]), 2)
+    torch.stack([(o.state_BLD[o.counts_BL] ** 2).sum() for o in outputs]).sum().backward()
+    config = draft.config
+    # In [I | 0] nothing of the global feature comes through yet; a step later it does.
+    alone = config.global_feature and (config.has_compressor or not config.compress)
+    late: tuple[str, ...] = ("img_adaptor.",) if alone else ()
+    # A fresh gate chooses its first branch everywhere; noise and the load balance, which are the
+    # trainer's, bring in the others.
+    if config.compressor_spec.gated:
+        late += ("compressor.",)
+    if config.is_draft_vlm:
+        late += ("lm_head.",)  # states alone were asked for
+    silent = [
+        name
+        for name, parameter in draft.named_parameters()
+        if not name.startswith(late) and not bool(parameter.grad.abs().sum() > 0)
+    ]
+    assert silent == []
+
+
+def test_a_fresh_head_adds_embedding_and_state_and_ignores_the_image() -> None:
+    draft = new_draft(new_head_config("vispec", TEXT), TABLE, seed=0)
+    state, embed, image = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(2))
+    mixed = draft.layer_input(embed, state, image)
+    assert torch.equal(mixed, draft.layer_input(embed, state, torch.zeros_like(image)))
+    both = torch.stack((mixed.flatten(), (embed + state).flatten()))
+    assert float(torch.corrcoef(both)[0, 1].detach()) > 0.95
+
+
+def test_the_seed_decides_the_weights() -> None:
+    config = new_head_config("vispec", TEXT)
+    first, same, other = (new_draft(config, TABLE, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["layer.mlp.up_proj.weight"], other["layer.mlp.up_proj.weight"])
+    assert not torch.equal(first["img_adaptor.query"], other["img_adaptor.query"])
+
+
+def test_an_own_embedding_table_is_copied_and_frozen() -> None:
+    config = new_head_config("vispec", TEXT, has_embed_tokens=True)
+    draft = new_draft(config, TABLE, seed=0)
+    assert draft.embed_tokens is not None
+    assert torch.equal(draft.embed_tokens.weight, TABLE)
+    assert not draft.embed_tokens.weight.requires_grad
+
+
+def test_changes_go_over_the_defaults() -> None:
+    config = new_head_config(
+        "vispec",
+        text(head_dim=16),
+        num_query_tokens=5,
+        final_norm=True,
+        num_key_value_heads=2,
+    )
+    assert (config.num_query_tokens, config.final_norm, config.num_key_value_heads) == (5, True, 2)
+    assert config.head_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("medusa", {}, "unknown"),
+        ("vispec", {"layers": 2}, "unknown"),
+        ("eagle_vlm", {"compress": True}, "no head of type"),
+        ("vispec", {"num_query_tokens": 0}, "num_query_tokens"),
+    ],
+)
+def test_bad_settings_are_refused(kind: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ViSpecError, match=message):
+        new_head_config(kind, TEXT, **changes)
+
+
+def test_a_target_without_a_rope_base_is_named() -> None:
+    with pytest.raises(ViSpecError, match="rope_theta"):
+        new_head_config("vispec", text(rope_parameters=None))
+
+
+def test_a_table_of_another_target_is_refused() -> None:
+    with pytest.raises(ViSpecError, match="embedding table"):
+        new_draft(new_head_config("vispec", TEXT), TABLE[:50], seed=0)
