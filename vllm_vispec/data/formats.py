@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
 
@@ -101,16 +103,10 @@ def _mark_first_question(values: list[tuple[str, str]], count: int) -> list[tupl
 
 def _split_marks(text: str, images: list[str]) -> tuple[Part, ...]:
     """Split at the marks; the line break that goes with a mark is the template's business."""
-    pieces = text.split(IMAGE_MARK)
     parts: list[Part] = []
-    for position, piece in enumerate(pieces):
-        if position > 0:
-            parts.append(Part(image=images[position - 1]))
-            piece = piece.removeprefix("\n")
-        if position < len(pieces) - 1:
-            piece = piece.removesuffix("\n")
-        if piece:
-            parts.append(Part(text=piece))
+    for piece, image in zip_longest(re.split(rf"\n?{IMAGE_MARK}\n?", text), images):
+        parts += [Part(text=piece)] if piece else []
+        parts += [Part(image=image)] if image else []
     return tuple(parts)
 
 

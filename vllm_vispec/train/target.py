@@ -98,16 +98,18 @@ class TrainingTarget:
             return []
         inputs = self._inputs(samples)
         # no_grad, not inference_mode: the draft's backward pass saves these tensors.
-        with torch.no_grad(), _watch(self.model.model.language_model) as seen:
+        with torch.no_grad(), _input_embeddings(self.model.model.language_model) as embeds:
             try:
-                self.model.model(**inputs, use_cache=False)
+                hidden_BLD = self.model.model(**inputs, use_cache=False).last_hidden_state
             except (ValueError, RuntimeError, IndexError) as error:
                 ids = ", ".join(sample.sample_id for sample in samples)
                 raise ViSpecError(
                     f"the target {self.folder} fails on the samples {ids} ({error}): use the "
                     "processor that belongs to it"
                 ) from error
-        return [self._observed(sample, b, seen) for b, sample in enumerate(samples)]
+        return [
+            self._observed(sample, embeds[0][b], hidden_BLD[b]) for b, sample in enumerate(samples)
+        ]
 
     def _inputs(self, samples: Sequence[Encoded]) -> dict[str, Any]:
         length = max(len(sample.token_ids) for sample in samples)
@@ -127,7 +129,7 @@ class TrainingTarget:
             inputs[name] = value.to(dtype) if value.is_floating_point() else value
         return inputs
 
-    def _observed(self, sample: Encoded, row: int, seen: Mapping[str, Tensor]) -> Observed:
+    def _observed(self, sample: Encoded, embeds_LD: Tensor, hidden_LD: Tensor) -> Observed:
         count = len(sample.token_ids)
         return Observed(
             sample_id=sample.sample_id,
@@ -135,8 +137,8 @@ class TrainingTarget:
             token_ids=sample.token_ids.to(self.device),
             answer=sample.answer.to(self.device),
             runs=sample.runs,
-            embeds_LD=seen["embeds_BLD"][row, :count],
-            hidden_LD=seen["hidden_BLD"][row, :count],
+            embeds_LD=embeds_LD[:count],
+            hidden_LD=hidden_LD[:count],
         )
 
 
@@ -219,25 +221,18 @@ def _join(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _watch(language_model: Any) -> Iterator[dict[str, Tensor]]:
-    """Collect what goes into the language model and what comes out behind its final norm."""
-    seen: dict[str, Tensor] = {}
+def _input_embeddings(language_model: Any) -> Iterator[list[Tensor]]:
+    """Collect what goes into the language model: embeddings with image features scattered in."""
+    found: list[Tensor] = []
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen["embeds_BLD"] = kwargs["inputs_embeds"].detach()
+        found.append(kwargs["inputs_embeds"].detach())
 
-    def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        seen["hidden_BLD"] = output.last_hidden_state.detach()
-
-    handles = [
-        language_model.register_forward_pre_hook(before, with_kwargs=True),
-        language_model.register_forward_hook(after),
-    ]
+    handle = language_model.register_forward_pre_hook(before, with_kwargs=True)
     try:
-        yield seen
+        yield found
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
 def _load_model(folder: str | Path, dtype: torch.dtype) -> Any:
