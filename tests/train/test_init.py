@@ -168,7 +168,7 @@ def test_kinds_do_not_start_from_each_other(tmp_path: Path) -> None:
         ({"loss.name": "specvlm"}, r"compares hidden states \(feature\)"),
         ({"loss.weights": {"feature": 1.0}}, r"compares hidden states \(feature\)"),
         ({"loss.noise": 0.2}, "a draft VLM reads none"),
-        ({"head.trained": "projector"}, "would freeze a fresh draft VLM's random weights"),
+        ({"head.trained": "projector"}, "would freeze a new draft VLM's random weights"),
         ({"head.compressor": "prune:3"}, "sees no compressed images"),
         ({"head.input_norm": "off"}, "does not go with a draft VLM"),
         ({"head.kind": "vispec", "head.num_layers": 2}, "head.num_layers is 2, which head.kind"),

@@ -227,15 +227,15 @@ def _check_draft_vlm(config: TrainConfig) -> None:
         raise ViSpecError("head.input_norm off does not go with a draft VLM: leave it at auto")
     if config.head.trained == "projector" and not config.head.init_from:
         raise ViSpecError(
-            "head.trained projector would freeze a fresh draft VLM's random weights: set "
+            "head.trained projector would freeze a new draft VLM's random weights: set "
             "head.init_from to a language model's folder, or train all"
         )
 
 
 def _check_head(config: TrainConfig) -> None:
-    fresh = HeadSettings()
+    defaults = HeadSettings()
     for name in _DRAFT_VLM_ONLY:
-        if getattr(config.head, name) != getattr(fresh, name):
+        if getattr(config.head, name) != getattr(defaults, name):
             able = [head_type for head_type, one in HEAD_TYPES.items() if one.draft_vlm]
             raise ViSpecError(
                 f"head.{name} is {getattr(config.head, name)!r}, which head.kind "

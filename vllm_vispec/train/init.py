@@ -28,7 +28,7 @@ WEIGHT_SCALE = 0.7
 FUSION_NOISE = 0.3
 # Widths of MLPs are multiples of this.
 _MLP_MULTIPLE = 8
-# What a head keeps of the one it starts from; its kind decides about images.
+# What a head keeps of the one it starts from; its type decides about images.
 _KEPT = (
     "intermediate_size",
     "num_attention_heads",
@@ -116,7 +116,7 @@ def make_draft_vlm(settings: HeadSettings, facts: TargetFacts, seed: int) -> Dra
     """
     embed_VD = facts.embed_VD.cpu()
     if not settings.init_from:
-        config = _vlm_config(settings, facts, fresh_sizes(settings, facts.text_config))
+        config = _vlm_config(settings, facts, default_sizes(settings, facts.text_config))
         draft = new_draft_vlm(config, embed_VD, seed, facts.lm_head_VD.cpu())
     elif is_language_model(settings.init_from):
         model = read_language_model(settings.init_from, len(embed_VD))
@@ -132,7 +132,7 @@ def make_draft_vlm(settings: HeadSettings, facts: TargetFacts, seed: int) -> Dra
     return draft
 
 
-def fresh_sizes(settings: HeadSettings, text_config: Any) -> dict[str, Any]:
+def default_sizes(settings: HeadSettings, text_config: Any) -> dict[str, Any]:
     """Return fields of `HeadConfig` for a width and a number of heads (0: the target's).
 
     The MLP widens by the same factor as the target's.
