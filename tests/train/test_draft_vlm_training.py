@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.small_draft_vlms import DRAFT_VLM, random_draft_vlm
+from tests.support.heads import DRAFT_VLM, random_draft_vlm
 from tests.support.tiny_store import TinyStore
 from tests.train.language_models import write_language_model
 from tests.train.runs import losses, recipe, run
@@ -17,6 +17,7 @@ from tests.train.samples import random_sample
 from vllm_vispec.evaluate.options import EvalOptions
 from vllm_vispec.evaluate.run import evaluate
 from vllm_vispec.heads.config import DRAFT_VLM_ARCHITECTURE
+from vllm_vispec.heads.folder import load_draft
 from vllm_vispec.reference import DraftVlm
 from vllm_vispec.train.batch import pad_batch
 from vllm_vispec.train.config import LossSettings, TrainConfig
@@ -86,7 +87,7 @@ def test_trained_exported_and_evaluated(tiny: TinyStore, dialogues: Path, tmp_pa
     config = read_json(outcome.head / "config.json")
     assert config["architectures"] == [DRAFT_VLM_ARCHITECTURE]
     assert (config["num_hidden_layers"], config["hidden_size"]) == (2, 32)
-    again = DraftVlm.from_folder(outcome.head)
+    again = load_draft(outcome.head)
     ids_BL = torch.randint(1000, (2, 20), generator=torch.Generator().manual_seed(0))
     embeds_BLE = torch.randn(2, 20, again.config.vision_size)
     with torch.no_grad():
@@ -105,14 +106,14 @@ def test_two_stages_from_a_language_model(tiny: TinyStore, dialogues: Path, tmp_
     first = run(small(target, dialogues, tmp_path / "first", head__trained="projector",
                       head__init_from=str(tmp_path / "lm"), optimizer__ema=0.9))  # fmt: skip
     assert first.head is not None
-    one = DraftVlm.from_folder(first.head)
+    one = load_draft(first.head)
     assert torch.equal(one.head_VD, model.lm_head.weight)
     assert torch.equal(one.norm.weight, model.model.norm.weight)
     assert not torch.equal(one.projector.linear_1.bias, torch.zeros(24))
     second = run(small(target, dialogues, tmp_path / "second", run__export="last",
                        head__init_from=str(first.head)))  # fmt: skip
     assert second.head is not None
-    two = DraftVlm.from_folder(second.head)
+    two = load_draft(second.head)
     names = [name for name, parameter in two.named_parameters()
              if torch.equal(parameter, one.state_dict()[name])]  # fmt: skip
     assert names == []

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.heads import write_head
-from tests.support.small_draft_vlms import write_draft_vlm
+from tests.support.heads import write_draft_vlm, write_head
 from tests.train.language_models import write_language_model
 from tests.train.samples import random_sample
-from vllm_vispec.reference import DraftVlm
+from vllm_vispec.heads.folder import load_draft
+from vllm_vispec.reference import DraftVlm, tensor_shapes
 from vllm_vispec.train.batch import pad_batch
 from vllm_vispec.train.config import HeadSettings, config_from_flat
 from vllm_vispec.train.head_types import HEAD_TYPES, new_head_config, resolve
@@ -113,7 +113,7 @@ def test_a_projector_alone_is_trained(tmp_path: Path) -> None:
 
 def test_the_next_stage_takes_everything_over(tmp_path: Path) -> None:
     write_draft_vlm(tmp_path)
-    draft, wanted = start(tmp_path), DraftVlm.from_folder(tmp_path).state_dict()
+    draft, wanted = start(tmp_path), load_draft(tmp_path).state_dict()
     assert all(torch.equal(one, wanted[name]) for name, one in draft.state_dict().items())
     assert all(parameter.requires_grad for parameter in draft.parameters())
 
@@ -192,8 +192,7 @@ def test_a_fresh_head_has_exactly_its_kinds_tensors(kind: str) -> None:
     config = new_head_config(kind, TEXT, target_model_type="qwen2_5_vl")
     draft = new_draft(config, TABLE, seed=0)
     shapes = {name: tuple(p.shape) for name, p in draft.named_parameters()}
-    assert shapes == config.tensor_shapes()
-    assert config.dialect == "canonical"
+    assert shapes == tensor_shapes(config)
     assert config.num_key_value_heads == config.num_attention_heads == 4
     assert config.rope_theta == 5e5
     assert (config.compress, config.global_feature) == (

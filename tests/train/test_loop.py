@@ -10,8 +10,7 @@ import torch
 
 from tests.support.tiny_store import TinyStore
 from tests.train.runs import lines, losses, recipe, run, write_records
-from vllm_vispec.heads import inspect_head
-from vllm_vispec.reference import ViSpecDraft
+from vllm_vispec.heads.folder import inspect_head, load_draft
 from vllm_vispec.train.distributed import processes
 from vllm_vispec.train.loop import fill_cache
 from vllm_vispec.utils.errors import ViSpecError
@@ -93,9 +92,7 @@ def test_training_learns_and_exports_the_head(
     second = recipe(target, dialogues, tmp_path / "two", schedule__max_steps=1,
                     head__init_from=str(tmp_path / "run" / "head"), optimizer__lr=0.0)  # fmt: skip
     run(second)
-    before, after = (
-        ViSpecDraft.from_folder(tmp_path / name / "head").state_dict() for name in ("run", "two")
-    )
+    before, after = (load_draft(tmp_path / name / "head").state_dict() for name in ("run", "two"))
     assert all(torch.equal(before[name], after[name]) for name in before)
     changes = {
         "head__num_query_tokens": (3, "num_query_tokens is 3"),
@@ -145,8 +142,6 @@ def test_text_heads_train_on_text(tiny: TinyStore, dialogues: Path, tmp_path: Pa
     wider = recipe(target, dialogues, tmp_path / "wider", schedule__max_steps=1,
                    head__init_from=str(tmp_path / "run" / "head"), optimizer__lr=0.0)  # fmt: skip
     run(wider)
-    text, images = (
-        ViSpecDraft.from_folder(tmp_path / name / "head").state_dict() for name in ("run", "wider")
-    )
+    text, images = (load_draft(tmp_path / name / "head").state_dict() for name in ("run", "wider"))
     assert set(text) < set(images)
     assert all(torch.equal(text[name], images[name]) for name in text)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from examples.pair import DEFAULT_DRAFT_MODEL, DEFAULT_MODEL
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import write_questions
 from tests.serve.server import started_server
-from tests.support import engine
-from tests.support.child import run_in_subprocess
+from tests.support.engine import IN_PROCESS_ENV, Engine
 from tests.support.tiny_store import TinyStore
-from vllm_vispec.heads import inspect_head
+from vllm_vispec.heads.folder import inspect_head
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 NUM_DRAFT_TOKENS = 3
+PROMPTS = ("the cat sees a red ball", "two blue boxes near trees")
 SETTINGS = {
     "target.dtype": "float32",
     "data.max_length": "256",
@@ -44,7 +44,7 @@ def vispec(*arguments: str | Path) -> str:
     """Run a command; returns what it printed."""
     done = subprocess.run(
         [sys.executable, "-m", "vllm_vispec", *map(str, arguments)],
-        env=os.environ | engine.IN_PROCESS_ENV,
+        env=os.environ | IN_PROCESS_ENV,
         capture_output=True,
         text=True,
         timeout=600,
@@ -71,7 +71,7 @@ def evaluate(target: str | Path, head: str | Path, data: Path, depth: int) -> di
 
 
 def test_regenerate_train_evaluate_export_serve(
-    tiny: TinyStore, dialogues: Path, tmp_path: Path
+    engine: Callable[..., Engine], tiny: TinyStore, dialogues: Path, tmp_path: Path
 ) -> None:
     target, answers = str(tiny.target("qwen2_5_vl")), tmp_path / "answers.jsonl"
     limits = ("--max-tokens", "24", "--dtype", "float32", "--max-model-len", "256")
@@ -85,23 +85,13 @@ def test_regenerate_train_evaluate_export_serve(
         vispec("train", *words)
         head = tmp_path / name / "head"
         assert inspect_head(head).config.compressor_spec.name == name
-        kwargs = {"target": target, "head": str(head)}
-        plain, served = run_in_subprocess("tests.train.test_pipeline:serve", kwargs, timeout=600)
-        assert served["token_ids"] == plain["token_ids"]
-        assert (plain["drafts"], served["drafts"] > 0) == (0, True)
+        # A head that is served by its own folder finds its target, and answers as that does.
+        plain, served = (engine("v1", model=str(model)) for model in (target, head))
+        answered = [[x.token_ids for x in one.generate(PROMPTS, 24)] for one in (plain, served)]
+        assert answered[0] == answered[1]
+        assert (plain.drafts(), served.drafts() > 0) == (0, True)
     report = evaluate(target, tmp_path / "query" / "head", answers, NUM_DRAFT_TOKENS)
     assert "tokens_per_round" in json.dumps(report)
-
-
-def serve(target: str, head: str) -> Iterator[dict[str, Any]]:
-    """In a child: answer with plain vLLM, then with ``LLM(model=head)``, which finds its target."""
-    engine.register_plugin()
-    for model in (target, head):
-        with engine.engine(engine.EngineOptions(model=model)) as llm:
-            prompts = ("the cat sees a red ball", "two blue boxes near trees")
-            found = engine.generate(llm, prompts, engine.greedy(24))
-            drafts = engine.metric_value(llm, "vllm:spec_decode_num_drafts")
-            yield {"token_ids": [item.token_ids for item in found], "drafts": drafts}
 
 
 def test_the_shipped_pair(tmp_path: Path) -> None:

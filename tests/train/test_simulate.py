@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.small_draft_vlms import random_draft_vlm
+from tests.support.heads import random_draft_vlm
 from tests.train.samples import HEADS, random_draft, random_sample
 from vllm_vispec.evaluate.engine import Answer, Question, inside_answer, summarise
 from vllm_vispec.reference import Draft, DraftVlm

@@ -11,8 +11,7 @@ import torch
 
 from tests.support.tiny_store import TinyStore
 from tests.train.runs import lines, losses, recipe, run
-from vllm_vispec.heads import inspect_head
-from vllm_vispec.reference import ViSpecDraft
+from vllm_vispec.heads.folder import inspect_head, load_draft
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -59,7 +58,7 @@ def test_every_compressor_learns_and_is_exported(
     head = inspect_head(tmp_path / "run" / "head").config
     assert (head.compressor, head.global_feature) == (compressor, False)
     assert (head.layer0_input_norm, head.num_query_tokens) == (True, 1)
-    assert ViSpecDraft.from_folder(tmp_path / "run" / "head").compressor is not None
+    assert load_draft(tmp_path / "run" / "head").compressor is not None
     resolved = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert resolved["loss"]["name"] == "specvlm"
     card = (tmp_path / "run" / "head" / "README.md").read_text()
@@ -93,7 +92,7 @@ def test_the_same_seed_gives_the_same_head(
         torch.manual_seed(len(heads))  # nothing may come from there
         run(cached(tiny, dialogues, tmp_path / name, cache, head__compressor=SELECT,
                    schedule__max_steps=3, run__seed=seed))  # fmt: skip
-        heads[name] = ViSpecDraft.from_folder(tmp_path / name / "head").state_dict()
+        heads[name] = load_draft(tmp_path / name / "head").state_dict()
     for name, tensor in heads["one"].items():
         assert torch.equal(tensor, heads["same"][name]), name
     kernel = "compressor.branches.1.kernel.weight"
@@ -106,7 +105,7 @@ def test_heads_start_from_other_heads(
     def trained(name: str, **changes: Any) -> dict[str, torch.Tensor]:
         run(cached(tiny, dialogues, tmp_path / name, cache, schedule__max_steps=1,
                    optimizer__lr=0.0, **changes))  # fmt: skip
-        return ViSpecDraft.from_folder(tmp_path / name / "head").state_dict()
+        return load_draft(tmp_path / name / "head").state_dict()
 
     def head(name: str) -> str:
         return str(tmp_path / name / "head")
