@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,7 +163,13 @@ def best_estimate(rate: float, batch: int, draft_vocab: int | None = None) -> di
 
     found = _with_qwen(
         lambda options: rows(
-            replace(options, acceptance_rate=rate, batch_size=(batch,), draft_vocab=draft_vocab)
+            options.model_copy(
+                update={
+                    "acceptance_rate": rate,
+                    "batch_size": (batch,),
+                    "draft_vocab": draft_vocab,
+                }
+            )
         )
     )
     return max(found, key=lambda row: row["decode_speedup"])
@@ -172,6 +177,7 @@ def best_estimate(rate: float, batch: int, draft_vocab: int | None = None) -> di
 
 def _with_qwen(call: Callable[[EstimateOptions], Any]) -> Any:
     from vllm_vispec.bench.estimate import EstimateOptions
+    from vllm_vispec.utils.settings import parse
 
     with tempfile.TemporaryDirectory() as name:
         folders = Path(name, "target"), Path(name, "vispec_head")
@@ -182,13 +188,16 @@ def _with_qwen(call: Callable[[EstimateOptions], Any]) -> Any:
             (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         target, head = folders
         return call(
-            EstimateOptions(
-                target=target,
-                head=head,
-                device="h100-sxm",
-                acceptance_rate=0.7,
-                num_speculative_tokens=tuple(range(1, 8)),
-                context=1500,
+            parse(
+                EstimateOptions,
+                {
+                    "target": target,
+                    "head": head,
+                    "device": "h100-sxm",
+                    "acceptance_rate": 0.7,
+                    "num_speculative_tokens": tuple(range(1, 8)),
+                    "context": 1500,
+                },
             )
         )
 

@@ -44,6 +44,7 @@ from vllm_vispec.bench.schema import (
 )
 from vllm_vispec.cli.app import app
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.settings import as_flag, parse
 
 # Limits
 
@@ -167,14 +168,14 @@ def test_numbers_instead_of_folders_and_of_a_device() -> None:
         ({"acceptance_rate": None, "acceptance": (0.5, 0.4)}, "given for 2 positions, K is 3"),
         ({"acceptance_rate": None, "acceptance": (0.5, 0.6)}, "rises"),
         ({"acceptance_rate": 1.5}, "outside 0 to 1"),
-        ({"bandwidth_share": 1.2}, "--bandwidth-share 1.2 is no share"),
+        ({"bandwidth_share": 1.2}, "--bandwidth-share is 1.2: give at most 1"),
         ({"dtype": "float32"}, "no public peak for dtype float32"),
         ({"dtype": "int3"}, "dtype int3 is unknown"),
         ({"batch_size": ()}, "at least one"),
-        ({"batch_size": (0,)}, "--batch-size of at least 1"),
-        ({"num_speculative_tokens": (2, -1)}, "--num-speculative-tokens -1 is negative"),
-        ({"context": -1.0}, "--context -1.0 is negative"),
-        ({"lm_head_parameters": -1.0}, "--lm-head-parameters -1.0 is negative"),
+        ({"batch_size": (0,)}, "one --batch-size from 1 on"),
+        ({"num_speculative_tokens": (2, -1)}, "at least one -k of 0 or more"),
+        ({"context": -1.0}, "--context is -1.0: give at least 0"),
+        ({"lm_head_parameters": -1.0}, "--lm-head-parameters is -1.0: give at least 0"),
         ({"target": None}, r"give either --target \(a folder\) or --target-parameters"),
         ({"head_parameters": 1e9}, r"give either --head \(a folder\) or --head-parameters"),
         ({"head": None, "head_parameters": 1e9, "target_kv_bytes_per_token": 1.0}, "leave it out"),
@@ -260,7 +261,7 @@ def options(tmp_path: Path, **others: object) -> EstimateOptions:
     target = folder(tmp_path / "target", QWEN_7B)
     head = folder(tmp_path / "head", QWEN_7B)
     settings = {"device": "h100-sxm", "acceptance_rate": 0.7, "target": target, "head": head}
-    return EstimateOptions(**{**settings, **others})  # type: ignore[arg-type]
+    return parse(EstimateOptions, {**settings, **others}, as_flag)
 
 
 # Calibration

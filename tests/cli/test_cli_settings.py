@@ -9,7 +9,6 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from vllm_vispec.bench.estimate import EstimateOptions
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.profile import ProfileSettings
 from vllm_vispec.cli.bench import QuickSettings, TuneSettings
@@ -17,7 +16,7 @@ from vllm_vispec.cli.options import attribute_docs, options_of
 from vllm_vispec.utils.errors import ViSpecError
 
 CLI = CliRunner()
-SETTINGS = (EstimateOptions, MatrixSettings, ProfileSettings, QuickSettings, TuneSettings)
+SETTINGS = (MatrixSettings, ProfileSettings, QuickSettings, TuneSettings)
 
 
 @dataclass(frozen=True)

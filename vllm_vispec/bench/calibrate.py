@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from pydantic import Field
+
 from vllm_vispec.bench.metrics import BASELINE, acceptance_rates, decoded
 from vllm_vispec.bench.pages import markdown_table
 from vllm_vispec.bench.roofline import (
@@ -24,6 +26,7 @@ from vllm_vispec.bench.roofline import (
 )
 from vllm_vispec.bench.schema import BenchRun, CellKey, CellResult
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.settings import Settings
 
 EVERY_THIRD, MIN_CELLS = "every-third", 3
 # Where the fit begins, and its limits: overhead in s, bytes/s, FLOP/s.
@@ -39,27 +42,20 @@ CELLS_HEAD = (
 )
 
 
-@dataclass(frozen=True)
-class CalibrateOptions:
-    """What is calibrated. First sentences are the options' help.
+class CalibrateOptions(Settings):
+    """What is calibrated."""
 
-    Attributes:
-        target: Target's folder; config.json is enough.
-        head: Head's folder, in any checkpoint format.
-        side: Side of the run beside plain.
-        hold_out: Cells to predict unseen: every-third, batch=16,32 or k=5.
-        dtype: As measured; default: config.json's.
-        draft_vocab: Rows of a smaller lm_head for the draft.
-        context: Tokens per sequence, where the file does not tell.
-    """
-
-    target: Path
-    head: Path
-    side: str = "vispec"
-    hold_out: str = EVERY_THIRD
-    dtype: str | None = None
-    draft_vocab: int | None = None
-    context: float | None = None
+    target: Path = Field(description="Target's folder; config.json is enough.")
+    head: Path = Field(description="Head's folder, in any checkpoint format.")
+    side: str = Field("vispec", description="Side of the run beside plain.")
+    hold_out: str = Field(
+        EVERY_THIRD, description="Cells to predict unseen: every-third, batch=16,32 or k=5."
+    )
+    dtype: str | None = Field(None, description="As measured; default: config.json's.")
+    draft_vocab: int | None = Field(None, description="Rows of a smaller lm_head for the draft.")
+    context: float | None = Field(
+        None, description="Tokens per sequence, where the file does not tell."
+    )
 
 
 @dataclass(frozen=True)

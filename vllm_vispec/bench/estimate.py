@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
+
+from pydantic import Field, model_validator
 
 from vllm_vispec.bench.pages import markdown_table
 from vllm_vispec.bench.roofline import (
@@ -20,6 +22,7 @@ from vllm_vispec.bench.roofline import (
 )
 from vllm_vispec.bench.schedules import best_schedule
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.settings import Settings
 
 NOTE = "estimate: a roofline calculation, not a measurement"
 
@@ -50,83 +53,73 @@ DEVICES = {
 }
 
 
-@dataclass(frozen=True)
-class EstimateOptions:
-    """What to estimate. The first sentence about an attribute is the help of its option.
+class EstimateOptions(Settings):
+    """What to estimate; the defaults of the shares and the overhead are assumptions of ours."""
 
-    Attributes:
-        target: Target's folder; config.json is enough.
-        head: Head's folder, in any checkpoint format. It needs a target's folder, whose lm_head
-            it uses.
-        device: A GPU that is known by name.
-        bandwidth_gbs: GB/s as reached.
-        tflops: TFLOP/s as reached.
-        acceptance: Share of steps that accept each position, e.g. 0.8,0.6,0.5.
-        acceptance_rate: Probability at every position, given the one before.
-        num_speculative_tokens: K.
-        batch_size: Sequences decoded at once.
-        context: Tokens of context per sequence.
-        draft_context: Those that the draft reads; default: as many.
-        draft_vocab: Rows of a smaller lm_head for the draft.
-        dtype: Instead of config.json's.
-        bandwidth_share: Share of a device's public bandwidth that is reached. The defaults of the
-            shares and the overhead are assumptions, no measurements of ours.
-        compute_share: Share of a device's public peak that is reached.
-        pass_overhead_ms: Of every pass, neither reading nor computing.
-        target_parameters: Instead of --target: weights a token passes.
-        target_bytes_per_parameter: E.g. 2 for bfloat16.
-        head_parameters: Instead of --head: weights a token passes.
-        head_bytes_per_parameter: E.g. 2 for bfloat16.
-        target_kv_bytes_per_token: With numbers: keys and values of a token, all layers.
-        head_kv_bytes_per_token: The same of the head's one layer.
-        lm_head_parameters: With numbers: hidden size times vocabulary.
+    target: Path | None = Field(None, description="Target's folder; config.json is enough.")
+    head: Path | None = Field(
+        None, description="Head's folder, in any checkpoint format. It needs a target's folder."
+    )
+    device: str | None = Field(None, description="A GPU that is known by name.")
+    bandwidth_gbs: float | None = Field(None, ge=0, description="GB/s as reached.")
+    tflops: float | None = Field(None, ge=0, description="TFLOP/s as reached.")
+    acceptance: tuple[float, ...] = Field(
+        (), description="Share of steps that accept each position, e.g. 0.8,0.6,0.5."
+    )
+    acceptance_rate: float | None = Field(
+        None, ge=0, description="Probability at every position, given the one before."
+    )
+    num_speculative_tokens: tuple[int, ...] = Field(
+        (1, 2, 3, 4, 5),
+        description="K.",
+        json_schema_extra={"flags": ["--num-speculative-tokens", "-k"]},
+    )
+    batch_size: tuple[int, ...] = Field(
+        (1, 2, 4, 8, 16, 32, 64), description="Sequences decoded at once."
+    )
+    context: float = Field(1024.0, ge=0, description="Tokens of context per sequence.")
+    draft_context: float | None = Field(
+        None, ge=0, description="Those that the draft reads; default: as many."
+    )
+    draft_vocab: int | None = Field(None, description="Rows of a smaller lm_head for the draft.")
+    dtype: str | None = Field(None, description="Instead of config.json's.")
+    bandwidth_share: float = Field(
+        0.8, gt=0, le=1, description="Share of a device's public bandwidth that is reached."
+    )
+    compute_share: float = Field(
+        0.6, gt=0, le=1, description="Share of a device's public peak that is reached."
+    )
+    pass_overhead_ms: float = Field(
+        0.2, ge=0, description="Of every pass, neither reading nor computing."
+    )
+    target_parameters: float | None = Field(
+        None, ge=0, description="Instead of --target: weights a token passes."
+    )
+    target_bytes_per_parameter: float = Field(2.0, ge=0, description="E.g. 2 for bfloat16.")
+    head_parameters: float | None = Field(
+        None, ge=0, description="Instead of --head: weights a token passes."
+    )
+    head_bytes_per_parameter: float = Field(2.0, ge=0, description="E.g. 2 for bfloat16.")
+    target_kv_bytes_per_token: float | None = Field(
+        None, ge=0, description="With numbers: keys and values of a token, all layers."
+    )
+    head_kv_bytes_per_token: float | None = Field(
+        None, ge=0, description="The same of the head's one layer."
+    )
+    lm_head_parameters: float = Field(
+        0.0, ge=0, description="With numbers: hidden size times vocabulary."
+    )
 
-    Raises:
-        ViSpecError: settings are missing or exclude each other.
-    """
-
-    target: Path | None = None
-    head: Path | None = None
-    device: str | None = None
-    bandwidth_gbs: float | None = None
-    tflops: float | None = None
-    acceptance: tuple[float, ...] = ()
-    acceptance_rate: float | None = None
-    num_speculative_tokens: tuple[int, ...] = (1, 2, 3, 4, 5)
-    batch_size: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    context: float = 1024.0
-    draft_context: float | None = None
-    draft_vocab: int | None = None
-    dtype: str | None = None
-    bandwidth_share: float = 0.8
-    compute_share: float = 0.6
-    pass_overhead_ms: float = 0.2
-    target_parameters: float | None = None
-    target_bytes_per_parameter: float = 2.0
-    head_parameters: float | None = None
-    head_bytes_per_parameter: float = 2.0
-    target_kv_bytes_per_token: float | None = None
-    head_kv_bytes_per_token: float | None = None
-    lm_head_parameters: float = 0.0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            for one in value if isinstance(value, tuple) else (value,):
-                if isinstance(one, int | float) and one < 0:
-                    flag = field.name.replace("_", "-")
-                    raise ViSpecError(f"--{flag} {one} is negative: use 0 or more")
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        """Refuse settings that are missing or exclude each other."""
         rates = (self.bandwidth_gbs, self.tflops)
         if any(rates) if self.device else not all(rates):
             raise ViSpecError("give either --device, or both --bandwidth-gbs and --tflops")
         if (not self.acceptance) == (self.acceptance_rate is None):
             raise ViSpecError("give either --acceptance (per position) or --acceptance-rate")
-        if not self.num_speculative_tokens or not all(self.batch_size or (0,)):
-            raise ViSpecError("give at least one -k, and one --batch-size of at least 1")
-        for name in ("bandwidth_share", "compute_share"):
-            if not 0 < (share := getattr(self, name)) <= 1:
-                flag = name.replace("_", "-")
-                raise ViSpecError(f"--{flag} {share} is no share: use more than 0, at most 1")
+        if min(self.num_speculative_tokens, default=-1) < 0 or min(self.batch_size, default=0) < 1:
+            raise ViSpecError("give at least one -k of 0 or more, and one --batch-size from 1 on")
         for name in ("target", "head"):
             folder = getattr(self, name)
             if (folder is None) == (getattr(self, f"{name}_parameters") is None):
@@ -141,6 +134,7 @@ class EstimateOptions:
                 "--head is a folder, the target is given by numbers: give --target as a folder, or "
                 "the head by numbers"
             )
+        return self
 
     def hardware(self) -> Hardware:
         """Return the rates given, or a device's times the share of them that is reached."""
