@@ -1,4 +1,4 @@
-"""The `vispec` command line. Everything heavy is imported on use."""
+"""The `vispec` command line. Commands and all that is heavy are imported on use."""
 
 from __future__ import annotations
 
@@ -6,21 +6,49 @@ import gc
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from pkgutil import resolve_name
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from vllm_vispec.cli.bench import app as bench
-from vllm_vispec.cli.evaluate import evaluate
 from vllm_vispec.cli.options import exit_on_error
-from vllm_vispec.cli.regenerate import regenerate
-from vllm_vispec.cli.train import train
-from vllm_vispec.cli.verify import verify
-from vllm_vispec.cli.vocab import vocab
 from vllm_vispec.utils.errors import ViSpecError
+
+# Where the other commands are; these modules import what their options come from.
+_COMMANDS = {
+    "regenerate": "vllm_vispec.cli.regenerate:regenerate",
+    "train": "vllm_vispec.cli.train:train",
+    "eval": "vllm_vispec.cli.evaluate:evaluate",
+    "verify": "vllm_vispec.cli.verify:verify",
+    "vocab": "vllm_vispec.cli.vocab:vocab",
+    "bench": "vllm_vispec.cli.bench:app",
+}
+
+
+class _Commands(TyperGroup):
+    """The commands here and those of `_COMMANDS`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *_COMMANDS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        command = resolve_name(_COMMANDS[cmd_name])
+        if isinstance(command, typer.Typer):
+            found: Any = typer.main.get_group(command)
+        else:
+            alone = typer.Typer(add_completion=False)
+            alone.command()(command)
+            found = typer.main.get_command(alone)
+        found.name = cmd_name
+        return found
+
 
 app = typer.Typer(
     name="vispec",
+    cls=_Commands,
     help="Tools for ViSpec heads in vLLM.",
     no_args_is_help=True,
     add_completion=False,
@@ -95,14 +123,6 @@ def doctor(
             typer.echo("\n".join(["", *target_lines(target, head)]))
     if not report.ok:
         raise typer.Exit(1)
-
-
-app.command()(regenerate)
-app.command()(train)
-app.command("eval")(evaluate)
-app.command()(verify)
-app.command()(vocab)
-app.add_typer(bench, name="bench")
 
 
 def main() -> None:
