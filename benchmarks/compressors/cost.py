@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vllm_vispec.compressors.places import place_tokens
+from vllm_vispec.compressors.places import num_tokens, place_tokens
+from vllm_vispec.compressors.spec import CompressorSpec
 from vllm_vispec.heads.config import HeadConfig
 
 IMAGE_TOKENS = (64, 256, 1024)
@@ -16,7 +17,7 @@ class ImageCost:
     """One image of `image_tokens` tokens in the draft.
 
     Attributes:
-        kv_tokens: rows with keys and values that queries can see; the rest are holes.
+        kv_tokens: rows with keys and values that queries can see; the rest are masked.
         seen: of these, fewest and most that a request sees; they differ where a gate selects.
         megaflops: to make its tokens, and their inputs, keys and values in the layer.
     """
@@ -45,7 +46,7 @@ def image_cost(config: HeadConfig, image_tokens: int) -> ImageCost:
 
 
 def kept_rows(config: HeadConfig, image_tokens: int) -> list[int]:
-    """Rows of one image that are no holes, branch by branch."""
+    """Rows of one image that are not masked, branch by branch."""
     if not config.compress:
         return [image_tokens]
     if config.rows_per_image is not None:
@@ -56,13 +57,24 @@ def kept_rows(config: HeadConfig, image_tokens: int) -> list[int]:
 
 
 def _compressor_flops(config: HeadConfig, image_tokens: int) -> int:
-    from vllm_vispec.compressors.compressor import Resampler, compressor_cost
-    from vllm_vispec.compressors.spec import CompressorSpec
-
-    flops = 0
+    width, flops = config.hidden_size, 0
     if config.has_adaptor:
         queries = CompressorSpec("resampler", config.num_query_tokens)
-        flops += Resampler.flops(queries, config.hidden_size, image_tokens)
+        flops += primitive_flops(queries, width, image_tokens)
     if config.has_compressor:
-        flops += compressor_cost(config.compressor_spec, config.hidden_size, image_tokens)[1]
+        branches = config.compressor_spec.primitives
+        flops += sum(primitive_flops(branch, width, image_tokens) for branch in branches)
     return flops
+
+
+def primitive_flops(spec: CompressorSpec, width: int, size: int) -> int:
+    """Floating point operations of a primitive for an image of `size` embeddings; 0 for copying."""
+    if spec.name == "pool":
+        return size * width
+    if spec.name == "conv":
+        return 2 * num_tokens(spec, size) * spec.amount * width**2
+    if spec.name == "resampler":
+        # Keys and values, scores and sums, and the output projection.
+        attended = 4 * size * width**2 + 4 * spec.amount * size * width
+        return attended + 2 * spec.amount * width**2
+    return 0

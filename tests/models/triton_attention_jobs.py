@@ -50,7 +50,7 @@ def kernels(dtypes: list[str]) -> Iterator[dict[str, Any]]:
     from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
 
     from vllm_vispec.compat.patching import patch
-    from vllm_vispec.models.attention_scratch import init_triton_builder
+    from vllm_vispec.models.padded_heads import init_triton_builder
 
     _let_dots_take_bfloat16()
     cases: tuple[tuple[str, Any, dict[str, int]], ...] = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -22,8 +23,8 @@ from tests.support.tree_models import VOCAB, grow, random_model, slow_walk
 from vllm_vispec.trees.grow import DraftTree
 from vllm_vispec.trees.rounds import Moves, TreeRound, TreeTable
 from vllm_vispec.trees.settings import TreeSettings
-from vllm_vispec.v1 import cpu_sampling
 from vllm_vispec.v1 import tree_sampler as v1_sampler
+from vllm_vispec.v1.cpu_repairs import expand_batch_to_tokens
 from vllm_vispec.v1.tree_sampler import TreeRejectionSampler
 
 SETTINGS = TreeSettings(depth=2, top_k=3)
@@ -36,7 +37,7 @@ def _fixed_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's CPU kernel leaves temperatures unset; engines replace it in the same way."""
     monkeypatch.setattr(
         "vllm.v1.sample.rejection_sampler.expand_batch_to_tokens",
-        cpu_sampling.expand_batch_to_tokens,
+        partial(expand_batch_to_tokens, None),
     )
 
 

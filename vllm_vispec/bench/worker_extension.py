@@ -6,7 +6,7 @@ runners, wherever the engine's process is.
 
 On a CPU the import also repairs vLLM's sampling for whatever speculates there. Our engine does
 that for itself; without it vLLM's own methods would accept nothing above temperature zero, and we
-would win against a fault. See `vllm_vispec.v1.cpu_sampling`.
+would win against a fault. See `vllm_vispec.v1.cpu_repairs`.
 """
 
 from __future__ import annotations

@@ -51,11 +51,6 @@ class Compressor(nn.Module):
             each as `num_tokens` says.
         """
 
-    @classmethod
-    def flops(cls, spec: CompressorSpec, hidden_size: int, size: int) -> int:
-        """Floating point operations for an image of `size` embeddings; none for copying."""
-        return 0
-
     def num_tokens(self, size: int) -> int:
         """M for an image of `size` embeddings."""
         return num_tokens(self.spec, size)
@@ -119,11 +114,6 @@ class Pool(Compressor):
         sum_AD = rows_SD.new_zeros(len(length_A), rows_SD.shape[1]).index_add(0, token_S, rows_SD)
         return sum_AD / length_A[:, None]
 
-    @classmethod
-    def flops(cls, spec: CompressorSpec, hidden_size: int, size: int) -> int:
-        """One addition per element."""
-        return size * hidden_size
-
 
 class Conv(Compressor):
     """[T, D] -> [max(1, T // ratio), D]: a convolution, kernel and stride `ratio` (SpecVLM's Conv).
@@ -157,11 +147,6 @@ class Conv(Compressor):
         nn.init.normal_(self.kernel.weight, std=std, generator=generator)
         self.kernel.weight.add_(torch.eye(size).repeat(1, ratio) / ratio)
         nn.init.zeros_(self.kernel.bias)
-
-    @classmethod
-    def flops(cls, spec: CompressorSpec, hidden_size: int, size: int) -> int:
-        """A product per token."""
-        return 2 * num_tokens(spec, size) * spec.amount * hidden_size**2
 
 
 class CrossAttention(nn.Module):
@@ -228,12 +213,6 @@ class Resampler(Compressor):
         std = self.attention.head_dim**-0.5
         nn.init.normal_(self.attention.query, std=std, generator=generator)
 
-    @classmethod
-    def flops(cls, spec: CompressorSpec, hidden_size: int, size: int) -> int:
-        """Keys and values, scores and sums, and the output projection."""
-        attended = 4 * size * hidden_size**2 + 4 * spec.amount * size * hidden_size
-        return attended + 2 * spec.amount * hidden_size**2
-
 
 class TextOnly(Compressor):
     """[T, D] -> [0, D]: the draft sees nothing of an image (SpecVLM's fifth branch)."""
@@ -295,20 +274,3 @@ class ImageCompressor(nn.Module):
             branch.init_weights(generator)
         if self.gate is not None:
             self.gate.init_weights()
-
-
-def compressor_shapes(
-    spec: CompressorSpec, hidden_size: int, num_heads: int, bias: bool
-) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a head's compressor; nothing is allocated."""
-    with torch.device("meta"):
-        compressor = ImageCompressor(spec, hidden_size, num_heads, bias)
-    return {name: tuple(tensor.shape) for name, tensor in compressor.state_dict().items()}
-
-
-def compressor_cost(spec: CompressorSpec, hidden_size: int, size: int) -> tuple[int, int]:
-    """Tokens and floating point operations for one image of `size` embeddings, gate left out."""
-    flops = sum(
-        COMPRESSORS[branch.name].flops(branch, hidden_size, size) for branch in spec.primitives
-    )
-    return sum(num_tokens(branch, size) for branch in spec.primitives), flops

@@ -1,12 +1,12 @@
-"""Which head size and attention backend a layer gets whose heads need more channels.
+"""Attention heads with more channels than the model's: their size, backend and scratch.
 
 The smallest size wins whose backend is the one that vLLM chooses for the model's own size, so that
-an engine keeps to one backend where it can.  Otherwise the smallest size wins that any backend
-serves.  vLLM's selector is asked exactly as the layer would ask it, and a backend counts only if
-its implementation can be built: some refuse a device or a cache dtype no earlier.
+an engine keeps to one backend where it can. Otherwise the smallest size wins that any backend
+serves. vLLM's selector is asked exactly as the layer would ask it, and a backend counts only if its
+implementation can be built: some refuse a device or a cache dtype no earlier.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import unwrap
@@ -18,6 +18,7 @@ from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention import attention as attention_module
 from vllm.platforms import current_platform
+from vllm.utils.math_utils import next_power_of_2
 from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
@@ -196,6 +197,39 @@ def padded_draft_head(finder: BackendFinder, head_dim: int, num_branches: int = 
 
 def _and_branches(num_branches: int) -> str:
     return f" and to weigh the compressor's {num_branches} branches" if num_branches else ""
+
+
+def init_triton_builder(
+    original: Callable[..., None], builder: Any, kv_cache_spec: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Stands for ``TritonAttentionMetadataBuilder.__init__``: scratch for the layer's heads.
+
+    vLLM sizes the scratch of its split-K kernel by the model's head size, though the kernel
+    computes its addresses with the layer's. Wider heads would be written behind the scratch, into
+    other tensors.
+    """
+    original(builder, kv_cache_spec, *args, **kwargs)
+    scratch = builder.softmax_segm_output
+    width = next_power_of_2(kv_cache_spec.head_size)
+    if width > scratch.shape[-1]:
+        builder.headdim = kv_cache_spec.head_size
+        builder.softmax_segm_output = scratch.new_empty((*scratch.shape[:-1], width))
+
+
+def set_workspace_buffer(
+    original: Callable[..., None], builder: Any, workspace_buffer: torch.Tensor
+) -> None:
+    """Stands for FlashInfer's method; shares a workspace as large as vLLM would make it here.
+
+    The V2 model runner lets all FlashInfer layers share one, sized by the heads of the first.
+    """
+    from vllm.v1.attention.backends import flashinfer
+
+    num_elements = builder.max_num_batched_tokens * builder.num_qo_heads * builder.head_dim
+    least = num_elements * flashinfer.FLASHINFER_PREFILL_WORKSPACE_BYTES_PER_ELEM
+    # A builder that is given none allocates its own.
+    if workspace_buffer.numel() >= least:
+        original(builder, workspace_buffer)
 
 
 class _SelectorCalled(Exception):

@@ -30,9 +30,9 @@ def apply_scratch() -> None:
         return
     from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
 
-    from vllm_vispec.models import attention_scratch
+    from vllm_vispec.models.padded_heads import init_triton_builder
 
-    patch(TritonAttentionMetadataBuilder, "__init__", attention_scratch.init_triton_builder)
+    patch(TritonAttentionMetadataBuilder, "__init__", init_triton_builder)
 
 
 def apply_workspace(backend: Any) -> None:
@@ -44,9 +44,9 @@ def apply_workspace(backend: Any) -> None:
         return
     from vllm.v1.attention.backends.flashinfer import FlashInferMetadataBuilder
 
-    from vllm_vispec.models import attention_scratch
+    from vllm_vispec.models.padded_heads import set_workspace_buffer
 
-    patch(FlashInferMetadataBuilder, "set_workspace_buffer", attention_scratch.set_workspace_buffer)
+    patch(FlashInferMetadataBuilder, "set_workspace_buffer", set_workspace_buffer)
 
 
 PADDED_HEADS = PatchGroup(

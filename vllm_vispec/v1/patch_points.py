@@ -43,17 +43,17 @@ def apply_cpu_sampling() -> None:
     """Let the V1 model runner sample with the right temperatures on CPUs."""
     from vllm.v1.sample import rejection_sampler
 
-    from vllm_vispec.v1 import cpu_sampling
+    from vllm_vispec.v1.cpu_repairs import expand_batch_to_tokens
 
-    patch(rejection_sampler, "expand_batch_to_tokens", cpu_sampling.instead)
+    patch(rejection_sampler, "expand_batch_to_tokens", expand_batch_to_tokens)
 
 
 def _apply_cpu_gemm() -> None:
     from vllm._custom_ops import CPUDNNLGEMMHandler
 
-    from vllm_vispec.v1 import cpu_gemm
+    from vllm_vispec.v1.cpu_repairs import release_gemm
 
-    patch(CPUDNNLGEMMHandler, "__del__", cpu_gemm.release)
+    patch(CPUDNNLGEMMHandler, "__del__", release_gemm)
 
 
 def _new_proposer(

@@ -1,4 +1,8 @@
-"""ViSpec on the V1 model runner, which is also the CPU's."""
+"""ViSpec on the V1 model runner, which is also the CPU's.
+
+Goes with that runner, which vLLM calls deprecated: once the oldest vLLM we support has none, this
+folder is deleted.
+"""
 
 from typing import Any, NamedTuple
 

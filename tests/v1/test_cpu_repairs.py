@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vllm_vispec.v1.cpu_gemm import release
+from vllm_vispec.v1.cpu_repairs import release_gemm
 
 
 def test_release_under_fake_tensors() -> None:
@@ -21,5 +21,5 @@ def test_release_under_fake_tensors() -> None:
     with FakeTensorMode():
         with pytest.raises(AssertionError, match="FakeTensor"):
             original(handler)
-        release(original, handler)
+        release_gemm(original, handler)
     handler.handler_tensor = None  # Released; collecting the handler must not do it again.
