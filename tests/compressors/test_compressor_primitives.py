@@ -1,4 +1,4 @@
-"""Compressors of images: primitives against plain loops, combinations, shapes and costs.
+"""Compressors of images: primitives against plain loops, and combinations.
 
 Tensor names end in their shape: T embeddings of one image, M tokens, D hidden, G prompts, K
 branches.
@@ -12,12 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_vispec.compressors.compressor import (
-    COMPRESSORS,
-    ImageCompressor,
-    compressor_cost,
-    compressor_shapes,
-)
+from vllm_vispec.compressors.compressor import COMPRESSORS, ImageCompressor
 from vllm_vispec.compressors.gate import DECISIONS
 from vllm_vispec.compressors.places import num_tokens, place_tokens, segments
 from vllm_vispec.compressors.spec import COMBINATIONS, PRIMITIVES, parse_compressor
@@ -149,14 +144,6 @@ def test_combination_is_its_branches_in_turn(text: str) -> None:
         torch.testing.assert_close(found[number], torch.cat(parts))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("text", [*TEXTS, *COMBINED])
-def test_shapes_are_those_of_the_parameters(text: str, bias: bool) -> None:
-    compressor = make(text, bias)
-    real = {name: tuple(tensor.shape) for name, tensor in compressor.state_dict().items()}
-    assert compressor_shapes(compressor.spec, WIDTH, HEADS, bias) == real
-
-
 @pytest.mark.parametrize("text", ["conv:3", "resampler:2", "weighted", "concat", "select"])
 def test_every_parameter_learns(text: str) -> None:
     compressor, images = make(text), images_of((7, 9))
@@ -171,22 +158,6 @@ def test_every_parameter_learns(text: str) -> None:
         assert parameter.grad.isfinite().all(), name
         # A bias of keys shifts all scores of a query alike, so it has none.
         assert parameter.grad.abs().max() > 0 or name.endswith("k_proj.bias"), name
-
-
-def test_cost() -> None:
-    width, size = 16, 40
-    assert compressor_cost(parse_compressor("prune:20"), width, size) == (2, 0)
-    assert compressor_cost(parse_compressor("pool:20"), width, size) == (2, size * width)
-    assert compressor_cost(parse_compressor("conv:3"), width, size) == (13, 13 * 6 * width**2)
-    assert compressor_cost(parse_compressor("text_only"), width, size) == (0, 0)
-    tokens, flops = compressor_cost(parse_compressor("resampler:2"), width, size)
-    assert tokens == 2
-    # Keys and values of all embeddings, scores and sums of two queries, the output projection.
-    assert flops == 2 * (2 * size * width**2) + 2 * (2 * 2 * size * width) + 2 * 2 * width**2
-    branches = ("prune:20", "pool:20", "conv:3", "resampler:2")
-    parts = [compressor_cost(parse_compressor(branch), width, size) for branch in branches]
-    whole = compressor_cost(parse_compressor(f"concat({','.join(branches)})"), width, size)
-    assert whole == (sum(t for t, _ in parts), sum(f for _, f in parts))
 
 
 def test_fresh_conv_is_nearly_the_mean() -> None:

@@ -25,7 +25,7 @@ from benchmarks.compressors.choices import (
     load_compressor,
     read_choices,
 )
-from benchmarks.compressors.cost import IMAGE_TOKENS, image_cost
+from benchmarks.compressors.cost import IMAGE_TOKENS, image_cost, primitive_flops
 from benchmarks.compressors.findings import (
     Finding,
     at_main_epoch,
@@ -297,3 +297,17 @@ def test_prefill_is_read_back(measured: Workspace) -> None:
 def test_registry_defaults_are_arms() -> None:
     for name in SWEEPS:
         assert f"{name}_{PRIMITIVES[name].default}" in ARMS
+
+
+def test_cost_of_primitives() -> None:
+    width, size = 16, 40
+    flops = {
+        "prune:20": 0,
+        "pool:20": size * width,
+        "conv:3": 13 * 6 * width**2,
+        "text_only": 0,
+        # Keys and values of all embeddings, scores and sums of two queries, the output projection.
+        "resampler:2": 2 * (2 * size * width**2) + 2 * (2 * 2 * size * width) + 2 * 2 * width**2,
+    }
+    found = {text: primitive_flops(parse_compressor(text), width, size) for text in flops}
+    assert found == flops
