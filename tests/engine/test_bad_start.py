@@ -76,11 +76,11 @@ def _add(name: str) -> Spoil:
     )
 
 
-def _rewrite(dialect: str = "reference", **changes: Any) -> Spoil:
+def _rewrite(checkpoint_format: str = "reference", **changes: Any) -> Spoil:
     """Replace the head by one with other sizes."""
     sizes = {"hidden_size": HIDDEN, "head_dim": HEAD_DIM, "vocab_size": VOCAB}
     return lambda folder: write_head(
-        folder, dialect, **(sizes | {"intermediate_size": 48} | changes)
+        folder, checkpoint_format, **(sizes | {"intermediate_size": 48} | changes)
     )
 
 

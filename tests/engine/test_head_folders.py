@@ -276,7 +276,7 @@ def test_same_drafts_in_every_checkpoint_format(
 
     found: dict[tuple[str, str], tuple[Served, dict[Any, tuple[int, float, float]]]] = {}
     for written in ("reference", "automodel"):
-        head = tiny.head(dialect=written)
+        head = tiny.head(checkpoint_format=written)
         convert_head(Path(head), tmp_path / written)
         for name, folder, method in (
             ("own", head, "vispec"),

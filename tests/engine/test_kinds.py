@@ -65,7 +65,7 @@ class Draft:
 
 
 def _head(**changes: Any) -> Callable[[TinyStore, str], str]:
-    return lambda tiny, kind: tiny.head(kind, dialect="canonical", **changes)
+    return lambda tiny, kind: tiny.head(kind, checkpoint_format="canonical", **changes)
 
 
 def _compressor(text: str, situations: str, global_feature: bool = False) -> Draft:

@@ -45,7 +45,9 @@ def _head(**changes: Any) -> Callable[[TinyStore, str], Options]:
 
 
 def _compressor(text: str, global_feature: bool = False) -> Callable[[TinyStore, str], Options]:
-    return _head(num_q=1, dialect="canonical", compressor=text, global_feature=global_feature)
+    return _head(
+        num_q=1, checkpoint_format="canonical", compressor=text, global_feature=global_feature
+    )
 
 
 def _tree(
@@ -364,7 +366,7 @@ def test_fp8_cache(engine: Start, tiny: TinyStore, runner: str) -> None:
 
     Images are masked as with an exact cache: a draft that saw them would be refused more often.
     """
-    head = tiny.head(dialect="canonical")
+    head = tiny.head(checkpoint_format="canonical")
 
     def serve(dtype: str, **draft: Any) -> Served:
         options = {"max_model_len": 512, "extra": {"kv_cache_dtype": dtype}, **draft}

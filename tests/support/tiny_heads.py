@@ -42,7 +42,7 @@ class HeadSpec:
 
     kind: str
     num_q: int = 2
-    dialect: str = "reference"
+    checkpoint_format: str = "reference"
     qkv_bias: bool = True
     noise: float = 0.6
     seed: int = 0
@@ -69,7 +69,7 @@ class DraftVlmSpec:
 
 def build_head(spec: HeadSpec, target: Path, folder: Path) -> Path:
     """Write the head ``spec`` for the tiny ``target`` folder to ``folder`` and return it."""
-    has_norms = spec.dialect == "automodel"
+    has_norms = spec.checkpoint_format == "automodel"
     config = _config(
         spec.kind,
         hidden_size=HIDDEN,
@@ -85,7 +85,7 @@ def build_head(spec: HeadSpec, target: Path, folder: Path) -> Path:
         compress=spec.compress,
         compressor=spec.compressor,
     )
-    return _write(config, spec.dialect, spec.noise, spec.seed + 1000, target, folder)
+    return _write(config, spec.checkpoint_format, spec.noise, spec.seed + 1000, target, folder)
 
 
 def build_draft_vlm(spec: DraftVlmSpec, target: Path, folder: Path) -> Path:
@@ -125,7 +125,7 @@ def _config(kind: str, **settings: Any) -> HeadConfig:
 
 
 def _write(
-    config: HeadConfig, dialect: str, noise: float, seed: int, target: Path, folder: Path
+    config: HeadConfig, checkpoint_format: str, noise: float, seed: int, target: Path, folder: Path
 ) -> Path:
     """Write random tensors around what is the target's.
 
@@ -150,7 +150,7 @@ def _write(
             tensors[name] = table @ narrowing if config.is_draft_vlm else table
         else:
             tensors[name] = _random_tensor(name, shape, noise, generator)
-    write_tensors(folder, dialect, config, tensors)
+    write_tensors(folder, checkpoint_format, config, tensors)
     return folder
 
 

@@ -15,9 +15,9 @@ KIND = "qwen2_5_vl"
 GATED: dict[str, Any] = {
     "compressor": "select(prune:2,pool:4,text_only)",
     "num_q": 1,
-    "dialect": "canonical",
+    "checkpoint_format": "canonical",
 }
-UNCOMPRESSED: dict[str, Any] = {"compress": False, "dialect": "canonical"}
+UNCOMPRESSED: dict[str, Any] = {"compress": False, "checkpoint_format": "canonical"}
 """What makes a head of :class:`TinyStore` a gated one, or one without compression."""
 
 
