@@ -25,46 +25,16 @@ def _weights(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-def _truncate(folder: Path) -> None:
-    data = _weights(folder).read_bytes()
-    _weights(folder).write_bytes(data[: len(data) // 2])
-
-
-def _truncate_header(folder: Path) -> None:
-    _weights(folder).write_bytes(_weights(folder).read_bytes()[:40])
-
-
-def _corrupt_header(folder: Path) -> None:
-    data = bytearray(_weights(folder).read_bytes())
-    data[8:24] = b"\xff" * 16
-    _weights(folder).write_bytes(bytes(data))
-
-
-def _pickle_only(folder: Path) -> None:
-    _weights(folder).rename(folder / "pytorch_model.bin")
+def _bytes(change: Callable[[bytes], bytes]) -> Spoil:
+    return lambda folder: _weights(folder).write_bytes(change(_weights(folder).read_bytes()))
 
 
 def _pop(*names: str) -> Spoil:
-    def spoil(folder: Path) -> None:
-        def drop(tensors: dict[str, torch.Tensor]) -> None:
-            for name in names:
-                del tensors[name]
-
-        edit_tensors(folder, drop)
-
-    return spoil
-
-
-def _both(first: Spoil, second: Spoil) -> Spoil:
-    def spoil(folder: Path) -> None:
-        first(folder)
-        second(folder)
-
-    return spoil
+    return lambda folder: edit_tensors(folder, lambda found: [found.pop(name) for name in names])
 
 
 def _put(name: str, tensor: torch.Tensor) -> Spoil:
-    return lambda folder: edit_tensors(folder, lambda tensors: tensors.update({name: tensor}))
+    return lambda folder: edit_tensors(folder, lambda found: found.update({name: tensor}))
 
 
 def _config(**changes: Any) -> Spoil:
@@ -72,15 +42,12 @@ def _config(**changes: Any) -> Spoil:
 
 
 def _text(name: str, content: str) -> Spoil:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def _only(architecture: str, tensors: dict[str, torch.Tensor]) -> Spoil:
     def spoil(folder: Path) -> None:
-        (folder / name).write_text(content)
-
-    return spoil
-
-
-def _replace_all(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Spoil:
-    def spoil(folder: Path) -> None:
-        write_config(folder, config)
+        write_config(folder, {"architectures": [architecture]})
         save_file(tensors, _weights(folder))
 
     return spoil
@@ -91,6 +58,11 @@ def _two_files(folder: Path) -> None:
     _weights(folder).unlink()
     for name in ("a.safetensors", "b.safetensors"):
         (folder / name).write_bytes(data)
+
+
+def _flagged_norm_missing(folder: Path) -> None:
+    _pop("norm.weight")(folder)
+    edit_config(folder, draft_apply_final_norm=True)
 
 
 D = BASE.hidden_size
@@ -104,11 +76,20 @@ REFERENCE: dict[str, tuple[Spoil, str]] = {
     "config is no JSON": (_text("config.json", "{"), "cannot be read as JSON"),
     "config is a list": (_text("config.json", "[]"), "holds no JSON object"),
     "no weights": (lambda f: _weights(f).unlink(), r"no \*\.safetensors"),
-    "pickle only": (_pickle_only, "only pickle weights .*convert them to safetensors"),
-    "empty file": (lambda f: _weights(f).write_bytes(b""), "truncated or corrupt"),
-    "truncated": (_truncate, "truncated or corrupt.*download or export the head again"),
-    "truncated header": (_truncate_header, "truncated or corrupt"),
-    "corrupt header": (_corrupt_header, "truncated or corrupt"),
+    "pickle only": (
+        lambda f: _weights(f).rename(f / "pytorch_model.bin"),
+        "only pickle weights .*convert them to safetensors",
+    ),
+    "empty file": (_bytes(lambda data: b""), "truncated or corrupt"),
+    "truncated": (
+        _bytes(lambda data: data[: len(data) // 2]),
+        "truncated or corrupt.*download or export the head again",
+    ),
+    "truncated header": (_bytes(lambda data: data[:40]), "truncated or corrupt"),
+    "corrupt header": (
+        _bytes(lambda data: data[:8] + b"\xff" * 16 + data[24:]),
+        "truncated or corrupt",
+    ),
     "tensor twice": (_two_files, r"is in both a\.safetensors and b\.safetensors"),
     "shard missing": (
         _text("model.safetensors.index.json", _INDEX),
@@ -151,16 +132,16 @@ REFERENCE: dict[str, tuple[Spoil, str]] = {
     "other activation": (_config(hidden_act="gelu"), "hidden_act of the head is 'gelu'"),
     "negative theta": (_config(rope_theta=-1.0), "rope_theta of the head is -1.0"),
     "plain EAGLE": (
-        _replace_all({"architectures": ["LlamaForCausalLM"]}, _EAGLE),
+        _only("LlamaForCausalLM", _EAGLE),
         'text-only EAGLE head .*"method":"eagle"',
     ),
     "EAGLE-3": (
-        _replace_all({"architectures": ["LlamaForCausalLMEagle3"]}, _EAGLE3),
+        _only("LlamaForCausalLMEagle3", _EAGLE3),
         'EAGLE-3 head.*"method":"eagle3"',
     ),
-    "whole model": (_replace_all({"architectures": ["X"]}, _FULL), "whole model and no draft head"),
+    "whole model": (_only("X", _FULL), "whole model and no draft head"),
     "unknown format": (
-        _replace_all({"architectures": ["MyHead"]}, {"w": torch.zeros(2)}),
+        _only("MyHead", {"w": torch.zeros(2)}),
         r"unknown checkpoint format \(architectures \['MyHead'\], tensors w\): expected one of "
         "canonical, automodel, reference",
     ),
@@ -172,7 +153,7 @@ AUTOMODEL: dict[str, tuple[Spoil, str]] = {
         "vispec_num_query_tokens .* is 7, but 'img_adaptor.query' holds 3: set it to 3",
     ),
     "flagged norm missing": (
-        _both(_pop("norm.weight"), _config(draft_apply_final_norm=True)),
+        _flagged_norm_missing,
         r"lacks 1 tensor\(s\): norm\.weight",
     ),
     "no adaptor": (_pop("img_adaptor.query"), "lacks tensor 'img_adaptor.query'"),

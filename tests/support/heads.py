@@ -137,7 +137,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
     write_config(folder, {key: value for key, value in config.items() if value is not None})
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     """Change model.safetensors in place."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
