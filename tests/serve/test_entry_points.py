@@ -78,7 +78,7 @@ def test_vllm_bench(pair: tuple[str, str], tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads((tmp_path / "bench.json").read_text())["num_requests"] == NUM_PROMPTS
-    assert f"{NUM_DRAFT_TOKENS} draft tokens per round" in done.stdout + done.stderr
+    assert f"ViSpec drafts chains of {NUM_DRAFT_TOKENS} tokens" in done.stdout + done.stderr
 
 
 # What follows runs in the child.

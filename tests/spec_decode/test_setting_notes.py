@@ -89,8 +89,8 @@ def test_each_is_named_in_a_line(
         ),
         (
             {"schedule": [[1, 8, 29], [9, 16, 4], [17, 64, 0]], "tree": {}, "tokens": 29},
-            "by load: trees of 29 nodes on 4 levels (eagle2, depth 3, top_k 8) for 1 to 8 requests,"
-            " chains of 4 tokens for 9 to 16 requests, nothing for 17 to 64 requests",
+            "trees of 29 nodes on 4 levels (eagle2, depth 3, top_k 8) with 1 to 8 requests,"
+            " chains of 4 tokens with 9 to 16 requests, nothing with 17 to 64 requests",
         ),
     ],
 )

@@ -101,7 +101,7 @@ def create_engine_config(
             limits.note_graphs(vllm_config, tree)
         check_padded_heads(vllm_config)
         note_settings_without_effect(vllm_config)
-        logger.info("ViSpec drafts %s", describe_drafts(vllm_config))
+        logger.info("In each step ViSpec drafts %s", describe_drafts(vllm_config))
     return vllm_config
 
 
@@ -141,11 +141,10 @@ def create_speculative_config(
         check_lm_head(config, target)
     settings |= {"method": "eagle"} | locate(settings["model"], info.folder)
     logger.info(
-        "ViSpec head %s: %s checkpoint format, %s, %d draft tokens per round",
+        "ViSpec head %s: %s checkpoint format, %s",
         settings["model"],
         info.checkpoint_format,
         _kind(info.config),
-        settings["num_speculative_tokens"],
     )
     args.additional_config = (args.additional_config or {}) | config.to_section()
     return _create_with_head(original, args, settings, target, parallel)

@@ -17,10 +17,10 @@ def describe_drafts(vllm_config: Any) -> str:
     tree = read_tree(vllm_config)
     if vllm_config.speculative_config.num_speculative_tokens_per_batch_size:
         parts = (
-            f"{_drafts_of(count, tree)} for {first} to {last} requests"
+            f"{_drafts_of(count, tree)} with {first} to {last} requests"
             for first, last, count in draft_loads(vllm_config)
         )
-        return f"by load: {', '.join(parts)}"
+        return ", ".join(parts)
     ((_, _, count),) = draft_loads(vllm_config)
     return _drafts_of(count, tree)
 
