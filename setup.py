@@ -25,7 +25,7 @@ def read_long_description() -> str:
 
 # vLLM, torch and transformers are not listed: the plugin goes into an environment that has them,
 # and must never up- or downgrade anything there. What is listed comes with vLLM anyway.
-INSTALL_REQUIRES = ["huggingface_hub", "rich", "safetensors", "typer"]
+INSTALL_REQUIRES = ["huggingface_hub", "pydantic", "rich", "safetensors", "typer"]
 BENCH = ["jinja2", "markdown-it-py", "matplotlib", "openai", "pandas", "scipy"]
 
 setup(
