@@ -177,7 +177,7 @@ def chat_messages(sample: BenchSample) -> list[dict[str, Any]]:
         ViSpecError: an image is missing or broken.
     """
     from vllm_vispec.data.images import BadImage
-    from vllm_vispec.data.regenerate.backends.server import to_openai
+    from vllm_vispec.data.template import to_openai
 
     try:
         return to_openai(sample.turns, Path("/"))

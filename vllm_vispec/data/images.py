@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,3 +50,18 @@ def open_image(path: str, root: Path | None) -> Image:
     except (OSError, SyntaxError, ValueError, PilImage.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadImage(f"image {path} cannot be read: {reason}") from error
+
+
+def data_url(path: str, root: Path) -> str:
+    """Return an image file as a base64 data URL, once it is known to decode.
+
+    Raises:
+        BadImage: it is missing or broken.
+    """
+    from PIL import Image as PilImage
+
+    open_image(path, root)
+    file = image_file(path, root)
+    with PilImage.open(file) as image:
+        mime_type = image.get_format_mimetype() or "image/png"
+    return f"data:{mime_type};base64,{base64.b64encode(file.read_bytes()).decode('ascii')}"

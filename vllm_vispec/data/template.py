@@ -1,4 +1,4 @@
-"""The chat template of a target: text of a dialogue and its token ids before image expansion."""
+"""Dialogues as chat messages, and as text and token ids by the chat template of a target."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_vispec.data.types import Turn
+from vllm_vispec.data.images import data_url
+from vllm_vispec.data.types import Part, Turn
 from vllm_vispec.utils.errors import ViSpecError
 
 
@@ -49,6 +50,24 @@ def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
         }
         for turn in turns
     ]
+
+
+def to_openai(turns: Sequence[Turn], root: Path) -> list[dict[str, Any]]:
+    """Return turns as OpenAI messages with images as data URLs.
+
+    Raises:
+        BadImage: an image is missing or broken.
+    """
+    return [
+        {"role": turn.role, "content": [_content(part, root) for part in turn.parts]}
+        for turn in turns
+    ]
+
+
+def _content(part: Part, root: Path) -> dict[str, Any]:
+    if part.image is None:
+        return {"type": "text", "text": part.text}
+    return {"type": "image_url", "image_url": {"url": data_url(part.image, root)}}
 
 
 class ChatTemplate:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from typing import Any
 
 from vllm_vispec.data.encode import Encoder
-from vllm_vispec.data.images import image_file, open_image
 from vllm_vispec.data.regenerate.backends.offline import NO_LIMIT
 from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Regenerated
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
-from vllm_vispec.data.template import load_processor
-from vllm_vispec.data.types import Conversation, Part, Rejected, Turn
+from vllm_vispec.data.template import load_processor, to_openai
+from vllm_vispec.data.types import Conversation, Rejected
 from vllm_vispec.utils.errors import ViSpecError, first_line
 
 RETRIES = 3
@@ -170,36 +167,3 @@ def to_answer(response: Any) -> Answer:
         token_ids=None if ids is None else tuple(ids),
         prompt_token_ids=None if prompt is None else tuple(prompt),
     )
-
-
-def to_openai(turns: Sequence[Turn], root: Path) -> list[dict[str, Any]]:
-    """Return turns as OpenAI messages with images as data URLs.
-
-    Raises:
-        BadImage: an image is missing or broken.
-    """
-    return [
-        {"role": turn.role, "content": [_content(part, root) for part in turn.parts]}
-        for turn in turns
-    ]
-
-
-def _content(part: Part, root: Path) -> dict[str, Any]:
-    if part.image is None:
-        return {"type": "text", "text": part.text}
-    return {"type": "image_url", "image_url": {"url": data_url(part.image, root)}}
-
-
-def data_url(path: str, root: Path) -> str:
-    """Return an image file as a base64 data URL, once it is known to decode.
-
-    Raises:
-        BadImage: it is missing or broken.
-    """
-    from PIL import Image
-
-    open_image(path, root)
-    file = image_file(path, root)
-    with Image.open(file) as image:
-        mime_type = image.get_format_mimetype() or "image/png"
-    return f"data:{mime_type};base64,{base64.b64encode(file.read_bytes()).decode('ascii')}"
