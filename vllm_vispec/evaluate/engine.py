@@ -1,4 +1,4 @@
-"""Acceptance as the engine measures it, on the questions of the same conversations."""
+"""Acceptance measured by the engine, on the questions of the same conversations."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ class EngineResult:
     """What the engine did.
 
     Attributes:
-        families: acceptance by family and "overall", drafts behind the end of an answer left out.
+        families: acceptance by family and "overall", without draft tokens beyond an answer's end.
         identical: answers equal to the recorded ones, token by token.
-        accepted_past_end: accepted drafts behind the end of answers. vLLM's own metric counts
-            these, although their tokens are thrown away.
+        accepted_past_end: accepted draft tokens beyond the end of answers. vLLM's own metric
+            counts these, although they are discarded.
     """
 
     families: Families
@@ -182,7 +182,7 @@ def summarise(
 
 
 def inside_answer(accepted: Sequence[int], num_tokens: int) -> list[int]:
-    """Accepted drafts of every step without those behind the answer's end.
+    """Return the accepted draft tokens of every step without those beyond the answer's end.
 
     The scheduler counts a step before it looks for the stop token.
     """

@@ -27,7 +27,7 @@ class Report:
         simulated: acceptance by family and "overall".
         greedy: answer tokens that are the target's argmax, of how many; None if not checked.
         engine: what the engine measured; None if it was not asked.
-        warning: a doubt about the pair, None if there is none.
+        warning: why target and head may not fit; None if they do.
     """
 
     settings: dict[str, Any]
@@ -89,7 +89,7 @@ class Report:
             answers = self.simulated[OVERALL].answers
             lines.append(
                 f"engine: {self.engine.identical} of {answers} answers equal the data; "
-                f"{self.engine.accepted_past_end} accepted drafts behind the end not counted"
+                f"{self.engine.accepted_past_end} accepted drafts beyond their ends not counted"
             )
         return lines
 

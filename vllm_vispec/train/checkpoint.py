@@ -1,4 +1,4 @@
-"""Checkpoints of a run: everything that the next step depends on, in safetensors and JSON.
+"""Checkpoints of a run: everything that the next step depends on, as safetensors and JSON.
 
 `checkpoints/step-NNNNNNNN/` holds state.safetensors (`weights.*`, the moments `moment1.*` and
 `moment2.*` of AdamW and, with an average, `average.*`) and state.json (steps, epoch and position
@@ -48,7 +48,7 @@ FREE_SETTINGS = (
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands.
+    """How far a run is.
 
     Attributes:
         step: finished optimizer steps.
@@ -56,8 +56,8 @@ class Progress:
         seconds: training time so far, validation and saving excluded.
         world: processes it ran on.
         seed: of weights, order and noise.
-        best: highest tokens_per_round so far, and the step it belongs to.
-        latest: tokens_per_round of the last validation, and its step.
+        best, best_step: highest acceptance length so far, and its step.
+        latest, latest_step: acceptance length of the last validation, and its step.
     """
 
     step: int = 0
@@ -88,7 +88,7 @@ class Checkpoints:
         self.folder, self._keep = folder, keep
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, ascending."""
+        """Return the steps that have a checkpoint, ascending."""
         found = self.folder.glob("step-*/state.json")
         return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
@@ -149,9 +149,9 @@ class Checkpoints:
 def check_same_settings(
     saved: Mapping[str, Any], now: Mapping[str, Any], allowed: tuple[str, ...] = ()
 ) -> list[str]:
-    """Refuse to go on with settings that change what is computed.
+    """Refuse to resume with settings that change what is computed.
 
-    A setting that the checkpoint does not know, because it is older, counts as its default.
+    A setting that an older checkpoint does not know counts as its default.
 
     Args:
         allowed: settings whose change the user confirmed.

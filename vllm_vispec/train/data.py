@@ -1,6 +1,6 @@
-"""Which samples a run has, which of them it trains on, and in what order.
+"""The samples of a run: which are trained on, which are held out, and in what order.
 
-Order is a function of (seed, epoch) alone: a resumed run, and a run on more processes with the
+The order depends on seed and epoch alone. A resumed run, and a run on more processes with the
 same global batch, sees the same batches.
 """
 
@@ -34,7 +34,7 @@ EXAMPLES_PER_REASON = 3
 
 @dataclass(frozen=True)
 class Entry:
-    """A conversation with the folder its image paths start from."""
+    """A conversation, and the folder that its image paths start from."""
 
     conversation: Conversation
     image_root: Path
@@ -59,7 +59,7 @@ class Corpus:
 
 
 def read_corpus(settings: DataConfig, text_only: bool = False) -> Corpus:
-    """Read all data files and hold samples out, the same ones whatever the run's seed.
+    """Read all data files and hold samples out. The split does not depend on the run's seed.
 
     Args:
         text_only: train on samples without images only (held-out samples keep theirs).
@@ -122,7 +122,7 @@ def _digest(files: Iterable[str], entries: Iterable[Entry]) -> str:
 
 
 def count_reasons(rejected: Iterable[Rejected]) -> dict[str, Any]:
-    """Skipped samples by reason: how many, and the first few as examples."""
+    """Return skipped samples by reason: how many, and the first few as examples."""
     counts: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
     for item in rejected:
@@ -134,7 +134,7 @@ def count_reasons(rejected: Iterable[Rejected]) -> dict[str, Any]:
 
 
 class EncodedSamples:
-    """Entries as the target sees them; the first ones stay in memory, others are made again."""
+    """Entries as the target sees them. The first ones stay in memory, others are encoded again."""
 
     def __init__(self, corpus: Corpus, processor: Any, settings: DataConfig) -> None:
         self._entries = corpus.entries
@@ -146,7 +146,7 @@ class EncodedSamples:
         self._room = settings.memory_mb * 2**20
 
     def __call__(self, index: int) -> Encoded | Rejected:
-        """Encode one entry, or say why not."""
+        """Encode one entry, or return why it is left out."""
         if index in self._kept:
             return self._kept[index]
         entry = self._entries[index]
@@ -159,10 +159,10 @@ class EncodedSamples:
         return item
 
     def require(self, index: int) -> Encoded:
-        """Encode an entry that was usable before.
+        """Encode an entry that was usable when the run began.
 
         Raises:
-            ViSpecError: it no longer is (an image was removed meanwhile).
+            ViSpecError: it no longer is, e.g. an image was removed.
         """
         item = self(index)
         if isinstance(item, Rejected):
@@ -211,7 +211,7 @@ class BatchOrder:
         return -(-len(self.indices) // self.step_samples)
 
     def epoch(self, number: int) -> list[list[list[int]]]:
-        """Steps of an epoch; each a list of forward passes over all processes' samples."""
+        """Return the steps of an epoch: lists of forward passes over all processes' samples."""
         random = Random(f"order {self.seed} {number}")
         order = random.sample(self.indices, len(self.indices))
         wanted = self.steps_per_epoch * self.step_samples
@@ -227,5 +227,5 @@ class BatchOrder:
         return [passes[i : i + per_step] for i in range(0, len(passes), per_step)]
 
     def mine(self, samples: Sequence[int], rank: int) -> list[int]:
-        """One process's share of a forward pass; like lengths on all of them."""
+        """Return one process's share of a forward pass; lengths are alike on all processes."""
         return list(samples[rank :: self.world])

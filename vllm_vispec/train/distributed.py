@@ -1,4 +1,4 @@
-"""One process or many: who am I, sums over all, sharding the draft, and requests to stop.
+"""One process or many: ranks, sums over all processes, sharding, and requests to stop.
 
 A run has one process per GPU (or per CPU worker), started by `torchrun` or by Ray Train. Weights,
 gradients and moments of the draft are sharded by FSDP2 (`fully_shard`), which works on GPUs (NCCL)
@@ -36,16 +36,16 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this one writes results."""
+        """Whether this process writes results."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait until all have come here."""
+        """Wait until every process has arrived here."""
         if self.world > 1:
             dist.barrier()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes (a new tensor)."""
+        """Return the sum over all processes."""
         if self.world == 1:
             return values
         total = values.to(self.device, copy=True)
@@ -53,20 +53,20 @@ class Processes:
         return total
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so."""
+        """Return whether the flag is set on any process."""
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0)
 
     def same(self, value: float) -> float:
-        """The main process's value."""
+        """Return the main process's value on every process."""
         mine = torch.tensor([value if self.is_main else 0.0], dtype=torch.float64)
         return float(self.sum(mine.to(self.device)).item())
 
 
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """Join the run's processes; leaves a group that was there before (Ray's) alone.
+    """Join the run's processes. A process group that exists already (Ray's) is used and kept.
 
     Args:
         device: "auto", "cpu" or "cuda".
@@ -89,7 +89,7 @@ def processes(device: str) -> Iterator[Processes]:
 
 
 def pick_device(device: str) -> torch.device:
-    """The device of this process.
+    """Return the device of this process.
 
     Raises:
         ViSpecError: see `processes`.
@@ -106,7 +106,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def shard(module: nn.Module, group: Processes) -> None:
-    """Shard a module's parameters over all processes, in place; nothing to do for one.
+    """Shard a module's parameters over all processes, in place.
 
     The module is gathered as a whole in its forward: rollouts call its parts one by one, so
     gathering part by part would not work. Gradients come out as means over the processes.
@@ -121,20 +121,20 @@ def shard(module: nn.Module, group: Processes) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor in full on this process (all processes must ask for it); detached."""
+    """Return the full tensor, detached. All processes must call this together."""
     full = tensor.detach()
     return full.full_tensor() if hasattr(full, "full_tensor") else full
 
 
 @torch.no_grad()
 def assign(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy full tensors into parameters or moments, sharded or not, by name."""
+    """Copy full tensors by name into parameters or moments, sharded or not."""
     for name, parameter in parameters.items():
         parameter.copy_(like(parameter, values[name]))
 
 
 def like(pattern: Tensor, value: Tensor) -> Tensor:
-    """A full tensor in the dtype, on the device and with the sharding of another."""
+    """Return a full tensor in the dtype, on the device and with the sharding of `pattern`."""
     moved = value.to(pattern.device, pattern.dtype)
     if not hasattr(pattern, "full_tensor"):
         return moved

@@ -1,7 +1,7 @@
 """The draft with its loss: rollout passes, logits and loss terms of a batch, as sums over rows.
 
-Sums, not means: divided by the number of rows of the whole step they are the same however a step's
-samples are spread over forward passes and processes.
+Sums instead of means: divided by the rows of the whole step, the result does not depend on how the
+step's samples are spread over forward passes and processes.
 
 Tensor names end in their shape: B samples, L rows, N counted rows, D hidden, V vocabulary.
 """
@@ -57,7 +57,7 @@ def make_generator(device: torch.device, purpose: str, *place: int) -> torch.Gen
 
 @dataclass(frozen=True)
 class Sums:
-    """What one forward pass adds up to.
+    """Sums of one forward pass.
 
     Attributes:
         loss: sum over passes and rows of the weighted loss (with gradients).
@@ -75,7 +75,7 @@ class Sums:
 
 
 class Objective(nn.Module):
-    """One module around the draft, so that sharding can gather it before anything reads it."""
+    """One module around the draft, so that sharding gathers it before anything reads it."""
 
     def __init__(self, draft: Draft, lm_head_VD: Tensor, settings: LossSettings) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Objective(nn.Module):
         self.part_names = (*self.loss.weights, *([BALANCE] if self.balance else []))
 
     def forward(self, batch: DraftBatch, rng: Rng = NO_RNG) -> Sums:
-        """Loss of a batch on the draft's device, in its dtype (or under autocast)."""
+        """Return the loss of a batch on the draft's device, in its dtype (or under autocast)."""
         decision = decide(
             self.draft.compressor,
             batch.hidden_BLD,
@@ -125,7 +125,7 @@ class Objective(nn.Module):
         return Sums(total, rows, parts, first["right"], _sum_decisions(decision))
 
     def _balance(self, decision: Decision | None) -> Tensor:
-        """Of the turns that see an image; zero without any."""
+        """The load balance over the turns that see an image; zero without any."""
         if decision is None or not bool(decision.sees_G.any()):
             return self.lm_head_VD.new_zeros((), dtype=torch.float32)
         return balance(decision.of_images())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vllm_vispec.train.config import OptimizerConfig, ScheduleConfig
 from vllm_vispec.train.distributed import Processes, whole
 
-# What is left of the rate when a share x of the decay is over.
+# Share of the rate that is left after a share x of the decay.
 SHAPES: Mapping[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
@@ -21,7 +21,7 @@ SHAPES: Mapping[str, Callable[[float], float]] = {
 
 
 def rate_factor(settings: ScheduleConfig, progress: float) -> float:
-    """Learning rate as a share of its peak.
+    """Return the learning rate as a share of its peak.
 
     Args:
         progress: share of the run that is over when the step is done, 0 to 1.
@@ -36,7 +36,7 @@ def rate_factor(settings: ScheduleConfig, progress: float) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run is.
+    """The length of a run.
 
     Attributes:
         steps_per_epoch: optimizer steps per pass over the data.
@@ -57,7 +57,7 @@ class Plan:
         return cls(steps_per_epoch, min(limits, default=None), settings.minutes * 60 or None)
 
     def progress(self, steps: int, seconds: float) -> float:
-        """Share of the run that is over after so many steps and seconds."""
+        """Return the share of the run that is over after this many steps and seconds."""
         shares = [0.0]
         if self.total_steps is not None:
             shares.append(steps / self.total_steps)
@@ -66,7 +66,7 @@ class Plan:
         return min(max(shares), 1.0)
 
     def is_over(self, steps: int, seconds: float) -> bool:
-        """Whether a limit is reached."""
+        """Return whether a limit is reached."""
         return self.progress(steps, seconds) >= 1.0
 
 
@@ -90,14 +90,14 @@ CLIPS: Mapping[str, Callable[[list[Tensor], float], None]] = {
 
 
 def total_norm(gradients: Iterable[Tensor]) -> float:
-    """Euclidean norm over all gradients, sharded or not."""
+    """Return the Euclidean norm over all gradients, sharded or not."""
     return float(whole(nn.utils.get_total_norm(list(gradients))).item())
 
 
 def make_optimizer(
     settings: OptimizerConfig, weights: Iterable[nn.Parameter], group: Processes
 ) -> torch.optim.AdamW:
-    """AdamW over the trained weights."""
+    """Return AdamW over the trained weights."""
     return torch.optim.AdamW(
         list(weights),
         lr=settings.lr,

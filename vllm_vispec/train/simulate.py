@@ -45,7 +45,7 @@ def simulate(
     num_draft_tokens: int,
     token_ids_V: Tensor | None = None,
 ) -> Families:
-    """Acceptance of greedy chains of `num_draft_tokens`, by family and "overall".
+    """Return the acceptance of greedy chains of `num_draft_tokens`, by family and "overall".
 
     Every assistant turn is a generation of its own whose prompt is everything before it. Computes
     in the dtype of the draft; logits in the dtype of the lm_head that reads it.
@@ -81,7 +81,7 @@ def draft_hits(
     num_draft_tokens: int,
     token_ids_V: Tensor | None = None,
 ) -> Tensor:
-    """Where pass s at row p drafts answer token p + 2: bool [S, B, L], on the CPU."""
+    """Return where pass s at row p drafts answer token p + 2: bool [S, B, L], on the CPU."""
     gold_BL = F.pad(batch.ids_BL[:, 2:], (0, 2))
     passes = rollout(draft, batch, draft.distinct_passes(num_draft_tokens))
     head_VD = draft.output_head(lm_head_VD, token_ids_V)
@@ -110,17 +110,16 @@ def _hits_of_pass(
 
 
 def answer_spans(answer: Sequence[bool]) -> list[tuple[int, int]]:
-    """Runs of answer tokens [start, end): one per assistant turn."""
+    """Return the spans of answer tokens [start, end): one per assistant turn."""
     edges = [a != b for a, b in zip([False, *answer], [*answer, False], strict=True)]
     places = [index for index, edge in enumerate(edges) if edge]
     return list(zip(places[::2], places[1::2], strict=True))
 
 
 def replay(hits: Sequence[Sequence[bool]], start: int, end: int) -> list[int]:
-    """Accepted draft tokens of every step of the answer [start, end).
+    """Return the accepted draft tokens of every step of the answer [start, end).
 
-    Drafts behind the answer's end never count: the engine throws them away with whatever the
-    target made of them.
+    Draft tokens beyond the end of the answer do not count: the engine discards them.
 
     Args:
         hits: for every pass and row, whether the draft token is the answer's.
@@ -148,7 +147,7 @@ def validate(
     batch_size: int,
     group: Processes,
 ) -> tuple[Families, GateDecisions]:
-    """Acceptance on held-out samples, by family and overall, and the decisions of the gate.
+    """Return acceptance on held-out samples, by family and overall, and the gate's decisions.
 
     The processes share the samples and all return the same. The gate draws nothing.
 

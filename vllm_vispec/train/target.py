@@ -1,4 +1,4 @@
-"""The frozen target in training: what it computes on a sample, batched.
+"""The frozen target in training: its input embeddings and hidden states on batches of samples.
 
 Tensor names end in their shape: B batch, L tokens, D hidden, V vocabulary.
 """
@@ -82,11 +82,11 @@ class TrainingTarget:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
         return self.embed_VD.device
 
     def observe(self, samples: Sequence[Encoded]) -> list[Observed]:
-        """Run the target on samples, padded on the right: equal to one by one up to rounding.
+        """Run the target on samples, padded on the right. Results equal one by one up to rounding.
 
         Returns:
             One `Observed` per sample, tensors in the target's dtype and on its device.
@@ -168,7 +168,7 @@ class TargetFacts:
 
 
 def target_id(model: str) -> str:
-    """A name for a target's exact content: a digest of a local folder, else the hub id."""
+    """Return an id of a target's exact content: a digest of a local folder, else the hub id."""
     folder = Path(model)
     if not folder.is_dir():
         return model

@@ -1,4 +1,4 @@
-"""One optimizer step, and the state that goes from one to the next."""
+"""The trainer: one optimizer step, and the state that is carried from step to step."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class Trainer:
         return dict(zip(columns, totals.tolist(), strict=True))
 
     def _update(self, rows: float, number: int, lr: float) -> float:
-        """Gradients of the sum -> of the mean, clip, step; returns their norm before clipping."""
+        """Turn gradients of the sum into the mean's, clip, step; return the norm before clipping."""
         gradients = [w.grad for w in self._weights.values() if w.grad is not None]
         for gradient in gradients:
             # Sharding hands out means over processes.
@@ -172,17 +172,23 @@ class Trainer:
         return norm
 
     def weights_for_use(self) -> Tensors:
-        """Full weights to validate and export: the average if there is one (all must ask)."""
+        """Return the full weights to validate and export: the average if there is one.
+
+        All processes must call this together.
+        """
         return {name: whole(w) for name, w in (self._average or self._weights).items()}
 
     def draft_with(self, weights: Mapping[str, Tensor]) -> Draft:
-        """A separate draft with these weights on the run's device, for validation and export."""
+        """Return a separate draft with these weights, for validation and export."""
         draft = draft_class(self.head_config)(self.head_config)
         draft.load_state_dict({**self._frozen, **weights})
         return draft.to(self._group.device).eval()
 
     def state(self) -> dict[str, Tensors]:
-        """Full tensors of everything that the next step depends on (all processes must ask)."""
+        """Return full tensors of everything that the next step depends on.
+
+        All processes must call this together.
+        """
         groups: dict[str, Tensors] = {
             "weights": {name: whole(w).cpu() for name, w in self._weights.items()}
         }
@@ -196,7 +202,7 @@ class Trainer:
         return groups
 
     def restore(self, groups: Mapping[str, Tensors], steps: int) -> None:
-        """Go on from a saved state after so many steps.
+        """Continue from a saved state after this many steps.
 
         Raises:
             ViSpecError: it belongs to a head of another shape.
