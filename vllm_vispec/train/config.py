@@ -37,10 +37,10 @@ class Section(Settings):
     def _from_yaml(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML 1.1 reads `off` and `on` as booleans and nothing as None; one text is a list."""
         kind = cls.model_fields[str(info.field_name)].annotation
-        is_list = get_origin(kind) is tuple
+        is_list, is_number = get_origin(kind) is tuple, kind in (int, float)
         if isinstance(value, bool):
-            return "on" if value else "off"
-        if value is None and kind not in (int, float):
+            return str(value) if is_number else "on" if value else "off"
+        if value is None and not is_number:
             return () if is_list else "" if kind is str else {}
         return (value,) if is_list and isinstance(value, str) else value
 

@@ -154,7 +154,7 @@ class Trainer:
         return dict(zip(columns, totals.tolist(), strict=True))
 
     def _update(self, rows: float, number: int, lr: float) -> float:
-        """Turn gradients of the sum into the mean's, clip, step; return the norm before clipping."""
+        """Scale gradients of the sum to the mean, clip, step; return the norm before clipping."""
         gradients = [w.grad for w in self._weights.values() if w.grad is not None]
         for gradient in gradients:
             # Sharding hands out means over processes.
