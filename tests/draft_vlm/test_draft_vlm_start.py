@@ -7,18 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from tests.support.heads import DRAFT_VLM
 from vllm_vispec.config import reads_embeddings, reads_target_states
-from vllm_vispec.draft_vlm.model import EagleDraftVlmForCausalLM as Draft
 from vllm_vispec.heads.config import ARCHITECTURE, DRAFT_VLM_ARCHITECTURE, EMBEDS_ARCHITECTURE
 from vllm_vispec.plugin import _register_draft_architectures
 from vllm_vispec.spec_decode.checks import check_target
 from vllm_vispec.spec_decode.config_hook import _kind
 from vllm_vispec.utils.errors import ViSpecError
-
-TABLE = torch.arange(40.0).view(10, 4)
 
 
 def _target() -> Any:
@@ -84,29 +80,3 @@ def test_vllm_knows_the_architecture() -> None:
 
     _register_draft_architectures()
     assert DRAFT_VLM_ARCHITECTURE in ModelRegistry.get_supported_archs()
-
-
-def _embed(ids: list[int], **kwargs: Any) -> torch.Tensor:
-    inner = SimpleNamespace(
-        embed_tokens=lambda index: TABLE[index],
-        vision_size=2,
-        image_inputs=lambda rows_NW: -rows_NW.repeat(1, 2),
-    )
-    fake: Any = SimpleNamespace(model=inner)
-    return Draft.embed_input_ids(fake, torch.tensor(ids), **kwargs)
-
-
-def test_projected_rows_go_where_the_mask_says() -> None:
-    """Two images, whose columns beyond the vision size are left out; the table is not written."""
-    before, mask = TABLE.clone(), torch.tensor([False, True, True, False, True])
-    images = [torch.arange(8.0).view(2, 4), torch.full((1, 2), 9.0)]
-    found = _embed([1, 7, 7, 2, 7], multimodal_embeddings=images, is_multimodal=mask)
-    assert torch.equal(found[[0, 3]], TABLE[[1, 2]])
-    assert found[[1, 2, 4]].tolist() == [[-0, -1, -0, -1], [-4, -5, -4, -5], [-9, -9, -9, -9]]
-    assert torch.equal(TABLE, before)
-
-
-def test_text_only() -> None:
-    nothing = torch.zeros(2, dtype=torch.bool)
-    for kwargs in ({}, {"multimodal_embeddings": [], "is_multimodal": nothing}):
-        assert torch.equal(_embed([3, 4], **kwargs), TABLE[[3, 4]])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 
 from vllm_vispec.models.uncompressed import EagleViSpecEmbedsForCausalLM as Draft
@@ -12,22 +14,27 @@ from vllm_vispec.v1.proposer import StayingRows, ViSpecProposer, staying_rows
 TABLE = torch.arange(40.0).view(10, 4)
 
 
-def embed(ids: list[int], **kwargs: object) -> torch.Tensor:
+def embed(ids: list[int], factor: int = 1, **kwargs: Any) -> torch.Tensor:
+    """Embed with a draft whose image inputs are its vision tower's two columns, times a factor."""
     inner = SimpleNamespace(
-        embed_tokens=lambda index: TABLE[index], vision_size=4, image_inputs=lambda rows_NW: rows_NW
+        embed_tokens=lambda index: TABLE[index],
+        vision_size=2,
+        # Twice as wide: a draft VLM's projector changes the width, too.
+        image_inputs=lambda rows_NW: factor * rows_NW.repeat(1, 2),
     )
-    fake = SimpleNamespace(model=inner)
-    found: torch.Tensor = Draft.embed_input_ids(fake, torch.tensor(ids), **kwargs)  # type: ignore[arg-type]
-    return found
+    fake: Any = SimpleNamespace(model=inner)
+    return Draft.embed_input_ids(fake, torch.tensor(ids), **kwargs)
 
 
-def test_first_columns_go_where_the_mask_says() -> None:
-    """Two images, one with deepstack's additional columns left out; the table is not written."""
+@pytest.mark.parametrize("factor", [1, -1])
+def test_image_inputs_go_where_the_mask_says(factor: int) -> None:
+    """Two images, whose columns beyond the vision size are left out; the table is not written."""
     before, mask = TABLE.clone(), torch.tensor([False, True, True, False, True])
-    images = [-torch.ones(2, 12), -2 * torch.ones(1, 12)]
-    found = embed([1, 9, 9, 2, 9], multimodal_embeddings=images, is_multimodal=mask)
+    images = [torch.arange(8.0).view(2, 4), torch.full((1, 2), 9.0)]
+    found = embed([1, 7, 7, 2, 7], factor, multimodal_embeddings=images, is_multimodal=mask)
     assert torch.equal(found[[0, 3]], TABLE[[1, 2]])
-    assert found[[1, 2, 4], 0].tolist() == [-1, -1, -2]
+    wanted = torch.tensor([[0.0, 1, 0, 1], [4, 5, 4, 5], [9, 9, 9, 9]])
+    assert torch.equal(found[[1, 2, 4]], factor * wanted)
     assert torch.equal(TABLE, before)
 
 

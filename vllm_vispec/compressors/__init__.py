@@ -1,4 +1,10 @@
-"""Compressors of images for the draft: registry, primitives, gate, and where tokens stand.
+"""Compressors of images for the draft.
 
-Import `spec` and `places` where torch is not wanted.
+`spec` reads a compressor's text, `places` says where its tokens stand (both without torch),
+`compressor` and `gate` compute, `turns` is the gate over whole sequences, `image_tokens` and `gated`
+are the engine's part.
+
+Hooks: `heads.config` reads the text; `reference.modeling_vispec` and `models.vispec` build what it
+says; `spec_decode.draft_rows` places tokens and lets the gate decide; `spec_decode.speculator`
+follows the lengths of prompts.
 """

@@ -4,9 +4,6 @@ It reads the tokens and what the target's vision tower made of the images, and n
 hidden states. vLLM's EAGLE route for multimodal drafts fits but for one thing, a buffer of hidden
 states that it hands from pass to pass. For this draft that buffer has no columns.
 
-Its hooks: `plugin.register` names the architecture, and `config.reads_target_states` says that the
-draft reads no states.
-
 Shapes: T tokens in the batch, N image tokens, D the draft's hidden size, W the target's (its
 vision_size).
 """

@@ -147,35 +147,23 @@ def test_every_token_has_a_row_of_its_own(text: str, size: int) -> None:
         assert len(places.rows) == places.num_tokens
 
 
-def test_prune_stands_where_it_was() -> None:
-    places = place_tokens(parse_compressor("prune:20"), 60)
-    assert places.rows.tolist() == middles(60, 3).tolist() == [9, 29, 49]
-    assert places.tokens.tolist() == [0, 1, 2]
-
-
-def test_queries_stand_at_the_end() -> None:
-    places = place_tokens(parse_compressor("resampler:4"), 30)
-    assert places.rows.tolist() == [26, 27, 28, 29]
-
-
-def test_last_queries_stay_in_an_image_that_is_too_small() -> None:
-    places = place_tokens(parse_compressor("resampler:4"), 3)
-    assert places.num_tokens == 4
-    assert places.rows.tolist() == [0, 1, 2]
-    assert places.tokens.tolist() == [1, 2, 3]
-
-
-def test_ratio_larger_than_the_image_leaves_one_token_in_its_middle() -> None:
-    places = place_tokens(parse_compressor("pool:20"), 5)
-    assert (places.rows.tolist(), places.tokens.tolist()) == ([2], [0])
-
-
-def test_shorter_branches_choose_first() -> None:
-    # 2 rows for 1 + 2 tokens: the short branch keeps its row, the long one loses a token.
-    places = place_tokens(parse_compressor("concat(prune:1,pool:2)"), 2)
-    assert places.num_tokens == 3
-    assert (places.rows.tolist(), places.tokens.tolist()) == ([0, 1], [2, 0])
-    assert places.branches.tolist() == [1, 0]
+@pytest.mark.parametrize(
+    ("text", "size", "rows", "tokens"),
+    [
+        # A ratio's tokens stand in the middle of what they are made of, queries at the end.
+        ("prune:20", 60, [9, 29, 49], [0, 1, 2]),
+        ("pool:20", 5, [2], [0]),
+        ("resampler:4", 30, [26, 27, 28, 29], [0, 1, 2, 3]),
+        # The last queries stay in an image that is too small.
+        ("resampler:4", 3, [0, 1, 2], [1, 2, 3]),
+        # The short branch keeps its row, the long one loses a token.
+        ("concat(prune:1,pool:2)", 2, [0, 1], [2, 0]),
+        ("text_only", 49, [], []),
+    ],
+)
+def test_where_tokens_stand(text: str, size: int, rows: list[int], tokens: list[int]) -> None:
+    places = place_tokens(parse_compressor(text), size)
+    assert (places.rows.tolist(), places.tokens.tolist()) == (rows, tokens)
 
 
 def test_branches_of_one_ratio_stand_side_by_side() -> None:
@@ -184,11 +172,6 @@ def test_branches_of_one_ratio_stand_side_by_side() -> None:
     for branch in range(3):
         rows = places.rows[places.branches == branch]
         assert np.abs(rows - middles(30, 10)).max() <= 1
-
-
-def test_text_only_keeps_nothing() -> None:
-    places = place_tokens(parse_compressor("text_only"), 49)
-    assert (len(places.rows), places.num_tokens) == (0, 0)
 
 
 CROWDED = ("concat(prune:2,pool:2,conv:3,prune:3)", "concat(resampler:4096,resampler:4096)")

@@ -57,15 +57,6 @@ def test_a_ratio_keeps_the_middles_at_their_own_positions() -> None:
     assert plan.run_of_row == (-1, 0, 0, 0, 0, 0, 0, 0)
 
 
-def test_a_ratio_larger_than_the_image_leaves_one_token() -> None:
-    assert image_rows(planned("pool:20", 12, [(2, 8)])) == [(3, 0, 0)]
-    assert image_rows(planned("conv:20", 12, [(2, 3)])) == [(1, 0, 0)]
-
-
-def test_more_queries_than_rows_keep_the_last() -> None:
-    assert image_rows(planned("resampler:4", 12, [(2, 4)])) == [(1, 0, 2), (2, 0, 3)]
-
-
 def test_an_image_at_the_start_loses_its_first_embedding() -> None:
     plan = planned("prune:1", 6, [(0, 3)])
     assert plan.images == ((1, 3),)
@@ -79,17 +70,6 @@ def test_touching_images_are_one_run_and_two_images() -> None:
     assert plan.images == ((2, 6), (6, 8))
     assert image_rows(plan) == [(1, 0, 0), (3, 0, 1), (5, 1, 0)]
     assert plan.filler_of_row([2, 1])[1:4] == [0, 1, 2]
-
-
-def test_text_only_leaves_holes_alone() -> None:
-    assert planned("text_only", 8, [(2, 6)]).positions == (0, 5, 6, 7)
-
-
-def test_branches_stand_side_by_side() -> None:
-    plan = planned("concat(prune:3,pool:3)", 10, [(1, 7)])
-    kept = [branch for branch in plan.branch_of_row if branch >= 0]
-    assert sorted(kept) == [0, 0, 1, 1]
-    assert len(set(plan.positions)) == len(plan.positions)
 
 
 @EACH_COMPRESSOR
