@@ -100,7 +100,7 @@ def test_no_round_to_compare() -> None:
             return Steps(left_out={"incomplete": 3})
 
     silent = {side: Silent(side) for side in ("eagle", "vispec")}
-    with pytest.raises(ViSpecError, match=r"no decode round could be compared.*incomplete.*graphs"):
+    with pytest.raises(ViSpecError, match=r"no decode step could be compared.*incomplete.*graphs"):
         measure(silent, [SAMPLES], 1, lambda _: None)
 
 

@@ -134,7 +134,7 @@ def test_batch_of_a_scheduler_output() -> None:
         scheduled_spec_decode_tokens={"a": [5, 6, 7]},
         scheduled_new_reqs=[new],
     )
-    assert Batch.of_scheduler(output) == Batch((4, 9), (3, 0), (Prompt(9, 0, 12),))
+    assert Batch.from_scheduler(output) == Batch((4, 9), (3, 0), (Prompt(9, 0, 12),))
 
 
 def fake_llm(**runner: Any) -> Any:

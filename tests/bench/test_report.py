@@ -124,7 +124,7 @@ def test_all_but_one_identical_is_not_rounded_up() -> None:
         return replace(one, requests=many)
 
     run = made_up(one_of_many, sides=("plain", "vispec"), concurrency=(1,), ks=(4,))
-    rows = Facts.of(run, RESAMPLES).table
+    rows = Facts.from_run(run, RESAMPLES).table
     found = rows[rows.side == "vispec"].identical_outputs.item()
     assert 0.9995 < found < 1
     assert share(found) == "99.9 %"
@@ -203,7 +203,7 @@ def star() -> BenchRun:
 
 
 def test_only_the_star_is_expected() -> None:
-    rows = Facts.of(star(), RESAMPLES).table
+    rows = Facts.from_run(star(), RESAMPLES).table
     # The middle, two more concurrencies, one more K and temperature, two sizes of images.
     assert len(rows) == SIDES * 7
     assert set(rows.state) == {"ok"}
@@ -211,7 +211,7 @@ def test_only_the_star_is_expected() -> None:
 
 
 def test_it_leads_with_the_middle() -> None:
-    main = Facts.of(star(), RESAMPLES).main
+    main = Facts.from_run(star(), RESAMPLES).main
     assert main is not None
     assert main.num_speculative_tokens == 4
     # K = 2 is faster, and the answer does not hide it.

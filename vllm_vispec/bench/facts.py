@@ -55,7 +55,7 @@ class Facts:
     resamples: int
 
     @classmethod
-    def of(cls, run: BenchRun, resamples: int = RESAMPLES) -> Facts:
+    def from_run(cls, run: BenchRun, resamples: int = RESAMPLES) -> Facts:
         """Measure every cell of a run."""
         groups, expected = by_key(run.cells), _repetitions(run)
         rows = [

@@ -322,7 +322,7 @@ def measure(
     there = {step.kind for block in blocks for step in block.eagle}
     for kind, remedy in _REMEDIES.items():
         if kind not in there:
-            raise ViSpecError(f"no {kind} round could be compared (left out: {counts}): {remedy}")
+            raise ViSpecError(f"no {kind} step could be compared (left out: {counts}): {remedy}")
     return blocks, counts
 
 

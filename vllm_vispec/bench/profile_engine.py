@@ -286,7 +286,7 @@ def install(recorder: Recorder, llm: Any, runner_name: str) -> None:
         )
     target, draft = runner.get_model(), drafter.model
     recorder.wrap(llm.llm_engine, "step", STEP)
-    recorder.wrap(worker, "execute_model", EXECUTE, Batch.of_scheduler)
+    recorder.wrap(worker, "execute_model", EXECUTE, Batch.from_scheduler)
     recorder.wrap(runner, probe.sample, SAMPLE)
     recorder.hook(target, TARGET_MODEL)
     recorder.wrap(target, "compute_logits", TARGET_LOGITS)

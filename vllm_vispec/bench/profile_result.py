@@ -159,13 +159,13 @@ def summarise(blocks: Sequence[Block], resamples: int = RESAMPLES, seed: int = 0
         )
 
     comparisons = {name: compared(place) for place, name in enumerate(names)}
-    round_column = names.index("round")
+    step_column = names.index("round")
     return Summary(
         rounds=len(pooled_RC[0]),
         parts={name: comparisons[name] for name in first.seconds},
         wholes={name: comparisons[name] for name in first.wholes},
         typical={
-            side: dict(zip(first.seconds, _typical(table, round_column), strict=False))
+            side: dict(zip(first.seconds, _typical(table, step_column), strict=False))
             for side, table in zip(SIDES, pooled_RC, strict=True)
         },
     )
@@ -208,8 +208,8 @@ def _interval(ends: Numbers) -> Interval:
     return None if np.isnan(low) else (low, high)
 
 
-def _typical(table_RC: Numbers, round_column: int) -> list[float]:
-    totals = table_RC[:, round_column]
+def _typical(table_RC: Numbers, step_column: int) -> list[float]:
+    totals = table_RC[:, step_column]
     low, high = np.quantile(totals, DECILES)
     middle = (totals >= low) & (totals <= high)
     # Of two steps none lies between the deciles.
@@ -218,7 +218,7 @@ def _typical(table_RC: Numbers, round_column: int) -> list[float]:
 
 
 HEAD = ("part", "EAGLE, ms", "ViSpec, ms", "ratio", "95 %", "ratio of first deciles")
-IMAGE_HEAD = ("image tokens", "requests", "rounds", *HEAD[1:])
+IMAGE_HEAD = ("image tokens", "requests", "steps", *HEAD[1:])
 LABELS = {"eagle": "EAGLE", "vispec": "ViSpec"}
 ALT = "Stacked bars of where the time goes, EAGLE next to ViSpec"
 NOTHING = "-"
@@ -268,7 +268,7 @@ def tables(profile: Profile) -> Iterator[tuple[str, Table]]:
 def all_notes(profile: Profile) -> list[str]:
     """Return what has to be known, and how many steps are in no table, and why."""
     left_out = [
-        f"Rounds left out on the side {side}: "
+        f"Steps left out, {side}: "
         + ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         for side, reasons in profile.left_out.items()
         if reasons

@@ -109,7 +109,7 @@ class Batch:
     prompts: tuple[Prompt, ...] = ()
 
     @classmethod
-    def of_scheduler(cls, scheduler_output: Any, *_: Any, **__: Any) -> Batch:
+    def from_scheduler(cls, scheduler_output: Any, *_: Any, **__: Any) -> Batch:
         """Return what vLLM's scheduler has put together for a step."""
         scheduled: Mapping[str, int] = scheduler_output.num_scheduled_tokens
         drafts = scheduler_output.scheduled_spec_decode_tokens

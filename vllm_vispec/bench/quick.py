@@ -13,7 +13,7 @@ CONCURRENCY = (1, 4)
 SAMPLES = 12
 MAX_TOKENS = 64
 SERVE_ARGS = ("--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
-SIDES = ("plain", "vispec")
+VARIANTS = ("plain", "vispec")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def quick_settings(
         target=target,
         dataset=dataset,
         head=head,
-        sides=SIDES,
+        sides=VARIANTS,
         concurrency=CONCURRENCY,
         num_speculative_tokens=(num_tokens,),
         repetitions=1,

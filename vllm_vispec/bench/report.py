@@ -221,7 +221,7 @@ def _slices(facts: Facts, axis: str) -> Iterator[tuple[Chart, list[Any]]]:
 
 
 def _acceptance(facts: Facts) -> dict[str, Any]:
-    """What rounds accept, a line per side at the point the report leads with."""
+    """What steps accept, a line per variant at the point the report leads with."""
     rows = facts.drafting[:0] if facts.main is None else facts.like(facts.main, "side")
     rows = rows[rows.accepted_at.map(bool, na_action="ignore").eq(True)]
     if rows.empty:
@@ -233,7 +233,7 @@ def _acceptance(facts: Facts) -> dict[str, Any]:
         "acceptance_by_position",
         point_text(facts.main),
         "position of the draft token",
-        "share of rounds that accept it",
+        "share of steps that accept it",
         points.astype({"y": float, "low": float, "high": float}),
         [str(place) for place in range(1, depth + 1)],
         facts.side,
@@ -353,7 +353,7 @@ def make_report(run: BenchRun, resamples: int = RESAMPLES) -> Report:
     Args:
         resamples: of every interval.
     """
-    context = answers(Facts.of(run, resamples))
+    context = answers(Facts.from_run(run, resamples))
     return Report(to_markdown("report.md.j2", **context), context["charts"])
 
 

@@ -158,7 +158,7 @@ class SpecCounters(Record):
     """vLLM's `vllm:spec_decode_*` counters, what was added during the cell.
 
     Attributes:
-        rounds: drafts made.
+        rounds: drafts made, one a step.
         draft_tokens: tokens drafted.
         accepted_tokens: draft tokens accepted, bonus tokens not counted.
         accepted_by_position: accepted tokens at each of the K positions.

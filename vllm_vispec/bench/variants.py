@@ -90,7 +90,7 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {
         "plain": Variant("vLLM without speculation", None),
         "ngram": Variant(
-            "vLLM's n-gram lookup in the prompt and the answer; rounds in which it finds nothing "
+            "vLLM's n-gram lookup in the prompt and the answer; steps in which it finds nothing "
             "are not counted",
             lambda _: NGRAM,
         ),

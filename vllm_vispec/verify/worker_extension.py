@@ -64,7 +64,7 @@ class VerifyWorker:
         Host calls are timed: graphs are replayed as ever.
         """
         self._vispec_recorder = Recorder(wall_time)
-        self._vispec_recorder.wrap(self, "execute_model", EXECUTE, Batch.of_scheduler)
+        self._vispec_recorder.wrap(self, "execute_model", EXECUTE, Batch.from_scheduler)
         for name, first_pass_end in _FIRST_PASS_ENDS.items():
             draft = getattr(self.model_runner, name, None)
             if draft is not None:
