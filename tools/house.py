@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "vllm_vispec"
 PRODUCT = (PACKAGE, "benchmarks")
 ROOT_MODULES = {"__init__", "__main__", "plugin", "config"}
-RESULT_DATA = ("benchmarks/results", "docs/report", "docs/evidence")
+RESULT_DATA = ("benchmarks/results", "docs/report")
 
 
 class Measure(NamedTuple):
