@@ -1,4 +1,4 @@
-"""What the studies share: the JSON file, and a page with its tables and its picture."""
+"""What the studies share: the JSON file, a page with its tables, and pictures."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_vispec.bench.machine import describe_machine
 
-TABLE_MARKS = ("<!-- tables: begin -->", "<!-- tables: end -->")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 110
+COLORS = ("#4878a8", "#a85448", "#5a9a5a", "#8a6fb0", "#b08a3c", "#555555")
 _WHOLE = 1e5  # digits before the point all stay
 _INNERMOST = re.compile(r'[\[{](?:[^][{}"]|"(?:[^"\\]|\\.)*")*[\]}]')
 
@@ -38,27 +42,60 @@ def publish(
     output: Path,
     page: Path,
     content: Mapping[str, Any],
-    tables: str,
-    draw: Callable[[Path], None],
+    tables: Callable[[Mapping[str, Any]], str],
+    draw: Callable[[Mapping[str, Any], Path], None],
 ) -> None:
-    """Print a study's tables, write its JSON, and put tables and picture on its page."""
-    print(tables)
+    """Write a study's JSON, then make its tables and its picture from what the file says.
+
+    Args:
+        tables, draw: get the file's content; `python -m tools.docs --check` makes the tables again.
+    """
     write_report(output, {"machine": describe_machine(), **content})
-    put_tables(page, tables)
-    draw(page.with_suffix(".png"))
+    written = json.loads(output.read_text(encoding="utf-8"))
+    print(tables(written))
+    text = replace_section(page.read_text(encoding="utf-8"), "tables", tables(written))
+    page.write_text(text, encoding="utf-8")
+    draw(written, page.with_suffix(".png"))
 
 
-def put_tables(page: Path, tables: str) -> None:
-    """Replace what stands between the marks of the page."""
-    begin, end = TABLE_MARKS
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(begin, 1)
-    page.write_text(
-        f"{before}{begin}\n\n{tables}\n\n{end}{rest.split(end, 1)[1]}", encoding="utf-8"
-    )
+def replace_section(text: str, name: str, content: str) -> str:
+    """Return a page with new content between ``<!-- name: ... -->`` and ``<!-- /name -->``.
+
+    Raises:
+        ValueError: The page does not have these markers once.
+    """
+    marked = re.compile(rf"(<!-- {name}: [^>]*-->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if len(marked.findall(text)) != 1:
+        raise ValueError(f"<!-- {name}: ... --> and <!-- /{name} --> must be there once")
+    return marked.sub(lambda found: found[1] + content.strip("\n") + "\n" + found[2], text)
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Return a table; the first row is its head."""
     lines = ["| " + " | ".join(cells) + " |" for cells in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def new_figure(size_inches: tuple[float, float]) -> Figure:
+    """Return an empty figure."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size_inches, layout="constrained")
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a figure; the same numbers give the same file, because it names no version."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=DPI, metadata={"Software": None})
+
+
+def error_bars(found: Sequence[Mapping[str, float]]) -> list[list[float]]:
+    """Return how far the ends lie below and above the values, as matplotlib wants them."""
+    low = [max(one["value"] - one["low"], 0.0) for one in found]
+    return [low, [max(one["high"] - one["value"], 0.0) for one in found]]
+
+
+def legend(axes: Any, **place: Any) -> None:
+    """Add a legend where something has a label."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small", **place)

@@ -12,6 +12,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from benchmarks.report import replace_section
 from tools import tables
 from tools.house import ROOT
 
@@ -37,19 +38,8 @@ SECTIONS = (
     Section("docs/evidence/estimates.md", "speedups", tables.estimated_speedups),
     Section("docs/evidence/estimates.md", "published", tables.published_acceptance),
     Section("docs/evidence/estimates.md", "calibration", tables.calibration),
+    Section("docs/evidence/trees.md", "tables", tables.trees),
 )
-
-
-def replace_section(text: str, name: str, content: str) -> str:
-    """Return a page with new content in one of its sections.
-
-    Raises:
-        ValueError: The page does not have the section's markers once.
-    """
-    marked = re.compile(rf"(<!-- {name}: [^>]*-->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    if len(marked.findall(text)) != 1:
-        raise ValueError(f"<!-- {name}: ... --> and <!-- /{name} --> must be there once")
-    return marked.sub(lambda found: found[1] + content.strip("\n") + "\n" + found[2], text)
 
 
 def broken_links() -> list[str]:

@@ -219,3 +219,16 @@ def calibration() -> str:
         hold_out("k=5,10"),
     )
     return calibration_to_markdown(found)
+
+
+def trees() -> str:
+    """The study of trees, from its result file."""
+    from benchmarks.trees.results import to_markdown
+
+    return to_markdown(_results("trees"))
+
+
+def _results(name: str) -> dict[str, Any]:
+    text = (ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found

@@ -9,27 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from benchmarks.pair import DRAFT_VLM as DRAFT_VLM_FOLDER
+from benchmarks.pair import HEAD, TARGET, DraftOption, FamilyOption, ModelOption, ThreadsOption
 from benchmarks.report import publish
-from benchmarks.trees.goals import find_goals, find_losses
-from benchmarks.trees.grid import BATCHES, DRAFT_VLM, PARTS, VISPEC, Draft, Part, Questions
+from benchmarks.trees.grid import BATCHES, DRAFT_VLM, PARTS, VISPEC, Part, Questions
 from benchmarks.trees.measure import Bench, measure
-from benchmarks.trees.plot import draw
-from benchmarks.trees.published import PUBLISHED
-from benchmarks.trees.results import read_rows
-from benchmarks.trees.tables import to_markdown
-from examples.pair import (
-    DEFAULT_DRAFT_MODEL,
-    DEFAULT_DRAFT_VLM,
-    DEFAULT_MODEL,
-    DraftOption,
-    ModelOption,
-    Pair,
+from benchmarks.trees.results import (
+    PUBLISHED,
+    draw,
+    find_goals,
+    find_losses,
+    read_rows,
+    to_markdown,
 )
 from examples.tiny_vlm.families import FAMILIES
 from vllm_vispec.bench.profile_engine import default_runner
@@ -46,32 +42,31 @@ class Step(StrEnum):
 
 
 def main(
-    model: ModelOption = DEFAULT_MODEL,
-    draft_model: DraftOption = DEFAULT_DRAFT_MODEL,
+    model: ModelOption = TARGET,
+    draft_model: DraftOption = HEAD,
     draft_vlm: Annotated[
         str, typer.Option(help="Draft VLM: a folder or hub id.")
-    ] = DEFAULT_DRAFT_VLM,
+    ] = DRAFT_VLM_FOLDER,
     work_dir: Annotated[Path, typer.Option(help="Results so far, and logs.")] = Path("out/trees"),
     step: Annotated[list[Step] | None, typer.Option(help="Only these; repeat.")] = None,
     part: Annotated[list[Part] | None, typer.Option(help="Only these; repeat.")] = None,
     draft: Annotated[list[str] | None, typer.Option(help="Only these, by name; repeat.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Of part batch; repeat.")] = None,
-    family: Annotated[list[str] | None, typer.Option(help="Only these task families.")] = None,
+    family: FamilyOption = None,
     per_family: Annotated[int, typer.Option(min=1, help="Questions at batch 1.")] = 4,
     per_batch_size: Annotated[int, typer.Option(min=1, help="Least questions of a size.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=2)] = 256,
     beside: Annotated[int, typer.Option(min=1, help="Drafts beside one plain engine.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Of every engine.")] = 1,
+    threads: ThreadsOption = 1,
     output: Annotated[Path, typer.Option(help="JSON file.")] = DEFAULT_OUTPUT,
     page: Annotated[Path, typer.Option(help="Page with the tables.")] = DEFAULT_PAGE,
 ) -> None:
     """Measure every draft that has no result yet, and report all results."""
-    pair = Pair(model, draft_model)
-    heads = {VISPEC: pair.draft_model, DRAFT_VLM: draft_vlm}
+    heads = {VISPEC: draft_model, DRAFT_VLM: draft_vlm}
     asked = Questions(
         per_family, tuple(family or FAMILIES), tuple(batch or BATCHES), per_batch_size
     )
-    bench = Bench(work_dir.resolve(), pair.model, heads, asked, beside, threads, max_tokens)
+    bench = Bench(work_dir.resolve(), model, heads, asked, beside, threads, max_tokens)
     if Step.MEASURE in (step or Step):
         measure_parts(bench, part or tuple(PARTS), draft or ())
     if Step.REPORT in (step or Step):
@@ -84,17 +79,12 @@ def measure_parts(bench: Bench, parts: Sequence[Part], names: Sequence[str]) -> 
     Raises:
         typer.BadParameter: A name is unknown in these parts.
     """
-    chosen = {part: _choose(PARTS[part].drafts, names) for part in parts}
-    known = {draft.name for part in parts for draft in PARTS[part].drafts}
+    known = {draft.name for part in parts for draft in PARTS[part][1]}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise typer.BadParameter(f"--draft {unknown[0]} is unknown: use {', '.join(sorted(known))}")
-    for part, drafts in chosen.items():
-        measure(bench, PARTS[part].condition, drafts)
-
-
-def _choose(drafts: Sequence[Draft], names: Sequence[str]) -> list[Draft]:
-    return [draft for draft in drafts if not names or draft.name in names]
+    for condition, drafts in (PARTS[part] for part in parts):
+        measure(bench, condition, [one for one in drafts if not names or one.name in names])
 
 
 def report(bench: Bench, output: Path, page: Path) -> None:
@@ -102,12 +92,12 @@ def report(bench: Bench, output: Path, page: Path) -> None:
     rows = read_rows(bench)
     content = {
         "settings": settings(bench),
-        "goals": [goal.to_json() for goal in find_goals(rows)],
-        "losses": [asdict(loss) for loss in find_losses(rows)],
-        "results": [row.to_json() for found in rows.values() for row in found],
-        "published": [asdict(one) for one in PUBLISHED],
+        "goals": find_goals(rows),
+        "losses": find_losses(rows),
+        "results": rows,
+        "published": PUBLISHED,
     }
-    publish(output, page, content, to_markdown(rows), partial(draw, rows))
+    publish(output, page, content, to_markdown, draw)
 
 
 def settings(bench: Bench) -> dict[str, Any]:

@@ -54,11 +54,6 @@ class Draft:
         return self.tree.levels if self.tree else self.nodes
 
     @property
-    def has_branches(self) -> bool:
-        """Whether it is more than one path, so that heads are padded."""
-        return self.tree is not None and self.tree.width > 1
-
-    @property
     def name(self) -> str:
         """Of its files and in the JSON."""
         return "-".join((*self._head(), self.policy, *self._sizes(), *self._load()))
@@ -76,8 +71,8 @@ class Draft:
         return f"draft VLM: {words}" if self.head == DRAFT_VLM else words
 
     def speculative(self) -> dict[str, Any]:
-        """Keys of the speculative config besides method, model and num_speculative_tokens."""
-        found: dict[str, Any] = {}
+        """Keys of the speculative config besides method and model."""
+        found: dict[str, Any] = {"num_speculative_tokens": self.nodes}
         if self.tree is not None:
             found["tree"] = {k: v for k, v in self.tree.to_config().items() if v is not None}
         if self.schedule:
@@ -90,7 +85,6 @@ class Draft:
             "name": self.name,
             "label": self.label,
             "head": self.head,
-            "num_speculative_tokens": self.nodes,
             "levels": self.levels,
             **self.speculative(),
         }
@@ -120,11 +114,6 @@ class Condition:
     name: str
     temperature: float = 0.0
     has_batches: bool = False
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether answers must equal those of plain decoding."""
-        return self.temperature == 0
 
 
 class Part(StrEnum):
@@ -188,22 +177,14 @@ _GREEDY, _SAMPLED = Condition("greedy"), Condition("sampled", temperature=1.0)
 _BATCHED = Condition("batched", has_batches=True)
 
 
-@dataclass(frozen=True)
-class Case:
-    """The drafts of one part."""
-
-    condition: Condition
-    drafts: tuple[Draft, ...]
-
-
-PARTS: Mapping[Part, Case] = MappingProxyType(
+PARTS: Mapping[Part, tuple[Condition, tuple[Draft, ...]]] = MappingProxyType(
     {
-        Part.POLICIES: Case(_GREEDY, _POLICIES),
-        Part.NODES: Case(_GREEDY, (Draft(6), *_SIZES)),
-        Part.BATCH: Case(_BATCHED, (Draft(6), LONG, TREE, LOADED, LOADED_PATH)),
-        Part.TEMPERATURE: Case(_SAMPLED, (CHAIN, TREE, LONG, PATH)),
-        Part.DRAFT_VLM: Case(_GREEDY, _VLM),
-        Part.DRAFT_VLM_BATCH: Case(_BATCHED, (*_VLM_CHAINS[1:], VLM_LOADED, VLM_LOADED_PATH)),
+        Part.POLICIES: (_GREEDY, _POLICIES),
+        Part.NODES: (_GREEDY, (Draft(6), *_SIZES)),
+        Part.BATCH: (_BATCHED, (Draft(6), LONG, TREE, LOADED, LOADED_PATH)),
+        Part.TEMPERATURE: (_SAMPLED, (CHAIN, TREE, LONG, PATH)),
+        Part.DRAFT_VLM: (_GREEDY, _VLM),
+        Part.DRAFT_VLM_BATCH: (_BATCHED, (*_VLM_CHAINS[1:], VLM_LOADED, VLM_LOADED_PATH)),
     }
 )
 
@@ -242,6 +223,13 @@ class Questions:
         if not condition.has_batches:
             return [(sample,) for sample in mixed]
         return [call for size in self.batches for call in self._of_size(mixed, size)]
+
+    def plan(self, condition: Condition) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
+        """The samples of each call, and their families."""
+        return [
+            (call, tuple(self.family(sample, condition) for sample in call))
+            for call in self.calls(condition)
+        ]
 
     def _of_size(self, mixed: Sequence[int], size: int) -> list[tuple[int, ...]]:
         calls = -(-self.per_batch_size // size)

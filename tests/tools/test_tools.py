@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tools.docs import replace_section
+from benchmarks.report import replace_section
 from tools.house import ROOT, find_circles, imports_of
 from tools.tables import PUBLISHED, QWEN_7B
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.trees.grid import CHAIN, LOADED, LONG, TREE, Draft, Part, eagle2
-from benchmarks.trees.measure import Call
 from benchmarks.trees.results import Row, make_row
-from benchmarks.trees.sides import Reply
+from benchmarks.turns import Call, Reply
 
 
 def made_up_call(accepted: int, seconds: float, families: Sequence[str] = ("captioning",)) -> Call:
@@ -31,7 +30,7 @@ def made_up_row(part: Part, draft: Draft, accepted: int, seconds: float, batch: 
     return make_row(part, draft, calls, None)
 
 
-def made_up_rows(loaded: float = 4.0, tree_accepted: int = 5) -> dict[Part, list[Row]]:
+def made_up_rows(loaded: float = 4.0, tree_accepted: int = 5) -> list[Row]:
     """The tree of depth 5 is 1.2 times as fast as the chain of 6; batches 1 and 2."""
     policies = [
         made_up_row(Part.POLICIES, Draft(6), 3, 4.8),
@@ -48,18 +47,17 @@ def made_up_rows(loaded: float = 4.0, tree_accepted: int = 5) -> dict[Part, list
         made_up_row(Part.BATCH, LOADED, 3, 3.0, 1),
         made_up_row(Part.BATCH, LOADED, 3, loaded, 2),
     ]
-    found: dict[Part, list[Row]] = {part: [] for part in Part}
-    return found | {Part.POLICIES: policies, Part.BATCH: batches}
+    return policies + batches
 
 
 @dataclass
-class FakeSide:
+class FakeEngine:
     """Answers with the samples' numbers; a draft's rounds accept one token each."""
 
     name: str
     asked: list[tuple[tuple[int, ...], float]] = field(default_factory=list)
 
-    def ask(self, samples: Sequence[int], temperature: float) -> Reply:
+    def ask(self, samples: Sequence[int], temperature: float = 0.0) -> Reply:
         """Note what was asked."""
         self.asked.append((tuple(samples), temperature))
         ids = tuple((sample, 1, 2) for sample in samples)

@@ -12,10 +12,9 @@ from typing import Any, cast
 import pytest
 import torch
 
-from benchmarks.report import TABLE_MARKS
+from benchmarks import turns
 from benchmarks.trees import measure as measuring
 from benchmarks.trees.__main__ import measure_parts, report
-from benchmarks.trees.goals import Goal, find_goals, find_losses
 from benchmarks.trees.grid import (
     BATCHES,
     CHAIN,
@@ -32,22 +31,20 @@ from benchmarks.trees.grid import (
     Questions,
     eagle2,
 )
-from benchmarks.trees.measure import Bench, Measured, compare, measure, take_turns
-from benchmarks.trees.numbers import decode_speedup, identical, round_cost, tokens_per_round
-from benchmarks.trees.results import make_row, read_rows
-from benchmarks.trees.sides import BatchSide, Memory, Reply
-from benchmarks.trees.worker import memory_of
-from examples.demo.job import Job
+from benchmarks.trees.measure import Bench, Measured, measure
+from benchmarks.trees.results import find_goals, find_losses, make_row, read_rows
+from benchmarks.turns import Memory, Reply, compare, take_turns
+from benchmarks.turns_worker import memory_of
 from examples.tiny_vlm.families import FAMILIES
-from tests.bench.made_up_trees import FakeSide, made_up_call, made_up_row, made_up_rows
+from tests.studies.made_up_trees import FakeEngine, made_up_call, made_up_row, made_up_rows
 from vllm_vispec.models.padded_impl import LayerPadding
 from vllm_vispec.trees.code_rows import CodeRows
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.errors import ViSpecError
 
-GREEDY = PARTS[Part.POLICIES].condition
-BATCHED = PARTS[Part.BATCH].condition
-SAMPLED = PARTS[Part.TEMPERATURE].condition
+GREEDY, POLICIES = PARTS[Part.POLICIES]
+BATCHED = PARTS[Part.BATCH][0]
+SAMPLED = PARTS[Part.TEMPERATURE][0]
 QUESTIONS = Questions(2, tuple(FAMILIES))
 
 
@@ -61,11 +58,10 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def test_every_tree_of_the_grid_is_valid() -> None:
-    for case in PARTS.values():
-        for draft in case.drafts:
+    for _, drafts in PARTS.values():
+        for draft in drafts:
             if draft.tree is not None:
                 draft.tree.check_nodes(draft.nodes)
-            assert Job("m", "d", draft.nodes, speculative=draft.speculative()).llm_kwargs()
 
 
 def test_a_tree_that_does_not_fit_is_refused() -> None:
@@ -74,22 +70,22 @@ def test_a_tree_that_does_not_fit_is_refused() -> None:
 
 
 def test_the_grid_has_what_the_evidence_asks_for() -> None:
-    policies = PARTS[Part.POLICIES].drafts
+    policies = POLICIES
     assert {draft.policy for draft in policies} == {"chain", "eagle2", "spec_llava", "entropy"}
     chains = {draft.nodes for draft in policies if draft.tree is None}
     assert {draft.levels for draft in policies if draft.tree is not None} <= chains
-    trees = [draft for draft in PARTS[Part.NODES].drafts if draft.tree]
+    trees = [draft for draft in PARTS[Part.NODES][1] if draft.tree]
     assert [draft.nodes for draft in trees] == [7, 15, 29, 59]
     # As the setting counts them.
     assert [f", {draft.nodes} nodes" in draft.label for draft in trees] == [True] * 4
     assert BATCHES == (1, 2, 4, 8, 16)
     assert SAMPLED.temperature == 1
     for part in (Part.DRAFT_VLM, Part.DRAFT_VLM_BATCH):
-        assert {draft.head for draft in PARTS[part].drafts} == {DRAFT_VLM}
+        assert {draft.head for draft in PARTS[part][1]} == {DRAFT_VLM}
 
 
 def test_names_tell_drafts_apart() -> None:
-    drafts = {draft for case in PARTS.values() for draft in case.drafts}
+    drafts = {draft for _, drafts in PARTS.values() for draft in drafts}
     assert len({draft.name for draft in drafts}) == len({draft.label for draft in drafts})
     assert len({draft.name for draft in drafts}) == len(drafts)
 
@@ -104,8 +100,8 @@ def test_load_schedules_shrink_and_cover_every_batch(loaded: Draft) -> None:
     assert counts == tuple(sorted(counts, reverse=True))
     assert counts[0] == loaded.nodes
     assert counts[-1] <= loaded.tree.levels
-    (part,) = [name for name, case in PARTS.items() if loaded in case.drafts]
-    beside = {draft.nodes for draft in PARTS[part].drafts if draft.tree is None}
+    (part,) = [name for name, (_, drafts) in PARTS.items() if loaded in drafts]
+    beside = {draft.nodes for draft in PARTS[part][1] if draft.tree is None}
     assert loaded.tree.levels in beside
     setting = loaded.speculative()["num_speculative_tokens_per_batch_size"]
     assert setting == [list(entry) for entry in loaded.schedule]
@@ -120,8 +116,7 @@ def test_settings_reach_the_engine(bench: Bench) -> None:
     assert config["num_speculative_tokens"] == 19
     assert "tree" not in bench.job(GREEDY, CHAIN).llm_kwargs()["speculative_config"]
     assert "speculative_config" not in bench.job(GREEDY, None).llm_kwargs()
-    sent = json.loads(json.dumps(bench.job(BATCHED, LOADED).to_json()))
-    assert Job.from_json(sent).llm_kwargs() == kwargs
+    assert json.loads(json.dumps(kwargs)) == kwargs
 
 
 def test_questions() -> None:
@@ -141,88 +136,87 @@ def test_questions() -> None:
 
 def test_numbers_of_calls() -> None:
     calls = [made_up_call(5, 4.0), made_up_call(3, 4.0)]
-    assert tokens_per_round(calls) == 5
-    assert decode_speedup(calls) == 3
-    # 2 s a round, 1 s a pass.
-    assert round_cost(calls) == 2
-    assert identical(calls) == (2, 2)
-    assert identical([replace(calls[0], identical=None)]) is None
+    assert turns.tokens_per_round(calls) == 5
+    assert turns.decode_speedup(calls) == 3
+    # 2 s a step, 1 s a pass.
+    assert turns.step_cost(calls) == 2
+    assert turns.identical(calls) == (2, 2)
+    assert turns.identical([replace(calls[0], identical=None)]) is None
 
 
 def test_speedup_is_per_token_where_answers_differ() -> None:
     half = replace(made_up_call(5, 2.0), decoded=(6,), identical=None)
-    assert decode_speedup([half]) == 3
+    assert turns.decode_speedup([half]) == 3
 
 
-def test_a_batch_takes_as_many_rounds_as_its_longest_answer() -> None:
+def test_a_batch_takes_as_many_steps_as_its_longest_answer() -> None:
     call = replace(made_up_call(5, 4.0, ("charts", "captioning")), accepted=((5,), (1, 1, 1, 1)))
-    assert round_cost([call]) == 1
+    assert turns.step_cost([call]) == 1
     row = make_row(Part.BATCH, TREE, [call], None)
-    assert row.by_family == {}
+    assert row["by_family"] == {}
 
 
 def test_answers_are_compared_where_they_must_be_equal() -> None:
     plain = Reply(((1, 2, 3), (4, 5)), ((), ()), 2.0, 3.0)
     mine = Reply(((1, 2, 3), (4, 6)), ((1,), (0,)), 1.0, 2.0)
     families = ("charts", "captioning")
-    assert compare(families, plain, mine, GREEDY).identical == (True, False)
-    assert compare(families, plain, mine, SAMPLED).identical is None
-    assert compare(families, plain, mine, GREEDY).decoded == (2, 1)
+    assert compare(families, plain, mine).identical == (True, False)
+    assert compare(families, plain, mine, is_greedy=False).identical is None
+    assert compare(families, plain, mine).decoded == (2, 1)
 
 
 # Goals
 
 
-def _met(goals: list[Goal]) -> list[bool]:
-    return [goal.met for goal in goals]
+def _met(goals: list[dict[str, Any]]) -> list[bool]:
+    return [goal["met"] for goal in goals]
 
 
 def test_goals_that_are_met() -> None:
     tokens, speedup, stretch, load = find_goals(made_up_rows())
-    assert tokens.met
-    assert tokens.value == 6 / 4
-    assert "with every draft token accepted 1.75" in tokens.found
-    assert not speedup.met  # 3.0 is not above 3.0
-    assert speedup.value == stretch.value == 3
-    assert load.met
-    assert load.value == 1
-    assert load.text.endswith(LOADED.label)
+    assert tokens["met"]
+    assert tokens["value"] == 6 / 4
+    assert "with every draft token accepted 1.75" in tokens["found"]
+    assert not speedup["met"]  # 3.0 is not above 3.0
+    assert speedup["value"] == stretch["value"] == 3
+    assert load["met"]
+    assert load["value"] == 1
+    assert load["text"].endswith(LOADED.label)
     found = "batch 1: 1.33, batch 2: 1.00; over the fastest chain measured there: "
-    assert load.found == found + "batch 1: 1.33, batch 2: 0.80"
+    assert load["found"] == found + "batch 1: 1.33, batch 2: 0.80"
 
 
 def test_goals_that_are_missed() -> None:
     assert _met(find_goals(made_up_rows(loaded=4.1, tree_accepted=3))) == [False] * 4
-    fast = made_up_rows()
-    fast[Part.NODES] = [made_up_row(Part.NODES, eagle2(5, nodes=15), 5, 3.8)]
+    fast = [*made_up_rows(), made_up_row(Part.NODES, eagle2(5, nodes=15), 5, 3.8)]
     assert _met(find_goals(fast)) == [True, True, False, True]
 
 
 def test_a_draft_vlm_is_compared_with_its_own_chain() -> None:
     rows = made_up_rows()
     chain, tree = Draft(6, head=DRAFT_VLM), eagle2(5, head=DRAFT_VLM)
-    rows[Part.DRAFT_VLM] = [
+    rows += [
         made_up_row(Part.DRAFT_VLM, chain, 1, 4.0),
         made_up_row(Part.DRAFT_VLM, tree, 4, 4.0),
     ]
     found = find_goals(rows)[1]
-    assert found.text.endswith("draft VLM")
-    assert found.value == 5 / 2
-    rows[Part.DRAFT_VLM_BATCH] = [
+    assert found["text"].endswith("draft VLM")
+    assert found["value"] == 5 / 2
+    rows += [
         made_up_row(Part.DRAFT_VLM_BATCH, replace(chain, nodes=VLM_LOADED.levels), 1, 4.0),
         made_up_row(Part.DRAFT_VLM_BATCH, VLM_LOADED, 1, 3.2),
     ]
     found = find_goals(rows)[-1]
-    assert found.text.endswith(VLM_LOADED.label)
-    assert found.value == pytest.approx(1.25)
+    assert found["text"].endswith(VLM_LOADED.label)
+    assert found["value"] == pytest.approx(1.25)
 
 
 def test_goals_need_numbers() -> None:
-    assert find_goals({part: [] for part in Part}) == []
+    assert find_goals([]) == []
 
 
 def test_losses() -> None:
-    lost = {(one.tree, one.where): one.ratio for one in find_losses(made_up_rows())}
+    lost = {(one["tree"], one["where"]): one["ratio"] for one in find_losses(made_up_rows())}
     assert lost == {
         (eagle2(3).label, "captioning 0.80"): pytest.approx(0.8),
         (TREE.label, "batch 2"): pytest.approx(0.4),
@@ -234,9 +228,8 @@ def test_losses() -> None:
 
 
 def test_all_sides_are_asked_the_same() -> None:
-    plain, *drafts = sides = [FakeSide(name) for name in ("plain", "one", "two")]
-    turns = take_turns(cast(BatchSide, plain), cast(Any, drafts), QUESTIONS, SAMPLED)
-    rows = list(turns)
+    plain, *drafts = sides = [FakeEngine(name) for name in ("plain", "one", "two")]
+    rows = list(take_turns(cast(Any, plain), cast(Any, drafts), QUESTIONS.plan(SAMPLED), 1.0))
     assert len(rows) == 14
     assert all(len(row) == 2 for row in rows)
     asked = [sorted(side.asked) for side in sides]
@@ -278,10 +271,10 @@ def test_a_draft_vlm_is_measured_if_there_is_one(
     assert groups == []
     with_vlm = replace(bench, heads={VISPEC: "head", DRAFT_VLM: "vlm"})
     measure_parts(with_vlm, [Part.DRAFT_VLM], ())
-    names = [draft.name for draft in PARTS[Part.DRAFT_VLM].drafts]
+    names = [draft.name for draft in PARTS[Part.DRAFT_VLM][1]]
     assert [name for group in groups for name in group] == names
     assert f"draft_vlm-{TREE.name}" in names
-    assert with_vlm.job(GREEDY, PARTS[Part.DRAFT_VLM].drafts[0]).draft_model == "vlm"
+    assert (with_vlm.job(GREEDY, PARTS[Part.DRAFT_VLM][1][0]).speculative or {})["model"] == "vlm"
 
 
 def test_unknown_drafts_are_named(bench: Bench) -> None:
@@ -324,7 +317,7 @@ def test_report(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(measuring, "_side_by_side", _fake([]))
     measure_parts(bench, list(PARTS), ())
     page, output = tmp_path / "page.md", tmp_path / "found.json"
-    page.write_text("before\n" + "\n".join(TABLE_MARKS) + "\nafter\n")
+    page.write_text("before\n<!-- tables: here -->\n<!-- /tables -->\nafter\n")
     report(bench, output, page)
     text = page.read_text()
     assert text.startswith("before")
@@ -333,7 +326,7 @@ def test_report(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert words in text
     content = json.loads(output.read_text())
     assert str(tmp_path) not in output.read_text()
-    assert len(content["results"]) == sum(len(rows) for rows in read_rows(bench).values())
+    assert len(content["results"]) == len(read_rows(bench))
     vlm = {Part.DRAFT_VLM, Part.DRAFT_VLM_BATCH}
     assert {row["part"] for row in content["results"]} == set(Part) - vlm
     assert content["results"][0]["tokens_per_round"]["value"] == 5
@@ -345,7 +338,7 @@ def test_a_report_of_one_part_is_a_report(bench: Bench, tmp_path: Path) -> None:
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(asdict(Measured(None, (made_up_call(5, 4.0),)))))
     page = tmp_path / "page.md"
-    page.write_text("\n".join(TABLE_MARKS))
+    page.write_text("<!-- tables: here -->\n<!-- /tables -->\n")
     report(bench, tmp_path / "found.json", page)
     assert "chain, K = 5" in page.read_text()
     assert json.loads((tmp_path / "found.json").read_text())["goals"] == []
