@@ -16,15 +16,16 @@ from typing import Annotated
 
 import typer
 
-from examples.pair import (
-    DEFAULT_DRAFT_MODEL,
-    DEFAULT_DRAFT_TOKENS,
-    DEFAULT_MODEL,
+from benchmarks.pair import (
+    DRAFT_TOKENS,
+    HEAD,
     MAX_MODEL_LEN,
+    TARGET,
     DraftOption,
     DraftTokensOption,
+    FamilyOption,
     ModelOption,
-    Pair,
+    ThreadsOption,
 )
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import write_questions
@@ -67,15 +68,15 @@ def measure(settings: ProfileSettings, questions: int, folder: Path) -> Profile:
 
 
 def main(
-    model: ModelOption = DEFAULT_MODEL,
-    draft_model: DraftOption = DEFAULT_DRAFT_MODEL,
-    num_speculative_tokens: DraftTokensOption = DEFAULT_DRAFT_TOKENS,
+    model: ModelOption = TARGET,
+    draft_model: DraftOption = HEAD,
+    num_speculative_tokens: DraftTokensOption = DRAFT_TOKENS,
     repetitions: Annotated[int, typer.Option(min=1)] = 3,
     per_family: Annotated[int, typer.Option(min=1, help="Dialogues per task family.")] = 1,
-    family: Annotated[list[str] | None, typer.Option(help="Only these task families.")] = None,
+    family: FamilyOption = None,
     max_tokens: Annotated[int, typer.Option(min=2)] = 128,
     dtype: Annotated[str, typer.Option()] = "float32",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each engine.")] = 1,
+    threads: ThreadsOption = 1,
     clock: Annotated[str, typer.Option(help="wall, or cpu on a busy machine.")] = "wall",
     output: Annotated[Path, typer.Option(help="JSON file.")] = DEFAULT_OUTPUT,
     folder: Annotated[Path, typer.Option(help="For page, picture and logs.")] = Path(
@@ -83,11 +84,10 @@ def main(
     ),
 ) -> None:
     """Compare the cost of a draft pass and of a draft step."""
-    pair = Pair(model, draft_model, num_speculative_tokens)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     settings = ProfileSettings(
-        target=from_here(pair.model),
-        head=from_here(pair.draft_model),
+        target=from_here(model),
+        head=from_here(draft_model),
         data=str(folder / "data"),
         dataset="tiny",
         num_speculative_tokens=num_speculative_tokens,

@@ -21,8 +21,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.pair import TARGET, ModelOption
 from benchmarks.report import write_report
-from examples.pair import DEFAULT_MODEL, ModelOption
 from examples.tiny_vlm.samples import DemoSample, demo_samples
 from vllm_vispec.bench.machine import describe_machine
 from vllm_vispec.data.images import open_image
@@ -178,7 +178,7 @@ def measure(settings: RegenerateSettings, count: int) -> tuple[Timed, Timed]:
 
 
 def main(
-    model: ModelOption = DEFAULT_MODEL,
+    model: ModelOption = TARGET,
     samples: Annotated[int, typer.Option(min=1)] = 24,
     max_tokens: Annotated[int, typer.Option(min=1)] = 96,
     dtype: Annotated[str, typer.Option()] = "float32",

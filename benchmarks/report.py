@@ -90,9 +90,15 @@ def save(figure: Figure, file: Path) -> None:
 
 
 def error_bars(found: Sequence[Mapping[str, float]]) -> list[list[float]]:
-    """Return how far the ends lie below and above the values, as matplotlib wants them."""
-    low = [max(one["value"] - one["low"], 0.0) for one in found]
-    return [low, [max(one["high"] - one["value"], 0.0) for one in found]]
+    """Return how far the ends lie below and above the values, as matplotlib wants them.
+
+    Args:
+        found: "value" or "mean", "low" and "high" of each.
+    """
+    values = [one["value"] if "value" in one else one["mean"] for one in found]
+    pairs = list(zip(values, found, strict=True))
+    low = [max(value - one["low"], 0.0) for value, one in pairs]
+    return [low, [max(one["high"] - value, 0.0) for value, one in pairs]]
 
 
 def legend(axes: Any, **place: Any) -> None:

@@ -20,8 +20,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.pair import TARGET, ModelOption
 from benchmarks.report import write_report
-from examples.pair import DEFAULT_MODEL, ModelOption
 from examples.tiny_vlm.samples import demo_samples
 from vllm_vispec.bench.bootstrap import bootstrap
 from vllm_vispec.bench.machine import describe_machine
@@ -140,7 +140,7 @@ def report(turns: Sequence[Turn]) -> dict[str, Any]:
 
 
 def main(
-    model: ModelOption = DEFAULT_MODEL,
+    model: ModelOption = TARGET,
     turns: Annotated[int, typer.Option(min=2, help="Batches of 8 per teacher mode.")] = 40,
     per_family: Annotated[int, typer.Option(min=1, help="Samples of each family.")] = 16,
     passes: Annotated[int, typer.Option(min=1, help="Rollout passes.")] = 2,

@@ -38,6 +38,8 @@ SECTIONS = (
     Section("docs/evidence/estimates.md", "speedups", tables.estimated_speedups),
     Section("docs/evidence/estimates.md", "published", tables.published_acceptance),
     Section("docs/evidence/estimates.md", "calibration", tables.calibration),
+    Section("docs/evidence/ablation.md", "tables", tables.ablation),
+    Section("docs/evidence/compressors.md", "tables", tables.compressors),
     Section("docs/evidence/trees.md", "tables", tables.trees),
 )
 

@@ -228,6 +228,20 @@ def trees() -> str:
     return to_markdown(_results("trees"))
 
 
+def ablation() -> str:
+    """The ablation, from its result file."""
+    from benchmarks.ablation import to_markdown
+
+    return to_markdown(_results("ablation"))
+
+
+def compressors() -> str:
+    """The study of compressors, from its result file."""
+    from benchmarks.compressors.page import to_markdown
+
+    return to_markdown(_results("compressors"))
+
+
 def _results(name: str) -> dict[str, Any]:
     text = (ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8")
     found: dict[str, Any] = json.loads(text)

@@ -1,117 +1,196 @@
-"""Everything that is known about one measured head, and its JSON."""
+"""Everything that is known about a head besides the engine's answers: replay, gates, costs.
+
+Replaying greedy chains over the target's greedy answers gives what the engine accepts, in float32
+exactly, at a fraction of its time: so these numbers are over more questions than the engine's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.ablation.arms import EPOCHS, Arm, Cell
-from benchmarks.ablation.intervals import Estimate, estimate, ratio, tokens_per_round
-from benchmarks.ablation.results import IMAGES, Row, make_rows, read_all
-from benchmarks.ablation.workspace import Workspace
-from benchmarks.compressors.arms import ARMS
-from benchmarks.compressors.choices import Choices, choices_file, read_choices
-from benchmarks.compressors.cost import IMAGE_TOKENS, ImageCost, image_cost
-from benchmarks.compressors.held_out import Replayed, read_replayed, replayed_file
-from benchmarks.compressors.prefill import Prefill, prefill_file, read_prefill
+from benchmarks.answers import IMAGES, estimate, make_rows, ratio, read_all, tokens_per_round
+from benchmarks.compressors.variants import VARIANTS
+from benchmarks.study import NUM_DRAFT_TOKENS, Study, Trained, Workspace
 from examples.tiny_vlm.questions import IMAGE_FAMILIES
+from vllm_vispec.compressors.places import place_tokens
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.folder import inspect_head
 from vllm_vispec.reference import tensor_shapes
+from vllm_vispec.utils.files import write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_vispec.compressors.compressor import ImageCompressor
+    from vllm_vispec.reference import ViSpecDraft
+    from vllm_vispec.train.batch import Observed
+    from vllm_vispec.train.target import TrainingTarget
+
+MAX_LENGTH, BATCH_SIZE = 1024, 8
+IMAGE_TOKENS = (64, 256, 1024)
+REPLAYED, GATES, PREFILL = "replayed", "choices", "prefill"
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One arm after some epochs.
+class Replayed:
+    """One conversation, with the accepted draft tokens of every step of its answers."""
 
-    Attributes:
-        cell: its head with the first seed, which everything but `row` is about.
-        row: acceptance and speed in the engine; None where it was not asked.
-        replayed: tokens_per_round on the held-out image tasks by replay; None if not computed.
-        replayed_gain: how many times more that is than the reference's after as many epochs.
-        parameters: of the head, and those of the compressor, the adaptor and the gate.
-        costs, prefill: by image tokens; `prefill` is empty where it was not measured.
-        choices: of the gate by task family; empty without a gate.
+    family: str
+    accepted: tuple[int, ...]
+
+
+def look_at_held_out(workspace: Workspace, target: str, heads: Iterable[Trained]) -> None:
+    """Replay the held-out answers with every head, and ask its gate; what is done is kept.
+
+    Raises:
+        ViSpecError: the target, a head or the data cannot be used.
     """
+    missing = [one for one in heads if not workspace.result(REPLAYED, one).is_file()]
+    if not missing:
+        return
+    from vllm_vispec.heads.folder import load_draft
 
-    cell: Cell
-    row: Row | None
-    replayed: Estimate | None
-    replayed_gain: Estimate | None
-    parameters: tuple[int, int]
-    costs: dict[int, ImageCost]
-    prefill: dict[int, Prefill]
-    choices: tuple[Choices, ...]
-
-    @property
-    def arm(self) -> Arm:
-        """What was trained."""
-        return self.cell.arm
-
-    @property
-    def tokens_per_round(self) -> Estimate | None:
-        """On the image tasks: by replay, which is over more questions, or else in the engine."""
-        if self.replayed is None and self.row is not None:
-            return self.row.tokens_per_round[IMAGES]
-        return self.replayed
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
-            "name": self.cell.name,
-            "label": self.arm.label,
-            "settings": dict(self.arm.settings),
-            "epochs": self.cell.epochs,
-            "engine": self.row and self.row.to_json(),
-            "replayed": self.replayed and asdict(self.replayed),
-            "replayed_ratio": self.replayed_gain and asdict(self.replayed_gain),
-            "parameters": self.parameters[0],
-            "parameters_for_images": self.parameters[1],
-            "image_cost": [one.to_json() for one in self.costs.values()],
-            "draft_prefill": [asdict(one) for one in self.prefill.values()],
-            "choices": [asdict(one) for one in self.choices],
-        }
+    model, observed = observe(target, workspace.held_out)
+    states = list(question_states(observed))
+    for trained in missing:
+        folder = workspace.head(trained)
+        draft = load_draft(folder).eval()
+        spec = draft.config.compressor_spec
+        if draft.config.has_compressor and spec.gated:
+            found = choose_by_family(load_compressor(folder), states)
+            write_json(workspace.result(GATES, trained), found)
+        replayed = [asdict(one) for one in replay_all(draft, model, observed)]
+        write_json(workspace.result(REPLAYED, trained), replayed)
+        print(f"replayed: {trained.name}", flush=True)
 
 
-def read_findings(
-    workspace: Workspace, arms: Sequence[Arm], seeds: tuple[int, ...]
-) -> list[Finding]:
-    """All heads that were measured in some way."""
-    rows = {row.name: row for row in make_rows(read_all(workspace, arms, seeds), arms, seeds)}
-    found = [
-        _finding(workspace, Cell(arm, epochs, seeds[0]), rows.get(f"{arm.name}-e{epochs}"))
-        for arm in arms
-        for epochs in arm.epochs
-        if workspace.head(Cell(arm, epochs, seeds[0])).is_dir()
+def observe(target: str, data: Path) -> tuple[TrainingTarget, list[Observed]]:
+    """The target in float32 on the CPU, and what it computes for the conversations of a file."""
+    import torch
+
+    from vllm_vispec.data.encode import Encoder, load_processor
+    from vllm_vispec.evaluate.options import DataSource
+    from vllm_vispec.train.target import TrainingTarget
+
+    source, model = DataSource(data), TrainingTarget.load(target, torch.float32, "cpu")
+    encoder = Encoder(load_processor(target), MAX_LENGTH, source.images)
+    groups = source.batches(encoder, BATCH_SIZE, [])
+    return model, [
+        one for group in groups for one in model.observe([sample.encoded for sample in group])
     ]
-    return [one for one in found if one.row or one.replayed]
 
 
-def _finding(workspace: Workspace, cell: Cell, row: Row | None) -> Finding:
-    config = inspect_head(workspace.head(cell)).config
-    prefill, choices = prefill_file(workspace, cell), choices_file(workspace, cell)
-    mine = _replayed(workspace, cell)
-    reference = _replayed(workspace, replace(cell, arm=ARMS[cell.arm.after or cell.arm.name]))
-    compared = mine and reference and cell.arm.after
-    return Finding(
-        cell,
-        row,
-        estimate([mine], tokens_per_round) if mine else None,
-        ratio([mine], [reference], tokens_per_round) if compared else None,
-        count_parameters(config),
-        {size: image_cost(config, size) for size in IMAGE_TOKENS},
-        read_prefill(prefill) if prefill.is_file() else {},
-        tuple(read_choices(choices)) if choices.is_file() else (),
-    )
+def replay_all(
+    draft: ViSpecDraft, target: TrainingTarget, observed: Sequence[Observed]
+) -> list[Replayed]:
+    """Accepted drafts of greedy chains over the answers of conversations."""
+    import torch
+
+    from vllm_vispec.train.batch import pad_batch
+    from vllm_vispec.train.simulate import answer_spans, draft_hits, replay
+
+    found = []
+    for start in range(0, len(observed), BATCH_SIZE):
+        group = observed[start : start + BATCH_SIZE]
+        with torch.inference_mode():
+            hits_SBL = draft_hits(draft, target.lm_head_VD, pad_batch(group), NUM_DRAFT_TOKENS)
+        for number, one in enumerate(group):
+            hits = hits_SBL[:, number].tolist()
+            spans = answer_spans(one.answer.tolist())
+            accepted = [count for begin, end in spans for count in replay(hits, begin, end)]
+            found.append(Replayed(one.family, tuple(accepted)))
+    return found
 
 
-def _replayed(workspace: Workspace, cell: Cell) -> list[Replayed]:
-    """Of the image tasks; nothing if it was not computed."""
-    file = replayed_file(workspace, cell)
-    found = read_replayed(file) if file.is_file() else []
-    return [one for one in found if one.family in IMAGE_FAMILIES]
+def question_states(observed: Iterable[Observed]) -> Iterator[tuple[str, Tensor]]:
+    """Family and target state [D] at the end of the prompt, of every answer behind an image."""
+    from vllm_vispec.train.simulate import answer_spans
+
+    for one in observed:
+        first_image = min((start for start, _ in one.runs), default=len(one.token_ids))
+        for start, _ in answer_spans(one.answer.tolist()):
+            if first_image < start:
+                yield one.family, one.hidden_LD[start - 1]
+
+
+def load_compressor(head: Path) -> ImageCompressor:
+    """The compressor of a trained head, float32."""
+    from vllm_vispec.heads.folder import load_draft
+
+    compressor = load_draft(head).compressor
+    assert compressor is not None
+    return compressor.float()
+
+
+def choose_by_family(
+    compressor: ImageCompressor, asked: Sequence[tuple[str, Tensor]]
+) -> list[dict[str, Any]]:
+    """Decisions of a gate by family: how often a branch has the largest share, mean shares."""
+    import torch
+
+    branches = [str(one) for one in compressor.spec.primitives]
+    found = []
+    for family in dict.fromkeys(family for family, _ in asked):
+        states_GD = torch.stack([state for name, state in asked if name == family])
+        with torch.inference_mode():
+            output = compressor.decide(states_GD)
+        counts = torch.bincount(output.choice_G, minlength=len(branches)).tolist()
+        shares = output.share_GK.mean(0).tolist()
+        found.append({"family": family, "branches": branches, "counts": counts, "shares": shares})
+    return found
+
+
+def image_cost(config: HeadConfig, image_tokens: int) -> dict[str, Any]:
+    """What one image costs a head, from its configuration alone.
+
+    Returns:
+        ``kv_tokens``: rows with keys and values that queries can see. ``seen``: of these, fewest
+        and most that a request sees; they differ where a gate selects. ``megaflops``: to make its
+        tokens, and their inputs, keys and values in the layer.
+    """
+    kept = kept_rows(config, image_tokens)
+    selects = config.has_compressor and config.compressor_spec.name == "select"
+    seen = kept if selects else [sum(kept)]
+    width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+    # A token goes through half of fc; an image token that stays a text row through all of it.
+    inputs = 2 * width * width * (1 if config.compress else 2)
+    flops = sum(kept) * (inputs + 4 * width * kv_width) + _compressor_flops(config, image_tokens)
+    return {
+        "image_tokens": image_tokens,
+        "kv_tokens": sum(kept),
+        "seen": [min(seen), max(seen)],
+        "megaflops": flops / 1e6,
+    }
+
+
+def kept_rows(config: HeadConfig, image_tokens: int) -> list[int]:
+    """Rows of one image that are not masked, branch by branch."""
+    if not config.compress:
+        return [image_tokens]
+    if config.rows_per_image is not None:
+        return [min(config.rows_per_image, image_tokens)]
+    spec = config.compressor_spec
+    branches = place_tokens(spec, image_tokens).branches.tolist()
+    return [branches.count(number) for number in range(len(spec.primitives))]
+
+
+def _compressor_flops(config: HeadConfig, image_tokens: int) -> int:
+    from vllm_vispec.compressors.compressor import compressor_cost
+    from vllm_vispec.compressors.resampler import Resampler
+    from vllm_vispec.compressors.spec import CompressorSpec
+
+    flops = 0
+    if config.has_adaptor:
+        queries = CompressorSpec("resampler", config.num_query_tokens)
+        flops += Resampler.flops(queries, config.hidden_size, image_tokens)
+    if config.has_compressor:
+        flops += compressor_cost(config.compressor_spec, config.hidden_size, image_tokens)[1]
+    return flops
 
 
 def count_parameters(config: HeadConfig) -> tuple[int, int]:
@@ -122,6 +201,63 @@ def count_parameters(config: HeadConfig) -> tuple[int, int]:
     return sum(counts.values()), sum(n for name, n in counts.items() if name.startswith(of_images))
 
 
-def at_main_epoch(findings: Sequence[Finding]) -> list[Finding]:
-    """Those after as many epochs as all arms were trained for."""
-    return [one for one in findings if one.cell.epochs == EPOCHS]
+def read_findings(study: Study) -> list[dict[str, Any]]:
+    """Rows of the JSON: all heads of the first seed that were measured in some way."""
+    workspace = study.workspace
+    found = read_all(workspace, study.variants, study.seeds)
+    rows = make_rows(found, study.variants, study.seeds)
+    known = {(row["arm"], row["epochs"]): row for row in rows}
+    findings = [
+        _finding(workspace, trained, known.get((trained.variant.name, trained.epochs)))
+        for trained in study.heads(study.seeds[:1])
+        if workspace.head(trained).is_dir()
+    ]
+    return [one for one in findings if one["engine"] or one["replayed"]]
+
+
+def _finding(
+    workspace: Workspace, trained: Trained, row: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    config = inspect_head(workspace.head(trained)).config
+    variant = trained.variant
+    mine = _replayed(workspace, trained)
+    reference = VARIANTS[variant.after or variant.name]
+    other = _replayed(workspace, replace(trained, variant=reference)) if variant.after else []
+    parameters, of_images = count_parameters(config)
+    return {
+        "name": trained.name,
+        "label": variant.label,
+        "settings": dict(variant.settings),
+        "epochs": trained.epochs,
+        "engine": row,
+        "replayed": estimate([mine], tokens_per_round) if mine else None,
+        "replayed_ratio": ratio([mine], [other], tokens_per_round) if mine and other else None,
+        "parameters": parameters,
+        "parameters_for_images": of_images,
+        "image_cost": [image_cost(config, size) for size in IMAGE_TOKENS],
+        "draft_prefill": _read(workspace.result(PREFILL, trained)),
+        "choices": _read(workspace.result(GATES, trained)),
+    }
+
+
+def _replayed(workspace: Workspace, trained: Trained) -> list[Replayed]:
+    """Of the image tasks; nothing if it was not computed."""
+    found = _read(workspace.result(REPLAYED, trained))
+    return [
+        Replayed(one["family"], tuple(one["accepted"]))
+        for one in found
+        if one["family"] in IMAGE_FAMILIES
+    ]
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    return list(json.loads(file.read_text())) if file.is_file() else []
+
+
+def best_known(finding: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """tokens_per_round on the image tasks: by replay (more questions), or else in the engine."""
+    if finding["replayed"] is None and finding["engine"] is not None:
+        engine: Mapping[str, Any] = finding["engine"]["tokens_per_round"][IMAGES]
+        return engine
+    replayed: Mapping[str, Any] | None = finding["replayed"]
+    return replayed

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks.ablation.arms import Cell
-from benchmarks.ablation.workspace import Workspace
-from benchmarks.compressors.cost import IMAGE_TOKENS
+from benchmarks.compressors.findings import IMAGE_TOKENS
+from benchmarks.compressors.findings import PREFILL as PREFILLS
+from benchmarks.study import Trained, Workspace
 from examples.tiny_vlm.questions import write_questions
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
 from vllm_vispec.bench.machine import has_gpu
@@ -56,25 +56,15 @@ class Prefill:
     high: float
 
 
-def prefill_file(workspace: Workspace, cell: Cell) -> Path:
-    """What was measured with a head."""
-    return workspace.root / "prefill" / f"{cell.name}.json"
-
-
-def read_prefill(file: Path) -> dict[int, Prefill]:
-    """What `measure_prefill` wrote, by image tokens."""
-    return {fields["image_tokens"]: Prefill(**fields) for fields in json.loads(file.read_text())}
-
-
 def measure_prefill(
-    workspace: Workspace, target: str, reference: Cell, cells: Iterable[Cell]
+    workspace: Workspace, target: str, reference: Trained, heads: Iterable[Trained]
 ) -> None:
     """Measure every head that has no result yet, the reference beside itself too.
 
     Raises:
         ViSpecError: an engine fails.
     """
-    missing = [cell for cell in cells if not prefill_file(workspace, cell).is_file()]
+    missing = [one for one in heads if not workspace.result(PREFILLS, one).is_file()]
     if not missing:
         return
     logs = workspace.root / "logs"
@@ -86,7 +76,7 @@ def measure_prefill(
                 job = _job(target, str(workspace.head(cell)))
                 with EngineProcess(cell.name, job, logs / f"prefill-{cell.name}.log") as engine:
                     found = take_turns(engine, other, groups)
-                write_json(prefill_file(workspace, cell), [asdict(one) for one in found])
+                write_json(workspace.result(PREFILLS, cell), [asdict(one) for one in found])
 
 
 def take_turns(engine: Engine, reference: Engine, groups: Sequence[Group]) -> list[Prefill]:

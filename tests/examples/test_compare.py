@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.decode_speed import judge
 from examples.demo.compare import Exchange, summarise
 from examples.demo.job import Answer
 from examples.demo.page import render_page
@@ -49,13 +48,6 @@ def test_summary() -> None:
 def test_one_different_repetition_is_a_difference() -> None:
     other = replace(VISPEC, token_ids=(5, 6, 7, 8, 9, 3))
     assert not Exchange(0, (PLAIN, PLAIN), (VISPEC, other)).is_identical
-
-
-def test_result_of_one_k() -> None:
-    slow = replace(VISPEC, decode_seconds=0.8)
-    result = judge(3, [Exchange(0, (PLAIN, PLAIN), (VISPEC, slow))])
-    assert result.per_repetition == pytest.approx((2.5, 1.25))
-    assert result.interval == pytest.approx((result.summary.decode_speedup,) * 2)
 
 
 def test_page_is_escaped_and_self_contained() -> None:

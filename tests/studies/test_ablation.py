@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.ablation.arms import ARMS, EPOCHS, Arm, Cell
-from benchmarks.ablation.intervals import decode_speedup, estimate, ratio, tokens_per_round
-from benchmarks.ablation.measure import Asked, Questions
-from benchmarks.ablation.plot import draw
-from benchmarks.ablation.results import (
+from benchmarks.ablation import VARIANTS, draw, matched, to_markdown
+from benchmarks.answers import (
     IMAGES,
-    Row,
+    Asked,
+    decode_speedup,
+    estimate,
     make_rows,
-    matched,
+    ratio,
     read_all,
-    to_markdown,
+    tokens_per_round,
 )
-from benchmarks.ablation.training import RECIPE, settings_of
-from benchmarks.ablation.workspace import Workspace
-from benchmarks.report import TABLE_MARKS, put_tables
+from benchmarks.study import EPOCHS, RECIPE, Study, Trained, Variant, Workspace
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import TEXT_FAMILY, short_answer, write_questions
 from vllm_vispec.data.read import read_conversations
@@ -39,30 +37,35 @@ def _asked(accepted: int, families: tuple[str, ...] = tuple(FAMILIES)) -> list[A
     ]
 
 
-def _write(workspace: Workspace, cell: Cell, asked: list[Asked]) -> None:
-    file = workspace.measured(cell)
+def _write(workspace: Workspace, trained: Trained, asked: list[Asked]) -> None:
+    file = workspace.result("cells", trained)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps([asdict(one) for one in asked]))
 
 
-def _rows(workspace: Workspace) -> list[Row]:
-    return make_rows(read_all(workspace, ARMS.values(), SEEDS), ARMS.values(), SEEDS)
+def _rows(workspace: Workspace) -> list[dict[str, Any]]:
+    variants = VARIANTS.values()
+    return make_rows(read_all(workspace, variants, SEEDS), variants, SEEDS)
+
+
+def study_of(root: Path) -> Study:
+    return Study(Workspace(root), "target", tuple(VARIANTS.values()), SEEDS, 32, 7, 4, 1, 1)
 
 
 @pytest.fixture
 def measured(tmp_path: Path) -> Workspace:
-    """Two neighbouring arms with results of all seeds, and online distillation with one epoch's."""
+    """Two neighbouring variants with results of all seeds, and one epoch of a third."""
     workspace = Workspace(tmp_path)
     for seed in SEEDS:
-        _write(workspace, Cell(ARMS["adaptor"], EPOCHS, seed), _asked(1))
-        _write(workspace, Cell(ARMS["global"], EPOCHS, seed), _asked(2))
-        _write(workspace, Cell(ARMS["online"], 2, seed), _asked(3))
+        _write(workspace, Trained(VARIANTS["adaptor"], EPOCHS, seed), _asked(1))
+        _write(workspace, Trained(VARIANTS["global"], EPOCHS, seed), _asked(2))
+        _write(workspace, Trained(VARIANTS["online"], 2, seed), _asked(3))
     return workspace
 
 
-@pytest.mark.parametrize("arm", ARMS.values(), ids=list(ARMS))
-def test_recipe_of_every_arm_is_valid(arm: Arm, tmp_path: Path) -> None:
-    settings = settings_of(Workspace(tmp_path), "target", arm, 1) | {"schedule.epochs": "2"}
+@pytest.mark.parametrize("arm", VARIANTS.values(), ids=list(VARIANTS))
+def test_recipe_of_every_arm_is_valid(arm: Variant, tmp_path: Path) -> None:
+    settings = study_of(tmp_path).recipe(arm, 1) | {"schedule.epochs": "2"}
     flags = [f"{name}={value}" for name, value in settings.items()]
     config = load_config(Path(RECIPE), flags).require_complete()
     assert config.run.seed == 1
@@ -71,9 +74,11 @@ def test_recipe_of_every_arm_is_valid(arm: Arm, tmp_path: Path) -> None:
     assert get_head_type(config.head.kind).text_only == (arm.data == "text")
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ARMS.values() if arm.after], ids=lambda a: a.name)
-def test_arm_changes_one_thing(arm: Arm) -> None:
-    before = ARMS[arm.after]
+@pytest.mark.parametrize(
+    "arm", [arm for arm in VARIANTS.values() if arm.after], ids=lambda a: a.name
+)
+def test_arm_changes_one_thing(arm: Variant) -> None:
+    before = VARIANTS[arm.after]
     kind = {"head.kind": arm.settings["head.kind"]}
     rest = {name: value for name, value in arm.settings.items() if name not in kind}
     rest_before = {n: v for n, v in before.settings.items() if n != "head.kind"}
@@ -95,87 +100,76 @@ def test_tokens_per_round_and_speedup() -> None:
 def test_interval_covers_seeds_and_questions() -> None:
     same = [_asked(2)] * 3
     found = estimate(same, tokens_per_round)
-    assert (found.mean, found.low, found.high) == (3.0, 3.0, 3.0)
+    assert (found["mean"], found["low"], found["high"]) == (3.0, 3.0, 3.0)
     seeds = [_asked(1), _asked(2), _asked(3)]
     found = estimate(seeds, tokens_per_round)
-    assert found.seeds == (2.0, 3.0, 4.0)
-    assert found.low == 2.0
-    assert found.high == 4.0
+    assert found["seeds"] == [2.0, 3.0, 4.0]
+    assert found["low"] == 2.0
+    assert found["high"] == 4.0
     questions = [[*_asked(1), *_asked(5)]] * 3
     found = estimate(questions, tokens_per_round)
-    assert found.low < found.mean == 4.0 < found.high
+    assert found["low"] < found["mean"] == 4.0 < found["high"]
 
 
 def test_ratio_uses_the_same_draws() -> None:
     noisy = [[*_asked(1), *_asked(5)], [*_asked(2), *_asked(4)]]
-    assert asdict(ratio(noisy, noisy, tokens_per_round)) == {
+    assert ratio(noisy, noisy, tokens_per_round) == {
         "mean": 1.0,
         "low": 1.0,
         "high": 1.0,
-        "seeds": (1.0, 1.0),
+        "seeds": [1.0, 1.0],
     }
 
 
 def test_rows(measured: Workspace) -> None:
     rows = _rows(measured)
-    assert [row.name for row in rows] == [f"adaptor-e{EPOCHS}", f"global-e{EPOCHS}", "online-e2"]
-    assert [row.tokens_per_round[IMAGES].mean for row in rows] == [2.0, 3.0, 4.0]
-    assert rows[0].gain is None
-    assert rows[1].gain is not None
-    assert rows[1].gain.mean == 1.5
-    assert (rows[1].identical, rows[1].answers) == (21, 21)
-    tables = to_markdown(rows, {})
+    assert [row["arm"] for row in rows] == ["adaptor", "global", "online"]
+    assert [row["tokens_per_round"][IMAGES]["mean"] for row in rows] == [2.0, 3.0, 4.0]
+    assert rows[0]["tokens_per_round_ratio"] is None
+    assert rows[1]["tokens_per_round_ratio"]["mean"] == 1.5
+    assert (rows[1]["identical"], rows[1]["answers_compared"]) == (21, 21)
+    tables = to_markdown({"rows": rows, "vispec_over_eagle": {}})
     assert "| + global feature | 3.00 (3.00-3.00) | 2.00 (2.00-2.00) | 1.50 (1.50-1.50)" in tables
     assert "online distillation, epoch 2" in tables
 
 
 def test_row_waits_for_all_seeds(measured: Workspace) -> None:
-    measured.measured(Cell(ARMS["global"], EPOCHS, 1)).unlink()
-    assert [row.name for row in _rows(measured)] == [
-        f"adaptor-e{EPOCHS}",
-        "online-e2",
-    ]
+    measured.result("cells", Trained(VARIANTS["global"], EPOCHS, 1)).unlink()
+    assert [row["arm"] for row in _rows(measured)] == ["adaptor", "online"]
 
 
 def test_matched_pairs(measured: Workspace) -> None:
-    assert matched(read_all(measured, ARMS.values(), SEEDS)) == {}
+    assert matched(read_all(measured, VARIANTS.values(), SEEDS)) == {}
     for seed in SEEDS:
-        _write(measured, Cell(ARMS["regenerated"], EPOCHS, seed), _asked(3))
-        _write(measured, Cell(ARMS["eagle_text"], EPOCHS, seed), _asked(1))
-    gains = matched(read_all(measured, ARMS.values(), SEEDS))
-    assert {name: gain.mean for name, gain in gains.items()} == {"regenerated over eagle_text": 2.0}
-    assert "| `regenerated over eagle_text` | 2.00 (2.00-2.00) |" in to_markdown([], gains)
+        _write(measured, Trained(VARIANTS["regenerated"], EPOCHS, seed), _asked(3))
+        _write(measured, Trained(VARIANTS["eagle_text"], EPOCHS, seed), _asked(1))
+    gains = matched(read_all(measured, VARIANTS.values(), SEEDS))
+    assert {name: gain["mean"] for name, gain in gains.items()} == {
+        "regenerated over eagle_text": 2.0
+    }
+    assert "| `regenerated over eagle_text` | 2.00 (2.00-2.00) |" in to_markdown(
+        {"rows": [], "vispec_over_eagle": gains}
+    )
 
 
 def test_wrong_answers_are_counted(measured: Workspace) -> None:
     first, *others = _asked(1)
-    _write(measured, Cell(ARMS["adaptor"], EPOCHS, 0), [replace(first, identical=False), *others])
+    _write(
+        measured,
+        Trained(VARIANTS["adaptor"], EPOCHS, 0),
+        [replace(first, identical=False), *others],
+    )
     row = _rows(measured)[0]
-    assert (row.identical, row.answers) == (20, 21)
+    assert (row["identical"], row["answers_compared"]) == (20, 21)
 
 
 def test_plot(measured: Workspace, tmp_path: Path) -> None:
-    rows = _rows(measured)
+    rows = {"rows": _rows(measured)}
     draw(rows, tmp_path / "plot.png")
     first = (tmp_path / "plot.png").read_bytes()
     assert first.startswith(b"\x89PNG")
     draw(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes() == first
-
-
-def test_tables_go_between_the_marks(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{TABLE_MARKS[0]}\nold\n{TABLE_MARKS[1]}\nafter\n")
-    put_tables(page, "new")
-    put_tables(page, "new")
-    text = f"before\n{TABLE_MARKS[0]}\n\nnew\n\n{TABLE_MARKS[1]}\nafter\n"
-    assert page.read_text() == text
-
-
-def test_first_questions_of_each_family_are_timed() -> None:
-    questions = Questions(per_family=4, timed=1)
-    timed = [sample for sample in questions.all() if questions.is_timed(sample)]
-    assert [questions.family(sample) for sample in timed] == list(FAMILIES)
 
 
 def test_short_answer() -> None:

@@ -11,32 +11,28 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.ablation.arms import EPOCHS, Arm, Cell
-from benchmarks.ablation.measure import Asked
-from benchmarks.ablation.results import IMAGES
-from benchmarks.ablation.training import RECIPE, settings_of
-from benchmarks.ablation.workspace import Workspace
-from benchmarks.compressors.arms import ARMS, REFERENCE, SCALING, SWEEPS
-from benchmarks.compressors.choices import (
-    Choices,
-    choices_file,
-    choose_by_family,
-    in_all,
-    load_compressor,
-    read_choices,
-)
-from benchmarks.compressors.cost import IMAGE_TOKENS, image_cost, primitive_flops
+from benchmarks.answers import IMAGES, Asked
 from benchmarks.compressors.findings import (
-    Finding,
-    at_main_epoch,
+    IMAGE_TOKENS,
+    best_known,
+    choose_by_family,
     count_parameters,
+    image_cost,
+    load_compressor,
+    primitive_flops,
     read_findings,
 )
-from benchmarks.compressors.held_out import replayed_file
-from benchmarks.compressors.paper import TABLE_3, TABLE_4, TABLE_7
-from benchmarks.compressors.plot import draw
-from benchmarks.compressors.prefill import prefill_file, read_prefill
-from benchmarks.compressors.tables import all_tables
+from benchmarks.compressors.page import draw, to_markdown
+from benchmarks.compressors.variants import (
+    REFERENCE,
+    SCALING,
+    SWEEPS,
+    TABLE_3,
+    TABLE_4,
+    TABLE_7,
+    VARIANTS,
+)
+from benchmarks.study import EPOCHS, RECIPE, Study, Trained, Variant, Workspace
 from examples.tiny_vlm.families import FAMILIES
 from vllm_vispec.compressors.spec import COMBINATIONS, PRIMITIVES, parse_compressor
 from vllm_vispec.heads.config import HeadConfig
@@ -55,7 +51,7 @@ class TextConfig:
     rope_parameters = {"rope_theta": 10_000.0}  # noqa: RUF012
 
 
-def config_of(arm: Arm) -> HeadConfig:
+def config_of(arm: Variant) -> HeadConfig:
     settings = arm.settings
     return new_head_config(
         settings["head.kind"], TextConfig, compressor=settings.get("head.compressor", "")
@@ -71,15 +67,15 @@ def write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content))
 
 
-def write_cell(workspace: Workspace, name: str, epochs: int, accepted: int) -> Cell:
+def write_cell(workspace: Workspace, name: str, epochs: int, accepted: int) -> Trained:
     """A head with results of the engine."""
-    cell = Cell(ARMS[name], epochs, 0)
-    config, folder = config_of(cell.arm), workspace.head(cell)
+    cell = Trained(VARIANTS[name], epochs, 0)
+    config, folder = config_of(cell.variant), workspace.head(cell)
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     save_file(ViSpecDraft(config).state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config.to_config_json("float32")))
-    write_json(workspace.measured(cell), [asdict(one) for one in asked(accepted)])
+    write_json(workspace.result("cells", cell), [asdict(one) for one in asked(accepted)])
     return cell
 
 
@@ -93,26 +89,36 @@ def measured(tmp_path: Path) -> Workspace:
     branches = tuple(COMBINATIONS["select"].default.split(","))
     for name, accepted in ((REFERENCE, 1), ("select", 2)):
         rounds = [{"family": family, "accepted": [accepted, accepted]} for family in FAMILIES]
-        write_json(replayed_file(workspace, Cell(ARMS[name], EPOCHS, 0)), rounds)
-    rows = [
-        Choices("charts", branches, (3, 0, 1, 0, 0), (0.4, 0.1, 0.3, 0.1, 0.1)),
-        Choices("captioning", branches, (0, 0, 12, 0, 0), (0.0, 0.0, 1.0, 0.0, 0.0)),
+        write_json(workspace.result("replayed", Trained(VARIANTS[name], EPOCHS, 0)), rounds)
+    gates = {"charts": ([3, 0, 1, 0, 0], [0.4, 0.1, 0.3, 0.1, 0.1])}
+    gates["captioning"] = ([0, 0, 12, 0, 0], [0.0, 0.0, 1.0, 0.0, 0.0])
+    found = [
+        {"family": family, "branches": branches, "counts": counts, "shares": shares}
+        for family, (counts, shares) in gates.items()
     ]
-    write_json(choices_file(workspace, select), [asdict(one) for one in rows])
+    write_json(workspace.result("choices", select), found)
     fields = {"seconds": 0.006, "reference_seconds": 0.012, "ratio": 0.5, "low": 0.4, "high": 0.6}
     write_json(
-        prefill_file(workspace, select), [{"image_tokens": n, **fields} for n in IMAGE_TOKENS]
+        workspace.result("prefill", select), [{"image_tokens": n, **fields} for n in IMAGE_TOKENS]
     )
     return workspace
 
 
-def findings_of(workspace: Workspace) -> list[Finding]:
-    return read_findings(workspace, list(ARMS.values()), (0,))
+def study_of(workspace: Workspace) -> Study:
+    return Study(workspace, "target", tuple(VARIANTS.values()), (0,), 32, 7, 4, 1, 1)
 
 
-@pytest.mark.parametrize("arm", ARMS.values(), ids=list(ARMS))
-def test_recipe_of_every_arm_is_valid(arm: Arm, tmp_path: Path) -> None:
-    settings = settings_of(Workspace(tmp_path), "target", arm, 1) | {"schedule.epochs": "2"}
+def findings_of(workspace: Workspace) -> list[dict[str, Any]]:
+    return read_findings(study_of(workspace))
+
+
+def tables_of(workspace: Workspace) -> str:
+    return to_markdown({"rows": findings_of(workspace)})
+
+
+@pytest.mark.parametrize("arm", VARIANTS.values(), ids=list(VARIANTS))
+def test_recipe_of_every_arm_is_valid(arm: Variant, tmp_path: Path) -> None:
+    settings = study_of(Workspace(tmp_path)).recipe(arm, 1) | {"schedule.epochs": "2"}
     config = load_config(Path(RECIPE), [f"{name}={value}" for name, value in settings.items()])
     config.require_complete()
     kind = get_head_type(config.head.kind)
@@ -126,31 +132,31 @@ def test_recipe_of_every_arm_is_valid(arm: Arm, tmp_path: Path) -> None:
 
 
 def test_arms_differ_in_the_head_only() -> None:
-    def rest(arm: Arm) -> dict[str, str]:
+    def rest(arm: Variant) -> dict[str, str]:
         return {
             k: v for k, v in arm.settings.items() if k.split(".")[0] not in ("head", "schedule")
         }
 
-    reference = ARMS[REFERENCE]
-    for arm in ARMS.values():
+    reference = VARIANTS[REFERENCE]
+    for arm in VARIANTS.values():
         assert (arm.data, arm.answers, rest(arm)) == ("mixed", "target", rest(reference))
         assert EPOCHS in arm.epochs
         assert arm.after == ("" if arm is reference else REFERENCE)
 
 
 def test_every_number_of_the_paper_has_an_arm() -> None:
-    assert set(TABLE_3) <= set(ARMS)
+    assert set(TABLE_3) <= set(VARIANTS)
     assert {name: tuple(found) for name, found in TABLE_4.items()} == dict(SWEEPS)
-    assert {f"{name}_{n}" for name, numbers in SWEEPS.items() for n in numbers} <= set(ARMS)
+    assert {f"{name}_{n}" for name, numbers in SWEEPS.items() for n in numbers} <= set(VARIANTS)
     for name, found in TABLE_7.items():
-        assert ARMS[name].epochs == tuple(found) == SCALING
+        assert VARIANTS[name].epochs == tuple(found) == SCALING
 
 
 @pytest.mark.parametrize("size", [1, *IMAGE_TOKENS])
 def test_kv_tokens(size: int) -> None:
     def cost(name: str) -> tuple[int, tuple[int, int]]:
-        found = image_cost(config_of(ARMS[name]), size)
-        return found.kv_tokens, found.seen
+        found = image_cost(config_of(VARIANTS[name]), size)
+        return found["kv_tokens"], tuple(found["seen"])
 
     assert cost(REFERENCE) == (size, (size, size))
     assert cost("adaptor") == cost("adaptor_global") == (1, (1, 1))
@@ -167,7 +173,7 @@ def test_kv_tokens(size: int) -> None:
 
 def test_flops_grow_with_what_is_computed() -> None:
     def megaflops(name: str) -> float:
-        return image_cost(config_of(ARMS[name]), 1024).megaflops
+        return float(image_cost(config_of(VARIANTS[name]), 1024)["megaflops"])
 
     assert megaflops("text_only") == 0.0
     rows = 51 * (2 * WIDTH**2 + 4 * WIDTH**2)
@@ -179,7 +185,7 @@ def test_flops_grow_with_what_is_computed() -> None:
 
 def test_parameters() -> None:
     def image_part(name: str) -> int:
-        return count_parameters(config_of(ARMS[name]))[1]
+        return count_parameters(config_of(VARIANTS[name]))[1]
 
     square = WIDTH**2
     assert image_part(REFERENCE) == image_part("prune_20") == 0
@@ -190,54 +196,41 @@ def test_parameters() -> None:
     assert image_part("select") == image_part("conv_3") + image_part("resampler_2") + gate
     img_fc, one_query = 2 * square + WIDTH, attention + WIDTH
     assert image_part("select_global") == image_part("select") + img_fc + one_query
-    total, _ = count_parameters(config_of(ARMS[REFERENCE]))
-    assert total == sum(p.numel() for p in ViSpecDraft(config_of(ARMS[REFERENCE])).parameters())
+    total, _ = count_parameters(config_of(VARIANTS[REFERENCE]))
+    assert total == sum(p.numel() for p in ViSpecDraft(config_of(VARIANTS[REFERENCE])).parameters())
 
 
 def test_gate_is_read_from_the_head(measured: Workspace) -> None:
-    compressor = load_compressor(measured.head(Cell(ARMS["select"], EPOCHS, 0)))
+    compressor = load_compressor(measured.head(Trained(VARIANTS["select"], EPOCHS, 0)))
     asked_GD = [("charts", torch.zeros(WIDTH)), ("reasoning", torch.ones(WIDTH))] * 2
     found = choose_by_family(compressor, asked_GD)
-    assert [one.family for one in found] == ["charts", "reasoning"]
+    assert [one["family"] for one in found] == ["charts", "reasoning"]
     for one, state_D in zip(found, (torch.zeros(WIDTH), torch.ones(WIDTH)), strict=True):
         output = compressor.decide(state_D[None])
-        assert one.counts[int(output.choice_G)] == sum(one.counts) == 2
-        assert one.shares == pytest.approx(output.share_GK[0].tolist())
-
-
-def test_choices_of_all_families(measured: Workspace) -> None:
-    found = in_all(read_choices(choices_file(measured, Cell(ARMS["select"], EPOCHS, 0))))
-    assert found.counts == (3, 0, 13, 0, 0)
-    assert found.shares == pytest.approx((0.1, 0.025, 0.825, 0.025, 0.025))
+        assert one["counts"][int(output.choice_G)] == sum(one["counts"]) == 2
+        assert one["shares"] == pytest.approx(output.share_GK[0].tolist())
 
 
 def test_findings(measured: Workspace) -> None:
     found = findings_of(measured)
-    cells = [(one.arm.name, one.cell.epochs) for one in found]
-    main = [(name, EPOCHS) for name in ("eagle_vlm", "select", "prune_20")]
-    assert cells == [("eagle_vlm", 1), *main]
-    assert [one.arm.name for one in at_main_epoch(found)] == ["eagle_vlm", "select", "prune_20"]
+    names = [f"{name}-e{EPOCHS}-s0" for name in ("eagle_vlm", "select", "prune_20")]
+    assert [one["name"] for one in found] == ["eagle_vlm-e1-s0", *names]
     before, reference, select, prune = found
-    assert select.row is not None
-    assert select.row.gain is not None
-    assert select.row.gain.mean == pytest.approx(5 / 3)
-    assert select.tokens_per_round is select.replayed
-    assert select.replayed is not None
-    assert select.replayed_gain is not None
-    assert (select.replayed.mean, select.replayed_gain.mean) == (3.0, 1.5)
-    assert reference.replayed_gain is before.replayed is prune.replayed_gain is None
-    assert prune.tokens_per_round is not None
-    assert prune.tokens_per_round.mean == 4.0
-    content = json.loads(json.dumps([one.to_json() for one in found]))[2]
+    assert select["engine"]["tokens_per_round_ratio"]["mean"] == pytest.approx(5 / 3)
+    assert best_known(select) == select["replayed"]
+    assert (select["replayed"]["mean"], select["replayed_ratio"]["mean"]) == (3.0, 1.5)
+    assert reference["replayed_ratio"] is before["replayed"] is prune["replayed_ratio"] is None
+    assert best_known(prune) == prune["engine"]["tokens_per_round"][IMAGES]
+    assert prune["engine"]["tokens_per_round"][IMAGES]["mean"] == 4.0
+    content = json.loads(json.dumps(found))[2]
     assert content["engine"]["tokens_per_round"][IMAGES]["mean"] == 5.0
-    assert content["replayed"]["mean"] == 3.0
     assert [one["image_tokens"] for one in content["image_cost"]] == list(IMAGE_TOKENS)
     assert content["draft_prefill"][0]["ratio"] == 0.5
     assert content["choices"][0]["counts"] == [3, 0, 1, 0, 0]
 
 
 def test_tables(measured: Workspace) -> None:
-    tables = all_tables(findings_of(measured))
+    tables = tables_of(measured)
     replayed = "3.00 (3.00-3.00) | 1.50 (1.50-1.50)"
     engine = "5.00 (5.00-5.00) | 1.67 (1.67-1.67) | 2.00 (2.00-2.00) | 7/7"
     assert f"| select | {replayed} | {engine} | 2.03/3.69 |" in tables
@@ -252,51 +245,45 @@ def test_tables(measured: Workspace) -> None:
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
-    assert all_tables(findings_of(workspace)) == ""
+    assert tables_of(workspace) == ""
     cell = write_cell(workspace, "prune_20", EPOCHS, 3)
-    tables = all_tables(findings_of(workspace))
+    tables = tables_of(workspace)
     assert "| prune, 20x |" in tables
     assert "| EagleVLM |" not in tables
     assert "measured" not in tables
     assert "Epochs" not in tables
-    workspace.measured(cell).unlink()
+    workspace.result("cells", cell).unlink()
     assert findings_of(workspace) == []
 
 
 def test_replay_alone_makes_a_row(measured: Workspace) -> None:
-    measured.measured(Cell(ARMS["select"], EPOCHS, 0)).unlink()
-    tables = all_tables(findings_of(measured))
+    measured.result("cells", Trained(VARIANTS["select"], EPOCHS, 0)).unlink()
+    tables = tables_of(measured)
     assert "| select | 3.00 (3.00-3.00) | 1.50 (1.50-1.50) |  |  |  |  | 2.03/3.69 |" in tables
 
 
 def test_wrong_answers_show(measured: Workspace) -> None:
     first, *others = asked(4)
-    cell = Cell(ARMS["select"], EPOCHS, 0)
+    cell = Trained(VARIANTS["select"], EPOCHS, 0)
     wrong = [replace(first, identical=False), *others]
-    write_json(measured.measured(cell), [asdict(one) for one in wrong])
-    assert "| 6/7 | 2.03/3.69 |" in all_tables(findings_of(measured))
+    write_json(measured.result("cells", cell), [asdict(one) for one in wrong])
+    assert "| 6/7 | 2.03/3.69 |" in tables_of(measured)
 
 
 def test_plot(measured: Workspace, tmp_path: Path) -> None:
     file = tmp_path / "plot.png"
-    draw(findings_of(measured), file)
+    draw({"rows": findings_of(measured)}, file)
     first = file.read_bytes()
     assert first.startswith(b"\x89PNG")
-    draw(findings_of(measured), file)
+    draw({"rows": findings_of(measured)}, file)
     assert file.read_bytes() == first
-    draw([], file)
+    draw({"rows": []}, file)
     assert file.read_bytes() != first
-
-
-def test_prefill_is_read_back(measured: Workspace) -> None:
-    found = read_prefill(prefill_file(measured, Cell(ARMS["select"], EPOCHS, 0)))
-    assert list(found) == list(IMAGE_TOKENS)
-    assert found[256].reference_seconds == 0.012
 
 
 def test_registry_defaults_are_arms() -> None:
     for name in SWEEPS:
-        assert f"{name}_{PRIMITIVES[name].default}" in ARMS
+        assert f"{name}_{PRIMITIVES[name].default}" in VARIANTS
 
 
 def test_cost_of_primitives() -> None:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.ablation.arms import Cell
-from benchmarks.ablation.workspace import Workspace
-from benchmarks.compressors import held_out
-from benchmarks.compressors.arms import ARMS
-from benchmarks.compressors.choices import question_states
+from benchmarks.compressors import findings
+from benchmarks.compressors.findings import question_states
+from benchmarks.compressors.variants import VARIANTS
+from benchmarks.study import Trained, Workspace
 from vllm_vispec.reference import ViSpecDraft
 from vllm_vispec.train.batch import Observed, Runs
 from vllm_vispec.train.head_types import new_head_config
@@ -62,18 +61,18 @@ def test_replay_of_a_batch_is_that_of_each_sample() -> None:
         observed("c", ((1, 3), (5, 25)), ((27, 30), (33, 40)), 41),
     ]
     target: Any = SimpleNamespace(lm_head_VD=torch.randn(VOCAB, WIDTH))
-    together = held_out.replay_all(draft, target, samples)
-    assert together == [held_out.replay_all(draft, target, [one])[0] for one in samples]
+    together = findings.replay_all(draft, target, samples)
+    assert together == [findings.replay_all(draft, target, [one])[0] for one in samples]
     # Every answer token but the first of each answer comes out of a round.
     for found, tokens in zip(together, (11, 5, 2 + 6), strict=True):
         assert sum(found.accepted) + len(found.accepted) == tokens
 
 
 def test_nothing_is_computed_twice(tmp_path: Path, monkeypatch: Any) -> None:
-    workspace, cell = Workspace(tmp_path), Cell(ARMS["select"], 2, 0)
-    file = held_out.replayed_file(workspace, cell)
+    workspace, cell = Workspace(tmp_path), Trained(VARIANTS["select"], 2, 0)
+    file = workspace.result("replayed", cell)
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps([{"family": "charts", "accepted": [1, 0]}]))
-    monkeypatch.setattr(held_out, "observe", lambda *_: 1 / 0)
-    held_out.look_at_held_out(workspace, "target", [cell])
-    assert held_out.read_replayed(file) == [held_out.Replayed("charts", (1, 0))]
+    monkeypatch.setattr(findings, "observe", lambda *_: 1 / 0)
+    findings.look_at_held_out(workspace, "target", [cell])
+    assert json.loads(file.read_text()) == [{"family": "charts", "accepted": [1, 0]}]

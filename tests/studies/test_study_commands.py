@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report import TABLE_MARKS
-
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SMALL = ("--samples", "32", "--held-out", "7", "--per-family", "1", "--seed", "0")
@@ -26,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, module: str, *more: str) -> dict[str, Any]:
     """Run the command for one arm; returns its row."""
-    (folder / "page.md").write_text("\n".join(TABLE_MARKS))
+    (folder / "page.md").write_text("<!-- tables: here -->\n<!-- /tables -->\n")
     files = {"--work-dir": "work", "--output": "result.json", "--page": "page.md"}
     paths = [part for option, name in files.items() for part in (option, str(folder / name))]
     command = [sys.executable, "-m", module, *SMALL, *paths, *more]
@@ -47,7 +45,7 @@ def check(row: dict[str, Any]) -> None:
 
 
 def test_one_command(folder: Path) -> None:
-    command = ("benchmarks.ablation", "--arm", "eagle_vlm")
+    command = ("benchmarks.ablation", "--variant", "eagle_vlm")
     row = run(folder, *command)
     check(row)
     assert row["arm"] == "eagle_vlm"
@@ -61,7 +59,7 @@ def test_one_command(folder: Path) -> None:
 
 
 def test_command_of_the_compressors(folder: Path) -> None:
-    row = run(folder, "benchmarks.compressors", "--arm", "weighted", "--no-prefill")
+    row = run(folder, "benchmarks.compressors", "--variant", "weighted", "--no-prefill")
     check(row["engine"])
     assert row["name"] == "weighted-e2-s0"
     assert row["replayed"]["mean"] >= 1.0

@@ -1,0 +1,361 @@
+"""Studies of heads: variants x seeds -> heads -> answers -> JSON -> tables and picture.
+
+Every step goes on after a stop. A study is a registry of variants and a report; see
+`benchmarks.ablation` and `benchmarks.compressors`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.pair import MAX_MODEL_LEN, TARGET, ModelOption, ThreadsOption
+from examples.tiny_vlm.families import FAMILIES
+from examples.tiny_vlm.questions import TEXT_FAMILY, write_questions
+from vllm_vispec.bench.machine import server_environment
+from vllm_vispec.utils.errors import ViSpecError
+
+EPOCHS = 2  # of nearly all variants, on as many samples
+NUM_DRAFT_TOKENS = 5
+RECIPE = "examples/recipes/tiny.yaml"
+RESULTS, PAGES = Path("benchmarks/results"), Path("docs/evidence")
+MAX_TOKENS, LOG_TAIL = 320, 3000
+HELD_OUT = "held_out"
+# Name, split, first sample, families, temperature at which the target answers. The engine is asked
+# about other held-out samples, see `benchmarks.turns_worker`.
+QUESTION_SETS = (
+    ("mixed", "train", 30_000_000, tuple(FAMILIES), 1.0),
+    ("text", "train", 31_000_000, (TEXT_FAMILY,), 1.0),
+    (HELD_OUT, "heldout", 600_000, tuple(FAMILIES), 0.0),
+)
+# What all variants share and the recipe has otherwise: a fixed number of steps, one pass.
+BASE: Mapping[str, str] = {
+    "loss.name": "kl",
+    "loss.weights": "{feature: 0.5}",
+    "loss.passes": "1",
+    "loss.pass_decay": "1.0",
+    "schedule.minutes": "0",
+    "data.max_length": str(MAX_MODEL_LEN),
+    "run.validate_every": "0",
+    "run.save_every": "0",
+    "run.export": "last",
+    "head.dtype": "float32",
+}
+# SpecVLM (arXiv 2509.11815): its loss on the target's logits, and a constant rate, so that one run
+# goes through all epochs. The target's states come from the cache: the same numbers as with the
+# target in every step (tests/train/test_loop.py), in a fifth of the time.
+ONLINE = MappingProxyType(
+    {"loss.name": "specvlm", "loss.weights": "{}", "schedule.decay": "constant"}
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to make a head.
+
+    Attributes:
+        name: Of its folders and in the JSON.
+        label: In tables and plots.
+        data: Which questions, "mixed" (all task families) or "text" (no images).
+        answers: "short" (the question set's own) or "target" (written by the target, sampled).
+        settings: Changes to the base recipe.
+        epochs: A head is measured after each of these.
+        after: The variant that it changes in one thing; "" for a start of its own.
+    """
+
+    name: str
+    label: str
+    data: str
+    answers: str
+    settings: Mapping[str, str]
+    epochs: tuple[int, ...] = (EPOCHS,)
+    after: str = ""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One head: a variant after some epochs, with one seed."""
+
+    variant: Variant = field(hash=False)
+    epochs: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.variant.name}-e{self.epochs}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths below one folder."""
+
+    root: Path
+
+    def questions(self, data: str) -> Path:
+        """Folder of a question set: questions.jsonl, images/ and answers.jsonl."""
+        return self.root / "data" / data
+
+    def samples(self, variant: Variant) -> Path:
+        """What a variant trains on."""
+        names = {"short": "questions.jsonl", "target": "answers.jsonl"}
+        return self.questions(variant.data) / names[variant.answers]
+
+    @property
+    def held_out(self) -> Path:
+        """Held-out questions with the target's greedy answers."""
+        return self.questions(HELD_OUT) / "answers.jsonl"
+
+    def cache(self, variant: Variant) -> Path:
+        """Hidden states of a variant's samples, shared by all variants with the same ones."""
+        return self.root / "cache" / f"{variant.data}-{variant.answers}"
+
+    def run(self, variant: Variant, seed: int) -> Path:
+        """Folder of a training run."""
+        return self.root / "runs" / f"{variant.name}-s{seed}"
+
+    def head(self, trained: Trained) -> Path:
+        """Folder of a finished head."""
+        return self.root / "heads" / trained.name
+
+    def result(self, kind: str, trained: Trained) -> Path:
+        """What was found about a head: "cells" (in the engine), "replayed", "gates", "prefill"."""
+        return self.root / kind / f"{trained.name}.json"
+
+    def log(self, name: str) -> Path:
+        """Output of a command."""
+        return self.root / "logs" / f"{name}.log"
+
+
+def run_vispec(arguments: Sequence[str], log: Path, threads: int) -> None:
+    """Run a command of `vispec` in a process of its own.
+
+    Raises:
+        ViSpecError: it failed.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = server_environment()
+    environment |= {"OMP_NUM_THREADS": str(threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with log.open("a") as sink:
+        command = [sys.executable, "-m", "vllm_vispec", *arguments]
+        code = subprocess.run(command, stdout=sink, stderr=sink, env=environment).returncode
+    if code:
+        tail = log.read_text(errors="replace")[-LOG_TAIL:]
+        raise ViSpecError(f"vispec {' '.join(arguments)} failed; the end of {log}:\n{tail}")
+
+
+class Step(StrEnum):
+    """Parts of the run, in their order."""
+
+    PREPARE = "prepare"
+    TRAIN = "train"
+    MEASURE = "measure"
+    REPORT = "report"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is trained and measured, and where.
+
+    Attributes:
+        target: Folder or hub id.
+        samples, held_out: Of each training set, and of the validation set.
+        per_family, timed: Held-out questions of each family that the engine answers; of these, how
+            many are timed.
+        threads: Of every process.
+    """
+
+    workspace: Workspace
+    target: str
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...]
+    samples: int
+    held_out: int
+    per_family: int
+    timed: int
+    threads: int
+
+    def heads(self, seeds: Iterable[int] | None = None) -> list[Trained]:
+        """Every head, seed by seed."""
+        return [
+            Trained(variant, epochs, seed)
+            for seed in (self.seeds if seeds is None else seeds)
+            for variant in self.variants
+            for epochs in variant.epochs
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        """What the JSON file says of the run."""
+        return {
+            "samples": self.samples,
+            "epochs": EPOCHS,
+            "recipe": RECIPE,
+            "seeds": self.seeds,
+            "num_speculative_tokens": NUM_DRAFT_TOKENS,
+            "per_family": self.per_family,
+            "timed_per_family": self.timed,
+            "threads": self.threads,
+            "batch": 1,
+            "temperature": 0,
+        }
+
+    def prepare(self) -> None:
+        """Write the question sets, let the target answer, and keep the states it has there."""
+        wanted = {HELD_OUT, *(variant.data for variant in self.variants)}
+        for name, split, start, families, temperature in QUESTION_SETS:
+            if name not in wanted:
+                continue
+            folder = self.workspace.questions(name)
+            count = self.held_out if split == "heldout" else self.samples
+            if not (folder / "questions.jsonl").is_file():
+                write_questions(folder, split, start, count, families)
+            arguments = {
+                "--target": self.target,
+                "--input": str(folder / "questions.jsonl"),
+                "--output": str(folder / "answers.jsonl"),
+                "--prompt-style": "none",
+                "--temperature": str(temperature),
+                "--max-tokens": str(MAX_TOKENS),
+                "--max-model-len": str(MAX_MODEL_LEN),
+                "--engine": '{"enforce_eager": true, "max_num_seqs": 64}',
+            }
+            flat = [part for item in arguments.items() for part in item]
+            self._vispec(["regenerate", *flat], f"regenerate-{name}")
+        # Before several runs need them at once.
+        for variant in {self.workspace.cache(one): one for one in self.variants}.values():
+            settings = self.recipe(variant, 0) | {"teacher.mode": "offline"}
+            settings["schedule.epochs"] = str(variant.epochs[-1])
+            log = f"cache-{variant.data}-{variant.answers}"
+            self._vispec(["train", RECIPE, "--cache-only", *_flags(settings)], log)
+
+    def train(self) -> None:
+        """Train every variant with every seed."""
+        for seed in self.seeds:
+            for variant in self.variants:
+                self._train_variant(variant, seed)
+                print(f"trained: {variant.name}, seed {seed}", flush=True)
+
+    def _train_variant(self, variant: Variant, seed: int) -> None:
+        """A run goes on from one measured epoch to the next."""
+        trained = self.workspace.run(variant, seed) / "head"
+        for before, epochs in pairwise((0, *variant.epochs)):
+            head = self.workspace.head(Trained(variant, epochs, seed))
+            if head.is_dir():
+                continue
+            settings = self.recipe(variant, seed) | {"schedule.epochs": str(epochs)}
+            override = ["--override", "schedule.epochs"] if before else []
+            shutil.rmtree(trained, ignore_errors=True)  # of the epoch before
+            log = f"train-{variant.name}-s{seed}"
+            self._vispec(["train", RECIPE, *_flags(settings), *override], log)
+            if not trained.is_dir():
+                raise ViSpecError(
+                    f"training of {head.name} was stopped: run the same command to go on"
+                )
+            partial = head.with_name(head.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(trained, partial)
+            partial.rename(head)
+
+    def recipe(self, variant: Variant, seed: int) -> dict[str, str]:
+        """Everything that differs from the recipe, the number of epochs apart."""
+        return {
+            **BASE,
+            "target.model": self.target,
+            "data.train": str(self.workspace.samples(variant)),
+            "data.validation": str(self.workspace.held_out),
+            "teacher.cache_dir": str(self.workspace.cache(variant)),
+            "run.output": str(self.workspace.run(variant, seed)),
+            "run.seed": str(seed),
+            **variant.settings,
+        }
+
+    def _vispec(self, arguments: Sequence[str], log: str) -> None:
+        run_vispec(arguments, self.workspace.log(log), self.threads)
+
+
+def _flags(settings: Mapping[str, str]) -> list[str]:
+    return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+
+
+def choose_variants(
+    names: Sequence[str] | None, variants: Mapping[str, Variant]
+) -> tuple[Variant, ...]:
+    """The variants of these names, all if there are none.
+
+    Raises:
+        typer.BadParameter: a name is unknown.
+    """
+    unknown = [name for name in names or () if name not in variants]
+    if unknown:
+        raise typer.BadParameter(f"--variant {unknown[0]} is unknown: use {', '.join(variants)}")
+    return tuple(variants[name] for name in names or variants)
+
+
+def study_command(
+    name: str,
+    variants: Mapping[str, Variant],
+    seeds: tuple[int, ...],
+    measure: Callable[[Study, bool], None],
+    report: Callable[[Study, Path, Path], None],
+) -> Callable[..., None]:
+    """Return the command of a study.
+
+    Args:
+        name: Of its folder below `out`, its JSON and its page.
+        measure: Asks the engine and whoever else; with prefills or without.
+        report: Gets the JSON file and the page.
+    """
+
+    def main(
+        model: ModelOption = TARGET,
+        work_dir: Annotated[Path, typer.Option(help="Data, runs and results so far.")] = Path("out")
+        / name,
+        step: Annotated[list[Step] | None, typer.Option(help="Only these parts; repeat.")] = None,
+        seed: Annotated[list[int] | None, typer.Option(help="Repeat. Default: all.")] = None,
+        variant: Annotated[
+            list[str] | None, typer.Option("--variant", "--arm", help="Repeat. Default: all.")
+        ] = None,
+        samples: Annotated[int, typer.Option(min=32, help="Of each training set.")] = 1680,
+        held_out: Annotated[int, typer.Option(min=7, help="For the curves of the runs.")] = 112,
+        per_family: Annotated[int, typer.Option(min=1, help="Questions to the engine.")] = 4,
+        timed: Annotated[int, typer.Option(min=1, help="Of these, timed.")] = 1,
+        threads: ThreadsOption = 1,
+        prefill: Annotated[
+            bool, typer.Option(help="Compressors only: time the draft's part of prefills.")
+        ] = True,
+        output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / f"{name}.json",
+        page: Annotated[Path, typer.Option(help="Page with the tables.")] = PAGES / f"{name}.md",
+    ) -> None:
+        """Train and measure every variant with every seed."""
+        study = Study(
+            Workspace(work_dir.resolve()),
+            model,
+            choose_variants(variant, variants),
+            tuple(seed or seeds),
+            samples,
+            held_out,
+            per_family,
+            timed,
+            threads,
+        )
+        steps = set(step or Step)
+        if Step.PREPARE in steps:
+            study.prepare()
+        if Step.TRAIN in steps:
+            study.train()
+        if Step.MEASURE in steps:
+            measure(study, prefill)
+        if Step.REPORT in steps:
+            report(study, output, page)
+
+    return main
