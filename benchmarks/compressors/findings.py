@@ -17,7 +17,8 @@ from benchmarks.answers import IMAGES, estimate, make_rows, ratio, read_all, tok
 from benchmarks.compressors.variants import VARIANTS
 from benchmarks.study import NUM_DRAFT_TOKENS, Study, Trained, Workspace
 from examples.tiny_vlm.questions import IMAGE_FAMILIES
-from vllm_vispec.compressors.places import place_tokens
+from vllm_vispec.compressors.places import num_tokens, place_tokens
+from vllm_vispec.compressors.spec import CompressorSpec
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.folder import inspect_head
 from vllm_vispec.reference import tensor_shapes
@@ -180,17 +181,27 @@ def kept_rows(config: HeadConfig, image_tokens: int) -> list[int]:
 
 
 def _compressor_flops(config: HeadConfig, image_tokens: int) -> int:
-    from vllm_vispec.compressors.compressor import compressor_cost
-    from vllm_vispec.compressors.resampler import Resampler
-    from vllm_vispec.compressors.spec import CompressorSpec
-
-    flops = 0
+    width, flops = config.hidden_size, 0
     if config.has_adaptor:
         queries = CompressorSpec("resampler", config.num_query_tokens)
-        flops += Resampler.flops(queries, config.hidden_size, image_tokens)
+        flops += primitive_flops(queries, width, image_tokens)
     if config.has_compressor:
-        flops += compressor_cost(config.compressor_spec, config.hidden_size, image_tokens)[1]
+        branches = config.compressor_spec.primitives
+        flops += sum(primitive_flops(branch, width, image_tokens) for branch in branches)
     return flops
+
+
+def primitive_flops(spec: CompressorSpec, width: int, size: int) -> int:
+    """Floating point operations of a primitive for an image of `size` embeddings; 0 for copying."""
+    if spec.name == "pool":
+        return size * width
+    if spec.name == "conv":
+        return 2 * num_tokens(spec, size) * spec.amount * width**2
+    if spec.name == "resampler":
+        # Keys and values, scores and sums, and the output projection.
+        attended = 4 * size * width**2 + 4 * spec.amount * size * width
+        return attended + 2 * spec.amount * width**2
+    return 0
 
 
 def count_parameters(config: HeadConfig) -> tuple[int, int]:
