@@ -74,7 +74,8 @@ def observe(target: str, data: Path) -> tuple[TrainingTarget, list[Observed]]:
     """The target in float32 on the CPU, and what it computes for the conversations of a file."""
     import torch
 
-    from vllm_vispec.data.encode import Encoder, load_processor
+    from vllm_vispec.data.encode import Encoder
+    from vllm_vispec.data.template import load_processor
     from vllm_vispec.evaluate.options import DataSource
     from vllm_vispec.train.target import TrainingTarget
 
