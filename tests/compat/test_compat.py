@@ -261,6 +261,14 @@ for room in ("spec_decode", "trees", "models", "draft_vlm", "draft_vocab", "comp
     for path in (root / room).glob("*.py"):
         import_module(f"vllm_vispec.{room}.{path.stem}")
 assert "chains on V1" not in [group.title for group in groups.GROUPS]
+from types import SimpleNamespace
+from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+draft = SimpleNamespace(hf_config=SimpleNamespace(architectures=["EagleViSpecForCausalLM"]))
+speculative = SimpleNamespace(draft_model_config=draft)
+config = SimpleNamespace(speculative_config=speculative, additional_config={})
+assert type(EagleSpeculator.__new__(EagleSpeculator, config)).__name__ == "ViSpecSpeculator"
+draft.hf_config.architectures = ["EagleLlamaForCausalLM"]
+assert type(EagleSpeculator.__new__(EagleSpeculator, config)) is EagleSpeculator
 """
 
 
