@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.gpu.test_gpu_starts import SOME, assert_same, serve, start
-from tests.support.runners import V1_ENV
+from tests.support.child import Child
 from tests.support.tiny_store import TinyStore
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 
-def test_the_job_serves(tiny: TinyStore) -> None:
+def test_the_job_serves(child: Callable[..., Child], tiny: TinyStore) -> None:
     starts = {name: start(name, tiny, "float32", enforce_eager=True) for name in SOME}
-    served = serve(starts, dict(V1_ENV))
+    served = serve(child("v1"), starts)
     assert_same(served)
     for name in SOME[1:]:
         assert served[name].runner == "V1"
         assert served[name].graphs == {}
-    text = serve({"chain": starts["chain"]}, dict(V1_ENV), text_only=True)["chain"]
+    text = serve(child("v1"), {"chain": starts["chain"]}, text_only=True)["chain"]
     assert list(text.served.outputs()) == ["text"]

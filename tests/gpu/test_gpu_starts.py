@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.child import Child, ChildError
-from tests.support.engine import register_plugin, shut_down_distributed
+from tests.support.engine import Engines, register_plugin, stop
 from tests.support.spies import drafter
 from tests.support.starts import KINDS, SIZES, draft_options, start_requests
 from tests.support.tiny_store import TinyStore
@@ -39,15 +39,9 @@ def start(name: str, tiny: TinyStore, dtype: str, **more: Any) -> dict[str, Any]
     return {**arguments, **SIZES, "gpu_memory_utilization": 0.3, "dtype": dtype, **more}
 
 
-def serve(
-    starts: dict[str, dict[str, Any]], env: dict[str, str] | None = None, **how: bool
-) -> dict[str, Found]:
-    """Start one engine after another in a child process; what each answered by its name."""
-    child = Child(env or {})
-    try:
-        return {name: child.call(run, arguments, **how) for name, arguments in starts.items()}
-    finally:
-        child.close()
+def serve(child: Child, starts: dict[str, dict[str, Any]], **how: bool) -> dict[str, Found]:
+    """Start one engine after another; what each answered by its name."""
+    return {name: child.call(run, arguments, **how) for name, arguments in starts.items()}
 
 
 def run(arguments: dict[str, Any], text_only: bool = False, sleep: bool = False) -> Found:
@@ -69,9 +63,7 @@ def run(arguments: dict[str, Any], text_only: bool = False, sleep: bool = False)
             _sleep_and_wake(llm)
             found = replace(found, after=Served(drive(llm, wanted)))
     finally:
-        llm.llm_engine.engine_core.shutdown()
-    del llm
-    shut_down_distributed()
+        stop(llm)
     return found
 
 
@@ -99,11 +91,20 @@ def assert_same(served: dict[str, Found]) -> None:
 SOME = ("plain", "chain", "tree")
 
 
+@pytest.fixture
+def here(engines: Engines) -> Child:
+    """The process of engines as vLLM starts them on this machine."""
+    return engines.child({})
+
+
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def found(request: pytest.FixtureRequest, tiny: TinyStore) -> tuple[str, dict[str, Found]]:
+def found(
+    request: pytest.FixtureRequest, engines: Engines, tiny: TinyStore
+) -> tuple[str, dict[str, Found]]:
     """Plain vLLM and every kind of draft, in one dtype."""
     names = ("plain", *KINDS)
-    return request.param, serve({name: start(name, tiny, request.param) for name in names})
+    starts = {name: start(name, tiny, request.param) for name in names}
+    return request.param, serve(engines.child({}), starts)
 
 
 def test_drafts_change_no_answer(found: tuple[str, dict[str, Found]]) -> None:
@@ -125,38 +126,41 @@ def test_the_v2_runner_records_graphs(found: tuple[str, dict[str, Found]], kind:
         assert "walks down draft trees, FULL" in graphs
 
 
-def test_without_graphs(tiny: TinyStore) -> None:
-    served = serve({name: start(name, tiny, "float32", enforce_eager=True) for name in SOME})
+def test_without_graphs(here: Child, tiny: TinyStore) -> None:
+    starts = {name: start(name, tiny, "float32", enforce_eager=True) for name in SOME}
+    served = serve(here, starts)
     assert_same(served)
     assert not any("FULL" in graph for name in SOME for graph in served[name].graphs)
 
 
-def test_the_v1_runner(tiny: TinyStore) -> None:
+def test_the_v1_runner(engines: Engines, tiny: TinyStore) -> None:
     starts = {name: start(name, tiny, "float32") for name in SOME}
-    served = serve(starts, {"VLLM_USE_V2_MODEL_RUNNER": "0"})
+    served = serve(engines.child({"VLLM_USE_V2_MODEL_RUNNER": "0"}), starts)
     assert_same(served)
     assert all(served[name].runner == "V1" for name in SOME)
 
 
 @pytest.mark.parametrize("kind", ["chain", "tree"])
-def test_sleep_of_level_two(tiny: TinyStore, kind: str) -> None:
+def test_sleep_of_level_two(here: Child, tiny: TinyStore, kind: str) -> None:
     starts = {kind: start(kind, tiny, "float32", enable_sleep_mode=True)}
-    served = serve(starts, sleep=True)[kind]
+    served = serve(here, starts, sleep=True)[kind]
     assert served.after is not None
     assert served.after.outputs() == served.served.outputs()
 
 
-def test_a_quantized_cache(tiny: TinyStore) -> None:
+def test_a_quantized_cache(engines: Engines, tiny: TinyStore) -> None:
     """Where the device has no fp8 attention, plain vLLM is refused too."""
     try:
-        serve({"plain": start("plain", tiny, "bfloat16", kv_cache_dtype="fp8")})
+        serve(engines.child({}), {"plain": start("plain", tiny, "bfloat16", kv_cache_dtype="fp8")})
     except ChildError:
         return
-    served = serve({"chain": start("chain", tiny, "bfloat16", kv_cache_dtype="fp8")})
+    served = serve(
+        engines.child({}), {"chain": start("chain", tiny, "bfloat16", kv_cache_dtype="fp8")}
+    )
     assert served["chain"].served.acceptance() > 0
 
 
-def test_a_target_served_without_images(tiny: TinyStore) -> None:
+def test_a_target_served_without_images(here: Child, tiny: TinyStore) -> None:
     limits = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
     starts = {name: start(name, tiny, "float32", **limits) for name in SOME}
-    assert_same(serve(starts, text_only=True))
+    assert_same(serve(here, starts, text_only=True))

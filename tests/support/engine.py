@@ -228,7 +228,7 @@ def _on_engine(
     llm = _running.pop(key, None)
     if llm is None:
         while len(_running) >= MOST_RUNNING:
-            _stop(_running.pop(next(iter(_running))))
+            stop(_running.pop(next(iter(_running))))
         llm = _start(options)
     _running[key] = llm
     return function(llm, *args, **kwargs)
@@ -261,7 +261,7 @@ def engine(options: EngineOptions) -> Iterator[LLM]:
     try:
         yield llm
     finally:
-        _stop(llm)
+        stop(llm)
 
 
 def _start(options: EngineOptions) -> LLM:
@@ -284,7 +284,8 @@ def _start(options: EngineOptions) -> LLM:
             raise
 
 
-def _stop(llm: LLM) -> None:
+def stop(llm: LLM) -> None:
+    """Stop an engine, and with the last one vLLM's process-wide state."""
     llm.llm_engine.engine_core.shutdown()
     if not _running:
         shut_down_distributed()
