@@ -157,11 +157,14 @@ V2_FEATURES: Mapping[str, Options] = {
 FULL = {**_mixed(64), **PREFIX, **REST}
 
 ROWS = [
-    *_rows("v1", "small", "chain tree tree~", FULL),
-    *_rows("v1", "small", "chain~", {**_mixed(64), **PREFIX, "abort": {}}),
+    *_rows("v1", "small", "chain tree", FULL),
+    *_rows("v1", "small", "chain~ tree~", {**_mixed(64), **PREFIX}),
+    *_rows("v1", "small", "chain~", {"abort": {}}, slow=True),
+    *_rows("v1", "small", "tree~", REST, slow=True),
     *_rows("v1", "small", "evicting", _mixed(64)),
     *_rows("v1", "small", "q1 q4", _mixed(32)),
-    *_rows("v1", "blocks", "chain chain~ tree tree~", _mixed(20, 40)),
+    *_rows("v1", "blocks", "chain tree", _mixed(20, 40)),
+    *_rows("v1", "blocks", "chain~ tree~", _mixed(20, 40), slow=True),
     *_rows("v1", "compiled", "chain", FULL, slow=True),
     *_rows("v1", "compiled blocks", "chain", _mixed(20, 40), slow=True),
     *_rows("v2", "small", "chain", {**_mixed(16, 6), **PREFIX}),

@@ -32,7 +32,7 @@ TREE = {"num_draft_tokens": 19, "tree": {"policy": "eagle2", "depth": 3, "top_k"
 
 
 @pytest.mark.parametrize("draft", ["chain", "tree"])
-@pytest.mark.parametrize("runner", runners("v1", "v2"))
+@pytest.mark.parametrize("runner", runners("v1", "v2", slow=["v1"]))
 def test_sleeping_changes_nothing(
     engine: Callable[..., Engine],
     child: Callable[..., Child],

@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.child import Child
 from tests.support.engine import Engine, EngineOptions
-from tests.support.runners import RUNNERS, runners
+from tests.support.runners import RUNNERS, marks
 from tests.support.starts import KINDS, Start, assert_same_start, draft_options, serve_and_look
 from tests.support.tiny_store import TinyStore
 
@@ -29,8 +29,19 @@ UNCOMPILED: Mapping[str, Any] = {"compilation_config": {"custom_ops": ["none"]}}
 DRAFTS = {"draft_vlm": "DraftVlmModel", "no_compression": "EmbedsModel"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("runner", runners(*RUNNERS, slow=["v2"]))
+# On V1 in the default set: those whose models differ, and a tree.
+DEFAULT = ("chain", "tree", "draft_vlm", "no_compression")
+
+
+@pytest.mark.parametrize(
+    ("runner", "kind"),
+    [
+        pytest.param(name, kind, id=f"{name}-{kind}", marks=marks(name, slow))
+        for name in RUNNERS
+        for kind in KINDS
+        for slow in [name == "v2" or (name == "v1" and kind not in DEFAULT)]
+    ],
+)
 def test_starts_as_on_a_gpu(
     engine: Callable[..., Engine], tiny: TinyStore, runner: str, kind: str
 ) -> None:
