@@ -14,8 +14,6 @@ from typing import Any
 
 from pydantic import Field
 
-from vllm_vispec.bench.metrics import BASELINE, acceptance_rates, decoded
-from vllm_vispec.bench.pages import markdown_table
 from vllm_vispec.bench.roofline import (
     Hardware,
     PassShape,
@@ -127,6 +125,8 @@ def read_measured(path: Path, side: str, context: float | None = None) -> list[M
 
 def measured_cells(run: BenchRun, side: str) -> list[MeasuredCell]:
     """Return the plain cells and those of a side, repetitions pooled, without what failed."""
+    from vllm_vispec.bench.metrics import BASELINE, acceptance_rates, decoded
+
     pools: dict[CellKey, list[CellResult]] = defaultdict(list)
     for cell in run.cells:
         if cell.key.side in (BASELINE, side) and cell.error is None:
@@ -282,6 +282,8 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def calibration_to_markdown(found: Mapping[str, Any]) -> str:
     """Return the rates and the errors in a few lines, then every cell beside its prediction."""
+    from vllm_vispec.bench.pages import markdown_table
+
     rates, peak = found["hardware"], "peak not seen (no pass was limited by it)"
     if found["compute_seen"]:
         peak = f"{rates['flops'] / 1e9:.4g} GFLOP/s"

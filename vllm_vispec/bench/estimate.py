@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from vllm_vispec.bench.pages import markdown_table
 from vllm_vispec.bench.roofline import (
     DecoderSizes,
     Hardware,
@@ -229,6 +228,8 @@ def estimate(options: EstimateOptions) -> dict[str, Any]:
 
 def estimate_to_markdown(found: Mapping[str, Any]) -> str:
     """Return the table, the assumptions below it."""
+    from vllm_vispec.bench.pages import markdown_table
+
     rows = []
     for row in found["rows"]:
         ends = row["decode_speedup_by_overhead"]

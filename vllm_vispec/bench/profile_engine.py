@@ -36,8 +36,6 @@ from vllm_vispec.bench.profile_steps import (
     find_steps,
 )
 from vllm_vispec.bench.schema import BenchSample, Record
-from vllm_vispec.compat.check import require
-from vllm_vispec.compat.groups import groups_named
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.process import WorkerProcess, serve_requests
 
@@ -206,6 +204,8 @@ class ProfiledEngine:
         """Build the engine and record it from now on."""
         from vllm import LLM
 
+        from vllm_vispec.compat.check import require
+        from vllm_vispec.compat.groups import groups_named
         from vllm_vispec.plugin import register
 
         self.job = Job.from_json(request["job"])

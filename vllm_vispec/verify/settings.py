@@ -8,7 +8,6 @@ from typing import Any
 
 from vllm_vispec.bench.machine import has_gpu
 from vllm_vispec.bench.schema import Record
-from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.verify.result import CHAIN, PLAIN, TREE
 
@@ -66,6 +65,8 @@ class VerifySettings(Record):
     speculative_config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        from vllm_vispec.trees.settings import TreeSettings
+
         for name, value in zip(("target", "head"), self._choose_pair(), strict=True):
             object.__setattr__(self, name, value)
         if self.num_speculative_tokens < 1:
@@ -117,6 +118,8 @@ class VerifySettings(Record):
 
     def num_draft_passes(self, name: str) -> int:
         """Return how often the draft runs for one step's draft tokens."""
+        from vllm_vispec.trees.settings import TreeSettings
+
         if name == TREE:
             return TreeSettings.from_config(self.tree).levels
         return self.num_speculative_tokens if name == CHAIN else 0
