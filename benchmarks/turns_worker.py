@@ -7,7 +7,7 @@ from typing import Any
 
 from examples.tiny_vlm.samples import DemoSample, demo_samples
 from vllm_vispec.evaluate.engine import inside_answer
-from vllm_vispec.trees.memory import tree_memory
+from vllm_vispec.trees.attention import tree_memory
 from vllm_vispec.utils.process import serve_requests
 
 

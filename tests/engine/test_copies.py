@@ -47,7 +47,7 @@ UPLOADS = {
     "draft_vlm": {ROWS, EMBEDS},
 }
 # V1 tells the device which tree each request has; on V2 the device knows.
-V1_UPLOADS = {"tree": {"v1/tree_runner.py:_begin"}}
+V1_UPLOADS = {"tree": {"v1/tree_verification.py:_find_batch"}}
 CONCAT = GATED | {"compressor": "concat(resampler:2,conv:2,pool:3)"}
 CASES = [
     pytest.param(runner, name, id=f"{runner}-{name}", marks=marks(runner, slow))

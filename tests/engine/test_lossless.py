@@ -393,7 +393,7 @@ def test_trees_after_a_memory_profile(
 ) -> None:
     """Trees start as GPUs start them, before keys and values have a place, with little room.
 
-    The budget has room for a level of 8 trees: in a step of 12 prompts they are grown in parts.
+    The budget has room for a level of 8 trees: in a step of 12 prompts four requests get none.
     """
     options = {"max_num_seqs": 12, "max_num_batched_tokens": 32, "memory_profile": True}
     tree = _tree({"policy": "eagle2", "top_k": 4})(tiny, KIND)
@@ -404,26 +404,24 @@ def test_trees_after_a_memory_profile(
     if scenario == "mixed":
         assert drafting.serve(scenario, **kwargs).acceptance() > 0.2
     else:
-        assert drafting.run(_most_parts, KIND) > 1
+        assert drafting.run(_most_trees, KIND) == 8
 
 
-def _most_parts(llm: Any, kind: str) -> int:
-    """Return into how many parts the trees of one batch were divided, at most."""
+def _most_trees(llm: Any, kind: str) -> int:
+    """Return of how many requests trees were grown in one step, at most."""
     from unittest.mock import patch
 
-    from tests.support.spies import drafter
     from tests.support.workloads import SCENARIOS, forget
+    from vllm_vispec.trees.grow import TreeGrower
 
     counts = [0]
-    module: Any = __import__(type(drafter(llm)).__module__, fromlist=["parts_of"])
-    original = module.parts_of
+    original = TreeGrower.start_trees
 
-    def parts_of(*args: Any) -> list[slice]:
-        found = list(original(*args))
-        counts.append(len(found))
-        return found
+    def start_trees(self: TreeGrower, logits: Any) -> Any:
+        counts.append(len(logits))
+        return original(self, logits)
 
     forget(llm)
-    with patch.object(module, "parts_of", parts_of):
+    with patch.object(TreeGrower, "start_trees", start_trees):
         SCENARIOS["short"](llm, kind)
     return max(counts)

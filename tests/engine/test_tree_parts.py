@@ -47,7 +47,7 @@ def test_recorded_trees(engine: Callable[..., Engine], tiny: TinyStore, runner: 
         max_num_batched_tokens=96,
     )
     eager = ours.run(serve_requests, REQUESTS)
-    # Trees of 1, 3 and 6 requests, and walks of 4 and 12.
+    # Trees of 1, 3 and 6 requests, and verification of 4 and 12.
     recorded, replayed = ours.run(_serve_recorded, [WIDTH, 3 * WIDTH, 6 * WIDTH])
     assert recorded.outputs() == eager.outputs()
     assert recorded.accepted() == eager.accepted()
@@ -168,6 +168,7 @@ class Layer:
         from vllm.config import VllmConfig, set_current_vllm_config
         from vllm.model_executor.layers.attention import Attention
         from vllm.utils.torch_utils import set_default_torch_dtype
+        from vllm.v1.worker.utils import customize_attention_spec
 
         from vllm_vispec.trees import attention
         from vllm_vispec.trees.patch_points import apply_attention
@@ -183,7 +184,8 @@ class Layer:
             module = Attention(
                 NUM_HEADS, head_size, head_size**-0.5, NUM_KV_HEADS, prefix="layers.0.attn"
             )
-            spec = module.get_kv_cache_spec(config)
+            # As both runners ask for it.
+            spec = customize_attention_spec(module.attn_backend, module.get_kv_cache_spec(config))
             builder = module.attn_backend.get_builder_cls()(
                 spec, ["layers.0.attn"], config, torch.device("cpu")
             )
@@ -258,10 +260,10 @@ def _measure(head_size: int, dtype: str) -> dict[str, float]:
     tokens, nodes = torch.arange(total + 1), torch.arange(PREFIX, total)
     first, plain = BLOCK, BLOCK * (1 + BLOCKS)
     layer.store(tokens[:PREFIX], first + tokens[:PREFIX])
-    padding.codes.set(torch.arange(1, NODES + 1), tree.path[0], NODES + 1)
+    padding.codes.write_target_codes(torch.arange(1, NODES + 1), tree.path[0], NODES + 1)
     layer.store(nodes, first + nodes)
     found = layer.attend(nodes, total, 1)
-    padding.codes.clear()
+    padding.codes.clear_codes()
     # The same tokens as a plain sequence.
     layer.store(tokens[:total], plain + tokens[:total])
     as_text = layer.attend(nodes, total, 1 + BLOCKS)

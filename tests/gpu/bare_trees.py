@@ -14,8 +14,8 @@ import torch
 from tests.gpu.bare_attention import milliseconds
 from tests.gpu.setup import NotRun, Setup
 from vllm_vispec.trees.grow import DraftTree, TreeGrower, best_path, replace_rows
-from vllm_vispec.trees.rounds import Moves, TreeRound, TreeTable
 from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.trees.verify import Moves, TreeBatch, TreeTable
 
 SETTINGS = TreeSettings(depth=3, top_k=8)
 NODES = 29
@@ -101,11 +101,11 @@ def run_memory(setup: Setup) -> Any:
         grower = TreeGrower(SETTINGS)
         root = torch.randn(num_requests, VOCAB, dtype=DTYPE, device="cuda")
         logits = torch.randn(num_requests, SETTINGS.top_k, VOCAB, dtype=DTYPE, device="cuda")
-        grower.start(root)
+        grower.start_trees(root)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        grower.expand(logits)
+        grower.grow_level(logits)
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
         found[f"{num_requests} requests, MiB"] = {
@@ -119,17 +119,17 @@ def run_memory(setup: Setup) -> Any:
 def step(inputs: Inputs, table: TreeTable) -> Outputs:
     """Grow trees, keep them, verify them as a batch of their own, and find what moves."""
     grower = TreeGrower(SETTINGS)
-    grower.start(inputs.root)
+    grower.start_trees(inputs.root)
     for logits_RWV in inputs.levels:
-        grower.expand(logits_RWV)
-    tree = grower.finish(NODES)
+        grower.grow_level(logits_RWV)
+    tree = grower.finish_trees(NODES)
     tree = replace_rows(tree, best_path(tree), inputs.is_linear)
-    table.write(inputs.slot, tree)
+    table.write_trees(inputs.slot, tree)
     num_requests, device = inputs.slot.shape[0], inputs.slot.device
     start_R = torch.arange(num_requests, device=device) * (NODES + 1)
     count_R = torch.full_like(start_R, NODES)
     num_rows = num_requests * (NODES + 1)
-    batch = TreeRound(
+    batch = TreeBatch(
         table, inputs.slot, start_R, count_R, torch.arange(num_rows, device=device), num_rows
     )
     token_S = torch.nn.functional.pad(tree.token, (1, 0)).flatten()
@@ -137,8 +137,8 @@ def step(inputs: Inputs, table: TreeTable) -> Outputs:
     row_S = torch.arange(num_rows, device=device)
     best_child_S = torch.roll(token_S, -1)
     sampled_S = torch.where(inputs.sampled % 3 > 0, best_child_S, row_S % VOCAB)
-    found = batch.walk(sampled_S, token_S)
-    return Outputs(tree, batch.moves(found), found.accepted, found.token)
+    found, moves = batch.verify(sampled_S, token_S)
+    return Outputs(tree, moves, found.num_accepted, found.token)
 
 
 def _inputs(num_requests: int, setup: Setup, seed: int) -> Inputs:
@@ -177,7 +177,7 @@ def _is_stable(inputs: Inputs, generator: torch.Generator) -> bool:
 
 
 def _table(num_requests: int, device: str) -> TreeTable:
-    return TreeTable(SETTINGS, NODES, num_requests, torch.device(device))
+    return TreeTable(SETTINGS.levels, NODES, num_requests, torch.device(device))
 
 
 @contextmanager

@@ -80,12 +80,12 @@ def places() -> Iterator[dict[str, Any]]:
     """Yield whether a layer with several heads is found to store as its cache's strides say."""
     from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
-    from vllm_vispec.models.padded_impl import padded_class
+    from vllm_vispec.trees.attention import padded_impl
     from vllm_vispec.trees.target_cache import find_elements
 
     heads, head_size, padded = 3, 16, 24
-    impl: Any = TritonAttentionImpl(heads, padded, 1.0, heads, None, None, "auto")
-    impl.__class__ = padded_class(TritonAttentionImpl)
+    padded_class = padded_impl(TritonAttentionImpl, padded)
+    impl: Any = padded_class(heads, head_size, 1.0, heads, None, None, "auto")
     impl.tree_padding = SimpleNamespace(key_shape=(heads, head_size, padded))
     one = torch.ones(())
     # Only which tile the kernel takes depends on it.

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from tests.support.operators import LiveBytes
-from vllm_vispec.models.padded_impl import LayerPadding
 from vllm_vispec.models.vispec import make_rows
 from vllm_vispec.trees import target_cache
-from vllm_vispec.trees.code_rows import CodeRows
+from vllm_vispec.trees.attention import LayerPadding
+from vllm_vispec.trees.codes import CodeBuffers
 from vllm_vispec.trees.grow import TreeGrower
-from vllm_vispec.trees.rounds import TreeRound, TreeTable
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.trees.target_cache import TargetCache
+from vllm_vispec.trees.verify import TreeBatch, TreeTable
 
 GIB = 2**30
 CHAIN_BUDGET = 80 * GIB // 100
@@ -78,12 +78,12 @@ def test_chains(model: str, num_query_tokens: int, monkeypatch: pytest.MonkeyPat
     with META:
         rows = make_rows(head, None, TOKENS, 256)
     num_bytes = sum(buffer.nbytes for buffer in rows.buffers())
-    assert rows.ids.num_slots > 256
+    assert rows.codes.num_slots > 256
     assert TOKENS * head.hidden_size * 2 < num_bytes < CHAIN_BUDGET
     # An own number is the user's; the default shrinks for the largest tables alone.
-    assert (rows.ids.num_slots == 1025) == (num_query_tokens * head.hidden_size <= 192 * 1024)
+    assert (rows.codes.num_slots == 1025) == (num_query_tokens * head.hidden_size <= 192 * 1024)
     with META:
-        assert make_rows(head, 2000, 8, 256).ids.num_slots == 2001
+        assert make_rows(head, 2000, 8, 256).codes.num_slots == 2001
 
 
 class _Layer:
@@ -96,9 +96,9 @@ class _Layer:
         self.impl = SimpleNamespace(tree_padding=padding)
 
 
-def _padding(codes: CodeRows, heads: int, kv_heads: int, size: int, padded: int) -> LayerPadding:
-    layer = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads)
-    return LayerPadding.of(layer, size, padded, codes)
+def _padding(codes: CodeBuffers, heads: int, kv_heads: int, size: int, padded: int) -> LayerPadding:
+    layer = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_size=size)
+    return LayerPadding.of_layer(layer, padded, codes)
 
 
 def _cache(sizes: Sizes, padding: LayerPadding) -> TargetCache:
@@ -115,10 +115,10 @@ def test_trees(model: str, requests: int, monkeypatch: pytest.MonkeyPatch) -> No
     sizes, settings = MODELS[model], TreeSettings()
     heads, kv_heads = sizes.heads // sizes.cards, sizes.kv_heads // sizes.cards
     with META, LiveBytes() as live:
-        codes = CodeRows(settings, TOKENS, torch.bfloat16, META)
+        codes = CodeBuffers(settings.levels, settings.top_k, TOKENS, torch.bfloat16, META)
         padding = _padding(codes, heads, kv_heads, 128, 152)
         _padding(codes, heads, heads, 136, 160)
-        table = TreeTable(settings, NODES, 256, META)
+        table = TreeTable(settings.levels, NODES, 256, META)
         cache = _cache(sizes, padding)
         of_vllm = live.live - codes.num_bytes - sum(b.nbytes for b in table.buffers())
         _round(cache, codes, table, settings, requests, sizes)
@@ -128,7 +128,7 @@ def test_trees(model: str, requests: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 def _round(
     cache: TargetCache,
-    codes: CodeRows,
+    codes: CodeBuffers,
     table: TreeTable,
     settings: TreeSettings,
     num_requests: int,
@@ -136,18 +136,18 @@ def _round(
 ) -> None:
     slots_R = torch.arange(num_requests)
     grower = TreeGrower(settings)
-    grower.start(torch.empty(num_requests, sizes.vocab, dtype=torch.bfloat16))
+    grower.start_trees(torch.empty(num_requests, sizes.vocab, dtype=torch.bfloat16))
     for _ in range(settings.depth):
         shape = num_requests, settings.top_k, sizes.vocab
-        frontier = grower.expand(torch.empty(shape, dtype=torch.bfloat16))
-        codes.set_draft(frontier.path.flatten(0, 1))
-    table.write(slots_R, grower.finish(NODES))
+        frontier = grower.grow_level(torch.empty(shape, dtype=torch.bfloat16))
+        codes.write_draft_codes(frontier.path.flatten(0, 1))
+    table.write_trees(slots_R, grower.finish_trees(NODES))
     num_rows = num_requests * (NODES + 1)
     count_R = torch.full((num_requests,), NODES)
     token_S = torch.arange(num_rows)
-    batch = TreeRound(table, slots_R, slots_R * (NODES + 1), count_R, token_S, num_rows)
-    codes.set(token_S, batch.path, num_rows)
-    moves = batch.moves(batch.walk(torch.empty(num_rows, dtype=torch.int64), token_S))
+    batch = TreeBatch(table, slots_R, slots_R * (NODES + 1), count_R, token_S, num_rows)
+    codes.write_target_codes(token_S, batch.path, num_rows)
+    _, moves = batch.verify(torch.empty(num_rows, dtype=torch.int64), token_S)
     names = {layer.layer_name for layer in cache._layers}
     mapping = dict.fromkeys(names, torch.empty(TOKENS, dtype=torch.int64))
     cache.move(mapping, token_S[moves.source], token_S[moves.place], moves.is_draft)

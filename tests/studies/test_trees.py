@@ -37,9 +37,8 @@ from benchmarks.turns import Memory, Reply, compare, take_turns
 from benchmarks.turns_worker import memory_of
 from examples.tiny_vlm.families import FAMILIES
 from tests.studies.made_up_trees import FakeEngine, made_up_call, made_up_row, made_up_rows
-from vllm_vispec.models.padded_impl import LayerPadding
-from vllm_vispec.trees.code_rows import CodeRows
-from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.trees.attention import LayerPadding
+from vllm_vispec.trees.codes import CodeBuffers
 from vllm_vispec.utils.errors import ViSpecError
 
 GREEDY, POLICIES = PARTS[Part.POLICIES]
@@ -284,11 +283,11 @@ def test_unknown_drafts_are_named(bench: Bench) -> None:
 
 def _loaded(*shapes: tuple[int, int, int], shared: bool = False) -> Any:
     """Return a worker whose layers are padded, by K, h and P; one shares its cache or none."""
-    codes = CodeRows(TreeSettings(), 8, torch.float32, torch.device("cpu"))
+    codes = CodeBuffers(4, 8, 8, torch.float32, torch.device("cpu"))
     layers: dict[str, Any] = {"vision": SimpleNamespace()}
     for number, shape in enumerate(shapes):
-        layer = SimpleNamespace(num_heads=8, num_kv_heads=shape[0])
-        padding = LayerPadding.of(layer, *shape[1:], codes)
+        layer = SimpleNamespace(num_heads=8, num_kv_heads=shape[0], head_size=shape[1])
+        padding = LayerPadding.of_layer(layer, shape[2], codes)
         layers[f"layer {number}"] = SimpleNamespace(
             impl=SimpleNamespace(tree_padding=padding),
             kv_sharing_target_layer_name="layer 0" if shared and number == 1 else None,

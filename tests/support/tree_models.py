@@ -36,11 +36,11 @@ def grow(model: Model, settings: TreeSettings, num_requests: int, num_nodes: int
     """Grow trees as an engine does: a pass over the frontier for each level."""
     grower = TreeGrower(settings)
     paths: list[list[Path]] = [[()] for _ in range(num_requests)]
-    frontier = grower.start(_pass(model, paths)[:, 0])
+    frontier = grower.start_trees(_pass(model, paths)[:, 0])
     for _ in range(settings.depth):
         paths = _follow(paths, frontier)
-        frontier = grower.expand(_pass(model, paths))
-    return grower.finish(num_nodes)
+        frontier = grower.grow_level(_pass(model, paths))
+    return grower.finish_trees(num_nodes)
 
 
 def _pass(model: Model, paths: list[list[Path]]) -> torch.Tensor:

@@ -9,11 +9,11 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
-from vllm_vispec.trees.code_rows import CodeRows
-from vllm_vispec.trees.rounds import TreeTable
+from vllm_vispec.trees.codes import CodeBuffers
+from vllm_vispec.trees.cudagraph import RecordedVerification
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.trees.speculator import TreeSpeculator
-from vllm_vispec.trees.walk_graph import StaticWalk
+from vllm_vispec.trees.verify import TreeTable
 
 CPU = torch.device("cpu")
 LAYER = "draft"
@@ -55,6 +55,14 @@ class Blocks:
         return self.slot_mappings[:, :num_tokens]
 
 
+class Speculative(SimpleNamespace):
+    """vLLM's `SpeculativeConfig`, as far as its graph managers know it."""
+
+    def uses_dynamic_speculative_decoding(self) -> bool:
+        """Whether there is a load schedule."""
+        return self.num_speculative_tokens_per_batch_size is not None
+
+
 def _config(settings: TreeSettings, nodes: int, max_num_reqs: int, max_num_tokens: int) -> Any:
     """Return what vLLM's graph managers read of a configuration."""
     return SimpleNamespace(
@@ -68,9 +76,8 @@ def _config(settings: TreeSettings, nodes: int, max_num_reqs: int, max_num_token
             max_cudagraph_capture_size=24,
         ),
         cache_config=SimpleNamespace(use_kda_recoverssm=False),
-        speculative_config=SimpleNamespace(
+        speculative_config=Speculative(
             num_speculative_tokens_per_batch_size=None,
-            uses_dynamic_speculative_decoding=lambda: False,
             num_speculative_tokens=nodes,
         ),
         num_speculative_tokens=nodes,
@@ -100,9 +107,11 @@ class SmallTreeSpeculator(TreeSpeculator):
         self.idx_mapping = torch.full((max_num_reqs,), -1)
         self.draft_tokens = torch.zeros(max_num_reqs, nodes, dtype=torch.int64)
         self.hidden_states = torch.zeros(max_num_tokens, WIDTH)
-        self.codes = CodeRows(settings, max_num_tokens, torch.float32, CPU)
-        self.query, self.key = self.codes.query(_HEAD), self.codes.key(_HEAD)
-        self.table = TreeTable(settings, nodes, max_num_reqs, CPU)
+        self.codes = CodeBuffers(
+            settings.levels, settings.top_k, max_num_tokens, torch.float32, CPU
+        )
+        self.query, self.key = self.codes.query_buffer(_HEAD), self.codes.key_buffer(_HEAD)
+        self.table = TreeTable(settings.levels, nodes, max_num_reqs, CPU)
         self.rows = torch.arange(max_num_tokens)
         self.draft_rows: Any = SimpleNamespace(select_rows=self._select_rows)
         self.model: Any = SimpleNamespace(compute_logits=self._logits)
@@ -124,19 +133,17 @@ class SmallTreeSpeculator(TreeSpeculator):
         self.target_attn_groups: Any = []
         self.target_input_buffers = self.input_buffers
         self.last_token_indices = torch.zeros(self.max_num_reqs, dtype=torch.int64)
+        sizes = self.max_num_reqs, self.max_num_tokens
         self.model_state: Any = SimpleNamespace(
-            prepare_attn=lambda *args, **kwargs: {LAYER: self.input_buffers}
+            prepare_attn=lambda *args, **kwargs: {LAYER: self.input_buffers},
+            linear_requests=lambda req_ids: None,
+            recorded_verification=RecordedVerification(self.table, *sizes),
         )
         self.attn_cg_support: Any = SimpleNamespace(
             min_cg_support=AttentionCGSupport.ALWAYS, min_cg_attn_backend=None
         )
         self.supports_decode_metadata_update = True
-        self.trees: Any = SimpleNamespace(
-            table=self.table,
-            static_walk=StaticWalk(self.table, self.max_num_reqs, self.max_num_tokens),
-            accept=lambda *args: None,
-            replace_with_chains=lambda *args: None,
-        )
+        self.trees: Any = SimpleNamespace(table=self.table, move_accepted=lambda *args: None)
 
     def _prefill(self, *args: Any, **kwargs: Any) -> None:
         """Leave the roots to the tests."""

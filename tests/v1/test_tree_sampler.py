@@ -21,11 +21,10 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from tests.support.operators import LiveBytes
 from tests.support.tree_models import VOCAB, grow, random_model, slow_walk
 from vllm_vispec.trees.grow import DraftTree
-from vllm_vispec.trees.rounds import Moves, TreeRound, TreeTable
 from vllm_vispec.trees.settings import TreeSettings
-from vllm_vispec.v1 import tree_sampler as v1_sampler
+from vllm_vispec.trees.verify import Moves, TreeBatch, TreeTable
 from vllm_vispec.v1.cpu_repairs import expand_batch_to_tokens
-from vllm_vispec.v1.tree_sampler import TreeRejectionSampler
+from vllm_vispec.v1.tree_verification import TreeRejectionSampler
 
 SETTINGS = TreeSettings(depth=2, top_k=3)
 NODES = 10
@@ -44,15 +43,15 @@ def _fixed_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 class _Trees:
     """Stands in for the runner's part."""
 
-    def __init__(self, batch: TreeRound | None) -> None:
+    def __init__(self, batch: TreeBatch | None) -> None:
         self._batch = batch
         self.accepted: list[Moves] = []
 
-    def take_round(self) -> TreeRound | None:
+    def take_batch(self) -> TreeBatch | None:
         batch, self._batch = self._batch, None
         return batch
 
-    def accept(self, batch: TreeRound, moves: Moves) -> None:
+    def move_accepted(self, batch: TreeBatch, moves: Moves) -> None:
         self.accepted.append(moves)
 
 
@@ -64,7 +63,9 @@ def _metadata(token_rows: Sequence[Sequence[int]]) -> SpecDecodeMetadata:
     flat = [index for own in rows for index in own]
     return replace(
         metadata,
-        target_logits_indices=torch.tensor([i for own in rows for i in own[:-1]]),
+        target_logits_indices=torch.tensor(
+            [i for own in rows for i in own[:-1]], dtype=torch.int64
+        ),
         bonus_logits_indices=torch.tensor([own[-1] for own in rows]),
         logits_indices=torch.tensor(flat),
     )
@@ -94,21 +95,20 @@ def _sampling(num_requests: int, temperature: float = 0.0, **changes: Any) -> Sa
     return SamplingMetadata(**(values | changes))
 
 
-def _batch(table: TreeTable, slots: list[int], metadata: SpecDecodeMetadata) -> TreeRound:
+def _batch(table: TreeTable, slots: list[int], metadata: SpecDecodeMetadata) -> TreeBatch:
     count_R = torch.tensor(metadata.num_draft_tokens)
     start_R = metadata.cu_num_sampled_tokens - count_R - 1
     num_rows = len(metadata.logits_indices)
-    return TreeRound(
+    return TreeBatch(
         table, torch.tensor(slots), start_R.long(), count_R, metadata.logits_indices, num_rows
     )
 
 
 def _sample(
-    batch: TreeRound, metadata: SpecDecodeMetadata, logits: torch.Tensor, sampling: SamplingMetadata
+    batch: TreeBatch, metadata: SpecDecodeMetadata, logits: torch.Tensor, sampling: SamplingMetadata
 ) -> Any:
-    sampler = TreeRejectionSampler(Sampler())
     trees: Any = _Trees(batch)
-    sampler.trees = trees
+    sampler = TreeRejectionSampler(Sampler(), None, CPU, trees)
     found = sampler(metadata, None, logits, sampling)
     assert len(trees.accepted) == 1
     return found
@@ -135,8 +135,8 @@ def _rows(tree: DraftTree, request: int, length: int) -> tuple[list[int], list[i
 def test_greedy_tokens_and_their_log_probabilities() -> None:
     """Trees of several lengths, a request without drafts between them."""
     tree = grow(random_model(3), SETTINGS, 4, NODES)
-    table = TreeTable(SETTINGS, NODES, 4, CPU)
-    table.write(slice(4), tree)
+    table = TreeTable(SETTINGS.levels, NODES, 4, CPU)
+    table.write_trees(slice(4), tree)
     lengths = [NODES, 6, 0, 9]
     metadata = _metadata([tree.token[r, :n].tolist() for r, n in enumerate(lengths)])
     generator = torch.Generator().manual_seed(0)
@@ -165,8 +165,8 @@ def test_greedy_tokens_and_their_log_probabilities() -> None:
 def test_penalties_of_chains_beside_trees() -> None:
     """A chain's rows see the tokens before them; a tree's request has none to see."""
     tree = grow(random_model(4), SETTINGS, 1, NODES)
-    table = TreeTable(SETTINGS, NODES, 2, CPU)
-    table.write(slice(1), tree)
+    table = TreeTable(SETTINGS.levels, NODES, 2, CPU)
+    table.write_trees(slice(1), tree)
     chain, said = [5, 6, 7], [1, 2]
     metadata = _metadata([tree.token[0].tolist(), chain])
     generator = torch.Generator().manual_seed(1)
@@ -222,8 +222,8 @@ def test_draws_have_the_targets_distribution(top_k: int | None) -> None:
     num_requests, vocab, temperature = 4000, 6, 0.8
     settings = TreeSettings(depth=1, top_k=2)
     tree = grow(lambda request, path: torch.arange(vocab) * 1.0 + len(path), settings, 1, 4)
-    table = TreeTable(settings, 4, 1, CPU)
-    table.write(slice(1), tree)
+    table = TreeTable(settings.levels, 4, 1, CPU)
+    table.write_trees(slice(1), tree)
     tokens, parents = _rows(tree, 0, 4)
     logits_JV = 1.5 * torch.randn(5, vocab, generator=torch.Generator().manual_seed(2))
     metadata = _metadata([tokens[1:]] * num_requests)
@@ -255,8 +255,8 @@ def test_draws_have_the_targets_distribution(top_k: int | None) -> None:
 
 def test_a_requests_own_generator_decides() -> None:
     tree = grow(random_model(5), SETTINGS, 1, NODES)
-    table = TreeTable(SETTINGS, NODES, 3, CPU)
-    table.write(slice(1), tree)
+    table = TreeTable(SETTINGS.levels, NODES, 3, CPU)
+    table.write_trees(slice(1), tree)
     metadata = _metadata([tree.token[0].tolist()] * 3)
     logits = torch.randn(NODES + 1, VOCAB, generator=torch.Generator().manual_seed(3)).repeat(3, 1)
     rows = []
@@ -270,30 +270,33 @@ def test_a_requests_own_generator_decides() -> None:
     assert rows[0][1] != rows[1][1]
 
 
-def test_parts_of_a_batch_draw_what_the_whole_batch_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few rows are drawn at a time; a greedy request and one without drafts among them."""
+def test_batches_draw_what_single_requests_draw() -> None:
+    """A greedy request and one without drafts among them."""
     tree = grow(random_model(6), SETTINGS, 4, NODES)
-    table = TreeTable(SETTINGS, NODES, 4, CPU)
-    table.write(slice(4), tree)
-    lengths = [NODES, 0, 6, NODES]
-    metadata = _metadata([tree.token[r, :n].tolist() for r, n in enumerate(lengths)])
-    logits = torch.randn(sum(lengths) + 4, VOCAB, generator=torch.Generator().manual_seed(4))
-    found = []
-    for max_rows in (1000, 20, 12, 1):
-        monkeypatch.setattr(v1_sampler, "_MAX_ELEMENTS", max_rows * VOCAB)
-        generators = {r: torch.Generator().manual_seed(r) for r in (0, 1, 3)}
-        sampling = _sampling(4, 1.0, all_random=False, generators=generators)
-        sampling = replace(sampling, temperature=torch.tensor([1.0, 1.0, 0.0, 0.7]))
-        batch = _batch(table, [0, 1, 2, 3], metadata)
-        found.append(_sample(batch, metadata, logits.clone(), sampling).sampled_token_ids)
-    assert all(torch.equal(tokens, found[0]) for tokens in found)
+    table = TreeTable(SETTINGS.levels, NODES, 4, CPU)
+    table.write_trees(slice(4), tree)
+    lengths, temperature = [NODES, 0, 6, NODES], torch.tensor([1.0, 1.0, 0.0, 0.7])
+    drafts = [tree.token[r, :n].tolist() for r, n in enumerate(lengths)]
+    generator = torch.Generator().manual_seed(4)
+    parts = [torch.randn(length + 1, VOCAB, generator=generator) for length in lengths]
+
+    def drawn(requests: list[int]) -> list[list[int]]:
+        metadata = _metadata([drafts[r] for r in requests])
+        generators = {i: torch.Generator().manual_seed(r) for i, r in enumerate(requests)}
+        sampling = _sampling(len(requests), 1.0, all_random=False, generators=generators)
+        sampling = replace(sampling, temperature=temperature[requests])
+        logits, batch = torch.cat([parts[r] for r in requests]), _batch(table, requests, metadata)
+        rows = _sample(batch, metadata, logits, sampling).sampled_token_ids.tolist()
+        return [[token for token in row if token >= 0] for row in rows]
+
+    assert drawn([0, 1, 2, 3]) == [row for request in range(4) for row in drawn([request])]
 
 
 def test_what_is_drawn_is_what_plain_decoding_draws() -> None:
     """The first token behind a root, by its request's seed, as vLLM's own sampler draws it."""
     tree = grow(random_model(7), SETTINGS, 1, NODES)
-    table = TreeTable(SETTINGS, NODES, 1, CPU)
-    table.write(slice(1), tree)
+    table = TreeTable(SETTINGS.levels, NODES, 1, CPU)
+    table.write_trees(slice(1), tree)
     metadata = _metadata([tree.token[0].tolist()])
     logits = torch.randn(NODES + 1, VOCAB, generator=torch.Generator().manual_seed(8))
     for seed in range(8):
@@ -305,14 +308,13 @@ def test_what_is_drawn_is_what_plain_decoding_draws() -> None:
         assert int(found.sampled_token_ids[0, 0]) == int(plain[0])
 
 
-def test_rows_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sampling takes one copy in float32 of 16-bit logits, and parts of a bounded size."""
+def test_rows_are_held_once() -> None:
+    """Sampling takes one copy in float32 of 16-bit logits, and one request's noise."""
     requests, vocab = 16, 4096
     metadata = _metadata([[1] * NODES] * requests)
-    table = TreeTable(SETTINGS, NODES, requests, CPU)
+    table = TreeTable(SETTINGS.levels, NODES, requests, CPU)
     logits = torch.randn(requests * (NODES + 1), vocab).bfloat16()
     batch = _batch(table, list(range(requests)), metadata)
-    monkeypatch.setattr(v1_sampler, "_MAX_ELEMENTS", 2 * (NODES + 1) * vocab)
     with LiveBytes() as live:
         _sample(batch, metadata, logits, _sampling(requests, 1.0))
     whole = logits.numel() * 4

@@ -26,9 +26,10 @@ def read_module(module: str) -> str | None:
         return None
     relative = module.split(".")[1:]
     for folder in root.submodule_search_locations:
-        path = Path(folder, *relative).with_suffix(".py")
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
+        path = Path(folder, *relative)
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return file.read_text(encoding="utf-8")
     return None
 
 

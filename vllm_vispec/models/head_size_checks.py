@@ -9,7 +9,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_vispec.config import head_of
 from vllm_vispec.heads.config import ARCHITECTURE, HeadConfig
-from vllm_vispec.trees.setting import num_code_channels
+from vllm_vispec.trees.limits import num_code_channels
 
 
 def check_padded_heads(vllm_config: Any) -> None:

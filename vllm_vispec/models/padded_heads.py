@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
 from vllm_vispec.compat.patching import patched
 from vllm_vispec.spec_decode.row_table import MASK_CHANNEL
-from vllm_vispec.trees.setting import num_code_channels
+from vllm_vispec.trees.limits import num_code_channels
 from vllm_vispec.utils.errors import ViSpecError
 
 # Below exp(-104) float32 has nothing left; the margin covers real logits of several hundred.

@@ -6,7 +6,7 @@ from vllm_vispec.compat.patch_point import PatchGroup, calls, reads, wraps
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import head_of, reads_embeddings
 from vllm_vispec.heads.config import ARCHITECTURE
-from vllm_vispec.trees.setting import has_branches
+from vllm_vispec.trees.limits import has_branches
 
 _BACKENDS = "vllm.v1.attention.backends"
 _REMEDY = "use a head without image compression, and no tree"

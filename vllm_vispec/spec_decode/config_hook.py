@@ -41,7 +41,7 @@ from vllm_vispec.spec_decode.checks import (
 )
 from vllm_vispec.spec_decode.setting_notes import describe_drafts, note_settings_without_effect
 from vllm_vispec.trees import limits
-from vllm_vispec.trees.setting import resolve_tree
+from vllm_vispec.trees.limits import resolve_tree
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.logs import get_logger
 

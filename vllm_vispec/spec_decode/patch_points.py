@@ -6,7 +6,7 @@ from typing import Any
 from vllm_vispec.compat.patch_point import PatchGroup, overrides, reads, subclasses, wraps
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import trims_drafts, uses_vispec
-from vllm_vispec.trees.setting import has_branches
+from vllm_vispec.trees.limits import has_branches
 
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
 _BATCH = "vllm.v1.worker.gpu.input_batch:InputBatch"

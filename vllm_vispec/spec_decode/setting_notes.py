@@ -5,7 +5,7 @@ from itertools import chain
 from typing import Any
 
 from vllm_vispec.config import ViSpecConfig, head_of
-from vllm_vispec.trees.setting import draft_loads, has_branches, has_paths, read_tree
+from vllm_vispec.trees.limits import draft_loads, has_branches, has_paths, read_tree
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.logs import get_logger
 

@@ -1,13 +1,17 @@
-"""Attention layers whose heads are a few channels wider than their model knows.
+"""Attention layers whose heads are wider than their model knows, with channels for node codes.
 
-A layer is built by vLLM with the padded head size, so that backend, kernel and KV cache have it.
-Then it shows its own size to the model again, and its backend's implementation pads what comes in
-and cuts what goes out.  That happens inside vLLM's opaque attention operators, so the model's
-graph does not change.
+Each layer is built with a backend that subclasses the one it would get.  The subclass asks vLLM for
+a KV cache of the padded head size, and its implementation is built for that size: it pads queries,
+keys and values on the way in and cuts outputs on the way out.  Layer and model keep their own head
+size, and since all this happens inside vLLM's opaque attention operators, the model's graph does
+not change.
+
+Shapes: T tokens, H heads, K key/value heads, h head size, P padded head size.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from inspect import BoundArguments, signature
 from typing import Any
 
@@ -17,34 +21,178 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_vispec.models.padded_heads import BackendFinder, PaddedHead, choose_padded_head, remedy
-from vllm_vispec.models.padded_impl import LayerPadding, padded_class
 from vllm_vispec.models.patch_points import apply_workspace
-from vllm_vispec.trees.code_rows import CodeRows
-from vllm_vispec.trees.codes import MIN_LOGIT, mask_logit
-from vllm_vispec.trees.limits import check_cache_dtype
-from vllm_vispec.trees.setting import has_branches, read_tree
-from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.trees.codes import MIN_LOGIT, CodeBuffers, PaddedBuffer, Shape, mask_logit
+from vllm_vispec.trees.limits import check_cache_dtype, has_branches, settings_of
+from vllm_vispec.trees.target_cache import TargetCache
+from vllm_vispec.trees.verify import EngineTrees, TreeTable
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.logs import get_logger
+
+logger = get_logger(__name__)
 
 _REFUSED = {
     "alibi_slopes": "ALiBi counts the tokens between query and key, not the levels",
-    "logits_soft_cap": "a soft cap on logits lets hidden nodes through",
+    "logits_soft_cap": "a soft cap on logits lets masked nodes through",
     "per_layer_sliding_window": "a sliding window counts the tokens between query and key",
 }
 
 
-def padding_of(layer: Any) -> LayerPadding | None:
-    """Return how a layer is padded, None if it is not."""
-    return getattr(getattr(layer, "impl", None), "tree_padding", None)
+@dataclass
+class LayerPadding:
+    """How one layer is padded, and the buffers that do it.
+
+    Attributes:
+        head_size: h.
+        padded_size: P.
+        key_shape: K, h and P.
+        codes: What all buffers belong to.
+        query, key, value, output: Buffers, shared by all layers of a shape.
+    """
+
+    head_size: int
+    padded_size: int
+    key_shape: Shape
+    codes: CodeBuffers
+    query: PaddedBuffer
+    key: PaddedBuffer
+    value: PaddedBuffer
+    output: PaddedBuffer
+
+    @classmethod
+    def of_layer(cls, layer: Any, padded_size: int, codes: CodeBuffers) -> "LayerPadding":
+        """Return the padding of vLLM's `Attention` layer."""
+        shape = layer.num_heads, layer.head_size, padded_size
+        key_shape = layer.num_kv_heads, layer.head_size, padded_size
+        return cls(
+            layer.head_size,
+            padded_size,
+            key_shape,
+            codes,
+            query=codes.query_buffer(shape),
+            key=codes.key_buffer(key_shape),
+            value=codes.plain_buffer("value", key_shape),
+            output=codes.plain_buffer("output", shape),
+        )
 
 
-def code_rows(vllm_config: Any) -> CodeRows:
+@lru_cache
+def padded_impl(base: Any, padded_size: int) -> Any:
+    """Return a subclass of a backend's implementation that is built for padded heads and pads."""
+
+    class PaddedImpl(base):
+        tree_padding: LayerPadding
+
+        def __init__(self, num_heads: int, head_size: int, *args: Any, **kwargs: Any) -> None:
+            super().__init__(num_heads, padded_size, *args, **kwargs)
+
+        def forward(
+            self,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            attn_metadata: Any,
+            output: torch.Tensor,
+            *args: Any,
+            **kwargs: Any,
+        ) -> torch.Tensor:
+            """Attend with padded heads; keys and values have been stored before."""
+            if attn_metadata is None:
+                return output.zero_()
+            padding = self.tree_padding
+            padded_THP, own_THh = padding.output.views(output.shape[0])
+            query_THP = padding.query.fill(query)
+            super().forward(
+                layer, query_THP, key, value, kv_cache, attn_metadata, padded_THP, *args, **kwargs
+            )
+            return output.copy_(own_THh)
+
+        def do_kv_cache_update(
+            self,
+            layer: Any,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            slot_mapping: torch.Tensor,
+        ) -> None:
+            """Store keys with the tokens' codes."""
+            padding = self.tree_padding
+            super().do_kv_cache_update(
+                layer, padding.key.fill(key), padding.value.fill(value), kv_cache, slot_mapping
+            )
+
+        def store_padded(
+            self,
+            layer: Any,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            slots: torch.Tensor,
+        ) -> None:
+            """Store ``[T, K, P]`` as they are at ``slots`` ``[T]`` of a cache; -1 skips."""
+            super().do_kv_cache_update(layer, key, value, kv_cache, slots)
+
+        # Compiled graphs ask these.  A fused operator would write scaled 8-bit values where
+        # `forward` has a buffer of the model's dtype, or store keys whose heads nobody padded.
+
+        def fused_output_quant_supported(self, quant_key: Any) -> bool:
+            return False
+
+        def fused_rope_kvcache_supported(self) -> bool:
+            return False
+
+        def fused_qk_norm_rope_kvcache_supported(self) -> bool:
+            return False
+
+        def fused_qk_norm_mrope_kvcache_supported(self) -> bool:
+            return False
+
+    return PaddedImpl
+
+
+@lru_cache
+def padded_backend(base: Any, padded_size: int) -> Any:
+    """Return a subclass of an attention backend whose heads and KV cache are padded."""
+
+    def get_impl_cls() -> Any:
+        return padded_impl(base.get_impl_cls(), padded_size)
+
+    def customize_spec(cls: Any, spec: Any) -> Any:
+        return base.customize_spec(replace(spec, head_size=padded_size, head_size_v=padded_size))
+
+    members = {
+        "get_impl_cls": staticmethod(get_impl_cls),
+        "customize_spec": classmethod(customize_spec),
+    }
+    # vLLM groups layers by the name of their backend, so each subclass needs a name of its own.
+    return type(f"{base.__name__}Padded{padded_size}", (base,), members)
+
+
+def init_padded(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
+    """Stands for ``Attention.__init__``; engines without trees get vLLM's own layers."""
+    config = get_current_vllm_config()
+    given = signature(original).bind(layer, *args, **kwargs)
+    given.apply_defaults()
+    if not has_branches(config) or given.arguments["attn_type"] != AttentionType.DECODER:
+        original(layer, *args, **kwargs)
+        return
+    known = _find_code_buffers(config)
+    codes = known or _make_code_buffers(config)
+    _build_padded(original, given, codes)
+    if known is None:
+        # A module of the target: when an engine sleeps, vLLM keeps buffers of its models alone.
+        layer.tree_codes = codes
+
+
+def code_buffers(vllm_config: Any) -> CodeBuffers:
     """Return the buffers that the engine's layers read.
 
     Raises:
         ViSpecError: No layer is padded.
     """
-    codes = _find_code_rows(vllm_config)
+    codes = _find_code_buffers(vllm_config)
     if codes is None:
         raise ViSpecError(
             "speculative config: tree needs a target whose attention layers are vLLM's Attention, "
@@ -53,55 +201,54 @@ def code_rows(vllm_config: Any) -> CodeRows:
     return codes
 
 
-def _find_code_rows(vllm_config: Any) -> CodeRows | None:
-    layers = vllm_config.compilation_config.static_forward_context.values()
-    paddings = (padding_of(layer) for layer in layers)
-    return next((padding.codes for padding in paddings if padding is not None), None)
+def padded_head(finder: BackendFinder, head_size: int, num_channels: int) -> PaddedHead:
+    """Return the head size and the backend that a layer with codes is built with.
+
+    Args:
+        head_size: The model's.
+        num_channels: Channels that the codes need.
+
+    Raises:
+        ViSpecError: If no backend serves a head size that large.
+    """
+    least = head_size + num_channels
+    head = choose_padded_head(finder, head_size, least)
+    if head is None:
+        what_to_set = remedy(finder, head_size, least, "--attention-backend {}")
+        raise ViSpecError(
+            f"speculative config: tree needs attention heads of {head_size} + {num_channels} "
+            f"channels or more, which no attention backend here serves; lower tree.depth, or "
+            f"{what_to_set}"
+        )
+    return head
 
 
-def init_padded(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
-    """Stands for ``Attention.__init__``; engines without trees get vLLM's own layers."""
-    config = get_current_vllm_config()
-    if not has_branches(config):
-        original(layer, *args, **kwargs)
-        return
-    given = signature(original).bind(layer, *args, **kwargs)
-    given.apply_defaults()
-    if given.arguments["attn_type"] != AttentionType.DECODER:
-        original(layer, *args, **kwargs)
-        return
-    known = _find_code_rows(config)
-    codes = known or _make_code_rows(config)
-    _build_padded(original, given, codes)
-    if known is None:
-        # A module of the target: when an engine sleeps, vLLM keeps buffers of its models alone.
-        layer.tree_codes = codes
-
-
-def _make_code_rows(config: Any) -> CodeRows:
-    max_num_tokens = config.scheduler_config.max_num_batched_tokens
+def _make_code_buffers(config: Any) -> CodeBuffers:
+    settings, max_num_tokens = settings_of(config), config.scheduler_config.max_num_batched_tokens
     # Models are built with the target's dtype and device as defaults.
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    return CodeRows(settings_of(config), max_num_tokens, dtype, device)
+    return CodeBuffers(settings.levels, settings.top_k, max_num_tokens, dtype, device)
 
 
-def _build_padded(original: Callable[..., None], given: BoundArguments, codes: CodeRows) -> None:
-    """Build the layer that ``given`` begins with for wider heads, and hide that from its model."""
-    values = given.arguments
-    layer: Any = given.args[0]
+def _build_padded(original: Callable[..., None], given: BoundArguments, codes: CodeBuffers) -> None:
+    """Build the layer that ``given`` begins with on a backend with wider heads."""
+    values, layer = given.arguments, given.args[0]
     _check_layer(values)
     _check_class(type(layer))
-    head_size = values["head_size"]
-    head = padded_head(_finder_of(given), head_size, codes.num_channels)
+    head = padded_head(_finder_of(given), values["head_size"], codes.num_channels)
     apply_workspace(head.backend)
-    padded_size = head.size
-    values.update(head_size=padded_size, attn_backend=head.backend)
+    values["attn_backend"] = padded_backend(head.backend, head.size)
     original(*given.args, **given.kwargs)
     _check_backend(layer)
-    layer.head_size = layer.head_size_v = head_size
-    backend_class: Any = type(layer.impl)
-    layer.impl.__class__ = padded_class(backend_class)
-    layer.impl.tree_padding = LayerPadding.of(layer, head_size, padded_size, codes)
+    layer.impl.tree_padding = LayerPadding.of_layer(layer, head.size, codes)
+
+
+def _finder_of(given: BoundArguments) -> BackendFinder:
+    """Return what finds the backend of the layer that ``given`` would build."""
+    backend = given.arguments["attn_backend"]
+    if backend is not None:
+        return BackendFinder(torch.get_default_dtype(), "auto", {}, given=backend)
+    return BackendFinder.of_layer(*given.args[1:], **given.kwargs)
 
 
 def _check_layer(values: dict[str, Any]) -> None:
@@ -118,7 +265,7 @@ def _check_layer(values: dict[str, Any]) -> None:
     if mask_logit(values["scale"]) < MIN_LOGIT:
         raise ViSpecError(
             f"speculative config: tree does not work with attention's scale of {values['scale']}, "
-            'hidden nodes would show; leave "tree" out'
+            'masked nodes would show; leave "tree" out'
         )
     if values["head_size_v"] not in (None, values["head_size"]):
         raise ViSpecError(
@@ -146,46 +293,105 @@ def _check_backend(layer: Any) -> None:
     check_cache_dtype(layer.kv_cache_dtype)
 
 
-def padded_head(finder: BackendFinder, head_size: int, num_channels: int) -> PaddedHead:
-    """Return the head size and the backend that a layer with path codes is built with.
+@dataclass(frozen=True)
+class TreeMemory:
+    """Memory of an engine's padded attention.
 
-    Args:
-        head_size: The model's.
-        num_channels: Channels that the codes need.
+    Attributes:
+        head_sizes: The models' and the padded ones, each pair once.
+        num_layers: Layers of target and draft.
+        kv_percent: What padding adds to the KV cache.
+        num_bytes: The padded buffers.
+    """
+
+    head_sizes: tuple[tuple[int, int], ...]
+    num_layers: int
+    kv_percent: float
+    num_bytes: int
+
+
+def tree_memory(vllm_config: Any) -> TreeMemory | None:
+    """Measure an engine whose target and draft are loaded; None if nothing is padded."""
+    layers = padded_layers(vllm_config).values()
+    if not layers:
+        return None
+    shapes = [layer.impl.tree_padding.key_shape for layer in layers]
+    own = sum(num_heads * head_size for num_heads, head_size, _ in shapes)
+    padded = sum(num_heads * padded_size for num_heads, _, padded_size in shapes)
+    return TreeMemory(
+        head_sizes=tuple(sorted({shape[1:] for shape in shapes})),
+        num_layers=len(shapes),
+        kv_percent=100 * (padded / own - 1),
+        num_bytes=code_buffers(vllm_config).num_bytes,
+    )
+
+
+def _log_memory(vllm_config: Any) -> None:
+    """Say what trees take in memory."""
+    memory = tree_memory(vllm_config)
+    assert memory is not None
+    logger.info(
+        "ViSpec trees: attention heads are padded (%s channels), which adds %.1f %% to the KV "
+        "cache of %d layers; buffers for padded rows take %.1f MiB",
+        ", ".join(f"{head} to {wide}" for head, wide in memory.head_sizes),
+        memory.kv_percent,
+        memory.num_layers,
+        memory.num_bytes / 2**20,
+    )
+
+
+def padded_layers(vllm_config: Any) -> dict[str, Any]:
+    """Return padded layers by name, without those that share another layer's cache."""
+    layers = vllm_config.compilation_config.static_forward_context
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if _padding_of(layer) is not None and layer.kv_sharing_target_layer_name is None
+    }
+
+
+def target_layers(vllm_config: Any) -> list[Any]:
+    """Return the target's padded layers, once its draft is loaded.
 
     Raises:
-        ViSpecError: If no backend serves a head size that large.
+        ViSpecError: Some layer's keys pass by its backend.
     """
-    least = head_size + num_channels
-    head = choose_padded_head(finder, head_size, least)
-    if head is None:
-        what_to_set = remedy(finder, head_size, least, "--attention-backend {}")
+    layers = [
+        layer
+        for layer in padded_layers(vllm_config).values()
+        if not getattr(layer, "is_draft_layer", False)
+    ]
+    # vLLM 0.33 has such models.
+    if any(getattr(layer, "kv_cache_update_bypass", False) for layer in layers):
         raise ViSpecError(
-            f"speculative config: tree needs attention heads of {head_size} + {num_channels} "
-            f"channels or more, which no attention backend here serves; lower tree.depth, or "
-            f"{what_to_set}"
+            "speculative config: tree does not work with this model, which stores keys by an "
+            'operator of its own; leave "tree" out'
         )
-    return head
+    return layers
 
 
-def _finder_of(given: BoundArguments) -> BackendFinder:
-    """Return what finds the backend of the layer that ``given`` would build."""
-    backend = given.arguments["attn_backend"]
-    if backend is not None:
-        return BackendFinder(torch.get_default_dtype(), "auto", {}, given=backend)
-    return BackendFinder.of_layer(*given.args[1:], **given.kwargs)
+def make_engine_trees(
+    vllm_config: Any, layers: Sequence[Any], max_num_requests: int, device: torch.device
+) -> EngineTrees:
+    """Return an engine's trees, and say what they take in memory.
+
+    Args:
+        vllm_config: vLLM's, whose target and draft are loaded.
+        layers: The target's padded layers.
+        max_num_requests: Most requests at once.
+        device: Where trees lie.
+    """
+    num_nodes = vllm_config.speculative_config.num_speculative_tokens
+    table = TreeTable(settings_of(vllm_config).levels, num_nodes, max_num_requests, device)
+    _log_memory(vllm_config)
+    return EngineTrees(code_buffers(vllm_config), table, TargetCache(layers))
 
 
-def padded_kv_cache_spec(original: Callable[..., Any], layer: Any, vllm_config: Any) -> Any:
-    """Stands for ``Attention.get_kv_cache_spec``: the cache of a padded layer is as wide."""
-    spec, padding = original(layer, vllm_config), padding_of(layer)
-    if spec is None or padding is None:
-        return spec
-    return replace(spec, head_size=padding.padded_size, head_size_v=padding.padded_size)
+def _find_code_buffers(vllm_config: Any) -> CodeBuffers | None:
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    paddings = (_padding_of(layer) for layer in layers)
+    return next((padding.codes for padding in paddings if padding is not None), None)
 
 
-def settings_of(vllm_config: Any) -> TreeSettings:
-    """Return how the engine grows trees; for code that runs with trees alone."""
-    settings = read_tree(vllm_config)
-    assert settings is not None
-    return settings
+def _padding_of(layer: Any) -> LayerPadding | None:
+    return getattr(getattr(layer, "impl", None), "tree_padding", None)

@@ -1,69 +1,88 @@
-"""CUDA graphs of drafting on the V2 runner, all recorded and replayed by vLLM's own managers."""
+"""CUDA graphs of the V2 runner's trees: their growth and their verification.
 
+All are recorded and replayed by vLLM's own managers.
+
+Shapes: R requests, S rows of logits, P nodes on the longest path with the root.
+"""
+
+from collections.abc import Callable
+from copy import copy
 from functools import lru_cache
 from itertools import chain
 from typing import Any
+from weakref import ref
 
+import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
-from vllm.v1.worker.gpu.cudagraph_utils import CreateForwardFn, CudaGraphManager
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
-    SpeculatorBatchDescriptor,
     SpeculatorCudaGraphManager,
 )
 
 from vllm_vispec.trees.limits import most_growing, size_for_all_graphs
 from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.trees.verify import (
+    NO_REQUEST,
+    Moves,
+    TreeBatch,
+    TreeTable,
+    Verification,
+    find_moves,
+)
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
 
 
-class TreeCudaGraphManager(SpeculatorCudaGraphManager):
-    """Graphs over the growth of whole trees, one for each padded number of requests."""
+def chain_manager(chains: CudaGraphManager, levels: int) -> SpeculatorCudaGraphManager:
+    """Return a manager like vLLM's of draft steps, for scheduled chains alone.
 
-    def _init_candidates(self) -> None:
-        """Leave out what vLLM adds for numbers of draft tokens: a level's width never changes."""
-        super()._init_candidates()
-        for descs in (*self._capture_descs.values(), *self._candidates.values()):
-            descs[:] = [desc for desc in descs if desc.uniform_token_count == self.decode_query_len]
+    vLLM records the steps of every scheduled number of draft tokens.  Numbers above ``levels`` are
+    trees, whose growth has graphs of its own.
 
-
-class _ShortChains(CudaGraphManager):
-    """Records decode graphs for chains alone, of what a load schedule may ask for."""
-
-    max_num_speculative_tokens: int
-
-    def capture(self, create_forward_fn: CreateForwardFn, *args: Any, **kwargs: Any) -> None:
-        """Record what `SpeculatorCudaGraphManager` has listed, without what trees grow."""
-        most = self.max_num_speculative_tokens
-        for descs in self._capture_descs.values():
-            descs[:] = [
-                desc
-                for desc in descs
-                if not isinstance(desc, SpeculatorBatchDescriptor)
-                or desc.num_speculative_tokens <= most
-            ]
-        super().capture(create_forward_fn, *args, **kwargs)
-
-
-class ChainCudaGraphManager(SpeculatorCudaGraphManager, _ShortChains):
-    """Graphs over the steps of scheduled chains; larger numbers of draft tokens are trees.
-
-    vLLM's manager lists a graph for every number of the schedule, and hands the list to the class
-    behind it in the order of bases: this is where the list is cut.
+    Args:
+        chains: vLLM's manager.
+        levels: The longest chain that is scheduled; 0: none is.
     """
+    config = chains.vllm_config
+    schedule = config.speculative_config.num_speculative_tokens_per_batch_size
+    if schedule is not None:
+        schedule = [
+            (first, last, count if count <= levels else 0) for first, last, count in schedule
+        ]
+    return SpeculatorCudaGraphManager(
+        _with_schedule(config, schedule),
+        chains.device,
+        chains.cudagraph_mode if levels else CUDAGraphMode.NONE,
+        chains.decode_query_len,
+    )
 
-    def __init__(self, *args: Any, max_num_speculative_tokens: int, **kwargs: Any) -> None:
-        self.max_num_speculative_tokens = max_num_speculative_tokens
-        super().__init__(*args, **kwargs)
+
+def growth_manager(
+    vllm_config: Any, device: torch.device, mode: CUDAGraphMode, width: int
+) -> SpeculatorCudaGraphManager:
+    """Return the manager of graphs that grow whole trees, one for each padded number of requests.
+
+    It knows no schedule: a level has as many nodes, whatever the number of draft tokens.
+    """
+    return SpeculatorCudaGraphManager(_with_schedule(vllm_config, None), device, mode, width)
 
 
-def why_eager(speculator: Any, cudagraph_mode: CUDAGraphMode) -> str | None:
+def _with_schedule(vllm_config: Any, schedule: list[tuple[int, int, int]] | None) -> Any:
+    """Return a configuration with another ``num_speculative_tokens_per_batch_size``."""
+    config = copy(vllm_config)
+    config.speculative_config = copy(vllm_config.speculative_config)
+    config.speculative_config.num_speculative_tokens_per_batch_size = schedule
+    return config
+
+
+def why_eager(speculator: Any, width: int, cudagraph_mode: CUDAGraphMode) -> str | None:
     """Return why the levels of trees cannot run in graphs; None if they can.
 
     Args:
         speculator: After `set_attn`.
+        width: Nodes of a level.
         cudagraph_mode: The target's, as vLLM resolved it.
     """
     if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
@@ -73,7 +92,6 @@ def why_eager(speculator: Any, cudagraph_mode: CUDAGraphMode) -> str | None:
         return f"{support.min_cg_attn_backend} records no batches of several tokens a request"
     if not speculator.supports_decode_metadata_update:
         return "the draft's attention backend cannot refresh its metadata inside a graph"
-    width = speculator._width
     for group in chain.from_iterable(speculator.attn_groups):
         longest = group.get_metadata_builder().reorder_batch_threshold
         if longest is not None and width > longest:
@@ -84,32 +102,110 @@ def why_eager(speculator: Any, cudagraph_mode: CUDAGraphMode) -> str | None:
     return None
 
 
-def log_graphs(manager: CudaGraphManager, settings: TreeSettings, reason: str | None) -> None:
-    """Say whether trees grow in graphs, and for how many requests; once, vLLM asks twice.
+@lru_cache
+def _log_once(text: str) -> None:
+    logger.info("%s", text)
 
-    Args:
-        manager: Of the graphs in which trees grow.
-        settings: How trees are grown.
-        reason: Why they cannot grow in graphs; None if they can.
+
+def log_eager_growth(reason: str) -> None:
+    """Say that trees grow without graphs, and why."""
+    _log_once(f"ViSpec trees grow eagerly, kernel by kernel: {reason}")
+
+
+def log_recorded_growth(
+    manager: CudaGraphManager, vllm_config: Any, settings: TreeSettings
+) -> None:
+    """Say for how many requests trees grow in the graphs that were recorded; once.
+
+    vLLM records twice, a few of the largest graphs at first to measure their memory.
     """
-    eagerly = "ViSpec trees grow eagerly, kernel by kernel: "
-    if reason is not None:
-        _log(eagerly + reason)
-        return
-    listed = (desc for descs in manager._capture_descs.values() for desc in descs)
-    recorded = max((desc.num_reqs or 0 for desc in listed), default=0)
-    size = manager.compilation_config.max_cudagraph_capture_size or 0
-    enough = size_for_all_graphs(manager.vllm_config, settings)
+    recorded = max((desc.num_reqs or 0 for desc in manager.graphs), default=0)
+    size = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    enough = size_for_all_graphs(vllm_config, settings)
     remedy = f"; max_cudagraph_capture_size={enough} would record all" if size < enough else ""
     if recorded == 0:
-        _log(f"{eagerly}a level has {settings.width} tokens, graphs end at {size}{remedy}")
+        log_eager_growth(f"a level has {settings.width} tokens, graphs end at {size}{remedy}")
         return
     text = f"ViSpec trees grow in one CUDA graph for up to {recorded} requests in a step"
-    if recorded < most_growing(manager.vllm_config, settings):
+    if recorded < most_growing(vllm_config, settings):
         text += f", and eagerly above{remedy}"
-    _log(text)
+    _log_once(text)
 
 
-@lru_cache
-def _log(text: str) -> None:
-    logger.info("%s", text)
+class RecordedVerification:
+    """Verification of a whole batch in static buffers, at addresses that recorded graphs know.
+
+    It is recorded because it is some thirty small kernels, which take longer to launch than to run,
+    and it lies between the target's pass and the draft's, where nothing else hides that time.
+
+    Args:
+        table: All trees.
+        max_num_requests: Most requests of a batch.
+        max_num_rows: Most rows of logits.
+    """
+
+    def __init__(self, table: TreeTable, max_num_requests: int, max_num_rows: int) -> None:
+        self._table, device = table, table.depth.device
+
+        def rows(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self._sampled, self._token = rows(max_num_rows), rows(max_num_rows)
+        self._slot, self._start, self._count = (rows(max_num_requests) for _ in range(3))
+        path_RP = rows(max_num_requests, table.levels + 1)
+        self._found = Verification(path_RP, rows(max_num_requests), torch.zeros_like(path_RP))
+        self._moves = Moves(torch.zeros_like(path_RP), torch.zeros_like(path_RP), path_RP.bool())
+        self._manager: Callable[[], CudaGraphManager | None] = lambda: None
+
+    def use_manager(self, manager: CudaGraphManager) -> None:
+        """Replay what this manager records.
+
+        vLLM drops the speculator's managers, and with them their graphs, after it has measured
+        their memory: a reference of our own must not keep them alive.
+        """
+        self._manager = ref(manager)
+
+    def verify(
+        self, batch: TreeBatch, sampled_S: torch.Tensor, token_S: torch.Tensor
+    ) -> tuple[Verification, Moves]:
+        """Verify a whole batch; see `TreeBatch.verify`.  The next call overwrites the result."""
+        num_requests, manager = batch.slot.shape[0], self._manager()
+        if manager is None:
+            return batch.verify(sampled_S, token_S)
+        desc = manager.dispatch(num_requests, num_requests, 1, num_active_loras=0)
+        if desc.cg_mode != CUDAGraphMode.FULL:
+            return batch.verify(sampled_S, token_S)
+        num_rows = sampled_S.shape[0]
+        self._sampled[:num_rows], self._token[:num_rows] = sampled_S, token_S
+        self._slot[:num_requests] = batch.slot
+        self._start[:num_requests], self._count[:num_requests] = batch.start, batch.count
+        # Requests that pad the batch have no drafts.  Their rows are read all the same: after a
+        # sleep of level 2, memory that was allocated with the models holds anything.
+        for rows in (self._start, self._count):
+            rows[num_requests:].zero_()
+        self._slot[num_requests:].fill_(NO_REQUEST)
+        manager.run_fullgraph(desc)
+        found = Verification(*(rows[:num_requests] for rows in self._found))
+        return found, Moves(*(rows[:num_requests].flatten() for rows in self._moves))
+
+    def record(self, manager: CudaGraphManager) -> None:
+        """Record all sizes of batches that the manager lists."""
+        self._slot.fill_(NO_REQUEST)
+        self._count.zero_()
+
+        def forward_of(desc: BatchExecutionDescriptor, warmup: bool) -> Callable[..., None]:
+            assert desc.num_reqs is not None
+            num_requests = desc.num_reqs
+            return lambda mode: self.run(num_requests)
+
+        manager.capture(forward_of, progress_bar_desc="Capturing tree verification CUDA graphs")
+
+    def run(self, num_requests: int) -> None:
+        """Verify the first requests, from buffers into buffers."""
+        slot_R, start_R, count_R = (
+            rows[:num_requests] for rows in (self._slot, self._start, self._count)
+        )
+        found = self._table.verify(slot_R, start_R, count_R, self._sampled, self._token)
+        moves = find_moves(start_R, count_R, found)
+        for rows, new in zip((*self._found, *self._moves), (*found, *moves), strict=True):
+            rows[:num_requests] = new.view(num_requests, *rows.shape[1:])

@@ -108,9 +108,9 @@ class _Level(NamedTuple):
 
 
 class TreeGrower:
-    """Grows the trees of one round.
+    """Grows the trees of one step.
 
-    Call `start`, then `expand` once for each draft pass, then `finish`.
+    Call `start_trees`, then `grow_level` once for each draft pass, then `finish_trees`.
 
     Args:
         settings: How trees are grown.
@@ -126,7 +126,7 @@ class TreeGrower:
         self._frontier: Frontier | None = None
         self._observed: torch.Tensor | None = None
 
-    def start(self, logits: torch.Tensor) -> Frontier:
+    def start_trees(self, logits: torch.Tensor) -> Frontier:
         """Take the draft's logits ``[R, V]`` behind the root; return what to expand."""
         num_requests, device = logits.shape[0], logits.device
         zeros_R1 = torch.zeros(num_requests, 1, dtype=torch.int64, device=device)
@@ -139,7 +139,7 @@ class TreeGrower:
         children = Likeliest(logp_R1C[..., : self.width], token_R1C[..., : self.width])
         return self._grow(root, children)
 
-    def expand(self, logits: torch.Tensor) -> Frontier:
+    def grow_level(self, logits: torch.Tensor) -> Frontier:
         """Take the logits ``[R, W, V]`` of a pass over the last frontier; return the next one."""
         assert self._frontier is not None
         return self._grow(self._frontier, likeliest(logits, self.width))
@@ -149,7 +149,7 @@ class TreeGrower:
         assert self._frontier is not None
         return bool((self._frontier.score == NEVER).all())
 
-    def finish(self, num_nodes: int) -> DraftTree:
+    def finish_trees(self, num_nodes: int) -> DraftTree:
         """Return the best N candidates; empty places where there are fewer.
 
         A child scores at most as much as its parent and is a later candidate, so a stable sort
@@ -208,7 +208,7 @@ class TreeGrower:
 class PathGrower(TreeGrower):
     """Grows single paths, which end where the policy says so; they need no codes."""
 
-    def finish_path(self, num_tokens: int) -> torch.Tensor:
+    def finish_paths(self, num_tokens: int) -> torch.Tensor:
         """Return the tokens, int64 ``[R, num_tokens]``, with `NO_TOKEN` behind the last one."""
         token_RM = torch.cat([level.token for level in self._grown], dim=1)
         score_RM = torch.cat([level.score for level in self._grown], dim=1)

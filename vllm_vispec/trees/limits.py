@@ -1,10 +1,10 @@
-"""Refusals at start: engines in which trees could not work, said in one line with the remedy."""
+"""What an engine's configuration says about trees: where they branch, what refuses them, limits."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_vispec.trees.parts import requests_at_once
-from vllm_vispec.trees.setting import tree_loads
+from vllm_vispec.config import ViSpecConfig
+from vllm_vispec.trees.codes import num_channels
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.logs import get_logger
@@ -27,6 +27,98 @@ _CONNECTORS = frozenset(
         "SimpleCPUOffloadConnector",
     }
 )
+_UNSUPPORTED = {
+    "draft_sample_method": ("greedy", "a tree's nodes are the draft's likeliest tokens"),
+    "rejection_sample_method": ("standard", "a tree is verified by the target's own samples"),
+    "enable_adaptive_verification": (False, "a tree's nodes have no position of their own"),
+}
+
+
+def resolve_tree(tree: TreeSettings | None, settings: dict[str, Any]) -> TreeSettings | None:
+    """Check the setting against the rest of the speculative config; None if it means chains.
+
+    Raises:
+        ViSpecError: Names the setting and the remedy.
+    """
+    if tree is None or (tree.width == 1 and not tree.is_confident):
+        return None
+    tree.check_nodes(settings.get("num_speculative_tokens"))
+    for name, (allowed, reason) in _UNSUPPORTED.items():
+        if settings.get(name, allowed) != allowed:
+            raise ViSpecError(
+                f"speculative config: {name}={settings[name]!r} does not work with tree "
+                f"({reason}); leave one of them out"
+            )
+    return tree
+
+
+def read_tree(vllm_config: Any) -> TreeSettings | None:
+    """Return how the engine grows trees, None if it drafts chains or nothing."""
+    return ViSpecConfig.from_vllm(vllm_config).tree
+
+
+def has_tree(vllm_config: Any) -> bool:
+    """Whether the engine grows trees, single paths that may end early among them."""
+    return read_tree(vllm_config) is not None
+
+
+def settings_of(vllm_config: Any) -> TreeSettings:
+    """Return how the engine grows trees; for code that runs with trees alone."""
+    settings = read_tree(vllm_config)
+    assert settings is not None
+    return settings
+
+
+def schedules_chains(vllm_config: Any, settings: TreeSettings) -> bool:
+    """Whether the load schedule has numbers of draft tokens so small that chains are drafted."""
+    return any(0 < count <= settings.levels for _, _, count in draft_loads(vllm_config))
+
+
+def has_branches(vllm_config: Any) -> bool:
+    """Whether there is a tree that branches, at some load; else no layer needs codes."""
+    settings = read_tree(vllm_config)
+    if settings is None or settings.width == 1:
+        return False
+    return max(count for _, _, count in draft_loads(vllm_config)) > settings.levels
+
+
+def num_code_channels(vllm_config: Any) -> int:
+    """Return how many channels heads need for codes, 0 where nothing branches."""
+    settings = read_tree(vllm_config)
+    if settings is None or not has_branches(vllm_config):
+        return 0
+    return num_channels(settings.levels, settings.top_k)
+
+
+def tree_loads(vllm_config: Any, settings: TreeSettings) -> list[tuple[int, int]]:
+    """Return at which loads trees with branches are drafted: most requests, and nodes."""
+    most = vllm_config.scheduler_config.max_num_seqs
+    loads = draft_loads(vllm_config)
+    return [(min(last or most, most), n) for _, last, n in loads if n > settings.levels]
+
+
+def has_paths(vllm_config: Any) -> bool:
+    """Whether there are trees of a single path that may end early, at some load."""
+    settings = read_tree(vllm_config)
+    if settings is None or not settings.is_confident:
+        return False
+    return not has_branches(vllm_config) or schedules_chains(vllm_config, settings)
+
+
+def draft_loads(vllm_config: Any) -> list[tuple[int, int | None, int]]:
+    """Return how many draft tokens there are at which load.
+
+    Returns:
+        First and last number of requests (None: all), and the number of draft tokens.
+    """
+    speculative = vllm_config.speculative_config
+    most, schedule = (
+        speculative.num_speculative_tokens,
+        speculative.num_speculative_tokens_per_batch_size,
+    )
+    if not schedule:
+        return [(1, None, most)]
+    return [(first, last, min(count, most)) for first, last, count in schedule]
 
 
 def check_target(target: Any) -> None:
@@ -102,7 +194,6 @@ def check_engine(vllm_config: Any, settings: TreeSettings) -> None:
     if settings.width > 1:
         check_connector(vllm_config.kv_transfer_config)
     _check_whole_batches(vllm_config)
-    _check_buffers(vllm_config, settings)
 
 
 def note_graphs(vllm_config: Any, settings: TreeSettings) -> None:
@@ -156,18 +247,6 @@ def _most_requests(vllm_config: Any, requests: int, rows: int) -> int:
     return min(requests, vllm_config.scheduler_config.max_num_batched_tokens // rows)
 
 
-def _check_buffers(vllm_config: Any, settings: TreeSettings) -> None:
-    """A level of one tree, and a row for every other request, must fit vLLM's buffers."""
-    scheduler = vllm_config.scheduler_config
-    tokens, requests = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
-    if requests_at_once(requests, settings.width, tokens) < 1:
-        raise ViSpecError(
-            f"speculative config: tree.top_k={settings.top_k} and max_num_seqs={requests} do not "
-            f"fit max_num_batched_tokens={tokens}, the longest batch of a draft pass; raise it to "
-            f"{requests + settings.width} or more, or lower one of the others"
-        )
-
-
 # Settings of vLLM's `ParallelConfig` that take a batch apart, with what they are without that.
 _WHOLE_BATCHES = {
     "data_parallel_size": 1,
@@ -187,3 +266,33 @@ def _check_whole_batches(vllm_config: Any) -> None:
             )
     if getattr(vllm_config, "watermark_config", None) is not None:
         raise ViSpecError("watermarking does not work with tree; leave one of them out")
+
+
+def num_lookahead_tokens(original: Callable[[Any], int], config: Any) -> int:
+    """Stands for ``VllmConfig.num_lookahead_tokens``; without trees it says what vLLM says.
+
+    vLLM reserves as many KV slots behind a request's last token as there are draft tokens.  The
+    draft passes over a tree may need more: one for every node that is expanded.
+    """
+    tree = read_tree(config)
+    reserved = int(original(config))
+    return reserved if tree is None else max(reserved, tree.draft_slots)
+
+
+def requires_linear_draft(params: Any) -> bool:
+    """Whether a request with these `SamplingParams` must get a chain instead of a tree.
+
+    For penalties, forbidden words, least lengths, thinking budgets and grammars vLLM takes a row of
+    logits to follow all rows before it.  That holds for the nodes of a chain only.
+    """
+    if params is None:
+        return False
+    return bool(
+        params.presence_penalty
+        or params.frequency_penalty
+        or params.repetition_penalty not in (None, 1.0)
+        or params.bad_words
+        or params.min_tokens
+        or params.structured_outputs is not None
+        or getattr(params, "thinking_token_budget", None) is not None
+    )

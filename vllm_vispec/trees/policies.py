@@ -10,7 +10,7 @@ Shapes: R requests, W expanded nodes, C children proposed for each.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -38,44 +38,17 @@ class Judgement(NamedTuple):
     expand: torch.Tensor
 
 
-class Policy(Protocol):
-    """A rule; instances hold settings alone.
+@dataclass(frozen=True)
+class Eagle2:
+    """EAGLE-2's rule: the most likely paths are expanded, the most likely nodes stay.
+
+    Other rules are its subclasses; instances hold settings alone.
 
     Attributes:
         takes_threshold: Whether the setting ``threshold`` means anything.
-        num_observed: How many tokens behind the root it looks at.
+        num_observed: How many tokens behind the root the rule looks at.
+        levels, top_k, threshold: The settings.
     """
-
-    takes_threshold: ClassVar[bool]
-    num_observed: ClassVar[int]
-
-    def observe(self, root_logp: torch.Tensor) -> torch.Tensor:
-        """Sum up what the draft says behind the root; handed to `judge`.
-
-        Args:
-            root_logp: float32 ``[R, num_observed]``; log-probabilities of the likeliest tokens, the
-                likeliest first.
-        """
-        ...
-
-    def judge(self, children: Children, observed: torch.Tensor) -> Judgement:
-        """Score the children of one level."""
-        ...
-
-
-class PolicyFactory(Protocol):
-    """Makes a policy."""
-
-    takes_threshold: bool
-
-    def __call__(self, *, levels: int, top_k: int, threshold: float | None) -> Policy:
-        """Return the policy for trees of these sizes."""
-        ...
-
-
-@dataclass(frozen=True)
-class Eagle2:
-    """EAGLE-2's rule: the most likely paths are expanded, the most likely nodes stay."""
 
     takes_threshold: ClassVar[bool] = False
     num_observed: ClassVar[int] = 1
@@ -84,11 +57,16 @@ class Eagle2:
     threshold: float | None = None
 
     def observe(self, root_logp: torch.Tensor) -> torch.Tensor:
-        """Return nothing of interest."""
+        """Sum up what the draft says behind the root; handed to `judge`.
+
+        Args:
+            root_logp: float32 ``[R, num_observed]``; log-probabilities of the likeliest tokens, the
+                likeliest first.
+        """
         return root_logp
 
     def judge(self, children: Children, observed: torch.Tensor) -> Judgement:
-        """Score by the path's probability."""
+        """Score the children of one level, here by the probability of their paths."""
         return Judgement(children.score, children.score)
 
 
@@ -152,7 +130,7 @@ class Entropy(Eagle2):
         return Judgement(keep_RWC, keep_RWC.masked_fill(low, NEVER))
 
 
-POLICIES: Mapping[str, PolicyFactory] = {
+POLICIES: Mapping[str, type[Eagle2]] = {
     "chain": Chain,
     "eagle2": Eagle2,
     "spec_llava": SpecLlava,

@@ -11,27 +11,24 @@ from torch import nn
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
-from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
 from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
-from vllm_vispec.trees.attention import code_rows, settings_of
-from vllm_vispec.trees.code_rows import CodeRows
+from vllm_vispec.trees.attention import code_buffers
+from vllm_vispec.trees.codes import CodeBuffers
 from vllm_vispec.trees.cudagraph import (
-    ChainCudaGraphManager,
-    TreeCudaGraphManager,
-    log_graphs,
+    chain_manager,
+    growth_manager,
+    log_eager_growth,
+    log_recorded_growth,
     why_eager,
 )
 from vllm_vispec.trees.grow import Frontier, TreeGrower
-from vllm_vispec.trees.model_state import StateTrees
-from vllm_vispec.trees.parts import parts_of, spread_rows
-from vllm_vispec.trees.rounds import NO_REQUEST
-from vllm_vispec.trees.setting import schedules_chains
-from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.trees.limits import schedules_chains, settings_of
+from vllm_vispec.trees.verify import NO_REQUEST, EngineTrees
 
 _NO_SLOT = -1
 
@@ -39,87 +36,64 @@ _NO_SLOT = -1
 class TreeSpeculator(ViSpecSpeculator):
     """Runs vLLM's first pass for one draft, then one pass for each level of the trees."""
 
-    num_speculative_steps: int
     decode_cudagraph_manager: SpeculatorCudaGraphManager | None
     # None until vLLM has told where keys and values lie: while it profiles its memory.
-    trees: StateTrees | None = None
-    tree_cudagraph_manager: TreeCudaGraphManager | None = None
-    walk_cudagraph_manager: CudaGraphManager | None = None
+    trees: EngineTrees | None = None
+    tree_cudagraph_manager: SpeculatorCudaGraphManager | None = None
+    verification_cudagraph_manager: CudaGraphManager | None = None
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head."""
         super().load_model(target_model)
         self._settings = settings_of(self.vllm_config)
         self._schedules_chains = schedules_chains(self.vllm_config, self._settings)
-        self._allocate(code_rows(self.vllm_config))
+        self._allocate(code_buffers(self.vllm_config))
 
-    def _allocate(self, codes: CodeRows) -> None:
-        """Make what every round reads and writes; recorded graphs know its addresses."""
+    def _allocate(self, codes: CodeBuffers) -> None:
+        """Make what every step reads and writes; recorded graphs know its addresses."""
         self._codes, self._width = codes, self._settings.width
         # Of the drafts' own width, whatever the next pass reads of it.
         shape = self.max_num_reqs, self.hidden_size
         self._root_hidden = torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
-        """Find the trees that the target is verified with.
-
-        Raises:
-            ViSpecError: vLLM does not sample the target's tokens itself.
-        """
+        """Find the trees that the target is verified with."""
         super().set_attn(model_state, *args, **kwargs)
-        trees: StateTrees | None = getattr(model_state, "vispec_trees", None)
-        if trees is None:
-            raise ViSpecError(
-                f"tree does not work with this target, which has a sampler of its own "
-                f"({type(model_state).__name__}.custom_sampler); leave it out of the speculative "
-                "config"
-            )
-        trees.static_walk.find_manager = lambda: self.walk_cudagraph_manager
-        self.trees = trees
+        self.trees = model_state.trees
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Decide what is recorded: the first pass, the steps of short chains, whole trees."""
+        """Decide what is recorded: the first pass, the steps of scheduled chains, whole trees."""
         super().init_cudagraph_manager(cudagraph_mode)
         chains = self.decode_cudagraph_manager
         assert chains is not None
-        self.decode_cudagraph_manager = ChainCudaGraphManager(
-            self.vllm_config,
-            self.device,
-            chains.cudagraph_mode,
-            chains.decode_query_len,
-            max_num_speculative_tokens=self._settings.levels,
-        )
-        reason = why_eager(self, cudagraph_mode)
+        levels = self._settings.levels if self._schedules_chains else 0
+        self.decode_cudagraph_manager = chain_manager(chains, levels)
+        reason = why_eager(self, self._width, cudagraph_mode)
+        if reason is not None:
+            log_eager_growth(reason)
         mode = CUDAGraphMode.FULL_DECODE_ONLY if reason is None else CUDAGraphMode.NONE
-        self.tree_cudagraph_manager = TreeCudaGraphManager(
+        self.tree_cudagraph_manager = growth_manager(
             self.vllm_config, self.device, mode, self._width
         )
-        log_graphs(self.tree_cudagraph_manager, self._settings, reason)
-        # A walk is nobody's pass: it has one row for each request.
-        self.walk_cudagraph_manager = CudaGraphManager(
+        # Verification is nobody's pass: it has one row for each request.
+        self.verification_cudagraph_manager = CudaGraphManager(
             self.vllm_config, self.device, chains.cudagraph_mode, decode_query_len=1
         )
+        self.model_state.recorded_verification.use_manager(self.verification_cudagraph_manager)
 
     def capture(self) -> None:
-        """Record the first pass, the steps of scheduled chains, and trees: walk and growth."""
-        if self._schedules_chains:
-            super().capture()
-        else:
-            num_steps = self.num_speculative_steps
-            self.num_speculative_steps = 1
-            try:
-                super().capture()
-            finally:
-                self.num_speculative_steps = num_steps
-        if self.walk_cudagraph_manager is not None and self.walk_cudagraph_manager.needs_capture():
-            assert self.trees is not None
-            self.trees.static_walk.record(self.walk_cudagraph_manager)
-        if self.tree_cudagraph_manager is None or not self.tree_cudagraph_manager.needs_capture():
+        """Record the first pass, the steps of scheduled chains, and trees: verified and grown."""
+        super().capture()
+        verification = self.verification_cudagraph_manager
+        if verification is not None and verification.needs_capture():
+            self.model_state.recorded_verification.record(verification)
+        manager = self.tree_cudagraph_manager
+        if manager is None or manager.cudagraph_mode == CUDAGraphMode.NONE:
             return
-        self._codes.clear()
+        self._codes.clear_codes()
         # No request: nothing is stored anywhere.
         self.idx_mapping.fill_(NO_REQUEST)
-        self.tree_cudagraph_manager.capture(
+        manager.capture(
             self._grow,
             self.model_state,
             self.input_buffers,
@@ -128,6 +102,7 @@ class TreeSpeculator(ViSpecSpeculator):
             self.kv_cache_config,
             progress_bar_desc="Capturing draft tree CUDA graphs",
         )
+        log_recorded_growth(manager, self.vllm_config, self._settings)
 
     def propose(
         self,
@@ -148,7 +123,7 @@ class TreeSpeculator(ViSpecSpeculator):
         steps run there.
         """
         if self.trees is not None:
-            self.trees.accept(input_batch.input_ids, last_hidden_states, slot_mappings)
+            self.trees.move_accepted(input_batch.input_ids, last_hidden_states, slot_mappings)
         count = (
             self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         )
@@ -167,11 +142,12 @@ class TreeSpeculator(ViSpecSpeculator):
         if not is_chain and (is_profile or not dummy_run):
             self._grow_batch(input_batch, is_profile=is_profile)
         if self.trees is not None and not dummy_run:
+            is_linear = None if is_chain else self.model_state.linear_requests(input_batch.req_ids)
             if is_chain:
-                self.trees.write_chains(input_batch.idx_mapping)
-            else:
-                slots = input_batch.idx_mapping
-                self.trees.replace_with_chains(input_batch.req_ids, slots, drafts)
+                self.trees.table.write_chains(input_batch.idx_mapping.long())
+            elif is_linear is not None:
+                slots = input_batch.idx_mapping.long()
+                self.trees.replace_with_chains(is_linear, slots, drafts)
         return drafts
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -187,35 +163,23 @@ class TreeSpeculator(ViSpecSpeculator):
     def _grow_batch(self, input_batch: InputBatch, *, is_profile: bool) -> None:
         """Grow the trees behind the roots that the first pass has left in the buffers.
 
-        Trees that a pass has no room for are grown after the others, brought to the front then.
+        A pass has room for ``max_num_batched_tokens`` rows.  Requests with drafts bring more tokens
+        than a level of their trees has rows, so a whole batch fits but for steps in which very many
+        short prompts end.  There the last requests go without a tree in this step.
         """
         num_requests = input_batch.num_reqs
+        count = min(num_requests, self.max_num_tokens // self._width)
         bound_R = input_batch.seq_lens_cpu_upper_bound[:num_requests]
         longest = int(bound_R.max()) + self._settings.draft_slots
         self.draft_max_seq_len = min(longest, self.max_model_len)
-        if is_profile:
-            # The most that are ever grown at once.
-            num_requests = min(num_requests, self.max_num_tokens // self._width)
-        rows_R = torch.arange(num_requests, device=self.device)
-        if num_requests * self._width <= self.max_num_tokens:
-            self.draft_rows.select_rows(spread_rows(rows_R, num_requests, self._width))
-            self._grow_first(num_requests, bound_R[:num_requests], is_profile=is_profile)
-            return
-        buffers = self.idx_mapping, self.input_buffers.positions, self._root_hidden
-        roots = [rows[:num_requests].clone() for rows in buffers]
-        drafts_RN = torch.empty_like(self.draft_tokens[:num_requests])
-        for part in parts_of(num_requests, self._width, self.max_num_tokens):
-            count = part.stop - part.start
-            for rows, root in zip(buffers, roots, strict=True):
-                rows[:count] = root[part]
+        rows_R = torch.arange(count, device=self.device)
+        self.draft_rows.select_rows(rows_R.repeat_interleave(self._width))
+        if count < num_requests:
             self.idx_mapping[count:] = NO_REQUEST
-            self.block_tables.gather_block_tables(input_batch.idx_mapping[part], count)
-            rows = spread_rows(rows_R, count, self._width)
-            self.draft_rows.select_rows(rows)
-            rows_R = torch.arange(count * self._width, len(rows), device=self.device)
-            self._grow_first(count, bound_R[part], is_profile=False)
-            drafts_RN[part] = self.draft_tokens[:count]
-        self.draft_tokens[:num_requests] = drafts_RN
+            self.draft_tokens[count:num_requests] = 0
+            if self.trees is not None:
+                self.trees.table.write_chains(input_batch.idx_mapping[count:].long())
+        self._grow_first(count, bound_R[:count], is_profile=is_profile)
 
     def _grow_first(self, num_requests: int, bound_R: torch.Tensor, *, is_profile: bool) -> None:
         """Grow the trees of the requests in front, by a recorded graph if there is one."""
@@ -224,23 +188,19 @@ class TreeSpeculator(ViSpecSpeculator):
         torch.arange(0, len(starts) * self._width, self._width, dtype=starts.dtype, out=starts)
         # Requests that pad a recorded batch have no rows.
         starts.clamp_(max=num_rows)
-        desc, _ = dispatch_cg_and_sync_dp(
-            self.tree_cudagraph_manager,
-            num_requests,
-            num_rows,
-            uniform_token_count=self._width,
-            dp_size=self.dp_size,
-            dp_rank=self.dp_rank,
-            need_eager=is_profile,
-        )
+        if is_profile:
+            self._grow(num_requests, num_rows, None, None)
+            return
+        # Engines that are data parallel have no trees, so there is nobody to agree with.
+        manager = self.tree_cudagraph_manager
+        assert manager is not None
+        desc = manager.dispatch(num_requests, num_rows, self._width, num_active_loras=0)
         if desc.cg_mode == CUDAGraphMode.FULL:
             self._replay(desc)
             return
-        slot_mappings = None
-        if not is_profile:
-            slots_GB = self.block_tables.slot_mappings[:, :num_rows]
-            slot_mappings = build_slot_mappings_by_layer(slots_GB, self.kv_cache_config)
-        self._grow(num_requests, num_rows, None, slot_mappings, seq_lens_cpu_upper_bound=bound_R)
+        slots_GB = self.block_tables.slot_mappings[:, :num_rows]
+        slot_mappings = build_slot_mappings_by_layer(slots_GB, self.kv_cache_config)
+        self._grow(num_requests, num_rows, None, slot_mappings, eager=(desc, bound_R))
 
     def _replay(self, desc: BatchExecutionDescriptor) -> None:
         for groups in self.attn_groups:
@@ -258,7 +218,7 @@ class TreeSpeculator(ViSpecSpeculator):
         slot_mappings: dict[str, torch.Tensor] | None,
         num_tokens_across_dp: torch.Tensor | None = None,
         cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
-        seq_lens_cpu_upper_bound: torch.Tensor | None = None,
+        eager: tuple[BatchExecutionDescriptor, torch.Tensor] | None = None,
     ) -> None:
         """Grow the trees of the first requests, from buffers into buffers.
 
@@ -272,32 +232,31 @@ class TreeSpeculator(ViSpecSpeculator):
             slot_mappings: By layer, of static memory; None: passes run without attention.
             num_tokens_across_dp: As vLLM's passes take it.
             cudagraph_runtime_mode: The same.
-            seq_lens_cpu_upper_bound: int32 ``[R]`` on the host; only where metadata are made.
+            eager: Only where metadata are made: vLLM's description of the pass, and its upper bound
+                of the sequences' lengths, int32 ``[R]`` on the host.
         """
         root_R = self.input_buffers.positions[:num_requests].clone()
         hidden_RXD = self._root_hidden[:num_requests].unsqueeze(1)
         grower = TreeGrower(self._settings)
-        frontier = grower.start(self.model.compute_logits(hidden_RXD[:, 0]))
+        frontier = grower.start_trees(self.model.compute_logits(hidden_RXD[:, 0]))
         for level in range(1, self._settings.depth + 1):
             index_RWD = frontier.parent_row.unsqueeze(-1).expand(-1, -1, hidden_RXD.shape[-1])
             self._write_level(level, frontier, hidden_RXD.gather(1, index_RWD), root_R)
             if slot_mappings is not None:
                 self._write_slots(level, root_R)
-                attn_metadata = self._level_metadata(
-                    level, num_requests, attn_metadata, seq_lens_cpu_upper_bound
-                )
+                attn_metadata = self._level_metadata(level, num_requests, attn_metadata, eager)
             hidden_BD, _ = self._run_model(
                 num_rows, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode
             )
             hidden_RXD = hidden_BD[:num_rows].view(num_requests, self._width, -1)
             logits_BV = self.model.compute_logits(hidden_BD[:num_rows])
-            frontier = grower.expand(logits_BV.view(num_requests, self._width, -1))
-        self._codes.clear()
-        tree = grower.finish(self.num_speculative_steps)
+            frontier = grower.grow_level(logits_BV.view(num_requests, self._width, -1))
+        self._codes.clear_codes()
+        tree = grower.finish_trees(self.num_speculative_steps)
         # Drafts are embedded as they are: the table knows which places are empty.
         self.draft_tokens[:num_requests] = tree.token.clamp(min=0)
         if self.trees is not None:
-            self.trees.table.write(self.idx_mapping[:num_requests], tree)
+            self.trees.table.write_trees(self.idx_mapping[:num_requests], tree)
 
     def _write_level(
         self, level: int, frontier: Frontier, hidden_RWD: torch.Tensor, root_R: torch.Tensor
@@ -314,7 +273,7 @@ class TreeSpeculator(ViSpecSpeculator):
         # Logits need all of a state, the next pass what the draft reads of it.
         width_read = self.hidden_states.shape[1]
         self.hidden_states[:num_rows] = hidden_RWD.flatten(0, 1)[:, :width_read]
-        self._codes.set_draft(frontier.path.flatten(0, 1))
+        self._codes.write_draft_codes(frontier.path.flatten(0, 1))
 
     def _write_slots(self, level: int, root_R: torch.Tensor) -> None:
         """Find the KV slots of one level's nodes; none beyond the longest sequence."""
@@ -334,16 +293,16 @@ class TreeSpeculator(ViSpecSpeculator):
         level: int,
         num_requests: int,
         attn_metadata: dict[str, Any] | None,
-        bound_R: torch.Tensor | None,
+        eager: tuple[BatchExecutionDescriptor, torch.Tensor] | None,
     ) -> dict[str, Any] | None:
         """Describe one level's nodes as the next W tokens of each request."""
-        if bound_R is None:
+        if eager is None:
             assert attn_metadata is not None
             self._update_draft_decode_metadata(attn_metadata, num_requests)
             return attn_metadata
-        num_rows = num_requests * self._width
+        desc, bound_R = eager
         return self._build_uniform_attn_metadata(
-            batch_desc=BatchExecutionDescriptor(CUDAGraphMode.NONE, num_rows, None),
+            batch_desc=desc,
             num_reqs=num_requests,
             num_query_per_req=self._width,
             seq_lens_cpu_upper_bound=bound_R,

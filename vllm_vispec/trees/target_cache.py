@@ -1,13 +1,14 @@
 """Accepted keys and values move to the front inside the target's KV cache.
 
 A node's key carries its code and lies in the node's slot.  Once a path is accepted, its keys and
-values are copied to consecutive slots and the codes in them are zeroed: the cache then is what
-plain decoding would have left.  Nothing is kept beside the cache.
+values are copied to consecutive slots and their codes are zeroed.  The cache then is what plain
+decoding would have left, so prefix caching, preemption and KV connectors need to know nothing of
+trees.  Nothing is kept beside the cache.
 
 vLLM's backends have one cache ``[B, K, N, 2 * P]`` a layer, a slot's key before its value.  Most
-of them store it so; CPU_ATTN packs keys inside a block as its kernel for the machine and dtype
-reads them.  How, nobody says, so a backend's own operator is asked once: it stores numbers in a
-block of its own, and where each comes to lie is where that element of a slot always lies.
+of them store it like that.  CPU_ATTN packs keys inside a block as its kernel for the machine and
+dtype reads them, and says nowhere how.  So each backend's own operator is tried once: it stores
+numbers in a scratch block, and where a number comes to lie is where that element always lies.
 
 Shapes: G layers, B blocks, N slots of a block, E elements of a block, A places of accepted paths,
 T tokens of a batch, K key/value heads, h head size, P padded head size, C = 2 * P.
@@ -141,6 +142,8 @@ def _move(layers: _Layers, slots_2A: torch.Tensor) -> None:
     for index_G in layers.index.split(layers_at_a_time):
         index = index_G.view(-1, *(1 for _ in source[0].shape))
         moved_GAKC = rows[index, *source]
+        # Accepted tokens are context now.  A code left in a key would mask it from the nodes of
+        # the next tree, whose queries carry other code words.
         moved_GAKC[..., padding.head_size : padding.padded_size].zero_()
         rows[index, *place] = moved_GAKC
         # Else it lives until the next layers' rows have been gathered.

@@ -18,8 +18,8 @@ from vllm_vispec.config import uses_vispec
 from vllm_vispec.draft_vlm.patch_points import DRAFT_VLM
 from vllm_vispec.draft_vocab.patch_points import DRAFT_VOCAB
 from vllm_vispec.models.patch_points import UNCOMPRESSED
+from vllm_vispec.trees.limits import has_tree
 from vllm_vispec.trees.patch_points import TREES
-from vllm_vispec.trees.setting import has_tree
 
 _V1_PROPOSER = "vllm.v1.spec_decode.llm_base_proposer"
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
@@ -192,64 +192,29 @@ _TREES = replace(
     is_needed=has_tree,
     apply=no_patches,
     points=(
-        overrides(
-            f"{_V1_PROPOSER}:SpecDecodeBaseProposer.propose"
-            "(num_speculative_tokens, common_attn_metadata)",
+        subclasses(
+            f"{_PROPOSER}"
+            "{propose(num_speculative_tokens, common_attn_metadata), "
+            "_sample_draft_tokens(hidden_states, sampling_metadata), "
+            "build_per_group_and_layer_attn_metadata(common_attn_metadata, draft_index), "
+            "_determine_batch_execution_and_padding(num_tokens), "
+            "_get_slot_mapping(num_tokens, slot_mapping)}",
             "one pass for each level behind vLLM's first pass",
         ),
-        overrides(
-            f"{_V1_PROPOSER}:SpecDecodeBaseProposer._sample_draft_tokens"
-            "(hidden_states, sampling_metadata)",
-            "hidden states behind the roots",
-        ),
-        calls(
-            f"{_V1_PROPOSER}:SpecDecodeBaseProposer._determine_batch_execution_and_padding"
-            "(num_tokens)",
-            "passes over levels",
-        ),
-        calls(
-            f"{_V1_PROPOSER}:SpecDecodeBaseProposer._get_slot_mapping(num_tokens, slot_mapping)",
-            "passes over levels",
-        ),
-        reads(
-            f"{_V1_PROPOSER}:SpecDecodeBaseProposer.self._draft_attn_layer_names",
-            "the cache of the target's layers alone is tidied",
-        ),
         wraps(
-            f"{_V1_RUNNER}:GPUModelRunner._calc_spec_decode_metadata"
-            "(num_draft_tokens, cu_num_scheduled_tokens)",
-            "which requests of a batch have drafts (one object only)",
-        ),
-        wraps(
-            f"{_V1_RUNNER}:GPUModelRunner._model_forward(input_ids, positions)",
-            "positions by level, and codes (one object only)",
-        ),
-        wraps(
-            f"{_V1_RUNNER}:GPUModelRunner._get_draft_token_ids_cpu",
-            "empty places are no drafts (one object only)",
-        ),
-        wraps(
-            f"{_V1_RUNNER}:GPUModelRunner._input_fits_in_drafter(common_attn_metadata)",
-            "drafted up to the longest sequence (one object only)",
+            f"{_RUNNER}"
+            "{_calc_spec_decode_metadata(num_draft_tokens, cu_num_scheduled_tokens), "
+            "_model_forward(input_ids, positions), _get_draft_token_ids_cpu, "
+            "_input_fits_in_drafter(common_attn_metadata), self.rejection_sampler}",
+            "positions by level, codes, empty places, and who verifies (one object only)",
         ),
         subclasses(
-            f"{_V1_RUNNER}:GPUModelRunner.self.rejection_sampler",
-            "the walk along the target's own samples",
-        ),
-        overrides(
-            f"{_V1_SAMPLER}:RejectionSampler.forward"
-            "(metadata, draft_probs, logits, sampling_metadata)",
-            "the walk along the target's own samples",
-        ),
-        calls(
-            f"{_V1_SAMPLER}:RejectionSampler.apply_logits_processors"
-            "(logits, sampling_metadata, metadata)",
-            "for every row of logits, the last ones included",
-        ),
-        calls(
-            f"{_V1_SAMPLER}:RejectionSampler._get_logprobs_tensors"
-            "(max_num_logprobs, metadata, logits, target_logits, bonus_logits)",
-            "logprobs of the accepted paths",
+            f"{_V1_SAMPLER}:RejectionSampler"
+            "{forward(metadata, draft_probs, logits, sampling_metadata), "
+            "apply_logits_processors(logits, sampling_metadata, metadata), "
+            "_get_logprobs_tensors(max_num_logprobs, metadata, logits, target_logits, "
+            "bonus_logits)}",
+            "the target's token behind every node, and log probabilities of the accepted paths",
         ),
         calls(
             f"{_V1_SAMPLER}:apply_sampling_constraints"

@@ -4,76 +4,47 @@ Shapes: R requests, W nodes expanded in a pass, B = R * W rows of a pass, D hidd
 vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_vispec.trees.attention import settings_of
+from vllm_vispec.compat.patching import patch
+from vllm_vispec.trees.attention import make_engine_trees, target_layers
 from vllm_vispec.trees.grow import (
-    DraftTree,
+    NO_TOKEN,
     Frontier,
     PathGrower,
     TreeGrower,
     best_path,
     replace_rows,
 )
-from vllm_vispec.trees.parts import parts_of, spread_rows
-from vllm_vispec.trees.setting import has_branches, has_paths
+from vllm_vispec.trees.limits import has_branches, has_paths, requires_linear_draft, settings_of
 from vllm_vispec.v1.proposer import ViSpecProposer
-from vllm_vispec.v1.tree_runner import RunnerChains, RunnerTrees
+from vllm_vispec.v1.tree_verification import RunnerTrees, TreeRejectionSampler
 
 _NO_SLOT = -1
 
 
-class _Passes(NamedTuple):
-    """What the passes over the levels of a round's trees are told, all made at once.
+class TreeProposer(ViSpecProposer):
+    """Runs vLLM's first pass for one draft, then one pass for each level of the trees.
 
-    Attributes:
-        batch: vLLM's description of the batch.
-        width: W.
-        positions: int64 ``[levels, B]``.
-        slots: int64 ``[levels, B]``; KV slots, none beyond the longest sequence.
-        seq_lens: ``[levels, R]``.
-        starts, starts_cpu: ``[R + 1]``; first row of each request.
+    Trees of a single path, which may end early, are chains of any length to vLLM.
     """
 
-    batch: Any
-    width: int
-    positions: torch.Tensor
-    slots: torch.Tensor
-    seq_lens: torch.Tensor
-    starts: torch.Tensor
-    starts_cpu: torch.Tensor
-
-    def metadata(self, level: int, max_model_len: int) -> Any:
-        """Describe one level's nodes as the next ``width`` tokens of each request."""
-        batch, behind = self.batch, level * self.width
-        upper = batch.seq_lens_cpu_upper_bound
-        return replace(
-            batch,
-            query_start_loc=self.starts,
-            query_start_loc_cpu=self.starts_cpu,
-            seq_lens=self.seq_lens[level - 1],
-            num_actual_tokens=self.positions.shape[1],
-            max_query_len=self.width,
-            max_seq_len=min(batch.max_seq_len + behind, max_model_len),
-            seq_lens_cpu_upper_bound=None if upper is None else upper + behind,
-            slot_mapping=self.slots[level - 1],
-        )
-
-
-class TreeProposer(ViSpecProposer):
-    """Runs vLLM's first pass for one draft, then one pass for each level of the trees."""
-
-    trees: RunnerChains
+    # None: nothing branches.
+    trees: RunnerTrees | None = None
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; everything trees need is allocated before memory is profiled."""
+        # No layer of the draft exists yet.
+        layers = target_layers(self.vllm_config)
         super().load_model(target_model)
         self._settings = settings_of(self.vllm_config)
         self._tree_grower = TreeGrower(self._settings)
@@ -82,7 +53,15 @@ class TreeProposer(ViSpecProposer):
         self._root_hidden: torch.Tensor | None = None
         self._grows = True
         self._on_cpu = current_platform.is_cpu()
-        self.trees = self._attach()
+        runner = self._runner
+        patch(runner, "_get_draft_token_ids_cpu", _drafts_for_scheduler)
+        patch(runner, "_input_fits_in_drafter", _fits)
+        if has_branches(self.vllm_config):
+            trees = make_engine_trees(self.vllm_config, layers, runner.max_num_reqs, runner.device)
+            self.trees = RunnerTrees(runner, trees)
+            runner.rejection_sampler = TreeRejectionSampler(
+                runner.sampler, runner.speculative_config, runner.device, self.trees
+            )
 
     def _make_path_grower(self) -> PathGrower | None:
         """Return what grows single paths; None where vLLM's chains do."""
@@ -91,47 +70,42 @@ class TreeProposer(ViSpecProposer):
             return None
         return PathGrower(self._settings.one_branch())
 
-    def _attach(self) -> RunnerChains:
-        if has_branches(self.vllm_config):
-            return RunnerTrees(self._runner, self._draft_attn_layer_names)
-        return RunnerChains(self._runner)
-
     def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the trees' tokens ``[R, num_speculative_tokens]``, best nodes first.
 
-        No more of them than a path has are a chain: one that ends where the draft is unsure if the
-        policy minds that, else vLLM's own.
+        If ``num_speculative_tokens <= depth + 1``, a chain is drafted instead of a tree: with early
+        stopping if the policy has a threshold, else by vLLM's own loop.
         """
         count = num_speculative_tokens
-        self.trees.clear_codes()
-        grower = self._grower_of(count)
-        self._grows = grower is not None
-        if grower is None:
+        is_tree = count > self._settings.levels
+        grower = self._tree_grower if is_tree else self._path_grower
+        if self.trees is not None:
+            self.trees.codes.clear_codes()
+            self.trees.forget_trees()
+        self._grows = grower is not None and count > 0
+        if grower is None or not self._grows:
             return super().propose(count, *args, **kwargs)
         super().propose(1, *args, **kwargs)
         self.num_speculative_tokens = count
-        num_passes = min(self._settings.depth, count - 1)
-        grown = self._grow(grower, num_passes, kwargs["common_attn_metadata"])
+        num_requests = self._grow(
+            grower, min(self._settings.depth, count - 1), kwargs["common_attn_metadata"]
+        )
         if isinstance(grower, PathGrower):
-            return torch.cat([grower.finish_path(count) for _ in grown])
-        trees = [grower.finish(self._num_nodes) for _ in grown]
-        return self._write(trees)[:, :count].contiguous()
+            return grower.finish_paths(count)
+        return self._finish_trees(grower, num_requests)[:, :count].contiguous()
 
-    def _grower_of(self, count: int) -> TreeGrower | None:
-        """Return what grows so many draft tokens; None where vLLM drafts them, as a chain."""
-        if count > self._settings.levels:
-            return self._tree_grower
-        self.trees.write_chains()
-        return self._path_grower if count else None
-
-    def _write(self, trees: list[DraftTree]) -> torch.Tensor:
-        assert isinstance(self.trees, RunnerTrees)
-        tree = trees[0] if len(trees) == 1 else DraftTree(*map(torch.cat, zip(*trees, strict=True)))
-        chain_rows = self.trees.chain_rows()
-        if chain_rows is not None:
-            tree = replace_rows(tree, best_path(tree), chain_rows)
-        self.trees.write(tree)
-        return tree.token
+    def _finish_trees(self, grower: TreeGrower, num_requests: int) -> torch.Tensor:
+        """Keep the trees for their verification; return their tokens ``[R, N]``."""
+        assert self.trees is not None
+        tree = grower.finish_trees(self._num_nodes)
+        ids, states = self._runner.input_batch.req_ids, self._runner.requests
+        flags = [requires_linear_draft(states[request_id].sampling_params) for request_id in ids]
+        grown = len(tree.token)
+        if any(flags[:grown]):
+            is_linear_R1 = async_tensor_h2d(flags[:grown], tree.token.device).unsqueeze(1)
+            tree = replace_rows(tree, best_path(tree), is_linear_R1)
+        self.trees.write_trees(tree)
+        return F.pad(tree.token, (0, 0, 0, num_requests - grown), value=NO_TOKEN)
 
     def _sample_draft_tokens(
         self, hidden_states: torch.Tensor, sampling_metadata: Any
@@ -142,57 +116,60 @@ class TreeProposer(ViSpecProposer):
         self._root_hidden = hidden_states
         return hidden_states.new_zeros(hidden_states.shape[0], dtype=torch.int64), None
 
-    def _grow(self, grower: TreeGrower, num_passes: int, batch: Any) -> Iterator[None]:
-        """Grow the trees of the batch; what the grower holds at each yield is to be finished."""
+    def _grow(self, grower: TreeGrower, num_passes: int, batch: Any) -> int:
+        """Grow the trees behind the roots, level by level; return the number of requests.
+
+        Requests for whose trees a pass has no room go without one in this step, the last ones
+        first; that happens only where very many short prompts end at once.
+        """
         hidden_RD, rows_R = self._root_hidden, self._first_draft_rows
         assert hidden_RD is not None
         assert rows_R is not None
         self._root_hidden = self._first_draft_rows = None
-        root_R, width = self.positions[rows_R], grower.width
-        for part in parts_of(len(root_R), width, self.max_num_tokens):
-            frontier = grower.start(self.model.compute_logits(hidden_RD[part]))
-            if num_passes:
-                count = part.stop - part.start
-                rows = spread_rows(rows_R, count, width)
-                self.draft_rows.select_rows(rows)
-                rows_R = torch.arange(count * width, len(rows), device=rows.device)
-                passes = self._passes(root_R[part], width, num_passes, _part_of(batch, part))
-                self._run_passes(grower, frontier, hidden_RD[part], passes)
-            yield
-
-    def _run_passes(
-        self, grower: TreeGrower, frontier: Frontier, hidden_RD: torch.Tensor, passes: _Passes
-    ) -> None:
-        """Grow the trees behind the roots, whose hidden states are ``[R, D]``, level by level."""
-        num_requests, width = frontier.token.shape
-        hidden_RXD = hidden_RD.unsqueeze(1)
-        for level in range(1, len(passes.positions) + 1):
+        width, all_requests = grower.width, len(rows_R)
+        num_requests = min(all_requests, self.max_num_tokens // width)
+        root_R, hidden_RXD = self.positions[rows_R[:num_requests]], hidden_RD[:num_requests, None]
+        frontier = grower.start_trees(self.model.compute_logits(hidden_RXD[:, 0]))
+        if num_passes:
+            self.draft_rows.select_rows(rows_R[:num_requests].repeat_interleave(width))
+        # Nodes lie in the slots behind the root, one level after the other.
+        slots_RX = self._slots_behind(root_R, num_passes * width, batch.block_table_tensor)
+        for level in range(1, num_passes + 1):
             # On a CPU there is no queue of work that a look at the outcome would hold up.
             if self._on_cpu and self._settings.is_confident and grower.is_done():
                 break
             if width > 1:
                 index_RWD = frontier.parent_row.unsqueeze(-1).expand(-1, -1, hidden_RXD.shape[-1])
                 hidden_RXD = hidden_RXD.gather(1, index_RWD)
-            hidden_BD = self._level(level, frontier, hidden_RXD, passes)
+            slots_B = slots_RX[:, (level - 1) * width : level * width].flatten()
+            metadata = self._level_metadata(level, root_R, width, slots_B, batch)
+            hidden_BD = self._run_level(level, frontier, hidden_RXD, root_R, metadata)
             hidden_RXD = hidden_BD.view(num_requests, width, -1)
             logits_BV = self.model.compute_logits(hidden_BD)
-            frontier = grower.expand(logits_BV.view(num_requests, width, -1))
-        self.trees.clear_codes()
+            frontier = grower.grow_level(logits_BV.view(num_requests, width, -1))
+        if self.trees is not None:
+            self.trees.codes.clear_codes()
+        return all_requests
 
-    def _level(
-        self, level: int, frontier: Frontier, hidden_RWD: torch.Tensor, passes: _Passes
+    def _run_level(
+        self,
+        level: int,
+        frontier: Frontier,
+        hidden_RWD: torch.Tensor,
+        root_R: torch.Tensor,
+        metadata: Any,
     ) -> torch.Tensor:
         """Run the draft over one level's nodes; return their hidden states ``[B, D]``."""
-        num_rows = frontier.token.numel()
+        num_rows, width = frontier.token.numel(), frontier.token.shape[1]
         self.input_ids[:num_rows] = frontier.token.flatten()
-        self.positions[:num_rows] = passes.positions[level - 1]
+        positions_R = (root_R + level).clamp_(max=self.max_model_len - 1)
+        self.positions[:num_rows] = positions_R.repeat_interleave(width)
         # Logits need all of a state, the next pass what the draft reads of it.
         width_read = self.hidden_states.shape[1]
         self.hidden_states[:num_rows] = hidden_RWD.flatten(0, 1)[:, :width_read]
-        if passes.width > 1:
-            assert isinstance(self.trees, RunnerTrees)
-            self.trees.codes.set_draft(frontier.path.flatten(0, 1))
-        metadata = passes.metadata(level, self.max_model_len)
+        if width > 1:
+            assert self.trees is not None
+            self.trees.codes.write_draft_codes(frontier.path.flatten(0, 1))
         _, per_layer = self.build_per_group_and_layer_attn_metadata(metadata, draft_index=level)
         mode, num_input, across_dp = self._determine_batch_execution_and_padding(num_rows)
         model_kwargs, num_slots = self.build_model_inputs_first_pass(num_rows, num_input, None)
@@ -207,23 +184,26 @@ class TreeProposer(ViSpecProposer):
             hidden, _ = self.model(**model_kwargs)
         return hidden[:num_rows]
 
-    def _passes(self, root_R: torch.Tensor, width: int, num_levels: int, batch: Any) -> _Passes:
-        """Describe the passes behind the roots, whose positions are int64 ``[R]``."""
-        num_requests = root_R.shape[0]
-        level_L1 = torch.arange(1, num_levels + 1, device=root_R.device).unsqueeze(1)
-        position_LR = (root_R + level_L1).clamp_(max=self.max_model_len - 1)
-        seq_len_LR = (root_R + 1 + level_L1 * width).clamp_(max=self.max_model_len)
-        return _Passes(
+    def _level_metadata(
+        self, level: int, root_R: torch.Tensor, width: int, slots_B: torch.Tensor, batch: Any
+    ) -> Any:
+        """Describe one level's nodes as the next ``width`` tokens of each request."""
+        num_requests, longest, behind = len(root_R), self.max_model_len, level * width
+        upper, is_prefilling = batch.seq_lens_cpu_upper_bound, batch.is_prefilling
+        seq_lens_R = (root_R + 1 + behind).clamp_(max=longest).to(batch.seq_lens.dtype)
+        return replace(
             batch,
-            width,
-            positions=position_LR.repeat_interleave(width, dim=1),
-            slots=self._slots_behind(root_R, width * num_levels, batch.block_table_tensor)
-            .view(num_requests, num_levels, width)
-            .transpose(0, 1)
-            .flatten(1),
-            seq_lens=seq_len_LR.to(batch.seq_lens.dtype),
-            starts=self.arange[: num_requests + 1] * width,
-            starts_cpu=torch.arange(0, num_requests * width + 1, width, dtype=torch.int32),
+            num_reqs=num_requests,
+            query_start_loc=self.arange[: num_requests + 1] * width,
+            query_start_loc_cpu=torch.arange(num_requests + 1, dtype=torch.int32) * width,
+            seq_lens=seq_lens_R,
+            num_actual_tokens=num_requests * width,
+            max_query_len=width,
+            max_seq_len=min(batch.max_seq_len + behind, longest),
+            seq_lens_cpu_upper_bound=None if upper is None else upper[:num_requests] + behind,
+            is_prefilling=None if is_prefilling is None else is_prefilling[:num_requests],
+            block_table_tensor=batch.block_table_tensor[:num_requests],
+            slot_mapping=slots_B,
         )
 
     def _slots_behind(
@@ -232,21 +212,30 @@ class TreeProposer(ViSpecProposer):
         """Return the next ``count`` KV slots, int64 ``[R, count]``; none past the last position."""
         place_RX = root_R.unsqueeze(1) + torch.arange(1, count + 1, device=root_R.device)
         block_RX = (place_RX // self.block_size).clamp_(max=block_table.shape[1] - 1)
-        slot_RX = block_table.gather(1, block_RX).long() * self.block_size
+        slot_RX = block_table[: len(root_R)].gather(1, block_RX).long() * self.block_size
         slot_RX += place_RX % self.block_size
         return slot_RX.masked_fill_(place_RX >= self.max_model_len, _NO_SLOT)
 
 
-def _part_of(batch: Any, part: slice) -> Any:
-    """Return vLLM's description of some requests of the batch, as far as `_Passes` reads it."""
-    if part == slice(0, batch.num_reqs):
-        return batch
-    upper = batch.seq_lens_cpu_upper_bound
-    is_prefilling = batch.is_prefilling
-    return replace(
-        batch,
-        num_reqs=part.stop - part.start,
-        block_table_tensor=batch.block_table_tensor[part],
-        seq_lens_cpu_upper_bound=None if upper is None else upper[part],
-        is_prefilling=None if is_prefilling is None else is_prefilling[part],
-    )
+def _fits(original: Callable[..., bool], metadata: Any) -> bool:
+    """Stands for the runner's ``_input_fits_in_drafter``: draft up to the longest sequence too.
+
+    Near it the scheduler takes as many of a tree's nodes as fit, the best ones; vLLM would stop a
+    whole tree's number of tokens before it, and for all requests of the batch.
+    """
+    return metadata is not None
+
+
+def _drafts_for_scheduler(
+    original: Callable[..., tuple[list[list[int]], list[str]]],
+) -> tuple[list[list[int]], list[str]]:
+    """Cut the empty places behind trees and paths off what the host sees."""
+    drafts, request_ids = original()
+    return [_without_empty(tokens) for tokens in drafts], request_ids
+
+
+def _without_empty(tokens: list[int]) -> list[int]:
+    count = len(tokens)
+    while count and tokens[count - 1] == NO_TOKEN:
+        count -= 1
+    return tokens[:count]

@@ -205,11 +205,11 @@ def _write_codes(
 
 def _grow(settings: TreeSettings, num_nodes: int, generator: torch.Generator) -> DraftTree:
     grower = TreeGrower(settings)
-    frontier = grower.start(3 * torch.randn(len(PROMPTS), VOCABULARY, generator=generator))
+    frontier = grower.start_trees(3 * torch.randn(len(PROMPTS), VOCABULARY, generator=generator))
     for _ in range(settings.depth):
         shape = (*frontier.token.shape, VOCABULARY)
-        frontier = grower.expand(3 * torch.randn(shape, generator=generator))
-    return grower.finish(num_nodes)
+        frontier = grower.grow_level(3 * torch.randn(shape, generator=generator))
+    return grower.finish_trees(num_nodes)
 
 
 @dataclass

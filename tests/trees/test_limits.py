@@ -1,13 +1,13 @@
-"""Engines in which trees could not work are refused with the remedy."""
+"""What an engine's configuration says about trees: where they branch, and what refuses them."""
 
 from __future__ import annotations
 
 import re
 from types import SimpleNamespace
 from typing import Any, get_args
+from unittest import mock
 
 import pytest
-import torch
 from vllm.config import VllmConfig
 from vllm.config.cache import CacheDType
 from vllm.config.compilation import CUDAGraphMode
@@ -16,14 +16,14 @@ from vllm.model_executor.layers.attention.chunked_local_attention import Chunked
 from vllm.model_executor.layers.attention.static_sink_attention import StaticSinkAttention
 from vllm.v1.attention.backend import AttentionImpl
 
-from vllm_vispec.models.padded_impl import padded_class
-from vllm_vispec.trees import limits
-from vllm_vispec.trees.attention import _check_backend, _check_class, _check_layer
-from vllm_vispec.trees.parts import parts_of, requests_at_once, spread_rows
-from vllm_vispec.trees.path_rules import ChainRequests, needs_chain
-from vllm_vispec.trees.setting import schedules_chains
+from vllm_vispec.config import ViSpecConfig
+from vllm_vispec.spec_decode.patch_points import speculator_class
+from vllm_vispec.spec_decode.setting_notes import note_settings_without_effect
+from vllm_vispec.trees import attention, limits, model_state
+from vllm_vispec.trees.attention import _check_backend, _check_class, _check_layer, padded_impl
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.v1.tree_proposer import TreeProposer
 
 OUT = r'leave "tree" out'
 
@@ -123,7 +123,8 @@ def test_padded_layers_take_part_in_no_fused_operator() -> None:
     questions = [name for name in dir(AttentionImpl) if name.startswith("fused_")]
     assert len(questions) >= 4
     everything = {name: lambda *_: True for name in questions}
-    padded = padded_class(type("Impl", (), everything))()
+    impl = type("Impl", (), everything | {"__init__": lambda *_: None})
+    padded = padded_impl(impl, 96)(4, 64)
     for name in questions:
         assert not getattr(padded, name)(*([None] if "output_quant" in name else []))
 
@@ -136,53 +137,11 @@ WHOLE: dict[str, Any] = {
 
 
 def _config(**parallel: Any) -> Any:
-    scheduler = SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=128)
     return SimpleNamespace(
-        scheduler_config=scheduler,
         parallel_config=SimpleNamespace(**(WHOLE | parallel)),
         watermark_config=None,
         kv_transfer_config=None,
     )
-
-
-@pytest.mark.parametrize(
-    ("requests", "tokens", "top_k"),
-    # What vLLM's servers have without settings: 256 or 1,024 requests.
-    [(256, 2048, 8), (256, 2048, 10), (1024, 8192, 10), (16, 32, 10)],
-)
-def test_batches_larger_than_a_draft_pass(requests: int, tokens: int, top_k: int) -> None:
-    """Trees of as many requests as fit are grown at once; rows of the others have room too."""
-    config = _config()
-    config.scheduler_config = SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=tokens)
-    limits.check_engine(config, TreeSettings(top_k=top_k))
-    parts = list(parts_of(requests, top_k, tokens))
-    assert [one for part in parts for one in range(requests)[part]] == list(range(requests))
-    rows_R = torch.arange(requests)
-    owner = torch.arange(requests)
-    for part in parts:
-        count = part.stop - part.start
-        rows = spread_rows(rows_R, count, top_k)
-        assert len(rows) <= tokens
-        owner = owner[rows]
-        expected = torch.arange(part.start, part.stop).repeat_interleave(top_k)
-        assert torch.equal(owner[: count * top_k], expected)
-        rows_R = torch.arange(count * top_k, len(rows))
-    assert len(rows_R) == 0
-    for num_requests in range(1, requests + 1, 7):
-        most = requests_at_once(num_requests, top_k, tokens)
-        assert 1 <= most <= num_requests
-
-
-def test_batches_must_fit_a_draft_pass() -> None:
-    config = _config()
-    config.scheduler_config = SimpleNamespace(max_num_seqs=120, max_num_batched_tokens=128)
-    limits.check_engine(config, TreeSettings(top_k=8))
-    with pytest.raises(
-        ViSpecError, match=r"top_k=9 and max_num_seqs=120 do not fit .*=128,.* 129 or more"
-    ):
-        limits.check_engine(config, TreeSettings(top_k=9))
-    # Drafts of single paths are a row each.
-    limits.check_engine(config, TreeSettings("spec_llava", top_k=1))
 
 
 def test_batches_must_be_whole() -> None:
@@ -226,13 +185,8 @@ def _params(**changes: Any) -> Any:
     ],
 )
 def test_requests_whose_sampling_depends_on_the_path_get_chains(changes: dict[str, Any]) -> None:
-    assert not needs_chain(_params())
-    assert needs_chain(_params(**changes))
-    known = ChainRequests()
-    params = {"plain": _params(), "other": _params(**changes)}
-    assert known.flags(["plain", "other"], params) == [False, True]
-    # Remembered: later batches need no parameters.
-    assert known.flags(["other", "plain"], {}) == [True, False]
+    assert not limits.requires_linear_draft(_params())
+    assert limits.requires_linear_draft(_params(**changes))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +199,7 @@ def test_schedules_with_chains(schedule: list[list[int]] | None, has_chains: boo
         num_speculative_tokens=29, num_speculative_tokens_per_batch_size=schedule
     )
     config = SimpleNamespace(speculative_config=speculative)
-    assert schedules_chains(config, TreeSettings(depth=3)) is has_chains
+    assert limits.schedules_chains(config, TreeSettings(depth=3)) is has_chains
 
 
 def _graph_config(requests: int, schedule: Any = None, **compilation: Any) -> Any:
@@ -303,3 +257,122 @@ def test_where_graphs_of_the_target_end(
     # A single path is a chain, whose graphs vLLM sizes for chains.
     limits.note_graphs(config, TreeSettings("spec_llava", top_k=1))
     assert not caplog.messages
+
+
+CONFIDENT = TreeSettings("spec_llava", depth=3, top_k=2)
+
+
+def _drafting(
+    tree: TreeSettings | None,
+    schedule: list[list[int]] | None = None,
+    num_nodes: int = 29,
+    *,
+    is_v2: bool = False,
+    is_async: bool = False,
+) -> Any:
+    speculative = SimpleNamespace(
+        num_speculative_tokens=num_nodes, num_speculative_tokens_per_batch_size=schedule
+    )
+    return SimpleNamespace(
+        speculative_config=speculative,
+        additional_config=ViSpecConfig(tree=tree).to_section(),
+        scheduler_config=SimpleNamespace(async_scheduling=is_async, max_num_seqs=64),
+        use_v2_model_runner=is_v2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("tree", "schedule", "num_nodes", "branches"),
+    [
+        (None, None, 29, False),
+        (TreeSettings(), None, 29, True),
+        (TreeSettings(), None, 5, True),
+        # As many nodes as a path has are a chain.
+        (TreeSettings(), None, 4, False),
+        (CONFIDENT, None, 29, True),
+        (CONFIDENT.one_branch(), None, 4, False),
+        (TreeSettings(), [[1, 4, 29], [5, 64, 4]], 29, True),
+        (TreeSettings(), [[1, 4, 4], [5, 64, 0]], 29, False),
+        # vLLM drafts no more than num_speculative_tokens, whatever a schedule says.
+        (TreeSettings(), [[1, 4, 29], [5, 64, 0]], 4, False),
+    ],
+)
+def test_engines_without_branches_are_not_padded(
+    tree: TreeSettings | None,
+    schedule: list[list[int]] | None,
+    num_nodes: int,
+    branches: bool,
+) -> None:
+    """Neither a single path nor a schedule of chains alone needs codes."""
+    config = _drafting(tree, schedule, num_nodes)
+    assert limits.has_branches(config) is branches
+    made: list[object] = []
+    with mock.patch.object(attention, "get_current_vllm_config", return_value=config):
+        if not branches:
+            attention.init_padded(lambda *given, **_: made.extend(given), "layer", "heads")
+            assert made == ["layer", "heads"]
+
+
+class OwnState:
+    """A model state of vLLM's with its own sampler."""
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
+        return sampler, sampler
+
+
+def test_v2_keeps_vllms_model_state_for_single_paths() -> None:
+    """Even where an engine with branches was in the same process before."""
+    for tree, is_vllms in ((CONFIDENT, False), (CONFIDENT.one_branch(), True)):
+        found = model_state.resolve_model_state_cls(lambda *_: OwnState, _drafting(tree), "model")
+        assert (found is OwnState) is is_vllms
+        assert issubclass(found, OwnState)
+
+
+def test_v2_refuses_trees_where_a_target_has_its_own_sampler() -> None:
+    with pytest.raises(ViSpecError, match=r"its own \(OwnState\.custom_sampler\); leave it out"):
+        model_state.tree_model_state(OwnState)().custom_sampler("sampler")
+
+
+def test_single_paths_are_trees_if_they_may_end_early() -> None:
+    settings = {"num_speculative_tokens": 4}
+    assert limits.resolve_tree(TreeSettings("eagle2", top_k=1), settings) is None
+    path = TreeSettings("spec_llava", top_k=1, threshold=0.3)
+    assert limits.resolve_tree(path, settings) == path
+
+
+def test_v2_drafts_single_paths_as_chains() -> None:
+    assert speculator_class(_drafting(CONFIDENT.one_branch(), num_nodes=4)).__name__ == (
+        "ViSpecSpeculator"
+    )
+    assert speculator_class(_drafting(CONFIDENT)).__name__ == "TreeSpeculator"
+
+
+@pytest.mark.parametrize(
+    ("runner", "said"),
+    [
+        ({"is_v2": True}, "the V2 model runner's drafts stay on the device"),
+        ({"is_async": True}, "with asynchronous scheduling drafts stay on the device"),
+        ({}, ""),
+    ],
+)
+def test_a_threshold_without_effect_is_named(
+    runner: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    note_settings_without_effect(_drafting(CONFIDENT.one_branch(), num_nodes=4, **runner))
+    assert ("tree.threshold is ignored" in caplog.text) is bool(said)
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("tree", "is_async", "grows"),
+    [(CONFIDENT, False, True), (CONFIDENT, True, False), (TreeSettings(), False, False)],
+)
+def test_v1_cuts_paths_that_the_scheduler_sees(
+    tree: TreeSettings, is_async: bool, grows: bool
+) -> None:
+    """An empty place among drafts on the device would be a token to vLLM's sampler."""
+    proposer: Any = object.__new__(TreeProposer)
+    proposer.vllm_config = _drafting(tree, [[1, 2, 9], [3, 9, 4]])
+    proposer._settings = tree
+    proposer._runner = SimpleNamespace(use_async_scheduling=is_async)
+    assert (proposer._make_path_grower() is not None) is grows

@@ -149,13 +149,13 @@ def test_single_paths_end_where_the_draft_is_unsure(threshold: float) -> None:
     settings = TreeSettings("spec_llava", 4, 8, threshold).one_branch()
     grower = PathGrower(settings)
     paths: list[Path] = [() for _ in range(REQUESTS)]
-    frontier = grower.start(torch.stack([model(i, path) for i, path in enumerate(paths)]))
+    frontier = grower.start_trees(torch.stack([model(i, path) for i, path in enumerate(paths)]))
     for _ in range(settings.depth):
         tokens = frontier.token[:, 0].tolist()
         paths = [(*path, token) for path, token in zip(paths, tokens, strict=True)]
         logits = torch.stack([model(i, path) for i, path in enumerate(paths)])
-        frontier = grower.expand(logits.unsqueeze(1))
-    found = grower.finish_path(7)
+        frontier = grower.grow_level(logits.unsqueeze(1))
+    found = grower.finish_paths(7)
     for request in range(REQUESTS):
         node, expected = Node(0.0, ()), []
         for _ in range(settings.levels):
@@ -174,14 +174,14 @@ def test_growing_may_stop_early() -> None:
     for level, share in enumerate((0.0, 0.0, 4.0)):
         logits[..., : 2 + level] = share
         if level:
-            grower.expand(logits)
+            grower.grow_level(logits)
         else:
-            grower.start(logits[:, 0])
+            grower.start_trees(logits[:, 0])
         assert grower.is_done() == (level > 0)
-    early = grower.finish(18)
+    early = grower.finish_trees(18)
     for _ in range(3):
-        grower.expand(logits)
-    whole = grower.finish(18)
+        grower.grow_level(logits)
+    whole = grower.finish_trees(18)
     assert torch.equal(early.token, whole.token)
     kept = early.token != NO_TOKEN
     for mine, theirs in zip(early[1:], whole[1:], strict=True):

@@ -14,11 +14,11 @@ from tests.support.operators import RecordedGraph
 from tests.support.tree_models import grow, random_model
 from tests.support.tree_speculators import LAYER, VOCAB, WIDTH, SmallTreeSpeculator
 from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
-from vllm_vispec.trees.cudagraph import _log, why_eager
+from vllm_vispec.trees.cudagraph import _log_once, why_eager
 from vllm_vispec.trees.grow import DraftTree
 from vllm_vispec.trees.policies import POLICIES
-from vllm_vispec.trees.rounds import TreeRound
 from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.trees.verify import TreeBatch
 
 NODES, REQUESTS, TOKENS = 12, 6, 64
 TREES = [name for name in POLICIES if name != "chain"]
@@ -48,7 +48,7 @@ def _fill(speculator: SmallTreeSpeculator, seed: int, slots: list[int]) -> None:
 
 def _outcome(speculator: SmallTreeSpeculator, count: int) -> tuple[DraftTree, torch.Tensor]:
     slots = speculator.idx_mapping[:count]
-    tree = speculator.table.read(slots, speculator.draft_tokens[:count])
+    tree = speculator.table.read_trees(slots, speculator.draft_tokens[:count])
     rows = (rows.clone() for rows in tree)
     return DraftTree(*rows), speculator.cache.clone()
 
@@ -82,8 +82,8 @@ def test_replays_grow_what_the_eager_passes_grow(policy: str) -> None:
                 else:
                     count = len(batch)
                     num = count * speculator._width
-                    bound = torch.full((count,), 64, dtype=torch.int32)
-                    speculator._grow(count, num, None, slots, seq_lens_cpu_upper_bound=bound)
+                    eager: Any = None, torch.full((count,), 64, dtype=torch.int32)
+                    speculator._grow(count, num, None, slots, eager=eager)
                 found.append(_outcome(speculator, len(batch)))
                 assert not speculator.query.rows[..., 8:].any()
                 assert not speculator.key.rows[..., 8:].any()
@@ -188,7 +188,7 @@ def _said(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.usefixtures("stand_in")
 def test_batches_replay_the_graph_of_the_next_size(caplog: pytest.LogCaptureFixture) -> None:
     """Recorded and found by vLLM's managers; more requests than are recorded grow eagerly."""
-    _log.cache_clear()
+    _log_once.cache_clear()
     caplog.set_level("INFO", "vllm")
     recorded, eager = _speculator(), _speculator()
     for speculator in (recorded, eager):
@@ -233,7 +233,7 @@ def test_levels_that_a_backend_takes_for_prefills_are_not_recorded(
     backend = SimpleNamespace(get_name=lambda: "SOME")
     group = SimpleNamespace(get_metadata_builder=lambda: builder, backend=backend)
     speculator.attn_groups = [[group]]
-    reason = why_eager(speculator, CUDAGraphMode.FULL_AND_PIECEWISE)
+    reason = why_eager(speculator, speculator._width, CUDAGraphMode.FULL_AND_PIECEWISE)
     said = (
         "SOME records no requests of more than 3 tokens, a level of a tree has 4; "
         "num_speculative_tokens=3 is enough"
@@ -263,7 +263,7 @@ def test_the_log_says_where_graphs_end(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """With the size that records the target's passes, too; no graphs are no number of requests."""
-    _log.cache_clear()
+    _log_once.cache_clear()
     caplog.set_level("INFO", "vllm")
     speculator = _speculator()
     speculator.place_keys()
@@ -271,28 +271,29 @@ def test_the_log_says_where_graphs_end(
     compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = sizes, sizes[-1]
     speculator.speculative_config.num_speculative_tokens_per_batch_size = schedule
     speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
+    speculator.capture()
     assert _said(caplog) == [f"ViSpec trees grow {said}"]
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_batches_of_more_rows_than_a_pass_are_grown_in_parts() -> None:
-    """The same trees as in a pass with room for all of them."""
-    found = []
-    for num_tokens in (TOKENS, 2 * REQUESTS):
+def test_requests_for_which_a_pass_has_no_room_get_no_tree() -> None:
+    """The others' trees are those of a pass with room for all."""
+    found, batch = [], [3, 1, 2, 0, 5, 4]
+    slots = torch.tensor(batch)
+    for num_tokens in (TOKENS, 4 * 4 + 1):
         speculator = _speculator(max_num_tokens=num_tokens)
         speculator.place_keys()
         speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
-        batch = [3, 1, 2, 0, 5, 4]
         _fill(speculator, 1, batch)
         speculator.rows[:REQUESTS] = torch.arange(10, 10 + REQUESTS)
         dummy = _dummy_batch(REQUESTS)
-        dummy.idx_mapping = torch.tensor(batch)
+        dummy.idx_mapping = slots
         speculator._grow_batch(dummy, is_profile=False)
-        slots = torch.tensor(batch)
-        found.append(speculator.table.read(slots, speculator.draft_tokens))
-        assert len(speculator.passes) == (3 if num_tokens == TOKENS else 3 * REQUESTS)
-    for mine, theirs in zip(*found, strict=True):
-        assert torch.equal(mine, theirs)
+        found.append(speculator.table.read_trees(slots, speculator.draft_tokens))
+    for wide, narrow in zip(*found, strict=True):
+        assert torch.equal(wide[:4], narrow[:4])
+    assert not found[1].token[4:].clamp(min=0).any()
+    assert torch.equal(speculator.table.depth[slots[4:]], torch.arange(NODES + 1).expand(2, -1))
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -303,7 +304,6 @@ def test_a_schedule_records_no_chains_as_long_as_trees() -> None:
     speculator._schedules_chains = True
     speculative = speculator.vllm_config.speculative_config
     speculative.num_speculative_tokens_per_batch_size = [[1, 2, 12], [3, 4, 3], [5, 6, 1]]
-    speculative.uses_dynamic_speculative_decoding = lambda: True
     steps: list[int] = []
     chains: Any = speculator
     chains._generate_fused_drafts = lambda *args, num_speculative_steps: steps.append(
@@ -322,18 +322,29 @@ def test_a_schedule_records_no_chains_as_long_as_trees() -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_batches_replay_the_walk_of_the_next_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ragged batches of one to six requests find what an eager walk finds, after a sleep too."""
+def test_without_a_schedule_no_chains_are_recorded() -> None:
+    speculator = _speculator()
+    speculator.place_keys()
+    speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
+    speculator.capture()
+    assert speculator.decode_cudagraph_manager is not None
+    assert not speculator.decode_cudagraph_manager.graphs
+    assert speculator.tree_cudagraph_manager is not None
+    assert speculator.tree_cudagraph_manager.graphs
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_batches_replay_the_verification_of_the_next_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged batches of one to six requests find what is found eagerly, after a sleep too."""
     settings, num_rows = TreeSettings(depth=3, top_k=4), REQUESTS * (NODES + 1)
     speculator = _speculator(max_num_tokens=2 * num_rows)
     speculator.place_keys()
     speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
     speculator.capture()
-    manager = speculator.walk_cudagraph_manager
+    manager = speculator.verification_cudagraph_manager
     assert manager is not None
     assert sorted(desc.num_reqs for desc in manager.graphs) == [1, 2, 4]
-    walks = speculator.trees.static_walk
-    walks.find_manager = lambda: manager
+    recorded = speculator.model_state.recorded_verification
     replayed: list[int] = []
     run = manager.run_fullgraph
 
@@ -342,9 +353,12 @@ def test_batches_replay_the_walk_of_the_next_size(monkeypatch: pytest.MonkeyPatc
         run(desc)
 
     monkeypatch.setattr(manager, "run_fullgraph", run_fullgraph)
-    speculator.table.write(slice(REQUESTS), grow(random_model(5), settings, REQUESTS, NODES))
+    speculator.table.write_trees(slice(REQUESTS), grow(random_model(5), settings, REQUESTS, NODES))
     # What memory holds after a sleep of level 2, in which vLLM keeps buffers of models alone.
-    for rows in (walks._sampled, walks._token, walks._slot, walks._start, walks._count):
+    for rows in (
+        *(recorded._sampled, recorded._token),
+        *(recorded._slot, recorded._start, recorded._count),
+    ):
         rows.fill_(10**9)
     accepted = set()
     for seed, count in enumerate((1, 3, 4, 2, 6, 3, 1, 4)):
@@ -356,11 +370,11 @@ def test_batches_replay_the_walk_of_the_next_size(monkeypatch: pytest.MonkeyPatc
         # Few tokens: the target agrees with many nodes.
         sampled_S, token_S = torch.randint(2, (2, num_rows), generator=generator)
         index_S = torch.arange(num_rows)
-        batch = TreeRound(speculator.table, slot_R, start_R, count_R, index_S, num_rows)
-        found, moves = walks.walk(batch, sampled_S, token_S)
-        expected = batch.walk(sampled_S, token_S)
-        for mine, theirs in zip((*found, *moves), (*expected, *batch.moves(expected)), strict=True):
+        batch = TreeBatch(speculator.table, slot_R, start_R, count_R, index_S, num_rows)
+        found, moves = recorded.verify(batch, sampled_S, token_S)
+        expected, expected_moves = batch.verify(sampled_S, token_S)
+        for mine, theirs in zip((*found, *moves), (*expected, *expected_moves), strict=True):
             assert torch.equal(mine, theirs)
-        accepted.update(found.accepted.tolist())
+        accepted.update(found.num_accepted.tolist())
     assert replayed == [1, 4, 4, 2, 4, 1, 4]
     assert len(accepted) > 1
