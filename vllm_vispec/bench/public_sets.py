@@ -239,17 +239,16 @@ def _read_task(
 ) -> Iterator[Conversation | Rejected]:
     folder = path / name
     folders = [folder / one for one in task.folders] if root is None else [root / name, root]
-    if (folder / OWN_FILE).is_file():
+    is_own = (folder / OWN_FILE).is_file()
+    rows: Rows
+    if is_own:
         folders += [folder / "images", folder]
-        question = "text" if task.question == "text" else "question"
-        own = Task(OWN_FILE, "", prompt=task.prompt, question=task.question and question)
-        rows: Rows = _json_lines(folder / OWN_FILE)
-        convert = partial(_task_dialogue, task=own, family=name, folders=folders, is_own=True)
-        id_fields: tuple[str, ...] = ID_FIELDS
+        task = replace(task, image="{image}", keep={}, id_fields=ID_FIELDS)
+        rows = _json_lines(folder / OWN_FILE)
     else:
-        rows, id_fields = _rows(folder / task.file, task.keys), task.id_fields
-        convert = partial(_task_dialogue, task=task, family=name, folders=folders, is_own=False)
-    for item in _convert_each(rows, convert, id_fields):
+        rows = _rows(folder / task.file, task.keys)
+    convert = partial(_task_dialogue, task=task, family=name, folders=folders, is_own=is_own)
+    for item in _convert_each(rows, convert, task.id_fields):
         rejected = isinstance(item, Rejected)
         yield replace(item, sample_id=f"{name}/{item.sample_id}") if rejected else item
 
@@ -258,7 +257,8 @@ def _task_dialogue(
     record: Json, name: str, task: Task, family: str, folders: list[Path], is_own: bool
 ) -> Conversation | None:
     for needed, beginning in task.keep.items():
-        if not str(record.get(needed) or "").startswith(beginning) or not record.get(needed):
+        value = str(record.get(needed) or "")
+        if not value or not value.startswith(beginning):
             return None
     texts = [task.prompt] if task.prompt else []
     if task.question:
@@ -271,7 +271,8 @@ def _task_dialogue(
             question = question.partition("\n")[0]
         texts = [question, *texts] if family != "sqa" else [_multiple_choice(record, question)]
     try:
-        image = task.image.format_map({"filepath": ".", **record, "name": name})
+        given = {field: value for field, value in record.items() if value not in (None, "")}
+        image = task.image.format_map({"filepath": ".", **given, "name": name})
     except KeyError as error:
         raise ValueError(f"the record has no {error.args[0]}") from error
     image = _find_image(image, folders)
