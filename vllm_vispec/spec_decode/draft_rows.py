@@ -134,17 +134,24 @@ class DraftRows:
         decisions_T = self._decide(requests, hidden_states)
         row_ids_T = np.empty(sum(request.num_rows for request in requests), dtype=np.int32)
         placed: list[PlacedTokens] = []
-        begin, is_behind_images = 0, self.gate is None
+        # The ids of requests that are behind their images and keep theirs; None for the others.
+        lasting_ids: set[int | None] = set()
+        begin = 0
         for request in requests:
             end, layout = begin + request.num_rows, self._layout(request)
-            is_behind_images = is_behind_images and request.first_row >= layout.stop_row
-            placed += self._write_request(request, layout, embeddings, begin, row_ids_T[begin:end])
+            out = row_ids_T[begin:end]
+            if request.first_row < layout.stop_row:
+                placed += self._write_request(request, layout, embeddings, begin, out)
+                lasting_ids.add(None)
+            else:
+                # So are most requests of a batch, hence a way of their own.
+                row_id = self._text_id(request, layout, embeddings)
+                out[:] = row_id
+                lasting_ids.add(row_id)
             begin = end
         self._rows.set_step(DraftStep(row_ids_T, tuple(placed), decisions_T))
-        # Behind its images, a request keeps the id that its first row has.
-        is_uniform = is_behind_images and begin and row_ids_T.min() == row_ids_T.max()
         self._uniform = None
-        if is_uniform:
+        if len(lasting_ids) == 1 and None not in lasting_ids and self.gate is None:
             self._uniform = _UniformStep(
                 [request.request_id for request in requests],
                 [request.first_row for request in requests],
@@ -182,6 +189,25 @@ class DraftRows:
         num_rows = [request.num_rows for request in requests]
         return np.repeat(np.array(found, dtype=np.int32), num_rows)
 
+    def _text_id(
+        self, request: RequestRows, layout: RequestLayout, embeddings: Mapping[str, torch.Tensor]
+    ) -> int:
+        """Return the id of all rows of a request behind its images."""
+        if not layout.runs:
+            return self._rows.ids.text(0)
+        return self._rows.ids.text(self._slot_of(request, layout.runs[-1], embeddings) or 0)
+
+    def _slot_of(
+        self, request: RequestRows, run: ImageRun, embeddings: Mapping[str, torch.Tensor]
+    ) -> int | None:
+        if not self._has_slots:
+            return None
+        slot = self.table.slot_of(run, embeddings)
+        # A run that ends later is looked up again; its first rows are masked either way.
+        if slot is None and run.text_row < request.first_row + request.num_rows:
+            self._note_miss(request.request_id, run)
+        return slot
+
     def _write_request(
         self,
         request: RequestRows,
@@ -193,16 +219,10 @@ class DraftRows:
         """Write the ids of a request's rows, which begin at row ``begin`` of the batch."""
 
         def slot_of(run: ImageRun) -> int | None:
-            if not self._has_slots:
-                return None
-            slot = self.table.slot_of(run, embeddings)
-            # A run that ends later is looked up again; its first rows are masked either way.
-            if slot is None and run.text_row < request.first_row + request.num_rows:
-                self._note_miss(request.request_id, run)
-            return slot
+            return self._slot_of(request, run, embeddings)
 
         self._write_ids(layout, self._rows.ids, slot_of, request.first_row, out)
-        if self._tokens is None or not layout.runs:
+        if self._tokens is None:
             return []
         placed, missing = self._tokens.place(layout, request.first_row, begin, embeddings, out)
         for run in missing:

@@ -34,6 +34,7 @@ class ViSpecSpeculator(EagleSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         if not reads_target_states(vllm_config):
+            # vLLM copies as many columns of the target's states as this buffer has.
             self.hidden_states = self.hidden_states.new_empty(self.max_num_tokens, 0)
 
     def load_model(self, target_model: nn.Module) -> None:

@@ -47,6 +47,7 @@ class ViSpecProposer(EagleProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
         if not reads_target_states(vllm_config):
+            # vLLM copies as many columns of the target's states as this buffer has.
             self.hidden_states = self.hidden_states.new_empty(self.max_num_tokens, 0)
         self._runner = runner
         self._first_draft_rows: torch.Tensor | None = None
