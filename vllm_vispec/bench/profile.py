@@ -195,7 +195,7 @@ def run_profile(
             engines[side] = stack.enter_context(engine)
         groups = groups_for(settings, samples, folder / "images", engines[VISPEC].answer)
         blocks, left_out = measure(engines, groups, settings.repetitions, tools.log)
-    kinds = {kind: [x.select(lambda s: s.kind == kind) for x in blocks] for kind in KINDS}  # noqa: B023
+    kinds = {kind: [block.select(kind=kind) for block in blocks] for kind in KINDS}
     profile = Profile(
         format=FORMAT,
         machine=machine,

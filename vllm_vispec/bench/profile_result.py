@@ -5,7 +5,7 @@ Arrays: R steps, C columns (parts, then wholes).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,9 +43,13 @@ class Block:
     eagle: tuple[Step, ...]
     vispec: tuple[Step, ...]
 
-    def select(self, keep: Callable[[Step], bool]) -> Block:
-        """Return the block of some of its steps."""
-        return Block(tuple(filter(keep, self.eagle)), tuple(filter(keep, self.vispec)))
+    def select(self, **fields: Any) -> Block:
+        """Return the block of the steps with these values."""
+        sides = (
+            tuple(one for one in side if all(getattr(one, n) == v for n, v in fields.items()))
+            for side in (self.eagle, self.vispec)
+        )
+        return Block(*sides)
 
 
 @dataclass(frozen=True)
@@ -176,10 +180,11 @@ def by_image_tokens(blocks: Sequence[Block]) -> tuple[ImageTokens, ...]:
     keys = sorted({(one.image_tokens, one.requests) for block in blocks for one in block.eagle})
     return tuple(
         ImageTokens(
-            *key,
-            summarise([x.select(lambda s: (s.image_tokens, s.requests) == key) for x in blocks]),  # noqa: B023
+            tokens,
+            requests,
+            summarise([one.select(image_tokens=tokens, requests=requests) for one in blocks]),
         )
-        for key in keys
+        for tokens, requests in keys
     )
 
 
