@@ -147,7 +147,7 @@ def test_tokens_beyond_the_bound_are_forgotten() -> None:
 
 
 @pytest.mark.parametrize("global_feature", [False, True])
-def test_an_image_without_embeddings_is_all_holes_and_counted(
+def test_an_image_without_embeddings_is_masked_and_counted(
     global_feature: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     found, model = draft_rows(head_of("pool:2", global_feature))
