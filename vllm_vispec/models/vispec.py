@@ -53,8 +53,8 @@ logger = get_logger(__name__)
 class DraftRMSNorm(RMSNorm):
     """vLLM's norm; on CPU with vLLM's kernel, where vLLM 0.32 and 0.33 run a chain of torch ops.
 
-    That chain takes about 50 us a call on the shipped pair: 1 % of decoding, but 6 % of a draft step,
-    and with it the first pass would cost more than 1.10 of vLLM's EAGLE.
+    On the shipped pair that chain takes about 50 us a call: 1 % of decoding, 6 % of a draft step.
+    With it the first pass would cost more than 1.10 of vLLM's EAGLE.
     """
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
