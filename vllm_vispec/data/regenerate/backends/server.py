@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 from vllm_vispec.data.encode import Encoder
@@ -59,20 +60,22 @@ class ServerBackend:
         self.runner.close()
 
     async def _results(self, conversations: Iterable[Conversation]) -> AsyncGenerator[Result, None]:
-        free = asyncio.Semaphore(self.settings.concurrency)
-
-        async def finish(conversation: Conversation) -> Result:
-            async with free:
-                return await self._dialogue(conversation)
-
-        tasks = [asyncio.create_task(finish(conversation)) for conversation in conversations]
+        waiting, running = iter(conversations), set[asyncio.Task[Result]]()
         try:
-            for result in asyncio.as_completed(tasks):
-                yield await result
+            while True:
+                free = self.settings.concurrency - len(running)
+                started = islice(waiting, free)
+                running |= {asyncio.create_task(self._dialogue(one)) for one in started}
+                if not running:
+                    return
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                # A lost connection comes last, so that nothing finished is lost.
+                for task in sorted(done, key=lambda task: task.exception() is not None):
+                    yield task.result()
         finally:
-            for task in tasks:
+            for task in running:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*running, return_exceptions=True)
 
     async def _served_model(self) -> str:
         """Return the name of the model to ask for.
