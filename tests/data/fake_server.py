@@ -1,17 +1,18 @@
-"""A small OpenAI-compatible server in this process that answers like a tiny target might."""
+"""An OpenAI-compatible server without a network that answers like a tiny target might."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import functools
 import io
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
+import openai
+import pytest
 from PIL import Image
 
 from vllm_vispec.data.template import ChatTemplate
@@ -24,31 +25,39 @@ class FakeServer:
     """What the server knows and what it saw. ``template`` None: it tells no token ids.
 
     ``meeting`` makes requests wait for each other, which only concurrent ones survive. After
-    ``refuse_after`` answers connections are cut without a word.
+    ``refuse_after`` answers there is no connection any more.
     """
 
     template: ChatTemplate | None = None
     models: tuple[str, ...] = ("served",)
-    meeting: threading.Barrier | None = None
+    meeting: asyncio.Barrier | None = None
     refuse_after: int = -1
-    url: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
     sizes: list[list[tuple[int, int]]] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Return status and content for a chat request."""
-        with self.lock:
-            self.requests.append(body)
-            if 0 <= self.refuse_after < len(self.requests):
-                raise ConnectionError
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        """Take the network's place for OpenAI's client."""
+        network = httpx.AsyncClient(transport=httpx.MockTransport(self._respond))
+        client = functools.partial(openai.AsyncOpenAI, http_client=network)
+        patch.setattr(openai, "AsyncOpenAI", client)
+
+    async def _respond(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            common = {"object": "model", "created": 1, "owned_by": "me"}
+            models = [{"id": name} | common for name in self.models]
+            return httpx.Response(200, json={"object": "list", "data": models})
+        assert request.url.path == "/v1/chat/completions"
+        body = json.loads(request.content)
+        self.requests.append(body)
+        if 0 <= self.refuse_after < len(self.requests):
+            raise httpx.ConnectError("gone", request=request)
         if self.meeting is not None:
-            self.meeting.wait(timeout=30)
+            await asyncio.wait_for(self.meeting.wait(), 30)
         images = [_decode(part) for part in _parts(body, "image_url")]
         self.sizes.append([image.size for image in images])
         if any("too long" in part["text"] for part in _parts(body, "text")):
-            return 400, {"error": {"message": "prompt is too long", "code": 400}}
-        return 200, self._completion(body, images)
+            return httpx.Response(400, json={"error": {"message": "prompt is too long"}})
+        return httpx.Response(200, json=self._completion(body, images))
 
     def _completion(self, body: dict[str, Any], images: list[Image.Image]) -> dict[str, Any]:
         choice: dict[str, Any] = {
@@ -77,49 +86,3 @@ def _decode(part: dict[str, Any]) -> Image.Image:
     head, _, data = part["image_url"]["url"].partition(",")
     assert head == "data:image/png;base64"
     return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
-
-
-def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            models = [
-                {"id": name, "object": "model", "created": 1, "owned_by": "me"}
-                for name in fake.models
-            ]
-            self._send(200, {"object": "list", "data": models})
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            try:
-                self._send(*fake.complete(body))
-            except ConnectionError:
-                self.close_connection = True
-
-        def _send(self, status: int, content: dict[str, Any]) -> None:
-            data = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Keep the test's output clean."""
-
-    return Handler
-
-
-@contextmanager
-def running(fake: FakeServer) -> Iterator[FakeServer]:
-    """Serve on a free port while the block runs."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(fake))
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    fake.url = f"http://127.0.0.1:{server.server_port}"
-    try:
-        yield fake
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

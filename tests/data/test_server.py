@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.data.fake_server import ANSWER, FakeServer, running
+from tests.data.fake_server import ANSWER, FakeServer
 from tests.data.fakes import changed
 from tests.support.tiny_store import TinyStore
 from vllm_vispec.data.regenerate.backends import server as backend
@@ -54,13 +54,14 @@ def settings(target: Path, tmp_path: Path, pictures: Path) -> RegenerateSettings
         top_p=0.9,
         max_tokens=50,
         concurrency=2,
-        server="nowhere",
+        server="http://nowhere",
     )
 
 
 def run(settings: RegenerateSettings, fake: FakeServer) -> Summary:
-    with running(fake):
-        return regenerate_all(changed(settings, server=fake.url), "server")
+    with pytest.MonkeyPatch.context() as patch:
+        fake.install(patch)
+        return regenerate_all(settings, "server")
 
 
 def template(target: Path) -> ChatTemplate:
@@ -102,7 +103,7 @@ def test_what_is_sent(settings: RegenerateSettings, target: Path) -> None:
 def test_requests_run_at_the_same_time(settings: RegenerateSettings) -> None:
     text = settings.input.read_text().splitlines()[:4]
     settings.input.write_text("\n".join(text))
-    fake = FakeServer(meeting=threading.Barrier(2))
+    fake = FakeServer(meeting=asyncio.Barrier(2))
     assert run(settings, fake).success == 4
 
 
