@@ -86,7 +86,8 @@ def test_regenerate_train_evaluate_export_serve(
         head = tmp_path / name / "head"
         assert inspect_head(head).config.compressor_spec.name == name
         # A head that is served by its own folder finds its target, and answers as that does.
-        plain, served = (engine("v1", model=str(model)) for model in (target, head))
+        plain = engine("v1", model=target)
+        served = engine("v1", process="head", model=str(head))
         answered = [[x.token_ids for x in one.generate(PROMPTS, 24)] for one in (plain, served)]
         assert answered[0] == answered[1]
         assert (plain.drafts(), served.drafts() > 0) == (0, True)
