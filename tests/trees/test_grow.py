@@ -47,7 +47,7 @@ def test_eagle2_is_the_references_tree(
 
 @pytest.mark.parametrize("policy", ["chain", "eagle2", "spec_llava", "entropy"])
 def test_trees_are_well_formed(policy: str) -> None:
-    """Depths and path codes belong to the parents; siblings have different branches."""
+    """Depths and branches belong to the parents; siblings have different branches."""
     settings = TreeSettings(policy, depth=4, top_k=6)
     tree = grow(random_model(1), settings, REQUESTS, 5 if policy == "chain" else 40)
     for request in range(REQUESTS):

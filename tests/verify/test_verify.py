@@ -153,7 +153,7 @@ def test_all_is_well() -> None:
     assert Verification.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert len(world.steps) == num_steps()
     page = page_of(found)
-    for said in ("NVIDIA H100", "head size 64 padded to 80", "20.00", "path codes", "0.75 0.75"):
+    for said in ("NVIDIA H100", "head size 64 padded to 80", "20.00", "node codes", "0.75 0.75"):
         assert said in page
     assert "chain: passed (16 of 16 answers equal, 0 differ within noise, 0 wrong)" in page
 

@@ -169,7 +169,7 @@ def least_head_size(head_dim: int, num_branches: int = 0) -> int:
 def padded_draft_head(finder: BackendFinder, head_dim: int, num_branches: int = 0) -> PaddedHead:
     """Return the head size ``P`` of a draft's layer, and the backend that the layer is built with.
 
-    In engines with trees the layer is padded once more, for the path codes; the backend is the one
+    In engines with trees the layer is padded once more, for the node codes; the backend is the one
     that serves both.
 
     Raises:

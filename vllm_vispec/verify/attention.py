@@ -2,7 +2,7 @@
 
 A layer of vLLM's for one backend, with vLLM's metadata and KV cache, stores a batch of prompts and
 asks with the rows of a decode step. What a padded head adds is put into its channels by hand:
-masked positions for the draft, path codes for the target.
+masked positions for the draft, node codes for the target.
 
 Shapes: R requests, S prompt tokens of one, J rows it decodes, N = S + J, T tokens in all, H heads
 of queries or of keys, h head size, P padded head size, c channels behind ``h``.

@@ -127,7 +127,7 @@ def _acceptance(engine: EngineResult) -> Row:
 
 def _attention(one: AttentionError) -> Row:
     case = one.case
-    what = f"{case.feature}: {'path codes' if case.feature == TREE else 'masked positions'}"
+    what = f"{case.feature}: {'node codes' if case.feature == TREE else 'masked positions'}"
     size = f"{case.head_size} in {one.used_size or case.padded_size}"
     errors = (NOTHING if error is None else f"{error:.1e}" for error in (one.prompt, one.decode))
     note = f"not available: {one.reason}" if one.reason else one.failure or ""

@@ -137,7 +137,7 @@ class AttentionCase(Record):
     """What attention backends are asked for.
 
     Attributes:
-        feature: chain, masked positions in the draft; or tree, path codes in the target.
+        feature: chain, masked positions in the draft; or tree, node codes in the target.
         padded_size: the engine's.
         decode_rows: rows that each request decodes.
         tree: the setting.
