@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from vllm_vispec.bench.bootstrap import bootstrap
-from vllm_vispec.bench.intervals import Measured, with_interval
+from vllm_vispec.bench.bootstrap import Measured, bootstrap, with_interval
 from vllm_vispec.bench.metrics import (
     METRICS,
     Value,

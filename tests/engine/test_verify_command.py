@@ -14,9 +14,15 @@ import pytest
 
 from tests.support.child import REPOSITORY, Child
 from tests.support.runners import V1_ENV
-from vllm_vispec.verify.result import CHAIN, TREE, AttentionCase, AttentionError, Verification
+from vllm_vispec.verify.result import (
+    CHAIN,
+    TOLERANCE,
+    TREE,
+    AttentionCase,
+    AttentionError,
+    Verification,
+)
 from vllm_vispec.verify.settings import SHIPPED_PAIR
-from vllm_vispec.verify.verdict import TOLERANCE
 
 pytestmark = pytest.mark.engine
 SECONDS = 900

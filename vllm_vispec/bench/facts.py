@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vllm_vispec.bench.bootstrap import RESAMPLES
-from vllm_vispec.bench.intervals import with_interval
+from vllm_vispec.bench.bootstrap import RESAMPLES, with_interval
 from vllm_vispec.bench.matrix import DESIGNS, POINT_AXES, points
 from vllm_vispec.bench.metrics import (
     BASELINE,

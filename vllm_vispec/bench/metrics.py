@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
-from vllm_vispec.bench.bootstrap import Numbers
 from vllm_vispec.bench.schema import CellKey, CellResult, MemoryFacts, Request
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -26,6 +26,7 @@ BASELINE = "plain"
 """The variant that every other one is compared with."""
 _TEXTS = Path(__file__).with_name("metrics.yaml")
 
+Numbers: TypeAlias = NDArray[np.float64]
 Cells = Sequence[CellResult]
 """Repetitions of one `CellKey`."""
 Pair = tuple[Request, Request]

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from vllm_vispec.bench.bootstrap import RESAMPLES, Numbers, bootstrap
+from vllm_vispec.bench.bootstrap import RESAMPLES, bootstrap
+from vllm_vispec.bench.metrics import Numbers
 from vllm_vispec.bench.pages import to_markdown
 from vllm_vispec.bench.profile_steps import FIRST_PASS, KINDS, PARTS, WHOLES, Step, columns
 from vllm_vispec.bench.schema import Record

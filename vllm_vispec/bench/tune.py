@@ -10,8 +10,7 @@ from hashlib import sha256
 from math import exp, hypot, log
 from typing import Any
 
-from vllm_vispec.bench.bootstrap import RESAMPLES
-from vllm_vispec.bench.intervals import with_interval
+from vllm_vispec.bench.bootstrap import RESAMPLES, with_interval
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.metrics import baseline_key, by_key
 from vllm_vispec.bench.pages import markdown_table

@@ -32,9 +32,12 @@ from vllm_vispec.verify.result import (
     Layers,
     Verdict,
     Verification,
+    find_differences,
+    find_noise,
+    judge,
+    tolerance,
 )
 from vllm_vispec.verify.settings import VerifySettings
-from vllm_vispec.verify.verdict import find_differences, find_noise, judge, tolerance
 
 WORKER = "vllm_vispec.verify.worker"
 MAX_TOKENS, TIMED_TOKENS, TIMED_PROMPTS = 48, 64, (0, 2)
