@@ -245,7 +245,7 @@ def _assert_arranged(
     elsewhere. There it is enough that there were hits.
     """
     if scenario == "prefix":
-        assert found.metrics["vllm:prefix_cache_hits"] > 0
+        assert any(one.num_cached_tokens for rows in found.results.values() for one in rows)
         assert found.spy.hits_inside_image > 0 or "overlay" in runner
     elif scenario == "features":
         _assert_features(plain, found)
@@ -254,7 +254,6 @@ def _assert_arranged(
             assert len(sequence.token_ids) == int(name.split("-")[1])
             assert sequence.finish_reason == "length"
     elif "blocks" in base:
-        assert found.metrics["vllm:num_preemptions"] > 0
         assert found.spy.preempted
     elif base in FAMILIES:
         assert found.table["computed"] > 0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tests.support.engine import Completion, completions, counters, greedy
+from tests.support.engine import Completion, completions, greedy
 from tests.support.spies import SchedulerSpy, table_stats, watch
 from tests.support.tiny_configs import FAMILIES
 from tests.support.tiny_models import random_image
@@ -114,13 +114,11 @@ class Served:
     Attributes:
         results: The sequences of each request.
         spy: What the scheduler did.
-        metrics: By how much vLLM's counters grew.
-        table: The same of the table of image rows; empty for other drafts.
+        table: By how much the counters of the table of image rows grew; empty for other drafts.
     """
 
     results: Results
     spy: SchedulerSpy = field(default_factory=SchedulerSpy)
-    metrics: Mapping[str, float] = field(default_factory=dict)
     table: Mapping[str, int] = field(default_factory=dict)
 
     def outputs(self) -> dict[str, list[tuple[list[int], str, str | None]]]:
@@ -178,13 +176,11 @@ def assert_same_logprobs(plain: Served, speculative: Served, count: int) -> None
 def serve(llm: LLM, scenario: str, kind: str, **kwargs: Any) -> Served:
     """Serve one of :data:`SCENARIOS` with cold caches."""
     forget(llm)
-    before, table = counters(llm), table_stats(llm)
+    before = table_stats(llm)
     with watch(llm) as spy:
         results = SCENARIOS[scenario](llm, kind, **kwargs)
-    grown = {name: value - before.get(name, 0) for name, value in counters(llm).items()}
-    return Served(
-        results, spy, grown, {key: n - table.get(key, 0) for key, n in table_stats(llm).items()}
-    )
+    grown = {key: value - before.get(key, 0) for key, value in table_stats(llm).items()}
+    return Served(results, spy, grown)
 
 
 def drive(

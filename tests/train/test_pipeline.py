@@ -87,7 +87,8 @@ def test_regenerate_train_evaluate_export_serve(
         assert inspect_head(head).config.compressor_spec.name == name
         # A head that is served by its own folder finds its target, and answers as that does.
         plain = engine("v1", model=target)
-        served = engine("v1", process="head", model=str(head))
+        detailed = {"per_request_spec_decode_metrics": "detailed"}
+        served = engine("v1", model=str(head), extra=detailed)
         answered = [[x.token_ids for x in one.generate(PROMPTS, 24)] for one in (plain, served)]
         assert answered[0] == answered[1]
         assert (plain.drafts(), served.drafts() > 0) == (0, True)
