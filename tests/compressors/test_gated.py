@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,7 +40,7 @@ def gated(dtype: torch.dtype) -> GatedAttention:
 
 
 def set_step(rows: GatedRowTable, ids: list[int], decisions: list[int]) -> None:
-    both = (np.array(values, dtype=np.int32) for values in (ids, decisions))
+    both = (torch.tensor(values, dtype=torch.int32) for values in (ids, decisions))
     rows.set_step(DraftStep(next(both), decisions_T=next(both)))
 
 

@@ -30,8 +30,9 @@ def run_upload_order(setup: Setup) -> Any:
     if setup.on_gpu:
         torch.cuda._sleep(200_000_000)  # about a tenth of a second
     for index, row_ids_T in enumerate(expected):
-        # The pinned copy is dropped at once; the allocator may use its memory again.
-        table.set_step(DraftStep(row_ids_T.numpy()))
+        host_T = row_ids_T.clone()
+        table.set_step(DraftStep(host_T.pin_memory() if setup.on_gpu else host_T))
+        del host_T  # the allocator may use its memory again
         found[index] = table.batch_offset[:, 0]
     wrong = int((found.cpu().int() != expected).any(dim=1).sum())
     assert wrong == 0, f"{wrong} of {NUM_UPLOADS} uploads arrived late or torn"
@@ -65,7 +66,7 @@ def run_compile(setup: Setup) -> Any:
     for tensor in (module.fusion.weight.data, module.rows.offset):
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * hidden_size**-0.5)
     row_ids_T = torch.randint(19, (max_num_tokens,), dtype=torch.int32, generator=generator)
-    module.rows.set_step(DraftStep(row_ids_T.numpy()))
+    module.rows.set_step(DraftStep(row_ids_T))
     counter = torch._dynamo.testing.CompileCounterWithBackend(
         "inductor" if setup.on_gpu else "eager"
     )

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,7 +43,7 @@ class Parts:
         self.table = ImageTable(self.rows, self.fusion, self.adaptor)
 
     def set_ids(self, *row_ids: int) -> None:
-        self.rows.set_step(DraftStep(np.array(row_ids, dtype=np.int32)))
+        self.rows.set_step(DraftStep(torch.tensor(row_ids, dtype=torch.int32)))
 
 
 def run_of(*parts: FeatureSlice) -> ImageRun:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from vllm.utils.torch_utils import async_tensor_h2d, np_to_pinned_tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.compressors.compressor import ImageCompressor
@@ -78,7 +78,7 @@ class GatedRowTable(RowTable):
         assert step.decisions_T is not None
         num_tokens = len(step.decisions_T)
         decision_T = self.row_decisions[:num_tokens]
-        decision_T.copy_(np_to_pinned_tensor(step.decisions_T), non_blocking=True)
+        decision_T.copy_(step.decisions_T, non_blocking=True)
         out = self.batch_branch_query[:num_tokens]
         torch.index_select(self.branch_query, 0, decision_T, out=out)
 

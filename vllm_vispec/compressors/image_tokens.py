@@ -4,20 +4,43 @@ Tokens are needed only in the steps in which an image's rows are in the batch, a
 tower's output is at hand. Later the tokens are keys in the draft's cache. An image that is split by
 chunks is compressed once, as long as its tokens stay remembered.
 
-Tensor names end in their shape: N embeddings of one image, M its tokens, D hidden size.
+Tensor names end in their shape: N embeddings of one image, M its tokens, D hidden size, A rows of
+the batch that hold a token, S tokens of all images of a step.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import np_to_pinned_tensor
 
 from vllm_vispec.compressors.compressor import ImageCompressor
 from vllm_vispec.compressors.places import ImagePlaces, place_tokens
 from vllm_vispec.spec_decode.adaptor import TextFusion
 from vllm_vispec.spec_decode.layout import FeatureSlice, ImageRun, RequestLayout
 from vllm_vispec.spec_decode.step import PlacedTokens, RowIds
+
+
+class TokensOfImage(NamedTuple):
+    """Rows of the batch, the tokens that stand there, and all tokens of their image."""
+
+    rows_A: np.ndarray
+    tokens_A: np.ndarray
+    inputs_MD: torch.Tensor
+
+
+def join_images(images: Sequence[TokensOfImage]) -> PlacedTokens | None:
+    """Return a step's tokens, those of all images at once; None without any."""
+    if not images:
+        return None
+    starts = np.cumsum([0, *(len(image.inputs_MD) for image in images[:-1])])
+    rows_A = np.concatenate([image.rows_A for image in images])
+    shifted = [image.tokens_A + start for image, start in zip(images, starts, strict=True)]
+    places_2A = np.stack((rows_A, np.concatenate(shifted)))
+    input_SD = torch.cat([image.inputs_MD for image in images])
+    return PlacedTokens(np_to_pinned_tensor(places_2A), input_SD)
 
 
 class ImageTokens:
@@ -49,7 +72,7 @@ class ImageTokens:
         begin: int,
         embeddings: Mapping[str, torch.Tensor],
         out: np.ndarray,
-    ) -> tuple[list[PlacedTokens], list[ImageRun]]:
+    ) -> tuple[list[TokensOfImage], list[ImageRun]]:
         """Write the ids of a request's tokens over those of masked positions.
 
         Args:
@@ -77,7 +100,7 @@ class ImageTokens:
                     continue
                 index = index[inside]
                 out[index] = self._row_ids(places)[inside]
-                placed.append(PlacedTokens(index + begin, places.tokens[inside], inputs_MD))
+                placed.append(TokensOfImage(index + begin, places.tokens[inside], inputs_MD))
         return placed, missing
 
     def _row_ids(self, places: ImagePlaces) -> np.ndarray:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import np_to_pinned_tensor
 
 from vllm_vispec.compressors.gated import GateDecisions, GatedRowTable
-from vllm_vispec.compressors.image_tokens import ImageTokens
+from vllm_vispec.compressors.image_tokens import ImageTokens, TokensOfImage, join_images
 from vllm_vispec.models.vispec import EagleViSpecForCausalLM
 from vllm_vispec.spec_decode.connectors import receiving_connector
 from vllm_vispec.spec_decode.image_table import ImageTable
@@ -21,7 +22,6 @@ from vllm_vispec.spec_decode.layout import FeatureLike, ImageRun, RequestLayout,
 from vllm_vispec.spec_decode.row_table import RowTable
 from vllm_vispec.spec_decode.step import (
     DraftStep,
-    PlacedTokens,
     RequestRows,
     write_row_ids,
     write_text_row_ids,
@@ -133,7 +133,7 @@ class DraftRows:
         self.table.begin_step()
         decisions_T = self._decide(requests, hidden_states)
         row_ids_T = np.empty(sum(request.num_rows for request in requests), dtype=np.int32)
-        placed: list[PlacedTokens] = []
+        placed: list[TokensOfImage] = []
         # The ids of requests that are behind their images and keep theirs; None for the others.
         lasting_ids: set[int | None] = set()
         begin = 0
@@ -149,7 +149,8 @@ class DraftRows:
                 out[:] = row_id
                 lasting_ids.add(row_id)
             begin = end
-        self._rows.set_step(DraftStep(row_ids_T, tuple(placed), decisions_T))
+        row_ids = np_to_pinned_tensor(row_ids_T)
+        self._rows.set_step(DraftStep(row_ids, join_images(placed), decisions_T))
         self._uniform = None
         if len(lasting_ids) == 1 and None not in lasting_ids and self.gate is None:
             self._uniform = _UniformStep(
@@ -171,7 +172,7 @@ class DraftRows:
 
     def _decide(
         self, requests: Sequence[RequestRows], hidden_states: torch.Tensor | None
-    ) -> np.ndarray | None:
+    ) -> torch.Tensor | None:
         """Let the gate decide where prompts end; return every row's decision, int32 ``[T]``."""
         if self.gate is None:
             return None
@@ -187,7 +188,7 @@ class DraftRows:
             self._rows.write_decisions(*self.gate.decide(ends, hidden_states))
         found = [self.gate.decision_of(request.request_id) for request in requests]
         num_rows = [request.num_rows for request in requests]
-        return np.repeat(np.array(found, dtype=np.int32), num_rows)
+        return np_to_pinned_tensor(np.repeat(np.array(found, dtype=np.int32), num_rows))
 
     def _text_id(
         self, request: RequestRows, layout: RequestLayout, embeddings: Mapping[str, torch.Tensor]
@@ -215,7 +216,7 @@ class DraftRows:
         embeddings: Mapping[str, torch.Tensor],
         begin: int,
         out: np.ndarray,
-    ) -> list[PlacedTokens]:
+    ) -> list[TokensOfImage]:
         """Write the ids of a request's rows, which begin at row ``begin`` of the batch."""
 
         def slot_of(run: ImageRun) -> int | None:

@@ -1,15 +1,11 @@
 """The table of what the draft's row ids stand for, and the rows of the batch.
 
 Shapes: D hidden size, Q num_query_tokens, T tokens in the batch, R requests, A rows of the batch
-that hold a compressor's token, S tokens of all images of a step.
+that hold a compressor's token.
 """
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import nn
-from vllm.utils.torch_utils import async_tensor_h2d, np_to_pinned_tensor
 
 from vllm_vispec.spec_decode.step import DraftStep, PlacedTokens, RowIds
 
@@ -77,21 +73,16 @@ class RowTable(nn.Module):
         """Take the rows of the tokens of the next first pass; nothing waits for the copies."""
         num_tokens = len(step.row_ids_T)
         row_id_T = self.row_ids[:num_tokens]
-        row_id_T.copy_(np_to_pinned_tensor(step.row_ids_T), non_blocking=True)
+        row_id_T.copy_(step.row_ids_T, non_blocking=True)
         for table, batch in self._pairs():
             torch.index_select(table, 0, row_id_T, out=batch[:num_tokens])
-        if step.image_tokens:
+        if step.image_tokens is not None:
             self._put_image_tokens(step.image_tokens)
 
-    def _put_image_tokens(self, images: Sequence[PlacedTokens]) -> None:
-        """Put a compressor's tokens into the rows of the batch, those of all images at once."""
-        starts = np.cumsum([0, *(len(image.inputs_MD) for image in images[:-1])])
-        rows_A = np.concatenate([image.rows_A for image in images])
-        shifted = [image.tokens_A + start for image, start in zip(images, starts, strict=True)]
-        both_2A = np.stack((rows_A, np.concatenate(shifted)))
-        index_A, token_A = async_tensor_h2d(both_2A, self.offset.device)
-        input_SD = torch.cat([image.inputs_MD for image in images])
-        self.batch_offset.index_copy_(0, index_A, input_SD[token_A].to(self.batch_offset.dtype))
+    def _put_image_tokens(self, placed: PlacedTokens) -> None:
+        index_A, token_A = placed.places_2A.to(self.offset.device, non_blocking=True)
+        input_AD = placed.input_SD[token_A]
+        self.batch_offset.index_copy_(0, index_A, input_AD.to(self.batch_offset.dtype))
 
     def select_rows(self, token_indices: torch.Tensor) -> None:
         """Let row ``i`` of the batch be what row ``token_indices[i]`` was."""

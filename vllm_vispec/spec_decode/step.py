@@ -4,8 +4,8 @@ A step's data flows one way. `layout` says where a request's images lie. The fun
 that into row ids. `draft_rows` puts the requests together into one frozen `DraftStep`. The row
 table takes that into its buffers, and these are all that the model and its attention read.
 
-Shapes: T tokens of the batch, A rows that hold a compressed image token, M such tokens of one
-image, D hidden size.
+Shapes: T tokens of the batch, A rows that hold a compressor's token, S such tokens of all images of
+the step, D hidden size.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,22 +47,22 @@ class RequestRows(NamedTuple):
 
 
 class PlacedTokens(NamedTuple):
-    """Compressed tokens of one image that stand in rows of the batch.
+    """A compressor's tokens that stand in rows of the batch.
 
     Attributes:
-        rows_A: int64, on the host; rows of the batch.
-        tokens_A: int64, on the host; which of the image's tokens stands there.
-        inputs_MD: On the device; layer inputs of all tokens of the image.
+        places_2A: int64, on the host; rows of the batch, and which of the tokens stands in each.
+        input_SD: On the device; the tokens' layer inputs.
     """
 
-    rows_A: np.ndarray
-    tokens_A: np.ndarray
-    inputs_MD: torch.Tensor
+    places_2A: torch.Tensor
+    input_SD: torch.Tensor
 
 
 @dataclass(frozen=True)
 class DraftStep:
     """What the device has to know about a batch before its first draft pass.
+
+    Tensors on the host lie in pinned memory where the platform has it.
 
     Attributes:
         row_ids_T: int32, on the host; numbered by `RowIds`.
@@ -71,9 +71,9 @@ class DraftStep:
             heads without a gate.
     """
 
-    row_ids_T: np.ndarray
-    image_tokens: tuple[PlacedTokens, ...] = ()
-    decisions_T: np.ndarray | None = None
+    row_ids_T: torch.Tensor
+    image_tokens: PlacedTokens | None = None
+    decisions_T: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
