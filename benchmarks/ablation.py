@@ -109,7 +109,7 @@ MATCHED = (("regenerated", "eagle_text"), ("online", "eagle_text_own_loss"))
 
 
 def matched(found: Found) -> dict[str, Any]:
-    """How many times more tokens_per_round ViSpec has on the image tasks, by the pair compared."""
+    """How many times more acceptance_length ViSpec has on the image tasks, by the pair compared."""
     pairs = {pair: [found.get((name, EPOCHS)) for name in pair] for pair in MATCHED}
     return {
         " over ".join(pair): compare(one, other)
@@ -121,13 +121,15 @@ def matched(found: Found) -> dict[str, Any]:
 def to_markdown(content: Mapping[str, Any]) -> str:
     """The tables of the page."""
     rows, gains = content["rows"], content["vispec_over_eagle"]
-    ladder = [["arm", "tokens_per_round", "decode_speedup", "over the arm it changes", "identical"]]
+    ladder = [
+        ["arm", "acceptance_length", "decode_speedup", "over the arm it changes", "identical"]
+    ]
     for row in rows:
-        gain = row["tokens_per_round_ratio"]
+        gain = row["acceptance_length_ratio"]
         ladder.append(
             [
                 row["label"],
-                shown(row["tokens_per_round"][IMAGES]),
+                shown(row["acceptance_length"][IMAGES]),
                 shown(row["decode_speedup"][IMAGES]),
                 f"{shown(gain)}, `{row['over']}`" if gain else "",
                 f"{row['identical']}/{row['answers_compared']}",
@@ -136,15 +138,15 @@ def to_markdown(content: Mapping[str, Any]) -> str:
     tables = [ladder]
     if gains:
         named = [[f"`{name}`", shown(gain)] for name, gain in gains.items()]
-        tables.append([["matched data and steps", "tokens_per_round, ratio"], *named])
-    for metric in ("tokens_per_round", "decode_speedup"):
+        tables.append([["matched data and steps", "acceptance_length, ratio"], *named])
+    for metric in ("acceptance_length", "decode_speedup"):
         cells = [[row["label"], *(shown(row[metric][name]) for name in FAMILIES)] for row in rows]
         tables.append([[metric, *FAMILIES], *cells])
     return "\n\n".join(map(markdown_table, tables))
 
 
 def draw(content: Mapping[str, Any], file: Path) -> None:
-    """Draw tokens_per_round on the image tasks: variants as bars, epochs as a curve."""
+    """Draw acceptance_length on the image tasks: variants as bars, epochs as a curve."""
     figure = new_figure(SIZE_INCHES)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     several = {name for name, variant in VARIANTS.items() if len(variant.epochs) > 1}
@@ -154,18 +156,18 @@ def draw(content: Mapping[str, Any], file: Path) -> None:
     left.barh([row["label"] for row in bars], means, xerr=errors, color=COLORS[0], capsize=3)
     left.invert_yaxis()
     left.set_xlim(left=1.0)
-    left.set_xlabel("tokens_per_round, image tasks (K = 5, 95 % interval)")
+    left.set_xlabel("acceptance_length, image tasks (K = 5, 95 % interval)")
     means, errors = _means(curve)
     epochs = [row["epochs"] for row in curve]
     right.errorbar(epochs, means, yerr=errors, marker="o", capsize=3, color=COLORS[1])
     right.set_xticks(epochs)
     right.set_xlabel("epochs of online distillation")
-    right.set_ylabel("tokens_per_round, image tasks")
+    right.set_ylabel("acceptance_length, image tasks")
     save(figure, file)
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[list[float]]]:
-    found = [row["tokens_per_round"][IMAGES] for row in rows]
+    found = [row["acceptance_length"][IMAGES] for row in rows]
     return [one["mean"] for one in found], error_bars(found)
 
 

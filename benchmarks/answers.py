@@ -125,7 +125,7 @@ Statistic = Callable[[Sequence[Question]], float]
 Found = Mapping[tuple[str, int], Seeds[Asked]]  # by variant and epochs
 
 
-def tokens_per_round(asked: Sequence[Accepted]) -> float:
+def acceptance_length(asked: Sequence[Accepted]) -> float:
     """Accepted draft tokens of a step, plus the bonus token."""
     steps = sum(len(one.accepted) for one in asked)
     return 1 + sum(sum(one.accepted) for one in asked) / max(steps, 1)
@@ -207,21 +207,21 @@ def _row(variant: Variant, epochs: int, seeds: tuple[int, ...], found: Found) ->
         "seeds": seeds,
         "identical": sum(one.identical for one in everything),
         "answers_compared": len(everything),
-        "tokens_per_round": {
-            name: estimate(only(asked, names), tokens_per_round) for name, names in GROUPS.items()
+        "acceptance_length": {
+            name: estimate(only(asked, names), acceptance_length) for name, names in GROUPS.items()
         },
         "decode_speedup": {
             name: estimate(only(timed, names), decode_speedup) for name, names in GROUPS.items()
         },
         "over": variant.after,
-        "tokens_per_round_ratio": compare(asked, before) if before else None,
+        "acceptance_length_ratio": compare(asked, before) if before else None,
     }
 
 
 def compare(asked: Seeds[Asked], before: Seeds[Asked]) -> dict[str, Any]:
-    """Ratio of tokens_per_round on the image tasks."""
+    """Ratio of acceptance_length on the image tasks."""
     names = GROUPS[IMAGES]
-    return ratio(only(asked, names), only(before, names), tokens_per_round)
+    return ratio(only(asked, names), only(before, names), acceptance_length)
 
 
 def only(seeds: Seeds[Asked], families: Sequence[str]) -> list[list[Asked]]:

@@ -47,8 +47,8 @@ def summarise(num_draft_tokens: int, repetitions: Sequence[Sequence[Call]]) -> d
         "decode_speedup_interval_95": interval.tolist(),
         "decode_speedup_per_repetition": [turns.decode_speedup(part) for part in repetitions],
         "e2e_speedup": turns.e2e_speedup(calls),
-        "tokens_per_round": turns.tokens_per_round(calls),
-        "accepted_at": turns.accepted_at(calls, num_draft_tokens),
+        "acceptance_length": turns.acceptance_length(calls),
+        "acceptance_rate_per_position": turns.acceptance_rate_per_position(calls, num_draft_tokens),
         "plain_tokens_per_second": sum(sum(call.plain_decoded) for call in calls)
         / sum(call.plain_seconds for call in calls),
         "vispec_tokens_per_second": sum(sum(call.decoded) for call in calls)
@@ -88,7 +88,7 @@ def to_table(results: Sequence[dict[str, Any]]) -> Table:
     """Return one row per K."""
     table = Table(title="Plain vLLM and ViSpec, batch 1, greedy")
     columns = ("K", "plain tok/s", "ViSpec tok/s", "decode_speedup", "95 %", "e2e_speedup")
-    for name in (*columns, "tokens_per_round", "TTFT ms", "identical", "mean output"):
+    for name in (*columns, "acceptance_length", "TTFT ms", "identical", "mean output"):
         table.add_column(name, justify="right")
     for one in results:
         table.add_row(
@@ -98,7 +98,7 @@ def to_table(results: Sequence[dict[str, Any]]) -> Table:
             f"{one['decode_speedup']:.2f}",
             "-".join(f"{end:.2f}" for end in one["decode_speedup_interval_95"]),
             f"{one['e2e_speedup']:.2f}",
-            f"{one['tokens_per_round']:.2f}",
+            f"{one['acceptance_length']:.2f}",
             f"{1000 * one['plain_ttft']:.0f} / {1000 * one['vispec_ttft']:.0f}",
             f"{one['identical']}/{one['total']}",
             f"{one['output_tokens']:.0f}",
@@ -126,7 +126,7 @@ def main(
     best = max(results, key=lambda one: float(one["decode_speedup"]))
     Console(width=TABLE_WIDTH).print(to_table(results))
     print(f"best K: {best['num_speculative_tokens']}")
-    print(f"tokens_per_round: {best['tokens_per_round']:.2f}")
+    print(f"acceptance_length: {best['acceptance_length']:.2f}")
     print(f"decode_speedup: {best['decode_speedup']:.2f}")
     settings = {"dtype": dtype, "threads": threads, "max_tokens": max_tokens, "batch": 1}
     settings |= {"repetitions": repetitions, "per_family": per_family, "temperature": 0}

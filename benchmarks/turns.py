@@ -215,13 +215,13 @@ def estimate(calls: Sequence[Call], statistic: Statistic) -> Estimate:
     return Estimate(statistic(calls), low, high)
 
 
-def tokens_per_round(calls: Sequence[Call]) -> float:
+def acceptance_length(calls: Sequence[Call]) -> float:
     """Accepted draft tokens of a step, plus the bonus token."""
     steps = [count for call in calls for accepted in call.accepted for count in accepted]
     return 1 + sum(steps) / max(len(steps), 1)
 
 
-def accepted_at(calls: Sequence[Call], num_draft_tokens: int) -> list[float]:
+def acceptance_rate_per_position(calls: Sequence[Call], num_draft_tokens: int) -> list[float]:
     """Share of steps that accepted the draft token at each position."""
     steps = [count for call in calls for accepted in call.accepted for count in accepted]
     total = max(len(steps), 1)

@@ -42,7 +42,7 @@ def main(
     print(answer.text)
     if answer.spec_decode_metrics is not None:
         rounds = answer.spec_decode_metrics.to_dict()
-        print(f"tokens_per_round: {rounds['mean_acceptance_length']:.2f}")
+        print(f"acceptance_length: {rounds['mean_acceptance_length']:.2f}")
 
 
 if __name__ == "__main__":

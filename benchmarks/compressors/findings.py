@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.answers import IMAGES, estimate, make_rows, ratio, read_all, tokens_per_round
+from benchmarks.answers import IMAGES, acceptance_length, estimate, make_rows, ratio, read_all
 from benchmarks.compressors.variants import VARIANTS
 from benchmarks.study import NUM_DRAFT_TOKENS, Study, Trained, Workspace
 from examples.tiny_vlm.questions import IMAGE_FAMILIES
@@ -242,8 +242,8 @@ def _finding(
         "settings": dict(variant.settings),
         "epochs": trained.epochs,
         "engine": row,
-        "replayed": estimate([mine], tokens_per_round) if mine else None,
-        "replayed_ratio": ratio([mine], [other], tokens_per_round) if mine and other else None,
+        "replayed": estimate([mine], acceptance_length) if mine else None,
+        "replayed_ratio": ratio([mine], [other], acceptance_length) if mine and other else None,
         "parameters": parameters,
         "parameters_for_images": of_images,
         "image_cost": [image_cost(config, size) for size in IMAGE_TOKENS],
@@ -267,9 +267,9 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 def best_known(finding: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """tokens_per_round on the image tasks: by replay (more questions), or else in the engine."""
+    """acceptance_length on the image tasks: by replay (more questions), or else in the engine."""
     if finding["replayed"] is None and finding["engine"] is not None:
-        engine: Mapping[str, Any] = finding["engine"]["tokens_per_round"][IMAGES]
+        engine: Mapping[str, Any] = finding["engine"]["acceptance_length"][IMAGES]
         return engine
     replayed: Mapping[str, Any] | None = finding["replayed"]
     return replayed

@@ -46,11 +46,11 @@ def to_markdown(content: Mapping[str, Any]) -> str:
     tables: Mapping[str, Callable[[Findings], Table]] = {
         f"Combinations ({SOURCE}, table 3: six data sets, MI250, 1 epoch)": _combinations,
         f"One primitive at a time ({SOURCE}, table 4: LLaVA-Wild, 1 epoch)": _sweep_table,
-        f"Epochs: tokens_per_round ({SOURCE}, table 7: LLaVA-Wild, MI250)": _scaling,
+        f"Epochs: acceptance_length ({SOURCE}, table 7: LLaVA-Wild, MI250)": _scaling,
         "What a head keeps of an image, and computes": _costs,
         "The draft's part of a prefill, measured": _prefill,
         "What the gates choose on held-out questions": _gates,
-        "tokens_per_round by task family, in the engine": _families,
+        "acceptance_length by task family, in the engine": _families,
     }
     found = {title: make(content["rows"]) for title, make in tables.items()}
     return "\n\n".join(
@@ -79,8 +79,8 @@ def _numbers(one: Finding, paper: Reported | None) -> list[str]:
         return [*cells, "", "", "", "", _paper(paper)]
     return [
         *cells,
-        shown(engine["tokens_per_round"][IMAGES]),
-        shown(engine["tokens_per_round_ratio"]),
+        shown(engine["acceptance_length"][IMAGES]),
+        shown(engine["acceptance_length_ratio"]),
         shown(engine["decode_speedup"][IMAGES]),
         f"{engine['identical']}/{engine['answers_compared']}",
         _paper(paper),
@@ -89,7 +89,7 @@ def _numbers(one: Finding, paper: Reported | None) -> list[str]:
 
 def _combinations(findings: Findings) -> Table:
     known = _main(findings)
-    return [["tokens_per_round of", *NUMBERS]] + [
+    return [["acceptance_length of", *NUMBERS]] + [
         [known[name]["label"], *_numbers(known[name], TABLE_3.get(name))]
         for name in (*COMBINATIONS, *OTHERS)
         if name in known
@@ -98,7 +98,7 @@ def _combinations(findings: Findings) -> Table:
 
 def _sweep_table(findings: Findings) -> Table:
     known = _main(findings)
-    return [["tokens_per_round of", *NUMBERS]] + [
+    return [["acceptance_length of", *NUMBERS]] + [
         [one["label"], *_numbers(one, TABLE_4[name][amount])]
         for name, amounts in SWEEPS.items()
         for amount in amounts
@@ -129,7 +129,9 @@ def _by_epoch(one: Finding | None) -> str:
     parts = [shown(one["replayed"])] if one["replayed"] else []
     if one["engine"]:
         # In the paper's form: speedup/acceptance length.
-        speedup, tokens = (one["engine"][n][IMAGES] for n in ("decode_speedup", "tokens_per_round"))
+        speedup, tokens = (
+            one["engine"][n][IMAGES] for n in ("decode_speedup", "acceptance_length")
+        )
         parts.append(_paper((speedup["mean"], tokens["mean"])))
     return ", ".join(parts)
 
@@ -181,13 +183,13 @@ def _families(findings: Findings) -> Table:
     rows = [["head", *FAMILIES]]
     for one in _main(findings).values():
         if one["engine"]:
-            numbers = one["engine"]["tokens_per_round"]
+            numbers = one["engine"]["acceptance_length"]
             rows.append([one["label"], *(shown(numbers[name]) for name in FAMILIES)])
     return rows
 
 
 def draw(content: Mapping[str, Any], file: Path) -> None:
-    """Draw tokens_per_round on the image tasks: over ratios, over queries, over epochs."""
+    """Draw acceptance_length on the image tasks: over ratios, over queries, over epochs."""
     findings: Findings = content["rows"]
     figure = new_figure(SIZE_INCHES)
     ratios, queries, epochs = figure.subplots(1, 3, sharey=True)
@@ -202,7 +204,7 @@ def draw(content: Mapping[str, Any], file: Path) -> None:
     epochs.set_xticks(SCALING)
     epochs.set_xlabel("epochs")
     legend(epochs)
-    ratios.set_ylabel("tokens_per_round, image tasks (95 % interval)")
+    ratios.set_ylabel("acceptance_length, image tasks (95 % interval)")
     save(figure, file)
 
 

@@ -29,7 +29,7 @@ TITLES: Mapping[str, str] = {
     Part.DRAFT_VLM_BATCH: "draft VLM, batches, greedy",
 }
 HEADING = (
-    "tokens_per_round",
+    "acceptance_length",
     "decode_speedup",
     CAPTIONING,
     "step / plain pass",
@@ -80,12 +80,12 @@ def make_row(part: Part, draft: Draft, calls: Sequence[Call], memory: Memory | N
         **draft.to_json(),
         "temperature": PARTS[part][0].temperature,
         "batch": calls[0].batch,
-        "tokens_per_round": asdict(estimate(calls, turns.tokens_per_round)),
+        "acceptance_length": asdict(estimate(calls, turns.acceptance_length)),
         "decode_speedup": asdict(estimate(calls, turns.decode_speedup)),
-        "round_cost_over_plain_pass": turns.step_cost(calls),
+        "step_cost_over_plain_pass": turns.step_cost(calls),
         "by_family": {
             name: {
-                "tokens_per_round": turns.tokens_per_round(some),
+                "acceptance_length": turns.acceptance_length(some),
                 "decode_speedup": turns.decode_speedup(some),
             }
             for name, some in alone.items()
@@ -101,7 +101,7 @@ def _of(rows: Rows, *parts: str) -> list[Row]:
 
 
 def _tokens(row: Row) -> float:
-    return float(row["tokens_per_round"]["value"])
+    return float(row["acceptance_length"]["value"])
 
 
 def _speed(row: Row) -> float:
@@ -157,7 +157,7 @@ def _acceptance_goal(rows: Rows, whose: str) -> Iterator[dict[str, Any]]:
     # Nothing a tree of this depth does can reach more.
     most = (tree["levels"] + 1) / _tokens(chain)
     yield _goal(
-        f"tokens_per_round of a tree >= {TOKENS_GOAL} x the chain's at the same depth, "
+        f"acceptance_length of a tree >= {TOKENS_GOAL} x the chain's at the same depth, "
         f"best tree{whose}",
         ratio,
         ratio >= TOKENS_GOAL,
@@ -258,7 +258,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
     tables += [
         _family_table(_of(rows, Part.POLICIES)),
         [["where the tree loses", "to", "at", "decode_speedup, ratio"], *losses],
-        [["published", "setting", "speedup", "tokens_per_round", "from"], *_published()],
+        [["published", "setting", "speedup", "acceptance_length", "from"], *_published()],
     ]
     return "\n\n".join(markdown_table(table) for table in tables if len(table) > 1)
 
@@ -272,7 +272,7 @@ def _identical(row: Row) -> str:
 
 
 def _alone_table(title: str, rows: Rows) -> list[list[str]]:
-    cost = "round_cost_over_plain_pass"
+    cost = "step_cost_over_plain_pass"
     ratios = {tree["name"]: tree[cost] / chain[cost] for tree, chain in _same_depth(rows)}
     table = [[title, *HEADING]]
     for row in rows:
@@ -281,7 +281,7 @@ def _alone_table(title: str, rows: Rows) -> list[list[str]]:
         table.append(
             [
                 row["label"],
-                _interval(row["tokens_per_round"]),
+                _interval(row["acceptance_length"]),
                 _interval(row["decode_speedup"]),
                 f"{captioning['decode_speedup']:.2f}" if captioning else "",
                 f"{row[cost]:.2f}",
@@ -299,9 +299,9 @@ def _batch_table(title: str, rows: Rows) -> list[list[str]]:
     sizes = sorted({row["batch"] for row in rows})
     table = [[title, "", *map(str, sizes)]]
     numbers = {
-        "tokens_per_round": lambda row: f"{_tokens(row):.2f}",
+        "acceptance_length": lambda row: f"{_tokens(row):.2f}",
         "decode_speedup": lambda row: f"{_speed(row):.2f}",
-        "step / plain pass": lambda row: f"{row['round_cost_over_plain_pass']:.2f}",
+        "step / plain pass": lambda row: f"{row['step_cost_over_plain_pass']:.2f}",
         "identical": _identical,
     }
     for label in dict.fromkeys(row["label"] for row in rows):
@@ -314,11 +314,11 @@ def _batch_table(title: str, rows: Rows) -> list[list[str]]:
 
 def _family_table(rows: Rows) -> list[list[str]]:
     families = list(dict.fromkeys(family for row in rows for family in row["by_family"]))
-    table = [["tokens_per_round / decode_speedup", *families]]
+    table = [["acceptance_length / decode_speedup", *families]]
     for row in rows:
         found = [row["by_family"].get(family) for family in families]
         cells = [
-            f"{one['tokens_per_round']:.2f} / {one['decode_speedup']:.2f}" if one else ""
+            f"{one['acceptance_length']:.2f} / {one['decode_speedup']:.2f}" if one else ""
             for one in found
         ]
         table.append([row["label"], *cells])
@@ -347,7 +347,7 @@ def draw(content: Mapping[str, Any], file: Path) -> None:
 
 def _bars(axes: Any, rows: Rows) -> None:
     """Both numbers of every draft, on one scale: their gap is what steps cost."""
-    kinds = (("tokens_per_round", -0.2), ("decode_speedup", 0.2))
+    kinds = (("acceptance_length", -0.2), ("decode_speedup", 0.2))
     for (name, shift), color in zip(kinds, COLORS, strict=False):
         found = [row[name] for row in rows]
         places, values = [p + shift for p in range(len(rows))], [one["value"] for one in found]
@@ -361,11 +361,11 @@ def _bars(axes: Any, rows: Rows) -> None:
 
 def _nodes(axes: Any, rows: Rows) -> None:
     nodes = [row["num_speculative_tokens"] for row in rows]
-    for name, color in zip(("tokens_per_round", "decode_speedup"), COLORS, strict=False):
+    for name, color in zip(("acceptance_length", "decode_speedup"), COLORS, strict=False):
         found = [row[name] for row in rows]
         curve = {"yerr": error_bars(found), "marker": "o", "capsize": 3}
         axes.errorbar(nodes, [one["value"] for one in found], color=color, label=name, **curve)
-    costs = [row["round_cost_over_plain_pass"] for row in rows]
+    costs = [row["step_cost_over_plain_pass"] for row in rows]
     axes.plot(nodes, costs, marker="s", color=COLORS[2], label="step / plain pass")
     axes.set_xticks(nodes)
     axes.set_xlabel("nodes (num_speculative_tokens), batch 1, greedy")

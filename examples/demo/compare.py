@@ -32,7 +32,7 @@ class Summary:
     Attributes:
         decode_speedup: Decode time per token of plain vLLM over that of ViSpec, prefill excluded.
         e2e_speedup: The same of the whole calls.
-        accepted_at: For each draft position, the share of rounds in which it was accepted.
+        acceptance_rate_per_position: For each draft position, the share of steps that accepted it.
         output_tokens: Mean length of an answer.
     """
 
@@ -40,8 +40,8 @@ class Summary:
     total: int
     decode_speedup: float
     e2e_speedup: float
-    tokens_per_round: float
-    accepted_at: tuple[float, ...]
+    acceptance_length: float
+    acceptance_rate_per_position: tuple[float, ...]
     plain_tokens_per_second: float
     vispec_tokens_per_second: float
     plain_ttft: float
@@ -88,8 +88,8 @@ def summarise(exchanges: Sequence[Exchange], num_draft_tokens: int) -> Summary:
         total=len(exchanges),
         decode_speedup=tokens_per_second(vispec) / tokens_per_second(plain),
         e2e_speedup=_calls_per_second(vispec) / _calls_per_second(plain),
-        tokens_per_round=mean(rounds) + 1 if rounds else 1.0,
-        accepted_at=accepted_at(rounds, num_draft_tokens),
+        acceptance_length=mean(rounds) + 1 if rounds else 1.0,
+        acceptance_rate_per_position=acceptance_rate_per_position(rounds, num_draft_tokens),
         plain_tokens_per_second=tokens_per_second(plain),
         vispec_tokens_per_second=tokens_per_second(vispec),
         plain_ttft=median(answer.ttft_seconds for answer in plain),
@@ -98,7 +98,7 @@ def summarise(exchanges: Sequence[Exchange], num_draft_tokens: int) -> Summary:
     )
 
 
-def accepted_at(rounds: Sequence[int], num_draft_tokens: int) -> tuple[float, ...]:
+def acceptance_rate_per_position(rounds: Sequence[int], num_draft_tokens: int) -> tuple[float, ...]:
     """Return the share of rounds that accepted the draft token at each position."""
     total = max(len(rounds), 1)
     return tuple(

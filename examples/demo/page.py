@@ -66,7 +66,7 @@ def _figures(summary: Summary) -> str:
         "identical outputs": f"{summary.identical}/{summary.total}",
         "decode_speedup": f"{summary.decode_speedup:.2f}×",
         "e2e_speedup": f"{summary.e2e_speedup:.2f}×",
-        "tokens_per_round": f"{summary.tokens_per_round:.2f}",
+        "acceptance_length": f"{summary.acceptance_length:.2f}",
     }
     cells = "".join(f'<div class="figure"><b>{v}</b>{k}</div>' for k, v in figures.items())
     return f'<div class="figures">{cells}</div>'
@@ -82,9 +82,11 @@ def _numbers(summary: Summary) -> str:
         f"<tr><td>{name}</td><td>{plain:.1f}</td><td>{vispec:.1f}</td></tr>"
         for name, (plain, vispec) in rows.items()
     )
-    positions = range(1, len(summary.accepted_at) + 1)
+    positions = range(1, len(summary.acceptance_rate_per_position) + 1)
     head = "".join(f"<th>{position}</th>" for position in positions)
-    shares = "".join(f"<td>{100 * share:.0f} %</td>" for share in summary.accepted_at)
+    shares = "".join(
+        f"<td>{100 * share:.0f} %</td>" for share in summary.acceptance_rate_per_position
+    )
     return (
         f"<table><tr><th></th><th>plain vLLM</th><th>ViSpec</th></tr>{body}</table>"
         f"<table><tr><th>accepted_draft at position</th>{head}</tr>"

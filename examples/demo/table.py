@@ -26,7 +26,7 @@ def print_tables(
 def print_lines(summary: Summary) -> None:
     """Print the lines that scripts read."""
     print(f"identical outputs: {summary.identical}/{summary.total}")
-    print(f"tokens_per_round: {summary.tokens_per_round:.2f}")
+    print(f"acceptance_length: {summary.acceptance_length:.2f}")
     print(f"decode_speedup: {summary.decode_speedup:.2f}")
     print(f"e2e_speedup: {summary.e2e_speedup:.2f}")
 
@@ -48,7 +48,7 @@ def _comparison(summary: Summary) -> Table:
         f"{1000 * summary.vispec_ttft:.0f}",
         f"{summary.vispec_ttft / summary.plain_ttft:.2f}",
     )
-    table.add_row("tokens per target pass", "1.00", f"{summary.tokens_per_round:.2f}", "")
+    table.add_row("tokens per target pass", "1.00", f"{summary.acceptance_length:.2f}", "")
     table.add_row("mean output, tokens", *[f"{summary.output_tokens:.0f}"] * 2, "")
     table.add_row("identical outputs", "", f"{summary.identical}/{summary.total}", "")
     return table
@@ -56,11 +56,11 @@ def _comparison(summary: Summary) -> Table:
 
 def _acceptance(summary: Summary) -> Table:
     table = Table(title="accepted_draft per position (share of rounds)")
-    for position in range(1, len(summary.accepted_at) + 1):
+    for position in range(1, len(summary.acceptance_rate_per_position) + 1):
         table.add_column(str(position), justify="right")
     table.add_column("sum", justify="right")
-    shares = [f"{100 * share:.0f} %" for share in summary.accepted_at]
-    table.add_row(*shares, f"{summary.tokens_per_round - 1:.2f}")
+    shares = [f"{100 * share:.0f} %" for share in summary.acceptance_rate_per_position]
+    table.add_row(*shares, f"{summary.acceptance_length - 1:.2f}")
     return table
 
 
@@ -68,7 +68,7 @@ def _per_family(
     exchanges: Sequence[Exchange], families: Mapping[int, str], num_draft_tokens: int
 ) -> Table:
     table = Table(title="By task")
-    names = ("task", "identical", "output tokens", "tokens_per_round", "decode_speedup")
+    names = ("task", "identical", "output tokens", "acceptance_length", "decode_speedup")
     for name in names:
         table.add_column(name, justify="left" if name == "task" else "right")
     for family in dict.fromkeys(families.values()):
@@ -78,7 +78,7 @@ def _per_family(
             family,
             f"{part.identical}/{part.total}",
             f"{part.output_tokens:.0f}",
-            f"{part.tokens_per_round:.2f}",
+            f"{part.acceptance_length:.2f}",
             f"{part.decode_speedup:.2f}",
         )
     return table

@@ -114,17 +114,17 @@ def test_quick_fails_if_one_answer_differs(world: World, data: Path, tmp_path: P
     result = CLI.invoke(app, arguments("quick", data, tmp_path / "out", dataset="openai"))
     assert result.exit_code == 1
     assert "FAIL vispec, concurrency 1: identical_outputs 0.750, floor 1" in result.output
-    assert "ok   vispec, concurrency 1: tokens_per_round 4.000, floor 3.5" in result.output
+    assert "ok   vispec, concurrency 1: acceptance_length 4.000, floor 3.5" in result.output
 
 
 def test_floors(tmp_path: Path) -> None:
     world = World()
     run_matrix(SETTINGS, SAMPLES, tmp_path, tools=world.tools())
     run = BenchRun.load(tmp_path)
-    findings = judge(run, SETTINGS, Floors(tokens_per_round=2.0))
+    findings = judge(run, SETTINGS, Floors(acceptance_length=2.0))
     assert len(findings) == 4
     assert all(finding.ok for finding in findings)
-    assert not all(finding.ok for finding in judge(run, SETTINGS, Floors(tokens_per_round=2.1)))
+    assert not all(finding.ok for finding in judge(run, SETTINGS, Floors(acceptance_length=2.1)))
     missing = judge(replace(run, cells=()), SETTINGS, Floors())
     assert {(finding.value, finding.ok) for finding in missing} == {(None, False)}
     assert str(missing[0]) == "FAIL plain, concurrency 1: answered not measured, floor 1"

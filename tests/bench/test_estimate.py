@@ -64,7 +64,7 @@ def test_a_large_batch_is_bound_by_compute_and_loses() -> None:
     one = predict(TARGET, FREE, replace(HARDWARE, pass_overhead_s=0), TYPICAL, 4, 1024, 1)
     assert one.verify_bound == one.plain_bound == "compute"
     # Every drafted token costs as much as a decoded one: what is rejected is lost.
-    assert one.decode_speedup == pytest.approx(one.tokens_per_round / 5)
+    assert one.decode_speedup == pytest.approx(one.acceptance_length / 5)
 
 
 # Numbers by hand
@@ -82,7 +82,7 @@ def test_numbers_worked_out_by_hand() -> None:
     assert (one.plain_bound, one.verify_bound) == ("bandwidth", "compute")
     # draft: 200 + 2 * 5 = 210 bytes, 2.1 s; first 2 * (6 * 50 + 2 * 50) = 800 FLOP, 1.6 s
     assert one.draft_first_s == one.draft_step_s == pytest.approx(0.5 + 2.1)
-    assert one.tokens_per_round == 1.75
+    assert one.acceptance_length == 1.75
     assert one.round_s == pytest.approx(12.74 + 2.6 + 2.6)
     assert one.seconds_per_token == pytest.approx(17.94 / 1.75)
     assert one.decode_speedup == pytest.approx(1.75 * 11.5 / 17.94)
@@ -299,7 +299,7 @@ def test_the_form_of_the_model_fits_what_was_measured_on_the_shipped_pair() -> N
     results = json.loads((ROOT / "benchmarks/results/decode_speed.json").read_text())["results"]
     cells = []
     for one in results:
-        k, accepted = one["num_speculative_tokens"], tuple(one["accepted_at"])
+        k, accepted = one["num_speculative_tokens"], tuple(one["acceptance_rate_per_position"])
         cells += [
             MeasuredCell(1, 0, 150, (), 1 / one["plain_tokens_per_second"], k),
             MeasuredCell(1, k, 150, accepted, 1 / one["vispec_tokens_per_second"], k),

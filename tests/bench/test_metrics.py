@@ -52,9 +52,9 @@ SIDE = CellResult(
 )
 
 BY_HAND: dict[str, Value] = {
-    "tokens_per_round": 2.0,
-    "accepted_draft": 1.0,
-    "accepted_at": (4 / 7, 2 / 7, 1 / 7),
+    "acceptance_length": 2.0,
+    "mean_accepted_tokens": 1.0,
+    "acceptance_rate_per_position": (4 / 7, 2 / 7, 1 / 7),
     "tokens_per_chunk": 14 / 7,
     "decode_speedup": (1.4 / 14) / (0.7 / 14),
     "e2e_speedup": 1.7 / 1.04,
@@ -86,8 +86,8 @@ def test_acceptance_is_pooled_over_repetitions() -> None:
     )
     cells = [SIDE, replace(SIDE, repetition=1, spec=counters)]
     # Not (1 + 2) / 2, the mean of both; a shorter chain accepted nothing at the third position.
-    assert measure("accepted_draft", cells) == pytest.approx(9 / 8)
-    assert measure("accepted_at", cells) == pytest.approx((5 / 8, 3 / 8, 1 / 8))
+    assert measure("mean_accepted_tokens", cells) == pytest.approx(9 / 8)
+    assert measure("acceptance_rate_per_position", cells) == pytest.approx((5 / 8, 3 / 8, 1 / 8))
 
 
 def test_speedup_is_a_ratio_of_sums_over_samples_that_both_answered() -> None:
@@ -165,9 +165,9 @@ def test_interval_covers_the_repetitions() -> None:
         rounds=7, draft_tokens=21, accepted_tokens=14, accepted_by_position=(7, 4, 3)
     )
     cells = [SIDE, replace(SIDE, repetition=1, spec=better, wall_s=4.0)]
-    found = with_interval("tokens_per_round", cells)
+    found = with_interval("acceptance_length", cells)
     assert (found.value, found.low, found.high) == pytest.approx((2.5, 2.0, 3.0))
-    at = with_interval("accepted_at", cells)
+    at = with_interval("acceptance_rate_per_position", cells)
     assert at.low == pytest.approx((4 / 7, 2 / 7, 1 / 7))
     assert at.high == pytest.approx((1.0, 4 / 7, 3 / 7))
     # Tokens are not redrawn where the seconds are those of the whole cell.
@@ -183,7 +183,7 @@ def test_sides_stay_paired_in_a_resample() -> None:
 
 
 def test_no_interval_from_one_thing() -> None:
-    assert with_interval("tokens_per_round", [SIDE]) == Measured(2.0)
+    assert with_interval("acceptance_length", [SIDE]) == Measured(2.0)
     assert with_interval("peak_memory", [SIDE, replace(SIDE, repetition=1)]) == Measured(4.0)
     single = replace(SIDE, requests=SIDE.requests[:1])
     assert with_interval("mean_output_tokens", [single]) == Measured(5.0)

@@ -40,8 +40,8 @@ def test_summary() -> None:
     assert (summary.identical, summary.total) == (1, 1)
     assert summary.decode_speedup == pytest.approx(2.5)
     assert summary.e2e_speedup == pytest.approx(1.4 / 0.9)
-    assert summary.tokens_per_round == pytest.approx(1 + 5 / 3)
-    assert summary.accepted_at == pytest.approx((2 / 3, 2 / 3, 1 / 3))
+    assert summary.acceptance_length == pytest.approx(1 + 5 / 3)
+    assert summary.acceptance_rate_per_position == pytest.approx((2 / 3, 2 / 3, 1 / 3))
     assert (summary.plain_ttft, summary.vispec_ttft) == pytest.approx((0.4, 0.5))
 
 

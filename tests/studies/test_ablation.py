@@ -13,12 +13,12 @@ from benchmarks.ablation import VARIANTS, draw, matched, to_markdown
 from benchmarks.answers import (
     IMAGES,
     Asked,
+    acceptance_length,
     decode_speedup,
     estimate,
     make_rows,
     ratio,
     read_all,
-    tokens_per_round,
 )
 from benchmarks.study import EPOCHS, RECIPE, Study, Trained, Variant, Workspace
 from examples.tiny_vlm.families import FAMILIES
@@ -91,29 +91,29 @@ def test_arm_changes_one_thing(arm: Variant) -> None:
     assert sum(changed) == 1
 
 
-def test_tokens_per_round_and_speedup() -> None:
+def test_acceptance_length_and_speedup() -> None:
     asked = [Asked("charts", (5, 2), 9, True, 6.0, 2.0), Asked("charts", (2,), 3, True, 2.0, 2.0)]
-    assert tokens_per_round(asked) == 1 + 9 / 3
+    assert acceptance_length(asked) == 1 + 9 / 3
     assert decode_speedup(asked) == 2.0
 
 
 def test_interval_covers_seeds_and_questions() -> None:
     same = [_asked(2)] * 3
-    found = estimate(same, tokens_per_round)
+    found = estimate(same, acceptance_length)
     assert (found["mean"], found["low"], found["high"]) == (3.0, 3.0, 3.0)
     seeds = [_asked(1), _asked(2), _asked(3)]
-    found = estimate(seeds, tokens_per_round)
+    found = estimate(seeds, acceptance_length)
     assert found["seeds"] == [2.0, 3.0, 4.0]
     assert found["low"] == 2.0
     assert found["high"] == 4.0
     questions = [[*_asked(1), *_asked(5)]] * 3
-    found = estimate(questions, tokens_per_round)
+    found = estimate(questions, acceptance_length)
     assert found["low"] < found["mean"] == 4.0 < found["high"]
 
 
 def test_ratio_uses_the_same_draws() -> None:
     noisy = [[*_asked(1), *_asked(5)], [*_asked(2), *_asked(4)]]
-    assert ratio(noisy, noisy, tokens_per_round) == {
+    assert ratio(noisy, noisy, acceptance_length) == {
         "mean": 1.0,
         "low": 1.0,
         "high": 1.0,
@@ -124,9 +124,9 @@ def test_ratio_uses_the_same_draws() -> None:
 def test_rows(measured: Workspace) -> None:
     rows = _rows(measured)
     assert [row["arm"] for row in rows] == ["adaptor", "global", "online"]
-    assert [row["tokens_per_round"][IMAGES]["mean"] for row in rows] == [2.0, 3.0, 4.0]
-    assert rows[0]["tokens_per_round_ratio"] is None
-    assert rows[1]["tokens_per_round_ratio"]["mean"] == 1.5
+    assert [row["acceptance_length"][IMAGES]["mean"] for row in rows] == [2.0, 3.0, 4.0]
+    assert rows[0]["acceptance_length_ratio"] is None
+    assert rows[1]["acceptance_length_ratio"]["mean"] == 1.5
     assert (rows[1]["identical"], rows[1]["answers_compared"]) == (21, 21)
     tables = to_markdown({"rows": rows, "vispec_over_eagle": {}})
     assert "| + global feature | 3.00 (3.00-3.00) | 2.00 (2.00-2.00) | 1.50 (1.50-1.50)" in tables

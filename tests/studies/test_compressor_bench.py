@@ -216,14 +216,14 @@ def test_findings(measured: Workspace) -> None:
     names = [f"{name}-e{EPOCHS}-s0" for name in ("eagle_vlm", "select", "prune_20")]
     assert [one["name"] for one in found] == ["eagle_vlm-e1-s0", *names]
     before, reference, select, prune = found
-    assert select["engine"]["tokens_per_round_ratio"]["mean"] == pytest.approx(5 / 3)
+    assert select["engine"]["acceptance_length_ratio"]["mean"] == pytest.approx(5 / 3)
     assert best_known(select) == select["replayed"]
     assert (select["replayed"]["mean"], select["replayed_ratio"]["mean"]) == (3.0, 1.5)
     assert reference["replayed_ratio"] is before["replayed"] is prune["replayed_ratio"] is None
-    assert best_known(prune) == prune["engine"]["tokens_per_round"][IMAGES]
-    assert prune["engine"]["tokens_per_round"][IMAGES]["mean"] == 4.0
+    assert best_known(prune) == prune["engine"]["acceptance_length"][IMAGES]
+    assert prune["engine"]["acceptance_length"][IMAGES]["mean"] == 4.0
     content = json.loads(json.dumps(found))[2]
-    assert content["engine"]["tokens_per_round"][IMAGES]["mean"] == 5.0
+    assert content["engine"]["acceptance_length"][IMAGES]["mean"] == 5.0
     assert [one["image_tokens"] for one in content["image_cost"]] == list(IMAGE_TOKENS)
     assert content["draft_prefill"][0]["ratio"] == 0.5
     assert content["choices"][0]["counts"] == [3, 0, 1, 0, 0]

@@ -19,8 +19,8 @@ def test_one_k() -> None:
     assert found["decode_speedup"] == pytest.approx(2.0 / 1.2)
     assert found["decode_speedup_interval_95"] == pytest.approx([2.0 / 1.2] * 2)
     assert found["e2e_speedup"] == pytest.approx(2.8 / 2.2)
-    assert found["tokens_per_round"] == pytest.approx(1 + 5 / 3)
-    assert found["accepted_at"] == pytest.approx([2 / 3, 2 / 3, 1 / 3])
+    assert found["acceptance_length"] == pytest.approx(1 + 5 / 3)
+    assert found["acceptance_rate_per_position"] == pytest.approx([2 / 3, 2 / 3, 1 / 3])
     assert (found["plain_ttft"], found["vispec_ttft"]) == pytest.approx((0.4, 0.5))
     assert (found["identical"], found["total"], found["output_tokens"]) == (1, 1, 6)
     assert to_table([found]).row_count == 1

@@ -40,7 +40,7 @@ def check(row: dict[str, Any]) -> None:
     """What must hold for every arm in the engine."""
     assert row["seeds"] == [0]
     assert row["identical"] == row["answers_compared"] == 7
-    assert row["tokens_per_round"]["image tasks"]["mean"] >= 1.0
+    assert row["acceptance_length"]["image tasks"]["mean"] >= 1.0
     assert row["decode_speedup"]["image tasks"]["mean"] > 0.0
 
 

@@ -135,7 +135,7 @@ def test_questions() -> None:
 
 def test_numbers_of_calls() -> None:
     calls = [made_up_call(5, 4.0), made_up_call(3, 4.0)]
-    assert turns.tokens_per_round(calls) == 5
+    assert turns.acceptance_length(calls) == 5
     assert turns.decode_speedup(calls) == 3
     # 2 s a step, 1 s a pass.
     assert turns.step_cost(calls) == 2
@@ -328,7 +328,7 @@ def test_report(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(content["results"]) == len(read_rows(bench))
     vlm = {Part.DRAFT_VLM, Part.DRAFT_VLM_BATCH}
     assert {row["part"] for row in content["results"]} == set(Part) - vlm
-    assert content["results"][0]["tokens_per_round"]["value"] == 5
+    assert content["results"][0]["acceptance_length"]["value"] == 5
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 

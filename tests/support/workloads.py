@@ -130,7 +130,10 @@ class Served:
 
     def accepted(self) -> dict[str, list[list[int]]]:
         """Return the accepted draft tokens of every step by request."""
-        return {name: [one.accepted_draft for one in found] for name, found in self.results.items()}
+        return {
+            name: [one.mean_accepted_tokens for one in found]
+            for name, found in self.results.items()
+        }
 
     def steps(self) -> list[tuple[int, int]]:
         """Return drafted and accepted tokens of every step."""
@@ -138,7 +141,7 @@ class Served:
             step
             for found in self.results.values()
             for one in found
-            for step in zip(one.drafted, one.accepted_draft, strict=True)
+            for step in zip(one.drafted, one.mean_accepted_tokens, strict=True)
         ]
 
     def acceptance(self) -> float:

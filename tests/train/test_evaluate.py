@@ -77,7 +77,7 @@ def test_a_file_becomes_a_table_and_json(folder: Path) -> None:
     turns = len(make_sample("heldout", 800_001, "multi_turn").dialogue.turns)
     assert overall["answers"] == 2 + turns
     # What this head reaches on right answers; a row or a token out of place gives about 1.
-    assert overall["tokens_per_round"] > 2.5
+    assert overall["acceptance_length"] > 2.5
     assert numbers["greedy_share"] > 0.8
     for text in ("captioning", "simulated", "3 conversations evaluated, 1 left out", "gone.png"):
         assert text in found.output
@@ -114,7 +114,7 @@ def test_a_draft_vocabulary_changes_the_simulated_acceptance(folder: Path) -> No
         assert vispec_eval(data, "--output", str(output), *flags).exit_code == 0
         found.append(json.loads(output.read_text())["simulated"]["overall"])
     assert found[0] == found[1]
-    assert found[2]["tokens_per_round"] < found[0]["tokens_per_round"]
+    assert found[2]["acceptance_length"] < found[0]["acceptance_length"]
     refused(vispec_eval(data, "--draft-vocab", "auto"), "has no draft_vocab.safetensors")
 
 

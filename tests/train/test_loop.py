@@ -82,7 +82,7 @@ def test_training_learns_and_exports_the_head(
     assert (head.config.target_model_type, head.config.compress) == ("qwen2_5_vl", True)
     points = json.loads((tmp_path / "run" / "curve.json").read_text())
     assert [point["step"] for point in points] == [5, 10, 15]
-    assert set(points[0]["tokens_per_round"]) == {"chat", "pictures", "overall"}
+    assert set(points[0]["acceptance_length"]) == {"chat", "pictures", "overall"}
     assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
     provenance = read(tmp_path / "run" / "run.json")
     assert provenance["config"]["optimizer"]["ema"] == 0.9

@@ -51,7 +51,9 @@ def check_equal(one: Path, two: Path) -> None:
         for name, tensor in first[group].items():
             assert float((second[group][name] - tensor).abs().max()) < 1e-5, name
     curves = [json.loads((folder / "curve.json").read_text()) for folder in (one, two)]
-    assert [p["tokens_per_round"] for p in curves[0]] == [p["tokens_per_round"] for p in curves[1]]
+    assert [p["acceptance_length"] for p in curves[0]] == [
+        p["acceptance_length"] for p in curves[1]
+    ]
 
 
 # Every part that a head can have, and a gate that draws nothing: noise differs with the number of

@@ -74,7 +74,7 @@ def test_resumed_equals_uninterrupted(
     for folder in (tmp_path / "whole", tmp_path / "cut"):
         decisions.append([line["gate"]["chosen"] for line in lines(folder) if "gate" in line])
         curve = json.loads((folder / "curve.json").read_text())
-        curves.append([point["tokens_per_round"] for point in curve])
+        curves.append([point["acceptance_length"] for point in curve])
         groups.append(Checkpoints(folder / "checkpoints", 2).load(12).groups)
     assert decisions[0] == decisions[1]
     assert bool(decisions[0]) == (head == "gate")

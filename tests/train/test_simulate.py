@@ -150,7 +150,7 @@ def test_spans_of_answers() -> None:
 def test_rates_of_an_acceptance() -> None:
     one = Acceptance.of_answer([2, 0, 1, 2], num_tokens=10, num_draft_tokens=3)
     assert one == Acceptance(4, 9, (3, 2, 0), 1)
-    assert one.accepted_draft == 1.25
+    assert one.mean_accepted_tokens == 1.25
     assert one.acceptance_length == 2.25
     assert one.acceptance_rates == (0.75, 0.5, 0.0)
     assert one.merge(one) == Acceptance(8, 18, (6, 4, 0), 2)

@@ -111,7 +111,10 @@ def read_measured(path: Path, side: str, context: float | None = None) -> list[M
     cells = []
     try:
         for one in json.loads(path.read_text(encoding="utf-8"))["results"]:
-            k, accepted = int(one["num_speculative_tokens"]), tuple(one["accepted_at"])
+            k, accepted = (
+                int(one["num_speculative_tokens"]),
+                tuple(one["acceptance_rate_per_position"]),
+            )
             plain, ours = (1 / float(one[f"{x}_tokens_per_second"]) for x in ("plain", "vispec"))
             cells.append(MeasuredCell(1, 0, context, (), plain, k))
             cells.append(MeasuredCell(1, k, context, accepted, ours, k))

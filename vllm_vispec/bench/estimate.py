@@ -28,7 +28,7 @@ NOTE = "estimate: a roofline calculation, not a measurement"
 
 PASSES = ("plain", "verify", "draft_first", "draft_step")
 HEAD = (
-    *("batch", "K", "tokens_per_round", "decode_speedup (estimate)"),
+    *("batch", "K", "acceptance_length", "decode_speedup (estimate)"),
     *("without / with twice the overhead", "plain pass, ms", "verify, ms"),
     *("draft first, step, ms", "limits"),
 )
@@ -238,7 +238,7 @@ def estimate_to_markdown(found: Mapping[str, Any]) -> str:
             (
                 row["batch"],
                 row["num_speculative_tokens"],
-                f"{row['tokens_per_round']:.2f}",
+                f"{row['acceptance_length']:.2f}",
                 f"{row['decode_speedup']:.2f}",
                 f"{ends['without']:.2f} / {ends['twice']:.2f}",
                 f"{plain:.2f}",

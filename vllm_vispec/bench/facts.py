@@ -30,7 +30,11 @@ OURS = "vispec"
 """The variant a report is about, if it was measured."""
 _AXES = {"side": "sides", **POINT_AXES}
 KEY = (*_AXES, "dataset")
-_NUMBERS = [name for name in METRICS if name != "accepted_at"] + ["low", "high", "plain_length"]
+_NUMBERS = [name for name in METRICS if name != "acceptance_rate_per_position"] + [
+    "low",
+    "high",
+    "plain_length",
+]
 _ORDER = ["dataset", "temperature", "images", "num_speculative_tokens", "concurrency"]
 _SIDES = ["place", "side"]
 

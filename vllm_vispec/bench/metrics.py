@@ -230,9 +230,9 @@ def _kv_blocks(cells: Cells, _: Cells) -> float | None:
 
 
 _COMPUTE: dict[str, Callable[[Cells, Cells], Value]] = {
-    "tokens_per_round": lambda cells, _: _accepted(cells, bonus=1),
-    "accepted_draft": lambda cells, _: _accepted(cells),
-    "accepted_at": lambda cells, _: acceptance_rates(cells),
+    "acceptance_length": lambda cells, _: _accepted(cells, bonus=1),
+    "mean_accepted_tokens": lambda cells, _: _accepted(cells),
+    "acceptance_rate_per_position": lambda cells, _: acceptance_rates(cells),
     "tokens_per_chunk": _tokens_per_chunk,
     "decode_speedup": TimeRatio(lambda one: one.decode_s, lambda one: one.output_tokens - 1),
     "e2e_speedup": TimeRatio(lambda one: one.e2e_s, lambda one: one.output_tokens),

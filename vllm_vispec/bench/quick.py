@@ -22,12 +22,12 @@ class Floors:
 
     Attributes:
         identical_outputs: share of answers equal to plain vLLM's.
-        tokens_per_round: of the variant that speculates.
+        acceptance_length: of the variant that speculates.
         answered: share of requests that got an answer.
     """
 
     identical_outputs: float = 1.0
-    tokens_per_round: float = 3.5
+    acceptance_length: float = 3.5
     answered: float = 1.0
 
 
@@ -84,7 +84,7 @@ def judge(run: BenchRun, settings: MatrixSettings, floors: Floors) -> list[Findi
         answered = None if failed is None else 1.0 - failed
         findings.append(Finding(key, "answered", answered, floors.answered))
         if key.side != BASELINE:
-            for name in ("identical_outputs", "tokens_per_round"):
+            for name in ("identical_outputs", "acceptance_length"):
                 value = _number(measure(name, cells, baseline))
                 findings.append(Finding(key, name, value, getattr(floors, name)))
     return findings

@@ -223,11 +223,11 @@ def _slices(facts: Facts, axis: str) -> Iterator[tuple[Chart, list[Any]]]:
 def _acceptance(facts: Facts) -> dict[str, Any]:
     """What steps accept, a line per variant at the point the report leads with."""
     rows = facts.drafting[:0] if facts.main is None else facts.like(facts.main, "side")
-    rows = rows[rows.accepted_at.map(bool, na_action="ignore").eq(True)]
+    rows = rows[rows.acceptance_rate_per_position.map(bool, na_action="ignore").eq(True)]
     if rows.empty:
         return {}
-    depth = int(rows.accepted_at.map(len).max())
-    points = rows.assign(y=rows.accepted_at, low=None, high=None).explode("y")
+    depth = int(rows.acceptance_rate_per_position.map(len).max())
+    points = rows.assign(y=rows.acceptance_rate_per_position, low=None, high=None).explode("y")
     points["x"] = (points.groupby("side").cumcount() + 1).astype(str)
     chart = Chart(
         "acceptance_by_position",
@@ -239,8 +239,10 @@ def _acceptance(facts: Facts) -> dict[str, Any]:
         facts.side,
         shares=True,
     )
-    padded = rows.accepted_at.map(lambda found: (*found, *[float("nan")] * depth)[:depth])
-    return {"chart": chart, "rows": _rows(rows.assign(accepted_at=padded))}
+    padded = rows.acceptance_rate_per_position.map(
+        lambda found: (*found, *[float("nan")] * depth)[:depth]
+    )
+    return {"chart": chart, "rows": _rows(rows.assign(acceptance_rate_per_position=padded))}
 
 
 def _losses(facts: Facts) -> dict[str, Any]:

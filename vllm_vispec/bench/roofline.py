@@ -79,7 +79,7 @@ class Prediction:
 
     num_speculative_tokens: int
     batch: int
-    tokens_per_round: float
+    acceptance_length: float
     plain_s: float
     verify_s: float
     draft_first_s: float

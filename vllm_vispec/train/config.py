@@ -241,7 +241,7 @@ class RunConfig(Section):
     save_every: int = setting(500, "steps between checkpoints; 0: at the end only", "ours", ge=0)
     keep: int = setting(2, "newest checkpoints kept, beside the best", "ours", ge=1)
     log_every: int = setting(10, "steps per line of metrics.jsonl", "ours", ge=1)
-    num_draft_tokens: int = setting(5, "K of the simulated tokens_per_round", "ours", ge=1)
+    num_draft_tokens: int = setting(5, "K of the simulated acceptance_length", "ours", ge=1)
     export: Literal["best", "last"] = setting("best", "which weights become the head", "ours")
 
 

@@ -257,9 +257,9 @@ class Run:
                 "time": now(),
                 "step": self.progress.step,
                 "seconds": round(self.progress.seconds, 2),
-                "tokens_per_round": self.progress.latest,
+                "acceptance_length": self.progress.latest,
                 "best_step": self.progress.best_step,
-                "best_tokens_per_round": self.progress.best,
+                "best_acceptance_length": self.progress.best,
             }
             write_json(self.output / "run.json", self.description)
             self._export(head)
@@ -267,7 +267,7 @@ class Run:
         rate = (
             ""
             if self.progress.latest is None
-            else f", tokens_per_round {self.progress.latest:.3f} on held-out data"
+            else f", acceptance_length {self.progress.latest:.3f} on held-out data"
         )
         message = f"finished after {self.progress.step} steps{rate}; head: {head}"
         return Outcome(True, self.progress.step, self.progress.latest, head, message)

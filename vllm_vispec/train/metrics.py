@@ -58,14 +58,14 @@ class Acceptance:
         return cls(0, 0, (0,) * num_draft_tokens)
 
     @property
-    def accepted_draft(self) -> float:
+    def mean_accepted_tokens(self) -> float:
         """Accepted draft tokens per step, 0 without steps."""
         return sum(self.accepted_by_position) / max(self.steps, 1)
 
     @property
     def acceptance_length(self) -> float:
         """Accepted draft tokens per step plus the bonus token, as vLLM counts; 1 without steps."""
-        return self.accepted_draft + 1
+        return self.mean_accepted_tokens + 1
 
     @property
     def acceptance_rates(self) -> tuple[float, ...]:
@@ -92,8 +92,8 @@ class Acceptance:
             "answers": self.answers,
             "rounds": self.steps,
             "tokens": self.tokens,
-            "tokens_per_round": round(self.acceptance_length, 4),
-            "accepted_draft": round(self.accepted_draft, 4),
+            "acceptance_length": round(self.acceptance_length, 4),
+            "mean_accepted_tokens": round(self.mean_accepted_tokens, 4),
             "accept_rates": [round(rate, 4) for rate in self.acceptance_rates],
             "accepted_by_position": list(self.accepted_by_position),
         }

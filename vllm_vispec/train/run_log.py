@@ -86,10 +86,10 @@ class RunLog:
     ) -> None:
         """Print, log and plot the simulated acceptance of a validation."""
         rates = {name: round(one.acceptance_length, 4) for name, one in found.items()}
-        self._show(tokens_per_round=f"{rates[OVERALL]:.3f}")
+        self._show(acceptance_length=f"{rates[OVERALL]:.3f}")
         families = ", ".join(f"{name} {rates[name]:.2f}" for name in rates if name != OVERALL)
         self.info(
-            f"step {progress.step}: tokens_per_round {rates[OVERALL]:.3f} on held-out data"
+            f"step {progress.step}: acceptance_length {rates[OVERALL]:.3f} on held-out data"
             + (f" ({families})" if families else "")
         )
         chosen = decisions.describe(spec)
@@ -100,7 +100,7 @@ class RunLog:
             {
                 "step": progress.step,
                 "seconds": round(progress.seconds, 2),
-                "tokens_per_round": rates,
+                "acceptance_length": rates,
                 "accept_rates": [round(rate, 4) for rate in found[OVERALL].acceptance_rates],
                 **_gate(decisions, spec),
             },
@@ -147,6 +147,9 @@ def _keep_until(file: Path, step: int) -> list[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             break  # cut off by the kill
+        # What runs from before December 2026 call the acceptance length.
+        if "tokens_per_round" in line:
+            line["acceptance_length"] = line.pop("tokens_per_round")
         if line["step"] <= step:
             lines.append(line)
     write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
@@ -159,7 +162,7 @@ def _gate(decisions: GateDecisions, spec: CompressorSpec) -> dict[str, Any]:
 
 
 def _plot(points: list[dict[str, Any]], file: Path) -> None:
-    """Plot tokens_per_round over steps, one line per family."""
+    """Plot acceptance_length over steps, one line per family."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -167,11 +170,11 @@ def _plot(points: list[dict[str, Any]], file: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps = [point["step"] for point in points]
-    for name in points[-1]["tokens_per_round"]:
-        values = [point["tokens_per_round"].get(name) for point in points]
+    for name in points[-1]["acceptance_length"]:
+        values = [point["acceptance_length"].get(name) for point in points]
         style = {"color": "black", "linewidth": 2.5} if name == OVERALL else {"linewidth": 1}
         axes.plot(steps, values, marker=".", label=name, **style)
-    axes.set(xlabel="step", ylabel="simulated tokens_per_round, held-out data")
+    axes.set(xlabel="step", ylabel="simulated acceptance_length, held-out data")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     with writing(file) as aside:
