@@ -78,12 +78,12 @@ def test_chains(model: str, num_query_tokens: int, monkeypatch: pytest.MonkeyPat
     with META:
         rows = make_rows(head, None, TOKENS, 256)
     num_bytes = sum(buffer.nbytes for buffer in rows.buffers())
-    assert rows.codes.num_slots > 256
+    assert rows.ids.num_slots > 256
     assert TOKENS * head.hidden_size * 2 < num_bytes < CHAIN_BUDGET
     # An own number is the user's; the default shrinks for the largest tables alone.
-    assert (rows.codes.num_slots == 1025) == (num_query_tokens * head.hidden_size <= 192 * 1024)
+    assert (rows.ids.num_slots == 1025) == (num_query_tokens * head.hidden_size <= 192 * 1024)
     with META:
-        assert make_rows(head, 2000, 8, 256).codes.num_slots == 2001
+        assert make_rows(head, 2000, 8, 256).ids.num_slots == 2001
 
 
 class _Layer:

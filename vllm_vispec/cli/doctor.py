@@ -245,7 +245,7 @@ def _patch_point_lines(*, verbose: bool) -> tuple[list[str], bool]:
 
 def _state_line(state: PatchPointState) -> str:
     mark, text = ("ok", state.point.reason) if state.problem is None else ("FAIL", state.problem)
-    return f"       {mark:4} {state.point.name}: {text}"
+    return f"       {mark:4} {state.symbol}: {text}"
 
 
 def _version(package: str) -> str:

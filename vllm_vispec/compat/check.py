@@ -57,10 +57,12 @@ class PatchPointState:
     Attributes:
         point: What was checked.
         problem: What does not fit, None if it fits.
+        symbol: The definition that does not fit, ``module:symbol``; of a fit, the whole point.
     """
 
     point: PatchPoint
     problem: str | None
+    symbol: str
 
     @property
     def ok(self) -> bool:
@@ -70,13 +72,12 @@ class PatchPointState:
 
 def check_points(points: Iterable[PatchPoint]) -> list[PatchPointState]:
     """Check patch points against the installed vLLM."""
-    return [PatchPointState(point, _find_problem(point)) for point in points]
+    return [_check_point(point) for point in points]
 
 
 def first_broken(points: Iterable[PatchPoint]) -> PatchPointState | None:
     """Return the first patch point that does not fit, or None; later ones are not looked at."""
-    states = (PatchPointState(point, _find_problem(point)) for point in points)
-    return next((state for state in states if not state.ok), None)
+    return next((state for state in map(_check_point, points) if not state.ok), None)
 
 
 def group_problem(group: PatchGroup) -> str | None:
@@ -91,7 +92,7 @@ def group_problem(group: PatchGroup) -> str | None:
         remedies.append(f"use the other model runner (VLLM_USE_V2_MODEL_RUNNER={other})")
     remedies.append(f"install vLLM {supported_range()} or a newer vllm-vispec")
     return (
-        f"{feature}: patch point {broken.point.name} does not fit this vLLM ({broken.problem}); "
+        f"{feature}: patch point {broken.symbol} does not fit this vLLM ({broken.problem}); "
         f"{', or '.join(filter(None, remedies))}; see `vispec doctor`"
     )
 
@@ -107,12 +108,15 @@ def require(group: PatchGroup) -> None:
         raise ViSpecError(problem)
 
 
-def _find_problem(point: PatchPoint) -> str | None:
+def _check_point(point: PatchPoint) -> PatchPointState:
     text = read_module(point.module)
     if text is None:
-        return f"module {point.module} not found"
-    problems = (_symbol_problem(text, point.module, symbol) for symbol in point.symbols)
-    return next(filter(None, problems), None)
+        return PatchPointState(point, f"module {point.module} not found", point.name)
+    for symbol in point.symbols:
+        problem = _symbol_problem(text, point.module, symbol)
+        if problem is not None:
+            return PatchPointState(point, problem, f"{point.module}:{symbol.name}")
+    return PatchPointState(point, None, point.name)
 
 
 def _symbol_problem(text: str, module: str, symbol: Symbol) -> str | None:
