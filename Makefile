@@ -42,6 +42,7 @@ lint: setup ## ruff, mypy, and the generated tables of the documentation
 	@$(PY) -m ruff format --check --quiet . || { echo "lint: run 'make format'" >&2; exit 1; }
 	@$(PY) -m mypy --no-error-summary
 	@$(PY) -m tools.docs --check
+	@$(PY) -m tools.house
 
 format: setup ## rewrite files as ruff wants them
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format --quiet .

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks.report import replace_section
-from tools.house import ROOT, find_circles, imports_of
+from tools.house import ROOT, Measure, find_circles, imports_of
 from tools.tables import PUBLISHED, QWEN_7B
 
 PAGE = "# Page\n<!-- table: written by hand -->\nold\n<!-- /table -->\nend\n"
@@ -55,3 +55,16 @@ def test_the_config_on_the_page_of_estimates_is_the_one_that_was_used() -> None:
 )
 def test_the_rates_are_those_of_the_published_figures(accepted: float, rate: float) -> None:
     assert sum(rate**k for k in range(1, 6)) == pytest.approx(accepted, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("measure", "is_exceeded"),
+    [
+        (Measure("lines", 10, 10), False),
+        (Measure("lines", 11, 10), True),
+        (Measure("lines", 11, 10, 12), False),
+        (Measure("lines", 13, 10, 12), True),
+    ],
+)
+def test_a_ceiling_holds_until_the_limit_is_reached(measure: Measure, is_exceeded: bool) -> None:
+    assert measure.is_exceeded == is_exceeded
