@@ -98,12 +98,13 @@ TREES = {
     "tree-gated": _tree(EAGLE2, **GATED),
     "tree-tokens": _with_few_tokens(_tree(EAGLE2)),
     "tree-spec_llava": _tree(CONFIDENT),
+    # A head whose drafts are unsure often enough that paths of every length occur.
     "tree-path": _tree(
-        {"policy": "spec_llava", "depth": 5, "top_k": 1, "threshold": 0.9999}, nodes=6
+        {"policy": "spec_llava", "depth": 5, "top_k": 1, "threshold": 0.9999}, nodes=6, seed=2
     ),
     "tree-entropy": _tree({"policy": "entropy", "depth": 5, "top_k": 3}),
     "tree-load": _tree(EAGLE2, config=LOAD),
-    "tree-paths": _tree(CONFIDENT | {"threshold": 0.9999}, config=LOAD),
+    "tree-paths": _tree(CONFIDENT | {"threshold": 0.9999}, config=LOAD, seed=2),
     # More slots are drafted into than there are nodes.
     "tree-few": _tree(EAGLE2, nodes=5),
     "tree-shallow": _tree({"policy": "eagle2", "depth": 1, "top_k": 3}, nodes=12),
@@ -288,8 +289,8 @@ def _of_v1(engine: Start, tiny: TinyStore, draft: str, scenario: str = "mixed") 
 def test_paths_end_where_the_draft_is_unsure(engine: Start, tiny: TinyStore) -> None:
     """Steps have drafts of many lengths, alone and where a schedule asks for few tokens."""
     alone, scheduled = (_of_v1(engine, tiny, f"tree-{name}").steps() for name in ("path", "paths"))
-    assert {drafted for drafted, _ in alone} >= {2, 3, 6}
-    assert {drafted for drafted, _ in scheduled} >= {2, 3, 4}
+    assert {drafted for drafted, _ in alone} >= {1, 2, 3, 6}
+    assert {drafted for drafted, _ in scheduled} >= {1, 2, 4}
     assert max(accepted for drafted, accepted in alone if drafted == 2) == 2
 
 
