@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import turns
-from benchmarks.pair import HEAD, TARGET, DraftOption, FamilyOption, ModelOption, ThreadsOption
+from benchmarks.options import DraftOption, FamilyOption, ModelOption, ThreadsOption
 from benchmarks.report import write_report
 from benchmarks.turns import Call, Engine, Job
 from examples.tiny_vlm.families import FAMILIES
+from examples.tiny_vlm.shipped import HEAD, TARGET
 from vllm_vispec.bench.bootstrap import bootstrap
 from vllm_vispec.bench.machine import describe_machine
 

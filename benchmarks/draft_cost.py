@@ -16,11 +16,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.pair import (
-    DRAFT_TOKENS,
-    HEAD,
-    MAX_MODEL_LEN,
-    TARGET,
+from benchmarks.options import (
     DraftOption,
     DraftTokensOption,
     FamilyOption,
@@ -29,6 +25,7 @@ from benchmarks.pair import (
 )
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import write_questions
+from examples.tiny_vlm.shipped import DRAFT_TOKENS, HEAD, MAX_MODEL_LEN, TARGET
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
 from vllm_vispec.bench.profile import ProfileSettings, run_profile
 from vllm_vispec.bench.profile_result import Profile, print_profile

@@ -21,9 +21,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.pair import TARGET, ModelOption
+from benchmarks.options import ModelOption
 from benchmarks.report import write_report
 from examples.tiny_vlm.samples import DemoSample, demo_samples
+from examples.tiny_vlm.shipped import TARGET
 from vllm_vispec.bench.machine import describe_machine
 from vllm_vispec.data.images import open_image
 from vllm_vispec.data.read import read_conversations

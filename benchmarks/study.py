@@ -19,9 +19,10 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.pair import MAX_MODEL_LEN, TARGET, ModelOption, ThreadsOption
+from benchmarks.options import ModelOption, ThreadsOption
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import TEXT_FAMILY, write_questions
+from examples.tiny_vlm.shipped import MAX_MODEL_LEN, TARGET
 from vllm_vispec.bench.machine import server_environment
 from vllm_vispec.utils.errors import ViSpecError
 

@@ -20,9 +20,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.pair import TARGET, ModelOption
+from benchmarks.options import ModelOption
 from benchmarks.report import write_report
 from examples.tiny_vlm.samples import demo_samples
+from examples.tiny_vlm.shipped import TARGET
 from vllm_vispec.bench.bootstrap import bootstrap
 from vllm_vispec.bench.machine import describe_machine
 from vllm_vispec.train.config import TrainConfig, config_from_flat

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.pair import MAX_MODEL_LEN
+from examples.tiny_vlm.shipped import MAX_MODEL_LEN
 from vllm_vispec.bench.bootstrap import bootstrap
 from vllm_vispec.bench.machine import server_environment
 from vllm_vispec.utils.process import WorkerProcess

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from examples.tiny_vlm.samples import DemoSample, demo_samples
+from examples.tiny_vlm.samples import demo_samples
 from vllm_vispec.evaluate.engine import inside_answer
 from vllm_vispec.trees.attention import tree_memory
 from vllm_vispec.utils.process import serve_requests
@@ -29,7 +29,7 @@ class Worker:
             SamplingParams(temperature=temperature, seed=sample, max_tokens=self.max_tokens)
             for sample in samples
         ]
-        messages = [chat_messages(self.samples[sample]) for sample in samples]
+        messages = [self.samples[sample].chat_messages() for sample in samples]
         begin = time.perf_counter()
         outputs = self.llm.chat(messages, params, use_tqdm=False)
         wall_seconds = time.perf_counter() - begin
@@ -54,21 +54,6 @@ class Worker:
         return {"samples": len(self.samples)}
 
 
-def chat_messages(sample: DemoSample) -> list[dict[str, Any]]:
-    """Return the sample's messages with its images in place."""
-    images = iter(sample.images)
-
-    def content(part: dict[str, Any]) -> dict[str, Any]:
-        if part["type"] != "image":
-            return part
-        return {"type": "image_pil", "image_pil": next(images)}
-
-    return [
-        message | {"content": [content(part) for part in message["content"]]}
-        for message in sample.messages
-    ]
-
-
 def memory_of(worker: Any) -> dict[str, float] | None:
     """Return the fields of `turns.Memory` for vLLM's worker; None without a tree."""
     found = tree_memory(worker.vllm_config)
@@ -84,4 +69,6 @@ def _accepted(answer: Any) -> list[int]:
 
 
 if __name__ == "__main__":
-    serve_requests(Worker().answer)
+    worker = Worker()
+    serve_requests(worker.answer)
+    worker.llm.llm_engine.engine_core.shutdown()

@@ -14,17 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from examples.pair import (
-    DEFAULT_DRAFT_MODEL,
-    DEFAULT_DRAFT_TOKENS,
-    DEFAULT_MODEL,
-    DraftOption,
-    DraftTokensOption,
-    ModelOption,
-    Pair,
-    start_llm,
-)
+from examples.pair import DraftOption, DraftTokensOption, ModelOption, Pair, start_llm
 from examples.pictures import held_out_pictures, load_picture
+from examples.tiny_vlm.shipped import DRAFT_TOKENS, HEAD, TARGET
 
 Task = dict[str, Any]
 
@@ -72,9 +64,9 @@ def write_sample_tasks(source: Path, count: int = 6) -> None:
 def main(
     source: Annotated[Path, typer.Argument(help="Input JSONL.")] = Path("out/tasks.jsonl"),
     target: Annotated[Path, typer.Argument(help="Output JSONL.")] = Path("out/answers.jsonl"),
-    model: ModelOption = DEFAULT_MODEL,
-    draft_model: DraftOption = DEFAULT_DRAFT_MODEL,
-    num_speculative_tokens: DraftTokensOption = DEFAULT_DRAFT_TOKENS,
+    model: ModelOption = TARGET,
+    draft_model: DraftOption = HEAD,
+    num_speculative_tokens: DraftTokensOption = DRAFT_TOKENS,
     batch_size: Annotated[int, typer.Option(min=1, help="Tasks between two writes.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
 ) -> None:

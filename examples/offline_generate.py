@@ -7,23 +7,15 @@ from typing import Annotated
 
 import typer
 
-from examples.pair import (
-    DEFAULT_DRAFT_MODEL,
-    DEFAULT_DRAFT_TOKENS,
-    DEFAULT_MODEL,
-    DraftOption,
-    DraftTokensOption,
-    ModelOption,
-    Pair,
-    start_llm,
-)
+from examples.pair import DraftOption, DraftTokensOption, ModelOption, Pair, start_llm
 from examples.pictures import load_picture
+from examples.tiny_vlm.shipped import DRAFT_TOKENS, HEAD, TARGET
 
 
 def main(
-    model: ModelOption = DEFAULT_MODEL,
-    draft_model: DraftOption = DEFAULT_DRAFT_MODEL,
-    num_speculative_tokens: DraftTokensOption = DEFAULT_DRAFT_TOKENS,
+    model: ModelOption = TARGET,
+    draft_model: DraftOption = HEAD,
+    num_speculative_tokens: DraftTokensOption = DRAFT_TOKENS,
     image: Annotated[Path | None, typer.Option(help="Image file; default: a drawn scene.")] = None,
     question: Annotated[str, typer.Option()] = "Describe the picture.",
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,

@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from examples.tiny_vlm.shipped import CHECKPOINTS, DRAFT_TOKENS, HEAD, MAX_MODEL_LEN, TARGET
+
 if TYPE_CHECKING:
     from vllm import LLM
 
-CHECKPOINTS = Path(__file__).resolve().parent / "tiny_vlm" / "checkpoints"
-DEFAULT_MODEL = str(CHECKPOINTS / "target")
-DEFAULT_DRAFT_MODEL = str(CHECKPOINTS / "vispec_head")
-DEFAULT_DRAFT_VLM = str(CHECKPOINTS / "draft_vlm")
-DEFAULT_DRAFT_TOKENS = 7  # beyond it the intervals of benchmarks/results/decode_speed.json overlap
-MAX_MODEL_LEN = 1024
 
 ModelOption = Annotated[str, typer.Option("--model", help="Target: a folder or hub id.")]
 DraftOption = Annotated[str, typer.Option("--draft-model", help="ViSpec head: a folder or hub id.")]
@@ -55,9 +51,9 @@ class Pair:
         PairError: A local folder does not exist.
     """
 
-    model: str = DEFAULT_MODEL
-    draft_model: str = DEFAULT_DRAFT_MODEL
-    num_speculative_tokens: int = DEFAULT_DRAFT_TOKENS
+    model: str = TARGET
+    draft_model: str = HEAD
+    num_speculative_tokens: int = DRAFT_TOKENS
 
     def __post_init__(self) -> None:
         _check(self.model, "--model")

@@ -22,10 +22,6 @@ from typing import Annotated
 import typer
 
 from examples.pair import (
-    DEFAULT_DRAFT_MODEL,
-    DEFAULT_DRAFT_TOKENS,
-    DEFAULT_MODEL,
-    MAX_MODEL_LEN,
     DraftOption,
     DraftTokensOption,
     ModelOption,
@@ -35,6 +31,7 @@ from examples.pair import (
     prepare_environment,
 )
 from examples.pictures import load_picture, to_data_url
+from examples.tiny_vlm.shipped import DRAFT_TOKENS, HEAD, MAX_MODEL_LEN, TARGET
 
 SERVED_NAME = "vispec-demo"
 
@@ -113,9 +110,9 @@ def ask(url: str, data_url: str, question: str, max_tokens: int) -> None:
 
 
 def main(
-    model: ModelOption = DEFAULT_MODEL,
-    draft_model: DraftOption = DEFAULT_DRAFT_MODEL,
-    num_speculative_tokens: DraftTokensOption = DEFAULT_DRAFT_TOKENS,
+    model: ModelOption = TARGET,
+    draft_model: DraftOption = HEAD,
+    num_speculative_tokens: DraftTokensOption = DRAFT_TOKENS,
     port: Annotated[int, typer.Option()] = 8000,
     url: Annotated[str | None, typer.Option(help="Ask this server, start none.")] = None,
     no_start: Annotated[bool, typer.Option("--no-start", help="Only print the command.")] = False,

@@ -9,12 +9,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from examples.tiny_vlm.shipped import CHECKPOINTS
 from tools.house import ROOT
 
 if TYPE_CHECKING:
     from vllm_vispec.bench.estimate import EstimateOptions
 
-CHECKPOINTS = ROOT / "examples/tiny_vlm/checkpoints"
 HEAD_SIZES = (64, 80, 96, 128)
 DEPTHS = (3, 5, 7)
 # Name for --attention-backend, module, class and where it was seen to run with trees.

@@ -14,8 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.pair import DRAFT_VLM as DRAFT_VLM_FOLDER
-from benchmarks.pair import HEAD, TARGET, DraftOption, FamilyOption, ModelOption, ThreadsOption
+from benchmarks.options import DraftOption, FamilyOption, ModelOption, ThreadsOption
 from benchmarks.report import publish
 from benchmarks.trees.grid import BATCHES, DRAFT_VLM, PARTS, VISPEC, Part, Questions
 from benchmarks.trees.measure import Bench, measure
@@ -28,6 +27,8 @@ from benchmarks.trees.results import (
     to_markdown,
 )
 from examples.tiny_vlm.families import FAMILIES
+from examples.tiny_vlm.shipped import DRAFT_VLM as DRAFT_VLM_FOLDER
+from examples.tiny_vlm.shipped import HEAD, TARGET
 from vllm_vispec.bench.profile_engine import default_runner
 
 DEFAULT_OUTPUT = Path("benchmarks/results/trees.json")

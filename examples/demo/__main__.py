@@ -18,16 +18,9 @@ from examples.demo.job import Job
 from examples.demo.page import render_page
 from examples.demo.side import Side
 from examples.demo.table import print_lines, print_tables
-from examples.pair import (
-    DEFAULT_DRAFT_MODEL,
-    DEFAULT_DRAFT_TOKENS,
-    DEFAULT_MODEL,
-    DraftOption,
-    DraftTokensOption,
-    ModelOption,
-    Pair,
-)
+from examples.pair import DraftOption, DraftTokensOption, ModelOption, Pair
 from examples.tiny_vlm.samples import demo_samples
+from examples.tiny_vlm.shipped import DRAFT_TOKENS, HEAD, TARGET
 from vllm_vispec.utils.errors import ViSpecError
 
 WARM_UP_SAMPLES = 2
@@ -60,9 +53,9 @@ def _progress(console: Console) -> Progress:
 
 
 def main(
-    model: ModelOption = DEFAULT_MODEL,
-    draft_model: DraftOption = DEFAULT_DRAFT_MODEL,
-    num_speculative_tokens: DraftTokensOption = DEFAULT_DRAFT_TOKENS,
+    model: ModelOption = TARGET,
+    draft_model: DraftOption = HEAD,
+    num_speculative_tokens: DraftTokensOption = DRAFT_TOKENS,
     per_family: Annotated[int, typer.Option(min=1, help="Images per task family.")] = 2,
     repetitions: Annotated[int, typer.Option(min=1, help="Times every image is answered.")] = 2,
     max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 256,

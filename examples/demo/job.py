@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from examples.pair import Pair
@@ -16,24 +16,18 @@ class Job:
     Attributes:
         model: Target folder or hub id.
         draft_model: Draft folder or hub id, None for plain vLLM.
-        method: vLLM's name of the speculative method.
         per_family: Samples of every task family.
         families: Task families, empty for all.
-        engine: More keyword arguments of ``vllm.LLM``, which win over those made here.
-        speculative: More keys of the speculative config, such as ``tree``.
     """
 
     model: str
     draft_model: str | None = None
     num_speculative_tokens: int = 5
-    method: str = "vispec"
     dtype: str = "float32"
     max_tokens: int = 256
     max_model_len: int = 1024
     per_family: int = 2
     families: tuple[str, ...] = ()
-    engine: Mapping[str, Any] = field(default_factory=dict)
-    speculative: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_pair(
@@ -79,12 +73,11 @@ class Job:
         if self.draft_model is not None:
             kwargs["per_request_spec_decode_metrics"] = "detailed"
             kwargs["speculative_config"] = {
-                "method": self.method,
+                "method": "vispec",
                 "model": self.draft_model,
                 "num_speculative_tokens": self.num_speculative_tokens,
-                **self.speculative,
             }
-        return kwargs | dict(self.engine)
+        return kwargs
 
 
 @dataclass(frozen=True)

@@ -24,23 +24,15 @@ class Side(WorkerProcess):
         job: The engine's settings.
         log_file: Receives everything the process prints.
         threads: OpenMP threads of the engine.
-        worker: Module that is run; it must end in ``serve(...)`` of the worker.
     """
 
-    def __init__(
-        self,
-        name: str,
-        job: Job,
-        log_file: Path,
-        threads: int = 1,
-        worker: str = "examples.demo.worker",
-    ) -> None:
+    def __init__(self, name: str, job: Job, log_file: Path, threads: int = 1) -> None:
         engine_in_process = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "OMP_NUM_THREADS": str(threads),
         }
         environment = ENVIRONMENT | dict(os.environ) | engine_in_process
-        super().__init__(name, worker, environment, log_file)
+        super().__init__(name, "examples.demo.worker", environment, log_file)
         self.job = job
         self.start_seconds = 0.0
 

@@ -7,13 +7,13 @@ while it is asked, so two of these can wait beside each other without disturbing
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from examples.demo.job import Answer, Job
 from examples.pair import has_gpu
-from examples.tiny_vlm.samples import DemoSample, demo_samples
+from examples.tiny_vlm.samples import demo_samples
 from vllm_vispec.utils.process import serve_requests
 
 
@@ -27,15 +27,11 @@ class Engine:
         self.samples = list(demo_samples(job.per_family, job.families or None))
         self.llm: Any = LLM(**job.llm_kwargs(), enforce_eager=not has_gpu())
 
-    def reply(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Answer one sample, alone in its batch."""
-        return asdict(self.answer(request["sample"]))
-
     def answer(self, index: int) -> Answer:
-        """Answer a sample greedily and time it."""
+        """Answer a sample greedily, alone in its batch, and time it."""
         from vllm import SamplingParams
 
-        messages = chat_messages(self.samples[index])
+        messages = self.samples[index].chat_messages()
         params = SamplingParams(temperature=0.0, max_tokens=self.job.max_tokens)
         begin = time.perf_counter()
         output = self.llm.chat([messages], params, use_tqdm=False)[0]
@@ -62,30 +58,15 @@ class Engine:
         return pieces
 
 
-def chat_messages(sample: DemoSample) -> list[dict[str, Any]]:
-    """Return the sample's messages with its images in place."""
-    images = iter(sample.images)
-    return [
-        message | {"content": [_content(part, images) for part in message["content"]]}
-        for message in sample.messages
-    ]
-
-
-def _content(part: dict[str, Any], images: Any) -> dict[str, Any]:
-    if part["type"] != "image":
-        return part
-    return {"type": "image_pil", "image_pil": next(images)}
-
-
-def serve(make_engine: Callable[[Job], Any]) -> None:
+def serve() -> None:
     """Build the engine of the first line, then answer line by line until stdin ends."""
-    engines: list[Any] = []
+    engines: list[Engine] = []
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         if engines:
-            return dict(engines[0].reply(request))
+            return asdict(engines[0].answer(request["sample"]))
         begin = time.perf_counter()
-        engines.append(make_engine(Job.from_json(request)))
+        engines.append(Engine(Job.from_json(request)))
         return {"ready": time.perf_counter() - begin}
 
     serve_requests(answer)
@@ -94,4 +75,4 @@ def serve(make_engine: Callable[[Job], Any]) -> None:
 
 
 if __name__ == "__main__":
-    serve(Engine)
+    serve()

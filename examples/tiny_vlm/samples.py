@@ -20,6 +20,17 @@ class DemoSample:
     images: list[Image.Image]
     reference: str
 
+    def chat_messages(self) -> list[dict]:
+        """The messages as `LLM.chat` takes them, with the images in their places."""
+        images = iter(self.images)
+
+        def content(part: dict) -> dict:
+            if part["type"] != "image":
+                return part
+            return {"type": "image_pil", "image_pil": next(images)}
+
+        return [m | {"content": [content(part) for part in m["content"]]} for m in self.messages]
+
 
 def demo_samples(
     per_family: int, families: tuple[str, ...] | None = None, start: int = 100_000

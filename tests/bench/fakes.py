@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from examples.tiny_vlm.shipped import CHECKPOINTS
 from vllm_vispec.bench.load import LoadJob, LoadResult
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.runner import Tools
@@ -16,7 +17,6 @@ from vllm_vispec.bench.schema import BenchSample, MemoryFacts, Request, SpecCoun
 from vllm_vispec.bench.server import BenchServer, ServerError, ServerSpec
 from vllm_vispec.data.types import Part, Turn
 
-CHECKPOINTS = Path(__file__).resolve().parents[2] / "examples" / "tiny_vlm" / "checkpoints"
 TARGET, HEAD = CHECKPOINTS / "target", CHECKPOINTS / "vispec_head"
 SETTINGS = MatrixSettings(
     str(TARGET), "openai", head=str(HEAD), repetitions=1, warm_up=0, serve_args=("--seed", "1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bench.fakes import CHECKPOINTS
+from examples.tiny_vlm.shipped import CHECKPOINTS
 from tests.serve.server import ENVIRONMENT
 
 

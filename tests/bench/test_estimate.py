@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from examples.tiny_vlm.shipped import CHECKPOINTS
+from tools.tables import QWEN_7B
 from vllm_vispec.bench.calibrate import (
     MeasuredCell,
     calibrate,
@@ -222,22 +224,11 @@ def test_unreadable_folders_and_heads_of_other_targets_are_refused(tmp_path: Pat
 
 # A 7B target and a one-layer head on something like an H100.
 ROOT = Path(__file__).resolve().parents[2]
-CHECKPOINTS = ROOT / "examples/tiny_vlm/checkpoints"
 TARGET = PassShape(15e9, 7e9, 0.5e9, kv_bytes_per_token=57344)
 DRAFT = PassShape(1.5e9, 0.25e9, 0.5e9, kv_bytes_per_token=2048)
 HARDWARE = Hardware(bandwidth=3e12, flops=6e14, pass_overhead_s=1e-4)
 PERFECT = (1.0,) * 8
 TYPICAL = (0.8, 0.6, 0.45, 0.35, 0.25, 0.2, 0.15, 0.1)
-QWEN_7B = {
-    "model_type": "qwen2_5_vl",
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "torch_dtype": "bfloat16",
-}
 
 
 def speedup(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from examples.tiny_vlm.shipped import TARGET
 from tests.support.heads import write_head
 from vllm_vispec.cli.app import app
 from vllm_vispec.draft_vocab.files import find_vocab
@@ -24,7 +25,6 @@ from vllm_vispec.draft_vocab.make import (
 from vllm_vispec.heads.folder import DRAFT_VOCAB_FACTS
 from vllm_vispec.utils.errors import ViSpecError
 
-TARGET = Path(__file__).resolve().parents[2] / "examples/tiny_vlm/checkpoints/target"
 RUNNER = CliRunner()
 
 
@@ -82,7 +82,7 @@ def answers_file(path: Path, ids: list[list[int] | None]) -> Path:
 
 
 def run_vocab(head: Path, data: Path, *more: str) -> Any:
-    arguments = ["vocab", "--target", str(TARGET), "--head", str(head), "--data", str(data)]
+    arguments = ["vocab", "--target", TARGET, "--head", str(head), "--data", str(data)]
     return RUNNER.invoke(app, [*arguments, *more])
 
 
@@ -116,7 +116,7 @@ def test_the_end_of_an_answer_is_always_in(tmp_path: Path) -> None:
     head = tmp_path / "head"
     write_head(head, vocab_size=SIZE)
     data = answers_file(tmp_path / "answers.jsonl", [[40] * 9, [41] * 9])
-    ends = json.loads((TARGET / "generation_config.json").read_text())["eos_token_id"]
+    ends = json.loads(Path(TARGET, "generation_config.json").read_text())["eos_token_id"]
     assert run_vocab(head, data, "--size", "30").exit_code == 0
     found = find_vocab("auto", head, SIZE)
     assert found is not None

@@ -84,7 +84,7 @@ def test_golden(serve: Serve, case: GoldenCase, mode: str, runner: str) -> None:
     """Greedy ids equal the recorded ones; so does the acceptance of every recorded step."""
     found, recorded = serve(runner, case, mode), _recorded(case, mode)
     assert found.token_ids == case.greedy_ids
-    assert found.mean_accepted_tokens[: len(recorded)] == recorded
+    assert found.per_step_accepted[: len(recorded)] == recorded
 
 
 @every_case

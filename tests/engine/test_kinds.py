@@ -150,7 +150,7 @@ def _assert_sound(draft: Draft, plain: Results, first: FirstLook) -> None:
     """Lossless, and drafting as in PyTorch; each image is encoded once."""
     assert first.model == draft.model
     assert _ids(first.cold[0]) == _ids(plain)
-    accepted = sum(sum(rows[0].mean_accepted_tokens) for rows in first.cold[0].values())
+    accepted = sum(sum(rows[0].per_step_accepted) for rows in first.cold[0].values())
     assert accepted > 0 or not draft.is_accepted
     assert first.torch_gap < TOLERANCE
     # A draft that sees nothing of images drafts as if they were blank, all others do not.

@@ -48,7 +48,7 @@ def test_async_llm(pair: tuple[str, str]) -> None:
     child.close()
     assert [one.token_ids for one in found] == [one.token_ids for one in plain]
     assert all(one.token_ids for one in found)
-    assert sum(sum(one.mean_accepted_tokens) for one in found) > 0
+    assert sum(sum(one.per_step_accepted) for one in found) > 0
 
 
 def test_vllm_bench(pair: tuple[str, str], tmp_path: Path) -> None:

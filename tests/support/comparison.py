@@ -79,8 +79,8 @@ def compare_results(cold: Cold, found: Results, logits: Mapping[str, Logits]) ->
         (alone,) = cold[0][name]
         rows[name] = Row(
             same_ids=completion.token_ids == alone.token_ids,
-            accepted=completion.mean_accepted_tokens,
-            cold_accepted=alone.mean_accepted_tokens,
+            accepted=completion.per_step_accepted,
+            cold_accepted=alone.per_step_accepted,
             cached=completion.num_cached_tokens,
             gap=gap / scale,
             shared=shared,

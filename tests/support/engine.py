@@ -116,7 +116,7 @@ class Completion:
     token_ids: list[int]
     text: str
     finish_reason: str | None
-    mean_accepted_tokens: list[int]
+    per_step_accepted: list[int]
     drafted: list[int]
     num_cached_tokens: int
     request_id: str
@@ -359,7 +359,7 @@ def _generate(
     for one in found:
         counts["drafts"] += len(one.drafted)
         counts["drafted"] += sum(one.drafted)
-        counts["accepted"] += sum(one.mean_accepted_tokens)
+        counts["accepted"] += sum(one.per_step_accepted)
     return found
 
 
@@ -375,7 +375,7 @@ def _completion(item: Any, output: RequestOutput) -> Completion:
         token_ids=list(item.token_ids),
         text=item.text,
         finish_reason=item.finish_reason,
-        mean_accepted_tokens=list(metrics.per_step_accepted) if metrics else [],
+        per_step_accepted=list(metrics.per_step_accepted) if metrics else [],
         drafted=list(metrics.per_step_drafted) if metrics else [],
         num_cached_tokens=output.num_cached_tokens or 0,
         request_id=output.request_id,

@@ -131,8 +131,7 @@ class Served:
     def accepted(self) -> dict[str, list[list[int]]]:
         """Return the accepted draft tokens of every step by request."""
         return {
-            name: [one.mean_accepted_tokens for one in found]
-            for name, found in self.results.items()
+            name: [one.per_step_accepted for one in found] for name, found in self.results.items()
         }
 
     def steps(self) -> list[tuple[int, int]]:
@@ -141,7 +140,7 @@ class Served:
             step
             for found in self.results.values()
             for one in found
-            for step in zip(one.drafted, one.mean_accepted_tokens, strict=True)
+            for step in zip(one.drafted, one.per_step_accepted, strict=True)
         ]
 
     def acceptance(self) -> float:

@@ -11,8 +11,8 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-from examples.pair import DEFAULT_DRAFT_MODEL, DEFAULT_MODEL
 from examples.tiny_vlm.dataset import make_sample, strip_marks
+from examples.tiny_vlm.shipped import HEAD, TARGET
 from tests.support.heads import write_head
 from tests.train.samples import random_sample
 from vllm_vispec.cli.evaluate import evaluate
@@ -45,10 +45,10 @@ def write(folder: Path, records: list[dict[str, Any]]) -> Path:
     return path
 
 
-def vispec_eval(data: Path, *arguments: str, head: str = DEFAULT_DRAFT_MODEL) -> Result:
+def vispec_eval(data: Path, *arguments: str, head: str = HEAD) -> Result:
     app = typer.Typer()
     app.command()(evaluate)
-    fixed = ["--target", DEFAULT_MODEL, "--head", head, "--data", str(data)]
+    fixed = ["--target", TARGET, "--head", head, "--data", str(data)]
     return CliRunner().invoke(app, [*fixed, *arguments])
 
 
@@ -120,7 +120,7 @@ def test_a_draft_vocabulary_changes_the_simulated_acceptance(folder: Path) -> No
 
 def test_questions_are_what_stands_before_each_answer(folder: Path) -> None:
     data = DataSource(write(folder, [record(folder, "multi_turn", 6)]))
-    encoder = Encoder(load_processor(DEFAULT_MODEL), 1024, folder)
+    encoder = Encoder(load_processor(TARGET), 1024, folder)
     rejected: list[Rejected] = []
     ((sample,),) = data.batches(encoder, 4, rejected)
     found = list(questions(encoder, sample))

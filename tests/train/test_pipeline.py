@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from examples.pair import DEFAULT_DRAFT_MODEL, DEFAULT_MODEL
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import write_questions
+from examples.tiny_vlm.shipped import HEAD, TARGET
 from tests.serve.server import started_server
 from tests.support.engine import IN_PROCESS_ENV, Engine
 from tests.support.tiny_store import TinyStore
@@ -102,18 +102,18 @@ def test_the_shipped_pair(tmp_path: Path) -> None:
     questions = write_questions(tmp_path, "heldout", 650_000, count, tuple(FAMILIES))
     limits = ("--dtype", "float32", "--max-model-len", "1024")
     tokens = ("--max-tokens", "160")
-    offline = regenerate(DEFAULT_MODEL, questions, data, *tokens, *limits, *EAGER)
-    arguments = [DEFAULT_MODEL, *limits, "--enforce-eager", "--max-num-seqs", "4"]
+    offline = regenerate(TARGET, questions, data, *tokens, *limits, *EAGER)
+    arguments = [TARGET, *limits, "--enforce-eager", "--max-num-seqs", "4"]
     with started_server(arguments, tmp_path / "serve.log", {}) as server:
         server.wait_until_ready(300)
         url = ("--server", f"{server.url}/v1", "--concurrency", "3")
-        served = regenerate(DEFAULT_MODEL, questions, tmp_path / "served.jsonl", *tokens, *url)
+        served = regenerate(TARGET, questions, tmp_path / "served.jsonl", *tokens, *url)
     assert set(served) == set(offline)
     for name, record in offline.items():
         assert served[name]["messages"] == record["messages"], name
         assert served[name]["response_token_ids"] == record["response_token_ids"], name
         assert served[name]["round_trip"] is True
-    report = evaluate(DEFAULT_MODEL, DEFAULT_DRAFT_MODEL, data, 5)
+    report = evaluate(TARGET, HEAD, data, 5)
     simulated, measured = report["simulated"], report["engine"]["families"]
     assert report["rejected"] == []
     assert report["greedy_share"] == 1.0

@@ -14,6 +14,7 @@ from tests.support.operators import RecordedGraph
 from tests.support.tree_models import grow, random_model
 from tests.support.tree_speculators import LAYER, VOCAB, WIDTH, SmallTreeSpeculator
 from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
+from vllm_vispec.trees import limits
 from vllm_vispec.trees.cudagraph import _log_once, why_eager
 from vllm_vispec.trees.grow import DraftTree
 from vllm_vispec.trees.policies import POLICIES
@@ -276,8 +277,13 @@ def test_the_log_says_where_graphs_end(
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_requests_for_which_a_pass_has_no_room_get_no_tree() -> None:
-    """The others' trees are those of a pass with room for all."""
+def test_requests_for_which_a_pass_has_no_room_get_no_tree(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others' trees are those of a pass with room for all, and the log says so once."""
+    monkeypatch.setattr(limits.logger, "propagate", True)
+    caplog.set_level("INFO", limits.logger.name)
+    limits.note_requests_without_tree.cache_clear()
     found, batch = [], [3, 1, 2, 0, 5, 4]
     slots = torch.tensor(batch)
     for num_tokens in (TOKENS, 4 * 4 + 1):
@@ -294,6 +300,9 @@ def test_requests_for_which_a_pass_has_no_room_get_no_tree() -> None:
         assert torch.equal(wide[:4], narrow[:4])
     assert not found[1].token[4:].clamp(min=0).any()
     assert torch.equal(speculator.table.depth[slots[4:]], torch.arange(NODES + 1).expand(2, -1))
+    speculator._grow_batch(dummy, is_profile=False)
+    (said,) = [text for text in caplog.messages if "got no tree" in text]
+    assert f"max_num_seqs * {speculator._width} " in said
 
 
 @pytest.mark.usefixtures("stand_in")

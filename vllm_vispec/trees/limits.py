@@ -1,6 +1,7 @@
 """What an engine's configuration says about trees: where they branch, what refuses them, limits."""
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from vllm_vispec.config import ViSpecConfig
@@ -194,6 +195,17 @@ def check_engine(vllm_config: Any, settings: TreeSettings) -> None:
     if settings.width > 1:
         check_connector(vllm_config.kv_transfer_config)
     _check_whole_batches(vllm_config)
+
+
+@lru_cache
+def note_requests_without_tree(width: int) -> None:
+    """Say, the first time, that a step had requests for whose trees a draft pass has no room."""
+    logger.info(
+        "ViSpec trees: a step had more requests than a draft pass has room for, so the last ones "
+        "got no tree in it; max_num_batched_tokens >= max_num_seqs * %d (nodes of a level) has "
+        "room for all",
+        width,
+    )
 
 
 def note_graphs(vllm_config: Any, settings: TreeSettings) -> None:

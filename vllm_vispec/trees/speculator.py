@@ -27,7 +27,11 @@ from vllm_vispec.trees.cudagraph import (
     why_eager,
 )
 from vllm_vispec.trees.grow import Frontier, TreeGrower
-from vllm_vispec.trees.limits import schedules_chains, settings_of
+from vllm_vispec.trees.limits import (
+    note_requests_without_tree,
+    schedules_chains,
+    settings_of,
+)
 from vllm_vispec.trees.verify import NO_REQUEST, EngineTrees
 
 _NO_SLOT = -1
@@ -175,6 +179,8 @@ class TreeSpeculator(ViSpecSpeculator):
         rows_R = torch.arange(count, device=self.device)
         self.draft_rows.select_rows(rows_R.repeat_interleave(self._width))
         if count < num_requests:
+            if not is_profile:
+                note_requests_without_tree(self._width)
             self.idx_mapping[count:] = NO_REQUEST
             self.draft_tokens[count:num_requests] = 0
             if self.trees is not None:

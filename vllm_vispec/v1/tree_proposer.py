@@ -25,7 +25,13 @@ from vllm_vispec.trees.grow import (
     best_path,
     replace_rows,
 )
-from vllm_vispec.trees.limits import has_branches, has_paths, requires_linear_draft, settings_of
+from vllm_vispec.trees.limits import (
+    has_branches,
+    has_paths,
+    note_requests_without_tree,
+    requires_linear_draft,
+    settings_of,
+)
 from vllm_vispec.v1.proposer import ViSpecProposer
 from vllm_vispec.v1.tree_verification import RunnerTrees, TreeRejectionSampler
 
@@ -128,6 +134,8 @@ class TreeProposer(ViSpecProposer):
         self._root_hidden = self._first_draft_rows = None
         width, all_requests = grower.width, len(rows_R)
         num_requests = min(all_requests, self.max_num_tokens // width)
+        if num_requests < all_requests:
+            note_requests_without_tree(width)
         root_R, hidden_RXD = self.positions[rows_R[:num_requests]], hidden_RD[:num_requests, None]
         frontier = grower.start_trees(self.model.compute_logits(hidden_RXD[:, 0]))
         if num_passes:

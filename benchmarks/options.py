@@ -1,18 +1,10 @@
-"""The shipped pair that the studies measure, as defaults of their options."""
+"""Options that the studies share; what they measure by default is the shipped pair."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
-
-CHECKPOINTS = Path(__file__).resolve().parents[1] / "examples" / "tiny_vlm" / "checkpoints"
-TARGET = str(CHECKPOINTS / "target")
-HEAD = str(CHECKPOINTS / "vispec_head")
-DRAFT_VLM = str(CHECKPOINTS / "draft_vlm")
-DRAFT_TOKENS = 7  # beyond it the intervals of benchmarks/results/decode_speed.json overlap
-MAX_MODEL_LEN = 1024
 
 ModelOption = Annotated[str, typer.Option("--model", help="Target: a folder or hub id.")]
 DraftOption = Annotated[str, typer.Option("--draft-model", help="ViSpec head: a folder or hub id.")]
