@@ -120,10 +120,10 @@ def test_the_v2_runner_records_graphs(found: tuple[str, dict[str, Found]], kind:
     dtype, served = found
     assert served[kind].runner == "V2"
     graphs = " ".join(served[kind].graphs)
-    assert "target" in graphs or "compiled pieces" in graphs, graphs
+    assert "cudagraph_manager" in graphs or "compiled pieces" in graphs, graphs
     if kind == "tree" and dtype == "bfloat16":
-        assert "growth of draft trees, FULL" in graphs
-        assert "walks down draft trees, FULL" in graphs
+        assert "tree_cudagraph_manager, FULL" in graphs
+        assert "verification_cudagraph_manager, FULL" in graphs
 
 
 def test_without_graphs(here: Child, tiny: TinyStore) -> None:

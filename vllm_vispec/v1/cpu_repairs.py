@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+# Which of PyTorch's dispatch keys this thread includes and excludes while nothing is traced.
+_UNTRACED = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
 
 def expand_batch_to_tokens(
     _original: Any,
@@ -44,8 +47,9 @@ def release_gemm(original: Callable[[Any], None], handler: Any) -> None:
     """Stands for ``CPUDNNLGEMMHandler.__del__``: as that, outside of any tracing.
 
     A handler of oneDNN reads a tensor when it is collected. If torch.compile traces a model at that
-    moment, the tensor meets fake ones: the handler's memory is lost, and a traceback of dozens of
-    lines is printed for every linear layer of a model that was dropped.
+    moment, the tensor meets fake ones, or the meta kernels that fake ones are computed with: the
+    handler's memory is lost, and a traceback of dozens of lines is printed for every linear layer
+    of a model that was dropped.
     """
-    with _disable_current_modes():
+    with _disable_current_modes(), torch._C._ForceDispatchKeyGuard(*_UNTRACED):
         original(handler)

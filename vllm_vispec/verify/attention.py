@@ -260,7 +260,7 @@ class PagedLayer:
                 attn_backend=backend,
             )
             layer.process_weights_after_loading(dtype)
-            spec: Any = layer.get_kv_cache_spec(vllm_config)
+            spec: Any = backend.customize_spec(layer.get_kv_cache_spec(vllm_config))
             group = AttentionGroup(backend, [_LAYER], spec, 0)
             group.create_metadata_builders(vllm_config, device)
         raw = torch.zeros(num_blocks * spec.page_size_bytes, dtype=torch.int8, device=device)

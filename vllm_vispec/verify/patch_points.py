@@ -27,13 +27,8 @@ GROUPS = (
         runner="v2",
         points=(
             reads(
-                "vllm.v1.worker.gpu.model_runner:GPUModelRunner.self.cudagraph_manager",
-                "the target's CUDA graphs",
-            ),
-            reads(
-                "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator:"
-                "TargetDependentARSpeculator.self.decode_cudagraph_manager",
-                "the draft's CUDA graphs",
+                "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.self.graphs",
+                "which full CUDA graphs were captured",
             ),
         ),
     ),

@@ -12,6 +12,7 @@ from vllm.compilation.counter import compilation_counter
 from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from vllm_vispec.bench.profile_steps import EXECUTE, PROPOSE, Batch, Recorder, Span, wall_time
 from vllm_vispec.verify.result import EngineState, Layers
@@ -20,14 +21,6 @@ FIRST_PASS_END = "first pass end"
 _FIRST_PASS_ENDS = {"drafter": "_sample_draft_tokens", "speculator": "on_prefill_end"}
 """Where the V1 and the V2 runner keep what drafts, and what that calls right behind its first pass,
 outside of any CUDA graph."""
-_MANAGERS = {
-    "cudagraph_manager": "target",
-    "prefill_cudagraph_manager": "draft's first pass",
-    "decode_cudagraph_manager": "draft steps",
-    "tree_cudagraph_manager": "growth of draft trees",
-    "walk_cudagraph_manager": "walks down draft trees",
-}
-"""Attributes of the V2 runner and its speculator that hold full graphs."""
 
 
 class VerifyWorker:
@@ -109,7 +102,8 @@ def _layers(vllm_config: Any, model: Any) -> tuple[Layers, ...]:
     for parent in model.modules():
         for layer in parent.children():
             if isinstance(layer, Attention):
-                spec: Any = layer.get_kv_cache_spec(vllm_config)
+                given = layer.get_kv_cache_spec(vllm_config)
+                spec: Any = layer.attn_backend.customize_spec(given)
                 holds = str(getattr(layer.kv_cache, "dtype", "")).removeprefix("torch.")
                 head_size = getattr(parent, "head_dim", layer.head_size)
                 kind = Layers(
@@ -129,9 +123,10 @@ def _graphs(runner: Any, draft: Any) -> dict[str, tuple[int, ...]]:
     """Return sizes of the V2 runner's full graphs, and of those inside of vLLM's wrappers."""
     found: defaultdict[str, set[int]] = defaultdict(set)
     for owner in (runner, draft):
-        for name, what in _MANAGERS.items():
-            for batch in getattr(getattr(owner, name, None), "graphs", None) or ():
-                found[f"{what}, FULL"].add(batch.num_tokens)
+        for name, value in getattr(owner, "__dict__", {}).items():
+            if isinstance(value, CudaGraphManager):
+                for batch in value.graphs:
+                    found[f"{name}, FULL"].add(batch.num_tokens)
     for wrapper in CUDAGraphWrapper._all_instances:
         models = {"target": runner, "draft": draft}.items()
         owners = (name for name, one in models if getattr(one, "model", None) is wrapper)
