@@ -33,8 +33,8 @@ def main(
     answer = llm.chat([{"role": "user", "content": content}], params)[0].outputs[0]
     print(answer.text)
     if answer.spec_decode_metrics is not None:
-        rounds = answer.spec_decode_metrics.to_dict()
-        print(f"acceptance_length: {rounds['mean_acceptance_length']:.2f}")
+        metrics = answer.spec_decode_metrics.to_dict()
+        print(f"acceptance_length: {metrics['mean_acceptance_length']:.2f}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ModelOption = Annotated[str, typer.Option("--model", help="Target: a folder or hub id.")]
 DraftOption = Annotated[str, typer.Option("--draft-model", help="ViSpec head: a folder or hub id.")]
 DraftTokensOption = Annotated[
-    int, typer.Option("--num-speculative-tokens", min=1, help="Draft tokens per round (K).")
+    int, typer.Option("--num-speculative-tokens", min=1, help="Draft tokens per step (K).")
 ]
 
 ENVIRONMENT = {

@@ -85,7 +85,7 @@ def main(
     families = {index: sample.family for index, sample in enumerate(samples)}
     print_tables(console, summary, exchanges, families, num_speculative_tokens)
     settings = (
-        f"{num_speculative_tokens} draft tokens per round, {dtype}, greedy, batch 1, "
+        f"{num_speculative_tokens} draft tokens per step, {dtype}, greedy, batch 1, "
         f"{repetitions} repetitions in turns, {threads} CPU thread(s)"
     )
     output.write_text(render_page(summary, samples, exchanges, settings), encoding="utf-8")

@@ -82,14 +82,16 @@ def summarise(exchanges: Sequence[Exchange], num_draft_tokens: int) -> Summary:
     """Sum up exchanges."""
     plain = [answer for exchange in exchanges for answer in exchange.plain]
     vispec = [answer for exchange in exchanges for answer in exchange.vispec]
-    rounds = [accepted for answer in vispec for accepted in answer.accepted_draft]
+    per_step_accepted = [accepted for answer in vispec for accepted in answer.per_step_accepted]
     return Summary(
         identical=sum(exchange.is_identical for exchange in exchanges),
         total=len(exchanges),
         decode_speedup=tokens_per_second(vispec) / tokens_per_second(plain),
         e2e_speedup=_calls_per_second(vispec) / _calls_per_second(plain),
-        acceptance_length=mean(rounds) + 1 if rounds else 1.0,
-        acceptance_rate_per_position=acceptance_rate_per_position(rounds, num_draft_tokens),
+        acceptance_length=mean(per_step_accepted) + 1 if per_step_accepted else 1.0,
+        acceptance_rate_per_position=acceptance_rate_per_position(
+            per_step_accepted, num_draft_tokens
+        ),
         plain_tokens_per_second=tokens_per_second(plain),
         vispec_tokens_per_second=tokens_per_second(vispec),
         plain_ttft=median(answer.ttft_seconds for answer in plain),
@@ -98,11 +100,13 @@ def summarise(exchanges: Sequence[Exchange], num_draft_tokens: int) -> Summary:
     )
 
 
-def acceptance_rate_per_position(rounds: Sequence[int], num_draft_tokens: int) -> tuple[float, ...]:
-    """Return the share of rounds that accepted the draft token at each position."""
-    total = max(len(rounds), 1)
+def acceptance_rate_per_position(
+    per_step_accepted: Sequence[int], num_draft_tokens: int
+) -> tuple[float, ...]:
+    """Return the share of steps that accepted the draft token at each position."""
+    total = max(len(per_step_accepted), 1)
     return tuple(
-        sum(accepted > position for accepted in rounds) / total
+        sum(accepted > position for accepted in per_step_accepted) / total
         for position in range(num_draft_tokens)
     )
 

@@ -87,14 +87,14 @@ class Answer:
     Attributes:
         token_ids: Generated ids.
         pieces: The text each id added; joined they are the answer.
-        accepted_draft: Accepted draft tokens of every verification round.
+        per_step_accepted: Accepted draft tokens of every decode step.
         decode_seconds: Time from the first to the last token, in the engine.
         wall_seconds: Time of the whole call, image preprocessing included.
     """
 
     token_ids: tuple[int, ...]
     pieces: tuple[str, ...]
-    accepted_draft: tuple[int, ...]
+    per_step_accepted: tuple[int, ...]
     decode_seconds: float
     wall_seconds: float
 
@@ -122,10 +122,10 @@ class Answer:
         """Tokens after the first one, which comes out of the prefill."""
         return len(self.token_ids) - 1
 
-    def rounds(self) -> list[int | None]:
-        """Return, for every token, the round it was drafted in, None for the target's own."""
+    def steps(self) -> list[int | None]:
+        """Return, for every token, the step it was drafted in, None for the target's own."""
         origin: list[int | None] = [None]
-        for number, accepted in enumerate(self.accepted_draft, start=1):
+        for number, accepted in enumerate(self.per_step_accepted, start=1):
             origin += [number] * accepted + [None]
         origin += [None] * len(self.token_ids)
         return origin[: len(self.token_ids)]

@@ -42,7 +42,7 @@ article p { margin: 0 0 .5rem; } .noimage { color: var(--soft); font-style: ital
 LEGEND = (
     '<p class="answer"><span class="t d">drafted and accepted</span> proposed by the ViSpec head, '
     'confirmed by the target&#10;<span class="t o">target\'s own</span> one at the end of every '
-    "round, underlined</p>"
+    "step, underlined</p>"
 )
 
 
@@ -89,18 +89,18 @@ def _numbers(summary: Summary) -> str:
     )
     return (
         f"<table><tr><th></th><th>plain vLLM</th><th>ViSpec</th></tr>{body}</table>"
-        f"<table><tr><th>accepted_draft at position</th>{head}</tr>"
-        f"<tr><td>share of rounds</td>{shares}</tr></table>"
+        f"<table><tr><th>position</th>{head}</tr>"
+        f"<tr><td>acceptance rate</td>{shares}</tr></table>"
     )
 
 
 def _card(sample: DemoSample, exchange: Exchange) -> str:
     answer = exchange.vispec[-1]
-    rounds = max(len(answer.accepted_draft), 1)
+    steps = max(len(answer.per_step_accepted), 1)
     is_right = answer.text.strip() == sample.reference.strip()
     facts = (
         sample.family,
-        f"{len(answer.token_ids)} tokens in {rounds} rounds",
+        f"{len(answer.token_ids)} tokens in {steps} steps",
         "identical to plain vLLM" if exchange.is_identical else "DIFFERS from plain vLLM",
         "matches the reference" if is_right else "differs from the reference",
     )
@@ -121,10 +121,10 @@ def _dialogue(sample: DemoSample) -> str:
 
 def _tokens(answer: Answer) -> str:
     spans = []
-    for piece, drafted_in in zip(answer.pieces, answer.rounds(), strict=True):
+    for piece, drafted_in in zip(answer.pieces, answer.steps(), strict=True):
         if piece:
             kind = "o" if drafted_in is None else "d"
-            title = "target's own" if drafted_in is None else f"drafted in round {drafted_in}"
+            title = "target's own" if drafted_in is None else f"drafted in step {drafted_in}"
             spans.append(f'<span class="t {kind}" title="{title}">{escape(piece)}</span>')
     return "".join(spans)
 

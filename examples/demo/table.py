@@ -55,7 +55,7 @@ def _comparison(summary: Summary) -> Table:
 
 
 def _acceptance(summary: Summary) -> Table:
-    table = Table(title="accepted_draft per position (share of rounds)")
+    table = Table(title="Acceptance rate per position")
     for position in range(1, len(summary.acceptance_rate_per_position) + 1):
         table.add_column(str(position), justify="right")
     table.add_column("sum", justify="right")

@@ -37,11 +37,11 @@ class Engine:
         output = self.llm.chat([messages], params, use_tqdm=False)[0]
         wall_seconds = time.perf_counter() - begin
         sequence, stats = output.outputs[0], output.metrics
-        rounds = sequence.spec_decode_metrics
+        metrics = sequence.spec_decode_metrics
         return Answer(
             token_ids=tuple(sequence.token_ids),
             pieces=tuple(self._pieces(sequence.token_ids)),
-            accepted_draft=tuple(rounds.per_step_accepted) if rounds else (),
+            per_step_accepted=tuple(metrics.per_step_accepted) if metrics else (),
             decode_seconds=stats.last_token_ts - stats.first_token_ts,
             wall_seconds=wall_seconds,
         )

@@ -18,16 +18,16 @@ from vllm_vispec.bench.heads import fused_fc, write_eagle_head
 PLAIN = Answer(
     token_ids=(5, 6, 7, 8, 9, 2),
     pieces=("a", "<b>", " c", " d", " e", ""),
-    accepted_draft=(),
+    per_step_accepted=(),
     decode_seconds=1.0,
     wall_seconds=1.4,
 )
-VISPEC = replace(PLAIN, accepted_draft=(2, 0, 3), decode_seconds=0.4, wall_seconds=0.9)
+VISPEC = replace(PLAIN, per_step_accepted=(2, 0, 3), decode_seconds=0.4, wall_seconds=0.9)
 
 
 def test_tokens_know_their_round() -> None:
-    assert VISPEC.rounds() == [None, 1, 1, None, None, 3]
-    assert PLAIN.rounds() == [None] * 6
+    assert VISPEC.steps() == [None, 1, 1, None, None, 3]
+    assert PLAIN.steps() == [None] * 6
 
 
 def test_answer_survives_json() -> None:
