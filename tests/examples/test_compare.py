@@ -56,7 +56,7 @@ def test_page_is_escaped_and_self_contained() -> None:
     page = render_page(summarise([exchange], 3), [sample], [exchange], "settings")
     assert "&lt;b&gt;" in page
     assert "matches the reference" in page
-    assert page.count('title="drafted in round 1"') == 2
+    assert page.count('title="drafted in step 1"') == 2
     assert "http" not in page
 
 
