@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import urllib.error
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from examples.tiny_vlm.shipped import CHECKPOINTS
-from vllm_vispec.bench.load import LoadJob, LoadResult
+from vllm_vispec.bench.load import LoadGenerator, LoadJob, LoadResult
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.runner import Tools
 from vllm_vispec.bench.schema import BenchSample, MemoryFacts, Request, SpecCounters
-from vllm_vispec.bench.server import BenchServer, ServerError, ServerSpec
+from vllm_vispec.bench.server import BenchServer, ServerError
 from vllm_vispec.data.types import Part, Turn
 
 TARGET, HEAD = CHECKPOINTS / "target", CHECKPOINTS / "vispec_head"
@@ -51,6 +50,7 @@ class World:
         broken: sides whose servers never become ready.
         accepted: draft tokens accepted in every round, of K.
         answers: text of an answer, by side and sample; None: that of `answer`.
+        failure: error of every request; None: each is answered.
         on_load: called with every job before it is answered; may raise.
     """
 
@@ -58,36 +58,38 @@ class World:
     broken: set[str] = field(default_factory=set)
     accepted: int = 1
     answers: Callable[[str, BenchSample], str] | None = None
+    failure: str | None = None
     on_load: Callable[[LoadJob], None] = lambda job: None
     servers: dict[str, FakeServer] = field(default_factory=dict)
 
     def tools(self) -> Tools:
         """Return them for `run_matrix`."""
-        return Tools(self.make_server, self.make_load, lambda _: None, dict, self.events.append)
+        return Tools(self.make_server, FakeLoads(self), self.events.append)
 
-    def make_server(self, spec: ServerSpec) -> FakeServer:
+    def make_server(self, *given: Any) -> FakeServer:
         """Stand in for `BenchServer`."""
-        server = FakeServer(spec, self)
+        server = FakeServer(*given)
+        server.world = self
         self.servers[server.url] = server
         return server
 
     def make_load(self, job: LoadJob) -> LoadResult:
-        """Stand in for `run_load`."""
+        """Stand in for a load."""
         server = self.servers[job.url]
-        assert [one.side for one in self.up()].count(server.side) == 1
-        self.events.append(f"load {server.side} {len(job.samples)}")
+        assert [one.variant for one in self.up()].count(server.variant) == 1
+        self.events.append(f"load {server.variant} {len(job.samples)}")
         self.on_load(job)
         rounds = 2 * len(job.samples)
         server.rounds += rounds
-        requests = [answer(sample) for sample in job.samples]
+        requests = [answer(sample, self.failure) for sample in job.samples]
         if self.answers is not None:
-            texts = [self.answers(server.side, sample) for sample in job.samples]
+            texts = [self.answers(server.variant, sample) for sample in job.samples]
             pairs = zip(requests, texts, strict=True)
             requests = [replace(request, output_text=text) for request, text in pairs]
         accepted, refused = self.accepted, 4 - self.accepted
         positions = (rounds,) * accepted + (0,) * refused
         spec = SpecCounters(rounds, 4 * rounds, accepted * rounds, positions)
-        speculates = "--speculative-config" in server.spec.arguments
+        speculates = "--speculative-config" in server.arguments
         return LoadResult(tuple(requests), 0.5, spec if speculates else None)
 
     def up(self) -> list[FakeServer]:
@@ -99,49 +101,58 @@ class World:
         return [event for event in self.events if event.startswith("load ")]
 
 
+class FakeLoads(LoadGenerator):
+    """The loads of a world."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __call__(self, job: LoadJob) -> LoadResult:
+        return self._world.make_load(job)
+
+
 class FakeServer(BenchServer):
     """A server that counts two rounds a question, of which each accepts the world's number.
 
     Every round looks an image up; the first one of a question does not find it.
     """
 
-    alive = False
+    world: World
+    rounds = 0
+    is_up = False
 
-    def __init__(self, spec: ServerSpec, world: World) -> None:
-        super().__init__(spec)
-        self.side, self._world = spec.variant, world
-        self.url = f"http://{spec.variant}:{spec.port}"
-        self.rounds = 0
+    @property
+    def url(self) -> str:
+        return f"http://{self.variant}:{self.port}"
+
+    @property
+    def alive(self) -> bool:
+        return self.is_up
 
     def start(self) -> None:
-        self._world.events.append(f"start {self.side}")
-        self.alive = True
+        self.world.events.append(f"start {self.variant}")
+        self.is_up = True
 
-    def wait_until_ready(self, seconds: float) -> None:
-        if self.side in self._world.broken:
-            self.alive = False
-            raise ServerError(f"server of {self.side} ended: no such thing")
+    def wait_until_ready(self, seconds: float = 0.0) -> None:
+        if self.variant in self.world.broken:
+            raise ServerError(f"server of {self.variant} ended: no such thing")
 
     def reset_caches(self) -> None:
-        self._world.events.append(f"reset {self.side}")
+        self.world.events.append(f"reset {self.variant}")
 
     def memory(self) -> MemoryFacts:
         if not self.alive:
-            raise ServerError(f"server of {self.side} does not answer")
-        if "vispec" not in self.side:
+            raise ServerError(f"server of {self.variant} does not answer")
+        if "vispec" not in self.variant:
             return MemoryFacts(peak_bytes=1000, kv_blocks=10)
         return MemoryFacts(1000, 10, self.rounds, self.rounds // 2)
 
     def stop(self) -> None:
-        self._world.events.append(f"stop {self.side}")
-        self.alive = False
+        if self.is_up:
+            self.world.events.append(f"stop {self.variant}")
+        self.is_up = False
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
     """Return the records of a JSONL file."""
     return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def no_connection(*_: object, **__: object) -> None:
-    """Stand in for a network without an answer."""
-    raise urllib.error.URLError("refused")

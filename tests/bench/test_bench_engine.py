@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -18,7 +19,7 @@ from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.report import write_report
 from vllm_vispec.bench.runner import Outcome, Tools, run_matrix
 from vllm_vispec.bench.schema import BenchRun, CellResult
-from vllm_vispec.bench.server import BenchServer, ServerSpec
+from vllm_vispec.bench.server import BenchServer
 from vllm_vispec.cli.app import app
 
 pytestmark = [pytest.mark.engine, pytest.mark.serve, pytest.mark.slow]
@@ -56,26 +57,25 @@ def test_quick(data: Path, tmp_path: Path) -> None:
         assert {request.family for request in cell.requests} == set(SUITE)
 
 
-class OneDeath:
-    """Servers and load of a run in which one server dies once, under the load of its last cell."""
+class OneDeath(LoadGenerator):
+    """Loads of a run in which one server dies once, under the load of its last cell."""
 
     def __init__(self) -> None:
-        self.generator = LoadGenerator()
         self.servers: dict[str, BenchServer] = {}
         self.dies = True
 
-    def make_server(self, spec: ServerSpec) -> BenchServer:
-        server = BenchServer(spec)
+    def make_server(self, *given: Any) -> BenchServer:
+        server = BenchServer(*given)
         self.servers[server.url] = server
         return server
 
-    def make_load(self, job: LoadJob) -> LoadResult:
+    def __call__(self, job: LoadJob) -> LoadResult:
         server = self.servers[job.url]
-        if self.dies and server.spec.variant == KILLED and LAST in job.questions.name:
+        if self.dies and server.variant == KILLED and LAST in job.questions.name:
             self.dies = False
             assert server._process is not None
             os.killpg(server._process.pid, signal.SIGKILL)
-        return self.generator(job)
+        return super().__call__(job)
 
 
 def test_all_sides_with_one_that_dies(data: Path, tmp_path: Path) -> None:
@@ -99,15 +99,14 @@ def test_all_sides_with_one_that_dies(data: Path, tmp_path: Path) -> None:
     samples = load_dataset("tiny", data, DatasetOptions(limit=6, max_tokens=MAX_TOKENS)).samples
     assert {sample.family for sample in samples} == set(SUITE)
     assert any(sample.follow_up for sample in samples)
-    world = OneDeath()
-    with world.generator:
-        tools = Tools(make_server=world.make_server, make_load=world.make_load)
-        first = run_matrix(settings, samples, tmp_path / "run", tools=tools)
-        assert first == Outcome(measured=24, failed=1, found=0)
-        (failed,) = [cell for cell in BenchRun.load(tmp_path / "run").cells if cell.error]
-        assert failed.key.side == KILLED
-        assert failed.command.count("\n") == 1
-        second = run_matrix(settings, samples, tmp_path / "run", tools=tools)
+    loads = OneDeath()
+    tools = Tools(make_server=loads.make_server, loads=loads)
+    first = run_matrix(settings, samples, tmp_path / "run", tools=tools)
+    assert first == Outcome(measured=24, failed=1, found=0)
+    (failed,) = [cell for cell in BenchRun.load(tmp_path / "run").cells if cell.error]
+    assert failed.key.side == KILLED
+    assert failed.command.count("\n") == 1
+    second = run_matrix(settings, samples, tmp_path / "run", tools=tools)
     assert second == Outcome(measured=1, failed=0, found=24)
     run = BenchRun.load(tmp_path / "run")
     for cell in run.cells:

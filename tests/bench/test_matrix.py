@@ -9,25 +9,16 @@ from typing import Any
 
 import pytest
 
-from tests.bench.fakes import HEAD, SAMPLES, SETTINGS, TARGET, World
+from tests.bench.fakes import HEAD, SETTINGS, TARGET
 from vllm_vispec.bench.heads import plain_eagle_head, target_embedding, with_bias, zeroed_head
-from vllm_vispec.bench.matrix import different_settings
+from vllm_vispec.bench.matrix import NGRAM, VARIANTS
 from vllm_vispec.bench.questions import find_side, samples_for
-from vllm_vispec.bench.runner import run_matrix
 from vllm_vispec.bench.schedules import SETTING, merged_ranges, read_schedule
-from vllm_vispec.bench.schema import BenchRun, BenchSample
-from vllm_vispec.bench.variants import VARIANTS, Heads
+from vllm_vispec.bench.schema import BenchSample
 from vllm_vispec.data.types import Part, Turn
 from vllm_vispec.utils.errors import ViSpecError
 
-
-def test_every_cell_once_per_repetition() -> None:
-    settings = replace(SETTINGS, concurrency=(1, 2), num_speculative_tokens=(3, 5), repetitions=2)
-    groups = dict(settings.groups())
-    assert list(groups) == [3, 5]
-    for num_tokens, visits in groups.items():
-        assert len(visits) == len(set(visits)) == 2 * 2 * 2
-        assert {key.num_speculative_tokens for key, _ in visits} == {num_tokens}
+RANGES = ((1, 4, 5), (5, 16, 0))
 
 
 def test_sides_follow_each_other_and_take_turns_to_be_first() -> None:
@@ -79,15 +70,6 @@ def test_a_star_varies_one_axis_at_a_time() -> None:
     assert len(groups[5]) == 2 * len(set(found[5])) == 2 * len(found[5])
 
 
-def test_a_star_keeps_its_middle() -> None:
-    star = replace(SETTINGS, design="star", concurrency=(1, 4))
-    earlier = star.to_json()
-    assert different_settings(earlier, replace(star, concurrency=(1, 8)).to_json()) is None
-    moved = replace(star, concurrency=(8, 1)).to_json()
-    assert different_settings(earlier, moved) == "concurrency"
-    assert different_settings(earlier, replace(star, design="full").to_json()) == "design"
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -103,6 +85,8 @@ def test_a_star_keeps_its_middle() -> None:
         ({"repetitions": 0}, "--repetitions 0"),
         ({"waves": 0}, "--waves 0: choose at least 1"),
         ({"least": 0}, "--least 0: choose at least 1"),
+        ({"sides": ("vispec_tuned",)}, "vispec_tuned needs --schedule"),
+        ({"schedule": ((2, 4, 1),)}, "does not begin at 1"),
         ({"design": "spiral"}, "--design spiral is unknown: choose from full, star"),
     ],
 )
@@ -112,21 +96,18 @@ def test_impossible_settings(change: dict[str, Any], message: str) -> None:
 
 
 def test_speculative_configs(tmp_path: Path) -> None:
-    heads = Heads(str(TARGET), str(HEAD), "org/eagle-head", tmp_path, ((1, 4, 5), (5, 16, 0)))
-    configs = {name: side.speculative_config(heads, 5) for name, side in VARIANTS.items()}
-    assert configs["plain"] is None
-    made = {name: config for name, config in configs.items() if config is not None}
-    assert {config["num_speculative_tokens"] for config in made.values()} == {5}
-    assert {name: config["method"] for name, config in made.items()} == {
-        "ngram": "ngram",
-        "eagle": "eagle",
-        "vispec_zeroed": "vispec",
-        "vispec": "vispec",
-        "vispec_tuned": "vispec",
+    settings = replace(SETTINGS, eagle_head="org/eagle-head", schedule=RANGES)
+    found = {name: one.speculative_config(settings, tmp_path, 5) for name, one in VARIANTS.items()}
+    k = {"num_speculative_tokens": 5}
+    tuned = {SETTING: [list(entry) for entry in RANGES]}
+    assert found == {
+        "plain": None,
+        "ngram": NGRAM | k,
+        "eagle": {"method": "eagle", "model": "org/eagle-head", **k},
+        "vispec_zeroed": {"method": "vispec", "model": str(tmp_path / "vispec_zeroed"), **k},
+        "vispec": {"method": "vispec", "model": str(HEAD), **k},
+        "vispec_tuned": {"method": "vispec", "model": str(HEAD), **k, **tuned},
     }
-    assert made["eagle"]["model"] == "org/eagle-head"
-    assert made["vispec"]["model"] == str(HEAD)
-    assert made["vispec_zeroed"]["model"] == str(tmp_path / "vispec_zeroed")
 
 
 def test_zeroed_head_ignores_images_and_keeps_the_rest(tmp_path: Path) -> None:
@@ -222,7 +203,6 @@ def test_images_of_cells(tmp_path: Path) -> None:
         samples_for(samples[:1], 64, squares, tmp_path)
 
 
-RANGES = ((1, 4, 5), (5, 16, 0))
 TEXT = "[[1, 4, 5], [5, 16, 0]]"
 
 
@@ -266,30 +246,3 @@ def test_merged_ranges() -> None:
     assert merged_ranges(chosen) == ((1, 3, 5), (4, 15, 3), (16, 16, 0))
     assert merged_ranges(chosen, midway=True) == ((1, 2, 5), (3, 7, 3), (8, 16, 0))
     assert merged_ranges([(8, 2)]) == ((1, 8, 2),)
-
-
-def test_the_side_needs_a_schedule() -> None:
-    with pytest.raises(ViSpecError, match="vispec_tuned needs --schedule"):
-        replace(SETTINGS, sides=("plain", "vispec_tuned"))
-    with pytest.raises(ViSpecError, match="does not begin at 1"):
-        replace(SETTINGS, schedule=((2, 4, 1),))
-
-
-def test_a_schedule_may_come_later_but_not_change() -> None:
-    without, given = SETTINGS.to_json(), replace(SETTINGS, schedule=RANGES).to_json()
-    assert different_settings(without, given) is None
-    assert different_settings(given, without) is None
-    other = replace(SETTINGS, schedule=((1, 4, 5),)).to_json()
-    assert different_settings(given, other) == "schedule"
-
-
-def test_a_run_gets_the_tuned_side_later(tmp_path: Path) -> None:
-    world = World()
-    run_matrix(SETTINGS, SAMPLES, tmp_path, tools=world.tools())
-    tuned = replace(SETTINGS, sides=("plain", "vispec", "vispec_tuned"), schedule=RANGES)
-    run_matrix(tuned, SAMPLES, tmp_path, tools=world.tools())
-    run = BenchRun.load(tmp_path)
-    assert run.settings["schedule"] == [list(entry) for entry in RANGES]
-    commands = [cell.command for cell in run.cells if cell.key.side == "vispec_tuned"]
-    assert len(commands) == 1
-    assert f'"{SETTING}": {TEXT}' in commands[0]

@@ -8,6 +8,7 @@ import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -190,15 +191,8 @@ def star() -> BenchRun:
     """A star around K = 4, images as they are, greedy, concurrency 1."""
     full = made_up(ks=(4, 2), temperatures=(0.0, 1.0), image_tokens=(-1, 0, 64))
     settings = {**full.settings, "design": "star"}
-    wanted = points("star", settings)
-    cells = [
-        cell
-        for cell in full.cells
-        if any(
-            all(getattr(cell.key, name) == value for name, value in vars(point).items())
-            for point in wanted
-        )
-    ]
+    wanted = list(chain.from_iterable(points(settings)))
+    cells = [cell for cell in full.cells if cell.key in wanted]
     return replace(full, settings=settings, cells=tuple(cells))
 
 

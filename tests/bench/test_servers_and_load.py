@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module, reload
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.bench.fakes import SAMPLES, SETTINGS, World, lines
+from tests.bench.fakes import SAMPLES, SETTINGS, lines
 from vllm_vispec.bench.load import (
     LoadError,
     LoadGenerator,
@@ -39,13 +39,15 @@ from vllm_vispec.bench.server import (
     IMAGE_TABLE,
     BenchServer,
     ServerError,
-    ServerSpec,
     choose_ports,
 )
 from vllm_vispec.data.types import Part, Turn
 from vllm_vispec.spec_decode.image_table import TableStats
 from vllm_vispec.utils.errors import ViSpecError
-from vllm_vispec.utils.process import interruptible
+
+
+def server_of(folder: Path, *arguments: str) -> BenchServer:
+    return BenchServer("plain", arguments, choose_ports(1)[0], folder / "log.txt")
 
 
 def test_earlier_questions_are_answered_when_they_are_needed(
@@ -59,16 +61,16 @@ def test_earlier_questions_are_answered_when_they_are_needed(
         return lambda sample: asked.append(sample.sample_id) or f"{url} said so"  # type: ignore[func-returns-value]
 
     monkeypatch.setattr("vllm_vispec.bench.questions.ask_server", ask_server)
-    helper = World().make_server(ServerSpec("plain", (), 1, tmp_path / "log"))
+    server = server_of(tmp_path)
     store = QuestionStore(SETTINGS, samples, tmp_path)
-    first, _ = store.questions(-1, helper, 2)
+    first, _ = store.questions(-1, server, 2)
     assert asked == ["s0", "s1"]
-    more, file = QuestionStore(SETTINGS, samples, tmp_path).questions(-1, helper, 4)
+    more, file = QuestionStore(SETTINGS, samples, tmp_path).questions(-1, server, 4)
     assert asked == ["s0", "s1", "s2", "s3"]
     assert more[:2] == first
     assert [turn.role for turn in more[3].turns] == ["user", "assistant", "user"]
     assert len(lines(file)) == 4
-    assert store.questions(-1, helper, 1)[0] == first[:1]
+    assert store.questions(-1, server, 1)[0] == first[:1]
 
 
 def test_questions_for_the_load(tmp_path: Path) -> None:
@@ -104,24 +106,16 @@ def result_of(**change: object) -> dict[str, object]:
 
 
 def test_result_of_the_load(tmp_path: Path) -> None:
-    file = tmp_path / "r.json"
-    file.write_text(json.dumps(result_of()))
-    result = read_result(file, SAMPLES[:2])
+    result = read_result_of(tmp_path / "r.json")
     good, bad = result.requests
-    assert result.wall_s == 2.5
+    assert (result.wall_s, result.spec) == (2.5, None)
     assert (good.sample_id, good.output_text, good.output_tokens) == ("s0", "a b c", 3)
     assert (good.ttft_s, good.itl_s) == (0.123457, (0.2, 0.176543))
-    assert (bad.output_tokens, bad.error) == (0, "TimeoutError: late")
-    with pytest.raises(LoadError, match="cannot be read"):
-        read_result(file, SAMPLES)
-    with pytest.raises(LoadError, match="cannot be read"):
-        read_result(tmp_path / "nothing.json", SAMPLES)
+    assert (good.error, bad.error, bad.output_tokens) == (None, "TimeoutError: late", 0)
 
 
 def test_what_was_drafted(tmp_path: Path) -> None:
     """vLLM gives shares of the rounds; the counts behind them come back whole."""
-    file = tmp_path / "r.json"
-    assert read_result_of(file).spec is None
     accepted = (67, 31, 7)
     drafted = {
         "spec_decode_num_drafts": 97,
@@ -129,9 +123,14 @@ def test_what_was_drafted(tmp_path: Path) -> None:
         "spec_decode_accepted_tokens": sum(accepted),
         "spec_decode_per_position_acceptance_rates": [count / 97 for count in accepted],
     }
-    assert read_result_of(file, **drafted).spec == SpecCounters(97, 291, 105, accepted)
-    with pytest.raises(LoadError, match="cannot be read: KeyError"):
-        read_result_of(file, spec_decode_num_drafts=1)
+    found = read_result_of(tmp_path / "r.json", **drafted)
+    assert found.spec == SpecCounters(97, 291, 105, accepted)
+
+
+@pytest.mark.parametrize("change", [{"errors": [""]}, {"duration": "x"}, {"ttfts": []}])
+def test_a_result_that_is_not_whole(tmp_path: Path, change: dict[str, object]) -> None:
+    with pytest.raises(LoadError, match="the result of vllm bench serve cannot be read"):
+        read_result_of(tmp_path / "r.json", **change)
 
 
 def read_result_of(file: Path, **change: object) -> LoadResult:
@@ -154,16 +153,13 @@ def test_memory_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "/collective_rpc": '{"results": [null, {"hits": 7, "misses": 2}]}',
         }
         assert body is None or json.loads(body) == {"method": IMAGE_TABLE}
-        return found[url.removeprefix(f"http://127.0.0.1:{spec.port}")]
+        return found[url.removeprefix(server.url)]
 
     monkeypatch.setattr("vllm_vispec.bench.server.call", call)
-    spec = ServerSpec("plain", (), 1, tmp_path / "log.txt")
-    assert BenchServer(spec).memory() == MemoryFacts(kv_blocks=309)
-    spec = replace(spec, arguments=("--worker-extension-cls", EXTENSION))
-    assert BenchServer(spec).memory() == MemoryFacts(None, 309, 7, 2)
-    METRICS_WITHOUT = METRICS.replace("num_gpu_blocks", "other")
-    monkeypatch.setattr("vllm_vispec.bench.server.call", lambda *_: METRICS_WITHOUT)
-    assert BenchServer(replace(spec, arguments=())).memory() == MemoryFacts()
+    server = server_of(tmp_path)
+    assert server.memory() == MemoryFacts(kv_blocks=309)
+    server.arguments = ("--worker-extension-cls", EXTENSION)
+    assert server.memory() == MemoryFacts(None, 309, 7, 2)
 
 
 def test_ports() -> None:
@@ -174,12 +170,11 @@ def test_ports() -> None:
 
 def test_a_process_that_ends_is_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_vispec.bench.server.CLI", ("-c", "print('no such model')"))
-    spec = ServerSpec("plain", ("target",), choose_ports(1)[0], tmp_path / "log.txt")
-    with (
-        BenchServer(spec) as server,
-        pytest.raises(ServerError, match=r"(?s)server of plain ended: no such model.*log\.txt"),
-    ):
+    server = server_of(tmp_path, "target")
+    server.start()
+    with pytest.raises(ServerError, match=r"server of plain ended: no such model.*log\.txt"):
         server.wait_until_ready(60)
+    server.stop()
 
 
 def test_stopping_ends_children_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,25 +183,18 @@ def test_stopping_ends_children_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     code = f"import subprocess as s; p = s.Popen({child!r}, shell=True, start_new_session=False);"
     code += f"open({str(pids)!r}, 'w').write(str(p.pid)); p.wait()"
     monkeypatch.setattr("vllm_vispec.bench.server.CLI", ("-c", code))
-    spec = ServerSpec("plain", (), choose_ports(1)[0], tmp_path / "log.txt")
-    with BenchServer(spec):
-        deadline = time.monotonic() + 60
-        while not (pids.exists() and pids.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        pid = pids.read_text()
-    ps = ["ps", "-o", "stat=", "-p", pid]
-    deadline = time.monotonic() + 30
-    # Gone, or a zombie that its new parent has not yet collected; a killed process takes a moment.
-    while subprocess.run(ps, capture_output=True, text=True).stdout.strip()[:1] not in ("", "Z"):
+    server = server_of(tmp_path)
+    server.start()
+    wait_until(lambda: pids.exists() and pids.read_text() != "")
+    server.stop()
+    wait_until(lambda: not _is_there(int(pids.read_text())))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def test_sigterm_becomes_an_interrupt() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), interruptible():
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 CHILD = """
@@ -298,10 +286,7 @@ def test_a_child_ends_with_its_parent(tmp_path: Path, monkeypatch: pytest.Monkey
     child = int(parent.stdout.readline())
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 30
-    while _is_there(child):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: not _is_there(child))
 
 
 def _is_there(process: int) -> bool:

@@ -159,7 +159,7 @@ def speeding(world: World, monkeypatch: pytest.MonkeyPatch, tuned: float = 1.0) 
 
     def load(job: LoadJob) -> Any:
         server = world.servers[job.url]
-        arguments = server.spec.arguments
+        arguments = server.arguments
         speed = plain
         if "--speculative-config" in arguments:
             config = json.loads(arguments[arguments.index("--speculative-config") + 1])

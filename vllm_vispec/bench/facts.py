@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from itertools import chain
 from math import inf
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from vllm_vispec.bench.bootstrap import RESAMPLES, with_interval
-from vllm_vispec.bench.matrix import DESIGNS, POINT_AXES, points
+from vllm_vispec.bench.matrix import POINT_AXES, VARIANTS, points
 from vllm_vispec.bench.metrics import (
     BASELINE,
     METRICS,
@@ -24,12 +25,10 @@ from vllm_vispec.bench.metrics import (
     only_family,
 )
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, BenchRun, CellKey
-from vllm_vispec.bench.variants import VARIANTS
 
 OURS = "vispec"
 """The variant a report is about, if it was measured."""
-_AXES = {"side": "sides", **POINT_AXES}
-KEY = (*_AXES, "dataset")
+KEY = tuple(field.name for field in fields(CellKey))
 _NUMBERS = [name for name in METRICS if name != "acceptance_rate_per_position"] + [
     "low",
     "high",
@@ -60,10 +59,10 @@ class Facts:
     @classmethod
     def from_run(cls, run: BenchRun, resamples: int = RESAMPLES) -> Facts:
         """Measure every cell of a run."""
-        groups, expected = by_key(run.cells), _repetitions(run)
+        groups, (wanted, expected) = by_key(run.cells), _expected(run.settings)
         rows = [
             _row(key, groups.get(key, ()), groups.get(baseline_key(key), ()), expected, resamples)
-            for key in dict.fromkeys([*groups, *_expected_keys(run.settings)])
+            for key in dict.fromkeys([*groups, *wanted])
         ]
         table = _frame(rows).sort_values(_ORDER + _SIDES, kind="stable", ignore_index=True)
         return cls(run, table.set_axis(range(1, len(table) + 1)), resamples)
@@ -107,7 +106,7 @@ class Facts:
         """The same rows with the requests of one task family only."""
         parts = [
             _row(
-                CellKey(*(getattr(row, name) for name in CellKey.__dataclass_fields__)),
+                CellKey(*(getattr(row, name) for name in KEY)),
                 only_family(row.cells, family),
                 only_family(row.plain, family),
                 row.expected,
@@ -156,19 +155,8 @@ def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(_NUMBERS, float))
 
 
-def _repetitions(run: BenchRun) -> int:
-    asked = run.settings.get("repetitions")
-    if isinstance(asked, int) and not isinstance(asked, bool):
-        return asked
-    return 1 + max((cell.repetition for cell in run.cells), default=0)
-
-
-def _expected_keys(settings: Mapping[str, Any]) -> Iterable[CellKey]:
-    """Keys of the whole matrix; none if the settings do not describe one."""
-    axes = [settings.get(name) for name in _AXES.values()]
-    design, dataset = settings.get("design", "full"), settings.get("dataset")
-    described = all(isinstance(axis, list | tuple) and axis for axis in axes)
-    if described and design in DESIGNS and isinstance(dataset, str):
-        for point in points(design, settings):
-            for side in settings["sides"]:
-                yield CellKey(side, dataset=dataset, **asdict(point))
+def _expected(settings: Mapping[str, Any]) -> tuple[list[CellKey], int]:
+    """Return the keys of the whole matrix and its repetitions; none if they were not noted."""
+    if not {"dataset", "repetitions", "sides", *POINT_AXES.values()} <= settings.keys():
+        return [], 1
+    return list(chain.from_iterable(points(settings))), int(settings["repetitions"])

@@ -16,7 +16,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from vllm_vispec.bench.machine import server_environment
 from vllm_vispec.bench.schema import BenchSample, Request, SpecCounters
@@ -27,7 +27,16 @@ from vllm_vispec.utils.process import WorkerProcess, serve_requests
 
 CHAT = "/v1/chat/completions"
 WORKER = "vllm_vispec.bench.load"
-_LISTS = ("generated_texts", "output_lens", "input_lens", "ttfts", "latencies", "itls", "errors")
+_COLUMNS = {
+    "output_text": "generated_texts",
+    "output_tokens": "output_lens",
+    "prompt_tokens": "input_lens",
+    "ttft_s": "ttfts",
+    "e2e_s": "latencies",
+    "itl_s": "itls",
+    "error": "errors",
+}
+"""Fields of `Request` by vLLM's names of their lists."""
 
 
 class LoadError(ViSpecError):
@@ -56,7 +65,7 @@ class LoadJob:
     concurrency: int
     temperature: float
     result: Path
-    timeout_s: float = 7200.0
+    timeout_s: float
 
     def arguments(self) -> list[str]:
         """Return what follows `vllm bench serve` on the command line."""
@@ -115,11 +124,13 @@ class LoadGenerator:
 
     _worker: WorkerProcess | None = None
 
-    def __enter__(self) -> LoadGenerator:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.stop(0)
 
     def __call__(self, job: LoadJob) -> LoadResult:
         """Make the load and read what came of it.
@@ -136,15 +147,9 @@ class LoadGenerator:
             self._worker.request({"arguments": job.arguments()}, job.timeout_s)
         except BaseException:
             # Also on a signal: what it is still doing would be load on the next cell.
-            self.close()
+            self.__exit__()
             raise
         return read_result(job.result, job.samples)
-
-    def close(self) -> None:
-        """End the child and what it started."""
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.stop(0)
 
 
 def make_load(request: dict[str, Any]) -> dict[str, Any]:
@@ -195,8 +200,11 @@ def read_result(file: Path, samples: Sequence[BenchSample]) -> LoadResult:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        rows = zip(samples, *(content[name] for name in _LISTS), strict=True)
-        requests = tuple(_request(*row) for row in rows)
+        columns = [content[name] for name in _COLUMNS.values()]
+        requests = tuple(
+            _request(sample, dict(zip(_COLUMNS, values, strict=True)))
+            for sample, *values in zip(samples, *columns, strict=True)
+        )
         return LoadResult(requests, float(content["duration"]), _spec(content))
     except (OSError, ValueError, KeyError) as error:
         raise LoadError(f"the result of vllm bench serve cannot be read: {error!r}") from error
@@ -216,30 +224,14 @@ def _spec(content: Mapping[str, Any]) -> SpecCounters | None:
     )
 
 
-def _request(
-    sample: BenchSample,
-    text: str,
-    output_tokens: int,
-    prompt_tokens: int,
-    ttft_s: float,
-    e2e_s: float,
-    itl_s: Sequence[float],
-    error: str,
-) -> Request:
-    return Request(
-        sample_id=sample.sample_id,
-        family=sample.family,
-        output_text=text,
-        output_tokens=output_tokens,
-        prompt_tokens=prompt_tokens,
-        ttft_s=round(ttft_s, 6),
-        e2e_s=round(e2e_s, 6),
-        # The stream opens with an empty chunk that names the role, sent along with the first
-        # token's; the gap between these two is no time between tokens.
-        itl_s=tuple(round(gap, 6) for gap in itl_s[1:]),
-        # vLLM keeps a traceback; its last line says what happened.
-        error=error.strip().splitlines()[-1] if error.strip() else None,
-    )
+def _request(sample: BenchSample, values: dict[str, Any]) -> Request:
+    # The stream opens with an empty chunk that names the role, sent along with the first token's;
+    # the gap between these two is no time between tokens.
+    values["itl_s"] = tuple(round(gap, 6) for gap in values["itl_s"][1:])
+    values |= {name: round(values[name], 6) for name in ("ttft_s", "e2e_s")}
+    # vLLM keeps a traceback; its last line says what happened.
+    values["error"] = next(iter(values["error"].strip().splitlines()[-1:]), None)
+    return Request(sample.sample_id, sample.family, **values)
 
 
 if __name__ == "__main__":

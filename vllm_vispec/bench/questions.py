@@ -52,12 +52,12 @@ class QuestionStore:
         }
 
     def questions(
-        self, image_tokens: int, helper: BenchServer, limit: int
+        self, image_tokens: int, server: BenchServer, limit: int
     ) -> tuple[tuple[BenchSample, ...], Path]:
         """Return samples and the file from which `vllm bench serve` asks them.
 
         Args:
-            helper: server that gives the earlier answers of dialogues that lack them, once.
+            server: gives the earlier answers of dialogues that lack them, once.
             limit: most samples; a smaller limit gives the first of those of a larger one.
 
         Raises:
@@ -68,7 +68,7 @@ class QuestionStore:
         lines = answered.read_text(encoding="utf-8").splitlines() if answered.exists() else []
         ready = [BenchSample.from_json(json.loads(line)) for line in lines]
         if len(ready) < len(wanted):
-            ask = ask_server(helper.url, self._settings.target)
+            ask = ask_server(server.url, self._settings.target)
             ready += with_answers(wanted[len(ready) :], ask)
             lines = [json.dumps(one.to_json(), ensure_ascii=False) for one in ready]
             write_text(answered, "\n".join(lines) + "\n")

@@ -27,12 +27,12 @@ except ImportError as error:
 
 from vllm_vispec.bench.bootstrap import RESAMPLES
 from vllm_vispec.bench.facts import OURS, Facts, families, timed
+from vllm_vispec.bench.matrix import VARIANTS
 from vllm_vispec.bench.metrics import METRICS
 from vllm_vispec.bench.pages import Chart, escape, to_html, to_markdown
 from vllm_vispec.bench.schedules import K_SETTING as K
 from vllm_vispec.bench.schedules import best_schedule, speculative_config
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, BenchRun
-from vllm_vispec.bench.variants import VARIANTS
 from vllm_vispec.utils.files import write_text
 
 NAMES = {"vispec": "ViSpec", "eagle": "vLLM's EAGLE", "ngram": "n-gram lookup"}

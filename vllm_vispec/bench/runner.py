@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vllm_vispec.bench.heads import check_has_adaptor
 from vllm_vispec.bench.load import LoadError, LoadGenerator, LoadJob, LoadResult
 from vllm_vispec.bench.machine import describe_conditions
-from vllm_vispec.bench.matrix import AXES, LATE, MatrixSettings, Repetition, different_settings
+from vllm_vispec.bench.matrix import AXES, POINT_AXES, VARIANTS, MatrixSettings, Repetition
 from vllm_vispec.bench.questions import QuestionStore
 from vllm_vispec.bench.schema import (
     CELLS_FILE,
@@ -27,61 +26,22 @@ from vllm_vispec.bench.schema import (
     MemoryFacts,
     SpecCounters,
 )
-from vllm_vispec.bench.server import (
-    BenchServer,
-    ServerGroup,
-    ServerSpec,
-    choose_ports,
-    serve_arguments,
-)
-from vllm_vispec.bench.variants import VARIANTS, Heads
+from vllm_vispec.bench.server import BenchServer, ServerGroup, choose_ports, serve_arguments
 from vllm_vispec.utils.errors import ViSpecError
-from vllm_vispec.utils.files import write_text
+from vllm_vispec.utils.files import write_json
 from vllm_vispec.utils.process import interruptible
 
-PACKAGES = {"vllm": "vllm", "pandas": "pandas (vllm[bench])"}
+LATE = ("schedule",)
+"""Settings that a later call may add or leave out, but not change."""
 NOTHING_DRAFTED = SpecCounters(0, 0, 0, ())
-
-
-def check_inputs(settings: MatrixSettings) -> None:
-    """Refuse what would let a run fail after minutes.
-
-    Raises:
-        ViSpecError: a package is missing, or the target or a head is not there or not usable.
-    """
-    from vllm_vispec.heads.folder import inspect_head
-
-    for module, name in PACKAGES.items():
-        if importlib.util.find_spec(module) is None:
-            raise ViSpecError(f"vllm bench serve needs {name}: install it here")
-    _check_folder("--target", settings.target)
-    needed = {option for name in settings.sides for option in VARIANTS[name].needs}
-    if "--head" in needed and settings.head:
-        inspect_head(settings.head)
-        if "vispec_zeroed" in settings.sides:
-            check_has_adaptor(settings.head)
-    if "--eagle-head" in needed and settings.eagle_head:
-        _check_folder("--eagle-head", settings.eagle_head)
-
-
-def _check_folder(flag: str, name: str) -> None:
-    """Refuse a path to nothing; hub ids are left to vLLM."""
-    path = Path(name).expanduser()
-    looks_like_path = path.is_absolute() or name.startswith(("./", "../", "~")) or path.exists()
-    if looks_like_path and not (path / "config.json").is_file():
-        raise ViSpecError(f"{flag} {name} has no config.json: give a model's folder or hub id")
-    if not looks_like_path and name.count("/") > 1:
-        raise ViSpecError(f"{flag} {name} does not exist: give a model's folder or hub id")
 
 
 @dataclass(frozen=True)
 class Tools:
     """What a run uses of the world outside; tests put stand-ins here."""
 
-    make_server: Callable[[ServerSpec], BenchServer] = BenchServer
-    make_load: Callable[[LoadJob], LoadResult] = field(default_factory=LoadGenerator)
-    check: Callable[[MatrixSettings], None] = check_inputs
-    machine: Callable[[], dict[str, Any]] = describe_conditions
+    make_server: Callable[[str, tuple[str, ...], int, Path], BenchServer] = BenchServer
+    loads: LoadGenerator = field(default_factory=LoadGenerator)
     log: Callable[[str], None] = print
 
 
@@ -116,13 +76,38 @@ def run_matrix(
             use, the dataset is empty, the folder belongs to another run.
         KeyboardInterrupt: on SIGINT and SIGTERM.
     """
-    tools = tools or Tools()
-    tools.check(settings)
+    check_inputs(settings)
     ports = dict(zip(settings.sides, choose_ports(len(settings.sides), first_port), strict=True))
     store = QuestionStore(settings, samples, output)
     content = {**settings.to_json(), "samples": len(samples), "samples_digest": digest(samples)}
-    with interruptible(), RunFolder(output, content, tools.machine()) as folder:
-        return _Run(settings, folder, store, ports, tools).measure()
+    with interruptible(), open_run(output, content) as folder:
+        return _Run(settings, folder, store, ports, tools or Tools()).measure()
+
+
+def check_inputs(settings: MatrixSettings) -> None:
+    """Refuse what would let a run fail after minutes.
+
+    Raises:
+        ViSpecError: the target or a head is not there or not usable.
+    """
+    from vllm_vispec.heads.folder import inspect_head
+
+    needed = {name for side in settings.sides for name in VARIANTS[side].needs}
+    _check_folder("--target", settings.target)
+    if "head" in needed:
+        inspect_head(settings.head or "")
+    if "vispec_zeroed" in settings.sides:
+        check_has_adaptor(settings.head or "")
+    if "eagle_head" in needed:
+        _check_folder("--eagle-head", settings.eagle_head or "")
+
+
+def _check_folder(flag: str, name: str) -> None:
+    """Refuse a path to nothing; hub ids are left to vLLM."""
+    path = Path(name).expanduser()
+    is_path = path.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    if is_path and not (path / "config.json").is_file():
+        raise ViSpecError(f"{flag} {name} has no config.json: give a model's folder or hub id")
 
 
 @dataclass(frozen=True)
@@ -136,9 +121,8 @@ class _Run:
     tools: Tools
 
     def measure(self) -> Outcome:
-        make_load, done = self.tools.make_load, self.folder.done.copy()
-        found = to_do = failed = 0
-        with make_load if isinstance(make_load, LoadGenerator) else nullcontext():
+        done, found, to_do, failed = self.folder.done.copy(), 0, 0, 0
+        with self.tools.loads:
             for num_tokens, repetitions in self.settings.groups():
                 wanted = [one for one in repetitions if one not in done]
                 found, to_do = found + len(repetitions) - len(wanted), to_do + len(wanted)
@@ -149,34 +133,29 @@ class _Run:
         """Measure the cells of one K; returns how many failed."""
         there = {key.side for key, _ in wanted}
         variants = [name for name in self.settings.sides if name in there]
-        path, settings, tools, failed = self.folder.path, self.settings, self.tools, 0
-        heads = Heads(
-            settings.target,
-            settings.head or "",
-            settings.eagle_head or "",
-            path / "heads",
-            settings.schedule,
-        )
+        path, log, failed = self.folder.path, self.tools.log, 0
 
         def make(name: str) -> BenchServer:
-            arguments = serve_arguments(settings, name, heads, num_tokens, len(variants))
+            arguments = serve_arguments(
+                self.settings, name, path / "heads", num_tokens, len(variants)
+            )
             log_file = path / "logs" / f"{name}-k{num_tokens}.log"
-            return tools.make_server(ServerSpec(name, arguments, self.ports[name], log_file))
+            return self.tools.make_server(name, arguments, self.ports[name], log_file)
 
         def wait(server: BenchServer) -> None:
-            server.wait_until_ready(settings.ready_timeout_s)
+            server.wait_until_ready()
             # A few questions of the first cell, so that nothing is compiled in a measured one.
-            if settings.warm_up:
-                self._load(self._job(wanted[0], server, server, settings.warm_up))
+            if self.settings.warm_up:
+                self._load(self._job(wanted[0], server, self.settings.warm_up))
 
-        tools.log(f"K={num_tokens}: starting {', '.join(variants)}")
-        with ServerGroup(variants, make, wait) as group:
+        log(f"K={num_tokens}: starting {', '.join(variants)}")
+        with ServerGroup({name: make(name) for name in variants}, wait) as group:
             for number, repetition in enumerate(wanted, start=1):
                 cell = self._measure_cell(repetition, group)
                 self.folder.add(cell)
                 failed += cell.error is not None
                 state = "done" if cell.error is None else f"failed: {cell.error.splitlines()[0]}"
-                tools.log(f"  [{number}/{len(wanted)}] {describe(repetition)}: {state}")
+                log(f"  [{number}/{len(wanted)}] {describe(repetition)}: {state}")
         return failed
 
     def _measure_cell(self, repetition: Repetition, group: ServerGroup) -> CellResult:
@@ -186,9 +165,8 @@ class _Run:
         cell = CellResult(key, number, (), 0.0, None, MemoryFacts(), "")
         try:
             server = group.server(key.side)
-            commands.append(server.spec.command)
-            limit = self.settings.num_questions(key.concurrency)
-            job = self._job(repetition, server, group.first() or server, limit)
+            commands.append(server.command)
+            job = self._job(repetition, server, self.settings.num_questions(key.concurrency))
             commands.append(job.command)
             server.reset_caches()
             before = server.memory()
@@ -205,12 +183,10 @@ class _Run:
         except ViSpecError as error:
             return replace(cell, command="\n".join(commands), error=str(error))
 
-    def _job(
-        self, repetition: Repetition, server: BenchServer, helper: BenchServer, limit: int
-    ) -> LoadJob:
-        """Return the load of a cell; `helper` answers earlier questions of dialogues."""
+    def _job(self, repetition: Repetition, server: BenchServer, limit: int) -> LoadJob:
+        """Return the load of a cell; the server gives the answers that its dialogues lack."""
         key, _ = repetition
-        samples, file = self.store.questions(key.image_tokens, helper, limit)
+        samples, file = self.store.questions(key.image_tokens, server, limit)
         return LoadJob(
             url=server.url,
             model=self.settings.target,
@@ -228,10 +204,10 @@ class _Run:
         Raises:
             LoadError: with the first request's reason.
         """
-        result = self.tools.make_load(job)
+        result = self.tools.loads(job)
         errors = [request.error for request in result.requests]
         if None not in errors:
-            raise LoadError(f"no request was answered: {errors[0] if errors else 'none was sent'}")
+            raise LoadError(f"no request was answered: {errors[0]}")
         return result
 
 
@@ -251,92 +227,83 @@ def digest(samples: Sequence[BenchSample]) -> str:
     for sample in samples:
         found.update(repr(replace(sample, turns=())).encode())
         for part in (part for turn in sample.turns for part in turn.parts):
-            found.update(part.text.encode() if part.image is None else _content(part.image))
+            is_file = part.image is not None and Path(part.image).is_file()
+            text = part.text if part.image is None else part.image
+            found.update(Path(text).read_bytes() if is_file else text.encode())
     return found.hexdigest()[:16]
 
 
-def _content(image: str) -> bytes:
-    try:
-        return Path(image).read_bytes()
-    except OSError:
-        # Whoever sends it reports it.
-        return image.encode()
-
-
-class RunFolder:
-    """Appends cells to a run. Use it as a context manager.
-
-    Attributes:
-        path: the folder.
-        done: repetitions that are there without an error.
+@contextmanager
+def open_run(path: Path, settings: Mapping[str, Any]) -> Iterator[RunFolder]:
+    """Open a run's folder; inside no other benchmark can.
 
     Raises:
         ViSpecError: the folder belongs to other settings or another running benchmark, is damaged,
             or cannot be written.
     """
-
-    def __init__(self, path: Path, settings: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
-        self.path = path
-        self.done: set[Repetition] = set()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        cells = (path / CELLS_FILE).open("ab")
+    except OSError as error:
+        raise ViSpecError(
+            f"--output {path} cannot be written ({error.strerror or error}): choose another folder"
+        ) from error
+    with cells:
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._cells = (path / CELLS_FILE).open("ab")
-        except OSError as error:
-            raise ViSpecError(
-                f"--output {path} cannot be written ({error.strerror or error}): choose another "
-                "folder"
-            ) from error
-        try:
-            fcntl.flock(self._cells, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._check_run_file(settings, machine)
-        except BaseException as error:
-            self._cells.close()
-            if not isinstance(error, BlockingIOError):
-                raise
+            fcntl.flock(cells, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             raise ViSpecError(
                 f"--output {path} is in use by another benchmark: choose another folder"
             ) from error
+        yield RunFolder(path, cells, settings)
 
-    def __enter__(self) -> RunFolder:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        # Gives the lock back.
-        self._cells.close()
+class RunFolder:
+    """Appends cells to a run.
+
+    Attributes:
+        path: the folder.
+        done: repetitions that are there without an error.
+    """
+
+    def __init__(self, path: Path, cells: IO[bytes], settings: Mapping[str, Any]) -> None:
+        """Compare with an earlier call, note which cells are there, write what covers both."""
+        self.path, self._cells = path, cells
+        self.done: set[Repetition] = set()
+        file, machine = path / RUN_FILE, describe_conditions()
+        if file.exists():
+            earlier = BenchRun.load(path)
+            settings, machine = self._covering(earlier.settings, settings), dict(earlier.machine)
+            self.done = {(one.key, one.repetition) for one in earlier.cells if one.error is None}
+        write_json(file, {"format": FORMAT, "machine": machine, "settings": settings})
+        # A last line that was cut off is measured again.
+        cells.truncate((path / CELLS_FILE).read_bytes().rfind(b"\n") + 1)
 
     def add(self, cell: CellResult) -> None:
         """Append a measured cell, failed or not."""
         line = json.dumps(cell.to_json(), ensure_ascii=False) + "\n"
         self._cells.write(line.encode("utf-8", "replace"))
         self._cells.flush()
-        if cell.error is None:
-            self.done.add((cell.key, cell.repetition))
 
-    def _check_run_file(self, settings: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
-        """Compare with an earlier call, note which cells are there, write what covers both."""
-        file = self.path / RUN_FILE
-        if file.exists():
-            earlier = BenchRun.load(self.path)
-            name = different_settings(earlier.settings, settings)
-            if name is not None:
-                raise ViSpecError(
-                    f"--output {self.path} was measured with {name} "
-                    f"{earlier.settings.get(name)!r}, now it is {settings[name]!r}: choose another "
-                    "folder or the earlier setting"
-                )
-            settings, machine = _widened(earlier.settings, settings), earlier.machine
-            self.done = {
-                (cell.key, cell.repetition) for cell in earlier.cells if cell.error is None
-            }
-        content = {"format": FORMAT, "machine": dict(machine), "settings": dict(settings)}
-        write_text(file, json.dumps(content, indent=2) + "\n")
-        # A last line that was cut off is measured again.
-        self._cells.truncate((self.path / CELLS_FILE).read_bytes().rfind(b"\n") + 1)
+    def _covering(self, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings that cover what an earlier call and this one asked for.
 
-
-def _widened(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings that cover what both calls asked for."""
-    axes = {name: list(dict.fromkeys([*earlier[name], *now[name]])) for name in AXES}
-    late = {name: now.get(name) or earlier.get(name) for name in LATE}
-    repetitions = max(earlier["repetitions"], now["repetitions"])
-    return {**earlier, **axes, **late, "repetitions": repetitions}
+        Raises:
+            ViSpecError: a setting differs that they must share.
+        """
+        shared = [name for name in now if name not in (*AXES, *LATE, "repetitions")]
+        shared += [name for name in LATE if now[name] and earlier.get(name)]
+        changed = [name for name in shared if earlier.get(name) != now[name]]
+        if now["design"] == "star":
+            # The other axes were varied around their first values.
+            changed += [name for name in POINT_AXES.values() if earlier[name][0] != now[name][0]]
+        if changed:
+            name = changed[0]
+            raise ViSpecError(
+                f"--output {self.path} was measured with {name} {earlier.get(name)!r}, now it is "
+                f"{now[name]!r}: choose another folder or the earlier setting"
+            )
+        axes = {name: list(dict.fromkeys([*earlier[name], *now[name]])) for name in AXES}
+        late = {name: now[name] or earlier.get(name) for name in LATE}
+        repetitions = max(earlier["repetitions"], now["repetitions"])
+        return {**earlier, **axes, **late, "repetitions": repetitions}

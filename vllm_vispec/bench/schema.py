@@ -92,7 +92,7 @@ class CellKey(Record):
     """One cell of the matrix.
 
     Attributes:
-        side: the variant, a name in `vllm_vispec.bench.variants.VARIANTS`.
+        side: the variant, a name in `vllm_vispec.bench.matrix.VARIANTS`.
         concurrency: requests in flight, at most.
         num_speculative_tokens: K of the servers that were up together. The baseline, which drafts
             nothing, is measured again beside every K and has that K here.

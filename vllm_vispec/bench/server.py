@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -10,15 +11,13 @@ import shlex
 import socket
 import time
 import urllib.request
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_vispec.bench.machine import has_gpu, peak_bytes, server_environment
-from vllm_vispec.bench.matrix import MatrixSettings
+from vllm_vispec.bench.matrix import VARIANTS, MatrixSettings
 from vllm_vispec.bench.schema import MemoryFacts
-from vllm_vispec.bench.variants import VARIANTS, Heads
 from vllm_vispec.utils.engine_start import find_cause, spelled_as_option, why
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.process import ChildProcess
@@ -33,22 +32,21 @@ GPU_SHARE = 0.9
 """Of a GPU's memory, for all servers together."""
 MOST_STARTS_AT_ONCE = 4
 """However many cores there are: a start reads the target's weights."""
-MAX_STARTS = 2
-"""A server that dies under load is started once more."""
+READY_S = 1800.0
+"""Longest start of a server."""
 
 
 class ServerError(ViSpecError):
     """A server that does not start, or is gone."""
 
 
-@dataclass(frozen=True)
-class ServerSpec:
-    """What to start.
+@dataclass
+class BenchServer:
+    """A server on loopback.
 
     Attributes:
         variant: its name.
         arguments: what follows `vllm serve`, without host and port.
-        port: on loopback.
         log_file: gets everything the server prints.
     """
 
@@ -56,35 +54,35 @@ class ServerSpec:
     arguments: tuple[str, ...]
     port: int
     log_file: Path
+    _process: ChildProcess | None = field(default=None, init=False)
 
     @property
     def command(self) -> str:
         """What a user types to get this server."""
         return shlex.join(["vllm", "serve", *self.arguments, "--port", str(self.port)])
 
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://{HOST}:{self.port}"
 
-class BenchServer:
-    """A running server. Use it as a context manager: it and its children are gone afterwards."""
-
-    def __init__(self, spec: ServerSpec) -> None:
-        self.spec = spec
-        self.url = f"http://{HOST}:{spec.port}"
-        self._process: ChildProcess | None = None
-
-    def __enter__(self) -> BenchServer:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there."""
+        return self._process is not None and self._process.alive
 
     def start(self) -> None:
         """Start the process; it is not ready when this returns."""
-        address = ["--host", HOST, "--port", str(self.spec.port)]
-        command = [*CLI, "serve", *self.spec.arguments, *address]
-        self._process = ChildProcess(command, server_environment(), self.spec.log_file)
+        command = [*CLI, "serve", *self.arguments, "--host", HOST, "--port", str(self.port)]
+        self._process = ChildProcess(command, server_environment(), self.log_file)
 
-    def wait_until_ready(self, seconds: float) -> None:
+    def stop(self) -> None:
+        """End the process and its children."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.stop()
+
+    def wait_until_ready(self, seconds: float = READY_S) -> None:
         """Wait for an answer of `/health`.
 
         Raises:
@@ -99,11 +97,6 @@ class BenchServer:
                 return
             time.sleep(0.5)
         raise self._error(f"was not ready in {seconds:.0f} s")
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process is there."""
-        return self._process is not None and self._process.alive
 
     def reset_caches(self) -> None:
         """Empty the caches of prefixes, images and vision embeddings, as after a start.
@@ -122,7 +115,7 @@ class BenchServer:
         """
         blocks = re.search(r'cache_config_info\{.*num_gpu_blocks="(\d+)"', self._call("metrics"))
         lookups = None
-        if option_value(self.spec.arguments, "--worker-extension-cls") == EXTENSION:
+        if option_value(self.arguments, "--worker-extension-cls") == EXTENSION:
             answer = self._call("collective_rpc", json.dumps({"method": IMAGE_TABLE}).encode())
             # All tensor-parallel workers look the same images up.
             lookups = next((one for one in json.loads(answer)["results"] if one), None)
@@ -133,12 +126,6 @@ class BenchServer:
             image_table_misses=lookups and lookups["misses"],
         )
 
-    def stop(self) -> None:
-        """End the process and its children."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.stop()
-
     def _call(self, path: str, body: bytes | None = None) -> str:
         try:
             return call(f"{self.url}/{path}", body)
@@ -147,46 +134,40 @@ class BenchServer:
             raise self._error(f"does not answer /{path} ({error}): {cause}") from error
 
     def _error(self, what: str) -> ServerError:
-        return ServerError(f"server of {self.spec.variant} {what} (log: {self.spec.log_file})")
+        return ServerError(f"server of {self.variant} {what} (log: {self.log_file})")
 
     def _log(self) -> str:
-        return self.spec.log_file.read_text(errors="replace")
+        return self.log_file.read_text(errors="replace")
 
 
 class ServerGroup:
-    """Servers of some variants at one K. Use it as a context manager.
+    """Servers at one K. Use it as a context manager: all are gone afterwards.
 
     On a GPU they are started one after the other, since vLLM looks at free memory while it starts;
     else as many at once as there are cores. One that fails does not keep the others from being
     measured.
 
     Args:
-        make: makes a variant's server.
+        servers: by variant.
         wait: called with each server that was started; returns when it may be measured.
     """
 
     def __init__(
-        self,
-        variants: Sequence[str],
-        make: Callable[[str], BenchServer],
-        wait: Callable[[BenchServer], None],
+        self, servers: Mapping[str, BenchServer], wait: Callable[[BenchServer], None]
     ) -> None:
-        self._make, self._wait = make, wait
-        self._servers: dict[str, BenchServer] = {}
-        self._starts = dict.fromkeys(variants, 0)
+        self._servers, self._wait = servers, wait
+        self._restarted: set[str] = set()
         self._errors: dict[str, str] = {}
 
     def __enter__(self) -> ServerGroup:
-        launched: deque[str] = deque()
-        at_once = starts_at_once()
+        at_once, servers = starts_at_once(), list(self._servers.values())
         try:
-            for name in self._starts:
-                self._launch(name)
-                launched.append(name)
-                if len(launched) >= at_once:
-                    self._wait_for(launched.popleft())
-            for name in launched:
-                self._wait_for(name)
+            for first in range(0, len(servers), at_once):
+                batch = servers[first : first + at_once]
+                for server in batch:
+                    server.start()
+                for server in batch:
+                    self._wait_for(server)
         except BaseException:
             self.__exit__()
             raise
@@ -197,54 +178,31 @@ class ServerGroup:
         with contextlib.ExitStack() as stack:
             for server in self._servers.values():
                 stack.callback(server.stop)
-        self._servers.clear()
 
     def server(self, name: str) -> BenchServer:
-        """Return a variant's server; one that died is started again once.
+        """Return a variant's server; one that died under load is started again once.
 
         Raises:
             ServerError: it is not there, with the reason.
         """
-        if not self._is_up(name) and self._starts[name] < MAX_STARTS:
-            self._launch(name)
-            self._wait_for(name)
-        if not self._is_up(name):
-            raise ServerError(self._errors.get(name, f"server of {name} died {MAX_STARTS} times"))
-        return self._servers[name]
+        server = self._servers[name]
+        # Settings do not get better: a server that never came up is not tried again.
+        if not server.alive and name not in self._errors and name not in self._restarted:
+            self._restarted.add(name)
+            server.stop()
+            server.start()
+            self._wait_for(server)
+        if not server.alive:
+            raise ServerError(self._errors.get(name, f"server of {name} died twice"))
+        return server
 
-    def first(self) -> BenchServer | None:
-        """Return a server that is up, the baseline's if possible."""
-        order = sorted(self._servers, key=lambda name: VARIANTS[name].draft is not None)
-        return next((self._servers[name] for name in order if self._is_up(name)), None)
-
-    def _is_up(self, name: str) -> bool:
-        return name in self._servers and self._servers[name].alive
-
-    def _launch(self, name: str) -> None:
-        """Start a process without waiting for it; a failure is kept in `_errors`."""
-        self._starts[name] += 1
-        if name in self._servers:
-            self._servers.pop(name).stop()
-        with self._noting_errors(name):
-            self._servers[name] = self._make(name)
-            self._servers[name].start()
-
-    def _wait_for(self, name: str) -> None:
-        with self._noting_errors(name):
-            if name in self._servers:
-                self._wait(self._servers[name])
-
-    @contextlib.contextmanager
-    def _noting_errors(self, name: str) -> Iterator[None]:
-        """Note what goes wrong in the block, and end the variant's server then."""
+    def _wait_for(self, server: BenchServer) -> None:
+        """Wait; a server that does not come up is ended, and why is kept in `_errors`."""
         try:
-            yield
+            self._wait(server)
         except (ViSpecError, OSError) as error:
-            self._errors[name] = str(error)
-            if name in self._servers:
-                self._servers.pop(name).stop()
-            # Settings do not get better: a server that never came up is not tried again.
-            self._starts[name] = MAX_STARTS
+            self._errors[server.variant] = str(error)
+            server.stop()
 
 
 def starts_at_once() -> int:
@@ -253,30 +211,30 @@ def starts_at_once() -> int:
 
 
 def serve_arguments(
-    settings: MatrixSettings, variant: str, heads: Heads, num_tokens: int, servers: int
+    settings: MatrixSettings, variant: str, heads: Path, num_tokens: int, servers: int
 ) -> tuple[str, ...]:
     """Return what follows `vllm serve` for a variant, without host and port.
 
     Args:
+        heads: folder of heads that are made for the run.
         num_tokens: K.
         servers: how many share the machine.
 
     Raises:
         ViSpecError: the variant's head cannot be used.
     """
-    arguments = [settings.target, *settings.serve_args]
-    if option_value(settings.serve_args, "--generation-config") is None:
-        # A model's own defaults (penalties, top_k) would change what is sampled.
-        arguments += ["--generation-config", "vllm"]
-    share = option_value(settings.serve_args, "--gpu-memory-utilization")
-    if share is None and has_gpu():
-        arguments += ["--gpu-memory-utilization", f"{GPU_SHARE / servers:.3f}"]
-    config = VARIANTS[variant].speculative_config(heads, num_tokens)
+    # A model's own defaults (penalties, top_k) would change what is sampled.
+    options = {"--generation-config": "vllm"}
+    if has_gpu():
+        options["--gpu-memory-utilization"] = f"{GPU_SHARE / servers:.3f}"
+    config = VARIANTS[variant].speculative_config(settings, heads, num_tokens)
     if config is not None:
-        arguments += ["--speculative-config", json.dumps(config)]
-        if option_value(settings.serve_args, "--worker-extension-cls") is None:
-            arguments += ["--worker-extension-cls", EXTENSION]
-    return tuple(arguments)
+        options["--worker-extension-cls"] = EXTENSION
+    given = settings.serve_args
+    added = [pair for pair in options.items() if option_value(given, pair[0]) is None]
+    if config is not None:
+        added.append(("--speculative-config", json.dumps(config)))
+    return (settings.target, *given, *(word for pair in added for word in pair))
 
 
 def choose_ports(count: int, first: int = 0) -> tuple[int, ...]:
@@ -286,9 +244,9 @@ def choose_ports(count: int, first: int = 0) -> tuple[int, ...]:
         ViSpecError: one of them is in use.
     """
     with contextlib.ExitStack() as stack:
-        found = []
-        for port in range(first, first + count) if first else [0] * count:
-            probe = stack.enter_context(socket.socket())
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for number, probe in enumerate(probes):
+            port = first and first + number
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((HOST, port))
@@ -297,8 +255,7 @@ def choose_ports(count: int, first: int = 0) -> tuple[int, ...]:
                     f"--port {first}: port {port} is in use or not allowed; choose another, or 0 "
                     "for any that is free"
                 ) from error
-            found.append(int(probe.getsockname()[1]))
-    return tuple(found)
+        return tuple(int(probe.getsockname()[1]) for probe in probes)
 
 
 def call(url: str, body: bytes | None = None, seconds: float = 60) -> str:
@@ -314,15 +271,12 @@ def call(url: str, body: bytes | None = None, seconds: float = 60) -> str:
 
 
 def option_value(arguments: Sequence[str], name: str) -> str | None:
-    """Return the value of an option, given as two arguments or as ``--name=value``.
+    """Return the value of an option of vLLM, None if it is not there.
 
-    Underscores count as dashes, as in vLLM. None if the option is not there.
+    Underscores count as dashes, and ``--name=value`` as two arguments, as in vLLM.
     """
-    for place, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        if flag.replace("_", "-") != name:
-            continue
-        if equals:
-            return value
-        return arguments[place + 1] if place + 1 < len(arguments) else ""
-    return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    names = {name, "--" + name.removeprefix("--").replace("-", "_")}
+    parser.add_argument(*names, dest="value", nargs="?", const="")
+    value: str | None = parser.parse_known_args(list(arguments))[0].value
+    return value

@@ -115,7 +115,6 @@ FORMS = {
     "cell_timeout_s": Form(("--cell-timeout",)),
     "engine": Form(("--engine-args",)),
 }
-NO_OPTION = ("ready_timeout_s",)
 
 
 class SettingsField(NamedTuple):
@@ -195,8 +194,6 @@ def _fields(settings: Any) -> Iterator[SettingsField]:
         return
     types, docs = get_type_hints(settings), attribute_docs(settings)
     for field in fields(settings):
-        if field.name in NO_OPTION:
-            continue
         kind, default = types[field.name], empty if field.default is MISSING else field.default
         if field.default_factory is not MISSING:
             kind, default = (kind if get_origin(kind) is dict else kind | None), None
