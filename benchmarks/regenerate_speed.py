@@ -34,7 +34,7 @@ from vllm_vispec.data.types import Conversation, Rejected
 from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
-    from vllm_vispec.data.regenerate.backends.offline import OfflineBackend
+    from vllm_vispec.data.regenerate.offline import OfflineBackend
 
 DEFAULT_OUTPUT = Path("benchmarks/results/regenerate_speed.json")
 GOAL = 5.0
@@ -166,7 +166,7 @@ def to_content(engine: Timed, single: Timed) -> dict[str, Any]:
 
 def measure(settings: RegenerateSettings, count: int) -> tuple[Timed, Timed]:
     """Run both sides on the first samples of the input."""
-    from vllm_vispec.data.regenerate.backends.offline import OfflineBackend
+    from vllm_vispec.data.regenerate.offline import OfflineBackend
 
     items = [item for item in read_conversations(settings.input) if not isinstance(item, Rejected)]
     backend = OfflineBackend(settings)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Regenerated
-from vllm_vispec.data.regenerate.job import Summary, regenerate_all
+from vllm_vispec.data.regenerate.job import BackendName, Summary, regenerate_all
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.data.types import Conversation, Rejected
 
@@ -35,7 +35,7 @@ class FakeBackend:
     asked: list[str] = field(default_factory=list)
     closed: int = 0
 
-    def make(self, name: str, settings: RegenerateSettings) -> FakeBackend:
+    def make(self, name: BackendName, settings: RegenerateSettings) -> FakeBackend:
         """Stand in for `make_backend`."""
         self.request = settings.request
         return self

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.engine import shut_down_distributed
-from vllm_vispec.data.regenerate.backends.offline import OfflineBackend
-from vllm_vispec.data.regenerate.backends.ray_data import RayBackend
 from vllm_vispec.data.regenerate.dialogue import Regenerated
-from vllm_vispec.data.regenerate.job import regenerate_all
+from vllm_vispec.data.regenerate.job import BackendName, regenerate_all
+from vllm_vispec.data.regenerate.offline import OfflineBackend
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.data.types import Conversation, Rejected
 
@@ -22,7 +21,7 @@ class Shared:
     def __init__(self, settings: RegenerateSettings) -> None:
         self.backend = OfflineBackend(settings)
 
-    def make(self, name: str, settings: RegenerateSettings) -> Shared:
+    def make(self, name: BackendName, settings: RegenerateSettings) -> Shared:
         """Stand in for `make_backend`."""
         self.backend.settings = settings
         return self
@@ -55,27 +54,19 @@ def run_twice(model: str, source: str, folder: str) -> Iterator[dict[str, Any]]:
     """Run a job, cut its output in the middle of a line, and run it again with the same engine."""
     first = to_settings(model, source, f"{folder}/one.jsonl")
     shared = Shared(first)
-    yield regenerate_all(first, make=shared.make).to_json() | {"records": records(first.output)}
+    yield vars(regenerate_all(first, make=shared.make)) | {"records": records(first.output)}
     again = to_settings(model, source, f"{folder}/two.jsonl")
     regenerate_all(again, make=shared.make)
     content = again.output.read_bytes()
     again.output.write_bytes(content[: len(content) // 2])
-    yield regenerate_all(again, make=shared.make).to_json() | {"records": records(again.output)}
+    yield vars(regenerate_all(again, make=shared.make)) | {"records": records(again.output)}
     shared.backend.close()
     shut_down_distributed()
 
 
 def run_ray(model: str, source: str, output: str) -> dict[str, Any]:
     """Run a job with two engines in a local Ray cluster."""
-    made: list[RayBackend] = []
-
-    def make(name: str, settings: RegenerateSettings) -> RayBackend:
-        made.append(RayBackend(settings))
-        return made[0]
-
-    settings = to_settings(model, source, output, workers=2)
-    summary = regenerate_all(settings, "ray", make)
-    return summary.to_json() | {"processes": len(made[0].processes)}
+    return vars(regenerate_all(to_settings(model, source, output, workers=2), "ray"))
 
 
 def records(output: Path) -> dict[str, dict[str, Any]]:

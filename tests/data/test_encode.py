@@ -95,12 +95,8 @@ def test_ids_are_the_processors_own(encoder: Encoder, pictures: Path) -> None:
     assert not rest.strip()
     for name, tensor in encoded.vision.items():
         assert torch.equal(tensor, whole[name])
-
-
-def test_one_run_per_image(encoder: Encoder) -> None:
-    encoded = encode(encoder, two_turns())
     assert len(encoded.runs) == 3
-    inside = torch.zeros(len(encoded.token_ids), dtype=torch.bool)
+    inside = torch.zeros(length, dtype=torch.bool)
     for start, end in encoded.runs:
         assert end > start
         inside[start:end] = True
@@ -117,13 +113,6 @@ def test_images_that_touch_are_kept_apart(tiny: TinyStore, pictures: Path) -> No
     encoded = encode(encoder, two_turns())
     assert [end - start for start, end in encoded.runs] == [b - a for a, b in apart.runs]
     assert encoded.runs[1][1] == encoded.runs[2][0]
-
-
-def test_text_only(encoder: Encoder) -> None:
-    encoded = encode(encoder, Conversation("t", (user(Part(text="Hi")), answer("Yes"))))
-    assert encoded.runs == ()
-    assert dict(encoded.vision) == {}
-    assert "Yes" in spoken(encoder, encoded)
 
 
 def test_recorded_tokens_replace_the_last_answer(encoder: Encoder) -> None:
@@ -150,14 +139,12 @@ def test_an_answer_cut_off_has_no_end(tiny: TinyStore, pictures: Path) -> None:
     assert (encoded.token_ids == end).sum() == 4  # two questions, the system's, the first answer
 
 
-def test_what_follows_the_last_answer_is_dropped(encoder: Encoder) -> None:
+def test_what_follows_the_last_answer_is_dropped_and_nothing_else(encoder: Encoder) -> None:
     base = two_turns()
     longer = Conversation("s", (*base.turns, user(Part(text="More"))), "vqa")
-    assert torch.equal(encode(encoder, longer).token_ids, encode(encoder, base).token_ids)
-
-
-def test_never_cut(encoder: Encoder) -> None:
-    length = len(encode(encoder, two_turns()).token_ids)
+    token_ids = encode(encoder, base).token_ids
+    assert torch.equal(encode(encoder, longer).token_ids, token_ids)
+    length = len(token_ids)
     encoder.max_length = length
     assert isinstance(encoder(two_turns()), Encoded)
     encoder.max_length = length - 1
@@ -195,7 +182,11 @@ def test_rejections(
     assert "\n" not in found.reason
 
 
-def test_an_image_token_in_the_text_is_noticed(encoder: Encoder, kind: str) -> None:
+def test_text_without_images(encoder: Encoder, kind: str) -> None:
+    encoded = encode(encoder, Conversation("t", (user(Part(text="Hi")), answer("Yes"))))
+    assert encoded.runs == ()
+    assert dict(encoded.vision) == {}
+    assert "Yes" in spoken(encoder, encoded)
     mark = FAMILIES[kind].image_token
     found = encoder(Conversation("s", (user(Part(text=f"Say {mark}")), answer("No"))))
     assert found == Rejected("s", "0 images, but the rendered dialogue has 1 image tokens")

@@ -132,7 +132,5 @@ def test_ray_with_two_workers(tiny: TinyStore, pictures: Path, tmp_path: Path) -
     env = IN_PROCESS_ENV | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     (found,) = run_in_subprocess("tests.data.jobs:run_ray", arguments, env)
     assert (found["total"], found["success"], found["error"]) == (GOOD + 4, GOOD, 4)
-    # Ray Data may give both blocks to the engine that is ready first.
-    assert found["processes"] in (1, 2)
     made = records(to_settings(**arguments).output)
     assert len(made) == GOOD

@@ -46,26 +46,20 @@ def test_never_mixes_configurations(
     assert settings.output.read_bytes() == before
 
 
-def test_another_input_is_another_configuration(settings: RegenerateSettings) -> None:
-    run(settings, FakeBackend())
-    settings.input.write_text(json.dumps(record("new")) + "\n")
-    with pytest.raises(ViSpecError, match="input_sha256"):
-        run(settings, FakeBackend())
-
-
-def test_foreign_output(settings: RegenerateSettings) -> None:
+def test_foreign_or_damaged_output(settings: RegenerateSettings) -> None:
     settings.output.parent.mkdir()
     settings.output.write_text('{"id": "mine"}\n')
     with pytest.raises(ViSpecError, match="does not say how it was made"):
         run(settings, FakeBackend())
     assert settings.output.read_text() == '{"id": "mine"}\n'
-
-
-def test_damaged_output(settings: RegenerateSettings) -> None:
+    settings.output.unlink()
     run(settings, FakeBackend())
     lines = settings.output.read_text().splitlines()
     settings.output.write_text("\n".join([lines[0], "damaged", *lines[2:]]) + "\n")
     with pytest.raises(ViSpecError, match="line 2 is damaged; remove the line"):
+        run(settings, FakeBackend())
+    settings.input.write_text(json.dumps(record("new")) + "\n")
+    with pytest.raises(ViSpecError, match="input_sha256"):
         run(settings, FakeBackend())
 
 
@@ -78,22 +72,17 @@ def test_output_in_use(settings: RegenerateSettings) -> None:
     assert run(settings, FakeBackend()).skipped == COUNT
 
 
-def test_output_is_input(settings: RegenerateSettings) -> None:
+def test_unusable_files(settings: RegenerateSettings) -> None:
     before = settings.input.read_bytes()
-    with pytest.raises(ViSpecError, match="is the input"):
-        run(changed(settings, output=settings.input), FakeBackend())
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"output": settings.input}, "is the input"),
+        ({"output": settings.input / "below" / "out.jsonl"}, "cannot be written"),
+        ({"input": Path("none.jsonl")}, r"--input .* cannot be read"),
+    ]
+    for change, named in cases:
+        with pytest.raises(ViSpecError, match=named):
+            run(changed(settings, **change), FakeBackend())
     assert settings.input.read_bytes() == before
-
-
-def test_unwritable_output(settings: RegenerateSettings) -> None:
-    blocked = changed(settings, output=settings.input / "below" / "out.jsonl")
-    with pytest.raises(ViSpecError, match="cannot be written"):
-        run(blocked, FakeBackend())
-
-
-def test_missing_input(settings: RegenerateSettings) -> None:
-    with pytest.raises(ViSpecError, match=r"--input .* cannot be read"):
-        run(changed(settings, input=Path("none.jsonl")), FakeBackend())
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_vispec.data.formats import to_conversation
-from vllm_vispec.data.regenerate.backends import ray_data
+from vllm_vispec.data.read import to_conversation
+from vllm_vispec.data.regenerate import ray_data
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.data.types import Rejected
 from vllm_vispec.utils.errors import ViSpecError
@@ -27,23 +27,16 @@ def test_blocks(count: int, workers: int, blocks: int) -> None:
     assert ray_data.num_blocks(count, workers) == blocks
 
 
-def test_a_block_that_ran_twice_counts_once() -> None:
-    results: queue.Queue[Rejected] = queue.Queue()
-    for name in ("a", "b", "a"):
-        results.put(Rejected(name, "bad"))
-    found = list(ray_data.drain(results, ray_data.BackgroundJob(lambda: None), poll=0.05))
-    assert found == [Rejected("a", "bad"), Rejected("b", "bad")]
-
-
-def test_failed_workers_after_some_results() -> None:
+def test_every_result_once_and_then_the_failure() -> None:
     results: queue.Queue[Rejected] = queue.Queue()
 
     def work() -> None:
-        results.put(Rejected("a", "bad"))
+        for name in ("a", "b", "a"):
+            results.put(Rejected(name, "bad"))
         raise RuntimeError("Traceback\n  lines\nViSpecError: no such target\n")
 
-    taken = ray_data.drain(results, ray_data.BackgroundJob(work), poll=0.05)
-    assert next(taken) == Rejected("a", "bad")
+    taken = ray_data.drain(results, work, poll_s=0.05)
+    assert [next(taken), next(taken)] == [Rejected("a", "bad"), Rejected("b", "bad")]
     with pytest.raises(ViSpecError, match="the Ray job failed: no such target"):
         next(taken)
 
@@ -55,8 +48,7 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_travels_to_the_workers(tmp_path: Path) -> None:
-    changes = {"target": f"{tmp_path}/"}
-    moved = SETTINGS.model_copy(update=changes).with_absolute_paths()
+    moved = SETTINGS.model_copy(update={"target": f"{tmp_path}/"}).with_absolute_paths()
     assert moved.input.is_absolute()
     assert moved.output.is_absolute()
     assert moved.target == str(tmp_path)

@@ -12,7 +12,7 @@ import pytest
 from tests.data.fake_server import ANSWER, FakeServer
 from tests.data.fakes import changed
 from tests.support.tiny_store import TinyStore
-from vllm_vispec.data.regenerate.backends import server as backend
+from vllm_vispec.data.regenerate import server as backend
 from vllm_vispec.data.regenerate.job import Summary, regenerate_all
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.data.template import ChatTemplate, load_processor
@@ -64,12 +64,13 @@ def run(settings: RegenerateSettings, fake: FakeServer) -> Summary:
         return regenerate_all(settings, "server")
 
 
+@pytest.fixture(scope="module")
 def template(target: Path) -> ChatTemplate:
     return ChatTemplate(load_processor(target))
 
 
-def test_regenerates(settings: RegenerateSettings, target: Path) -> None:
-    fake = FakeServer(template(target))
+def test_regenerates(settings: RegenerateSettings, template: ChatTemplate) -> None:
+    fake = FakeServer(template)
     summary = run(settings, fake)
     assert (summary.total, summary.success, summary.error) == (7, 5, 2)
     assert (summary.round_trip_failed, summary.round_trip_unchecked) == (0, 0)
@@ -84,8 +85,8 @@ def test_regenerates(settings: RegenerateSettings, target: Path) -> None:
     assert [(56, 56)] in fake.sizes
 
 
-def test_what_is_sent(settings: RegenerateSettings, target: Path) -> None:
-    fake = FakeServer(template(target))
+def test_what_is_sent(settings: RegenerateSettings, template: ChatTemplate) -> None:
+    fake = FakeServer(template)
     run(settings, fake)
     for request in fake.requests:
         assert request["model"] == "served"
@@ -113,12 +114,14 @@ def test_a_server_without_token_ids(settings: RegenerateSettings) -> None:
     assert json.loads(settings.output.open().readline())["response_token_ids"] == [None, None]
 
 
-def test_a_server_that_goes_away_loses_nothing(settings: RegenerateSettings, target: Path) -> None:
+def test_a_server_that_goes_away_loses_nothing(
+    settings: RegenerateSettings, template: ChatTemplate
+) -> None:
     one_by_one = changed(settings, concurrency=1)
     with pytest.raises(ViSpecError, match=r"does not answer .* run the same command again"):
-        run(one_by_one, FakeServer(template(target), refuse_after=4))
+        run(one_by_one, FakeServer(template, refuse_after=4))
     assert len(settings.output.read_text().splitlines()) == 2
-    summary = run(one_by_one, FakeServer(template(target)))
+    summary = run(one_by_one, FakeServer(template))
     assert (summary.success, summary.error, summary.skipped) == (3, 2, 2)
 
 

@@ -45,7 +45,7 @@ def test_coverage_of_answers_and_of_held_out_ones() -> None:
 
 
 def test_recorded_tokens_come_before_the_text() -> None:
-    from vllm_vispec.data.formats import to_conversation
+    from vllm_vispec.data.read import to_conversation
 
     record = {
         "messages": [

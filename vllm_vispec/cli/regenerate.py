@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_vispec.cli.options import options_of
-from vllm_vispec.data.regenerate.picture_folder import write_questions
-from vllm_vispec.data.regenerate.settings import RegenerateSettings
+from vllm_vispec.data.regenerate.settings import RegenerateSettings, write_questions
 from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
-    from vllm_vispec.data.regenerate.job import Summary
+    from vllm_vispec.data.regenerate.job import BackendName, Summary
 
 
 @options_of(RegenerateSettings)
@@ -29,27 +28,17 @@ def regenerate(
 
     if settings.server and ray:
         raise ViSpecError("--server and --ray exclude each other; leave one out")
-    backend = "server" if settings.server else "ray" if ray else "offline"
-    source = conversation_file(settings.input, settings.output, question or [])
-    settings = settings.model_copy(update={"input": source})
+    backend: BackendName = "server" if settings.server else "ray" if ray else "offline"
+    if settings.input.is_dir():
+        source = write_questions(settings, question or ())
+        settings = settings.model_copy(update={"input": source})
+    elif question:
+        raise ViSpecError(
+            f"--question is for a folder of images, --input {settings.input} is none: drop it"
+        )
     summary = regenerate_all(settings, backend, progress=True)
     for line in summary_lines(summary, settings.output):
         typer.echo(line)
-
-
-def conversation_file(source: Path, output: Path, questions: list[str]) -> Path:
-    """Return the conversations to answer; for a folder of images they are written first.
-
-    Raises:
-        ViSpecError: questions for a file that has its own, or a folder without images.
-    """
-    if source.is_dir():
-        return write_questions(source, output, questions)
-    if questions:
-        raise ViSpecError(
-            f"--question is for a folder of images, --input {source} is none: drop it"
-        )
-    return source
 
 
 def summary_lines(summary: Summary, output: Path) -> list[str]:

@@ -1,5 +1,10 @@
 """Conversations as the tokens a target sees, with the tokens the assistant wrote marked.
 
+A dialogue is rendered once; an answer starts where the rendering of everything before it (with the
+opening of an answer) ends. A template for which that is no prefix of the whole, in text or in
+tokens, does not round-trip: what it would be trained on is not what the engine sees. Then the image
+placeholders are expanded by the processor's rule.
+
 Shapes: L tokens of one sample, image placeholders expanded.
 """
 
@@ -7,19 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_vispec.data.images import BadImage, open_image
-from vllm_vispec.data.spans import PlainSample, RoundTripError, plain_sample
+from vllm_vispec.data.images import open_image
 from vllm_vispec.data.template import ChatTemplate
-from vllm_vispec.data.types import Conversation, Rejected, Turn
+from vllm_vispec.data.types import ANSWER_TOKENS_KEY, FINISH_KEY, Conversation, Rejected, Turn
+from vllm_vispec.utils.errors import first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+NO_LIMIT = 1 << 30
 SEQUENCE_OUTPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """Processor outputs with one entry per token: they follow from `Encoded.token_ids`."""
 
@@ -28,10 +34,10 @@ SEQUENCE_OUTPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_t
 class Encoded:
     """One sample as the target sees it; it ends with the last token of its last answer.
 
-    ``answer`` marks what the assistant wrote, its end-of-turn token included unless the answer was
-    cut off. ``runs`` are the image tokens [start, end), one run per image. ``vision`` holds what
-    the target's forward needs beside the ids (``pixel_values``, ``image_grid_thw``, ...), as the
-    processor returned it; it is empty without images.
+    ``token_ids`` int64 [L]; ``answer`` bool [L] marks what the assistant wrote, its end-of-turn
+    token included unless the answer was cut off. ``runs`` are the image tokens [start, end), one
+    run per image. ``vision`` holds what the target's forward needs beside the ids
+    (``pixel_values``, ``image_grid_thw``, ...), as the processor returned it; empty without images.
     """
 
     sample_id: str
@@ -40,6 +46,15 @@ class Encoded:
     answer: Tensor
     runs: tuple[tuple[int, int], ...]
     vision: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PlainSample:
+    """A dialogue with one token per image: ids, answer marks, and the text it was asked with."""
+
+    token_ids: list[int]
+    answer: list[bool]
+    prompt_text: str
 
 
 class Encoder:
@@ -57,7 +72,7 @@ class Encoder:
     def __init__(
         self,
         processor: Any,
-        max_length: int,
+        max_length: int = NO_LIMIT,
         image_root: Path | None = None,
         recorded: bool = True,
     ) -> None:
@@ -66,7 +81,7 @@ class Encoder:
         self.image_root = image_root
         self.recorded = recorded
         self.template = ChatTemplate(processor)
-        self.image_token_id = image_token_id(processor)
+        self.image_token_id = _image_token_id(processor)
 
     def __call__(self, conversation: Conversation) -> Encoded | Rejected:
         """Encode one conversation up to its last answer."""
@@ -74,11 +89,8 @@ class Encoder:
             plain = plain_sample(self.template, conversation, self.recorded)
             images = [open_image(path, self.image_root) for path in conversation.images]
             return self._expand(conversation, plain, images)
-        except BadImage as error:
-            return Rejected(conversation.sample_id, str(error))
         except ValueError as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return Rejected(conversation.sample_id, reason)
+            return Rejected(conversation.sample_id, first_line(error))
 
     def prompt_ids(self, turns: Sequence[Turn]) -> list[int]:
         """Return the ids that ask for the next answer, one id per image placeholder."""
@@ -92,11 +104,11 @@ class Encoder:
 
         marks = plain.token_ids.count(self.image_token_id)
         if marks != len(images):
-            raise RoundTripError(
+            raise ValueError(
                 f"{len(images)} images, but the rendered dialogue has {marks} image tokens"
             )
-        outputs = self._process(plain.prompt_text, images)
-        counts = iter(self._image_counts(outputs["input_ids"], images))
+        prompt_ids, vision = self._process(plain.prompt_text, images)
+        counts = iter(self._image_counts(prompt_ids, images))
         is_image = [token == self.image_token_id for token in plain.token_ids]
         repeats = [next(counts) if image else 1 for image in is_image]
         ends = list(accumulate(repeats))
@@ -105,9 +117,8 @@ class Encoder:
             raise ValueError(f"longer than max_length: {length} tokens, {self.max_length} allowed")
         times = torch.tensor(repeats)
         token_ids = torch.tensor(plain.token_ids).repeat_interleave(times)
-        prompt = torch.tensor(outputs["input_ids"])
-        if not torch.equal(token_ids[: len(prompt)], prompt):
-            raise RoundTripError("the processor does more to the text than repeat image tokens")
+        if token_ids[: len(prompt_ids)].tolist() != prompt_ids:
+            raise ValueError("the processor does more to the text than repeat image tokens")
         return Encoded(
             sample_id=conversation.sample_id,
             family=conversation.family,
@@ -118,10 +129,10 @@ class Encoder:
                 for image, count, end in zip(is_image, repeats, ends, strict=True)
                 if image
             ),
-            vision=outputs["vision"],
+            vision=vision,
         )
 
-    def _process(self, text: str, images: list[Image]) -> dict[str, Any]:
+    def _process(self, text: str, images: list[Image]) -> tuple[list[int], dict[str, Tensor]]:
         """Run the processor: ids with expanded placeholders, and its outputs for the images."""
         outputs = self.processor(
             text=[text],
@@ -130,7 +141,7 @@ class Encoder:
             return_tensors="pt",
         )
         vision = {name: value for name, value in outputs.items() if name not in SEQUENCE_OUTPUTS}
-        return {"input_ids": outputs["input_ids"][0].tolist(), "vision": vision}
+        return outputs["input_ids"][0].tolist(), vision
 
     def _image_counts(self, expanded: list[int], images: list[Image]) -> list[int]:
         """Return how many tokens each image takes."""
@@ -140,13 +151,108 @@ class Encoder:
             return counts
         # Images that touch form one stretch: ask the processor about each of them alone.
         mark = self.template.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        alone = [self._process(mark, [image])["input_ids"] for image in images]
-        return [ids.count(self.image_token_id) for ids in alone]
+        return [self._process(mark, [one])[0].count(self.image_token_id) for one in images]
 
 
-def image_token_id(processor: Any) -> int:
+def _image_token_id(processor: Any) -> int:
     """Return the id that stands for image features in the expanded prompt."""
     found = getattr(processor, "image_token_id", None)
     if found is None:
         found = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     return int(found)
+
+
+def plain_sample(template: ChatTemplate, conversation: Conversation, recorded: bool) -> PlainSample:
+    """Return the tokens of a dialogue up to its last answer.
+
+    Raises:
+        ValueError: the template does not keep a prefix a prefix, there is no answer, an empty one,
+            or the record contradicts the dialogue.
+    """
+    turns = _until_last_answer(conversation)
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    tokens = _recorded_answer(conversation, len(answers)) if recorded else None
+    cut = _cut_off(conversation, len(answers))
+    prompt_text = template.render(turns[:-1], open_answer=True)
+    text = prompt_text if tokens else template.render(turns)
+    ids = template.tokenize(text)
+    marks = [False] * len(ids)
+    end = len(ids)
+    for number, index in enumerate(answers[:-1] if tokens else answers):
+        start, end = _span(template, turns, index, text, ids)
+        if end < len(ids) and template.ends_turn(ids[end]) and not cut[number]:
+            end += 1
+        marks[start:end] = [True] * (end - start)
+    if tokens:
+        return PlainSample(ids + tokens, marks + [True] * len(tokens), prompt_text)
+    return PlainSample(ids[:end], marks[:end], prompt_text)
+
+
+def _recorded_answer(conversation: Conversation, answers: int) -> list[int] | None:
+    """Return the recorded ids of the last answer, None if the record has none."""
+    found = conversation.extra.get(ANSWER_TOKENS_KEY)
+    if not found:
+        return None
+    if not isinstance(found, list) or len(found) != answers:
+        raise ValueError(f"{ANSWER_TOKENS_KEY} is not one list for each of {answers} answers")
+    last = found[-1]
+    if last is None:
+        return None
+    if not isinstance(last, list) or not last or any(type(one) is not int for one in last):
+        raise ValueError(f"{ANSWER_TOKENS_KEY} holds no token ids for the last answer")
+    return last
+
+
+def _until_last_answer(conversation: Conversation) -> tuple[Turn, ...]:
+    """Return the turns up to the last answer: later ones teach nothing."""
+    turns = conversation.turns
+    while turns and turns[-1].role != "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise ValueError("no answer")
+    if all(turn.role != "user" for turn in takewhile(lambda turn: turn.role != "assistant", turns)):
+        raise ValueError("an answer without a question before it")
+    for turn in turns:
+        if turn.role == "assistant" and any(part.image for part in turn.parts):
+            raise ValueError("an answer holds an image")
+        if turn.role == "assistant" and not turn.text.strip():
+            raise ValueError("empty answer")
+    if any(part.image for turn in conversation.turns[len(turns) :] for part in turn.parts):
+        raise ValueError("an image without an answer after it")
+    return turns
+
+
+def _cut_off(conversation: Conversation, answers: int) -> list[bool]:
+    """Return, for each answer, whether the token limit ended it."""
+    reasons = conversation.extra.get(FINISH_KEY)
+    if not isinstance(reasons, list) or len(reasons) != answers:
+        return [False] * answers
+    return [reason == "length" for reason in reasons]
+
+
+def _span(
+    template: ChatTemplate, turns: Sequence[Turn], index: int, text: str, ids: list[int]
+) -> tuple[int, int]:
+    """Return the tokens [start, end) of an answer, without what closes the turn."""
+    prefix = template.render(turns[:index], open_answer=True)
+    if not text.startswith(prefix):
+        raise ValueError(f"chat template: the text before turn {index} is no prefix")
+    before = template.tokenize(prefix)
+    if ids[: len(before)] != before:
+        raise ValueError(f"chat template: the tokens before turn {index} are no prefix")
+    end = _answer_end(text, len(prefix), turns[index].text)
+    pairs = zip(ids, template.tokenize(text[:end]), strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if shared <= len(before):
+        raise ValueError(f"chat template: the answer in turn {index} has no token of its own")
+    return len(before), shared
+
+
+def _answer_end(text: str, start: int, answer: str) -> int:
+    """Return the character after the answer; templates may strip it."""
+    for wanted in (answer, answer.strip()):
+        found = text.find(wanted, start)
+        # Only white space may stand between the opening and the answer.
+        if found >= 0 and not text[start:found].strip():
+            return found + len(wanted)
+    raise ValueError("chat template: it changes the text of an answer")

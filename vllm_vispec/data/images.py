@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import mimetypes
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from vllm_vispec.utils.errors import first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,8 +28,7 @@ def image_file(path: str, root: Path | None) -> Path:
     Raises:
         BadImage: it is not a path on this machine or does not exist.
     """
-    if path.startswith("file://"):
-        path = path.removeprefix("file://")
+    path = path.removeprefix("file://")
     if "://" in path or path.startswith("data:"):
         raise BadImage(f"image {path[:40]} is not a path; save it as a file")
     file = Path(path) if root is None else root / path
@@ -48,8 +50,7 @@ def open_image(path: str, root: Path | None) -> Image:
         with PilImage.open(file) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, PilImage.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadImage(f"image {path} cannot be read: {reason}") from error
+        raise BadImage(f"image {path} cannot be read: {first_line(error)}") from error
 
 
 def data_url(path: str, root: Path) -> str:
@@ -58,10 +59,7 @@ def data_url(path: str, root: Path) -> str:
     Raises:
         BadImage: it is missing or broken.
     """
-    from PIL import Image as PilImage
-
     open_image(path, root)
     file = image_file(path, root)
-    with PilImage.open(file) as image:
-        mime_type = image.get_format_mimetype() or "image/png"
+    mime_type = mimetypes.guess_type(file.name)[0] or "image/png"
     return f"data:{mime_type};base64,{base64.b64encode(file.read_bytes()).decode('ascii')}"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vispec.data.images import data_url
-from vllm_vispec.data.types import Part, Turn
-from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.data.types import Turn, to_messages
+from vllm_vispec.utils.errors import ViSpecError, first_line
 
 
 def load_processor(target: str | Path) -> Any:
@@ -22,9 +22,8 @@ def load_processor(target: str | Path) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(str(target), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ViSpecError(
-            f"target {target}: no processor ({reason}); give the folder or hub id of a "
+            f"target {target}: no processor ({first_line(error)}); give the folder or hub id of a "
             "vision-language model"
         ) from error
     if getattr(processor, "image_processor", None) is None:
@@ -38,36 +37,15 @@ def load_processor(target: str | Path) -> Any:
     return processor
 
 
-def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Return turns as chat messages with {"type": "text"} and {"type": "image"} parts."""
-    return [
-        {
-            "role": turn.role,
-            "content": [
-                {"type": "image"} if part.image else {"type": "text", "text": part.text}
-                for part in turn.parts
-            ],
-        }
-        for turn in turns
-    ]
-
-
 def to_openai(turns: Sequence[Turn], root: Path) -> list[dict[str, Any]]:
     """Return turns as OpenAI messages with images as data URLs.
 
     Raises:
         BadImage: an image is missing or broken.
     """
-    return [
-        {"role": turn.role, "content": [_content(part, root) for part in turn.parts]}
-        for turn in turns
-    ]
-
-
-def _content(part: Part, root: Path) -> dict[str, Any]:
-    if part.image is None:
-        return {"type": "text", "text": part.text}
-    return {"type": "image_url", "image_url": {"url": data_url(part.image, root)}}
+    return to_messages(
+        turns, lambda path: {"type": "image_url", "image_url": {"url": data_url(path, root)}}
+    )
 
 
 class ChatTemplate:
@@ -88,7 +66,9 @@ class ChatTemplate:
 
         try:
             text = self.processor.apply_chat_template(
-                to_messages(turns), tokenize=False, add_generation_prompt=open_answer
+                to_messages(turns, lambda _: {"type": "image"}),
+                tokenize=False,
+                add_generation_prompt=open_answer,
             )
         except TemplateError as error:
             raise ValueError(f"chat template: {error}") from error

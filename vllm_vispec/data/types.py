@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-ROLES = ("system", "user", "assistant")
 ANSWER_TOKENS_KEY = "response_token_ids"
 """Key of `Conversation.extra`: the ids the target generated, one list per assistant turn."""
 FINISH_KEY = "finish_reason"
@@ -23,7 +22,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says; ``role`` is one of `ROLES`."""
+    """What one side says; ``role`` is system, user or assistant."""
 
     role: str
     parts: tuple[Part, ...]
@@ -55,3 +54,19 @@ class Rejected:
 
     sample_id: str
     reason: str
+
+
+def to_messages(
+    turns: Sequence[Turn], to_image: Callable[[str], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return turns as chat messages; ``to_image`` makes an image's part from its path."""
+    return [
+        {
+            "role": turn.role,
+            "content": [
+                to_image(part.image) if part.image else {"type": "text", "text": part.text}
+                for part in turn.parts
+            ],
+        }
+        for turn in turns
+    ]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
-from vllm_vispec.data.encode import Encoded, Encoder
-from vllm_vispec.data.spans import plain_sample
+from vllm_vispec.data.encode import Encoder, plain_sample
 from vllm_vispec.data.template import ChatTemplate
 from vllm_vispec.data.types import FINISH_KEY, Conversation, Part, Rejected, Turn
-
-ENDS = ("stop", "length")
-"""How an answer may end."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,25 @@ class Regenerated:
     answers: tuple[Answer, ...]
     round_trip: bool | None = None
     round_trip_reason: str = ""
+
+
+Result = Regenerated | Rejected
+
+
+class Backend(Protocol):
+    """Answers conversations; built from the settings, which may take long."""
+
+    def answer(self, conversations: Iterable[Conversation]) -> Iterator[Result]:
+        """Yield each conversation's result as soon as it is there, in any order.
+
+        Raises:
+            ViSpecError: the backend as a whole cannot go on; everything finished comes before.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
 
 
 @dataclass
@@ -67,11 +82,11 @@ class Dialogue:
         Raises:
             ValueError: the answer is empty, or the engine gave up on it.
         """
-        if answer.finish_reason not in ENDS:
+        if answer.finish_reason not in ("stop", "length"):
             raise ValueError(f"the answer ended with {answer.finish_reason}")
         if not answer.text.strip():
             raise ValueError("empty answer")
-        text, reason = fit_text(template, self.turns, answer)
+        text, reason = self._fit_text(answer, template)
         self.round_trip_reason = self.round_trip_reason or reason
         self.answers.append(answer)
         self.turns = (*self.turns, Turn("assistant", (Part(text=text),)))
@@ -89,44 +104,36 @@ class Dialogue:
         last = self.answers[-1]
         if encoder is None or last.prompt_token_ids is None or last.token_ids is None:
             return Regenerated(conversation, tuple(self.answers))
-        reason = self.round_trip_reason or compare(encoder, conversation, last)
+        reason = self.round_trip_reason or _compare(encoder, conversation, last)
         return Regenerated(conversation, tuple(self.answers), not reason, reason)
 
+    def _fit_text(self, answer: Answer, template: ChatTemplate | None) -> tuple[str, str]:
+        """Return the text to store, and why the answer's tokens do not come back ("" if they do).
 
-def fit_text(
-    template: ChatTemplate | None, turns: Sequence[Turn], answer: Answer
-) -> tuple[str, str]:
-    """Return the text to store for an answer, and why its tokens do not come back ("" if they do).
-
-    Templates differ in who writes the space before an answer; the variant whose rendering gives
-    the target's own tokens is taken.
-    """
-    variants = list(dict.fromkeys((answer.text, answer.text.lstrip(" "), answer.text.strip())))
-    if template is None or answer.token_ids is None:
-        return variants[-1], ""
-    asked = template.tokenize(template.render(turns, open_answer=True))
-    reason = ""
-    for text in variants:
-        told = (*turns, Turn("assistant", (Part(text=text),)))
-        extra = _finish_of_last(told, answer)
-        try:
-            ids = plain_sample(template, Conversation("", told, extra=extra), False).token_ids
-        except ValueError as error:
-            reason = str(error)
-            continue
-        if ids == asked + without_hidden_end(template, ids, answer.token_ids):
-            return text, ""
-        reason = "other tokens for the same text"
-    return answer.text, reason
+        Templates differ in who writes the space before an answer; the variant whose rendering gives
+        the target's own tokens is taken.
+        """
+        variants = dict.fromkeys((answer.text, answer.text.lstrip(" "), answer.text.strip()))
+        if template is None or answer.token_ids is None:
+            return answer.text.strip(), ""
+        asked = template.tokenize(template.render(self.turns, open_answer=True))
+        # How the earlier answers ended does not matter here.
+        extra = {FINISH_KEY: ["stop"] * len(self.answers) + [answer.finish_reason]}
+        reason = ""
+        for text in variants:
+            told = Conversation("", (*self.turns, Turn("assistant", (Part(text=text),))), "", extra)
+            try:
+                ids = plain_sample(template, told, False).token_ids
+            except ValueError as error:
+                reason = str(error)
+                continue
+            if ids == asked + _without_hidden_end(template, ids, answer.token_ids):
+                return text, ""
+            reason = "other tokens for the same text"
+        return answer.text, reason
 
 
-def _finish_of_last(turns: Sequence[Turn], answer: Answer) -> dict[str, Any]:
-    """Return the record's field; the earlier answers' ends do not matter here."""
-    count = sum(turn.role == "assistant" for turn in turns)
-    return {FINISH_KEY: ["stop"] * (count - 1) + [answer.finish_reason]}
-
-
-def without_hidden_end(
+def _without_hidden_end(
     template: ChatTemplate, rendered: Sequence[int], token_ids: Sequence[int]
 ) -> list[int]:
     """Return an answer's ids without an end-of-turn token that the template does not write."""
@@ -136,14 +143,13 @@ def without_hidden_end(
     return ids
 
 
-def compare(encoder: Encoder, conversation: Conversation, last: Answer) -> str:
+def _compare(encoder: Encoder, conversation: Conversation, last: Answer) -> str:
     """Return why encoding the finished dialogue does not give the engine's tokens ("" if so)."""
     encoded = encoder(conversation)
     if isinstance(encoded, Rejected):
         return encoded.reason
-    assert isinstance(encoded, Encoded)
     found = encoded.token_ids.tolist()
-    answer = without_hidden_end(encoder.template, found, last.token_ids or ())
+    answer = _without_hidden_end(encoder.template, found, last.token_ids or ())
     if found == [*(last.prompt_token_ids or ()), *answer]:
         return ""
     return "the engine's prompt has other tokens than the encoder's"
@@ -154,16 +160,10 @@ def ask(turns: tuple[Turn, ...], request: str) -> tuple[Turn, ...]:
     if not request:
         return turns
     last = max(i for i, turn in enumerate(turns) if turn.role == "user")
-    parts = turns[last].parts
-    gap = "\n" if parts and parts[-1].text else ""
-    asked = Turn("user", _with_text(parts, gap + request))
-    return (*turns[:last], asked, *turns[last + 1 :])
-
-
-def _with_text(parts: tuple[Part, ...], text: str) -> tuple[Part, ...]:
-    if parts and parts[-1].image is None:
-        return (*parts[:-1], Part(text=parts[-1].text + text))
-    return (*parts, Part(text=text))
+    parts = list(turns[last].parts)
+    text = parts.pop().text if parts and parts[-1].image is None else ""
+    parts.append(Part(text=f"{text}\n{request}" if text else request))
+    return (*turns[:last], Turn("user", tuple(parts)), *turns[last + 1 :])
 
 
 def question_groups(turns: tuple[Turn, ...]) -> list[tuple[Turn, ...]]:

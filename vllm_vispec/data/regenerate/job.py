@@ -1,25 +1,44 @@
-"""A regeneration job: input, backend and journal brought together, every sample counted."""
+"""A regeneration job: the target answers every sample of a file once, however often it is stopped.
+
+The output is a journal, one line per finished sample. Beside ``out.jsonl`` lie
+``out.jsonl.meta.json`` (settings and hash of the input: another configuration must not mix its
+answers in), ``out.jsonl.rejected.jsonl`` and, at the end, ``out.jsonl.summary.json``.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
 import os
 from collections import Counter
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, Literal
 
 from vllm_vispec.data.read import read_conversations
-from vllm_vispec.data.regenerate.backends import Backend, make_backend
-from vllm_vispec.data.regenerate.dialogue import Regenerated
-from vllm_vispec.data.regenerate.journal import Journal, file_hash
+from vllm_vispec.data.regenerate.dialogue import Backend, Regenerated, Result
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
-from vllm_vispec.data.types import ANSWER_TOKENS_KEY, FINISH_KEY, Conversation, Part, Rejected
+from vllm_vispec.data.types import (
+    ANSWER_TOKENS_KEY,
+    FINISH_KEY,
+    Conversation,
+    Rejected,
+    to_messages,
+)
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import write_json
 
-BackendMaker = Callable[[str, RegenerateSettings], Backend]
-
+BackendName = Literal["offline", "server", "ray"]
+# Named as text, so that nothing heavy is imported before it is used.
+BACKENDS: Mapping[BackendName, str] = {
+    "offline": "vllm_vispec.data.regenerate.offline:OfflineBackend",
+    "server": "vllm_vispec.data.regenerate.server:ServerBackend",
+    "ray": "vllm_vispec.data.regenerate.ray_data:RayBackend",
+}
 REASON_CLASSES = (
     "does not exist",
     "cannot be read",
@@ -57,15 +76,21 @@ class Summary:
     round_trip_unchecked: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the counts as plain data."""
-        return asdict(self) | {"reasons": dict(self.reasons)}
+
+def make_backend(name: BackendName, settings: RegenerateSettings) -> Backend:
+    """Build a backend.
+
+    Raises:
+        ViSpecError: it does not start.
+    """
+    backend: Backend = resolve_name(BACKENDS[name])(settings)
+    return backend
 
 
 def regenerate_all(
     settings: RegenerateSettings,
-    backend: str = "offline",
-    make: BackendMaker = make_backend,
+    backend: BackendName = "offline",
+    make: Callable[[BackendName, RegenerateSettings], Backend] = make_backend,
     progress: bool = False,
 ) -> Summary:
     """Run a job to its end, or go on with one that was stopped.
@@ -79,21 +104,48 @@ def regenerate_all(
     """
     if settings.output.resolve() == settings.input.resolve():
         raise ViSpecError(f"--output {settings.output} is the input; choose another file")
-    configuration = settings.fingerprint() | {"input_sha256": file_hash(settings.input)}
-    with Journal(settings.output, configuration) as journal:
-        job = _Job(settings, journal)
+    with _Job(settings) as job:
         todo = job.read_input()
         if todo:
             job.run(make(backend, settings), todo, progress)
-        journal.write_summary(job.summary.to_json())
+        write_json(settings.beside("summary.json"), vars(job.summary))
     return job.summary
 
 
 class _Job:
-    """Writes results into the journal and counts them."""
+    """Counts results and appends them to the output, each with one flush to the system.
 
-    def __init__(self, settings: RegenerateSettings, journal: Journal) -> None:
-        self.settings, self.journal, self.summary = settings, journal, Summary()
+    Raises:
+        ViSpecError: the output belongs to another configuration or another running job, a line of
+            it is damaged, or it cannot be written.
+    """
+
+    def __init__(self, settings: RegenerateSettings) -> None:
+        self.settings, self.output, self.summary = settings, settings.output, Summary()
+        configuration = settings.fingerprint() | {"input_sha256": _file_hash(settings.input)}
+        self._done = set[str]()
+        with self._naming_failures(), ExitStack() as stack:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            created = not self.output.exists() or self.output.stat().st_size == 0
+            # Unbuffered: nothing of a record that did not fit may be written later.
+            self._file = stack.enter_context(self.output.open("ab", buffering=0))
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ViSpecError(
+                    f"--output {self.output} is being written by another job; choose another file"
+                ) from error
+            _check_meta(settings, configuration, created)
+            self._size = self._load()
+            rejected = settings.beside("rejected.jsonl")
+            self._rejected = stack.enter_context(rejected.open("wb", buffering=0))
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> _Job:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._open.close()  # gives the lock back
 
     def read_input(self) -> list[Conversation]:
         """Count the input and return what is still to do."""
@@ -102,7 +154,7 @@ class _Job:
             self.summary.total += 1
             if isinstance(item, Rejected):
                 self._reject(item)
-            elif item.sample_id in self.journal.done:
+            elif item.sample_id in self._done:
                 self.summary.skipped += 1
             else:
                 todo.append(item)
@@ -128,7 +180,7 @@ class _Job:
                 "the same command again"
             )
 
-    def _note(self, result: Regenerated | Rejected) -> None:
+    def _note(self, result: Result) -> None:
         summary = self.summary
         if isinstance(result, Rejected):
             self._reject(result)
@@ -139,7 +191,12 @@ class _Job:
                 reason = f"template round trip: {result.round_trip_reason}"
                 self._reject(Rejected(result.conversation.sample_id, reason))
                 return
-        self.journal.add(to_record(result, self.settings))
+        with self._naming_failures():
+            try:
+                self._size += _write_line(self._file, _to_record(result, self.settings))
+            except OSError:
+                self._file.truncate(self._size)
+                raise
         summary.success += 1
         summary.round_trip_unchecked += result.round_trip is None
         summary.answers += len(result.answers)
@@ -147,29 +204,98 @@ class _Job:
         summary.length += sum(answer.finish_reason == "length" for answer in result.answers)
 
     def _reject(self, item: Rejected) -> None:
-        self.journal.reject(item.sample_id, item.reason)
+        with self._naming_failures():
+            _write_line(self._rejected, {"id": item.sample_id, "reason": item.reason})
         self.summary.error += 1
         known = (name for name in REASON_CLASSES if name in item.reason)
         self.summary.reasons[next(known, "other")] += 1
 
+    def _load(self) -> int:
+        """Read the ids in the output, drop a last line that was cut off; return the size."""
+        content = self.output.read_bytes()
+        size = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[:size].splitlines(), start=1):
+            try:
+                self._done.add(str(json.loads(line)["id"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ViSpecError(
+                    f"--output {self.output}: line {number} is damaged; remove the line and start "
+                    "again"
+                ) from error
+        self._file.truncate(size)
+        return size
 
-def to_record(done: Regenerated, settings: RegenerateSettings) -> dict[str, Any]:
+    @contextmanager
+    def _naming_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            kept = len(self._done) + self.summary.success
+            raise ViSpecError(
+                f"--output {self.output} cannot be written ({error.strerror or error}): {kept} "
+                "finished samples are kept; make room and run the same command again"
+            ) from error
+
+
+def _check_meta(
+    settings: RegenerateSettings, configuration: Mapping[str, Any], created: bool
+) -> None:
+    """Compare the settings with those of the earlier run, or write them for a new file."""
+    output, meta = settings.output, settings.beside("meta.json")
+    if created:
+        write_json(meta, configuration)
+        return
+    try:
+        earlier = json.loads(meta.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise ViSpecError(
+            f"--output {output} exists, but {meta.name} beside it does not say how it was made; "
+            "choose another file"
+        ) from error
+    for name, value in configuration.items():
+        if earlier.get(name) != value:
+            raise ViSpecError(
+                f"--output {output} was made with {name} {earlier.get(name)!r}, now it is "
+                f"{value!r}; choose another file or the earlier setting"
+            )
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as source:
+            return hashlib.file_digest(source, "sha256").hexdigest()
+    except OSError as error:
+        raise ViSpecError(f"--input {path} cannot be read: {error.strerror or error}") from error
+
+
+def _write_line(file: Any, record: Mapping[str, Any]) -> int:
+    """Write a line; a full disk may take a part first and refuse the rest."""
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+    rest = line
+    while rest:
+        rest = rest[file.write(rest) :]
+    return len(line)
+
+
+def _to_record(done: Regenerated, settings: RegenerateSettings) -> dict[str, Any]:
     """Return a dialogue as a record of the output file (OpenAI style).
 
-    Its questions are those that the target was asked.
+    Its questions are those that the target was asked. With an image root, image paths stay as
+    written: the reader of the output is given the same root. Without one, relative paths start from
+    the folder of the file they are in.
     """
-    conversation = done.conversation
-    messages = [
-        {"role": turn.role, "content": [_content(part, settings) for part in turn.parts]}
-        for turn in conversation.turns
-    ]
+
+    def to_image(path: str) -> dict[str, str]:
+        is_absolute = Path(path).is_absolute() or path.startswith("file://")
+        if settings.image_root is None and not is_absolute:
+            path = os.path.relpath(settings.input.parent / path, settings.output.parent)
+        return {"type": "image", "image": path}
+
     return {
-        "id": conversation.sample_id,
-        "family": conversation.family,
-        "messages": messages,
-        ANSWER_TOKENS_KEY: [
-            None if answer.token_ids is None else list(answer.token_ids) for answer in done.answers
-        ],
+        "id": done.conversation.sample_id,
+        "family": done.conversation.family,
+        "messages": to_messages(done.conversation.turns, to_image),
+        ANSWER_TOKENS_KEY: [answer.token_ids for answer in done.answers],
         FINISH_KEY: [answer.finish_reason for answer in done.answers],
         "round_trip": done.round_trip,
         "prompt_style": settings.style_name,
@@ -178,18 +304,3 @@ def to_record(done: Regenerated, settings: RegenerateSettings) -> dict[str, Any]
         "seed": settings.seed,
         "model": settings.target,
     }
-
-
-def _content(part: Part, settings: RegenerateSettings) -> dict[str, str]:
-    """A part of a message. Image paths are the output's.
-
-    With an image root they stay as written: the reader of the output is given the same root.
-    Without one, relative paths start from the folder of the file they are in.
-    """
-    if part.image is None:
-        return {"type": "text", "text": part.text}
-    path = part.image
-    is_absolute = Path(path).is_absolute() or path.startswith("file://")
-    if settings.image_root is None and not is_absolute:
-        path = os.path.relpath(settings.input.parent / path, settings.output.parent)
-    return {"type": "image", "image": path}

@@ -1,31 +1,33 @@
-"""Settings of a regeneration job: the options of `vispec regenerate`."""
+"""Settings of a regeneration job: the options of `vispec regenerate`, and what they answer."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from vllm_vispec.data.images import image_folder
+from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.settings import Settings
 
-PROMPT_STYLES: Mapping[str, str] = MappingProxyType(
-    {
-        "none": "",
-        "long": "Answer at length, with at least 1000 words.",
-        "detailed": "Answer in detail and mention everything you see.",
-        "reasoning": "Think step by step and write every step down.",
-    }
-)
+PROMPT_STYLES: Mapping[str, str] = {
+    "none": "",
+    "long": "Answer at length, with at least 1000 words.",
+    "detailed": "Answer in detail and mention everything you see.",
+    "reasoning": "Think step by step and write every step down.",
+}
 """What is added to a question as a sentence of its own, so that the target answers at length.
 
 A draft head learns from the target's own words, and there are few of them in a one-word answer.
 ViSpec asks for at least 1000 words (arXiv 2509.15235, training data)."""
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+DEFAULT_QUESTION = "Describe this image."
 
 
 class RegenerateSettings(Settings):
@@ -92,6 +94,10 @@ class RegenerateSettings(Settings):
         """Folder that relative image paths of the input start from."""
         return image_folder(self.input, self.image_root)
 
+    def beside(self, kind: str) -> Path:
+        """Return the path of a file that belongs to the output."""
+        return self.output.with_name(f"{self.output.name}.{kind}")
+
     @property
     def request(self) -> str:
         """What is added to every question."""
@@ -121,3 +127,39 @@ class RegenerateSettings(Settings):
 def _absolute(target: str) -> str:
     """A local folder as an absolute path, a hub id as it is."""
     return os.path.abspath(target) if target and Path(target).is_dir() else target
+
+
+def write_questions(settings: RegenerateSettings, questions: Sequence[str] = ()) -> Path:
+    """Ask one question about every image below the input, a folder; the questions in turns.
+
+    Image paths in the file start from the file's own folder. The same images and questions give
+    the same file, so a stopped job goes on.
+
+    Returns:
+        The file, beside the output.
+
+    Raises:
+        ViSpecError: the folder has no image, or the file has other questions.
+    """
+    folder = settings.input
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    images = sorted(path for path in found if path.is_file())
+    if not images:
+        raise ViSpecError(
+            f"--input {folder} has no image ({', '.join(IMAGE_SUFFIXES)}): give a folder of images"
+        )
+    file = settings.beside("questions.jsonl")
+    content = ""
+    for image, question in zip(images, cycle(questions or (DEFAULT_QUESTION,)), strict=False):
+        path = {"type": "image", "image": os.path.relpath(image, file.parent)}
+        asked = {"role": "user", "content": [path, {"type": "text", "text": question}]}
+        name = image.relative_to(folder).as_posix()
+        content += json.dumps({"id": name, "messages": [asked]}) + "\n"
+    if file.is_file() and file.read_text(encoding="utf-8") != content:
+        raise ViSpecError(
+            f"{file} has other questions than the images in {folder} would get now: choose another "
+            "--output, or go on with --input and that file"
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content, encoding="utf-8")
+    return file

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from vllm_vispec.data.encode import Encoder
 from vllm_vispec.data.images import open_image
-from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Regenerated
+from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Result
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Conversation, Rejected
@@ -18,7 +19,6 @@ from vllm_vispec.utils.errors import first_line
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
 
-NO_LIMIT = 1 << 30
 QUEUE_FACTOR = 2
 """Dialogues in the engine per sequence that it runs: the rest waits there, already prepared."""
 
@@ -28,42 +28,31 @@ class OfflineBackend:
 
     def __init__(self, settings: RegenerateSettings) -> None:
         self.settings = settings
-        self.encoder = Encoder(
-            load_processor(settings.target), NO_LIMIT, settings.images_from, recorded=False
-        )
+        processor = load_processor(settings.target)
+        self.encoder = Encoder(processor, image_root=settings.images_from, recorded=False)
         self.llm = start_engine(settings)
         self.limit = QUEUE_FACTOR * self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
 
-    def answer(self, conversations: Iterable[Conversation]) -> Iterator[Regenerated | Rejected]:
-        """Yield each conversation's result as soon as it is there."""
-        waiting = iter(conversations)
-        running: dict[str, Dialogue] = {}
-        exhausted = False
-        while running or not exhausted:
-            while not exhausted and len(running) < self.limit:
-                conversation = next(waiting, None)
-                if conversation is None:
-                    exhausted = True
-                    break
-                rejected = self._begin(conversation, running)
-                if rejected is not None:
-                    yield rejected
-            if running:
-                yield from self._step(running)
+    def answer(self, conversations: Iterable[Conversation]) -> Iterator[Result]:
+        """See `Backend.answer`."""
+        waiting, running = iter(conversations), dict[str, Dialogue]()
+        while True:
+            started = list(islice(waiting, self.limit - len(running)))
+            if not started and not running:
+                return
+            for conversation in started:
+                try:
+                    dialogue = Dialogue.begin(conversation, self.settings.request)
+                    running[self._enqueue(dialogue)] = dialogue
+                except ValueError as error:
+                    yield Rejected(conversation.sample_id, first_line(error))
+            yield from self._step(running)
 
     def close(self) -> None:
         """Stop the engine."""
         self.llm.llm_engine.engine_core.shutdown()
 
-    def _begin(self, conversation: Conversation, running: dict[str, Dialogue]) -> Rejected | None:
-        try:
-            dialogue = Dialogue.begin(conversation, self.settings.request)
-            running[self._enqueue(dialogue)] = dialogue
-        except ValueError as error:
-            return Rejected(conversation.sample_id, first_line(error))
-        return None
-
-    def _step(self, running: dict[str, Dialogue]) -> Iterator[Regenerated | Rejected]:
+    def _step(self, running: dict[str, Dialogue]) -> Iterator[Result]:
         """Let the engine make a token for everybody and look at who is finished."""
         for output in self.llm.llm_engine.step():
             if not output.finished:
@@ -87,9 +76,9 @@ class OfflineBackend:
         images = [open_image(path, self.settings.images_from) for path in dialogue.images]
         if images:
             prompt["multi_modal_data"] = {"image": images}
-        params = sampling_params(self.settings, dialogue)
         from vllm.exceptions import VLLMClientError
 
+        params = sampling_params(self.settings, dialogue)
         try:
             (request,) = self.llm.enqueue([prompt], params, use_tqdm=False)
         except VLLMClientError as error:  # e.g. a prompt longer than the context; no ValueError
@@ -108,17 +97,13 @@ def start_engine(settings: RegenerateSettings) -> LLM:
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    arguments: dict[str, Any] = {
-        "model": settings.target,
-        "dtype": settings.dtype,
-        "seed": settings.seed,
-    }
+    arguments: dict[str, Any] = {"dtype": settings.dtype, "seed": settings.seed}
     if settings.max_model_len is not None:
         arguments["max_model_len"] = settings.max_model_len
     with starting_engine(settings.target, spelled_as_json("--engine")):
         if current_platform.is_cpu():
             arguments |= cpu_arguments(settings)
-        return LLM(**(arguments | dict(settings.engine)))
+        return LLM(**({"model": settings.target} | arguments | settings.engine))
 
 
 def cpu_arguments(settings: RegenerateSettings) -> dict[str, Any]:
@@ -133,10 +118,7 @@ def cpu_arguments(settings: RegenerateSettings) -> dict[str, Any]:
     if length is None:
         config = EngineArgs(model=settings.target, dtype=settings.dtype).create_model_config()
         length = config.max_model_len
-    return {
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(int(length), 2048),
-    }
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(int(length), 2048)}
 
 
 def sampling_params(settings: RegenerateSettings, dialogue: Dialogue) -> SamplingParams:

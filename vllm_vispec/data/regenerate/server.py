@@ -8,8 +8,7 @@ from itertools import islice
 from typing import Any
 
 from vllm_vispec.data.encode import Encoder
-from vllm_vispec.data.regenerate.backends.offline import NO_LIMIT
-from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Regenerated
+from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Result
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.data.template import load_processor, to_openai
 from vllm_vispec.data.types import Conversation, Rejected
@@ -18,8 +17,6 @@ from vllm_vispec.utils.errors import ViSpecError, first_line
 RETRIES = 3
 TIMEOUT_S = 3600.0
 """A long answer behind a long queue is slow, not lost."""
-
-Result = Regenerated | Rejected
 
 
 class ServerBackend:
@@ -35,18 +32,13 @@ class ServerBackend:
         )
         self.runner = asyncio.Runner()
         self.model = self.runner.run(self._served_model())
-        self.encoder = (
-            Encoder(load_processor(settings.target), NO_LIMIT, settings.images_from, recorded=False)
-            if settings.target
-            else None
-        )
+        self.encoder: Encoder | None = None
+        if settings.target:
+            processor = load_processor(settings.target)
+            self.encoder = Encoder(processor, image_root=settings.images_from, recorded=False)
 
     def answer(self, conversations: Iterable[Conversation]) -> Iterator[Result]:
-        """Yield each conversation's result as soon as it is there.
-
-        Raises:
-            ViSpecError: the connection is lost; everything finished before comes first.
-        """
+        """See `Backend.answer`."""
         results = self._results(conversations)
         try:
             while (result := self.runner.run(anext(results, None))) is not None:
@@ -162,11 +154,6 @@ def to_answer(response: Any) -> Answer:
     if not response.choices:
         raise ValueError("empty answer")
     choice = response.choices[0]
-    ids = getattr(choice, "token_ids", None)
-    prompt = getattr(response, "prompt_token_ids", None)
-    return Answer(
-        text=choice.message.content or "",
-        finish_reason=str(choice.finish_reason),
-        token_ids=None if ids is None else tuple(ids),
-        prompt_token_ids=None if prompt is None else tuple(prompt),
-    )
+    told = (getattr(choice, "token_ids", None), getattr(response, "prompt_token_ids", None))
+    ids, prompt_ids = (None if one is None else tuple(one) for one in told)
+    return Answer(choice.message.content or "", str(choice.finish_reason), ids, prompt_ids)

@@ -7,14 +7,13 @@ A block that Ray runs again after a worker died may come twice: the second time 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from queue import Empty
 from threading import Thread
 from typing import Any
 
-from vllm_vispec.data.regenerate.backends.offline import OfflineBackend
-from vllm_vispec.data.regenerate.dialogue import Regenerated
+from vllm_vispec.data.regenerate.dialogue import Result
+from vllm_vispec.data.regenerate.offline import OfflineBackend
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.data.types import Conversation, Rejected
 from vllm_vispec.utils.engine_start import find_cause
@@ -22,9 +21,6 @@ from vllm_vispec.utils.errors import ViSpecError
 
 BLOCK = 64
 """Most dialogues of one block. Small blocks keep the workers equally busy, an engine needs many."""
-POLL_S = 1.0
-
-Result = Regenerated | Rejected
 
 
 class BlockWorker:
@@ -36,12 +32,11 @@ class BlockWorker:
         self.conversations: Sequence[Conversation] = ray.get(conversations)
         self.queue, self.backend = queue, OfflineBackend(settings)
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
-        """Answer a block and return, for each dialogue, this process (Ray Data wants columns)."""
-        block = [self.conversations[number] for number in batch["id"]]
-        for result in self.backend.answer(block):
+    def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Answer a block; what is returned only says that it is done."""
+        for result in self.backend.answer([self.conversations[number] for number in batch["id"]]):
             self.queue.put(result)
-        return {"process": [os.getpid()] * len(block)}
+        return batch
 
 
 class RayBackend:
@@ -59,20 +54,14 @@ class RayBackend:
         self.started = not ray.is_initialized()
         if self.started:
             ray.init(log_to_driver=False, include_dashboard=False)
-        self.processes: set[int] = set()
 
     def answer(self, conversations: Iterable[Conversation]) -> Iterator[Result]:
-        """Yield each conversation's result as soon as it is there.
-
-        Raises:
-            ViSpecError: the workers failed.
-        """
+        """See `Backend.answer`."""
         from ray.util.queue import Queue
 
         queue, todo = Queue(), list(conversations)
-        job = BackgroundJob(lambda: self._run(todo, queue))
         try:
-            yield from drain(queue, job)
+            yield from drain(queue, lambda: self._run(todo, queue))
         finally:
             queue.shutdown()
 
@@ -98,37 +87,31 @@ class RayBackend:
             num_cpus=1,
             num_gpus=gpus,
         )
-        self.processes = {int(row["process"]) for row in answered.iter_rows()}
+        for _ in answered.iter_batches(batch_size=None):
+            pass
 
 
-class BackgroundJob(Thread):
-    """Runs in a thread of its own, so that results can be taken meanwhile."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        super().__init__(daemon=True)
-        self._work = work
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        """Run until every block is answered or one of them failed for good."""
-        try:
-            self._work()
-        except Exception as error:  # whatever it is, it belongs to the thread that waits
-            self.error = error
-
-
-def drain(queue: Any, job: BackgroundJob, poll: float = POLL_S) -> Iterator[Result]:
-    """Yield what the workers put into the queue until they are through, each dialogue once.
+def drain(queue: Any, work: Callable[[], None], poll_s: float = 1.0) -> Iterator[Result]:
+    """Run `work` in a thread; meanwhile yield what it has put into the queue, each dialogue once.
 
     Raises:
-        ViSpecError: they failed; everything they had put into the queue comes first.
+        ViSpecError: it failed; everything that had been put into the queue comes first.
     """
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:  # whatever it is, it belongs to the thread that waits
+            failures.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
     seen: set[str] = set()
     while True:
-        alive = job.is_alive()
+        alive = thread.is_alive()
         try:
-            result: Result = queue.get(timeout=poll)
+            result: Result = queue.get(timeout=poll_s)
         except Empty:
             if alive:
                 continue
@@ -137,11 +120,11 @@ def drain(queue: Any, job: BackgroundJob, poll: float = POLL_S) -> Iterator[Resu
         if source.sample_id not in seen:
             seen.add(source.sample_id)
             yield result
-    if job.error is not None:
+    for error in failures:
         # Ray puts what was raised in an actor at the end of a traceback.
-        text = str(job.error).strip()
-        reason = find_cause(text) if text else type(job.error).__name__
-        raise ViSpecError(f"the Ray job failed: {reason}") from job.error
+        text = str(error).strip()
+        reason = find_cause(text) if text else type(error).__name__
+        raise ViSpecError(f"the Ray job failed: {reason}") from error
 
 
 def num_blocks(count: int, workers: int) -> int:
