@@ -88,10 +88,6 @@ class LoadedDataset:
     rejected: tuple[Rejected, ...]
     not_chosen: int
 
-    def reasons(self) -> dict[str, int]:
-        """How many were rejected for each reason, the most frequent first."""
-        return dict(Counter(item.reason for item in self.rejected).most_common())
-
     def notes(self) -> list[str]:
         """Lines for the user: what is asked, and what was left out and why."""
         families = Counter(sample.family for sample in self.samples)
@@ -101,8 +97,8 @@ class LoadedDataset:
             lines.append(f"  {self.not_chosen} more were not chosen")
         if self.rejected:
             lines.append(f"  {len(self.rejected)} cannot be used:")
-        shown = list(self.reasons().items())[:REASONS_SHOWN]
-        return lines + [f"    {count} x {reason}" for reason, count in shown]
+        reasons = Counter(item.reason for item in self.rejected).most_common(REASONS_SHOWN)
+        return lines + [f"    {count} x {reason}" for reason, count in reasons]
 
 
 def _read_openai(path: Path, options: DatasetOptions) -> Iterator[Conversation | Rejected]:
@@ -112,31 +108,26 @@ def _read_openai(path: Path, options: DatasetOptions) -> Iterator[Conversation |
             f"dataset openai: {path} is no file; give JSON lines with messages (OpenAI) or "
             "conversations (LLaVA), images as paths"
         )
-    return _with_absolute_images(path, options.image_root)
+    folder = image_folder(path, options.image_root)
+
+    def absolute(item: Conversation | Rejected) -> Conversation | Rejected:
+        if isinstance(item, Rejected):
+            return item
+        turns = _map_images(item.turns, lambda image: str(image_file(image, folder).resolve()))
+        return replace(item, turns=turns)
+
+    return map(absolute, read_conversations(path, options.image_root))
 
 
 def _read_tiny(path: Path, options: DatasetOptions) -> Iterator[Conversation | Rejected]:
     """Yield the questions of the tiny world: the folder that was written, or its file."""
-    file = path / TINY_FILE if path.is_dir() else path
+    file = path if path.is_file() or path.suffix == ".jsonl" else path / TINY_FILE
     if not file.is_file():
-        folder = path if path.suffix == "" else path.parent
         raise ViSpecError(
-            f"dataset tiny: {file} does not exist; write it with {TINY_COMMAND} --output {folder}"
+            f"dataset tiny: {file} does not exist; write it with {TINY_COMMAND} --output "
+            f"{file.parent}"
         )
-    return _with_absolute_images(file, options.image_root)
-
-
-def _with_absolute_images(file: Path, root: Path | None) -> Iterator[Conversation | Rejected]:
-    folder = image_folder(file, root)
-    for item in read_conversations(file, root):
-        yield (
-            item
-            if isinstance(item, Rejected)
-            else replace(
-                item,
-                turns=_map_images(item.turns, lambda x: str(image_file(x, folder).resolve())),
-            )
-        )
+    return _read_openai(file, options)
 
 
 ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
@@ -171,19 +162,21 @@ def load_dataset(
     samples: list[BenchSample] = []
     rejected: list[Rejected] = []
     for item in adapter.read(path, options):
-        if isinstance(item, Rejected):
-            rejected.append(item)
-            continue
         try:
-            samples += _samples_of(item, adapter, options.max_tokens or adapter.max_tokens)
+            if isinstance(item, Rejected):
+                rejected.append(item)
+            else:
+                samples += _samples_of(item, adapter, options.max_tokens or adapter.max_tokens)
         except ValueError as error:
             rejected.append(Rejected(item.sample_id, str(error)))
     chosen, unreadable = _choose(samples, options) if samples else ([], [])
     rejected += unreadable
     if not chosen:
-        reasons = [f"all {len(rejected)} records are unusable, first: {x.reason}" for x in rejected]
-        why = next(iter(reasons), "empty")
-        raise ViSpecError(f"dataset {name}: {path} gives no sample ({why}); check the file")
+        reason = f"first: {rejected[0].reason}" if rejected else "empty"
+        raise ViSpecError(
+            f"dataset {name}: {path} gives no sample, {len(rejected)} records are unusable "
+            f"({reason}); check the file"
+        )
     not_chosen = len(samples) - len(chosen) - len(unreadable)
     return LoadedDataset(name, tuple(chosen), tuple(rejected), not_chosen)
 
@@ -236,25 +229,19 @@ def _choose(
             f"{', '.join(there)}"
         )
 
-    @cache
-    def problem(image: str) -> str | None:
-        try:
-            open_image(image, None)
-        except BadImage as error:
-            return str(error)
-        return None
-
     chosen: list[BenchSample] = []
     rejected: list[Rejected] = []
+    opened = cache(lambda image: open_image(image, None).size)
     wanted = [one for one in samples if not options.families or one.family in options.families]
     for sample in _in_turns(wanted, options.seed):
         if len(chosen) == options.limit:
             break
-        reason = next(filter(None, map(problem, sample.images)), None)
-        if reason is None:
+        try:
+            for image in sample.images:
+                opened(image)
             chosen.append(sample)
-        else:
-            rejected.append(Rejected(sample.sample_id, reason))
+        except BadImage as error:
+            rejected.append(Rejected(sample.sample_id, str(error)))
     return chosen, rejected
 
 
@@ -267,20 +254,30 @@ def _in_turns(samples: Iterable[BenchSample], seed: int) -> Iterator[BenchSample
     return (groups[name][place] for place, name in sorted(places))
 
 
-def with_image_pixels(sample: BenchSample, width: int, height: int, folder: Path) -> BenchSample:
-    """Return the sample with copies of its images that have `width` x `height` pixels.
+def with_square_images(sample: BenchSample, side: int, folder: Path) -> BenchSample:
+    """Return the sample with copies of its images that have `side` x `side` pixels.
 
-    The aspect ratio is not kept: requests of one cell are to have equally many image tokens. Each
-    image of a sample gets this size, so its share of the tokens is the caller's to divide. The
+    The aspect ratio is not kept: requests of one cell are to have equally many image tokens. The
     copies are PNG files in `folder`, named after the content and the size, and made once.
 
     Raises:
-        ViSpecError: the size is not positive, an image cannot be read, or a copy cannot be written.
+        ViSpecError: an image cannot be read, or a copy cannot be written.
     """
-    if width < 1 or height < 1:
-        raise ViSpecError(f"image size {width}x{height} has no pixels: use at least 1x1")
-    resized = cache(lambda path: _resize(path, width, height, folder))
-    return replace(sample, turns=_map_images(sample.turns, resized))
+    from PIL.Image import Resampling
+
+    def resize(path: str) -> str:
+        try:
+            image = open_image(path, None)
+        except BadImage as error:
+            raise ViSpecError(f"{error}; remove its record from the dataset") from error
+        digest = sha256(Path(path).read_bytes()).hexdigest()[:24]
+        target = (folder / f"{digest}-{side}x{side}.png").resolve()
+        if not target.is_file():
+            with writing(target) as aside:
+                image.resize((side, side), Resampling.BICUBIC).save(aside, format="PNG")
+        return str(target)
+
+    return replace(sample, turns=_map_images(sample.turns, resize))
 
 
 def without_images(sample: BenchSample) -> BenchSample:
@@ -294,35 +291,7 @@ def without_images(sample: BenchSample) -> BenchSample:
 
 
 def _map_images(turns: Iterable[Turn], change: Callable[[str], str]) -> tuple[Turn, ...]:
-    return tuple(
-        replace(
-            turn,
-            parts=tuple(
-                replace(part, image=change(part.image)) if part.image else part
-                for part in turn.parts
-            ),
-        )
-        for turn in turns
-    )
+    def changed(part: Part) -> Part:
+        return replace(part, image=change(part.image)) if part.image else part
 
-
-def _resize(path: str, width: int, height: int, folder: Path) -> str:
-    from PIL.Image import Resampling
-
-    try:
-        digest = sha256(Path(path).read_bytes()).hexdigest()[:24]
-        target = folder / f"{digest}-{width}x{height}.png"
-        if target.is_file():
-            return str(target.resolve())
-        image = open_image(path, None).resize((width, height), Resampling.BICUBIC)
-    except OSError as error:
-        raise ViSpecError(
-            f"image {path} cannot be read ({error.strerror or error}); remove its record from the "
-            "dataset"
-        ) from error
-    except BadImage as error:
-        raise ViSpecError(f"{error}; remove its record from the dataset") from error
-    # Another process may be writing the same copy: each fills its own file, the last one wins.
-    with writing(target) as aside:
-        image.save(aside, format="PNG")
-    return str(target.resolve())
+    return tuple(replace(turn, parts=tuple(map(changed, turn.parts))) for turn in turns)

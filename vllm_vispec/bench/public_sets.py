@@ -28,7 +28,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -52,7 +52,16 @@ READ_TEXT = (
 )
 DESCRIBE = "Please provide a detailed description of the given image."
 MMSPEC_FILE, OWN_FILE = "mmspec.jsonl", "questions.jsonl"
-ID_FIELDS = ("id", "question_id")
+ID_FIELDS = ("id", "question_id", "cocoid")
+IMAGE_FOLDERS = (
+    "images",
+    "test",
+    "train_images",
+    "MME_Benchmark_release_version/MME_Benchmark",
+    "MME_Benchmark_release_version",
+    ".",
+)
+"""Where a task's images may lie in its folder, as its archives are unpacked."""
 TOPICS = {
     "general_vqa": "general_vqa",
     "text_vqa": "text_vqa",
@@ -67,8 +76,6 @@ TOPICS = {
 """MMSpec's topics by our task families."""
 
 Json = Mapping[str, Any]
-Rows = Iterable[tuple[str, Any]]
-"""(name, undecoded JSON or parsed record)."""
 
 
 def read_mmspec(path: Path, image_root: Path | None) -> Iterator[Conversation | Rejected]:
@@ -84,7 +91,7 @@ def read_mmspec(path: Path, image_root: Path | None) -> Iterator[Conversation | 
             "images/, e.g. dataset/MMSpec/testmini of a clone of github.com/killthefullmoon/MMSpec"
         )
     folders = [image_root] if image_root is not None else [file.parent / "images", file.parent]
-    return _convert_each(_json_lines(file), partial(_mmspec_dialogue, folders=folders))
+    return _convert_each(_rows(file), partial(_mmspec_dialogue, folders=folders))
 
 
 def _mmspec_dialogue(record: Json, sample_id: str, folders: list[Path]) -> Conversation:
@@ -107,27 +114,23 @@ class Task:
     """One task of the ViSpec paper.
 
     Attributes:
-        file: in which the task's authors (or LLaVA's evaluation) publish it.
+        file: in which the task's authors (or LLaVA's evaluation) publish it: JSON lines, or JSON
+            with the rows in a list or an object.
         source: public names of questions and images.
-        folders: tried for images, relative to the task's.
-        prompt: behind the question; "" where the question is all.
-        question: the record's field; "" if there is none, only the prompt is asked then.
+        prompt: behind the question.
+        asks: whether there is a question; else only the prompt is asked.
         image: the record's path, as a pattern of its fields and ``name``.
-        keys: down to the rows of a JSON file; None: JSON lines.
         keep: fields that a record needs, with how they begin; others are of another split or kind.
-        id_fields: with a row's id; empty: its place in the file (an object's keys, a line's
-            number).
+        ids: whether records have ids; else their place in the file counts.
     """
 
     file: str
     source: str
-    folders: tuple[str, ...] = ("images",)
     prompt: str = EXPLAIN
-    question: str = "question"
+    asks: bool = True
     image: str = "{image}"
-    keys: tuple[str, ...] | None = None
     keep: Mapping[str, str] = field(default_factory=dict)
-    id_fields: tuple[str, ...] = ID_FIELDS
+    ids: bool = True
 
 
 TASKS: Mapping[str, Task] = MappingProxyType(
@@ -135,69 +138,45 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         "sqa": Task(
             "problems.json",
             "ScienceQA: problems.json and images/test of github.com/lupantech/ScienceQA",
-            folders=("images", "."),
             image="test/{name}/{image}",
-            keys=(),
             keep={"split": "test", "image": ""},
-            id_fields=(),
         ),
         "mmvet": Task(
             "mm-vet.json",
             "MM-Vet: mm-vet.zip of github.com/yuweihao/MM-Vet",
             image="{imagename}",
-            keys=(),
-            id_fields=(),
         ),
         "textvqa": Task(
             "TextVQA_0.5.1_val.json",
             "TextVQA 0.5.1 val: questions and train_val_images.zip of textvqa.org",
-            folders=("train_images", "images"),
             prompt=READ_TEXT,
             image="{image_id}.jpg",
-            keys=("data",),
         ),
         "mme": Task(
             "llava_mme.jsonl",
             "MME: llava_mme.jsonl of LLaVA's eval.zip, images of MME_Benchmark_release_version",
-            folders=(
-                "MME_Benchmark_release_version/MME_Benchmark",
-                "MME_Benchmark_release_version",
-                "images",
-            ),
-            question="text",
             # The two questions about an image share their question_id.
-            id_fields=(),
+            ids=False,
         ),
         "coco": Task(
             "dataset_coco.json",
             "COCO captions, Karpathy's test split: dataset_coco.json of his caption_datasets.zip, "
             "val2014.zip of cocodataset.org",
-            folders=("images", "."),
             prompt=DESCRIBE,
-            question="",
+            asks=False,
             image="{filepath}/{filename}",
-            keys=("images",),
             keep={"split": "test"},
-            id_fields=("cocoid",),
         ),
-        "vizwiz": Task(
-            "test.json",
-            "VizWiz-VQA test: Annotations.zip and test.zip of vizwiz.org",
-            folders=("test", "images"),
-            keys=(),
-        ),
+        "vizwiz": Task("test.json", "VizWiz-VQA test: Annotations.zip and test.zip of vizwiz.org"),
         "gqa": Task(
             "llava_gqa_testdev_balanced.jsonl",
             "GQA: llava_gqa_testdev_balanced.jsonl of LLaVA's eval.zip, images.zip of "
             "cs.stanford.edu/people/dorarad/gqa",
-            question="text",
         ),
         "seed": Task(
             "llava-seed-bench.jsonl",
             "SEED-Bench: llava-seed-bench.jsonl of LLaVA's eval.zip, SEED-Bench-image.zip of "
             "AILab-CVPR/SEED-Bench on the Hugging Face hub",
-            folders=(".",),
-            question="text",
             # The rest are frames of videos.
             keep={"image": "SEED-Bench-image"},
         ),
@@ -221,8 +200,7 @@ def read_vispec(
         )
     wanted = {name: TASKS[name] for name in families or TASKS}
     missing = [
-        f"{name}/{task.file} (or {name}/{OWN_FILE}) with images in {name}/{task.folders[0]} "
-        f"[{task.source}]"
+        f"{name}/{task.file} (or {name}/{OWN_FILE}) with its images [{task.source}]"
         for name, task in wanted.items()
         if not any((path / name / file).is_file() for file in (OWN_FILE, task.file))
     ]
@@ -237,46 +215,34 @@ def read_vispec(
 def _read_task(
     path: Path, name: str, task: Task, root: Path | None
 ) -> Iterator[Conversation | Rejected]:
-    folder = path / name
-    folders = [folder / one for one in task.folders] if root is None else [root / name, root]
-    is_own = (folder / OWN_FILE).is_file()
-    rows: Rows
-    if is_own:
-        folders += [folder / "images", folder]
-        task = replace(task, image="{image}", keep={}, id_fields=ID_FIELDS)
-        rows = _json_lines(folder / OWN_FILE)
-    else:
-        rows = _rows(folder / task.file, task.keys)
-    convert = partial(_task_dialogue, task=task, family=name, folders=folders, is_own=is_own)
-    for item in _convert_each(rows, convert, task.id_fields):
-        rejected = isinstance(item, Rejected)
-        yield replace(item, sample_id=f"{name}/{item.sample_id}") if rejected else item
+    folders = [path / name / one for one in IMAGE_FOLDERS] if root is None else [root / name, root]
+    own = path / name / OWN_FILE
+    if own.is_file():
+        task = Task(OWN_FILE, task.source, task.prompt, task.asks)
+    convert = partial(_task_dialogue, task=task, family=name, folders=folders)
+    return _convert_each(_rows(path / name / task.file), convert, f"{name}/", task.ids)
 
 
 def _task_dialogue(
-    record: Json, name: str, task: Task, family: str, folders: list[Path], is_own: bool
+    record: Json, name: str, task: Task, family: str, folders: list[Path]
 ) -> Conversation | None:
     for needed, beginning in task.keep.items():
         value = str(record.get(needed) or "")
         if not value or not value.startswith(beginning):
             return None
-    texts = [task.prompt] if task.prompt else []
-    if task.question:
-        fields = ("question", "text") if is_own else (task.question,)
-        question = str(_first_of(record, fields) or "")
+    texts = [task.prompt]
+    if task.asks:
+        # LLaVA's files have "text", whose later lines ask for one word or a letter.
+        question = str(record.get("question") or str(record.get("text") or "").partition("\n")[0])
         if not question.strip():
-            raise ValueError("an empty question" if is_own else f"the record has no {fields[0]}")
-        if task.question == "text" and not is_own:
-            # From the second line on LLaVA asks for one word or a letter.
-            question = question.partition("\n")[0]
+            raise ValueError("the record has no question")
         texts = [question, *texts] if family != "sqa" else [_multiple_choice(record, question)]
     try:
         given = {field: value for field, value in record.items() if value not in (None, "")}
         image = task.image.format_map({"filepath": ".", **given, "name": name})
     except KeyError as error:
         raise ValueError(f"the record has no {error.args[0]}") from error
-    image = _find_image(image, folders)
-    parts = (*(Part(text=text) for text in texts), Part(image=image))
+    parts = (*(Part(text=text) for text in texts), Part(image=_find_image(image, folders)))
     turns = (_text("system", CHAT_SYSTEM), Turn("user", parts))
     return Conversation(f"{family}/{name}", turns, family)
 
@@ -295,49 +261,46 @@ def _multiple_choice(record: Json, question: str) -> str:
     )
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, undecoded line) of a JSONL file, empty lines left out."""
-    for number, line in enumerate(_read(path).splitlines(), start=1):
-        if line.strip():
-            yield f"line{number}", line
+def _rows(path: Path) -> Iterable[tuple[str, Any]]:
+    """Return (name, undecoded line) of a JSONL file, or (name, record) of a JSON file.
 
-
-def _rows(path: Path, keys: tuple[str, ...] | None) -> Rows:
-    """Return the rows of a JSON file: the list below some keys, or the values of an object."""
-    if keys is None:
-        return _json_lines(path)
+    Raises:
+        ViSpecError: the file cannot be read or holds no records.
+    """
     try:
-        content = json.loads(_read(path).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ViSpecError(f"dataset file {path} cannot be read: not JSON") from error
-    if isinstance(content, Mapping) and not keys:
-        return content.items()
-    for key in keys:
-        content = content.get(key) if isinstance(content, Mapping) else None
-    if not isinstance(content, list):
-        raise ViSpecError(f"dataset file {path} holds no list of questions; fetch it again")
-    return ((f"row{number}", row) for number, row in enumerate(content, start=1))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
+        content = path.read_bytes()
+        if path.suffix == ".jsonl":
+            lines = enumerate(content.splitlines(), start=1)
+            return [(f"line{number}", line) for number, line in lines if line.strip()]
+        rows = json.loads(content.decode("utf-8-sig"))
     except OSError as error:
         reason = error.strerror or str(error)
         raise ViSpecError(f"dataset file {path} cannot be read: {reason}") from error
+    except ValueError as error:
+        raise ViSpecError(f"dataset file {path} cannot be read: not JSON") from error
+    if isinstance(rows, Mapping):
+        lists = [rows[key] for key in ("data", "images") if isinstance(rows.get(key), list)]
+        if not lists:
+            return rows.items()
+        rows = lists[0]
+    if not isinstance(rows, list):
+        raise ViSpecError(f"dataset file {path} holds no list of questions; fetch it again")
+    return [(f"row{number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def _convert_each(
-    rows: Rows,
+    rows: Iterable[tuple[str, Any]],
     convert: Callable[[Json, str], Conversation | None],
-    id_fields: Sequence[str] = ID_FIELDS,
+    prefix: str = "",
+    ids: bool = True,
 ) -> Iterator[Conversation | Rejected]:
     """Yield the conversation of every record, or why it is left out.
 
     Args:
         convert: gets a record and its id. It raises ValueError with the reason if the record
             cannot be used, and returns None if it is no part of the dataset (another split, say).
-        id_fields: where a record's id may be; without one its name serves.
+        prefix: of the ids of records that are left out.
+        ids: whether records have ids; without one its name serves.
     """
     seen: set[str] = set()
     for name, row in rows:
@@ -346,18 +309,19 @@ def _convert_each(
             record = json.loads(row.decode("utf-8-sig")) if isinstance(row, bytes) else row
             if not isinstance(record, Mapping):
                 raise ValueError("not a JSON object")
-            sample_id = str(_first_of(record, id_fields) or name)
-            item: Conversation | Rejected | None = convert(record, sample_id)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-            item = Rejected(name, "not JSON")
+            sample_id = str((ids and _first_of(record, ID_FIELDS)) or name)
+            if sample_id in seen:
+                sample_id = f"{sample_id} ({name})"
+                raise ValueError("a record with this id was there before")
+            item = convert(record, sample_id)
+            if item is not None:
+                seen.add(sample_id)
+                yield item
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            yield Rejected(prefix + name, "not JSON")
         except ValueError as error:
-            item = Rejected(sample_id, str(error))
-        if item is None:
-            continue
-        if item.sample_id in seen:
-            item = Rejected(f"{item.sample_id} ({name})", "a record with this id was there before")
-        seen.add(item.sample_id)
-        yield item
+            seen.add(sample_id)
+            yield Rejected(prefix + sample_id, str(error))
 
 
 def _first_of(record: Json, names: Sequence[str]) -> Any:

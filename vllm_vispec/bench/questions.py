@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_vispec.bench.datasets import with_image_pixels, without_images
+from vllm_vispec.bench.datasets import with_square_images, without_images
 from vllm_vispec.bench.load import CHAT, chat_messages, write_questions
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, BenchSample
@@ -109,7 +109,7 @@ def samples_for(
         return tuple(without_images(sample) for sample in chosen)
     side_for = cache(lambda tokens: find_side(tokens, tokens_of))
     return tuple(
-        with_image_pixels(sample, side, side, folder)
+        with_square_images(sample, side, folder)
         for sample in chosen
         for side in [side_for(image_tokens // len(sample.images))]
     )
