@@ -11,8 +11,9 @@ proposer drives. Two numbers are printed apart, for decoding rounds:
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,7 +29,7 @@ from examples.tiny_vlm.questions import write_questions
 from examples.tiny_vlm.shipped import DRAFT_TOKENS, HEAD, MAX_MODEL_LEN, TARGET
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
 from vllm_vispec.bench.profile import ProfileSettings, run_profile
-from vllm_vispec.bench.profile_result import Profile, print_profile
+from vllm_vispec.bench.profile_result import to_page
 from vllm_vispec.utils.files import write_json
 
 DEFAULT_OUTPUT = Path("benchmarks/results/draft_cost.json")
@@ -37,12 +38,12 @@ MOST_ALLOWED = 1.10
 SHOWN = ("first_pass", "step")
 
 
-def ratio_lines(profile: Profile) -> list[str]:
+def ratio_lines(profile: Mapping[str, Any]) -> list[str]:
     """Return ViSpec's cost over EAGLE's for a first pass and a step of decoding rounds."""
-    wholes = profile.rounds["decode"].wholes
+    wholes = profile["decode"]["wholes"]
     return [
-        f"{name} ratio: {wholes[name].ratio:.3f}, of first deciles "
-        f"{wholes[name].ratio_first_decile:.3f} (at most {MOST_ALLOWED:.2f})"
+        f"{name} ratio: {wholes[name]['ratio']:.3f}, of first deciles "
+        f"{wholes[name]['ratio_first_decile']:.3f} (at most {MOST_ALLOWED:.2f})"
         for name in SHOWN
         if name in wholes
     ]
@@ -55,7 +56,7 @@ def from_here(path: str) -> str:
     return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else path
 
 
-def measure(settings: ProfileSettings, questions: int, folder: Path) -> Profile:
+def measure(settings: ProfileSettings, questions: int, folder: Path) -> dict[str, Any]:
     """Write questions, ask them, and return the profile; its files lie in the folder."""
     families = settings.families or tuple(FAMILIES)
     data = Path(settings.data)
@@ -92,14 +93,18 @@ def main(
         max_tokens=max_tokens,
         families=tuple(family or ()),
         clock=clock,
-        serve=f"--dtype {dtype} --max-model-len {MAX_MODEL_LEN} --max-num-seqs 4 "
-        f"--max-num-batched-tokens {MAX_MODEL_LEN}",
+        serve_args=(
+            f"--dtype={dtype}",
+            f"--max-model-len={MAX_MODEL_LEN}",
+            "--max-num-seqs=4",
+            f"--max-num-batched-tokens={MAX_MODEL_LEN}",
+        ),
     )
     profile = measure(settings, per_family, folder)
-    print_profile(profile)
+    print(to_page(profile))
     for line in ratio_lines(profile):
         print(line)
-    write_json(output, profile.to_json())
+    write_json(output, profile)
     print(f"written: {output}")
 
 

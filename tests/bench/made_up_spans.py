@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from vllm_vispec.bench import profile_steps as parts
-from vllm_vispec.bench.profile_steps import Batch, Prompt, Recorder, Span, Steps, find_steps
+from vllm_vispec.bench.profile_steps import Batch, Prompt, Recorder, Steps, find_steps
 from vllm_vispec.bench.schema import BenchSample
 
 K = 3
@@ -74,22 +75,19 @@ class Tape:
                         self.leaf(parts.DRAFT_LOGITS, 12)
             self.wait(0)
 
-    def take(self) -> list[Span]:
-        """Return what was recorded."""
-        return self.recorder.take()
-
     def found(self, drafts: int = K, concurrency: int = 1) -> Steps:
         """Return the steps of what was recorded."""
-        return find_steps(self.take(), drafts, concurrency)
+        return find_steps(self.recorder.take(), drafts, concurrency)
 
 
 @dataclass
 class FakeEngine:
-    """Stands in for an engine process: every answer is a prefill and some decoding rounds.
+    """Stands in for an engine process: every answer is a prefill and some decoding steps.
 
     Attributes:
         decode_rounds: of an answer.
         asked: ids of the samples of every call, in order.
+        log: what happened, also to other engines.
     """
 
     side: str
@@ -97,8 +95,19 @@ class FakeEngine:
     asked: list[tuple[str, ...]] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
 
+    def __enter__(self) -> Self:
+        self.log.append(f"start {self.side}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.log.append(f"end {self.side}")
+
+    def answer(self, sample: BenchSample) -> str:
+        """No sample here asks for one."""
+        raise AssertionError(sample)
+
     def record(self, samples: Sequence[BenchSample]) -> Steps:
-        """Return the rounds of a made-up answer; ViSpec's first pass over a prompt is short."""
+        """Return the steps of a made-up answer; ViSpec's first pass over a prompt is short."""
         self.asked.append(tuple(sample.sample_id for sample in samples))
         self.log.append(self.side)
         tape, is_ours = Tape(), self.side == "vispec"

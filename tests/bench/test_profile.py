@@ -7,76 +7,51 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.bench.fakes import HEAD, SAMPLES, TARGET
 from tests.bench.made_up_spans import DECODE, FakeEngine, K, Tape, prefill
 from vllm_vispec.bench import profile as run
-from vllm_vispec.bench.profile import (
-    UNPAIRED,
-    ProfileSettings,
-    groups_of,
-    measure,
-    pair,
-)
-from vllm_vispec.bench.profile_engine import RUNNERS, EngineProcess
-from vllm_vispec.bench.profile_result import Profile, print_profile
+from vllm_vispec.bench.profile import UNPAIRED, ProfileSettings, groups_of, measure, pair
+from vllm_vispec.bench.profile_engine import EngineProcess
 from vllm_vispec.bench.profile_steps import Steps
 from vllm_vispec.cli.app import app
 from vllm_vispec.utils.errors import ViSpecError
 
 CLI = CliRunner()
-INTERPRETED = RUNNERS["v2"].note_on_cpu
 SETTINGS = ProfileSettings(
     str(TARGET), str(HEAD), "questions.jsonl", num_speculative_tokens=K, repetitions=2
 )
 
 
-class FakeProcess(FakeEngine):
-    """A made-up engine that is started and ended."""
-
-    def __enter__(self) -> FakeProcess:
-        self.log.append(f"start {self.side}")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.log.append(f"end {self.side}")
-
-    def answer(self, sample: Any) -> str:
-        """No sample here asks for one."""
-        raise AssertionError(sample)
-
-
 @pytest.fixture
-def world() -> tuple[run.Tools, dict[str, FakeProcess], list[str]]:
-    """Tools with made-up engines, the engines by side, and what happened."""
-    made: dict[str, FakeProcess] = {}
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens to the made-up engines that stand in for real ones."""
     events: list[str] = []
 
-    def make(side: str, *_: object) -> Any:
-        made[side] = FakeProcess(side, 5 if side == "eagle" else 3, log=events)
-        return made[side]
+    def make(side: str, *_: object) -> FakeEngine:
+        return FakeEngine(side, 5 if side == "eagle" else 3, log=events)
 
-    return run.Tools(make, dict, lambda _: None), made, events
+    monkeypatch.setattr(run, "EngineProcess", make)
+    return events
 
 
-def test_as_many_rounds_on_both_sides() -> None:
+def test_as_many_steps_on_both_sides() -> None:
     eagle, vispec = Tape(), Tape()
-    for tape, rounds in ((eagle, 4), (vispec, 2)):
+    for tape, steps in ((eagle, 4), (vispec, 2)):
         tape.step(prefill())
-        for _ in range(rounds):
+        for _ in range(steps):
             tape.step(DECODE)
     vispec.step(prefill(50))
     found = pair(eagle.found(), vispec.found())
-    assert [one.kind for one in found.eagle] == [one.kind for one in found.vispec]
-    assert [one.kind for one in found.eagle] == ["decode", "decode", "prefill"]
-    assert found.eagle[-1].prompt_tokens == 40
+    assert [one.kind for one, _ in found] == ["decode", "decode", "prefill"]
+    assert [one.kind for _, one in found] == ["decode", "decode", "prefill"]
+    assert found[-1][1].prompt_tokens == 40
 
 
 def test_sides_take_turns() -> None:
@@ -90,11 +65,10 @@ def test_sides_take_turns() -> None:
     assert second == ["vispec", "eagle", "eagle", "vispec"]
     assert sides["eagle"].asked == sides["vispec"].asked == [("s0",), ("s1",)] * 3
     assert len(blocks) == 4
-    assert left_out["eagle"] == {UNPAIRED: 8}
-    assert left_out["vispec"] == {}
+    assert left_out == {"eagle": {UNPAIRED: 8}, "vispec": {}}
 
 
-def test_no_round_to_compare() -> None:
+def test_no_step_to_compare() -> None:
     class Silent(FakeEngine):
         def record(self, samples: Any) -> Steps:
             return Steps(left_out={"incomplete": 3})
@@ -104,76 +78,54 @@ def test_no_round_to_compare() -> None:
         measure(silent, [SAMPLES], 1, lambda _: None)
 
 
-def test_files(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tools, made, events = world
-    profile = run.run_profile(SETTINGS, SAMPLES[:2], tmp_path / "out", tools)
+def test_files(events: list[str], tmp_path: Path) -> None:
+    profile = run.run_profile(SETTINGS, SAMPLES[:2], tmp_path)
     assert events[:2] == ["start eagle", "start vispec"]
     assert events[-2:] == ["end vispec", "end eagle"]
-    folder = tmp_path / "out"
-    stored = Profile.from_json(json.loads((folder / "profile.json").read_text()))
-    assert stored == profile
-    assert profile.rounds["decode"].rounds == 4 * 3
-    assert profile.rounds["prefill"].rounds == 4
-    assert [row.image_tokens for row in profile.prefill_by_image_tokens] == [10, 30]
-    assert [row.summary.rounds for row in profile.prefill_by_image_tokens] == [2, 2]
-    assert profile.rounds["prefill"].parts["draft_first_pass"].ratio == 0.2
-    page = (folder / "profile.md").read_text()
-    assert "| draft first pass | 40000.000 | 8000.000 | 0.200 | 0.200 to 0.200 | 0.200 |" in page
-    assert "| 30 | 1 | 2 | 40000.000 | 8000.000 | 0.200 |" in page
-    assert "| draft step 2 | 12000.000 | 12000.000 | 1.000 |" in page
-    assert "![Stacked bars" in page
-    assert "(profile.svg)" in page
-    assert "8 without a counterpart" in page
-    assert profile.command in page
-    assert (folder / "profile.png").read_bytes().startswith(b"\x89PNG")
-    svg = (folder / "profile.svg").read_bytes()
+    assert json.loads((tmp_path / "profile.json").read_text()) == json.loads(json.dumps(profile))
+    assert (profile["decode"]["steps"], profile["prefill"]["steps"]) == (4 * 3, 4)
+    rows = profile["prefill_by_image_tokens"]
+    assert [(row["image_tokens"], row["requests"], row["steps"]) for row in rows] == [
+        (10, 1, 2),
+        (30, 1, 2),
+    ]
+    page = (tmp_path / "profile.md").read_text()
+    for said in (
+        "| draft first pass | 40000.000 | 8000.000 | 0.200 | 0.200 to 0.200 | 0.200 |",
+        "| 30 | 1 | 2 | 40000.000 | 8000.000 | 0.200 |",
+        "| draft step 2 | 12000.000 | 12000.000 | 1.000 |",
+        "Prefill steps, medians over 4 on each side",
+        "- Steps left out, eagle: 8 without a counterpart\n\n## Conditions",
+        "(profile.svg)",
+        profile["command"],
+    ):
+        assert said in page
+    assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
+    svg = (tmp_path / "profile.svg").read_bytes()
     assert svg.startswith(b"<?xml")
-    print_profile(profile, Console(width=110))
-    shown = capsys.readouterr().out
-    assert "Prefill steps, medians over 4 on each side" in shown
-    assert "vision adaptor" in shown
-    run.run_profile(SETTINGS, SAMPLES[:2], tmp_path / "out", tools)
-    assert (folder / "profile.svg").read_bytes() == svg
-    assert sorted(made) == ["eagle", "vispec"]
+    run.run_profile(SETTINGS, SAMPLES[:2], tmp_path)
+    assert (tmp_path / "profile.svg").read_bytes() == svg
 
 
-def test_command_can_be_typed_again(
-    tmp_path: Path, world: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tools, _, _ = world
+def test_command_can_be_typed_again(tmp_path: Path, events: list[str]) -> None:
     file = tmp_path / "questions.jsonl"
     record = {"id": "s0", "family": "f", "messages": [{"role": "user", "content": "q"}]}
     file.write_text(json.dumps(record) + "\n")
-    seen: list[ProfileSettings] = []
-    original = run.run_profile
-
-    def spy(settings: ProfileSettings, samples: Any, output: Path, _: Any) -> Profile:
-        seen.append(settings)
-        return original(settings, samples, output, tools)
-
-    monkeypatch.setattr(run, "run_profile", spy)
-    settings = ProfileSettings(
-        str(TARGET),
-        str(HEAD),
-        str(file),
-        num_speculative_tokens=K,
+    settings = replace(
+        SETTINGS,
+        data=str(file),
         limit=1,
         families=("f",),
         clock="cpu",
-        serve="--dtype float32",
+        serve_args=("--dtype", "float32"),
+        speculative_config={"draft_vocab": 5},
     )
-    words = json_words(settings.command(tmp_path / "out"))
-    for _ in range(2):
-        result = CLI.invoke(app, words)
-        assert result.exit_code == 0, result.output
-        words = json_words(seen[-1].command(tmp_path / "out"))
-    assert seen == [settings, settings]
+    result = CLI.invoke(app, shlex.split(settings.command(tmp_path / "out"))[1:])
+    assert result.exit_code == 0, result.output
     assert "wrote profile.json" in result.output
-
-
-def json_words(command: str) -> list[str]:
-    """The arguments of a command that begins with `vispec`."""
-    return shlex.split(command)[1:]
+    found = json.loads((tmp_path / "out" / "profile.json").read_text())
+    assert found["settings"] == json.loads(json.dumps(asdict(settings)))
+    assert found["command"] == settings.command(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -186,9 +138,10 @@ def json_words(command: str) -> list[str]:
         ({"num-speculative-tokens": "0"}, "-k 0: give 1 to 32"),
         ({"image-tokens": "-3"}, "--image-tokens -3: give native, 0 or more"),
         ({"image-tokens": "many"}, "--image-tokens many: give values separated by commas"),
+        ({"image-tokens": ""}, "--image-tokens : give native, 0 or more"),
         ({"dataset": "none"}, "dataset none is unknown"),
         ({"serve": "--dtype 'float"}, "--serve --dtype 'float: No closing quotation"),
-        ({"speculative-config": "[1"}, "--speculative-config [1 is no JSON object"),
+        ({"speculative-config": "[1"}, "--speculative-config is not JSON"),
     ],
 )
 def test_bad_options(options: dict[str, str], said: str, tmp_path: Path) -> None:
@@ -200,21 +153,20 @@ def test_bad_options(options: dict[str, str], said: str, tmp_path: Path) -> None
 
 
 def test_jobs_make_a_head_of_equal_size(tmp_path: Path) -> None:
-    found = run.jobs(SETTINGS, tmp_path)
+    draft = replace(SETTINGS, speculative_config={"image_table_size": 8})
+    found = run.jobs(draft, tmp_path)
     assert found["vispec"].speculative_config == {
         "method": "vispec",
         "model": str(HEAD),
         "num_speculative_tokens": K,
+        "image_table_size": 8,
     }
-    assert found["eagle"].speculative_config["method"] == "eagle"
-    made = json.loads(Path(found["eagle"].speculative_config["model"], "config.json").read_text())
+    eagle = found["eagle"].speculative_config
+    made = json.loads(Path(eagle.pop("model"), "config.json").read_text())
+    assert eagle == {"method": "eagle", "num_speculative_tokens": K}
     ours = json.loads((HEAD / "config.json").read_text())
-    same = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    assert {name: made[name] for name in same} == {name: ours[name] for name in same}
-    draft = replace(SETTINGS, speculative_config='{"image_table_size": 8}')
-    again = run.jobs(draft, tmp_path)
-    assert again["eagle"] == found["eagle"]
-    assert again["vispec"].speculative_config["image_table_size"] == 8
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
+        assert made[name] == ours[name]
     assert found["eagle"].environment()["VLLM_USE_V2_MODEL_RUNNER"] == "0"
 
 

@@ -6,9 +6,9 @@ import json
 import shlex
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -17,25 +17,28 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vllm_vispec.bench.heads import plain_eagle_head, write_eagle_head
 from vllm_vispec.bench.machine import describe_machine, has_gpu
 from vllm_vispec.bench.matrix import MAX_DRAFT_TOKENS
-from vllm_vispec.bench.profile_engine import EngineProcess, Job, default_runner, find_runner
-from vllm_vispec.bench.profile_steps import CLOCKS, DECODE, KINDS, PREFILL, Step, Steps
-from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, BenchSample, Record
+from vllm_vispec.bench.profile_engine import RUNNERS, EngineProcess, Job, default_runner
+from vllm_vispec.bench.profile_steps import (
+    CLOCKS,
+    DECODE,
+    EAGLE,
+    KINDS,
+    PREFILL,
+    SIDES,
+    VISPEC,
+    Block,
+    Steps,
+)
+from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, BenchSample
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import write_json, write_text
 from vllm_vispec.utils.process import interruptible
 
 if TYPE_CHECKING:
-    from vllm_vispec.bench.profile_result import Block, Profile
     from vllm_vispec.bench.questions import AskTarget
 
-FORMAT = 1
-EAGLE, VISPEC = SIDES = ("eagle", "vispec")
 AS_THEY_ARE = "native"
 UNPAIRED = "without a counterpart"
-_CLOCKS = {
-    "wall": "Wall time.",
-    "cpu": "CPU time of the engine's thread, on one thread: waiting is not counted.",
-}
 _REMEDIES = {
     DECODE: "raise --max-tokens, lower --concurrency, and leave graphs off (--enforce-eager)",
     PREFILL: "let a prompt fit into one step with --serve '--max-num-batched-tokens ...'",
@@ -45,7 +48,7 @@ Group = Sequence[BenchSample]
 
 
 @dataclass(frozen=True)
-class ProfileSettings(Record):
+class ProfileSettings:
     """What is profiled, and how. First sentences are the options' help.
 
     Attributes:
@@ -63,7 +66,7 @@ class ProfileSettings(Record):
         families: Only these, separated by commas.
         image_tokens: Image tokens of a request, e.g. native,0,256.
         clock: wall, or cpu on a busy machine without a GPU.
-        serve: vLLM's options for both engines, one string.
+        serve_args: vLLM's options for both engines, one string.
         speculative_config: More for ViSpec's draft, e.g. '{"draft_vocab": 4096}'.
 
     Raises:
@@ -84,65 +87,37 @@ class ProfileSettings(Record):
     families: tuple[str, ...] = ()
     image_tokens: tuple[int, ...] = (IMAGES_AS_THEY_ARE,)
     clock: str = "wall"
-    serve: str = ""
-    speculative_config: str = ""
+    serve_args: tuple[str, ...] = ()
+    speculative_config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        find_runner(self.runner)
-        if self.clock not in CLOCKS:
-            raise ViSpecError(f"--clock {self.clock} is unknown: choose from {', '.join(CLOCKS)}")
+        for name, known in (("runner", RUNNERS), ("clock", CLOCKS)):
+            if (given := getattr(self, name)) not in known:
+                raise ViSpecError(f"--{name} {given} is unknown: choose from {', '.join(known)}")
         for name in ("concurrency", "repetitions"):
             if getattr(self, name) < 1:
                 raise ViSpecError(f"--{name} {getattr(self, name)}: give at least 1")
         if not 1 <= self.num_speculative_tokens <= MAX_DRAFT_TOKENS:
             raise ViSpecError(f"-k {self.num_speculative_tokens}: give 1 to {MAX_DRAFT_TOKENS}")
-        for tokens in self.image_tokens:
-            if tokens < IMAGES_AS_THEY_ARE:
-                raise ViSpecError(f"--image-tokens {tokens}: give {AS_THEY_ARE}, 0 or more")
-        # Read here so that a mistake shows at once.
-        _ = self.serve_args, self.draft_settings
-        if not self.image_tokens:
-            raise ViSpecError(f"--image-tokens is empty: give {AS_THEY_ARE} or numbers")
-
-    @property
-    def serve_args(self) -> tuple[str, ...]:
-        """Return vLLM's options one by one.
-
-        Raises:
-            ViSpecError: a quote is not closed.
-        """
-        try:
-            return tuple(shlex.split(self.serve))
-        except ValueError as error:
-            raise ViSpecError(f"--serve {self.serve}: {error}") from error
-
-    @property
-    def draft_settings(self) -> dict[str, Any]:
-        """Return further settings of ViSpec's draft.
-
-        Raises:
-            ViSpecError: they are no JSON object.
-        """
-        try:
-            return dict(json.loads(self.speculative_config or "{}"))
-        except (ValueError, TypeError) as error:
-            raise ViSpecError(
-                f"--speculative-config {self.speculative_config} is no JSON object ({error})"
-            ) from error
+        if min(self.image_tokens, default=-2) < IMAGES_AS_THEY_ARE:
+            given = ",".join(map(str, self.image_tokens))
+            raise ViSpecError(f"--image-tokens {given}: give {AS_THEY_ARE}, 0 or more")
 
     def command(self, output: Path) -> str:
         """Return what a user types to measure this."""
         words = ["vispec", "bench", "profile"]
         for one in fields(self):
             value = getattr(self, one.name)
-            # The runner's default depends on the machine.
-            required = ("target", "head", "data", "runner", "num_speculative_tokens")
-            if one.name in required or value != one.default:
-                if isinstance(value, tuple):
-                    value = ",".join(
-                        AS_THEY_ARE if x == IMAGES_AS_THEY_ARE else str(x) for x in value
-                    )
-                words += [f"--{one.name.replace('_', '-')}", str(value)]
+            if value == one.default or value in ((), {}):
+                continue
+            name = one.name.replace("_", "-")
+            if name == "serve-args":
+                name, value = "serve", shlex.join(value)
+            elif isinstance(value, tuple):
+                value = ",".join(AS_THEY_ARE if x == IMAGES_AS_THEY_ARE else str(x) for x in value)
+            elif isinstance(value, dict):
+                value = json.dumps(value)
+            words += [f"--{name}", str(value)]
         return shlex.join([*words, "--output", str(output)])
 
 
@@ -153,22 +128,16 @@ class Engine(Protocol):
         """Have samples answered together."""
 
 
-@dataclass(frozen=True)
-class Tools:
-    """What a profile uses of the world outside; tests put stand-ins here."""
-
-    make_engine: Callable[[str, Job, Path], EngineProcess] = EngineProcess
-    machine: Callable[[], dict[str, Any]] = describe_machine
-    log: Callable[[str], None] = print
-
-
 def run_profile(
     settings: ProfileSettings,
     samples: Sequence[BenchSample],
     output: Path,
-    tools: Tools | None = None,
-) -> Profile:
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
     """Measure, and write `profile.json`, `profile.md`, `profile.svg` and `profile.png`.
+
+    Returns what `profile.json` has: the conditions; for each kind of step what `summarise` returns;
+    prefills again by image tokens; and how many steps are in neither, by side and reason.
 
     Engines are gone when this returns, also after SIGINT and SIGTERM. Files of an earlier profile
     in the folder are replaced.
@@ -178,36 +147,36 @@ def run_profile(
             folder cannot be written.
         KeyboardInterrupt: on SIGINT and SIGTERM.
     """
-    from vllm_vispec.bench.profile_result import Profile, by_image_tokens, draw, summarise, to_page
+    from vllm_vispec.bench.profile_result import by_image_tokens, draw, summarise, to_page
 
-    tools = tools or Tools()
     if settings.clock == "cpu" and has_gpu():
         raise ViSpecError("--clock cpu does not see what a GPU does: use --clock wall")
-    machine = tools.machine()
+    machine = describe_machine()
     with ExitStack() as stack:
         stack.enter_context(interruptible())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vispec-profile-")))
         engines = {}
         # One after the other: each measures the memory that is free.
         for side, job in jobs(settings, folder).items():
-            tools.log(f"starting {side}")
-            engine = tools.make_engine(side, job, output / "logs" / f"{side}.log")
+            log(f"starting {side}")
+            engine = EngineProcess(side, job, output / "logs" / f"{side}.log")
             engines[side] = stack.enter_context(engine)
         groups = groups_for(settings, samples, folder / "images", engines[VISPEC].answer)
-        blocks, left_out = measure(engines, groups, settings.repetitions, tools.log)
-    kinds = {kind: [block.select(kind=kind) for block in blocks] for kind in KINDS}
-    profile = Profile(
-        format=FORMAT,
-        machine=machine,
-        settings=settings.to_json(),
-        command=settings.command(output),
-        notes=tuple(notes(settings)),
-        left_out=left_out,
-        rounds={kind: summarise(found) for kind, found in kinds.items()},
-        prefill_by_image_tokens=by_image_tokens(kinds[PREFILL]),
-    )
-    write_json(output / "profile.json", profile.to_json())
-    write_text(output / "profile.md", to_page(profile, "profile.svg"))
+        blocks, left_out = measure(engines, groups, settings.repetitions, log)
+    kinds = {
+        kind: [[pair for pair in block if pair[0].kind == kind] for block in blocks]
+        for kind in KINDS
+    }
+    profile = {
+        "machine": machine,
+        "settings": asdict(settings),
+        "command": settings.command(output),
+        "left_out": left_out,
+        **{kind: summarise(found) for kind, found in kinds.items()},
+        "prefill_by_image_tokens": by_image_tokens(kinds[PREFILL]),
+    }
+    write_json(output / "profile.json", profile)
+    write_text(output / "profile.md", to_page(profile))
     draw(profile, output)
     return profile
 
@@ -234,16 +203,14 @@ def jobs(settings: ProfileSettings, folder: Path) -> dict[str, Job]:
     )
     drafts = {
         EAGLE: {"method": "eagle", "model": eagle_head},
-        VISPEC: {**settings.draft_settings, "method": "vispec", "model": settings.head},
+        VISPEC: {**settings.speculative_config, "method": "vispec", "model": settings.head},
     }
+    k = {"num_speculative_tokens": settings.num_speculative_tokens}
     return {
         side: Job(
             target=settings.target,
             serve_args=serve_args,
-            speculative_config={
-                **draft,
-                "num_speculative_tokens": settings.num_speculative_tokens,
-            },
+            speculative_config=draft | k,
             runner=settings.runner,
             clock=settings.clock,
             concurrency=settings.concurrency,
@@ -315,11 +282,11 @@ def measure(
             block = pair(found[EAGLE], found[VISPEC])
             blocks.append(block)
             for side in SIDES:
-                alone = len(found[side].steps) - len(block.eagle)
+                alone = len(found[side].steps) - len(block)
                 left_out[side] += Counter(found[side].left_out) + Counter({UNPAIRED: alone})
         log(f"  repetition {repetition + 1} of {repetitions} done")
     counts = {side: dict(left_out[side]) for side in SIDES}
-    there = {step.kind for block in blocks for step in block.eagle}
+    there = {eagle.kind for block in blocks for eagle, _ in block}
     for kind, remedy in _REMEDIES.items():
         if kind not in there:
             raise ViSpecError(f"no {kind} step could be compared (left out: {counts}): {remedy}")
@@ -332,40 +299,9 @@ def pair(eagle: Steps, vispec: Steps) -> Block:
     Prefills are counterparts if they are over the same batch. One side may need fewer decoding
     steps; its last ones are over a longer context, so the rest of the other side's are left out.
     """
-    from vllm_vispec.bench.profile_result import Block
-
-    pairs: list[tuple[Step, Step]] = []
+    block: Block = []
     for kind in KINDS:
         sides = [[one for one in side.steps if one.kind == kind] for side in (eagle, vispec)]
         both = zip(*sides, strict=False)
-        pairs += takewhile(lambda two: two[0].shape == two[1].shape, both)
-    return Block(tuple(one for one, _ in pairs), tuple(other for _, other in pairs))
-
-
-def notes(settings: ProfileSettings) -> Iterator[str]:
-    """Yield what has to be known to read the numbers of this machine and these settings."""
-    interpreted = find_runner(settings.runner).note_on_cpu
-    if interpreted and not has_gpu():
-        yield interpreted
-    yield _CLOCKS[settings.clock]
-    yield (
-        "Both engines have the same target and answer the same questions in turns; EAGLE's head "
-        + ("was given." if settings.eagle_head else "has the sizes of ViSpec's.")
-    )
-    yield (
-        f"A decoding step is over {settings.num_speculative_tokens + 1} tokens of "
-        f"{settings.concurrency} request(s) on both sides, whether drafts are accepted or not."
-    )
-    yield (
-        "A part's time excludes that of the parts inside it. Each row is a median of its own, so "
-        "rows do not quite add up; the bars are means over the middle 80 % of the steps, and do."
-    )
-    yield (
-        "Without graphs and without asynchronous scheduling, unless --serve says otherwise; "
-        "reading the clock adds a little to every part."
-    )
-    if has_gpu():
-        yield (
-            "The GPU is idle at every reading of the clock. This serialises host and device: parts "
-            "are what they cost one after another, and a step is longer than in a server."
-        )
+        block += takewhile(lambda two: two[0].shape == two[1].shape, both)
+    return block

@@ -6,13 +6,13 @@ is asked, so that two of them can wait beside each other.
 
 from __future__ import annotations
 
+import json
 import os
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 from vllm_vispec.bench.load import chat_messages
 from vllm_vispec.bench.machine import has_gpu, server_environment
@@ -42,7 +42,6 @@ from vllm_vispec.utils.process import WorkerProcess, serve_requests
 if TYPE_CHECKING:
     from vllm_vispec.compat.patch_point import Runner
 
-WORKER = "vllm_vispec.bench.profile_engine"
 START_S = 1800.0
 FIRST_ARGS = (
     # Inside of a graph nothing can be timed.
@@ -55,58 +54,29 @@ FIRST_ARGS = (
 """vLLM's options unless the user says otherwise."""
 
 
-@dataclass(frozen=True)
-class RunnerProbe:
+class RunnerProbe(NamedTuple):
     """Where a model runner does what.
 
     Attributes:
         drafter: the runner's attribute that drafts.
         sample: the runner's method that verifies and samples; target logits inside count apart.
         draft_sample: the drafter's method that samples; draft logits inside count apart.
-        environment: what makes vLLM take this runner.
-        on_cpu: what it needs besides where there is no GPU.
-        note_on_cpu: what has to be said about its times there; "" if nothing.
     """
 
     drafter: str
     sample: str
     draft_sample: str
-    environment: Mapping[str, str]
-    on_cpu: Mapping[str, str]
-    note_on_cpu: str = ""
 
 
-RUNNERS: Mapping[str, RunnerProbe] = MappingProxyType(
-    {
-        "v1": RunnerProbe(
-            "drafter", "_sample", "_sample_draft_tokens", {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {}
-        ),
-        "v2": RunnerProbe(
-            "speculator",
-            "sample",
-            "sample_draft",
-            {"VLLM_USE_V2_MODEL_RUNNER": "1"},
-            {"TRITON_INTERPRET": "1"},
-            "Triton interpreter: host time of kernels, not a GPU's.",
-        ),
-    }
-)
+RUNNERS: Mapping[str, RunnerProbe] = {
+    "v1": RunnerProbe("drafter", "_sample", "_sample_draft_tokens"),
+    "v2": RunnerProbe("speculator", "sample", "sample_draft"),
+}
 
 
 def default_runner() -> str:
     """Return the runner that vLLM takes on this machine."""
     return "v2" if has_gpu() else "v1"
-
-
-def find_runner(name: str) -> RunnerProbe:
-    """Return a runner's probe.
-
-    Raises:
-        ViSpecError: there is none.
-    """
-    if name not in RUNNERS:
-        raise ViSpecError(f"--runner {name} is unknown: choose from {', '.join(RUNNERS)}")
-    return RUNNERS[name]
 
 
 @dataclass(frozen=True)
@@ -130,16 +100,17 @@ class Job(Record):
 
     def environment(self) -> dict[str, str]:
         """Return the engine's environment: a server's, and what the profile is about."""
-        probe = find_runner(self.runner)
-        return {
-            **server_environment(),
+        found = server_environment() | {
             "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            **probe.environment,
-            **({} if has_gpu() else probe.on_cpu),
-            # The cpu clock counts one thread, so the work has to be on it.
-            **({"OMP_NUM_THREADS": "1"} if self.clock == "cpu" else {}),
+            "VLLM_USE_V2_MODEL_RUNNER": str(int(self.runner == "v2")),
         }
+        if self.runner == "v2" and not has_gpu():
+            found["TRITON_INTERPRET"] = "1"
+        if self.clock == "cpu":
+            # This clock counts one thread, so the work has to be on it.
+            found["OMP_NUM_THREADS"] = "1"
+        return found
 
 
 class EngineProcess(WorkerProcess):
@@ -152,7 +123,7 @@ class EngineProcess(WorkerProcess):
     """
 
     def __init__(self, side: str, job: Job, log_file: Path) -> None:
-        super().__init__(side, WORKER, job.environment(), log_file)
+        super().__init__(side, "vllm_vispec.bench.profile_engine", job.environment(), log_file)
         self.job = job
 
     def __enter__(self) -> Self:
@@ -194,67 +165,78 @@ def _questions(samples: Sequence[BenchSample]) -> dict[str, Any]:
 
 
 class ProfiledEngine:
-    """In the child: a `vllm.LLM` whose steps are recorded."""
+    """In the child: a `vllm.LLM` whose steps are recorded; requests call its methods by name."""
 
     job: Job
     llm: Any = None
     recorder: Recorder
 
-    def start(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Build the engine and record it from now on."""
-        from vllm import LLM
+    def reply(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what a request says; an error becomes its message."""
+        try:
+            reply: dict[str, Any] = getattr(self, request.pop("do"))(**request)
+        except Exception as error:
+            traceback.print_exc()
+            return {"error": str(error) or type(error).__name__}
+        return reply
 
+    def start(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Build the engine and record it from now on."""
         from vllm_vispec.compat.check import require
         from vllm_vispec.compat.groups import groups_named
         from vllm_vispec.plugin import register
 
-        self.job = Job.from_json(request["job"])
+        self.job = Job.from_json(job)
         for group in groups_named("profile", cast("Runner", self.job.runner)):
             require(group)
         register()
-        options = engine_options(self.job.serve_args)
-        draft = dict(self.job.speculative_config)
-        self.llm = LLM(self.job.target, speculative_config=draft, **options)
+        self.llm = make_llm(self.job)
         self.recorder = Recorder(CLOCKS[self.job.clock])
         install(self.recorder, self.llm, self.job.runner)
         return {}
 
-    def record(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, messages: Sequence[Any], max_tokens: Sequence[int]) -> dict[str, Any]:
         """Answer requests together and greedily; returns their `Steps`."""
         # The vision tower and the adaptor are to run again for images that were seen before.
         for name in ("reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache"):
             getattr(self.llm.llm_engine, name)()
         self.recorder.take()
-        self._chat(request)
+        self._chat(messages, max_tokens)
         drafts = self.job.speculative_config["num_speculative_tokens"]
         return find_steps(self.recorder.take(), drafts, self.job.concurrency).to_json()
 
-    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def answer(self, messages: Sequence[Any], max_tokens: Sequence[int]) -> dict[str, Any]:
         """Answer one request; returns its text."""
-        return {"text": self._chat(request)[0].outputs[0].text}
+        return {"text": self._chat(messages, max_tokens)[0].outputs[0].text}
 
-    def reply(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do what a request says; an error becomes its message."""
-        try:
-            return ACTIONS[request["do"]](self, request)
-        except Exception as error:
-            traceback.print_exc()
-            return {"error": str(error) or type(error).__name__}
-
-    def _chat(self, request: Mapping[str, Any]) -> list[Any]:
+    def _chat(self, messages: Sequence[Any], max_tokens: Sequence[int]) -> list[Any]:
         from vllm import SamplingParams
 
-        limits = request["max_tokens"]
-        params = [SamplingParams(temperature=0.0, max_tokens=limit) for limit in limits]
-        outputs: list[Any] = self.llm.chat(request["messages"], params, use_tqdm=False)
+        params = [SamplingParams(temperature=0.0, max_tokens=limit) for limit in max_tokens]
+        outputs: list[Any] = self.llm.chat(messages, params, use_tqdm=False)
         return outputs
 
 
-ACTIONS: Mapping[str, Callable[[ProfiledEngine, Mapping[str, Any]], dict[str, Any]]] = {
-    "start": ProfiledEngine.start,
-    "record": ProfiledEngine.record,
-    "answer": ProfiledEngine.answer,
-}
+def make_llm(job: Job) -> Any:
+    """Return a `vllm.LLM`.
+
+    Raises:
+        ViSpecError: vLLM does not know an option.
+    """
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
+    # What makes the sides and the target stands last: it is not for the user to say.
+    ours = ("--model", job.target, "--speculative-config", json.dumps(job.speculative_config))
+    try:
+        given = parser.parse_args([*FIRST_ARGS, *job.serve_args, *ours])
+    except SystemExit as error:
+        raise ViSpecError(
+            f"--serve {' '.join(job.serve_args)}: an engine of vLLM does not take these options"
+        ) from error
+    return LLM.from_engine_args(EngineArgs.from_cli_args(given))
 
 
 def install(recorder: Recorder, llm: Any, runner_name: str) -> None:
@@ -277,7 +259,7 @@ def install(recorder: Recorder, llm: Any, runner_name: str) -> None:
             "--serve: the engine has more than one process; a profile needs one, so leave "
             "parallelism and --distributed-executor-backend out"
         ) from error
-    probe = find_runner(runner_name)
+    probe = RUNNERS[runner_name]
     drafter = getattr(runner, probe.drafter, None)
     if drafter is None:
         raise ViSpecError(
@@ -285,20 +267,22 @@ def install(recorder: Recorder, llm: Any, runner_name: str) -> None:
             "the other one"
         )
     target, draft = runner.get_model(), drafter.model
-    recorder.wrap(llm.llm_engine, "step", STEP)
     recorder.wrap(worker, "execute_model", EXECUTE, Batch.from_scheduler)
-    recorder.wrap(runner, probe.sample, SAMPLE)
-    recorder.hook(target, TARGET_MODEL)
-    recorder.wrap(target, "compute_logits", TARGET_LOGITS)
+    places = [
+        (llm.llm_engine, "step", STEP),
+        (runner, probe.sample, SAMPLE),
+        (target, "forward", TARGET_MODEL),
+        (target, "compute_logits", TARGET_LOGITS),
+        (drafter, "propose", PROPOSE),
+        (drafter, probe.draft_sample, DRAFT_SAMPLE),
+        (draft, "forward", DRAFT_MODEL),
+        (draft, "compute_logits", DRAFT_LOGITS),
+    ]
     if hasattr(target, "embed_multimodal"):
-        recorder.wrap(target, "embed_multimodal", VISION)
-    recorder.wrap(drafter, "propose", PROPOSE)
-    recorder.wrap(drafter, probe.draft_sample, DRAFT_SAMPLE)
-    recorder.hook(draft, DRAFT_MODEL)
-    recorder.wrap(draft, "compute_logits", DRAFT_LOGITS)
+        places.append((target, "embed_multimodal", VISION))
     if hasattr(draft, "get_top_tokens"):
         # With use_local_argmax_reduction the draft is asked for tokens instead of logits.
-        recorder.wrap(draft, "get_top_tokens", DRAFT_LOGITS)
+        places.append((draft, "get_top_tokens", DRAFT_LOGITS))
     # Only a ViSpec draft has these; a head without compression lacks the adaptor.
     ours = {
         ROWS: getattr(drafter, "draft_rows", None),
@@ -307,29 +291,9 @@ def install(recorder: Recorder, llm: Any, runner_name: str) -> None:
     for name, owner in ours.items():
         for method, value in vars(type(owner)).items() if owner is not None else ():
             if not method.startswith("_") and callable(value):
-                recorder.wrap(owner, method, name)
-
-
-def engine_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return keyword arguments for `vllm.LLM` from options of the command line.
-
-    Raises:
-        ViSpecError: vLLM does not know an option.
-    """
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
-    usual = vars(parser.parse_args([]))
-    try:
-        given = vars(parser.parse_args([*FIRST_ARGS, *arguments]))
-    except SystemExit as error:
-        raise ViSpecError(
-            f"--serve {' '.join(arguments)}: an engine of vLLM does not take these options"
-        ) from error
-    known = {name: given[name] for name in usual if given[name] != usual[name]}
-    # What makes the sides and the target is not for the user to say here.
-    return {name: known[name] for name in known if name not in ("model", "speculative_config")}
+                places.append((owner, method, name))
+    for owner, method, name in places:
+        recorder.wrap(owner, method, name)
 
 
 if __name__ == "__main__":

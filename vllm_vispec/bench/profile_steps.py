@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from vllm_vispec.bench.schema import Record
 from vllm_vispec.utils.errors import ViSpecError
 
-if TYPE_CHECKING:
-    from torch.nn import Module
-
+EAGLE, VISPEC = SIDES = ("eagle", "vispec")
 DECODE, PREFILL = "decode", "prefill"
 KINDS = {DECODE: "Decoding steps", PREFILL: "Prefill steps"}
 OTHER_BATCH, INCOMPLETE = "other batch", "incomplete"
@@ -145,25 +142,20 @@ class Span:
     """Something that ran from ``begin`` to ``end``, in seconds.
 
     Attributes:
-        inner: seconds of the spans directly inside.
+        own: seconds without those of the spans inside.
         batch: of a target pass.
     """
 
     name: str
     begin: float
     end: float = 0.0
-    inner: float = 0.0
+    own: float = 0.0
     batch: Batch | None = None
 
     @property
     def seconds(self) -> float:
         """How long it took."""
         return self.end - self.begin
-
-    @property
-    def own(self) -> float:
-        """How long it took without the spans inside."""
-        return self.seconds - self.inner
 
 
 def wall_time() -> float:
@@ -180,9 +172,7 @@ def wall_time() -> float:
 
 
 # ``cpu`` counts what this thread used, which other programs on a busy machine hardly change.
-CLOCKS: Mapping[str, Callable[[], float]] = MappingProxyType(
-    {"wall": wall_time, "cpu": time.thread_time}
-)
+CLOCKS: Mapping[str, Callable[[], float]] = {"wall": wall_time, "cpu": time.thread_time}
 
 
 @dataclass
@@ -202,29 +192,20 @@ class Recorder:
         spans, self._spans = self._spans, []
         return spans
 
-    def begin(self, name: str, batch: Batch | None = None) -> Span:
-        """Open a span inside of those that are open."""
-        span = Span(name, self.now(), batch=batch)
-        self._spans.append(span)
-        self._open.append(span)
-        return span
-
-    def end(self, span: Span) -> None:
-        """Close a span, and those that an error left open inside."""
-        span.end = self.now()
-        while self._open and self._open.pop() is not span:
-            pass
-        if self._open:
-            self._open[-1].inner += span.seconds
-
     @contextmanager
     def span(self, name: str, batch: Batch | None = None) -> Iterator[None]:
         """Record what runs inside of the block."""
-        span = self.begin(name, batch)
+        span = Span(name, self.now(), batch=batch)
+        self._spans.append(span)
+        self._open.append(span)
         try:
             yield
         finally:
-            self.end(span)
+            span.end = self.now()
+            span.own += span.seconds
+            self._open.pop()
+            if self._open:
+                self._open[-1].own -= span.seconds
 
     def wrap(
         self, owner: object, method: str, name: str, batch_of: Callable[..., Batch] | None = None
@@ -255,12 +236,6 @@ class Recorder:
 
         setattr(owner, method, timed)
 
-    def hook(self, module: Module, name: str) -> None:
-        """Record every forward pass of a module."""
-        opened: list[Span] = []
-        module.register_forward_pre_hook(lambda *_: opened.append(self.begin(name)))
-        module.register_forward_hook(lambda *_: self.end(opened.pop()))
-
 
 @dataclass(frozen=True)
 class Step(Record):
@@ -285,6 +260,10 @@ class Step(Record):
     def shape(self) -> tuple[str, int, int, int]:
         """What makes it comparable with another engine's."""
         return self.kind, self.requests, self.prompt_tokens, self.image_tokens
+
+
+Block = list[tuple[Step, Step]]
+"""Steps of one group of questions in one repetition: EAGLE's, and ViSpec's counterparts."""
 
 
 @dataclass(frozen=True)
@@ -316,9 +295,9 @@ def find_steps(spans: Sequence[Span], num_draft_tokens: int, concurrency: int) -
         elif (split := _split(inside, kind, num_draft_tokens)) is None:
             left_out[INCOMPLETE] += 1
         else:
-            tokens = (sum(one.tokens for one in batch.prompts),)
-            images = sum(one.image_tokens for one in batch.prompts)
-            found.append(Step(kind, len(batch.scheduled), *tokens, images, *split))
+            tokens = sum(one.tokens for one in batch.prompts)
+            image_tokens = sum(one.image_tokens for one in batch.prompts)
+            found.append(Step(kind, len(batch.scheduled), tokens, image_tokens, *split))
     return Steps(tuple(found), dict(left_out))
 
 
@@ -326,28 +305,23 @@ def _split(
     spans: Sequence[Span], kind: str, num_draft_tokens: int
 ) -> tuple[dict[str, float], dict[str, float]] | None:
     """Return seconds by part and of the wholes; None if something is missing or too much."""
-    named: dict[str, list[Span]] = {}
+    named: defaultdict[str, list[Span]] = defaultdict(list)
     for span in spans:
-        named.setdefault(span.name, []).append(span)
-    passes, logits = named.get(DRAFT_MODEL, []), named.get(DRAFT_LOGITS, [])
-    if any(len(named.get(name, ())) != 1 for name in ONCE):
+        named[span.name].append(span)
+    passes, logits = named[DRAFT_MODEL], named[DRAFT_LOGITS]
+    if any(len(named[name]) != 1 for name in ONCE):
         return None
     if not len(passes) == len(logits) == num_draft_tokens:
         return None
-    propose, later = named[PROPOSE][0], num_draft_tokens - 1
-    wholes = {
-        "first_pass": logits[0].end - propose.begin,
-        "step": (logits[-1].end - logits[0].end) / max(later, 1),
-        "propose": propose.seconds,
-        "round": named[STEP][0].seconds,
-    }
-    if not later:
-        del wholes["step"]
-    models = {FIRST_PASS: passes[0].own}
-    models |= {f"{DRAFT_STEP}_{number}": passes[number].own for number in range(1, len(passes))}
-    seconds = {
-        name: models[name] if name in models else sum(span.own for span in named.get(part.span, ()))
-        for name, part in columns(kind, num_draft_tokens).items()
-    }
-    seconds[HOST] = wholes["round"] - (sum(seconds.values()) - seconds[HOST])
+    (step,), (propose,) = named[STEP], named[PROPOSE]
+    wholes = {"first_pass": logits[0].end - propose.begin}
+    if num_draft_tokens > 1:
+        wholes["step"] = (logits[-1].end - logits[0].end) / (num_draft_tokens - 1)
+    wholes |= {"propose": propose.seconds, "round": step.seconds}
+    parts = columns(kind, num_draft_tokens)
+    seconds = {name: sum(span.own for span in named[part.span]) for name, part in parts.items()}
+    seconds[FIRST_PASS] = passes[0].own
+    for number, later in enumerate(passes[1:], start=1):
+        seconds[f"{DRAFT_STEP}_{number}"] = later.own
+    seconds[HOST] = step.seconds - sum(seconds.values())
     return seconds, wholes

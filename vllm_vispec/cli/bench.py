@@ -164,8 +164,8 @@ def profile(
     vLLM's own EAGLE and ViSpec take turns. Decoding and prefill steps are shown apart.
     """
     from vllm_vispec.bench.datasets import load_dataset
-    from vllm_vispec.bench.profile import Tools, run_profile
-    from vllm_vispec.bench.profile_result import print_profile
+    from vllm_vispec.bench.profile import run_profile
+    from vllm_vispec.bench.profile_result import to_page
 
     options = DatasetOptions(
         families=settings.families, limit=settings.limit, max_tokens=settings.max_tokens
@@ -174,11 +174,11 @@ def profile(
     for line in loaded.notes():
         typer.echo(line)
     try:
-        found = run_profile(settings, loaded.samples, output, Tools(log=typer.echo))
+        found = run_profile(settings, loaded.samples, output, typer.echo)
     except KeyboardInterrupt:
         typer.echo("stopped: nothing was written", err=True)
         return INTERRUPTED
-    print_profile(found)
+    typer.echo(to_page(found))
     typer.echo(f"wrote profile.json, profile.md, profile.svg and profile.png to {output}")
     return 0
 
