@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Self
 
 from examples.demo.job import Answer, Job
 from examples.pair import ENVIRONMENT
@@ -36,14 +35,9 @@ class Side(WorkerProcess):
         self.job = job
         self.start_seconds = 0.0
 
-    def __enter__(self) -> Self:
-        super().__enter__()
-        try:
-            self.start_seconds = self.request(self.job.to_json(), START_SECONDS)["ready"]
-        except BaseException:
-            self.stop()
-            raise
-        return self
+    def begin(self) -> None:
+        """Start the engine."""
+        self.start_seconds = self.request(self.job.to_json(), START_SECONDS)["ready"]
 
     def answer(self, sample: int) -> Answer:
         """Have one sample answered."""
@@ -51,6 +45,5 @@ class Side(WorkerProcess):
 
     def error(self, what: str) -> ViSpecError:
         """Return the error of an engine that cannot be asked any more."""
-        log = self.log_file.read_text(errors="replace")
-        reason = why(log, lambda name, value: f"{name}={value}")
+        reason = why(self.log(), lambda name, value: f"{name}={value}")
         return ViSpecError(f"the {self.name} engine {what}: {reason} (log: {self.log_file})")

@@ -112,7 +112,7 @@ class LoadResult:
 
 class _LoadWorker(WorkerProcess):
     def error(self, what: str) -> LoadError:
-        cause = find_cause(self.log_file.read_text(errors="replace"))
+        cause = find_cause(self.log())
         return LoadError(f"vllm bench serve {what}: {cause} (log: {self.log_file})")
 
 

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from vllm_vispec.bench.load import chat_messages
 from vllm_vispec.bench.machine import has_gpu, server_environment
@@ -126,19 +126,13 @@ class EngineProcess(WorkerProcess):
         super().__init__(side, "vllm_vispec.bench.profile_engine", job.environment(), log_file)
         self.job = job
 
-    def __enter__(self) -> Self:
-        """Start it and wait until it can be asked.
+    def begin(self) -> None:
+        """Start the engine.
 
         Raises:
             ViSpecError: it does not start.
         """
-        super().__enter__()
-        try:
-            self.request({"do": "start", "job": self.job.to_json()}, START_S)
-        except BaseException:
-            self.stop()
-            raise
-        return self
+        self.request({"do": "start", "job": self.job.to_json()}, START_S)
 
     def record(self, samples: Sequence[BenchSample]) -> Steps:
         """Have samples answered together, with empty caches; returns the steps that it took.

@@ -13,8 +13,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from typing import Self
 
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -26,19 +26,20 @@ SETTLE_S = 0.2
 
 # "(EngineCore pid=12) ", "ERROR 11-30 06:37:16 [core.py:1186] " in front of a line.
 _PREFIX = re.compile(r"^(?:\([^()]*pid=\d+\)\s*)?(?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]+\]\s?)?")
-_EXCEPTION = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Interrupt|Exit))(?:: ?(.*))?$")
+_EXCEPTION = re.compile(
+    r"^(?:\w+\.)*(?P<name>\w*(?:Error|Exception|Interrupt|Exit))(?:: ?(?P<said>.*))?$"
+)
 # Their messages are sentences; those of other exceptions ("KeyError: 3") need the class.
 _WORDED = re.compile(
     r"^(ViSpec|Value|OS|Runtime|Validation|OutOfMemory|NotImplemented|\w*NotFound)Error$|^Exception$"
 )
-_OURS = re.compile(r"^vllm-vispec: (.+)$")
+_OURS = re.compile(r"^vllm-vispec: (?P<said>.+)$")
 # Exceptions of processes that only waited for another one, or were ended since one had failed.
 _WAITING = re.compile(
     r"(?i)core initialization failed|WorkerProc initialization failed|root cause|"
     r"background process|cancelled|broken pipe|connection (?:reset|closed) by peer|"
     r"^(?:SystemExit|KeyboardInterrupt)\b"
 )
-_FREE = re.compile(r"\(([\d.]+)/([\d.]+) GiB\) on startup")
 _SEE = re.compile(r"\s*See https?://\S+.*$")
 
 
@@ -60,9 +61,10 @@ def why(text: str, spell: Spell) -> str:
         spell: how the user writes a setting.
     """
     cause = find_cause(text)
-    for pattern, remedy in _REMEDIES:
+    for pattern, remedy in _REMEDIES.items():
         if re.search(pattern, cause):
-            return f"{_first_sentence(cause)}: {remedy(cause, spell)}"
+            sentence = re.split(r"\.\s", _SEE.sub("", cause), maxsplit=1)[0].rstrip(". ")
+            return f"{sentence}: {remedy(cause, spell)}"
     return cause
 
 
@@ -74,40 +76,25 @@ def find_cause(text: str) -> str:
     lines = [_PREFIX.sub("", line).strip() for line in text.splitlines()]
     lines = [line for line in lines if line]
     found = [match for line in lines if (match := _OURS.match(line) or _EXCEPTION.match(line))]
-    telling = [match for match in found if not _WAITING.search(match.group(0))]
-    if telling:
-        return _without_pydantic(_message(*telling[-1].groups()), lines)
-    return lines[-1] if lines else "it said nothing"
-
-
-def _message(first: str, text: str | None = "") -> str:
-    """The message of a class and its text, or of a line of ours, which has no class."""
-    if not _EXCEPTION.match(first):
-        return first
-    return f"{first}: {text}" if text and not _WORDED.match(first) else text or first
-
-
-def _without_pydantic(message: str, lines: list[str]) -> str:
-    """Where pydantic only counts errors, what the first one says."""
-    if "validation error" not in message:
-        return message
-    for line in lines:
-        stated = re.match(r"(?:Value error, )?(.+?) \[type=", line)
-        if stated:
-            return stated.group(1)
+    telling = [match for match in found if not _WAITING.search(match[0])]
+    if not telling:
+        return lines[-1] if lines else "it said nothing"
+    named, said = telling[-1].groupdict().get("name"), telling[-1]["said"]
+    message = str(said or named)
+    if named and said and not _WORDED.match(named):
+        message = f"{named}: {said}"
+    if "validation error" in message:
+        # Pydantic only counts errors here; a later line says what the first one is.
+        stated = (re.match(r"(?:Value error, )?(.+?) \[type=", line) for line in lines)
+        return next((match[1] for match in stated if match), message)
     return message
-
-
-def _first_sentence(message: str) -> str:
-    return re.split(r"\.\s", _SEE.sub("", message), maxsplit=1)[0].rstrip(". ")
 
 
 def _less_memory(cause: str, spell: Spell) -> str:
     """A share of all memory that what is free now allows."""
-    found = _FREE.search(cause)
-    free, total = map(float, found.groups()) if found else (0.0, 0.0)
-    share = f"{int(95 * free / total) / 100:.2f}" if free and total else "0.5"
-    lower = spell("gpu_memory_utilization", share)
+    found = re.search(r"\(([\d.]+)/([\d.]+) GiB\) on startup", cause)
+    share = int(95 * float(found[1]) / float(found[2])) / 100 if found else 0.5
+    lower = spell("gpu_memory_utilization", f"{share:.2f}")
     return f"lower gpu_memory_utilization (e.g. {lower}), or end what else uses the memory"
 
 
@@ -120,26 +107,22 @@ def _smaller_batches(cause: str, spell: Spell) -> str:
 
 def _more_cache(cause: str, spell: Spell) -> str:
     fits = re.search(r"maximum model length is (\d+)", cause)
-    length = fits.group(1) if fits else "2048"
-    return (
-        f"lower max_model_len (e.g. {spell('max_model_len', length)}), or raise "
-        "gpu_memory_utilization"
-    )
+    lower = spell("max_model_len", fits[1] if fits else "2048")
+    return f"lower max_model_len (e.g. {lower}), or raise gpu_memory_utilization"
 
 
 def _other_model(cause: str, spell: Spell) -> str:
     return "check the name of the target, the network and the token, or give its folder"
 
 
-_REMEDIES: tuple[tuple[str, Callable[[str, Spell], str]], ...] = (
-    (r"desired (?:GPU|CPU) memory utilization|the engine's budget", _less_memory),
-    (r"No available memory for the cache blocks|at least one request|auto-fit max", _more_cache),
-    (r"(?i)out of memory|can't allocate memory", _smaller_batches),
-    (
-        r"not a valid model identifier|Repository Not Found|couldn't connect to|cached snapshot",
-        _other_model,
+_REMEDIES: Mapping[str, Callable[[str, Spell], str]] = {
+    r"desired (?:GPU|CPU) memory utilization|the engine's budget": _less_memory,
+    r"No available memory for the cache blocks|at least one request|auto-fit max": _more_cache,
+    r"(?i)out of memory|can't allocate memory": _smaller_batches,
+    r"not a valid model identifier|Repository Not Found|couldn't connect to|cached snapshot": (
+        _other_model
     ),
-)
+}
 
 
 @contextlib.contextmanager
@@ -149,39 +132,51 @@ def starting_engine(target: str, spell: Spell) -> Iterator[None]:
     Raises:
         ViSpecError: it does not start; one line with the cause, and where the whole log lies.
     """
-    with held_output() as held:
+    with HeldOutput() as held:
         try:
             yield
         except ViSpecError:
             held.drop()
             raise
         except (Exception, SystemExit) as error:
-            text = held.drop()
-            raised = f"{type(error).__name__}: {error}"
+            text, raised = held.drop(), f"{type(error).__name__}: {error}"
             # The exception here may only have waited for a process that knows the cause.
             cause = why(text if _WAITING.search(raised) else raised, spell)
+            descriptor, log = tempfile.mkstemp(prefix="vispec-engine-", suffix=".log")
+            with os.fdopen(descriptor, "w") as file:
+                file.write(f"{text}{raised}\n")
             raise ViSpecError(
-                f"the engine does not start with target {target}: {cause} "
-                f"(whole log: {_keep(text + raised)})"
+                f"the engine does not start with target {target}: {cause} (whole log: {log})"
             ) from error
 
 
-def _keep(text: str) -> Path:
-    descriptor, name = tempfile.mkstemp(prefix="vispec-engine-", suffix=".log")
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text + "\n")
-    return Path(name)
-
-
 class HeldOutput:
-    """What this process and its children wrote to their standard streams."""
+    """Holds back what is written to stdout and stderr inside, then shows it on stderr.
 
-    def __init__(self, source: int, sink: int) -> None:
-        self._source, self._sink = source, sink
+    Processes started inside keep writing there, so that what they say later is shown at once.
+    """
+
+    def __enter__(self) -> Self:
+        _flush()
+        self._source, sink = os.pipe()
+        self._saved = {stream: os.dup(stream) for stream in (1, 2)}
         self._lock = threading.Lock()
         self._held: list[bytes] | None = []
-        self._thread = threading.Thread(target=self._pump, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._pump, daemon=True).start()
+        for stream in self._saved:
+            os.dup2(sink, stream)
+        os.close(sink)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _flush()
+        for stream, saved in self._saved.items():
+            os.dup2(saved, stream)
+        os.close(self._saved[1])
+        with self._lock:
+            for piece in self._held or ():
+                os.write(self._saved[2], piece)
+            self._held = None
 
     def drop(self) -> str:
         """Return what was written and never show it."""
@@ -191,43 +186,13 @@ class HeldOutput:
             text, self._held = b"".join(self._held or ()), []
         return text.decode(errors="replace")
 
-    def release(self) -> None:
-        """Show what was written, and from now on everything at once."""
-        with self._lock:
-            for piece in self._held or ():
-                os.write(self._sink, piece)
-            self._held = None
-
     def _pump(self) -> None:
         while piece := os.read(self._source, 65536):
             with self._lock:
                 if self._held is None:
-                    os.write(self._sink, piece)
+                    os.write(self._saved[2], piece)
                 else:
                     self._held.append(piece)
-
-
-@contextlib.contextmanager
-def held_output() -> Iterator[HeldOutput]:
-    """Hold back what is written to stdout and stderr inside, then show it on stderr.
-
-    Processes started inside keep writing there, so that what they say later is shown at once.
-    """
-    _flush()
-    source, target = os.pipe()
-    saved = {stream: os.dup(stream) for stream in (1, 2)}
-    held = HeldOutput(source, saved[2])
-    for stream in saved:
-        os.dup2(target, stream)
-    os.close(target)
-    try:
-        yield held
-    finally:
-        _flush()
-        for stream in saved:
-            os.dup2(saved[stream], stream)
-        os.close(saved[1])
-        held.release()
 
 
 def _flush() -> None:

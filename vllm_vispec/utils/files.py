@@ -43,30 +43,18 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically.
-
-    Raises:
-        ViSpecError: see `writing`.
-    """
+    """Write JSON atomically; see `writing`."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically.
-
-    Raises:
-        ViSpecError: see `writing`.
-    """
+    """Write a text file atomically; see `writing`."""
     with writing(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors atomically.
-
-    Raises:
-        ViSpecError: see `writing`.
-    """
+    """Write safetensors atomically; see `writing`."""
     from safetensors.torch import save_file
 
     with writing(path) as aside:
@@ -79,12 +67,8 @@ def read_json(path: Path) -> Any:
     Raises:
         ViSpecError: it is missing or damaged.
     """
-    try:
+    with _reading(path):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ViSpecError(
-            f"{path} cannot be read ({error}): delete {path.parent} and run again"
-        ) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -95,9 +79,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    try:
+    with _reading(path):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
         raise ViSpecError(
             f"{path} cannot be read ({error}): delete {path.parent} and run again"
         ) from error

@@ -108,8 +108,7 @@ class WorkerProcess:
     ) -> None:
         self.name, self.log_file = name, log_file
         # At the end, so that another vLLM in front stays in front.
-        paths = [environment.get("PYTHONPATH", ""), str(ROOT)]
-        path = os.pathsep.join(filter(None, paths))
+        path = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), str(ROOT))))
         self._module, self._environment = module, {**environment, "PYTHONPATH": path}
 
     def __enter__(self) -> Self:
@@ -118,7 +117,15 @@ class WorkerProcess:
         self._process = ChildProcess(
             ["-m", self._module], self._environment, self.log_file, piped=True
         )
+        try:
+            self.begin()
+        except BaseException:
+            self.stop()
+            raise
         return self
+
+    def begin(self) -> None:
+        """Ask what comes first; if it fails, the process is ended and `with` raises."""
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -147,9 +154,13 @@ class WorkerProcess:
             raise self.failed(reply)
         return reply
 
+    def log(self) -> str:
+        """Return what the process printed."""
+        return self.log_file.read_text(errors="replace")
+
     def error(self, what: str) -> ViSpecError:
         """Return the error of a process that cannot be asked any more."""
-        reason = why(self.log_file.read_text(errors="replace"), spelled_as_option)
+        reason = why(self.log(), spelled_as_option)
         return ViSpecError(f"the engine of {self.name} {what}: {reason} (log: {self.log_file})")
 
     def failed(self, reply: Mapping[str, Any]) -> RequestFailed:

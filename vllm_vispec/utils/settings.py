@@ -106,9 +106,9 @@ def _describe(error: ValidationError, model: type[BaseModel], spelling: Spelling
 def _nearest(name: str, model: type[BaseModel]) -> str:
     """A hint at a known name; a name without its section, or of another one, counts too."""
     known = [full for full, _ in iter_fields(model)]
-    tails = {full.rpartition(".")[2]: full for full in known}
     hint = did_you_mean(name, {*known, *model.model_fields})
-    if not hint:
-        found = did_you_mean(name.rpartition(".")[2], tails)
-        hint = next((f'; did you mean "{tails[t]}"?' for t in tails if f'"{t}"' in found), "")
-    return hint
+    if hint:
+        return hint
+    tails = {full.rpartition(".")[2]: full for full in known}
+    found = did_you_mean(name.rpartition(".")[2], tails)
+    return next((f'; did you mean "{tails[one]}"?' for one in tails if f'"{one}"' in found), "")

@@ -75,7 +75,7 @@ class VerifyProcess(WorkerProcess):
 
     def failed(self, reply: Mapping[str, Any]) -> RequestFailed:
         """Return the cause: the child's own error may only say that another process has one."""
-        log = self.log_file.read_text(errors="replace")
+        log = self.log()
         own = f"{ViSpecError.__name__}: {find_cause(log)}"
         self.refused = reply["is_refusal"] or own in log
         return RequestFailed(why(log, spelled_as_option))
