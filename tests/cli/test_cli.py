@@ -17,6 +17,7 @@ from vllm_vispec.compat.groups import GROUPS
 from vllm_vispec.compat.source import read_module
 from vllm_vispec.heads.card import guess_target, serve_command
 from vllm_vispec.heads.folder import inspect_head
+from vllm_vispec.heads.speculators import Serving
 
 RUNNER = CliRunner()
 
@@ -170,7 +171,7 @@ def test_doctor_with_a_bad_target(tmp_path: Path) -> None:
 def test_known_targets(tmp_path: Path) -> None:
     write_head(tmp_path, hidden_size=64, num_attention_heads=4, head_dim=16)
     assert guess_target(inspect_head(tmp_path).config) == "TARGET"
-    assert serve_command("T", "H", 3) == (
+    assert serve_command("H", Serving("T", 3)) == (
         "vllm serve T --speculative-config "
         '\'{"method":"vispec","model":"H","num_speculative_tokens":3}\''
     )

@@ -16,7 +16,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from vllm_vispec.heads.folder import is_draft_vlm
-from vllm_vispec.heads.published_config import text_fields
+from vllm_vispec.heads.formats import text_fields
 from vllm_vispec.utils.errors import ViSpecError
 
 DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0}

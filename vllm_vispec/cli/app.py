@@ -81,6 +81,7 @@ def convert(
     """Write a head of any checkpoint format in the canonical one (or back, with --format)."""
     from vllm_vispec.heads.card import guess_target, serve_command
     from vllm_vispec.heads.export import convert_head
+    from vllm_vispec.heads.speculators import Serving
 
     with exit_on_error():
         if dialect is not None:
@@ -96,7 +97,8 @@ def convert(
         )
     queries = info.config.num_query_tokens
     typer.echo(f"wrote {info.folder} ({info.dtype}, {queries} query tokens)")
-    typer.echo(f"serve it with: {serve_command(target or guess_target(info.config), info.folder)}")
+    serving = Serving(target or guess_target(info.config))
+    typer.echo(f"serve it with: {serve_command(info.folder, serving)}")
 
 
 @app.command()

@@ -11,16 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
-from typing import TYPE_CHECKING
 
 from vllm_vispec import __version__
 from vllm_vispec.compat import check as versions
 from vllm_vispec.compat import groups
 from vllm_vispec.compat.check import PatchPointState, check_points, group_problem
 from vllm_vispec.spec_decode.patch_points import CHAINS, CORE
-
-if TYPE_CHECKING:
-    from vllm_vispec.heads.config import HeadConfig
 
 _RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -111,37 +107,27 @@ def head_lines(head: str) -> list[str]:
     Raises:
         ViSpecError: it is no usable head.
     """
-    from vllm_vispec.heads.card import guess_target, serve_command
+    from vllm_vispec.heads.card import guess_target, head_facts, serve_command
     from vllm_vispec.heads.folder import inspect_head
     from vllm_vispec.heads.formats import FORMATS
-    from vllm_vispec.heads.speculators import serving_of_folder
+    from vllm_vispec.heads.speculators import Serving, serving_of_folder
 
     info = inspect_head(head)
-    config, serving = info.config, serving_of_folder(info.folder)
+    serving = serving_of_folder(info.folder)
+    guessed = Serving(guess_target(info.config))
     elements = sum(prod(shape) for shape in info.shapes.values())
     size = elements * _DTYPE_BYTES[info.dtype] / _MIB
-    facts = {
-        "head": head,
-        "format": f"{info.checkpoint_format}: {FORMATS[info.checkpoint_format].summary}",
-        "target type": config.target_model_type or "not stated",
-        "hidden size": _width(config),
-        "vocabulary": f"{config.vocab_size} (the target's must be the same)",
-        "kind": f"images compressed {_yes(config.compress)}, "
-        f"global feature {_yes(config.global_feature)}",
-        "compressor": f"{config.compressor_spec}" if config.compress else "none",
-        "query tokens": _queries(config),
-        "attention": f"{config.num_attention_heads} heads, {config.num_key_value_heads} KV heads, "
-        f"head size {config.head_dim}, RoPE base {config.rope_theta:g}",
-        "positions": f"up to {config.max_position_embeddings}",
-        "norms": f"input {_yes(config.layer0_input_norm)}, final {_yes(config.final_norm)}",
-        "biases": f"q/k/v {_yes(config.qkv_bias)}, fc {_yes(config.fc_bias)}",
-        "embeddings": "its own" if config.has_embed_tokens else "the target's",
-        "weights": f"{size:.1f} MiB as {info.dtype} in {len(info.files)} file(s)",
-        "serve with": f"vllm serve {head} (target: {serving.target})"
-        if serving
-        else serve_command(guess_target(config), head),
-    }
-    return _table(facts)
+    return _table(
+        {
+            "head": head,
+            "format": f"{info.checkpoint_format}: {FORMATS[info.checkpoint_format].summary}",
+            **head_facts(info.config),
+            "weights": f"{size:.1f} MiB as {info.dtype} in {len(info.files)} file(s)",
+            "serve with": f"vllm serve {head} (target: {serving.target})"
+            if serving
+            else serve_command(head, guessed),
+        }
+    )
 
 
 def target_lines(target: str, head: str | None) -> list[str]:
@@ -186,23 +172,6 @@ def target_lines(target: str, head: str | None) -> list[str]:
 
 def _table(facts: Mapping[str, object]) -> list[str]:
     return [f"{name:14} {value}" for name, value in facts.items()]
-
-
-def _width(config: HeadConfig) -> str:
-    if config.is_draft_vlm:
-        return (
-            f"{config.hidden_size} in {config.num_hidden_layers} layer(s), a draft VLM for image "
-            f"embeddings of {config.vision_size} (the target's hidden size must be the same)"
-        )
-    return f"{config.hidden_size} (the target's must be the same)"
-
-
-def _queries(config: HeadConfig) -> str:
-    if not config.compress:
-        return "no image is compressed"
-    if config.has_compressor:
-        return "1, the global feature's" if config.has_adaptor else "no image adaptor"
-    return f"{config.num_query_tokens} ({config.rows_per_image} rows per image)"
 
 
 def _vllm_line() -> tuple[str, bool]:
@@ -260,7 +229,3 @@ def _first_reason(error: Exception) -> str:
     found = re.search(r"Value error, (.*?)(?: \[type=|$)", str(error), re.MULTILINE)
     lines = str(error).splitlines() or [type(error).__name__]
     return found.group(1) if found else lines[0]
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"

@@ -1,4 +1,4 @@
-"""The model card of a head, and the commands that serve it."""
+"""What a head is, in words: its facts, the command that serves it, its model card."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from vllm_vispec import __version__
 from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.speculators import Serving
 
 CARD_TITLE = "# ViSpec head"
-DEFAULT_NUM_TOKENS = 4
 _MAX_VALUE = 200
 
 # (model_type, hidden_size) -> the public target of that shape.
@@ -31,73 +31,88 @@ def guess_target(config: HeadConfig) -> str:
     return _KNOWN_TARGETS.get((config.target_model_type, width), "TARGET")
 
 
-def serve_command(target: str, head: str | Path, num_tokens: int = DEFAULT_NUM_TOKENS) -> str:
+def serve_command(head: str | Path, serving: Serving) -> str:
     """Return the command that serves a target with a head."""
-    speculative = json.dumps(
-        {"method": "vispec", "model": str(head), "num_speculative_tokens": num_tokens},
-        separators=(",", ":"),
-    )
-    return f"vllm serve {target} --speculative-config '{speculative}'"
+    speculative = {
+        "method": "vispec",
+        "model": str(head),
+        "num_speculative_tokens": serving.num_tokens,
+    }
+    text = json.dumps(speculative, separators=(",", ":"))
+    return f"vllm serve {serving.target} --speculative-config '{text}'"
+
+
+def head_facts(config: HeadConfig) -> dict[str, str]:
+    """Return what a head is and what it needs of its target, in the order to show it."""
+    facts = {
+        "target type": config.target_model_type or "not stated",
+        "hidden size": f"{config.hidden_size} (the target's must be the same)",
+        "vocabulary": f"{config.vocab_size} (the target's must be the same)",
+        "kind": f"images compressed {_yes(config.compress)}, "
+        f"global feature {_yes(config.global_feature)}",
+        "compressor": f"{config.compressor_spec}" if config.compress else "none",
+        "query tokens": _queries(config),
+        "attention": f"{config.num_attention_heads} heads, {config.num_key_value_heads} KV heads, "
+        f"head size {config.head_dim}, RoPE base {config.rope_theta:g}",
+        "positions": f"up to {config.max_position_embeddings}",
+        "norms": f"input {_yes(config.layer0_input_norm)}, final {_yes(config.final_norm)}",
+        "biases": f"q/k/v {_yes(config.qkv_bias)}, fc {_yes(config.fc_bias)}",
+        "embeddings": "its own" if config.has_embed_tokens else "the target's",
+    }
+    if config.is_draft_vlm:
+        facts |= {
+            "hidden size": f"{config.hidden_size} in {config.num_hidden_layers} layer(s)",
+            "kind": f"a draft VLM for image embeddings of {config.vision_size} (the target's "
+            "hidden size must be the same)",
+            "lm_head": "the embedding table" if config.tie_word_embeddings else "its own",
+        }
+    return facts
 
 
 def model_card(
     config: HeadConfig,
     dtype: str,
-    target: str,
-    folder: Path,
+    serving: Serving,
+    folder: str | Path,
+    origin: str,
+    provenance: Mapping[str, Any] | None,
     *,
-    num_tokens: int = DEFAULT_NUM_TOKENS,
-    names_target: bool = False,
-    origin: str = "trained",
-    provenance: Mapping[str, Any] | None = None,
+    names_target: bool,
 ) -> str:
     """Return Markdown that says what the head is, where it comes from and how to serve it.
 
     Args:
-        names_target: the head's config.json names its target, so that the folder serves itself.
         origin: how this folder was made.
         provenance: how the head was trained; None if that is unknown.
+        names_target: the head's config.json names its target, so that the folder serves itself.
     """
-    commands = [serve_command(target, folder, num_tokens)]
+    commands = [serve_command(folder, serving)]
     if names_target:
         commands.insert(0, f"vllm serve {folder}")
+    made_by = f"vllm-vispec {__version__}, {origin}"
+    facts = head_facts(config) | {"dtype": dtype, "made by": made_by}
     sections = [
         CARD_TITLE,
         "A draft head for speculative decoding of a vision-language model in vLLM (needs "
         "`vllm-vispec`).",
         "\n\nor\n\n".join(f"    {command}" for command in commands),
-        _table(_facts(config, dtype, target, origin)),
+        _table({"target": serving.target} | facts),
     ]
     if provenance is not None:
         sections += ["## Training", _table(dict(_flat(provenance)))]
     return "\n\n".join(sections) + "\n"
 
 
-def _facts(config: HeadConfig, dtype: str, target: str, origin: str) -> dict[str, Any]:
-    queries = f"{config.num_query_tokens}"
-    if config.rows_per_image is not None:
-        queries += f" ({config.rows_per_image} draft rows per image)"
-    draft_vlm = {
-        "kind": "draft VLM: a model of its own, which reads no target states",
-        "decoder layers": config.num_hidden_layers,
-        "image embeddings": f"{config.vision_size} wide, projected",
-        "lm_head": "the embedding table" if config.tie_word_embeddings else "its own",
-    }
-    return {
-        "target": target,
-        "target type": config.target_model_type or "not stated",
-        "hidden size": config.hidden_size,
-        "vocabulary": config.vocab_size,
-        "images": "compressed" if config.compress else "every image token keeps its row",
-        **(draft_vlm if config.is_draft_vlm else {}),
-        **({"compressor": config.compressor_spec} if config.has_compressor else {}),
-        "global feature": config.global_feature,
-        "query tokens": queries if config.has_adaptor else "none, no image adaptor",
-        "layer input norm / final norm": f"{config.layer0_input_norm} / {config.final_norm}",
-        "own embedding table": config.has_embed_tokens,
-        "dtype": dtype,
-        "made by": f"vllm-vispec {__version__}, {origin}",
-    }
+def _queries(config: HeadConfig) -> str:
+    if not config.has_adaptor:
+        return "no image adaptor"
+    if config.rows_per_image is None:
+        return f"{config.num_query_tokens}, the last for the global feature"
+    return f"{config.num_query_tokens} ({config.rows_per_image} rows per image)"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

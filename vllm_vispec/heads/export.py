@@ -6,11 +6,11 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_vispec.heads.card import CARD_TITLE, DEFAULT_NUM_TOKENS, guess_target, model_card
+from vllm_vispec.heads.card import CARD_TITLE, guess_target, model_card
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.folder import (
     CARD,
@@ -25,7 +25,6 @@ from vllm_vispec.heads.folder import (
     iter_canonical_tensors,
 )
 from vllm_vispec.heads.formats import CANONICAL, CheckpointFormat, get_format
-from vllm_vispec.heads.location import resolve_head
 from vllm_vispec.heads.speculators import (
     Serving,
     locate_target,
@@ -41,7 +40,8 @@ if TYPE_CHECKING:
     from vllm_vispec.reference.draft import Draft
 
 MAX_DRAFT_TOKENS = 32
-_OURS = {CONFIG, CARD, PROVENANCE, WEIGHTS, DRAFT_VOCAB, DRAFT_VOCAB_FACTS}
+_COPIED = (PROVENANCE, DRAFT_VOCAB, DRAFT_VOCAB_FACTS)
+_OURS = {CONFIG, CARD, WEIGHTS, *_COPIED}
 
 
 def export_head(
@@ -81,25 +81,17 @@ def export_head(
         raise ViSpecError(
             f"num_speculative_tokens={count} must lie between 1 and {MAX_DRAFT_TOKENS}"
         )
-    shown = Path(folder)  # in the card: no path of this machine that the user did not write
-    folder = shown.expanduser().absolute()
-    fields = speculators_fields(draft.config, target, folder, count)
-    card = model_card(
-        draft.config,
-        dtype,
-        target,
-        shown,
-        num_tokens=count,
-        names_target=True,
-        origin="trained",
-        provenance=provenance,
-    )
-    with new_head_folder(folder, overwrite=overwrite) as scratch:
-        write_weights(scratch, draft.state_dict().items(), dtype)
-        write_json(scratch / CONFIG, draft.config.to_config_json(dtype) | fields)
+    destination = Path(folder).expanduser().absolute()
+    serving = Serving(target, count)
+    content = draft.config.to_config_json(dtype)
+    content |= speculators_fields(draft.config, serving, destination)
+    with new_head_folder(destination, overwrite=overwrite) as scratch:
         write_json(scratch / PROVENANCE, provenance)
-        (scratch / CARD).write_text(card, encoding="utf-8")
-    return inspect_head(folder)
+        card = model_card(
+            draft.config, dtype, serving, folder, "trained", provenance, names_target=True
+        )
+        _write_head(scratch, draft.state_dict().items(), dtype, content, card)
+    return inspect_head(destination)
 
 
 def convert_head(
@@ -134,40 +126,37 @@ def convert_head(
     if dtype is not None:
         check_dtype(dtype, "--dtype")
     writer = get_format(checkpoint_format)
-    info = inspect_head(resolve_head(source))
-    shown = Path(destination)  # in the card: no path of this machine that the user did not write
-    destination = shown.expanduser().absolute()
-    config = info.config
+    info = inspect_head(source)
+    folder = Path(destination).expanduser().absolute()
+    config, shapes = info.config, info.shapes
     if drop_embed_tokens:
         config = replace(config, has_embed_tokens=False)
-    writer.check_expressible(config)
-    stored = dtype or DTYPES[info.dtype]
+        shapes.pop("embed_tokens.weight", None)
+    dtype = dtype or DTYPES[info.dtype]
+    content = writer.write_checked_config(config, dtype, shapes)
     serving = _serving(info, target)
-    content = writer.write_config(config, stored)
+    names_target = serving is not None and writer is CANONICAL
     if writer is CANONICAL:
         content["vispec"]["source_format"] = info.checkpoint_format
         if serving is not None:
-            content |= speculators_fields(config, serving.target, destination, serving.num_tokens)
-    with new_head_folder(destination, overwrite=overwrite, source=info.folder) as scratch:
-        write_weights(scratch, _tensors(info, config, writer), stored)
-        write_json(scratch / CONFIG, content)
-        for name in (PROVENANCE, DRAFT_VOCAB, DRAFT_VOCAB_FACTS):
+            content |= speculators_fields(config, serving, folder)
+    found = info.folder / PROVENANCE
+    card = model_card(
+        config,
+        dtype,
+        serving or Serving(guess_target(config)),
+        # No path of this machine that the user did not write.
+        destination,
+        f"converted from the {info.checkpoint_format} format",
+        json.loads(found.read_text(encoding="utf-8")) if found.is_file() else None,
+        names_target=names_target,
+    )
+    with new_head_folder(folder, overwrite=overwrite, source=info.folder) as scratch:
+        for name in _COPIED:
             if (info.folder / name).is_file():
                 shutil.copyfile(info.folder / name, scratch / name)
-        made = scratch / PROVENANCE
-        card = model_card(
-            config,
-            stored,
-            serving.target if serving else guess_target(config),
-            shown,
-            num_tokens=serving.num_tokens if serving else DEFAULT_NUM_TOKENS,
-            names_target=serving is not None and writer is CANONICAL,
-            origin=f"converted from the {info.checkpoint_format} format",
-            provenance=json.loads(made.read_text(encoding="utf-8")) if made.is_file() else None,
-        )
-        (scratch / CARD).write_text(card, encoding="utf-8")
-        _check_same(writer, config, scratch)
-    return inspect_head(destination)
+        _write_head(scratch, _tensors(info, config, writer), dtype, content, card)
+    return inspect_head(folder)
 
 
 def check_dtype(name: str, setting: str = "dtype") -> None:
@@ -234,6 +223,18 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(text + "\n", encoding="utf-8")
 
 
+def _write_head(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: str,
+    content: Mapping[str, Any],
+    card: str,
+) -> None:
+    write_weights(folder, tensors, dtype)
+    write_json(folder / CONFIG, content)
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
 def _check_destination(destination: Path, overwrite: bool, source: Path | None) -> None:
     if not destination.exists():
         return
@@ -276,18 +277,5 @@ def _serving(info: HeadInfo, target: str | None) -> Serving | None:
     """The target that was given, else the one the source names."""
     stated = serving_of_folder(info.folder)
     if target is not None:
-        return Serving(target, stated.num_tokens if stated else DEFAULT_NUM_TOKENS)
-    if stated is None:
-        return None
-    return replace(stated, target=locate_target(stated.target, info.folder))
-
-
-def _check_same(writer: CheckpointFormat, config: HeadConfig, folder: Path) -> None:
-    """Refuse what was written if it is read as another head."""
-    found, wanted = asdict(inspect_head(folder).config), asdict(config)
-    lost = [name for name in wanted if found[name] != wanted[name]]
-    if lost:
-        pairs = ", ".join(f"{name}={wanted[name]!r}" for name in lost)
-        raise ViSpecError(
-            f"the {writer.name} format cannot express {pairs}: use the canonical format"
-        )
+        return replace(stated, target=target) if stated else Serving(target)
+    return stated and replace(stated, target=locate_target(stated.target, info.folder))

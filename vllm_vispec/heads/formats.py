@@ -2,25 +2,22 @@
 
 A format is a table that maps its tensor names to ours, a function that recognises a folder, and one
 that turns its config.json into a `HeadConfig`. To add one, write it like `REFERENCE` below and list
-it in `FORMATS`.
+it in `FORMATS`. The config.json of published heads is a copy of the target's, which the draft
+resembles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from vllm_vispec.compressors.spec import QUERY
-from vllm_vispec.heads import published_config as published
-from vllm_vispec.heads.config import ARCHITECTURES, HeadConfig
-from vllm_vispec.heads.published_config import RawConfig, Shapes
+from vllm_vispec.heads.config import ARCHITECTURES, LLAMA_FIELDS, HeadConfig
 from vllm_vispec.utils.errors import ViSpecError
 
-
-def _cannot_write(head: HeadConfig, dtype: str) -> dict[str, Any]:
-    raise ViSpecError("heads of this format are only read: write the canonical format")
+Shapes = Mapping[str, tuple[int, ...]]
+RawConfig = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,8 +31,8 @@ class CheckpointFormat:
             The first template that matches wins.
         detect: says whether a folder with this config.json and these tensors is of the format.
         read_config: makes the `HeadConfig`; raises `ViSpecError` on impossible values.
-        write_config: makes the config.json of a head, given the dtype of its weights.
-        fixed: flags of `HeadConfig` that every head of the format has.
+        write_config: makes the config.json of a head, given the dtype of its weights; None: heads
+            of the format are only read.
         ignored: patterns of tensor names that carry nothing we need.
         switched_off: canonical names that may be present although the flags do not use them.
     """
@@ -45,8 +42,7 @@ class CheckpointFormat:
     keys: Mapping[str, str]
     detect: Callable[[RawConfig, Shapes], bool]
     read_config: Callable[[RawConfig, Shapes], HeadConfig]
-    write_config: Callable[[HeadConfig, str], dict[str, Any]] = _cannot_write
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    write_config: Callable[[HeadConfig, str], dict[str, Any]] | None = None
     ignored: tuple[str, ...] = ()
     switched_off: tuple[str, ...] = ()
 
@@ -63,18 +59,31 @@ class CheckpointFormat:
         back = ((ours, theirs) for theirs, ours in self.keys.items())
         return _translate(canonical_name, back) or canonical_name
 
-    def check_expressible(self, head: HeadConfig) -> None:
-        """Refuse to write a head of a kind that the format does not know.
+    def write_checked_config(self, head: HeadConfig, dtype: str, shapes: Shapes) -> dict[str, Any]:
+        """Return the config.json of a head, which must be read as the same head.
+
+        Args:
+            dtype: of the weights, e.g. "bfloat16".
+            shapes: of the head's tensors, by our names.
 
         Raises:
-            ViSpecError: names the flag.
+            ViSpecError: the format cannot express the head; names what would be lost.
         """
-        for name, value in self.fixed.items():
-            if getattr(head, name) != value:
-                raise ViSpecError(
-                    f"the {self.name} format knows only heads with {name}={value}, this one has "
-                    f"{name}={getattr(head, name)}: write it in the canonical format"
-                )
+        if self.write_config is None:
+            raise ViSpecError(f"the {self.name} format is only read: use the canonical format")
+        content = self.write_config(head, dtype)
+        theirs = {self.source_name(name): shape for name, shape in shapes.items()}
+        try:
+            found = asdict(self.read_config(content, theirs))
+            lost = [f"{name}={old!r}" for name, old in asdict(head).items() if found[name] != old]
+            what = ", ".join(lost)
+        except ViSpecError as error:
+            what = f"this head ({error})"
+        if what:
+            raise ViSpecError(
+                f"the {self.name} format cannot express {what}: use the canonical format"
+            )
+        return content
 
 
 def _translate(name: str, templates: Iterable[tuple[str, str]]) -> str | None:
@@ -99,29 +108,26 @@ def _is_canonical(config: RawConfig, shapes: Shapes) -> bool:
     )
 
 
+_OUR_NAMES = (
+    "embed_tokens.weight",
+    "fc.*",
+    "img_fc.*",
+    "img_adaptor.*",
+    "compressor.*",
+    "projector.*",
+    "layer.*",
+    "layers.*",
+    "norm.weight",
+    "lm_head.weight",
+)
 CANONICAL = CheckpointFormat(
     name="canonical",
     summary="folders written by `vispec convert` and by our training",
-    keys={
-        name: name
-        for name in (
-            "embed_tokens.weight",
-            "fc.*",
-            "img_fc.*",
-            "img_adaptor.*",
-            "compressor.*",
-            "projector.*",
-            "layer.*",
-            "layers.*",
-            "norm.weight",
-            "lm_head.weight",
-        )
-    },
+    keys={name: name for name in _OUR_NAMES},
     detect=_is_canonical,
     read_config=lambda config, shapes: HeadConfig.from_config_json(config),
     write_config=lambda head, dtype: head.to_config_json(dtype),
 )
-
 
 _PUBLISHED_KEYS = {
     "embed_tokens.weight": "embed_tokens.weight",
@@ -129,6 +135,7 @@ _PUBLISHED_KEYS = {
     "img_fc.*": "img_fc.*",
     "layers.0.*": "layer.*",
 }
+_ROPE_BUFFERS = ("*.rotary_emb.*",)
 
 
 def _is_automodel(config: RawConfig, shapes: Shapes) -> bool:
@@ -137,8 +144,8 @@ def _is_automodel(config: RawConfig, shapes: Shapes) -> bool:
 
 
 def _read_automodel(config: RawConfig, shapes: Shapes) -> HeadConfig:
-    text = published.text_fields(config)
-    num_query_tokens = published.query_tokens(shapes, "img_adaptor.query")
+    text = text_fields(config)
+    num_query_tokens = _query_tokens(shapes, "img_adaptor.query")
     stated = text.get("vispec_num_query_tokens", num_query_tokens)
     if stated != num_query_tokens:
         raise ViSpecError(
@@ -148,22 +155,20 @@ def _read_automodel(config: RawConfig, shapes: Shapes) -> HeadConfig:
     # Early exports have both norms and no flags. Later ones state that they follow the reference
     # (no norms), and may still carry the unused weights. Without a flag the tensors decide.
     has_input_norm = "layers.0.input_layernorm.weight" in shapes
-    skip_input_norm = published.flag(text, "draft_skip_first_input_norm", not has_input_norm)
-    attention_bias = published.flag(text, "attention_bias", False)
     return HeadConfig(
         target_model_type=str(config.get("model_type", "")).removesuffix("_text"),
-        **published.common_fields(text, shapes),
+        **_common_fields(text, shapes),
         num_query_tokens=num_query_tokens,
-        qkv_bias=published.flag(text, "qkv_bias", attention_bias),
-        fc_bias=published.flag(text, "fc_bias", "fc.bias" in shapes),
-        layer0_input_norm=not skip_input_norm,
-        final_norm=published.flag(text, "draft_apply_final_norm", "norm.weight" in shapes),
+        qkv_bias=_flag(text, "qkv_bias", _flag(text, "attention_bias", False)),
+        fc_bias=_flag(text, "fc_bias", "fc.bias" in shapes),
+        layer0_input_norm=not _flag(text, "draft_skip_first_input_norm", not has_input_norm),
+        final_norm=_flag(text, "draft_apply_final_norm", "norm.weight" in shapes),
     )
 
 
 def _write_automodel(head: HeadConfig, dtype: str) -> dict[str, Any]:
     return {
-        **published.target_like_config(head, dtype),
+        **_target_like_config(head, dtype),
         "architectures": ["VispecDraftModel"],
         "head_dim": head.head_dim,
         "draft_num_hidden_layers": 1,
@@ -181,23 +186,21 @@ AUTOMODEL = CheckpointFormat(
     detect=_is_automodel,
     read_config=_read_automodel,
     write_config=_write_automodel,
-    fixed={"compress": True, "compressor": QUERY, "global_feature": True},
-    ignored=("*.rotary_emb.*",),
+    ignored=_ROPE_BUFFERS,
     switched_off=("layer.input_layernorm.weight", "norm.weight"),
 )
 
 
 def _read_reference(config: RawConfig, shapes: Shapes) -> HeadConfig:
-    # The config is a copy of the target's. Its architecture and model_type name the target; what
-    # it does not say about the draft follows from the tensors or from the reference's code
-    # (docs/reference-semantics.md, 4.6 and 4.13).
-    text = published.text_fields(config)
+    # Architecture and model_type name the target; what the config does not say about the draft
+    # follows from the tensors or the reference's code (docs/reference-semantics.md, 4.6 and 4.13).
+    text = text_fields(config)
     return HeadConfig(
         target_model_type=str(config.get("model_type", "")),
-        **published.common_fields(text, shapes),
-        num_query_tokens=published.query_tokens(shapes, "imadpt.q"),
-        qkv_bias=published.flag(text, "qkv_bias", False),
-        fc_bias=published.flag(text, "bias", True),
+        **_common_fields(text, shapes),
+        num_query_tokens=_query_tokens(shapes, "imadpt.q"),
+        qkv_bias=_flag(text, "qkv_bias", False),
+        fc_bias=_flag(text, "bias", True),
         layer0_input_norm=False,
         final_norm=False,
     )
@@ -210,18 +213,8 @@ REFERENCE = CheckpointFormat(
     detect=lambda config, shapes: any(name.startswith("imadpt.") for name in shapes),
     read_config=_read_reference,
     # The number of queries is in the shape of `imadpt.q` only.
-    write_config=lambda head, dtype: {
-        **published.target_like_config(head, dtype),
-        "bias": head.fc_bias,
-    },
-    fixed={
-        "compress": True,
-        "compressor": QUERY,
-        "global_feature": True,
-        "layer0_input_norm": False,
-        "final_norm": False,
-    },
-    ignored=("*.rotary_emb.*",),
+    write_config=lambda head, dtype: _target_like_config(head, dtype) | {"bias": head.fc_bias},
+    ignored=_ROPE_BUFFERS,
 )
 
 # Detection asks in this order: the most explicit format first.
@@ -260,3 +253,126 @@ def describe_other_model(config: RawConfig, shapes: Shapes) -> str | None:
     if "fc.weight" in shapes and any(name.startswith("layers.0.") for name in shapes):
         return 'a text-only EAGLE head (no image adaptor), serve it with "method":"eagle"'
     return None
+
+
+def text_fields(config: RawConfig) -> dict[str, Any]:
+    """Return the text model's fields, whether they are flat or under `text_config`.
+
+    `model_type` stays that of the whole config: it names the target.
+    """
+    nested = config.get("text_config")
+    merged = dict(config)
+    if isinstance(nested, Mapping):
+        merged |= {k: v for k, v in nested.items() if k not in ("model_type", "architectures")}
+    return merged
+
+
+def _common_fields(config: RawConfig, shapes: Shapes) -> dict[str, Any]:
+    """Return the fields of `HeadConfig` that all published formats state alike."""
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ViSpecError(
+            f"hidden_act of the head is {activation!r}: only 'silu' is supported, train the head "
+            "with it"
+        )
+    heads = _integer(config, "num_attention_heads")
+    hidden = _integer(config, "hidden_size")
+    # Configs copied from a target sometimes miss the padding rows of its embedding table.
+    table = shapes.get("embed_tokens.weight")
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": _integer(config, "intermediate_size"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": _integer(config, "num_key_value_heads", heads),
+        "head_dim": _integer(config, "head_dim", hidden // heads),
+        "vocab_size": table[0] if table else _integer(config, "vocab_size"),
+        "max_position_embeddings": config.get("max_position_embeddings", 2048),
+        "rope_theta": _rope_theta(config),
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "has_embed_tokens": table is not None,
+    }
+
+
+def _target_like_config(head: HeadConfig, dtype: str) -> dict[str, Any]:
+    """Return a flat config.json of one layer in the style of the target's."""
+    from transformers.models.auto import modeling_auto
+
+    config: dict[str, Any] = {
+        "model_type": head.target_model_type,
+        **{name: getattr(head, name) for name in (*LLAMA_FIELDS, "rope_theta", "qkv_bias")},
+        "num_hidden_layers": 1,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    classes = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if head.target_model_type in classes:
+        config["architectures"] = [classes[head.target_model_type]]
+    if head.head_dim * head.num_attention_heads == head.hidden_size:
+        del config["head_dim"]
+    return config
+
+
+def _flag(config: RawConfig, name: str, default: bool) -> bool:
+    value = config.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ViSpecError(f"{name} in the head's config.json is {value!r}: set it to true or false")
+    return value
+
+
+def _integer(config: RawConfig, name: str, default: int | None = None) -> int:
+    """Return an integer of at least 1; needed before `HeadConfig` can check it."""
+    value = config.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise ViSpecError(
+            f"config.json of the head lacks {name!r}: copy it from the config the head was "
+            "trained with"
+        )
+    if type(value) is not int or value < 1:
+        raise ViSpecError(
+            f"{name} in the head's config.json is {value!r}, it must be an integer of at least "
+            "1: correct the head's config.json"
+        )
+    return value
+
+
+def _query_tokens(shapes: Shapes, name: str) -> int:
+    """Return the number of queries: the first of the sizes [queries, heads, head_dim] of a tensor.
+
+    Raises:
+        ViSpecError: the tensor is missing or not three-dimensional.
+    """
+    shape = shapes.get(name)
+    if shape is None:
+        raise ViSpecError(
+            f"the head lacks tensor {name!r}, whose shape gives the number of query tokens: "
+            "download or export the head again"
+        )
+    if len(shape) != 3 or shape[0] < 1:
+        raise ViSpecError(
+            f"tensor {name!r} of the head has shape {list(shape)}, expected "
+            "[query tokens, heads, head_dim] with at least one query token: export the head again"
+        )
+    return shape[0]
+
+
+def _rope_theta(config: RawConfig) -> float:
+    """Return RoPE's base: in the flat key, or in transformers 5's `rope_parameters`."""
+    theta = config.get("rope_theta")
+    for key in ("rope_parameters", "rope_scaling"):
+        section = config.get(key)
+        if not isinstance(section, Mapping):
+            continue
+        kind = section.get("rope_type", section.get("type"))
+        if kind not in (None, "default", "mrope"):
+            raise ViSpecError(
+                f"{key} of the head asks for {kind!r} RoPE: only plain RoPE is supported, "
+                f"remove {key} from the head's config.json or train a head without it"
+            )
+        theta = section.get("rope_theta", theta)
+    return 10000.0 if theta is None else theta

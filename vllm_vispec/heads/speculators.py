@@ -26,7 +26,6 @@ from vllm_vispec.utils.logs import get_logger
 logger = get_logger(__name__)
 
 SPECULATORS_TYPE = "vispec"
-_NOT_OF_A_LAYER = ("architectures", "vispec")
 
 Resolved = tuple[str, str | None, dict[str, Any] | None]
 """Model to serve, its tokenizer, speculative config."""
@@ -43,25 +42,22 @@ class Serving:
     """
 
     target: str
-    num_tokens: int
+    num_tokens: int = 4
 
 
-def speculators_fields(
-    head: HeadConfig, target: str, destination: Path, num_tokens: int
-) -> dict[str, Any]:
+def speculators_fields(head: HeadConfig, serving: Serving, destination: Path) -> dict[str, Any]:
     """Return the additional entries of config.json.
 
     Args:
-        target: hub id or folder. A relative folder is stored relative to `destination`, so that
-            both may move together; an absolute one stays absolute.
+        serving: its target is a hub id or a folder. A relative folder is stored relative to
+            `destination`, so that both may move together; an absolute one stays absolute.
         destination: where the head will lie.
-        num_tokens: draft tokens per step, unless the user says otherwise.
 
     Raises:
         ViSpecError: the target is written like a path, but there is no such folder.
     """
     layer = head.to_llama_config_dict()
-    proposal = {"proposal_type": "greedy", "speculative_tokens": num_tokens}
+    proposal = {"proposal_type": "greedy", "speculative_tokens": serving.num_tokens}
     return {
         "speculators_model_type": SPECULATORS_TYPE,
         "speculators_config": {
@@ -69,12 +65,12 @@ def speculators_fields(
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal | {"verifier_accept_k": 1, "accept_tolerance": 0.0}],
             "verifier": {
-                "name_or_path": _stored_target(target, destination),
-                "architectures": _architectures(target),
+                "name_or_path": _stored_target(serving.target, destination),
+                "architectures": _architectures(serving.target),
             },
         },
         "transformer_layer_config": {
-            name: value for name, value in layer.items() if name not in _NOT_OF_A_LAYER
+            name: value for name, value in layer.items() if name not in ("architectures", "vispec")
         },
     }
 
@@ -213,14 +209,9 @@ def _stored_target(target: str, destination: Path) -> str:
 
 def _architectures(target: str) -> list[str]:
     """Return the target's architectures, as far as they can be read without a network."""
-    config: Mapping[str, Any] = {}
-    folder = Path(target).expanduser()
-    if folder.is_dir():
-        config = read_json(folder / CONFIG)
-    else:
-        from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(target, CONFIG)
-        if isinstance(cached, str):
-            config = read_json(Path(cached))
+    folder = Path(target).expanduser()
+    file = folder / CONFIG if folder.is_dir() else try_to_load_from_cache(target, CONFIG)
+    config = read_json(Path(file)) if isinstance(file, str | Path) else {}
     return [str(name) for name in config.get("architectures") or ()]
