@@ -1,4 +1,4 @@
-"""Rates and overhead from measured cells, and how far off the model is on cells held out."""
+"""`vispec bench calibrate`: fits the model to measured cells, and says how far off it is."""
 
 from __future__ import annotations
 
@@ -30,14 +30,6 @@ EVERY_THIRD, MIN_CELLS = "every-third", 3
 # Where the fit begins, and its limits: overhead in s, bytes/s, FLOP/s.
 _STARTS = ((1e-4, 1e-2), (1e10, 1e12), (1e11, 1e14))
 _LIMITS = ((1e-9, 1e6, 1e6), (10.0, 1e16, 1e19))
-SUMMARY_HEAD = (
-    *("cells", "number", "seconds per token: mean error", "worst"),
-    *("decode_speedup: mean error", "worst"),
-)
-CELLS_HEAD = (
-    *("batch", "K", "cell", "ms per token: measured", "predicted", "error"),
-    *("decode_speedup: measured", "predicted", "error"),
-)
 
 
 class CalibrateOptions(Settings):
@@ -77,11 +69,15 @@ class MeasuredCell:
     group: int = 0
 
 
+HoldOut = Callable[[int, MeasuredCell], bool]
+"""Says, from its place among all and itself, whether a cell is predicted but not used to fit."""
+
+
 def calibrate_run(run: Path, options: CalibrateOptions) -> dict[str, Any]:
     """Calibrate on a run folder, or on a result file of `python -m benchmarks decode-speed`.
 
     Raises:
-        ViSpecError: see `read_measured`, `hold_out` and `calibrate`.
+        ViSpecError: nothing usable is there, or an option is impossible; see `calibrate`.
     """
     return calibrate(
         read_measured(run, options.side, options.context),
@@ -111,13 +107,10 @@ def read_measured(path: Path, side: str, context: float | None = None) -> list[M
     cells = []
     try:
         for one in json.loads(path.read_text(encoding="utf-8"))["results"]:
-            k, accepted = (
-                int(one["num_speculative_tokens"]),
-                tuple(one["acceptance_rate_per_position"]),
-            )
-            plain, ours = (1 / float(one[f"{x}_tokens_per_second"]) for x in ("plain", "vispec"))
+            k, accepted = one["num_speculative_tokens"], one["acceptance_rate_per_position"]
+            plain, ours = (1 / one[f"{x}_tokens_per_second"] for x in ("plain", "vispec"))
             cells.append(MeasuredCell(1, 0, context, (), plain, k))
-            cells.append(MeasuredCell(1, k, context, accepted, ours, k))
+            cells.append(MeasuredCell(1, k, context, tuple(accepted), ours, k))
     except (OSError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ViSpecError(
             f"{path} cannot be read as a result of `python -m benchmarks decode-speed` "
@@ -154,14 +147,14 @@ def measured_cells(run: BenchRun, side: str) -> list[MeasuredCell]:
     return found
 
 
-def hold_out(text: str) -> Callable[[MeasuredCell], bool] | None:
-    """Return what `--hold-out` means: "batch=16,32", "k=5", or `EVERY_THIRD` (None).
+def hold_out(text: str) -> HoldOut:
+    """Return what `--hold-out` means: "batch=16,32", "k=5", or `EVERY_THIRD`.
 
     Raises:
         ViSpecError: it is none of these.
     """
     if text == EVERY_THIRD:
-        return None
+        return lambda place, _: place % 3 == 1
     name, _, values = text.partition("=")
     try:
         # With a K, the plain cells that were measured beside it, too.
@@ -171,14 +164,11 @@ def hold_out(text: str) -> Callable[[MeasuredCell], bool] | None:
         raise ViSpecError(
             f"--hold-out {text} is not understood: use {EVERY_THIRD}, batch=16,32 or k=5"
         ) from error
-    return lambda cell: getattr(cell, attribute) in wanted
+    return lambda _, cell: getattr(cell, attribute) in wanted
 
 
 def calibrate(
-    cells: Sequence[MeasuredCell],
-    target: PassShape,
-    draft: PassShape,
-    hold_out: Callable[[MeasuredCell], bool] | None = None,
+    cells: Sequence[MeasuredCell], target: PassShape, draft: PassShape, is_held_out: HoldOut
 ) -> dict[str, Any]:
     """Fit overhead, bandwidth and peak to measured cells, and predict all of them.
 
@@ -186,17 +176,11 @@ def calibrate(
     up what grows with a model's size. Unless `compute_seen`, no fitted pass was limited by compute
     and `flops` is only a lower limit.
 
-    Args:
-        hold_out: cells that are not used for the fit but only to tell the error; None: every third
-            one in the order of batch size and K.
-
     Raises:
-        ViSpecError: fewer than three cells to fit, or a cell without a time.
+        ViSpecError: fewer than three cells to fit.
     """
     ordered = sorted(cells, key=lambda one: (one.batch, one.num_speculative_tokens, one.context))
-    if any(cell.seconds_per_token <= 0 for cell in ordered):
-        raise ViSpecError("a measured cell has no decode time: leave it out of the calibration")
-    held = [hold_out(c) if hold_out else place % 3 == 1 for place, c in enumerate(ordered)]
+    held = [is_held_out(place, cell) for place, cell in enumerate(ordered)]
     used = [cell for cell, is_held in zip(ordered, held, strict=True) if not is_held]
     if len(used) < MIN_CELLS:
         raise ViSpecError(
@@ -209,24 +193,29 @@ def calibrate(
         return predict(target, draft, hardware, cell.acceptance, k, cell.batch, cell.context)
 
     hardware = _fit(used, predicted)
-    found = [predicted(cell, hardware) for cell in ordered]
-    rows = [
-        {"held_out": is_held, **_compare(cell, one, ordered)}
-        for is_held, cell, one in zip(held, ordered, found, strict=True)
-    ]
-    bounds = {
-        bound
-        for one, is_held in zip(found, held, strict=True)
-        if not is_held
-        for bound in (one.plain_bound, one.verify_bound)
-    }
+    rows = []
+    for is_held, cell in zip(held, ordered, strict=True):
+        found = predicted(cell, hardware)
+        measured = _measured_speedup(cell, ordered)
+        rows.append(
+            {
+                "held_out": is_held,
+                **asdict(cell),
+                "predicted_seconds_per_token": found.seconds_per_token,
+                "seconds_per_token_error": found.seconds_per_token / cell.seconds_per_token - 1,
+                "decode_speedup": measured,
+                "predicted_decode_speedup": measured and found.decode_speedup,
+                "decode_speedup_error": measured and found.decode_speedup / measured - 1,
+            }
+        )
+    passes = [predicted(cell, hardware) for cell in used]
     return {
         "kind": "estimate",
         "hardware": asdict(hardware),
-        "compute_seen": "compute" in bounds,
+        "compute_seen": any("compute" in (one.plain_bound, one.verify_bound) for one in passes),
         "fitted": _summary([row for row in rows if not row["held_out"]]),
         "held_out": _summary([row for row in rows if row["held_out"]]),
-        "cells": sorted(rows, key=lambda row: row["held_out"]),
+        "cells": rows,
     }
 
 
@@ -238,99 +227,43 @@ def _fit(
     from scipy.optimize import least_squares
 
     def hardware(point: Sequence[float]) -> Hardware:
-        overhead, bandwidth, flops = (exp(value) for value in point)
+        overhead, bandwidth, flops = map(exp, point)
         return Hardware(bandwidth, flops, overhead)
 
     def residuals(point: Sequence[float]) -> list[float]:
-        found = (predicted(cell, hardware(point)).seconds_per_token for cell in cells)
-        return [log(one / cell.seconds_per_token) for one, cell in zip(found, cells, strict=True)]
+        rates = hardware(point)
+        return [
+            log(predicted(one, rates).seconds_per_token / one.seconds_per_token) for one in cells
+        ]
 
-    fits = [
-        least_squares(residuals, np.log(start), bounds=np.log(_LIMITS))
-        for start in product(*_STARTS)
-    ]
+    starts = product(*_STARTS)
+    fits = [least_squares(residuals, np.log(one), bounds=np.log(_LIMITS)) for one in starts]
     return hardware(min(fits, key=lambda fit: fit.cost).x)
 
 
-def _compare(
-    cell: MeasuredCell, found: Prediction, cells: Sequence[MeasuredCell]
-) -> dict[str, Any]:
-    """Errors are predicted / measured - 1; the speedup's is against the nearest plain cell."""
+def _measured_speedup(cell: MeasuredCell, cells: Sequence[MeasuredCell]) -> float | None:
+    """Return the decode_speedup over the nearest plain cell; None of a plain cell, or without."""
     plain = [one for one in cells if not one.num_speculative_tokens and one.batch == cell.batch]
-    predicted = measured = None
-    if cell.num_speculative_tokens and plain:
-        beside = min(plain, key=lambda p: (p.group != cell.group, abs(p.context - cell.context)))
-        predicted = found.decode_speedup
-        measured = beside.seconds_per_token / cell.seconds_per_token
-    return {
-        "cell": asdict(cell),
-        "predicted_s": found.seconds_per_token,
-        "predicted_speedup": predicted,
-        "measured_speedup": measured,
-        "relative": found.seconds_per_token / cell.seconds_per_token - 1,
-        "relative_speedup": predicted / measured - 1 if predicted and measured else None,
-    }
+    if not cell.num_speculative_tokens or not plain:
+        return None
+    beside = min(plain, key=lambda p: (p.group != cell.group, abs(p.context - cell.context)))
+    return beside.seconds_per_token / cell.seconds_per_token
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Errors are predicted / measured - 1."""
     summary: dict[str, Any] = {"cells": len(rows)}
-    for name, key in (("seconds_per_token", "relative"), ("decode_speedup", "relative_speedup")):
-        errors = [abs(row[key]) for row in rows if row[key] is not None] or None
-        summary[name] = errors and {
-            "mean_error": round(mean(errors), 4),
-            "worst_error": round(max(errors), 4),
+    for name in ("seconds_per_token", "decode_speedup"):
+        errors = [abs(row[f"{name}_error"]) for row in rows if row[f"{name}_error"] is not None]
+        summary[name] = {
+            "mean_error": round(mean(errors), 4) if errors else None,
+            "worst_error": round(max(errors), 4) if errors else None,
         }
     return summary
 
 
 def calibration_to_markdown(found: Mapping[str, Any]) -> str:
     """Return the rates and the errors in a few lines, then every cell beside its prediction."""
-    from vllm_vispec.bench.pages import markdown_table
+    from vllm_vispec.bench.pages import to_markdown
 
-    rates, peak = found["hardware"], "peak not seen (no pass was limited by it)"
-    if found["compute_seen"]:
-        peak = f"{rates['flops'] / 1e9:.4g} GFLOP/s"
-    summaries = [
-        (
-            name.replace("_", " "),
-            found[name]["cells"],
-            *(
-                _as(".1%", (found[name][number] or {}).get(which))
-                for number in ("seconds_per_token", "decode_speedup")
-                for which in ("mean_error", "worst_error")
-            ),
-        )
-        for name in ("fitted", "held_out")
-    ]
-    cells = [
-        (
-            row["cell"]["batch"],
-            row["cell"]["num_speculative_tokens"] or "plain",
-            "held out" if row["held_out"] else "fitted",
-            _as(".3g", 1000 * row["cell"]["seconds_per_token"]),
-            _as(".3g", 1000 * row["predicted_s"]),
-            _as("+.1%", row["relative"]),
-            _as(".2f", row["measured_speedup"]),
-            _as(".2f", row["predicted_speedup"]),
-            _as("+.1%", row["relative_speedup"]),
-        )
-        for row in sorted(
-            found["cells"],
-            key=lambda row: [
-                row["cell"][x] for x in ("batch", "num_speculative_tokens", "context")
-            ],
-        )
-    ]
-    return (
-        f"**estimate**, fitted to {found['fitted']['cells']} cells: "
-        f"{1000 * rates['pass_overhead_s']:.3g} ms overhead per pass, "
-        f"{rates['bandwidth'] / 1e9:.4g} GB/s effective, {peak}\n\n"
-        + markdown_table(SUMMARY_HEAD, summaries)
-        + "\n\n"
-        + markdown_table(CELLS_HEAD, cells)
-        + "\n"
-    )
-
-
-def _as(form: str, value: float | None) -> str:
-    return "-" if value is None else format(value, form)
+    return to_markdown("calibration.md.j2", found=found)

@@ -26,14 +26,6 @@ from vllm_vispec.utils.settings import Settings
 NOTE = "estimate: a roofline calculation, not a measurement"
 
 
-PASSES = ("plain", "verify", "draft_first", "draft_step")
-HEAD = (
-    *("batch", "K", "acceptance_length", "decode_speedup (estimate)"),
-    *("without / with twice the overhead", "plain pass, ms", "verify, ms"),
-    *("draft first, step, ms", "limits"),
-)
-
-
 class Device(NamedTuple):
     """What NVIDIA's data sheet says: TB/s, and dense peaks in TFLOP/s with 16 and 8 bits."""
 
@@ -56,9 +48,7 @@ class EstimateOptions(Settings):
     """What to estimate; the defaults of the shares and the overhead are assumptions of ours."""
 
     target: Path | None = Field(None, description="Target's folder; config.json is enough.")
-    head: Path | None = Field(
-        None, description="Head's folder, in any checkpoint format. It needs a target's folder."
-    )
+    head: Path | None = Field(None, description="Head's folder. It needs a target's folder.")
     device: str | None = Field(None, description="A GPU that is known by name.")
     bandwidth_gbs: float | None = Field(None, ge=0, description="GB/s as reached.")
     tflops: float | None = Field(None, ge=0, description="TFLOP/s as reached.")
@@ -77,9 +67,7 @@ class EstimateOptions(Settings):
         (1, 2, 4, 8, 16, 32, 64), description="Sequences decoded at once."
     )
     context: float = Field(1024.0, ge=0, description="Tokens of context per sequence.")
-    draft_context: float | None = Field(
-        None, ge=0, description="Those that the draft reads; default: as many."
-    )
+    draft_context: float | None = Field(None, ge=0, description="Those that the draft reads.")
     draft_vocab: int | None = Field(None, description="Rows of a smaller lm_head for the draft.")
     dtype: str | None = Field(None, description="Instead of config.json's.")
     bandwidth_share: float = Field(
@@ -174,24 +162,6 @@ class EstimateOptions(Settings):
         kv_bytes = getattr(self, f"{name}_kv_bytes_per_token") or 0.0
         return PassShape(read, parameters, lm_head, kv_bytes)
 
-    def assumptions(self) -> list[str]:
-        """Return what the numbers rest on, a line each."""
-        rates = "bandwidth and peak as given"
-        if self.device is not None:
-            device = DEVICES[self.device]
-            rates = (
-                f"{self.bandwidth_share:.0%} of {device.terabytes:.3g} TB/s and "
-                f"{self.compute_share:.0%} of the dense peak are reached; public figures: "
-                f"{device.source}"
-            )
-        return [
-            rates,
-            f"{self.pass_overhead_ms:g} ms of every pass are overhead",
-            f"{self.context:g} tokens of context per sequence; acceptance is an input here and "
-            "holds for the data it was measured on",
-            "left out: tensor parallelism, activations, sampling, prefills that share a step",
-        ]
-
 
 def estimate(options: EstimateOptions) -> dict[str, Any]:
     """Estimate every batch size (outer) and K, also with no overhead and with twice as much.
@@ -217,7 +187,7 @@ def estimate(options: EstimateOptions) -> dict[str, Any]:
     return {
         "kind": "estimate",
         "note": NOTE,
-        "assumptions": options.assumptions(),
+        "settings": options.model_dump(mode="json"),
         "hardware": asdict(hardware),
         "target": asdict(target),
         "draft": asdict(draft),
@@ -228,30 +198,7 @@ def estimate(options: EstimateOptions) -> dict[str, Any]:
 
 def estimate_to_markdown(found: Mapping[str, Any]) -> str:
     """Return the table, the assumptions below it."""
-    from vllm_vispec.bench.pages import markdown_table
+    from vllm_vispec.bench.pages import to_markdown
 
-    rows = []
-    for row in found["rows"]:
-        ends = row["decode_speedup_by_overhead"]
-        plain, verify, first, step = (1000 * row[f"{name}_s"] for name in PASSES)
-        rows.append(
-            (
-                row["batch"],
-                row["num_speculative_tokens"],
-                f"{row['acceptance_length']:.2f}",
-                f"{row['decode_speedup']:.2f}",
-                f"{ends['without']:.2f} / {ends['twice']:.2f}",
-                f"{plain:.2f}",
-                f"{verify:.2f}",
-                f"{first:.2f}, {step:.2f}",
-                f"plain {row['plain_bound']}, verify {row['verify_bound']}, "
-                f"draft {row['draft_bound']}",
-            )
-        )
-    schedule = found["num_speculative_tokens_per_batch_size"]
-    lines = [
-        *found["assumptions"],
-        f'best K by batch size (estimate): `"num_speculative_tokens_per_batch_size": {schedule}`',
-    ]
-    notes = "".join(f"- {line}\n" for line in lines)
-    return f"**{NOTE}**\n\n{markdown_table(HEAD, rows)}\n\n{notes}"
+    device = DEVICES.get(found["settings"]["device"])
+    return to_markdown("estimate.md.j2", estimate=found, device=device)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, PositiveInt
 
 from vllm_vispec.heads.folder import is_draft_vlm
 from vllm_vispec.heads.formats import text_fields
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.settings import parse
 
 DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0}
 # Mixture-of-experts configs: how many weights a batch touches depends on its tokens.
@@ -41,10 +41,6 @@ class PassShape:
     row_parameters: float
     kv_bytes_per_token: float = 0.0
     attention_flops_per_token: float = 0.0
-
-
-FREE = PassShape(0.0, 0.0, 0.0)
-"""A draft that costs nothing, overhead included: the limit of what a better draft can gain."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +95,9 @@ def acceptance_length(acceptance: Sequence[float], k: int) -> float:
         ViSpecError: a rate is missing or impossible, or they rise.
     """
     rates = list(acceptance)
-    if any(not 0 <= rate <= 1 for rate in rates):
+    if not all(0 <= rate <= 1 for rate in rates):
         raise ViSpecError(f"acceptance {rates} has a value outside 0 to 1")
-    if any(later > earlier for earlier, later in pairwise(rates)):
+    if rates != sorted(rates, reverse=True):
         raise ViSpecError(
             f"acceptance {rates} rises: give the share of all steps that accept each position, "
             "not the share of those that accepted the one before"
@@ -144,12 +140,10 @@ def predict(
     plain, plain_bound = hardware.run(target, batch, context, batch, batch)
     verify, verify_bound = hardware.run(target, batch, context, wide, wide)
     first, _ = hardware.run(draft, batch, reads, wide, batch)
-    step, draft_bound = hardware.run(draft, batch, reads, batch, batch)
-    if draft == FREE:
-        first = step = 0.0
+    later, draft_bound = hardware.run(draft, batch, reads, batch, batch)
     tokens = acceptance_length(acceptance, k)
-    step_s = verify + (first + (k - 1) * step if k else 0.0)
-    times, bounds = (plain, verify, first, step), (plain_bound, verify_bound, draft_bound)
+    step_s = verify + (first + (k - 1) * later if k else 0.0)
+    times, bounds = (plain, verify, first, later), (plain_bound, verify_bound, draft_bound)
     return Prediction(
         k, batch, tokens, *times, *bounds, step_s, step_s / tokens, plain * tokens / step_s
     )
@@ -157,8 +151,6 @@ def predict(
 
 class DecoderSizes(BaseModel):
     """Sizes of a decoder with gated MLPs, as config.json states them."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
 
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
@@ -204,16 +196,8 @@ class DecoderSizes(BaseModel):
         dtype = dtype or stated.removeprefix("torch.")
         if dtype not in DTYPE_BYTES:
             raise ViSpecError(f"dtype {dtype} is unknown: use one of {', '.join(DTYPE_BYTES)}")
-        try:
-            return cls.model_validate(
-                {**fields, "dtype": dtype, "is_draft_vlm": is_draft_vlm(config)}
-            )
-        except ValidationError as error:
-            field = str(error.errors()[0]["loc"][0])
-            raise ViSpecError(
-                f"{field} in {file} is {fields.get(field)!r}, it must be an integer of at least 1: "
-                "correct it, or give the sizes as numbers"
-            ) from error
+        values = {**fields, "dtype": dtype, "is_draft_vlm": is_draft_vlm(config)}
+        return parse(cls, values, lambda field: f"{field} in {file}")
 
     def pass_shape(self, lm_head_rows: int, layers: int, extra_parameters: int = 0) -> PassShape:
         """Shape of a pass through some layers, further products and an lm_head.
