@@ -39,7 +39,7 @@ def test_an_engine_without_our_settings_has_the_defaults(sections: Any) -> None:
         ({"draft_vocab": ""}, r"draft_vocab='' must be a file"),
         ({"draft_vocab": 0.5}, r"draft_vocab=0\.5 must be a file"),
         ({"tree": {"width": 3}}, r"tree\.width is unknown"),
-        ({"tree": {"depth": "3"}}, r"tree\.depth='3' must be an integer"),
+        ({"tree": {"depth": "3"}}, r"tree\.depth is '3': give a whole number"),
     ],
 )
 def test_bad_settings(given: dict[str, Any], said: str) -> None:

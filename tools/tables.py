@@ -85,12 +85,10 @@ def head_sizes() -> str:
     import torch
 
     from vllm_vispec.models.padded_heads import BackendFinder, choose_padded_head
-    from vllm_vispec.trees.codes import num_channels
     from vllm_vispec.trees.settings import TreeSettings
 
     def padded(backend: Any, head_size: int, depth: int) -> str:
-        settings = TreeSettings(depth=depth)
-        channels = num_channels(settings.levels, settings.top_k)
+        channels = TreeSettings(depth=depth).num_channels
         finder = BackendFinder(torch.bfloat16, "auto", {}, given=backend)
         head = choose_padded_head(finder, head_size, head_size + channels)
         return "refused" if head is None else str(head.size)

@@ -83,12 +83,6 @@ class ViSpecConfig(Settings):
             )
         return given
 
-    @field_validator("tree", mode="before")
-    @classmethod
-    def _read_tree(cls, given: Any) -> TreeSettings | None:
-        is_read = given is None or isinstance(given, TreeSettings)
-        return given if is_read else TreeSettings.from_config(given)
-
     @classmethod
     def pop_from(cls, speculative: dict[str, Any]) -> ViSpecConfig:
         """Take our keys out of a speculative config.
@@ -97,7 +91,7 @@ class ViSpecConfig(Settings):
             ViSpecError: names the key and the remedy.
         """
         given = {name: speculative.pop(name) for name in SETTING_KEYS & speculative.keys()}
-        return parse(cls, given)
+        return parse(cls, given, lambda name: f"speculative config: {name}", "docs/trees.md")
 
     @classmethod
     def from_vllm(cls, vllm_config: Any) -> ViSpecConfig:

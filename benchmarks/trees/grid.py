@@ -74,7 +74,7 @@ class Draft:
         """Keys of the speculative config besides method and model."""
         found: dict[str, Any] = {"num_speculative_tokens": self.nodes}
         if self.tree is not None:
-            found["tree"] = {k: v for k, v in self.tree.to_config().items() if v is not None}
+            found["tree"] = self.tree.model_dump(exclude_none=True)
         if self.schedule:
             found[LOAD_SETTING] = [list(entry) for entry in self.schedule]
         return found
@@ -129,12 +129,13 @@ class Part(StrEnum):
 
 def eagle2(depth: int, top_k: int = 8, nodes: int = NODES, **others: Any) -> Draft:
     """A tree of EAGLE-2's policy."""
-    return Draft(nodes, TreeSettings("eagle2", depth, top_k), **others)
+    return Draft(nodes, TreeSettings(depth=depth, top_k=top_k), **others)
 
 
 def confident(depth: int, top_k: int, nodes: int, threshold: float, **others: Any) -> Draft:
     """A tree whose paths end where the draft is unsure."""
-    return Draft(nodes, TreeSettings("spec_llava", depth, top_k, threshold), **others)
+    tree = TreeSettings(policy="spec_llava", depth=depth, top_k=top_k, threshold=threshold)
+    return Draft(nodes, tree, **others)
 
 
 # Deep enough for this head, and its paths still fit a tree of 7 nodes.
@@ -158,8 +159,8 @@ _POLICIES = (
     # So deep that a chain is far from its ceiling; narrow ones cost little more than it does.
     *(eagle2(11, top_k, nodes) for top_k, nodes in ((10, 119), (8, 59), (3, 19))),
     *(eagle2(15, top_k, nodes) for top_k, nodes in ((10, 127), (4, 59), (3, 23))),
-    Draft(NODES, TreeSettings("spec_llava", 5, 8)),
-    Draft(NODES, TreeSettings("entropy", 5, 8)),
+    Draft(NODES, TreeSettings(policy="spec_llava", depth=5)),
+    Draft(NODES, TreeSettings(policy="entropy", depth=5)),
     replace(LOADED, schedule=()),
     PATH,
 )

@@ -20,11 +20,12 @@ import torch
 from tests.gpu.setup import Setup
 from tests.gpu.vllm_files import load_flash_attention, load_triton_attention
 from vllm_vispec.spec_decode.row_table import MASK_CHANNEL
-from vllm_vispec.trees.codes import UNUSED, encode, num_channels, word_tables
+from vllm_vispec.trees.codes import UNUSED, encode, word_tables
+from vllm_vispec.trees.settings import channels_per_level
 
 BLOCK = 16
 LEVELS, TOP_K = 4, 8
-CODES = num_channels(LEVELS, TOP_K)
+CODES = LEVELS * channels_per_level(TOP_K)
 # Largest error allowed against fp32, of outputs whose size is about one.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 

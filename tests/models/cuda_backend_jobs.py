@@ -45,11 +45,10 @@ def chosen_heads(engine: Engine) -> Iterator[list[str]]:
     """Yield backend and head size of draft layers (chain) and of the target's layers (tree)."""
     from vllm_vispec.models.padded_heads import BackendFinder, padded_draft_head
     from vllm_vispec.trees import attention as trees
-    from vllm_vispec.trees.codes import num_channels
     from vllm_vispec.trees.settings import TreeSettings
     from vllm_vispec.utils.errors import ViSpecError
 
-    channels = num_channels(TreeSettings().levels, TreeSettings().top_k)
+    channels = TreeSettings().num_channels
 
     def tree(finder: Any, size: int) -> Any:
         head = trees.padded_head(finder, size, channels)

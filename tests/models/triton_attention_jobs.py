@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_vispec.spec_decode.row_table import MASK_CHANNEL
-from vllm_vispec.trees.codes import UNUSED, encode, num_channels, word_tables
+from vllm_vispec.trees.codes import UNUSED, encode, word_tables
 from vllm_vispec.trees.settings import TreeSettings
 
 HEADS, KV_HEADS, BLOCK, NUM_KEYS = 2, 1, 16, 40
@@ -118,7 +118,7 @@ def masked_batch(
 
 def tree_batch(head_size: int, padded: int, dtype: torch.dtype) -> Batch:
     """Return one request whose last rows are a tree behind 30 plain keys, codes and all."""
-    levels, channels = TREE.levels, num_channels(TREE.levels, TREE.top_k)
+    levels, channels = TREE.levels, TREE.num_channels
     num_nodes, num_keys = len(PATHS), 30 + len(PATHS)
     query, key, value = _random(head_size, padded, 1, num_nodes, num_keys)
     path = torch.tensor([[*path, *[UNUSED] * (levels - len(path))] for path in PATHS])

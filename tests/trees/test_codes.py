@@ -11,19 +11,16 @@ import torch
 
 from tests.support.tree_models import grow, is_ancestor, random_model
 from vllm_vispec.trees.codes import (
-    MAX_SIBLINGS,
     MIN_LOGIT,
     STRENGTH,
     UNUSED,
     CodeBuffers,
     PaddedBuffer,
-    channels_per_level,
     encode,
     mask_logit,
-    num_channels,
     word_tables,
 )
-from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.trees.settings import MAX_SIBLINGS, TreeSettings, channels_per_level
 
 PREFIX, NODES, HEADS = 37, 29, 4
 CPU = torch.device("cpu")
@@ -78,7 +75,7 @@ def _row(
     for table in tables:
         plain = torch.randn(HEADS, total, head_size, generator=generator).to(dtype)
         codes = encode(path, table).expand(HEADS, -1, -1)
-        assert codes.shape[-1] == num_channels(settings.levels, top_k)
+        assert codes.shape[-1] == settings.num_channels
         padded.append(torch.cat([plain, codes], dim=-1))
     return padded[0], padded[1], visible
 

@@ -39,7 +39,7 @@ def test_eagle2_is_the_references_tree(
     depth: int, top_k: int, num_nodes: int, sharpness: float
 ) -> None:
     model = random_model(seed=depth, sharpness=sharpness)
-    tree = grow(model, TreeSettings("eagle2", depth, top_k), REQUESTS, num_nodes)
+    tree = grow(model, TreeSettings(depth=depth, top_k=top_k), REQUESTS, num_nodes)
     for request in range(REQUESTS):
         expected = eagle2_reference(model, request, depth, top_k, num_nodes)
         assert node_paths(tree, request) == [node.path for node in expected]
@@ -48,7 +48,7 @@ def test_eagle2_is_the_references_tree(
 @pytest.mark.parametrize("policy", ["chain", "eagle2", "spec_llava", "entropy"])
 def test_trees_are_well_formed(policy: str) -> None:
     """Depths and branches belong to the parents; siblings have different branches."""
-    settings = TreeSettings(policy, depth=4, top_k=6)
+    settings = TreeSettings(policy=policy, depth=4, top_k=6)
     tree = grow(random_model(1), settings, REQUESTS, 5 if policy == "chain" else 40)
     for request in range(REQUESTS):
         paths, branches = node_paths(tree, request), tree.path[request].tolist()
@@ -86,7 +86,7 @@ def test_likeliest_tokens_by_their_logits(
 
 
 def test_entropy_is_that_of_the_ten_likeliest() -> None:
-    policy = POLICIES["entropy"](levels=5, top_k=8, threshold=None)
+    policy = POLICIES["entropy"](TreeSettings(policy="entropy"))
     logits_RV = 3 * torch.randn(4, 200, generator=torch.Generator().manual_seed(1))
     logp_RV = logits_RV.log_softmax(-1)
     ten_RT = logp_RV.topk(10).values.softmax(-1)
@@ -108,7 +108,7 @@ def test_a_draft_that_overflows_grows_no_nonsense(policy: str, bad: float) -> No
             logits[3] = bad
         return logits
 
-    tree = grow(broken, TreeSettings(policy, depth=4, top_k=4), REQUESTS, 40)
+    tree = grow(broken, TreeSettings(policy=policy, depth=4, top_k=4), REQUESTS, 40)
     places = torch.arange(1, 41)
     is_node = tree.token != NO_TOKEN
     assert bool((tree.parent < places)[is_node].all())
@@ -120,7 +120,7 @@ def test_a_draft_that_overflows_grows_no_nonsense(policy: str, bad: float) -> No
 
 def test_certain_drafts_keep_parents_first() -> None:
     """Every score is 0: the order is decided by the sort alone."""
-    settings = TreeSettings("eagle2", depth=5, top_k=4)
+    settings = TreeSettings(policy="eagle2", depth=5, top_k=4)
     tree = grow(certain_model, settings, 1, 30)
     # Nothing but the chain is possible.
     assert node_paths(tree, 0)[:6] == [tuple(range(length)) for length in range(1, 7)]
@@ -136,7 +136,7 @@ def test_any_head_of_the_list_is_a_tree() -> None:
 
 def test_chain_follows_the_best_child() -> None:
     model = random_model(3)
-    tree = grow(model, TreeSettings("chain", depth=3), 1, 4)
+    tree = grow(model, TreeSettings(policy="chain", depth=3), 1, 4)
     node = Node(0.0, ())
     for _ in range(4):
         node = children(model, 0, node, 1)[0]
@@ -146,7 +146,7 @@ def test_chain_follows_the_best_child() -> None:
 @pytest.mark.parametrize("threshold", [0.0, 0.02, 0.3])
 def test_single_paths_end_where_the_draft_is_unsure(threshold: float) -> None:
     model = random_model(5)
-    settings = TreeSettings("spec_llava", 4, 8, threshold).one_branch()
+    settings = TreeSettings(policy="spec_llava", depth=4, threshold=threshold).one_branch()
     grower = PathGrower(settings)
     paths: list[Path] = [() for _ in range(REQUESTS)]
     frontier = grower.start_trees(torch.stack([model(i, path) for i, path in enumerate(paths)]))
@@ -168,7 +168,7 @@ def test_single_paths_end_where_the_draft_is_unsure(threshold: float) -> None:
 
 def test_growing_may_stop_early() -> None:
     """Levels that could grow nothing need no pass: the tree is the same without them."""
-    settings = TreeSettings("spec_llava", 5, 3, 0.3)
+    settings = TreeSettings(policy="spec_llava", depth=5, top_k=3, threshold=0.3)
     grower, logits = TreeGrower(settings), torch.full((REQUESTS, 3, VOCAB), -20.0)
     # Two levels above the threshold, none below.
     for level, share in enumerate((0.0, 0.0, 4.0)):
@@ -193,7 +193,7 @@ def test_growing_may_stop_early() -> None:
 @pytest.mark.parametrize("threshold", [None, 0.0, 0.02, 0.3])
 def test_spec_llava_prunes_by_the_paths_probability(threshold: float | None) -> None:
     model, least = random_model(4), 0.03 if threshold is None else threshold
-    tree = grow(model, TreeSettings("spec_llava", 3, 8, threshold), REQUESTS, 60)
+    tree = grow(model, TreeSettings(policy="spec_llava", threshold=threshold), REQUESTS, 60)
     for request in range(REQUESTS):
         expected = [
             node.path
@@ -206,7 +206,7 @@ def test_spec_llava_prunes_by_the_paths_probability(threshold: float | None) -> 
 
 def test_entropy_shapes_the_tree() -> None:
     """A sure draft: a deep, narrow tree.  An unsure one: a shallow, wide one."""
-    settings = TreeSettings("entropy", depth=5, top_k=8)
+    settings = TreeSettings(policy="entropy", depth=5, top_k=8)
     sure = grow(random_model(5, sharpness=300.0), settings, 1, 60)
     unsure = grow(lambda request, path: torch.zeros(VOCAB), settings, 1, 60)
     assert _deepest(sure) == 6

@@ -156,7 +156,7 @@ def test_the_connector_is_checked_again() -> None:
     with pytest.raises(ViSpecError, match="LMCacheConnectorV1 may save keys"):
         limits.check_engine(config, TreeSettings())
     # Keys of a single path are a chain's.
-    limits.check_engine(config, TreeSettings("spec_llava", top_k=1))
+    limits.check_engine(config, TreeSettings(policy="spec_llava", top_k=1))
 
 
 def _params(**changes: Any) -> Any:
@@ -255,11 +255,11 @@ def test_where_graphs_of_the_target_end(
         assert re.search(said, caplog.text)
     caplog.clear()
     # A single path is a chain, whose graphs vLLM sizes for chains.
-    limits.note_graphs(config, TreeSettings("spec_llava", top_k=1))
+    limits.note_graphs(config, TreeSettings(policy="spec_llava", top_k=1))
     assert not caplog.messages
 
 
-CONFIDENT = TreeSettings("spec_llava", depth=3, top_k=2)
+CONFIDENT = TreeSettings(policy="spec_llava", depth=3, top_k=2)
 
 
 def _drafting(
@@ -335,8 +335,8 @@ def test_v2_refuses_trees_where_a_target_has_its_own_sampler() -> None:
 
 def test_single_paths_are_trees_if_they_may_end_early() -> None:
     settings = {"num_speculative_tokens": 4}
-    assert limits.resolve_tree(TreeSettings("eagle2", top_k=1), settings) is None
-    path = TreeSettings("spec_llava", top_k=1, threshold=0.3)
+    assert limits.resolve_tree(TreeSettings(policy="eagle2", top_k=1), settings) is None
+    path = TreeSettings(policy="spec_llava", top_k=1, threshold=0.3)
     assert limits.resolve_tree(path, settings) == path
 
 

@@ -83,10 +83,9 @@ def tree_line(head_size: int = 128) -> str:
         from vllm.utils.torch_utils import set_default_torch_dtype
 
         from vllm_vispec.models.padded_heads import BackendFinder, choose_padded_head
-        from vllm_vispec.trees.codes import num_channels
         from vllm_vispec.trees.settings import TreeSettings
 
-        channels = num_channels(TreeSettings().levels, TreeSettings().top_k)
+        channels = TreeSettings().num_channels
         with set_current_vllm_config(VllmConfig()), set_default_torch_dtype(torch.bfloat16):
             finder = BackendFinder.of_layer(1, head_size, head_size**-0.5)
             head = choose_padded_head(finder, head_size, head_size + channels)

@@ -18,13 +18,13 @@ heads, h head size, P padded head size, ``...`` any leading dimensions.
 """
 
 from collections.abc import Iterable
-from itertools import combinations, count, islice
-from math import comb
+from itertools import combinations, islice
 
 import torch
 from torch import nn
 
-MAX_SIBLINGS = 10
+from vllm_vispec.trees.settings import MAX_SIBLINGS, channels_per_level
+
 # The branch of a level that a path does not reach.
 UNUSED = MAX_SIBLINGS
 # A power of two, exact in every dtype.  With the usual scale, one by the root of the head size,
@@ -34,16 +34,6 @@ MIN_LOGIT = 1000.0
 
 # H, h and P.
 Shape = tuple[int, int, int]
-
-
-def channels_per_level(siblings: int) -> int:
-    """Return the channels n of one level that tell ``siblings`` children apart; 0 for only one."""
-    return next(n for n in count() if comb(n, n // 2) >= siblings)
-
-
-def num_channels(levels: int, siblings: int) -> int:
-    """Return the head channels X that paths of ``levels`` nodes need."""
-    return channels_per_level(siblings) * levels
 
 
 def mask_logit(scale: float) -> float:
@@ -151,7 +141,7 @@ class CodeBuffers(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.num_channels = num_channels(levels, siblings)
+        self.num_channels = channels_per_level(siblings) * levels
         self._max_num_tokens, self._dtype, self._device = max_num_tokens, dtype, device
         self.query_table: torch.Tensor
         self.key_table: torch.Tensor

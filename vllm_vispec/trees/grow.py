@@ -119,9 +119,7 @@ class TreeGrower:
     def __init__(self, settings: TreeSettings) -> None:
         self.width = settings.width
         self._levels = settings.levels
-        self._policy = POLICIES[settings.policy](
-            levels=settings.levels, top_k=settings.top_k, threshold=settings.threshold
-        )
+        self._policy = POLICIES[settings.policy](settings)
         self._grown: list[_Level] = []
         self._frontier: Frontier | None = None
         self._observed: torch.Tensor | None = None

@@ -5,7 +5,6 @@ from functools import lru_cache
 from typing import Any
 
 from vllm_vispec.config import ViSpecConfig
-from vllm_vispec.trees.codes import num_channels
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.logs import get_logger
@@ -88,7 +87,7 @@ def num_code_channels(vllm_config: Any) -> int:
     settings = read_tree(vllm_config)
     if settings is None or not has_branches(vllm_config):
         return 0
-    return num_channels(settings.levels, settings.top_k)
+    return settings.num_channels
 
 
 def tree_loads(vllm_config: Any, settings: TreeSettings) -> list[tuple[int, int]]:

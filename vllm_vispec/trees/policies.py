@@ -9,10 +9,11 @@ Shapes: R requests, W expanded nodes, C children proposed for each.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
+
+from vllm_vispec.trees.settings import THRESHOLDS, TreeSettings
 
 NEVER = float("-inf")
 
@@ -38,23 +39,21 @@ class Judgement(NamedTuple):
     expand: torch.Tensor
 
 
-@dataclass(frozen=True)
 class Eagle2:
     """EAGLE-2's rule: the most likely paths are expanded, the most likely nodes stay.
 
-    Other rules are its subclasses; instances hold settings alone.
+    Other rules are its subclasses.
 
     Attributes:
-        takes_threshold: Whether the setting ``threshold`` means anything.
         num_observed: How many tokens behind the root the rule looks at.
-        levels, top_k, threshold: The settings.
     """
 
-    takes_threshold: ClassVar[bool] = False
-    num_observed: ClassVar[int] = 1
-    levels: int
-    top_k: int
-    threshold: float | None = None
+    num_observed = 1
+
+    def __init__(self, settings: TreeSettings) -> None:
+        self.levels, self.top_k = settings.levels, settings.top_k
+        default = THRESHOLDS.get(settings.policy, 0.0)
+        self.threshold = default if settings.threshold is None else settings.threshold
 
     def observe(self, root_logp: torch.Tensor) -> torch.Tensor:
         """Sum up what the draft says behind the root; handed to `judge`.
@@ -70,12 +69,6 @@ class Eagle2:
         return Judgement(children.score, children.score)
 
 
-@dataclass(frozen=True)
-class Chain(Eagle2):
-    """The most likely child of the most likely child; served without any tree machinery."""
-
-
-@dataclass(frozen=True)
 class SpecLlava(Eagle2):
     """Spec-LLaVA's rule as far as it is public: expand and prune by cumulative confidence.
 
@@ -83,17 +76,13 @@ class SpecLlava(Eagle2):
     node budget alone.
     """
 
-    takes_threshold: ClassVar[bool] = True
-
     def judge(self, children: Children, observed: torch.Tensor) -> Judgement:
         """Score by the path's probability, and leave out what falls below the threshold."""
-        least = 0.03 if self.threshold is None else self.threshold
-        low = children.score < (math.log(least) if least else NEVER)
+        low = children.score < (math.log(self.threshold) if self.threshold else NEVER)
         score = children.score.masked_fill(low, NEVER)
         return Judgement(score, score)
 
 
-@dataclass(frozen=True)
 class Entropy(Eagle2):
     """SAGE's rule: a sure draft grows deep, narrow trees, an unsure one shallow, wide ones.
 
@@ -103,10 +92,8 @@ class Entropy(Eagle2):
     probability of its path, and is expanded if p exceeds ``threshold * l / depth``.
     """
 
-    takes_threshold: ClassVar[bool] = True
-    num_observed: ClassVar[int] = 10
-    least_levels: int = 3
-    least_width: int = 2
+    num_observed = 10
+    least_levels, least_width = 3, 2
 
     def observe(self, root_logp: torch.Tensor) -> torch.Tensor:
         """Return alpha, ``[R, 1, 1]``."""
@@ -116,22 +103,22 @@ class Entropy(Eagle2):
     def judge(self, children: Children, observed: torch.Tensor) -> Judgement:
         """Score by the path's probability, within the width and depth the entropy allows."""
         level, score_RWC = children.level, children.score
-        least_levels, least_width = min(self.least_levels, self.levels), self.least_width
+        least_levels = min(self.least_levels, self.levels)
         depth_R11 = least_levels + observed * (self.levels - least_levels)
-        width_R11 = least_width + (1 - observed) * max(self.top_k - least_width, 0)
+        width_R11 = self.least_width + (1 - observed) * max(self.top_k - self.least_width, 0)
         share_RW1 = 0.5 + children.parent_score.exp().unsqueeze(-1)
         allowed_RW1 = (width_R11 / level * share_RW1).round().clamp_(min=1)
         rank_C = torch.arange(score_RWC.shape[-1], device=score_RWC.device)
         # A level that is begun at all is part of the tree, as a rounded depth would have it.
         out = (rank_C >= allowed_RW1) | (level > depth_R11.round())
         keep_RWC = score_RWC.masked_fill(out, NEVER)
-        least = 0.1 if self.threshold is None else self.threshold
-        low = keep_RWC.exp() <= least * level / depth_R11
+        low = keep_RWC.exp() <= self.threshold * level / depth_R11
         return Judgement(keep_RWC, keep_RWC.masked_fill(low, NEVER))
 
 
+# A chain is the most likely child of the most likely child.
 POLICIES: Mapping[str, type[Eagle2]] = {
-    "chain": Chain,
+    "chain": Eagle2,
     "eagle2": Eagle2,
     "spec_llava": SpecLlava,
     "entropy": Entropy,

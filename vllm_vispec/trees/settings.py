@@ -1,62 +1,66 @@
-"""The setting ``"tree"`` of the speculative config."""
+"""The setting ``"tree"`` of the speculative config; imports no PyTorch."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from itertools import count
+from math import comb
+from typing import Any, Literal, Self
 
-from vllm_vispec.trees.codes import MAX_SIBLINGS
-from vllm_vispec.trees.policies import POLICIES
-from vllm_vispec.utils.errors import ViSpecError, did_you_mean
+from pydantic import Field, model_validator
 
+from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.settings import Settings
+
+MAX_SIBLINGS = 10
 MAX_DEPTH = 15
 # vLLM's rejection sampler (V1) takes at most 128 draft tokens a request.
 MAX_NODES = 127
-_PREFIX = "speculative config: tree"
+THRESHOLDS: Mapping[str, float] = {"spec_llava": 0.03, "entropy": 0.1}
+"""Defaults of ``threshold``; it means nothing to the other policies."""
 
 
-@dataclass(frozen=True)
-class TreeSettings:
-    """How a draft tree is grown.
+def channels_per_level(siblings: int) -> int:
+    """Return the head channels n that tell children apart, see `codes`; 0 for only one."""
+    return next(n for n in count() if comb(n, n // 2) >= siblings)
 
-    Attributes:
-        policy: Name of the rule, see `policies.POLICIES`.
-        depth: Draft passes after the first one; the longest path has ``depth + 1`` draft tokens.
-        top_k: Children that a node may get, and nodes that are expanded in one pass; with 1 a tree
-            is a single path.
-        threshold: Least probability, of the whole path, at which ``spec_llava`` keeps a node and
-            ``entropy`` expands one; None: the policy's default.
 
-    Raises:
-        ViSpecError: Names the key and the remedy.
-    """
+class TreeSettings(Settings):
+    """How a draft tree is grown."""
 
-    policy: str = "eagle2"
-    depth: int = 3
-    top_k: int = 8
-    threshold: float | None = None
+    policy: Literal["eagle2", "chain", "spec_llava", "entropy"] = Field(
+        default="eagle2", description="Name of the rule, see `policies.POLICIES`."
+    )
+    depth: int = Field(
+        default=3,
+        ge=1,
+        le=MAX_DEPTH,
+        strict=True,
+        description="Draft passes after the first; a path has up to depth + 1 draft tokens.",
+    )
+    top_k: int = Field(
+        default=8,
+        ge=1,
+        le=MAX_SIBLINGS,
+        strict=True,
+        description="Children that a node may get, and nodes that are expanded in one pass; with 1 "
+        "a tree is a single path.",
+    )
+    threshold: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        strict=True,
+        description="Least probability, of the whole path, at which spec_llava keeps a node and "
+        "entropy expands one. Default: the policy's.",
+    )
 
-    def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            hint = did_you_mean(self.policy, POLICIES) or f"; choose one of {', '.join(POLICIES)}"
-            raise ViSpecError(f"{_PREFIX}.policy={self.policy!r} is unknown{hint}")
-        _check_integer("depth", self.depth, 1, MAX_DEPTH)
-        _check_integer("top_k", self.top_k, 1, MAX_SIBLINGS)
-        self._check_threshold()
-
-    def _check_threshold(self) -> None:
-        if self.threshold is None:
-            return
-        if not POLICIES[self.policy].takes_threshold:
+    @model_validator(mode="after")
+    def _check_threshold(self) -> Self:
+        if self.threshold is not None and not self.is_confident:
             raise ViSpecError(
-                f"{_PREFIX}.threshold means nothing to policy {self.policy!r}; leave it out"
+                f"speculative config: tree.threshold means nothing to policy {self.policy!r}; "
+                "leave it out"
             )
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
-            raise ViSpecError(f"{_PREFIX}.threshold={self.threshold!r} must be a number below 1")
-        if not 0 <= self.threshold < 1:
-            raise ViSpecError(
-                f"{_PREFIX}.threshold={self.threshold!r} must lie between 0 and 1; it is the least "
-                "probability of a path"
-            )
+        return self
 
     @property
     def width(self) -> int:
@@ -66,7 +70,7 @@ class TreeSettings:
     @property
     def is_confident(self) -> bool:
         """Whether paths end where the draft is unsure, so that even a single one is no chain."""
-        return POLICIES[self.policy].takes_threshold
+        return self.policy in THRESHOLDS
 
     @property
     def levels(self) -> int:
@@ -74,41 +78,18 @@ class TreeSettings:
         return self.depth + 1
 
     @property
-    def max_nodes(self) -> int:
-        """Nodes among which the draft passes can choose."""
-        return self.top_k + self.depth * self.top_k**2
-
-    @property
     def draft_slots(self) -> int:
         """KV slots behind a request's last token that its draft passes write."""
         return self.depth * self.top_k
 
-    @classmethod
-    def from_config(cls, value: Any) -> "TreeSettings":
-        """Read the setting.
+    @property
+    def num_channels(self) -> int:
+        """Head channels that the codes of all paths need."""
+        return channels_per_level(self.width) * self.levels
 
-        Raises:
-            ViSpecError: Names the key and the remedy.
-        """
-        if not isinstance(value, Mapping):
-            raise ViSpecError(
-                f'{_PREFIX}={value!r} must be an object such as {{"policy": "eagle2", "depth": 3, '
-                '"top_k": 8}'
-            )
-        known = [field.name for field in fields(cls)]
-        unknown = [name for name in value if name not in known]
-        if unknown:
-            hint = did_you_mean(unknown[0], known) or f"; the keys are {', '.join(known)}"
-            raise ViSpecError(f"{_PREFIX}.{unknown[0]} is unknown{hint}")
-        return cls(**value)
-
-    def one_branch(self) -> "TreeSettings":
+    def one_branch(self) -> Self:
         """Return the rule for trees of a single path."""
-        return replace(self, top_k=1)
-
-    def to_config(self) -> dict[str, Any]:
-        """Return the setting as plain data."""
-        return asdict(self)
+        return self.model_copy(update={"top_k": 1})
 
     def check_nodes(self, num_nodes: Any) -> None:
         """Check ``num_speculative_tokens``: the nodes of a tree, without its root.
@@ -116,21 +97,14 @@ class TreeSettings:
         Raises:
             ViSpecError: Names the setting and the remedy.
         """
-        most = min(self.max_nodes, MAX_NODES)
-        if isinstance(num_nodes, bool) or not isinstance(num_nodes, int):
-            num_nodes = repr(num_nodes)
-        elif self.levels <= num_nodes <= most:
+        candidates = self.top_k + self.depth * self.top_k**2
+        least, most = self.levels, min(candidates, MAX_NODES)
+        if type(num_nodes) is int and least <= num_nodes <= most:
             return
-        is_path = most == self.levels
-        allowed = most if is_path else f"an integer between {self.levels} and {most}"
+        allowed = most if least == most else f"an integer between {least} and {most}"
         raise ViSpecError(
-            f"speculative config: num_speculative_tokens={num_nodes} must be {allowed}: "
+            f"speculative config: num_speculative_tokens={num_nodes!r} must be {allowed}: "
             f"with a tree it is the number of nodes, and depth {self.depth} with top_k "
-            f"{self.top_k} gives paths of {self.levels} and at most {self.max_nodes} nodes"
-            + ("" if is_path else "; 29 suits most heads")
+            f"{self.top_k} gives paths of {least} and at most {candidates} nodes"
+            + ("" if least == most else "; 29 suits most heads")
         )
-
-
-def _check_integer(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ViSpecError(f"{_PREFIX}.{name}={value!r} must be an integer between {low} and {high}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from types import UnionType
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -70,11 +71,20 @@ def parse(model: type[M], values: Mapping[str, Any], spelling: Spelling = str, s
 def iter_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Yield (dotted name, field) of every setting, nested ones in place of their section."""
     for name, field in model.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
+        section = section_of(field)
+        if section is not None:
             yield from iter_fields(section, f"{prefix}{name}.")
         else:
             yield prefix + name, field
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the model of a field with settings below it, which may be left out; else None."""
+    kinds = get_args(field.annotation) if isinstance(field.annotation, UnionType) else ()
+    for kind in (field.annotation, *kinds):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
@@ -90,7 +100,8 @@ def _describe(error: ValidationError, model: type[BaseModel], spelling: Spelling
     if kind == "value_error":
         return str(context["error"])  # worded by a validator of the model
     if kind == "extra_forbidden":
-        return f"setting {name!r} is unknown{_nearest(name, model) or (see and f'; see {see}')}"
+        what = f"setting {name!r}" if spelling is str else spelling(name)
+        return f"{what} is unknown{_nearest(name, model) or (see and f'; see {see}')}"
     if kind == "missing":
         return f"{spelling(name)} is missing: set it"
     if kind in _LIMITS:
