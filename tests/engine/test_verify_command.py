@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -22,11 +21,15 @@ from vllm_vispec.verify.result import (
     AttentionError,
     Verification,
 )
-from vllm_vispec.verify.settings import SHIPPED_PAIR
+from vllm_vispec.verify.run import SHIPPED_PAIR
 
 pytestmark = pytest.mark.engine
 SECONDS = 900
-CASES = (AttentionCase(CHAIN, 64, 72, 4, 2, 1), AttentionCase(TREE, 128, 152, 4, 2, 30))
+_HEADS: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2}
+CASES = (
+    AttentionCase(feature=CHAIN, head_size=64, padded_size=72, decode_rows=1, **_HEADS),
+    AttentionCase(feature=TREE, head_size=128, padded_size=152, decode_rows=30, **_HEADS),
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -72,7 +75,7 @@ def test_the_command_on_the_shipped_pair(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = Verification.from_json(json.loads(output.read_text()))
+    found = Verification.model_validate_json(output.read_text())
     assert found.exit_status == 0
     assert [(one.feature, one.state) for one in found.verdicts] == [
         ("chain", "passed"),
@@ -118,22 +121,23 @@ def _attention_errors(target: str, dtype: str) -> list[dict[str, AttentionError]
     from vllm_vispec.verify import attention
 
     config = EngineArgs(model=target, dtype=dtype, max_model_len=1024).create_engine_config()
-    make = attention.Batch.make
+    make = attention.make_requests
 
     def without_channels(case: AttentionCase, *args: Any) -> Any:
-        batch = make(case, *args)
-        batch.key[..., case.head_size :] = 0
-        return batch
+        requests = make(case, *args)
+        for request in requests:
+            request.key[..., case.head_size :] = 0
+        return requests
 
     def with_nan(case: AttentionCase, *args: Any) -> Any:
-        batch = make(case, *args)
-        batch.value[0] = float("nan")
-        return batch
+        requests = make(case, *args)
+        requests[0].value[0] = float("nan")
+        return requests
 
     changes = {"as it is": make, "no channels": without_channels, "NaN": with_nan}
     found: list[dict[str, AttentionError]] = [{} for _ in CASES]
     for name, changed in changes.items():
-        with mock.patch.object(attention.Batch, "make", changed):
+        with mock.patch.object(attention, "make_requests", changed):
             for errors, case in zip(found, CASES, strict=True):
                 errors[name] = attention.check_attention(config, case, "CPU_ATTN")
     return found

@@ -126,12 +126,9 @@ def step(inputs: Inputs, table: TreeTable) -> Outputs:
     tree = replace_rows(tree, best_path(tree), inputs.is_linear)
     table.write_trees(inputs.slot, tree)
     num_requests, device = inputs.slot.shape[0], inputs.slot.device
-    start_R = torch.arange(num_requests, device=device) * (NODES + 1)
-    count_R = torch.full_like(start_R, NODES)
+    starts = torch.arange(num_requests + 1, device=device) * (NODES + 1)
     num_rows = num_requests * (NODES + 1)
-    batch = TreeBatch(
-        table, inputs.slot, start_R, count_R, torch.arange(num_rows, device=device), num_rows
-    )
+    batch = TreeBatch(table, inputs.slot, starts, torch.arange(num_rows, device=device), num_rows)
     token_S = torch.nn.functional.pad(tree.token, (1, 0)).flatten()
     # The target agrees with the draft at two rows of three, else the walk ends at the root.
     row_S = torch.arange(num_rows, device=device)

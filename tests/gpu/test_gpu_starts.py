@@ -15,7 +15,7 @@ from tests.support.tiny_store import TinyStore
 from tests.support.workloads import Served, drive
 
 pytestmark = pytest.mark.timeout(1200)
-EXTENSION = "vllm_vispec.verify.worker_extension.VerifyWorker"
+EXTENSION = "vllm_vispec.verify.worker.VerifyWorker"
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class _Layer:
 
 def _padding(codes: CodeBuffers, heads: int, kv_heads: int, size: int, padded: int) -> LayerPadding:
     layer = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_size=size)
-    return LayerPadding.of_layer(layer, padded, codes)
+    return LayerPadding(layer, padded, codes)
 
 
 def _cache(sizes: Sizes, padding: LayerPadding) -> TargetCache:
@@ -142,10 +142,9 @@ def _round(
         frontier = grower.grow_level(torch.empty(shape, dtype=torch.bfloat16))
         codes.write_draft_codes(frontier.path.flatten(0, 1))
     table.write_trees(slots_R, grower.finish_trees(NODES))
-    num_rows = num_requests * (NODES + 1)
-    count_R = torch.full((num_requests,), NODES)
+    num_rows, starts = num_requests * (NODES + 1), torch.arange(num_requests + 1) * (NODES + 1)
     token_S = torch.arange(num_rows)
-    batch = TreeBatch(table, slots_R, slots_R * (NODES + 1), count_R, token_S, num_rows)
+    batch = TreeBatch(table, slots_R, starts, token_S, num_rows)
     codes.write_target_codes(token_S, batch.path, num_rows)
     _, moves = batch.verify(torch.empty(num_rows, dtype=torch.int64), token_S)
     names = {layer.layer_name for layer in cache._layers}

@@ -287,7 +287,7 @@ def _loaded(*shapes: tuple[int, int, int], shared: bool = False) -> Any:
     layers: dict[str, Any] = {"vision": SimpleNamespace()}
     for number, shape in enumerate(shapes):
         layer = SimpleNamespace(num_heads=8, num_kv_heads=shape[0], head_size=shape[1])
-        padding = LayerPadding.of_layer(layer, shape[2], codes)
+        padding = LayerPadding(layer, shape[2], codes)
         layers[f"layer {number}"] = SimpleNamespace(
             impl=SimpleNamespace(tree_padding=padding),
             kv_sharing_target_layer_name="layer 0" if shared and number == 1 else None,

@@ -28,7 +28,7 @@ from vllm_vispec.trees.grow import (
     likeliest,
 )
 from vllm_vispec.trees.policies import NEVER, POLICIES
-from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.trees.settings import Policy, TreeSettings
 
 REQUESTS = 2
 
@@ -46,7 +46,7 @@ def test_eagle2_is_the_references_tree(
 
 
 @pytest.mark.parametrize("policy", ["chain", "eagle2", "spec_llava", "entropy"])
-def test_trees_are_well_formed(policy: str) -> None:
+def test_trees_are_well_formed(policy: Policy) -> None:
     """Depths and branches belong to the parents; siblings have different branches."""
     settings = TreeSettings(policy=policy, depth=4, top_k=6)
     tree = grow(random_model(1), settings, REQUESTS, 5 if policy == "chain" else 40)
@@ -98,7 +98,7 @@ def test_entropy_is_that_of_the_ten_likeliest() -> None:
 
 @pytest.mark.parametrize("policy", ["eagle2", "spec_llava", "entropy"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_draft_that_overflows_grows_no_nonsense(policy: str, bad: float) -> None:
+def test_a_draft_that_overflows_grows_no_nonsense(policy: Policy, bad: float) -> None:
     """The target's output depends on it: parents come first, whatever the draft's logits are."""
     model = random_model(6)
 

@@ -25,10 +25,8 @@ from vllm_vispec.spec_decode.row_table import RowTable
 from vllm_vispec.spec_decode.step import RowIds
 from vllm_vispec.trees.codes import CodeBuffers
 from vllm_vispec.trees.cudagraph import RecordedVerification
-from vllm_vispec.trees.model_state import tree_model_state
-from vllm_vispec.trees.rejection_sampler import TreeRejectionSampler
+from vllm_vispec.trees.model_state import TreeRejectionSampler, tree_model_state
 from vllm_vispec.trees.settings import TreeSettings
-from vllm_vispec.trees.speculator import TreeSpeculator
 from vllm_vispec.trees.target_cache import TargetCache
 from vllm_vispec.trees.verify import EngineTrees, TreeTable
 
@@ -128,7 +126,7 @@ class Step:
         """Verify the trees whose nodes have these tokens."""
         starts, slots, rows = self.batch.cu_num_logits, self.batch.idx_mapping, torch.arange(ROWS)
         given: list[Any] = [logits, None, token, rows, starts, slots, slots.numpy()]
-        sampler._verify(*given, *[None] * 3, token)  # type: ignore[call-arg]
+        sampler._verify(*given, *[None] * 3, token)
 
     def sampler(
         self, sampled: torch.Tensor, *, num_logprobs: int = NO_LOGPROBS, has_mask: bool = False
@@ -184,19 +182,18 @@ def _speculator() -> SmallTreeSpeculator:
 
 
 @pytest.mark.parametrize("is_recorded", [False, True], ids=["eager", "recorded verification"])
-def test_a_step_launches_few_kernels(is_recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_launches_few_kernels(is_recorded: bool) -> None:
     step = Step()
     graph = SimpleNamespace(cg_mode=CUDAGraphMode.FULL)
-    replayed: list[Any] = []
     manager: Any = _Manager(graph)
+    verification: Any = _Manager(graph)
     step.speculator.tree_cudagraph_manager = manager
-    monkeypatch.setattr(TreeSpeculator, "_replay", lambda self, desc: replayed.append(desc))
     if is_recorded:
-        step.recorded.use_manager(manager)
+        step.recorded.use_manager(verification)
     # The first step looks at the caches from the host.
     step.run()
     step.run()
-    assert replayed == [graph, graph]
+    assert manager.replayed == [graph, graph]
     assert sum(step.counts.values()) <= (BUDGET if is_recorded else EAGER_BUDGET), step.counts
     # Nothing is left out by mistake.
     assert all(count > 0 for count in step.counts.values()), step.counts
@@ -207,12 +204,14 @@ class _Manager:
 
     def __init__(self, graph: Any) -> None:
         self._graph = graph
+        self.replayed: list[Any] = []
 
     def dispatch(self, *args: Any, **kwargs: Any) -> Any:
         return self._graph
 
     def run_fullgraph(self, desc: Any) -> None:
         """Replay nothing."""
+        self.replayed.append(desc)
 
 
 @pytest.mark.parametrize(

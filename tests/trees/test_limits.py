@@ -20,7 +20,7 @@ from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.spec_decode.patch_points import speculator_class
 from vllm_vispec.spec_decode.setting_notes import note_settings_without_effect
 from vllm_vispec.trees import attention, limits, model_state
-from vllm_vispec.trees.attention import _check_backend, _check_class, _check_layer, padded_impl
+from vllm_vispec.trees.attention import _check_backend, _check_layer, padded_impl
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.v1.tree_proposer import TreeProposer
@@ -78,9 +78,9 @@ def _layer(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_layers(changes: dict[str, Any], said: str) -> None:
-    _check_layer(_layer())
+    _check_layer(Attention, _layer())
     with pytest.raises(ViSpecError, match=f"{said}.*{OUT}"):
-        _check_layer(_layer(**changes))
+        _check_layer(Attention, _layer(**changes))
 
 
 def _built(kv_cache_dtype: str = "auto", *, stores_inside: bool = False) -> Any:
@@ -111,11 +111,10 @@ def test_every_quantized_cache_of_vllm_is_refused() -> None:
 
 
 def test_layers_with_a_cache_of_their_own_kind_are_refused() -> None:
-    _check_class(Attention)
-    _check_class(type("Layer", (Attention,), {}))
+    _check_layer(type("Layer", (Attention,), {}), _layer())
     for layer_class in (ChunkedLocalAttention, StaticSinkAttention):
         with pytest.raises(ViSpecError, match=f"{layer_class.__name__} layers have a.*{OUT}"):
-            _check_class(layer_class)
+            _check_layer(layer_class, _layer())
 
 
 def test_padded_layers_take_part_in_no_fused_operator() -> None:

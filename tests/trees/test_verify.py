@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.support.operators import Record
 from tests.support.tree_models import VOCAB, grow, random_model, slow_walk
 from vllm_vispec.trees.codes import UNUSED, CodeBuffers
 from vllm_vispec.trees.grow import DraftTree, TreeGrower, best_path, replace_rows
 from vllm_vispec.trees.policies import POLICIES
-from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.trees.settings import Policy, TreeSettings
 from vllm_vispec.trees.verify import TreeBatch, TreeTable, verify_trees
 
 SETTINGS = TreeSettings(depth=3, top_k=4)
@@ -74,7 +75,7 @@ def _batch(table: TreeTable, slots: list[int], counts: list[int], gap: int = 0) 
     starts = torch.tensor([0, *counts]).cumsum(0) + torch.arange(len(counts) + 1)
     owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts) + 1)
     token_S = torch.arange(int(starts[-1])) + gap * (owner + 1)
-    return TreeBatch.of_starts(table, torch.tensor(slots), starts, token_S, int(token_S[-1]) + 1)
+    return TreeBatch(table, torch.tensor(slots), starts, token_S, int(token_S[-1]) + 1)
 
 
 def test_positions_are_levels() -> None:
@@ -169,7 +170,7 @@ def _run_step(
     sampled_S = torch.randint(VOCAB, (num_rows,), generator=generator)
     is_linear_R1 = torch.rand(num_requests, 1, generator=generator) < 0.5
     slot_R = torch.randperm(SLOTS, generator=generator)[:num_requests]
-    starts = (count_R + 1).cumsum(0) - count_R - 1
+    starts = F.pad((count_R + 1).cumsum(0), (1, 0))
     with record.watching("step"):
         grower = TreeGrower(settings)
         grower.start_trees(root_RV)
@@ -180,14 +181,14 @@ def _run_step(
         tree = replace_rows(tree, best_path(tree), is_linear_R1)
         table.write_trees(slot_R, tree)
         token_S = torch.arange(num_rows)
-        batch = TreeBatch(table, slot_R, starts, count_R, token_S, num_rows)
+        batch = TreeBatch(table, slot_R, starts, token_S, num_rows)
         codes.write_target_codes(token_S, batch.path, num_rows)
         batch.verify(sampled_S, sampled_S)
         table.write_chains(slot_R)
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "chain"])
-def test_steps_are_static(policy: str) -> None:
+def test_steps_are_static(policy: Policy) -> None:
     """Nothing is read back, and the operators that run depend on sizes alone."""
     record = Record()
     settings = TreeSettings(policy=policy, depth=3, top_k=4)

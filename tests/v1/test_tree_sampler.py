@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.stats import chisquare
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -96,12 +97,8 @@ def _sampling(num_requests: int, temperature: float = 0.0, **changes: Any) -> Sa
 
 
 def _batch(table: TreeTable, slots: list[int], metadata: SpecDecodeMetadata) -> TreeBatch:
-    count_R = torch.tensor(metadata.num_draft_tokens)
-    start_R = metadata.cu_num_sampled_tokens - count_R - 1
-    num_rows = len(metadata.logits_indices)
-    return TreeBatch(
-        table, torch.tensor(slots), start_R.long(), count_R, metadata.logits_indices, num_rows
-    )
+    starts, rows = F.pad(metadata.cu_num_sampled_tokens, (1, 0)), metadata.logits_indices
+    return TreeBatch(table, torch.tensor(slots), starts, rows, len(rows))
 
 
 def _sample(

@@ -1,9 +1,11 @@
 """What `vispec bench profile` relies on in vLLM; `vispec verify` looks into runners as it does.
 
-`vispec bench run` reads a draft's image table, if it has one, and relies on nothing private.
+The attention check of `vispec verify` calls private functions, too: what does not fit there is that
+backend's failure. `vispec bench run` reads a draft's image table, if it has one, and relies on
+nothing private.
 """
 
-from vllm_vispec.compat.patch_point import PatchGroup, wraps
+from vllm_vispec.compat.patch_point import PatchGroup, reads, wraps
 
 _FEATURE = "vispec bench profile and vispec verify"
 
@@ -40,6 +42,30 @@ GROUPS = (
                 "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer._sample_draft_tokens"
                 "(hidden_states)",
                 "draft sampling",
+            ),
+        ),
+    ),
+    PatchGroup(
+        name="verify",
+        feature="vispec verify",
+        remedy="",
+        points=(
+            reads(
+                "vllm.compilation.cuda_graph:CUDAGraphWrapper"
+                "{_all_instances, self.concrete_cudagraph_entries}",
+                "which CUDA graphs were captured",
+            ),
+        ),
+    ),
+    PatchGroup(
+        name="verify",
+        feature="vispec verify",
+        remedy="",
+        runner="v2",
+        points=(
+            reads(
+                "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.self.graphs",
+                "which full CUDA graphs were captured",
             ),
         ),
     ),

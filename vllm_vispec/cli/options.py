@@ -209,7 +209,7 @@ def _option(field: SettingsField) -> SettingsOption:
         item, default = get_args(kind)[0], form.default or ",".join(map(_as_text, default))
         convert = form.read or (lambda flag, text: split(flag, text, item))
         kind, read = str, lambda text: convert(flag, text) if text else ()
-    elif get_origin(kind) is dict:
+    elif get_origin(kind) is dict or isinstance(default, BaseModel):
         kind, default, read = str, "{}", lambda text: json_object(flag, text)
     elif get_origin(kind) is Literal:
         kind = str  # the class refuses other values

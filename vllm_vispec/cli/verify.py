@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vllm_vispec.cli.options import INTERRUPTED, options_of
-from vllm_vispec.verify.settings import EngineOptions, VerifySettings
+from vllm_vispec.verify.run import EngineOptions, Verifier, VerifySettings
 
 if TYPE_CHECKING:
     from vllm_vispec.verify.result import Verification
@@ -32,10 +31,10 @@ def verify(
     """
     from vllm_vispec.heads.folder import inspect_head
 
-    given = {name: value for name, value in vars(engine).items() if value is not None}
     # A head that cannot be read is known before an engine has started.
     inspect_head(settings.head)
-    return run(replace(settings, engine=settings.engine | given), output).exit_status
+    args = settings.engine | engine.model_dump(exclude_none=True)
+    return run(settings.model_copy(update={"engine": args}), output).exit_status
 
 
 def run(settings: VerifySettings, output: Path) -> Verification:
@@ -50,26 +49,25 @@ def run(settings: VerifySettings, output: Path) -> Verification:
 
     from vllm_vispec.utils.files import write_json, write_text
     from vllm_vispec.verify.page import WIDTH, print_page
-    from vllm_vispec.verify.run import Tools, num_steps, verify
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(TextColumn("{task.description:40}"), *columns, transient=True) as progress:
-        task = progress.add_task("", total=num_steps(), completed=-1)
 
         def step(what: str) -> None:
             progress.update(task, advance=1, description=what)
             if not progress.console.is_terminal and what.endswith("start"):
                 typer.echo(what)
 
-        command = shlex.join(["vispec", *sys.argv[1:]])
+        verifier = Verifier(settings, output, step)
+        task = progress.add_task("", total=verifier.num_steps, completed=-1)
         try:
-            found = verify(settings, output, command, Tools(step=step))
+            found = verifier.verify(shlex.join(["vispec", *sys.argv[1:]]))
         except KeyboardInterrupt as error:
             typer.echo("stopped: nothing was written", err=True)
             raise typer.Exit(INTERRUPTED) from error
     console = Console(width=WIDTH, record=True)
     print_page(found, console)
-    write_json(output, found.to_json())
+    write_json(output, found.model_dump(mode="json"))
     write_text(page := output.with_suffix(".txt"), console.export_text())
     typer.echo(f"wrote {output} and {page}")
     return found

@@ -17,7 +17,6 @@ from vllm_vispec.models import patch_points as models
 from vllm_vispec.spec_decode import patch_points as spec_decode
 from vllm_vispec.trees import patch_points as trees
 from vllm_vispec.utils.errors import ViSpecError
-from vllm_vispec.verify import patch_points as verify
 
 V1_FOLDER = "vllm_vispec.v1"
 
@@ -41,7 +40,6 @@ GROUPS: tuple[PatchGroup, ...] = (
     *heads.GROUPS,
     *_v1_groups(),
     *bench.GROUPS,
-    *verify.GROUPS,
 )
 """All groups, in the order in which `vispec doctor` prints them."""
 

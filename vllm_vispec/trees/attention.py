@@ -10,10 +10,10 @@ Shapes: T tokens, H heads, K key/value heads, h head size, P padded head size.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from inspect import BoundArguments, signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -22,7 +22,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from vllm_vispec.models.padded_heads import BackendFinder, PaddedHead, choose_padded_head, remedy
 from vllm_vispec.models.patch_points import apply_workspace
-from vllm_vispec.trees.codes import MIN_LOGIT, CodeBuffers, PaddedBuffer, Shape, mask_logit
+from vllm_vispec.trees.codes import MIN_LOGIT, CodeBuffers, mask_logit
 from vllm_vispec.trees.limits import check_cache_dtype, has_branches, settings_of
 from vllm_vispec.trees.target_cache import TargetCache
 from vllm_vispec.trees.verify import EngineTrees, TreeTable
@@ -38,42 +38,26 @@ _REFUSED = {
 }
 
 
-@dataclass
 class LayerPadding:
-    """How one layer is padded, and the buffers that do it.
+    """How one layer is padded, and the buffers that do it, shared by all layers of a shape.
+
+    Args:
+        layer: vLLM's `Attention` layer.
+        padded_size: P.
+        codes: What all buffers belong to.
 
     Attributes:
         head_size: h.
-        padded_size: P.
         key_shape: K, h and P.
-        codes: What all buffers belong to.
-        query, key, value, output: Buffers, shared by all layers of a shape.
     """
 
-    head_size: int
-    padded_size: int
-    key_shape: Shape
-    codes: CodeBuffers
-    query: PaddedBuffer
-    key: PaddedBuffer
-    value: PaddedBuffer
-    output: PaddedBuffer
-
-    @classmethod
-    def of_layer(cls, layer: Any, padded_size: int, codes: CodeBuffers) -> "LayerPadding":
-        """Return the padding of vLLM's `Attention` layer."""
+    def __init__(self, layer: Any, padded_size: int, codes: CodeBuffers) -> None:
+        self.head_size, self.padded_size, self.codes = layer.head_size, padded_size, codes
         shape = layer.num_heads, layer.head_size, padded_size
-        key_shape = layer.num_kv_heads, layer.head_size, padded_size
-        return cls(
-            layer.head_size,
-            padded_size,
-            key_shape,
-            codes,
-            query=codes.query_buffer(shape),
-            key=codes.key_buffer(key_shape),
-            value=codes.plain_buffer("value", key_shape),
-            output=codes.plain_buffer("output", shape),
-        )
+        self.key_shape = layer.num_kv_heads, layer.head_size, padded_size
+        self.query, self.key = codes.query_buffer(shape), codes.key_buffer(self.key_shape)
+        self.value = codes.plain_buffer("value", self.key_shape)
+        self.output = codes.plain_buffer("output", shape)
 
 
 @lru_cache
@@ -137,17 +121,12 @@ def padded_impl(base: Any, padded_size: int) -> Any:
         # Compiled graphs ask these.  A fused operator would write scaled 8-bit values where
         # `forward` has a buffer of the model's dtype, or store keys whose heads nobody padded.
 
-        def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        def fused_output_quant_supported(self, *_: Any) -> bool:
             return False
 
-        def fused_rope_kvcache_supported(self) -> bool:
-            return False
-
-        def fused_qk_norm_rope_kvcache_supported(self) -> bool:
-            return False
-
-        def fused_qk_norm_mrope_kvcache_supported(self) -> bool:
-            return False
+        fused_rope_kvcache_supported = fused_output_quant_supported
+        fused_qk_norm_rope_kvcache_supported = fused_output_quant_supported
+        fused_qk_norm_mrope_kvcache_supported = fused_output_quant_supported
 
     return PaddedImpl
 
@@ -175,12 +154,19 @@ def init_padded(original: Callable[..., None], layer: Any, *args: Any, **kwargs:
     config = get_current_vllm_config()
     given = signature(original).bind(layer, *args, **kwargs)
     given.apply_defaults()
-    if not has_branches(config) or given.arguments["attn_type"] != AttentionType.DECODER:
+    values = given.arguments
+    if not has_branches(config) or values["attn_type"] != AttentionType.DECODER:
         original(layer, *args, **kwargs)
         return
+    _check_layer(type(layer), values)
     known = _find_code_buffers(config)
     codes = known or _make_code_buffers(config)
-    _build_padded(original, given, codes)
+    head = padded_head(_finder_of(given), values["head_size"], codes.num_channels)
+    apply_workspace(head.backend)
+    values["attn_backend"] = padded_backend(head.backend, head.size)
+    original(*given.args, **given.kwargs)
+    _check_backend(layer)
+    layer.impl.tree_padding = LayerPadding(layer, head.size, codes)
     if known is None:
         # A module of the target: when an engine sleeps, vLLM keeps buffers of its models alone.
         layer.tree_codes = codes
@@ -230,19 +216,6 @@ def _make_code_buffers(config: Any) -> CodeBuffers:
     return CodeBuffers(settings.levels, settings.top_k, max_num_tokens, dtype, device)
 
 
-def _build_padded(original: Callable[..., None], given: BoundArguments, codes: CodeBuffers) -> None:
-    """Build the layer that ``given`` begins with on a backend with wider heads."""
-    values, layer = given.arguments, given.args[0]
-    _check_layer(values)
-    _check_class(type(layer))
-    head = padded_head(_finder_of(given), values["head_size"], codes.num_channels)
-    apply_workspace(head.backend)
-    values["attn_backend"] = padded_backend(head.backend, head.size)
-    original(*given.args, **given.kwargs)
-    _check_backend(layer)
-    layer.impl.tree_padding = LayerPadding.of_layer(layer, head.size, codes)
-
-
 def _finder_of(given: BoundArguments) -> BackendFinder:
     """Return what finds the backend of the layer that ``given`` would build."""
     backend = given.arguments["attn_backend"]
@@ -251,35 +224,25 @@ def _finder_of(given: BoundArguments) -> BackendFinder:
     return BackendFinder.of_layer(*given.args[1:], **given.kwargs)
 
 
-def _check_layer(values: dict[str, Any]) -> None:
-    """Refuse layers that a tree cannot pass through."""
-    found = [name for name in _REFUSED if values[name]]
-    cache_config = values["cache_config"]
+def _check_layer(layer_class: Any, values: dict[str, Any]) -> None:
+    """Refuse layers that a tree cannot pass through, by the arguments of ``Attention.__init__``."""
+    found = [f"{name} ({reason})" for name, reason in _REFUSED.items() if values[name]]
+    cache_config, problem = values["cache_config"], ""
     if not found and cache_config is not None and cache_config.sliding_window:
-        found = ["per_layer_sliding_window"]
+        name = "per_layer_sliding_window"
+        found = [f"{name} ({_REFUSED[name]})"]
     if found:
+        problem = f"this model, whose attention has {found[0]}"
+    elif mask_logit(values["scale"]) < MIN_LOGIT:
+        problem = f"attention's scale of {values['scale']}, masked nodes would show"
+    elif values["head_size_v"] not in (None, values["head_size"]):
+        problem = "values of another head size than keys'"
+    elif layer_class.get_kv_cache_spec is not Attention.get_kv_cache_spec:
+        name = layer_class.__name__
+        problem = f"this model, whose {name} layers have a KV cache of their own kind"
+    if problem:
         raise ViSpecError(
-            f"speculative config: tree does not work with this model, whose attention has "
-            f'{found[0]} ({_REFUSED[found[0]]}); leave "tree" out'
-        )
-    if mask_logit(values["scale"]) < MIN_LOGIT:
-        raise ViSpecError(
-            f"speculative config: tree does not work with attention's scale of {values['scale']}, "
-            'masked nodes would show; leave "tree" out'
-        )
-    if values["head_size_v"] not in (None, values["head_size"]):
-        raise ViSpecError(
-            "speculative config: tree does not work with values of another head size than keys'; "
-            'leave "tree" out'
-        )
-
-
-def _check_class(layer_class: Any) -> None:
-    """Refuse layers whose keys and values are not kept as `Attention` keeps them."""
-    if layer_class.get_kv_cache_spec is not Attention.get_kv_cache_spec:
-        raise ViSpecError(
-            f"speculative config: tree does not work with this model, whose {layer_class.__name__} "
-            'layers have a KV cache of their own kind; leave "tree" out'
+            f'speculative config: tree does not work with {problem}; leave "tree" out'
         )
 
 
@@ -293,61 +256,31 @@ def _check_backend(layer: Any) -> None:
     check_cache_dtype(layer.kv_cache_dtype)
 
 
-@dataclass(frozen=True)
-class TreeMemory:
-    """Memory of an engine's padded attention.
+class TreeMemory(NamedTuple):
+    """What padding adds to the KV cache, in percent, and bytes of the padded buffers."""
 
-    Attributes:
-        head_sizes: The models' and the padded ones, each pair once.
-        num_layers: Layers of target and draft.
-        kv_percent: What padding adds to the KV cache.
-        num_bytes: The padded buffers.
-    """
-
-    head_sizes: tuple[tuple[int, int], ...]
-    num_layers: int
     kv_percent: float
     num_bytes: int
 
 
 def tree_memory(vllm_config: Any) -> TreeMemory | None:
     """Measure an engine whose target and draft are loaded; None if nothing is padded."""
-    layers = padded_layers(vllm_config).values()
-    if not layers:
+    shapes = [layer.impl.tree_padding.key_shape for layer in padded_layers(vllm_config)]
+    if not shapes:
         return None
-    shapes = [layer.impl.tree_padding.key_shape for layer in layers]
     own = sum(num_heads * head_size for num_heads, head_size, _ in shapes)
     padded = sum(num_heads * padded_size for num_heads, _, padded_size in shapes)
-    return TreeMemory(
-        head_sizes=tuple(sorted({shape[1:] for shape in shapes})),
-        num_layers=len(shapes),
-        kv_percent=100 * (padded / own - 1),
-        num_bytes=code_buffers(vllm_config).num_bytes,
-    )
+    return TreeMemory(100 * (padded / own - 1), code_buffers(vllm_config).num_bytes)
 
 
-def _log_memory(vllm_config: Any) -> None:
-    """Say what trees take in memory."""
-    memory = tree_memory(vllm_config)
-    assert memory is not None
-    logger.info(
-        "ViSpec trees: attention heads are padded (%s channels), which adds %.1f %% to the KV "
-        "cache of %d layers; buffers for padded rows take %.1f MiB",
-        ", ".join(f"{head} to {wide}" for head, wide in memory.head_sizes),
-        memory.kv_percent,
-        memory.num_layers,
-        memory.num_bytes / 2**20,
-    )
-
-
-def padded_layers(vllm_config: Any) -> dict[str, Any]:
-    """Return padded layers by name, without those that share another layer's cache."""
-    layers = vllm_config.compilation_config.static_forward_context
-    return {
-        name: layer
-        for name, layer in layers.items()
+def padded_layers(vllm_config: Any) -> list[Any]:
+    """Return padded layers, without those that share another layer's cache."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return [
+        layer
+        for layer in layers
         if _padding_of(layer) is not None and layer.kv_sharing_target_layer_name is None
-    }
+    ]
 
 
 def target_layers(vllm_config: Any) -> list[Any]:
@@ -357,9 +290,7 @@ def target_layers(vllm_config: Any) -> list[Any]:
         ViSpecError: Some layer's keys pass by its backend.
     """
     layers = [
-        layer
-        for layer in padded_layers(vllm_config).values()
-        if not getattr(layer, "is_draft_layer", False)
+        layer for layer in padded_layers(vllm_config) if not getattr(layer, "is_draft_layer", False)
     ]
     # vLLM 0.33 has such models.
     if any(getattr(layer, "kv_cache_update_bypass", False) for layer in layers):
@@ -383,7 +314,16 @@ def make_engine_trees(
     """
     num_nodes = vllm_config.speculative_config.num_speculative_tokens
     table = TreeTable(settings_of(vllm_config).levels, num_nodes, max_num_requests, device)
-    _log_memory(vllm_config)
+    memory = tree_memory(vllm_config)
+    assert memory is not None
+    sizes = {layer.impl.tree_padding.key_shape[1:] for layer in padded_layers(vllm_config)}
+    logger.info(
+        "ViSpec trees: attention heads are padded (%s channels), which adds %.1f %% to the KV "
+        "cache; buffers for padded rows take %.1f MiB",
+        ", ".join(f"{head} to {wide}" for head, wide in sorted(sizes)),
+        memory.kv_percent,
+        memory.num_bytes / 2**20,
+    )
     return EngineTrees(code_buffers(vllm_config), table, TargetCache(layers))
 
 

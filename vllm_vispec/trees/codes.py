@@ -17,7 +17,6 @@ Shapes: T tokens of a batch, S tokens with codes, L levels, n channels of a leve
 heads, h head size, P padded head size, ``...`` any leading dimensions.
 """
 
-from collections.abc import Iterable
 from itertools import combinations, islice
 
 import torch
@@ -80,13 +79,14 @@ class PaddedBuffer(nn.Module):
         device: Where they lie.
     """
 
+    rows: torch.Tensor
+
     def __init__(
         self, max_num_tokens: int, shape: Shape, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
         num_heads, self._head_size, padded_size = shape
         rows = torch.zeros(max_num_tokens, num_heads, padded_size, dtype=dtype, device=device)
-        self.rows: torch.Tensor
         self.register_buffer("rows", rows, persistent=False)
         self._views = rows, rows[..., : self._head_size]
 
@@ -132,6 +132,9 @@ class CodeBuffers(nn.Module):
         device: Where they lie.
     """
 
+    query_table: torch.Tensor
+    key_table: torch.Tensor
+
     def __init__(
         self,
         levels: int,
@@ -142,9 +145,7 @@ class CodeBuffers(nn.Module):
     ) -> None:
         super().__init__()
         self.num_channels = channels_per_level(siblings) * levels
-        self._max_num_tokens, self._dtype, self._device = max_num_tokens, dtype, device
-        self.query_table: torch.Tensor
-        self.key_table: torch.Tensor
+        self._sizes = max_num_tokens, dtype, device
         query_table, key_table = word_tables(siblings, dtype, device)
         self.register_buffer("query_table", query_table, persistent=False)
         self.register_buffer("key_table", key_table, persistent=False)
@@ -185,8 +186,7 @@ class CodeBuffers(nn.Module):
             num_tokens: Tokens of the batch.
         """
         self.clear_codes()
-        _write(self._queries, encode(path, self.query_table), index)
-        _write(self._keys, encode(path, self.key_table), index)
+        self._write(path, index)
         self._num_written = num_tokens
 
     def write_draft_codes(self, path: torch.Tensor) -> None:
@@ -194,23 +194,23 @@ class CodeBuffers(nn.Module):
 
         Every level of a tree has as many tokens, so each pass overwrites the codes of the last one.
         """
-        _write(self._queries, encode(path, self.query_table))
-        _write(self._keys, encode(path, self.key_table))
+        self._write(path)
         self._num_written = max(self._num_written, path.shape[0])
+
+    def _write(self, path: torch.Tensor, index: torch.Tensor | None = None) -> None:
+        both = (self._queries, self.query_table), (self._keys, self.key_table)
+        for buffers, table in both:
+            codes = encode(path, table)
+            for buffer in buffers:
+                buffer.write_codes(codes, index)
 
     def _share(self, name: str, shape: Shape, group: list[PaddedBuffer]) -> PaddedBuffer:
         full_name = "_".join((name, *map(str, shape)))
         buffer = self._modules.get(full_name)
         if buffer is None:
-            buffer = PaddedBuffer(self._max_num_tokens, shape, self._dtype, self._device)
+            max_num_tokens, dtype, device = self._sizes
+            buffer = PaddedBuffer(max_num_tokens, shape, dtype, device)
             self.add_module(full_name, buffer)
             group.append(buffer)
         assert isinstance(buffer, PaddedBuffer)
         return buffer
-
-
-def _write(
-    buffers: Iterable[PaddedBuffer], codes: torch.Tensor, index: torch.Tensor | None = None
-) -> None:
-    for buffer in buffers:
-        buffer.write_codes(codes, index)

@@ -20,8 +20,6 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
-from vllm_vispec.trees.limits import most_growing, size_for_all_graphs
-from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.trees.verify import (
     NO_REQUEST,
     Moves,
@@ -33,6 +31,7 @@ from vllm_vispec.trees.verify import (
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
+EAGERLY = "eagerly, kernel by kernel"
 
 
 def chain_manager(chains: CudaGraphManager, levels: int) -> SpeculatorCudaGraphManager:
@@ -45,36 +44,30 @@ def chain_manager(chains: CudaGraphManager, levels: int) -> SpeculatorCudaGraphM
         chains: vLLM's manager.
         levels: The longest chain that is scheduled; 0: none is.
     """
-    config = chains.vllm_config
-    schedule = config.speculative_config.num_speculative_tokens_per_batch_size
+    schedule = chains.vllm_config.speculative_config.num_speculative_tokens_per_batch_size
     if schedule is not None:
         schedule = [
             (first, last, count if count <= levels else 0) for first, last, count in schedule
         ]
-    return SpeculatorCudaGraphManager(
-        _with_schedule(config, schedule),
-        chains.device,
-        chains.cudagraph_mode if levels else CUDAGraphMode.NONE,
-        chains.decode_query_len,
-    )
+    mode = chains.cudagraph_mode if levels else CUDAGraphMode.NONE
+    return manager_for(chains, schedule, mode, chains.decode_query_len)
 
 
-def growth_manager(
-    vllm_config: Any, device: torch.device, mode: CUDAGraphMode, width: int
+def manager_for(
+    like: CudaGraphManager,
+    schedule: list[tuple[int, int, int]] | None,
+    mode: CUDAGraphMode,
+    decode_query_len: int,
 ) -> SpeculatorCudaGraphManager:
-    """Return the manager of graphs that grow whole trees, one for each padded number of requests.
+    """Return a manager that knows another ``num_speculative_tokens_per_batch_size``.
 
-    It knows no schedule: a level has as many nodes, whatever the number of draft tokens.
+    The growth of trees knows no schedule: a level has as many nodes, whatever the number of draft
+    tokens.  There is one graph for each padded number of requests.
     """
-    return SpeculatorCudaGraphManager(_with_schedule(vllm_config, None), device, mode, width)
-
-
-def _with_schedule(vllm_config: Any, schedule: list[tuple[int, int, int]] | None) -> Any:
-    """Return a configuration with another ``num_speculative_tokens_per_batch_size``."""
-    config = copy(vllm_config)
-    config.speculative_config = copy(vllm_config.speculative_config)
+    config = copy(like.vllm_config)
+    config.speculative_config = copy(config.speculative_config)
     config.speculative_config.num_speculative_tokens_per_batch_size = schedule
-    return config
+    return SpeculatorCudaGraphManager(config, like.device, mode, decode_query_len)
 
 
 def why_eager(speculator: Any, width: int, cudagraph_mode: CUDAGraphMode) -> str | None:
@@ -103,33 +96,22 @@ def why_eager(speculator: Any, width: int, cudagraph_mode: CUDAGraphMode) -> str
 
 
 @lru_cache
-def _log_once(text: str) -> None:
-    logger.info("%s", text)
+def log_growth(text: str, *args: Any) -> None:
+    """Say how trees grow; once, though vLLM records twice: at first to measure the graphs' memory.
 
-
-def log_eager_growth(reason: str) -> None:
-    """Say that trees grow without graphs, and why."""
-    _log_once(f"ViSpec trees grow eagerly, kernel by kernel: {reason}")
-
-
-def log_recorded_growth(
-    manager: CudaGraphManager, vllm_config: Any, settings: TreeSettings
-) -> None:
-    """Say for how many requests trees grow in the graphs that were recorded; once.
-
-    vLLM records twice, a few of the largest graphs at first to measure their memory.
+    Args:
+        text: Behind "ViSpec trees grow", with places for ``args``.
     """
+    logger.info(f"ViSpec trees grow {text}", *args)
+
+
+def log_recorded_growth(manager: CudaGraphManager, width: int) -> None:
+    """Say for how many requests trees grow in the graphs that were recorded."""
     recorded = max((desc.num_reqs or 0 for desc in manager.graphs), default=0)
-    size = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    enough = size_for_all_graphs(vllm_config, settings)
-    remedy = f"; max_cudagraph_capture_size={enough} would record all" if size < enough else ""
-    if recorded == 0:
-        log_eager_growth(f"a level has {settings.width} tokens, graphs end at {size}{remedy}")
-        return
-    text = f"ViSpec trees grow in one CUDA graph for up to {recorded} requests in a step"
-    if recorded < most_growing(vllm_config, settings):
-        text += f", and eagerly above{remedy}"
-    _log_once(text)
+    if recorded:
+        log_growth("in one CUDA graph for up to %d requests in a step, eagerly above", recorded)
+    else:
+        log_growth(f"{EAGERLY}: a level has %d tokens, more than any graph", width)
 
 
 class RecordedVerification:

@@ -156,6 +156,13 @@ class TreeGrower:
         token_RM, score_RM, parent_RM, path_RXL = (
             torch.cat(parts, dim=1) for parts in zip(*self._grown, strict=True)
         )
+        # Where growing stopped early there may be fewer candidates.
+        missing = num_nodes - token_RM.shape[1]
+        if missing > 0:
+            token_RM = F.pad(token_RM, (0, missing))
+            score_RM = F.pad(score_RM, (0, missing), value=NEVER)
+            parent_RM = F.pad(parent_RM, (0, missing), value=-1)
+            path_RXL = F.pad(path_RXL, (0, 0, 0, missing), value=UNUSED)
         score_RM, order_RM = score_RM.sort(dim=1, descending=True, stable=True)
         place_RM = torch.empty_like(order_RM)
         places_M = torch.arange(order_RM.shape[1], device=order_RM.device)
@@ -170,8 +177,7 @@ class TreeGrower:
         path_RNL = path_RXL.gather(1, parent_row_RN1.expand(-1, -1, self._levels))
         depth_RN1 = (path_RNL != UNUSED).sum(-1, keepdim=True)
         path_RNL.scatter_(2, depth_RN1, (order_RN % self.width).unsqueeze(-1))
-        tree = DraftTree(token_RN, parent_RN, 1 + depth_RN1.squeeze(-1), path_RNL)
-        return _with_places(tree, num_nodes)
+        return DraftTree(token_RN, parent_RN, 1 + depth_RN1.squeeze(-1), path_RNL)
 
     def _grow(self, parents: Frontier, children: Likeliest) -> Frontier:
         """Add the children of the frontier to the candidates and choose the next frontier."""
@@ -216,20 +222,6 @@ class PathGrower(TreeGrower):
     def _choose(self, parents: Frontier, grown: _Level, expand_RC: torch.Tensor) -> Frontier:
         """Return the only child."""
         return parents._replace(token=grown.token, score=expand_RC)
-
-
-def _with_places(tree: DraftTree, num_nodes: int) -> DraftTree:
-    """Return trees of N places: empty ones behind where fewer candidates were grown."""
-    missing = num_nodes - tree.token.shape[1]
-    if missing <= 0:
-        return tree
-    behind = (0, missing)
-    return DraftTree(
-        F.pad(tree.token, behind, value=NO_TOKEN),
-        F.pad(tree.parent, behind, value=ROOT),
-        F.pad(tree.depth, behind, value=1),
-        F.pad(tree.path, (0, 0, *behind), value=UNUSED),
-    )
 
 
 def best_path(tree: DraftTree) -> DraftTree:

@@ -11,27 +11,85 @@ from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
 
-_KEY = "kv_connector"
 # vLLM cuts the largest size of its graphs down to a multiple of this.
 _SIZE_STEP = 16
 _LEAVE_OUT = 'leave "tree" out of the speculative config'
 # These read the cache between steps, when accepted paths lie in consecutive slots.
-_CONNECTORS = frozenset(
-    {
-        "DecodeBenchConnector",
-        "MooncakeConnector",
-        "NixlConnector",
-        "NixlPullConnector",
-        "NixlPushConnector",
-        "OffloadingConnector",
-        "SimpleCPUOffloadConnector",
-    }
+_CONNECTORS = (
+    "DecodeBenchConnector",
+    "MooncakeConnector",
+    "NixlConnector",
+    "NixlPullConnector",
+    "NixlPushConnector",
+    "OffloadingConnector",
+    "SimpleCPUOffloadConnector",
 )
 _UNSUPPORTED = {
     "draft_sample_method": ("greedy", "a tree's nodes are the draft's likeliest tokens"),
     "rejection_sample_method": ("standard", "a tree is verified by the target's own samples"),
     "enable_adaptive_verification": (False, "a tree's nodes have no position of their own"),
 }
+# Settings of vLLM's `ParallelConfig` that take a batch apart, with what they are without that.
+_WHOLE_BATCHES = {
+    "data_parallel_size": 1,
+    "enable_batch_sharded_sampling": None,
+    "enable_dbo": False,
+}
+
+
+def read_tree(vllm_config: Any) -> TreeSettings | None:
+    """Return how the engine grows trees, None if it drafts chains or nothing."""
+    return ViSpecConfig.from_vllm(vllm_config).tree
+
+
+def has_tree(vllm_config: Any) -> bool:
+    """Whether the engine grows trees, single paths that may end early among them."""
+    return read_tree(vllm_config) is not None
+
+
+def settings_of(vllm_config: Any) -> TreeSettings:
+    """Return how the engine grows trees; for code that runs with trees alone."""
+    settings = read_tree(vllm_config)
+    assert settings is not None
+    return settings
+
+
+def draft_loads(vllm_config: Any) -> list[tuple[int, int | None, int]]:
+    """Return how many draft tokens there are at which load.
+
+    Returns:
+        First and last number of requests (None: all), and the number of draft tokens.
+    """
+    speculative = vllm_config.speculative_config
+    most = speculative.num_speculative_tokens
+    schedule = speculative.num_speculative_tokens_per_batch_size or [(1, None, most)]
+    return [(first, last, min(count, most)) for first, last, count in schedule]
+
+
+def schedules_chains(vllm_config: Any, settings: TreeSettings) -> bool:
+    """Whether the load schedule has numbers of draft tokens so small that chains are drafted."""
+    return any(0 < count <= settings.levels for _, _, count in draft_loads(vllm_config))
+
+
+def has_branches(vllm_config: Any) -> bool:
+    """Whether there is a tree that branches, at some load; else no layer needs codes."""
+    settings = read_tree(vllm_config)
+    if settings is None or settings.width == 1:
+        return False
+    return any(count > settings.levels for _, _, count in draft_loads(vllm_config))
+
+
+def num_code_channels(vllm_config: Any) -> int:
+    """Return how many channels heads need for codes, 0 where nothing branches."""
+    return settings_of(vllm_config).num_channels if has_branches(vllm_config) else 0
+
+
+def has_paths(vllm_config: Any) -> bool:
+    """Whether there are trees of a single path that may end early, at some load."""
+    settings = read_tree(vllm_config)
+    if settings is None or not settings.is_confident:
+        return False
+    return not has_branches(vllm_config) or schedules_chains(vllm_config, settings)
 
 
 def resolve_tree(tree: TreeSettings | None, settings: dict[str, Any]) -> TreeSettings | None:
@@ -52,79 +110,8 @@ def resolve_tree(tree: TreeSettings | None, settings: dict[str, Any]) -> TreeSet
     return tree
 
 
-def read_tree(vllm_config: Any) -> TreeSettings | None:
-    """Return how the engine grows trees, None if it drafts chains or nothing."""
-    return ViSpecConfig.from_vllm(vllm_config).tree
-
-
-def has_tree(vllm_config: Any) -> bool:
-    """Whether the engine grows trees, single paths that may end early among them."""
-    return read_tree(vllm_config) is not None
-
-
-def settings_of(vllm_config: Any) -> TreeSettings:
-    """Return how the engine grows trees; for code that runs with trees alone."""
-    settings = read_tree(vllm_config)
-    assert settings is not None
-    return settings
-
-
-def schedules_chains(vllm_config: Any, settings: TreeSettings) -> bool:
-    """Whether the load schedule has numbers of draft tokens so small that chains are drafted."""
-    return any(0 < count <= settings.levels for _, _, count in draft_loads(vllm_config))
-
-
-def has_branches(vllm_config: Any) -> bool:
-    """Whether there is a tree that branches, at some load; else no layer needs codes."""
-    settings = read_tree(vllm_config)
-    if settings is None or settings.width == 1:
-        return False
-    return max(count for _, _, count in draft_loads(vllm_config)) > settings.levels
-
-
-def num_code_channels(vllm_config: Any) -> int:
-    """Return how many channels heads need for codes, 0 where nothing branches."""
-    settings = read_tree(vllm_config)
-    if settings is None or not has_branches(vllm_config):
-        return 0
-    return settings.num_channels
-
-
-def tree_loads(vllm_config: Any, settings: TreeSettings) -> list[tuple[int, int]]:
-    """Return at which loads trees with branches are drafted: most requests, and nodes."""
-    most = vllm_config.scheduler_config.max_num_seqs
-    loads = draft_loads(vllm_config)
-    return [(min(last or most, most), n) for _, last, n in loads if n > settings.levels]
-
-
-def has_paths(vllm_config: Any) -> bool:
-    """Whether there are trees of a single path that may end early, at some load."""
-    settings = read_tree(vllm_config)
-    if settings is None or not settings.is_confident:
-        return False
-    return not has_branches(vllm_config) or schedules_chains(vllm_config, settings)
-
-
-def draft_loads(vllm_config: Any) -> list[tuple[int, int | None, int]]:
-    """Return how many draft tokens there are at which load.
-
-    Returns:
-        First and last number of requests (None: all), and the number of draft tokens.
-    """
-    speculative = vllm_config.speculative_config
-    most, schedule = (
-        speculative.num_speculative_tokens,
-        speculative.num_speculative_tokens_per_batch_size,
-    )
-    if not schedule:
-        return [(1, None, most)]
-    return [(first, last, min(count, most)) for first, last, count in schedule]
-
-
 def check_target(target: Any) -> None:
-    """Check a target's kind of attention.
-
-    What single layers have, such as ALiBi, is checked when they are built.
+    """Check a target's kind of attention; what single layers have is checked when they are built.
 
     Args:
         target: vLLM's ``ModelConfig``.
@@ -132,19 +119,19 @@ def check_target(target: Any) -> None:
     Raises:
         ViSpecError: Names what does not fit and the remedy.
     """
-    text_config = target.hf_text_config
+    soft_cap = getattr(target.hf_text_config, "attn_logit_softcapping", None)
     found = {
         "latent attention (MLA)": target.use_mla,
         "recurrent (Mamba) layers": target.is_hybrid,
         "a sliding window": target.get_sliding_window(),
-        "a soft cap on attention's logits": getattr(text_config, "attn_logit_softcapping", None),
+        "a soft cap on attention's logits": soft_cap,
     }
-    problem = next((name for name, is_there in found.items() if is_there), None)
-    if problem is not None:
-        raise ViSpecError(
-            f"target {target.model} has {problem}, which draft trees cannot pass through; "
-            f"{_LEAVE_OUT}"
-        )
+    for problem, is_there in found.items():
+        if is_there:
+            raise ViSpecError(
+                f"target {target.model} has {problem}, which draft trees cannot pass through; "
+                f"{_LEAVE_OUT}"
+            )
 
 
 def check_connector(kv_transfer: Any) -> None:
@@ -157,11 +144,12 @@ def check_connector(kv_transfer: Any) -> None:
         ViSpecError: Names the setting and the remedy.
     """
     is_plain = isinstance(kv_transfer, Mapping)
-    connector = kv_transfer.get(_KEY) if is_plain else getattr(kv_transfer, _KEY, None)
+    name = "kv_connector"
+    connector = kv_transfer.get(name) if is_plain else getattr(kv_transfer, name, None)
     if connector is not None and connector not in _CONNECTORS:
         raise ViSpecError(
             f"kv_connector={connector} may save keys before the accepted path is known; choose one "
-            f"of {', '.join(sorted(_CONNECTORS))}, or {_LEAVE_OUT}"
+            f"of {', '.join(_CONNECTORS)}, or {_LEAVE_OUT}"
         )
 
 
@@ -193,7 +181,15 @@ def check_engine(vllm_config: Any, settings: TreeSettings) -> None:
     # vLLM may have chosen one since the settings were checked.
     if settings.width > 1:
         check_connector(vllm_config.kv_transfer_config)
-    _check_whole_batches(vllm_config)
+    for name, plain in _WHOLE_BATCHES.items():
+        value = getattr(vllm_config.parallel_config, name, plain)
+        if value and value != plain:
+            raise ViSpecError(
+                f"{name}={value} does not work with tree, whose passes need the whole batch; "
+                "leave one of them out"
+            )
+    if getattr(vllm_config, "watermark_config", None) is not None:
+        raise ViSpecError("watermarking does not work with tree; leave one of them out")
 
 
 @lru_cache
@@ -213,70 +209,26 @@ def note_graphs(vllm_config: Any, settings: TreeSettings) -> None:
     vLLM's sizes end at 512 tokens on most GPUs, which are 17 trees of 29 nodes.  The limit is
     vLLM's choice and the user's: every size more takes memory, and time at start.
     """
-    compilation = vllm_config.compilation_config
-    mode = compilation.cudagraph_mode
+    compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
+    mode, size = compilation.cudagraph_mode, compilation.max_cudagraph_capture_size or 0
     if settings.width == 1 or mode is None or not mode.has_full_cudagraphs():
         return
-    size = compilation.max_cudagraph_capture_size or 0
-    for requests, nodes in tree_loads(vllm_config, settings):
+    budget = scheduler.max_num_batched_tokens
+    for _, last, nodes in draft_loads(vllm_config):
+        most = min(last or scheduler.max_num_seqs, scheduler.max_num_seqs, budget // (nodes + 1))
         recorded = size // (nodes + 1)
-        most = _most_requests(vllm_config, requests, nodes + 1)
-        if recorded < most:
-            logger.info(
-                "ViSpec trees: of steps in which the target verifies trees of %d nodes, %s in CUDA "
-                "graphs; max_cudagraph_capture_size=%d would record all, up to %d requests, which "
-                "takes memory and time at start",
-                nodes,
-                f"those with up to {recorded} requests run" if recorded else "none run",
-                size_for_all_graphs(vllm_config, settings),
-                most,
-            )
-
-
-def size_for_all_graphs(vllm_config: Any, settings: TreeSettings) -> int:
-    """Return with which ``max_cudagraph_capture_size`` all passes over trees run in CUDA graphs.
-
-    The target's have all nodes of a tree and its root for each request, the draft's a level of it.
-    """
-    tokens = [
-        _most_requests(vllm_config, requests, rows) * rows
-        for requests, nodes in tree_loads(vllm_config, settings)
-        for rows in (nodes + 1, settings.width)
-    ]
-    budget: int = vllm_config.scheduler_config.max_num_batched_tokens
-    return min(-(-max(tokens, default=0) // _SIZE_STEP) * _SIZE_STEP, budget)
-
-
-def most_growing(vllm_config: Any, settings: TreeSettings) -> int:
-    """Return of how many requests the draft may grow trees in one pass."""
-    loads = tree_loads(vllm_config, settings)
-    return max((_most_requests(vllm_config, load, settings.width) for load, _ in loads), default=0)
-
-
-def _most_requests(vllm_config: Any, requests: int, rows: int) -> int:
-    """Return how many requests there can be in a pass with so many rows for each."""
-    return min(requests, vllm_config.scheduler_config.max_num_batched_tokens // rows)
-
-
-# Settings of vLLM's `ParallelConfig` that take a batch apart, with what they are without that.
-_WHOLE_BATCHES = {
-    "data_parallel_size": 1,
-    "enable_batch_sharded_sampling": None,
-    "enable_dbo": False,
-}
-
-
-def _check_whole_batches(vllm_config: Any) -> None:
-    parallel = vllm_config.parallel_config
-    for name, plain in _WHOLE_BATCHES.items():
-        value = getattr(parallel, name, plain)
-        if value and value != plain:
-            raise ViSpecError(
-                f"{name}={value} does not work with tree, whose passes need the whole batch; "
-                "leave one of them out"
-            )
-    if getattr(vllm_config, "watermark_config", None) is not None:
-        raise ViSpecError("watermarking does not work with tree; leave one of them out")
+        if nodes <= settings.levels or recorded >= most:
+            continue
+        enough = min(-(-most * (nodes + 1) // _SIZE_STEP) * _SIZE_STEP, budget)
+        logger.info(
+            "ViSpec trees: of steps in which the target verifies trees of %d nodes, %s in CUDA "
+            "graphs; max_cudagraph_capture_size=%d would record all, up to %d requests, which "
+            "takes memory and time at start",
+            nodes,
+            f"those with up to {recorded} requests run" if recorded else "none run",
+            enough,
+            most,
+        )
 
 
 def num_lookahead_tokens(original: Callable[[Any], int], config: Any) -> int:

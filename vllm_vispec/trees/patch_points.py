@@ -1,6 +1,6 @@
 """What draft trees rely on in vLLM."""
 
-from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint
+from vllm_vispec.compat.patch_point import PatchGroup, calls, reads, subclasses, wraps
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.trees.limits import has_branches, has_tree
 
@@ -46,8 +46,7 @@ TREE_SLOTS = PatchGroup(
     is_needed=has_tree,
     apply=_apply_slots,
     points=(
-        PatchPoint(
-            "wraps",
+        wraps(
             "vllm.config.vllm:VllmConfig.num_lookahead_tokens",
             "KV slots for the draft passes over a tree",
         ),
@@ -61,15 +60,13 @@ TREES = PatchGroup(
     is_needed=has_branches,
     apply=apply_attention,
     points=(
-        PatchPoint(
-            "subclasses",
+        subclasses(
             f"{_BACKEND}:AttentionBackend"
             "{customize_spec(spec), get_impl_cls, forward_includes_kv_cache_update}",
             "heads and KV cache have the padded size; backends that store keys while they attend "
             "are refused",
         ),
-        PatchPoint(
-            "wraps",
+        wraps(
             "vllm.model_executor.layers.attention.attention:Attention"
             "{__init__(num_heads, head_size, scale, alibi_slopes, cache_config, logits_soft_cap, "
             "per_layer_sliding_window, attn_type, attn_backend, head_size_v), "
@@ -78,13 +75,11 @@ TREES = PatchGroup(
             "self.layer_name, self.num_heads, self.num_kv_heads}",
             "layers are built on a backend with wider heads; their caches are read and written",
         ),
-        PatchPoint(
-            "reads",
+        reads(
             f"{_WORKER}.utils:customize_attention_spec(backend, spec)",
             "both runners ask the backend what its KV cache is",
         ),
-        PatchPoint(
-            "subclasses",
+        subclasses(
             "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update"
             "(layer, key, value, kv_cache, slot_mapping)",
             "padded keys are stored; where a block keeps them is learned from it; -1 skips",
@@ -100,20 +95,17 @@ V2_TREES = PatchGroup(
     is_needed=has_branches,
     apply=_apply_v2,
     points=(
-        PatchPoint(
-            "wraps",
+        wraps(
             f"{_V2}.model_states:resolve_model_state_cls(vllm_config, model)",
             "the model state of an engine with trees is a subclass",
         ),
-        PatchPoint(
-            "subclasses",
+        subclasses(
             f"{_V2}.model_states.interface:ModelState"
             "{custom_sampler(sampler), prepare_inputs(input_batch, req_states), "
             "add_request(req_index, new_req_data), remove_request(req_id)}",
             "positions by level, codes, the sampler, and which requests must get a chain",
         ),
-        PatchPoint(
-            "subclasses",
+        subclasses(
             f"{_V2}.spec_decode.rejection_sampler:RejectionSampler"
             "{__init__(sampler, spec_config, device), __call__(logits, input_batch), "
             "_verify(logits, draft_logits, draft_sampled, pos, cu_num_logits, idx_mapping, "
@@ -121,29 +113,25 @@ V2_TREES = PatchGroup(
             "verify_draft_sampled)}",
             "the target's token behind every node decides the accepted path",
         ),
-        PatchPoint(
-            "calls",
+        calls(
             f"{_V2}.sample.sampler:Sampler"
             "{sample(logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids, "
             "expanded_local_pos, seq_lens_upper_bound_np, return_logprobs), "
             "self.return_sampling_mask, self.sampling_states}",
             "the samples of plain decoding",
         ),
-        PatchPoint(
-            "calls",
+        calls(
             f"{_V2}.sample.states:SamplingStates.max_num_logprobs(idx_mapping_np)",
             "whether rows of logits are read behind verification",
         ),
-        PatchPoint(
-            "subclasses",
+        subclasses(
             f"{_V2_AR}.speculator:TargetDependentARSpeculator"
             "{_run_model(num_tokens, attn_metadata, slot_mappings, num_tokens_across_dp), capture, "
             "init_cudagraph_manager(cudagraph_mode), self.decode_cudagraph_manager, "
             "self.hidden_states}",
             "passes over levels, and what is recorded",
         ),
-        PatchPoint(
-            "subclasses",
+        subclasses(
             f"{_V2}.spec_decode.speculator:DraftModelSpeculator"
             "{sample_draft(hidden_states), _build_uniform_attn_metadata(batch_desc, num_reqs, "
             "num_query_per_req, seq_lens_cpu_upper_bound, step), "
@@ -153,20 +141,17 @@ V2_TREES = PatchGroup(
             "self.supports_decode_metadata_update}",
             "passes over levels, eagerly and inside a graph, and the buffers that they fill",
         ),
-        PatchPoint(
-            "calls",
+        calls(
             f"{_V2}.block_table:BlockTables"
             "{compute_slot_mappings(idx_mapping, query_start_loc, positions, num_tokens_padded), "
             "self.slot_mappings, self.input_block_tables}",
             "slots of a level's nodes, in memory that graphs know",
         ),
-        PatchPoint(
-            "calls",
+        calls(
             f"{_V2}.attn_utils:build_slot_mappings_by_layer(slot_mappings, kv_cache_config)",
             "slots of a level's nodes",
         ),
-        PatchPoint(
-            "calls",
+        calls(
             f"{_V2}.cudagraph_utils:CudaGraphManager"
             "{__init__(vllm_config, device, cudagraph_mode, decode_query_len), "
             "capture(create_forward_fn, progress_bar_desc), "
@@ -174,25 +159,21 @@ V2_TREES = PatchGroup(
             "needs_capture, run_fullgraph(desc), self.graphs}",
             "graphs of growth and verification: listed, recorded, found and replayed",
         ),
-        PatchPoint(
-            "calls",
+        calls(
             f"{_V2_AR}.cudagraph_utils:SpeculatorCudaGraphManager.capture"
             "(forward_fn, model_state, input_buffers, block_tables, attn_groups)",
             "records the growth of trees; lists one graph for each scheduled number",
         ),
-        PatchPoint(
-            "calls",
+        calls(
             f"{_WORKER}.utils:AttentionGroup"
             "{map_to_kernel_block_table(block_table), get_metadata_builder}",
             "what vLLM does before it replays draft steps; whether a graph can hold trees",
         ),
-        PatchPoint(
-            "reads",
+        reads(
             f"{_BACKEND}:AttentionMetadataBuilder.reorder_batch_threshold",
             "the longest request that a builder does not take for a prefill",
         ),
-        PatchPoint(
-            "reads",
+        reads(
             f"{_V2}.input_batch:InputBatch"
             "{req_ids, idx_mapping, num_tokens, num_draft_tokens, logits_indices, cu_num_logits, "
             "input_ids, positions, seq_lens_cpu_upper_bound}",

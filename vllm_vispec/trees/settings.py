@@ -14,6 +14,7 @@ MAX_SIBLINGS = 10
 MAX_DEPTH = 15
 # vLLM's rejection sampler (V1) takes at most 128 draft tokens a request.
 MAX_NODES = 127
+Policy = Literal["eagle2", "chain", "spec_llava", "entropy"]
 THRESHOLDS: Mapping[str, float] = {"spec_llava": 0.03, "entropy": 0.1}
 """Defaults of ``threshold``; it means nothing to the other policies."""
 
@@ -26,7 +27,7 @@ def channels_per_level(siblings: int) -> int:
 class TreeSettings(Settings):
     """How a draft tree is grown."""
 
-    policy: Literal["eagle2", "chain", "spec_llava", "entropy"] = Field(
+    policy: Policy = Field(
         default="eagle2", description="Name of the rule, see `policies.POLICIES`."
     )
     depth: int = Field(

@@ -4,6 +4,7 @@ Shapes: R requests, W nodes expanded in a pass, B = R * W rows of a pass, D hidd
 vocabulary, N nodes.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,18 +21,15 @@ from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
 from vllm_vispec.trees.attention import code_buffers
 from vllm_vispec.trees.codes import CodeBuffers
 from vllm_vispec.trees.cudagraph import (
+    EAGERLY,
     chain_manager,
-    growth_manager,
-    log_eager_growth,
+    log_growth,
     log_recorded_growth,
+    manager_for,
     why_eager,
 )
 from vllm_vispec.trees.grow import Frontier, TreeGrower
-from vllm_vispec.trees.limits import (
-    note_requests_without_tree,
-    schedules_chains,
-    settings_of,
-)
+from vllm_vispec.trees.limits import note_requests_without_tree, schedules_chains, settings_of
 from vllm_vispec.trees.verify import NO_REQUEST, EngineTrees
 
 _NO_SLOT = -1
@@ -74,11 +72,9 @@ class TreeSpeculator(ViSpecSpeculator):
         self.decode_cudagraph_manager = chain_manager(chains, levels)
         reason = why_eager(self, self._width, cudagraph_mode)
         if reason is not None:
-            log_eager_growth(reason)
+            log_growth(f"{EAGERLY}: %s", reason)
         mode = CUDAGraphMode.FULL_DECODE_ONLY if reason is None else CUDAGraphMode.NONE
-        self.tree_cudagraph_manager = growth_manager(
-            self.vllm_config, self.device, mode, self._width
-        )
+        self.tree_cudagraph_manager = manager_for(chains, None, mode, self._width)
         # Verification is nobody's pass: it has one row for each request.
         self.verification_cudagraph_manager = CudaGraphManager(
             self.vllm_config, self.device, chains.cudagraph_mode, decode_query_len=1
@@ -106,7 +102,7 @@ class TreeSpeculator(ViSpecSpeculator):
             self.kv_cache_config,
             progress_bar_desc="Capturing draft tree CUDA graphs",
         )
-        log_recorded_growth(manager, self.vllm_config, self._settings)
+        log_recorded_growth(manager, self._width)
 
     def propose(
         self,
@@ -202,19 +198,14 @@ class TreeSpeculator(ViSpecSpeculator):
         assert manager is not None
         desc = manager.dispatch(num_requests, num_rows, self._width, num_active_loras=0)
         if desc.cg_mode == CUDAGraphMode.FULL:
-            self._replay(desc)
+            for group in chain.from_iterable(self.attn_groups):
+                blocks = self.block_tables.input_block_tables[group.kv_cache_group_id]
+                group.map_to_kernel_block_table(blocks)
+            manager.run_fullgraph(desc)
             return
         slots_GB = self.block_tables.slot_mappings[:, :num_rows]
         slot_mappings = build_slot_mappings_by_layer(slots_GB, self.kv_cache_config)
         self._grow(num_requests, num_rows, None, slot_mappings, eager=(desc, bound_R))
-
-    def _replay(self, desc: BatchExecutionDescriptor) -> None:
-        for groups in self.attn_groups:
-            for group in groups:
-                blocks = self.block_tables.input_block_tables[group.kv_cache_group_id]
-                group.map_to_kernel_block_table(blocks)
-        assert self.tree_cudagraph_manager is not None
-        self.tree_cudagraph_manager.run_fullgraph(desc)
 
     def _grow(
         self,

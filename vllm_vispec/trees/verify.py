@@ -184,13 +184,13 @@ class TreeBatch:
 
     Args:
         table: All trees.
-        slot: int64 ``[R]``; the requests' slots in the table.
-        start: int64 ``[R]``; each request's first row of logits.
-        count: int64 ``[R]``; its drafts.
+        slot: Integers ``[R]``; the requests' slots in the table.
+        starts: Integers ``[R + 1]``; each request's first row of logits, and the end.
         token_index: int64 ``[S]``; the token of the batch behind each row of logits.
         num_tokens: T.
 
     Attributes:
+        start, count: int64 ``[R]``; each request's first row of logits, and its drafts.
         owner: int64 ``[S]``; the request of each row.
         depth, path: ``[S]`` and ``[S, L]``; of each row's node.
         position_shift: ``[S]``; what to add to vLLM's positions, which count tokens, so that they
@@ -201,35 +201,20 @@ class TreeBatch:
         self,
         table: TreeTable,
         slot: torch.Tensor,
-        start: torch.Tensor,
-        count: torch.Tensor,
+        starts: torch.Tensor,
         token_index: torch.Tensor,
         num_tokens: int,
     ) -> None:
         self.table, self.num_tokens, self.token_index = table, num_tokens, token_index
-        self.slot, self.start, self.count = slot, start, count
-        num_rows = token_index.shape[0]
+        starts, num_rows = starts.long(), token_index.shape[0]
+        self.slot, self.start, self.count = slot.long(), starts[:-1], starts.diff() - 1
         requests_R = torch.arange(slot.shape[0], device=slot.device)
-        self.owner = torch.repeat_interleave(requests_R, count + 1, output_size=num_rows)
-        node_S = torch.arange(num_rows, device=slot.device) - start[self.owner]
-        slot_S = slot[self.owner]
+        self.owner = torch.repeat_interleave(requests_R, self.count + 1, output_size=num_rows)
+        node_S = torch.arange(num_rows, device=slot.device) - self.start[self.owner]
+        slot_S = self.slot[self.owner]
         self.depth = table.depth[slot_S, node_S]
         self.path = table.path[slot_S, node_S]
         self.position_shift = self.depth - node_S
-
-    @classmethod
-    def of_starts(
-        cls,
-        table: TreeTable,
-        slot: torch.Tensor,
-        starts: torch.Tensor,
-        token_index: torch.Tensor,
-        num_tokens: int,
-    ) -> "TreeBatch":
-        """Return the batch whose requests begin at ``starts`` ``[R + 1]``, the end included."""
-        starts = starts.long()
-        count_R = starts.diff() - 1
-        return cls(table, slot.long(), starts[:-1], count_R, token_index, num_tokens)
 
     def shift_positions(self, positions: torch.Tensor, sign: int) -> None:
         """Let positions ``[..., T]`` count levels (sign 1), or tokens again (-1), in place.
@@ -301,7 +286,7 @@ class EngineTrees:
         if num_rows == len(self.batch.token_index):
             return self.batch
         token_S = self.batch.token_index[first_row : first_row + num_rows]
-        return TreeBatch.of_starts(self.table, slot, starts, token_S, self.batch.num_tokens)
+        return TreeBatch(self.table, slot, starts, token_S, self.batch.num_tokens)
 
     def note_accepted(self, batch: TreeBatch, moves: Moves) -> None:
         """Remember accepted paths until they are moved."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
@@ -70,11 +71,10 @@ class RunnerTrees:
         if self._slots and num_drafts.any():
             table, ids = self._trees.table, self._runner.input_batch.req_ids
             slots = [self._slots.get(request_id, table.no_tree) for request_id in ids]
-            host_2R = np.stack([np.array(slots), num_drafts]).astype(np.int64)
-            slot_R, count_R = async_tensor_h2d(host_2R, self._runner.device)
-            start_R = metadata.cu_num_sampled_tokens - count_R - 1
+            slot_R = async_tensor_h2d(slots, self._runner.device)
+            starts = F.pad(metadata.cu_num_sampled_tokens, (1, 0))
             token_S, num_tokens = metadata.logits_indices.long(), int(cu_num_tokens[-1])
-            self._trees.batch = TreeBatch(table, slot_R, start_R, count_R, token_S, num_tokens)
+            self._trees.batch = TreeBatch(table, slot_R, starts, token_S, num_tokens)
         # The next drafts overwrite the table.
         self._slots = {}
         return metadata

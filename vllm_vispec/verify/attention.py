@@ -4,18 +4,18 @@ A layer of vLLM's for one backend, with vLLM's metadata and KV cache, stores a b
 asks with the rows of a decode step. What a padded head adds is put into its channels by hand:
 masked positions for the draft, node codes for the target.
 
-Shapes: R requests, S prompt tokens of one, J rows it decodes, N = S + J, T tokens in all, H heads
-of queries or of keys, h head size, P padded head size, c channels behind ``h``.
+Shapes: R requests, S prompt tokens of one, J rows it decodes, N = S + J, T tokens of a pass, H
+heads of queries or of keys, h head size, P padded head size, c channels behind ``h``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
@@ -31,9 +31,8 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_vispec.models.padded_heads import MAX_EXTRA_CHANNELS, BackendFinder
 from vllm_vispec.models.patch_points import apply_scratch, apply_workspace
 from vllm_vispec.spec_decode.row_table import MASK_CHANNEL
-from vllm_vispec.trees.codes import encode, num_channels, word_tables
+from vllm_vispec.trees.codes import encode, word_tables
 from vllm_vispec.trees.grow import DraftTree, TreeGrower
-from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.verify.result import TREE, AttentionCase, AttentionError
 
 # Twenty requests, so that kernels which split a sequence fill their scratch; prompts on both sides
@@ -51,27 +50,29 @@ def check_attention(vllm_config: VllmConfig, case: AttentionCase, backend: str) 
         with set_current_vllm_config(vllm_config):
             size, reason = _find_head_size(vllm_config, backend_class, case)
     except (ImportError, OSError) as error:
-        return AttentionError(case, backend, reason=f"{type(error).__name__}: {error}")
+        size, reason = None, f"{type(error).__name__}: {error}"
     if size is None:
-        return AttentionError(case, backend, reason=reason)
-    batch = Batch.make(case, size, vllm_config.model_config.dtype)
+        return AttentionError(case=case, backend=backend, reason=reason)
+    requests = make_requests(case, size, vllm_config.model_config.dtype)
     layer = PagedLayer.build(vllm_config, backend_class, case, size, device)
-    prompt = layer.run(batch, [0] * len(PROMPTS), list(PROMPTS))
-    decode = layer.run(batch, list(PROMPTS), batch.lengths)
-    expected = batch.softmax(case.head_size, _cache_dtype(vllm_config))
-    own = slice(case.head_size)
+    prompt = layer.run(requests, [0] * len(PROMPTS), PROMPTS)
+    decode = layer.run(requests, PROMPTS, [prompt + case.decode_rows for prompt in PROMPTS])
+    dtype = _cache_dtype(vllm_config)
+    expected = [one.softmax(case.head_size, dtype) for one in requests]
     return AttentionError(
-        case,
-        backend,
-        size,
-        _error(prompt[..., own], [out[: -case.decode_rows] for out in expected]),
-        _error(decode[..., own], [out[-case.decode_rows :] for out in expected]),
+        case=case,
+        backend=backend,
+        used_size=size,
+        prompt=_error(prompt, [out[: -case.decode_rows] for out in expected]),
+        decode=_error(decode, [out[-case.decode_rows :] for out in expected]),
     )
 
 
-def _error(found_THh: torch.Tensor, expected: list[torch.Tensor]) -> float:
+def _error(found_THP: torch.Tensor, expected: Sequence[torch.Tensor]) -> float:
     """Return the largest difference; what is no number is as wrong as can be written down."""
-    worst = (found_THh.float().cpu() - torch.cat(expected)).abs().max()
+    expected_THh = torch.cat(list(expected))
+    found_THh = found_THP[..., : expected_THh.shape[-1]].float().cpu()
+    worst = (found_THh - expected_THh).abs().max()
     return float(worst.nan_to_num(nan=WORST, posinf=WORST))
 
 
@@ -106,110 +107,82 @@ def _cache_dtype(vllm_config: VllmConfig) -> torch.dtype | None:
     return {**eights, "fp8_e5m2": torch.float8_e5m2}.get(name)
 
 
-@dataclass
-class Batch:
-    """Made-up tokens ``[T, H, P]`` of all requests, in a row, and who sees whom.
+class Request(NamedTuple):
+    """Made-up tokens of one request, and who sees whom.
 
     Attributes:
-        lengths: ``S + J`` of each request.
-        visible: bool ``[S + J, S + J]`` of each request.
+        query, key, value: ``[N, H, P]``.
+        visible: bool ``[N, N]``.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    lengths: list[int]
-    visible: list[torch.Tensor]
+    visible: torch.Tensor
 
-    @classmethod
-    def make(cls, case: AttentionCase, padded_size: int, dtype: torch.dtype) -> Batch:
-        """Draw random heads and write what the feature has behind them."""
-        generator = torch.Generator().manual_seed(0)
-        lengths = [prompt + case.decode_rows for prompt in PROMPTS]
-        write = _write_codes if case.feature == TREE else _write_mask
-        channels_2Tc = torch.zeros(2, sum(lengths), padded_size - case.head_size)
-        parts_Nc = [list(part.split(lengths)) for part in channels_2Tc]
-        visible = write(case, parts_Nc[0], parts_Nc[1], generator)
-        behind = *channels_2Tc, torch.zeros_like(channels_2Tc[0])
-        query, key, value = (
-            torch.cat(
-                (
-                    torch.randn(len(one), heads, case.head_size, generator=generator),
-                    one.unsqueeze(1).expand(-1, heads, -1),
-                ),
-                -1,
-            ).to(dtype)
-            for one, heads in zip(behind, (case.num_heads, *2 * [case.num_kv_heads]), strict=True)
-        )
-        return cls(query, key, value, lengths, visible)
-
-    def softmax(self, head_size: int, cache_dtype: torch.dtype | None) -> list[torch.Tensor]:
-        """Return fp32 attention ``[S + J, H, h]`` of each request under its mask.
+    def softmax(self, head_size: int, cache_dtype: torch.dtype | None) -> torch.Tensor:
+        """Return fp32 attention ``[N, H, h]`` under the mask.
 
         Args:
             cache_dtype: through which keys and values pass; None: as they are.
         """
+        cached = (one.to(cache_dtype or one.dtype) for one in (self.key, self.value))
         groups = self.query.shape[1] // self.key.shape[1]
-        cached = (
-            self.key.to(cache_dtype or self.key.dtype),
-            self.value.to(cache_dtype or self.value.dtype),
-        )
-        rows = self.query.float(), *(one.float().repeat_interleave(groups, 1) for one in cached)
-        split = (one[..., :head_size].split(self.lengths) for one in rows)
-        found = []
-        for query, key, value, visible in zip(*split, self.visible, strict=True):
-            logits = torch.einsum("qhd,khd->hqk", query, key) * head_size**-0.5
-            weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
-            found.append(torch.einsum("hqk,khd->qhd", weights, value))
-        return found
+        query = self.query[..., :head_size].float()
+        key, value = (one[..., :head_size].float().repeat_interleave(groups, 1) for one in cached)
+        logits = torch.einsum("qhd,khd->hqk", query, key) * head_size**-0.5
+        weights = logits.masked_fill(~self.visible, float("-inf")).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, value)
 
 
-Channels = list[torch.Tensor]
+def make_requests(case: AttentionCase, padded_size: int, dtype: torch.dtype) -> list[Request]:
+    """Draw random heads and write what the feature has behind them."""
+    generator, requests = torch.Generator().manual_seed(0), []
+    trees = _grow_trees(case, generator) if case.feature == TREE else None
+    for number, prompt in enumerate(PROMPTS):
+        length = prompt + case.decode_rows
+        visible_NN = torch.ones(length, length, dtype=torch.bool).tril()
+        query_Nc, key_Nc, value_Nc = torch.zeros(3, length, padded_size - case.head_size)
+        if trees is None:
+            # Two thirds of the prompt behind its first token, as if they were an image's.
+            hidden_N = torch.rand(length, generator=generator) < 2 / 3
+            hidden_N[0], hidden_N[prompt:] = False, False
+            query_Nc.fill_(MASK_CHANNEL)
+            key_Nc[hidden_N] = -MASK_CHANNEL
+            visible_NN &= ~hidden_N
+        else:
+            path_JL, parents = trees.path[number], trees.parent[number].tolist()
+            tables = word_tables(case.tree.top_k, torch.float32, torch.device("cpu"))
+            for table, channels_Nc in zip(tables, (query_Nc, key_Nc), strict=True):
+                channels_Nc[prompt + 1 :, : case.tree.num_channels] = encode(path_JL, table)
+            visible_JJ = visible_NN[prompt:, prompt:]
+            visible_JJ[:, 1:] = False
+            for node, parent in enumerate(parents, start=1):
+                visible_JJ[node, 1:] = visible_JJ[parent, 1:]
+                visible_JJ[node, node] = True
+        query = _heads(case.num_heads, case.head_size, query_Nc, generator)
+        key = _heads(case.num_kv_heads, case.head_size, key_Nc, generator)
+        value = _heads(case.num_kv_heads, case.head_size, value_Nc, generator)
+        requests.append(Request(query.to(dtype), key.to(dtype), value.to(dtype), visible_NN))
+    return requests
 
 
-def _write_mask(
-    case: AttentionCase, query: Channels, key: Channels, generator: torch.Generator
-) -> list[torch.Tensor]:
-    """Hide two thirds of each prompt behind its first token, as if they were an image's."""
-    visible = []
-    for query_Nc, key_Nc in zip(query, key, strict=True):
-        hidden_N = torch.rand(len(key_Nc), generator=generator) < 2 / 3
-        hidden_N[0], hidden_N[-case.decode_rows :] = False, False
-        query_Nc.fill_(MASK_CHANNEL)
-        key_Nc[hidden_N] = -MASK_CHANNEL
-        visible.append(torch.ones(2 * hidden_N.shape, dtype=torch.bool).tril() & ~hidden_N)
-    return visible
+def _heads(
+    num_heads: int, head_size: int, channels_Nc: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Return random heads ``[N, H, P]`` with the channels behind each."""
+    own_NHh = torch.randn(len(channels_Nc), num_heads, head_size, generator=generator)
+    return torch.cat((own_NHh, channels_Nc.unsqueeze(1).expand(-1, num_heads, -1)), -1)
 
 
-def _write_codes(
-    case: AttentionCase, query: Channels, key: Channels, generator: torch.Generator
-) -> list[torch.Tensor]:
-    """Let each request verify a tree grown from made-up logits."""
-    settings, visible = TreeSettings.from_config(case.tree), []
-    tree = _grow(settings, case.decode_rows - 1, generator)
-    tables = word_tables(settings.top_k, torch.float32, torch.device("cpu"))
-    used = num_channels(settings.levels, settings.top_k)
-    for request, channels in enumerate(zip(query, key, strict=True)):
-        for table, channels_Nc in zip(tables, channels, strict=True):
-            channels_Nc[1 - case.decode_rows :, :used] = encode(tree.path[request], table)
-        length = len(query[request])
-        seen_NN = torch.ones(length, length, dtype=torch.bool).tril()
-        rows_JJ = seen_NN[-case.decode_rows :, -case.decode_rows :]
-        rows_JJ[:, 1:] = False
-        for node, parent in enumerate(tree.parent[request].tolist(), start=1):
-            rows_JJ[node, 1:] = rows_JJ[parent, 1:]
-            rows_JJ[node, node] = True
-        visible.append(seen_NN)
-    return visible
-
-
-def _grow(settings: TreeSettings, num_nodes: int, generator: torch.Generator) -> DraftTree:
-    grower = TreeGrower(settings)
+def _grow_trees(case: AttentionCase, generator: torch.Generator) -> DraftTree:
+    """Return a tree for each request, grown from made-up logits."""
+    grower = TreeGrower(case.tree)
     frontier = grower.start_trees(3 * torch.randn(len(PROMPTS), VOCABULARY, generator=generator))
-    for _ in range(settings.depth):
+    for _ in range(case.tree.depth):
         shape = (*frontier.token.shape, VOCABULARY)
         frontier = grower.grow_level(3 * torch.randn(shape, generator=generator))
-    return grower.finish_trees(num_nodes)
+    return grower.finish_trees(case.decode_rows - 1)
 
 
 @dataclass
@@ -218,13 +191,13 @@ class PagedLayer:
 
     Attributes:
         group: makes the metadata.
-        blocks: KV blocks of each request.
+        blocks: int32 ``[R, ...]``, KV blocks of each request, one behind the other.
     """
 
     layer: Any
     group: AttentionGroup
     vllm_config: VllmConfig
-    blocks: list[torch.Tensor]
+    blocks: torch.Tensor
     block_size: int
     device: torch.device
 
@@ -242,10 +215,10 @@ class PagedLayer:
         apply_workspace(backend)
         cache_config, dtype = vllm_config.cache_config, vllm_config.model_config.dtype
         block_size = backend.get_preferred_block_size(BLOCK_SIZE)
-        counts = [-(-(prompt + case.decode_rows) // block_size) for prompt in PROMPTS]
+        most = -(-(PROMPTS[-1] + case.decode_rows) // block_size)
         # Block 0 is nobody's, as in an engine.
-        blocks = list(torch.arange(1, 1 + sum(counts)).split(counts))
-        num_blocks, layout = 1 + sum(counts), get_supported_kv_cache_layouts([backend])[0]
+        blocks = torch.arange(1, 1 + len(PROMPTS) * most, dtype=torch.int32).view(-1, most)
+        num_blocks, layout = 1 + blocks.numel(), get_supported_kv_cache_layouts([backend])[0]
         cache_config.block_size, cache_config.kv_cache_layout = block_size, layout.name
         cache_config.num_gpu_blocks = num_blocks
         vllm_config.compilation_config.static_forward_context.pop(_LAYER, None)
@@ -267,18 +240,18 @@ class PagedLayer:
         tensor = KVCacheTensor(len(raw), [_LAYER], len(raw), spec.page_size_bytes)
         views = create_kv_cache_views(raw, spec, num_blocks, layout, tensor)
         layer.bind_kv_cache(views[0])
-        return cls(layer, group, vllm_config, blocks, block_size, device)
+        return cls(layer, group, vllm_config, blocks.to(device), block_size, device)
 
-    def run(self, batch: Batch, begins: list[int], ends: list[int]) -> torch.Tensor:
-        """Store and ask with some tokens of each request; ``[T, H, P]``."""
+    def run(
+        self, requests: Sequence[Request], begins: Sequence[int], ends: Sequence[int]
+    ) -> torch.Tensor:
+        """Store and ask with the tokens from begin to end of each request; ``[T, H, P]``."""
         spans = list(zip(begins, ends, strict=True))
-        places = [torch.arange(*span) for span in spans]
-        firsts = accumulate([0, *batch.lengths[:-1]])
-        token_T = torch.cat([first + place for first, place in zip(firsts, places, strict=True)])
+        first_R = self.blocks[:, 0].tolist()
         slot_T = torch.cat(
             [
-                blocks[place // self.block_size] * self.block_size + place % self.block_size
-                for blocks, place in zip(self.blocks, places, strict=True)
+                first * self.block_size + torch.arange(*span)
+                for first, span in zip(first_R, spans, strict=True)
             ]
         ).to(self.device)
         counts = [end - begin for begin, end in spans]
@@ -290,26 +263,27 @@ class PagedLayer:
                 query_start_loc_cpu=starts,
                 seq_lens=seq_len_R.to(self.device),
                 num_reqs=len(spans),
-                num_actual_tokens=len(token_T),
+                num_actual_tokens=len(slot_T),
                 max_query_len=max(counts),
                 max_seq_len=max(ends),
-                block_table_tensor=pad_sequence(self.blocks, batch_first=True)
-                .int()
-                .to(self.device),
+                block_table_tensor=self.blocks,
                 slot_mapping=slot_T,
                 seq_lens_cpu_upper_bound=seq_len_R,
             )
         )
-        rows = (one[token_T].to(self.device) for one in (batch.query, batch.key, batch.value))
+        rows = [
+            torch.cat([part[begin:end] for part, (begin, end) in zip(parts, spans, strict=True)])
+            for parts in list(zip(*requests, strict=True))[:3]
+        ]
         with (
             torch.inference_mode(),
             set_current_vllm_config(self.vllm_config),
             set_forward_context(
                 {_LAYER: metadata},
                 self.vllm_config,
-                num_tokens=len(token_T),
+                num_tokens=len(slot_T),
                 slot_mapping={_LAYER: slot_T},
             ),
         ):
-            found = self.layer(*(one.flatten(1) for one in rows))
-        return found.view(len(token_T), self.layer.num_heads, -1)
+            found = self.layer(*(one.to(self.device).flatten(1) for one in rows))
+        return found.view(len(slot_T), self.layer.num_heads, -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -27,50 +27,44 @@ Row = tuple[str, ...]
 def print_page(found: Verification, console: Console | None = None) -> None:
     """Print everything, the verdicts last."""
     console = console or Console(width=WIDTH)
-    console.print(_table("Environment", (), _environment(found)))
     for title, head, rows in _tables(found):
         if rows:
-            console.print(_table(title, head, rows))
+            table = Table(title=title, title_justify="left", show_header=bool(head))
+            for name in head or rows[0]:
+                table.add_column(name, overflow="fold")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
     for line in _lines(found):
         console.print(line, highlight=False, markup=False)
 
 
-def _tables(found: Verification) -> Iterator[tuple[str, Row, list[Row]]]:
-    states = {one.name: one.state for one in found.engines if one.state is not None}
-    rows = zip(*(_state(name, state) for name, state in states.items()), strict=True)
-    yield "Engines", (), [(labels[0][0], *(cell for _, cell in labels)) for labels in rows]
-    head: Row = ("", "prompt", "batch", "position", "expected", "found", "gap", "")
+def _tables(found: Verification) -> Iterator[tuple[str, Row, Sequence[Row]]]:
+    """Yield title, head (empty: none) and rows of each table; those without rows are left out."""
+    yield "Environment", (), list(_environment(found))
+    states = [_state(one.name, one.state) for one in found.engines if one.state is not None]
+    rows = [(label, *(state[label] for state in states)) for label in states[0]] if states else []
+    yield "Engines", (), rows
     yield (
         "Answers that differ from plain vLLM's, at the first token that does",
-        head,
+        ("", "prompt", "batch", "position", "expected", "found", "gap", ""),
         [_difference(name, one) for name, many in found.differences.items() for one in many],
     )
-    drafted = [one for one in found.engines if one.acceptance is not None]
-    head = ("", "drafts", "acceptance length", "acceptance rate per position")
-    yield "Acceptance (vllm:spec_decode_*)", head, [_acceptance(one) for one in drafted]
-    head = ("", "backend", "head size", "prompt", "decode", "")
+    yield (
+        "Acceptance (vllm:spec_decode_*)",
+        ("", "drafts", "acceptance length", "acceptance rate per position"),
+        [_acceptance(one) for one in found.engines if one.acceptance is not None],
+    )
     yield (
         f"Attention, largest error against an fp32 masked softmax ({found.tolerance:g} is allowed)",
-        head,
+        ("", "backend", "head size", "prompt", "decode", ""),
         [_attention(one) for one in found.attention],
     )
-    timed = [one for one in found.engines if one.timings]
-    head = ("", "target step", "first draft pass", "draft step", "steps")
     yield (
         "Decode steps of one request, medians in ms; no verdict",
-        head,
-        [_timings(one) for one in timed],
+        ("", "target step", "first draft pass", "draft step", "steps"),
+        [_timings(one) for one in found.engines if one.timings],
     )
-
-
-def _table(title: str, head: Row, rows: Iterable[Row]) -> Table:
-    rows = list(rows)
-    table = Table(title=title, title_justify="left", show_header=bool(head))
-    for name in head or rows[0]:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _environment(found: Verification) -> Iterator[Row]:
@@ -83,24 +77,25 @@ def _environment(found: Verification) -> Iterator[Row]:
     yield "processor", f"{machine.get('processor')}, {machine.get('cores')} cores"
 
 
-def _state(name: str, state: EngineState) -> list[Row]:
-    """Return labels and cells; every engine has the same labels."""
-    compiled = {key: value for key, value in state.compilation.items() if key.startswith("num_")}
+def _state(name: str, state: EngineState) -> dict[str, str]:
+    """Return cells by their labels, the same for every engine."""
+    mode = state.compilation
+    compiled = [f"{key} {value}" for key, value in mode.items() if key.startswith("num_")]
     graphs = [
         f"{name}: {len(sizes)}, {sizes[0]} to {sizes[-1]} tokens"
         for name, sizes in state.graphs.items()
     ]
-    return [
-        ("", name),
-        ("device", f"{state.device}, capability {state.capability}"),
-        ("model runner", f"{state.runner}, {state.dtype}"),
-        ("target layers", "\n".join(map(_layers, state.target)) or NOTHING),
-        ("draft layers", "\n".join(map(_layers, state.draft)) or NOTHING),
-        ("compilation mode", f"{state.compilation['mode']}, {state.compilation['backend']}"),
-        ("compiled", "\n".join(f"{key} {value}" for key, value in compiled.items()) or "nothing"),
-        ("cudagraph_mode", state.cudagraph_mode),
-        ("CUDA graphs", "\n".join(graphs) or "none captured"),
-    ]
+    return {
+        "": name,
+        "device": f"{state.device}, capability {state.capability}",
+        "model runner": f"{state.runner}, {state.dtype}",
+        "target layers": "\n".join(map(_layers, state.target)) or NOTHING,
+        "draft layers": "\n".join(map(_layers, state.draft)) or NOTHING,
+        "compilation mode": f"{mode['mode']}, {mode['backend']}",
+        "compiled": "\n".join(compiled) or "nothing",
+        "cudagraph_mode": state.cudagraph_mode,
+        "CUDA graphs": "\n".join(graphs) or "none captured",
+    }
 
 
 def _layers(layers: Layers) -> str:
@@ -119,10 +114,8 @@ def _acceptance(engine: EngineResult) -> Row:
     found = engine.acceptance
     assert found is not None
     # Behind a tree's levels vLLM has positions that no path reaches.
-    counts = found.num_accepted_tokens_per_pos
-    last = max((place for place, count in enumerate(counts, 1) if count), default=1)
-    rates = " ".join(f"{rate:.2f}" for rate in found.rate_per_pos[:last])
-    return engine.name, str(found.num_drafts), f"{found.acceptance_length:.2f}", rates
+    rates = [f"{rate:.2f}" for rate in found.rate_per_pos if rate] or ["0.00"]
+    return engine.name, str(found.num_drafts), f"{found.acceptance_length:.2f}", " ".join(rates)
 
 
 def _attention(one: AttentionError) -> Row:
@@ -135,8 +128,8 @@ def _attention(one: AttentionError) -> Row:
 
 
 def _timings(engine: EngineResult) -> Row:
-    names = "target_step", "draft_first_pass", "draft_step"
     found = engine.timings
+    names = "target_step", "draft_first_pass", "draft_step"
     cells = (f"{1000 * found[name]:.2f}" if name in found else NOTHING for name in names)
     return engine.name, *cells, f"{found['steps']:g}"
 
@@ -164,11 +157,11 @@ def _lines(found: Verification) -> Iterator[str]:
 
 def _equal(found: Verification, feature: str) -> str:
     """Count the feature's answers, if there are any."""
-    engine = next((one for one in found.engines if one.name == feature), None)
-    if engine is None or not engine.answers:
+    total = sum(
+        len(many) for e in found.engines if e.name == feature for many in e.answers.values()
+    )
+    if not total:
         return ""
-    total = sum(len(answers) for answers in engine.answers.values())
-    differing = found.differences.get(feature, ())
-    wrong = sum(not one.is_noise for one in differing)
-    counts = total - len(differing), total, len(differing) - wrong, wrong
+    noise = [one.is_noise for one in found.differences.get(feature, ())]
+    counts = total - len(noise), total, sum(noise), len(noise) - sum(noise)
     return " ({} of {} answers equal, {} differ within noise, {} wrong)".format(*counts)

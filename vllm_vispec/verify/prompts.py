@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     Size = tuple[int, int]
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd")
-_DIGITS = (("###", "..#", "###", "#..", "###"), ("###", "..#", ".#.", ".#.", ".#."))
+_SIGN = (
+    ".........",
+    ".###.###.",
+    "...#...#.",
+    ".###..#..",
+    ".#....#..",
+    ".###..#..",
+)
 LONG_TEXT = " ".join(
     f"On day {day} the ship had {7 * day % 31 + 2} crates of tea and {5 * day % 23 + 1} of salt."
     for day in range(1, 11)
@@ -31,7 +38,7 @@ class Prompt:
 
     name: str
     text: str
-    pictures: Sequence[tuple[Callable[[Size], Image], Size]] = field(default=())
+    pictures: tuple[tuple[Callable[[Size], Image], Size], ...] = ()
 
     def messages(self) -> list[dict[str, Any]]:
         """Return the conversation for `vllm.LLM.chat`."""
@@ -52,10 +59,8 @@ def draw_shapes(size: Size) -> Image:
     pen.ellipse((side // 4, side // 4, side + side // 4, side + side // 4), fill=COLOURS[0])
     pen.rectangle((width - side - 4, 8, width - 4, side + 8), fill=COLOURS[1])
     middle, bottom = width // 2, height - 6
-    pen.polygon(
-        [(middle, bottom - side), (middle - side // 2, bottom), (middle + side // 2, bottom)],
-        fill=COLOURS[2],
-    )
+    corners = (middle, bottom - side), (middle - side // 2, bottom), (middle + side // 2, bottom)
+    pen.polygon(corners, fill=COLOURS[2])
     return image
 
 
@@ -86,12 +91,11 @@ def draw_sign(size: Size) -> Image:
 
     image = Image.new("RGB", size, "#203040")
     pen, block = ImageDraw.Draw(image), size[0] // 9
-    for place, rows in enumerate(_DIGITS):
-        for row, marks in enumerate(rows):
-            for column, mark in enumerate(marks):
-                left, top = (1 + 4 * place + column) * block, (1 + row) * block
-                if mark == "#":
-                    pen.rectangle((left, top, left + block - 1, top + block - 1), fill="white")
+    for row, marks in enumerate(_SIGN):
+        for column, mark in enumerate(marks):
+            left, top = column * block, row * block
+            if mark == "#":
+                pen.rectangle((left, top, left + block - 1, top + block - 1), fill="white")
     return image
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vllm_vispec.bench.schema import Record
+from pydantic import BaseModel, ConfigDict
+
+from vllm_vispec.trees.settings import TreeSettings
 
 SCHEMA_VERSION = 1
 PASSED, FAILED, REFUSED = "passed", "failed", "refused"
 PLAIN, CHAIN, TREE = "plain", "chain", "tree"
 ALONE, TOGETHER = "alone", "together"
-BATCHES = (ALONE, TOGETHER)
 
 
-@dataclass(frozen=True)
+class Record(BaseModel):
+    """Base of what is written down."""
+
+    model_config = ConfigDict(frozen=True)
+
+
 class Layers(Record):
     """Attention layers that are alike; sizes and heads are those of one worker.
 
@@ -33,7 +38,6 @@ class Layers(Record):
     kv_cache_dtype: str
 
 
-@dataclass(frozen=True)
 class EngineState(Record):
     """What a running engine is made of, in vLLM's names, as its first worker sees it.
 
@@ -54,7 +58,6 @@ class EngineState(Record):
     graphs: dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
 class Answer(Record):
     """One greedy answer.
 
@@ -67,12 +70,21 @@ class Answer(Record):
     top: tuple[dict[int, float], ...] = ()
     error: str | None = None
 
+    def token(self, place: int) -> int:
+        """Return a token; -1 behind the end."""
+        return self.token_ids[place] if place < len(self.token_ids) else -1
+
+    def first_difference(self, other: Answer) -> int | None:
+        """Return the place of the first token that is not the other's."""
+        longest = max(len(self.token_ids), len(other.token_ids))
+        differing = (i for i in range(longest) if self.token(i) != other.token(i))
+        return next(differing, None)
+
 
 Answers = dict[str, dict[str, Answer]]
 """By batch, `ALONE` or `TOGETHER`, and the prompt's name."""
 
 
-@dataclass(frozen=True)
 class Noise(Record):
     """How far plain vLLM differs from itself.
 
@@ -93,7 +105,6 @@ class Noise(Record):
         return max(self.measured, self.rounding)
 
 
-@dataclass(frozen=True)
 class Difference(Record):
     """The first token of an answer that is not plain vLLM's.
 
@@ -113,7 +124,6 @@ class Difference(Record):
     is_noise: bool
 
 
-@dataclass(frozen=True)
 class Acceptance(Record):
     """vLLM's counters ``vllm:spec_decode_*`` over all answers; a tree's positions are levels."""
 
@@ -133,7 +143,6 @@ class Acceptance(Record):
         return tuple(n / max(self.num_drafts, 1) for n in self.num_accepted_tokens_per_pos)
 
 
-@dataclass(frozen=True)
 class AttentionCase(Record):
     """What attention backends are asked for.
 
@@ -150,18 +159,17 @@ class AttentionCase(Record):
     num_heads: int
     num_kv_heads: int
     decode_rows: int
-    tree: dict[str, Any] = field(default_factory=dict)
+    tree: TreeSettings = TreeSettings()
 
 
-@dataclass(frozen=True)
 class AttentionError(Record):
     """How far a backend is from fp32 softmax.
 
     Attributes:
-        used_size: the engine's head size, or the next one that the backend serves.
-        prompt, decode: largest differences; None if it was not run.
-        reason: why the backend is not available.
-        failure: what it raised although it says that it serves this.
+        used_size: head size it ran with, the engine's or the next that it serves.
+        prompt, decode: largest error of prompts' and of decoding rows.
+        reason: why it is not available.
+        failure: what it raised.
     """
 
     case: AttentionCase
@@ -174,13 +182,12 @@ class AttentionError(Record):
 
     @property
     def worst(self) -> float:
-        """The larger difference."""
+        """The larger error."""
         return max(self.prompt or 0.0, self.decode or 0.0)
 
 
-@dataclass(frozen=True)
 class EngineResult(Record):
-    """One engine, plain, chain or tree; None where it did not come that far.
+    """One engine: plain, chain or tree.
 
     Attributes:
         log: file with all that it said.
@@ -194,14 +201,13 @@ class EngineResult(Record):
     name: str
     log: str
     state: EngineState | None = None
-    answers: Answers = field(default_factory=dict)
+    answers: Answers = {}
     acceptance: Acceptance | None = None
-    timings: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, float] = {}
     error: str | None = None
     is_refusal: bool = False
 
 
-@dataclass(frozen=True)
 class Verdict(Record):
     """Whether a feature works here: passed, failed or refused, and why not, a line each."""
 
@@ -210,7 +216,6 @@ class Verdict(Record):
     reasons: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
 class Verification(Record):
     """Everything on the page.
 
@@ -220,7 +225,7 @@ class Verification(Record):
         tolerance: what attention may be off by.
     """
 
-    schema_version: int
+    schema_version: int = SCHEMA_VERSION
     command: str
     environment: dict[str, Any]
     settings: dict[str, Any]
@@ -242,15 +247,15 @@ TOLERANCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 3e-2}
 """Largest error of attention, whose outputs here reach 4; float32 leaves room for TF32."""
 QUANTIZED_TOLERANCE = 0.5
 FEWEST_DRAFTS = 20
-SHIPPED_FIRST_TOKEN = {"chain": 0.55, "tree": 0.8}
+SHIPPED_FIRST_TOKEN = {CHAIN: 0.55, TREE: 0.8}
 """Least share of first draft tokens accepted of the shipped pair; on a CPU 0.70 and 0.95."""
-_LIKE_THE_TARGET = ("auto", *TOLERANCE)
 
 
 def tolerance(dtype: str, kv_cache_dtype: str) -> float:
     """Return what attention may be off by."""
-    is_quantized = kv_cache_dtype not in _LIKE_THE_TARGET
-    return QUANTIZED_TOLERANCE if is_quantized else TOLERANCE.get(dtype, TOLERANCE["bfloat16"])
+    if kv_cache_dtype not in ("auto", *TOLERANCE):
+        return QUANTIZED_TOLERANCE
+    return TOLERANCE.get(dtype, TOLERANCE["bfloat16"])
 
 
 def find_noise(plain: Answers, dtype: str) -> Noise:
@@ -258,7 +263,7 @@ def find_noise(plain: Answers, dtype: str) -> Noise:
     measured, differing = 0.0, 0
     for name, together in plain[TOGETHER].items():
         alone = plain[ALONE][name]
-        place = _first_difference(alone.token_ids, together.token_ids)
+        place = alone.first_difference(together)
         differing += place is not None
         last = len(alone.top) if place is None else place + 1
         for one, other in zip(alone.top[:last], together.top, strict=False):
@@ -266,36 +271,30 @@ def find_noise(plain: Answers, dtype: str) -> Noise:
             if first in other and second in other:
                 change = (one[first] - one[second]) - (other[first] - other[second])
                 measured = max(measured, abs(change))
-    return Noise(measured, 2 * 16.0 * EPSILON.get(dtype, EPSILON["bfloat16"]), differing)
+    rounding = 2 * 16.0 * EPSILON.get(dtype, EPSILON["bfloat16"])
+    return Noise(measured=measured, rounding=rounding, differing=differing)
 
 
 def find_differences(plain: Answers, other: Answers, noise: Noise) -> Iterator[Difference]:
     """Yield where a speculative engine's answers first differ from plain vLLM's."""
-    for batch in BATCHES:
-        for name, found in other.get(batch, {}).items():
-            expected = plain[batch].get(name)
-            if expected is None or found.error is not None:
+    for batch, answers in other.items():
+        for name, answer in answers.items():
+            own = plain[batch].get(name)
+            place = None if own is None or answer.error else own.first_difference(answer)
+            if own is None or place is None:
                 continue
-            place = _first_difference(expected.token_ids, found.token_ids)
-            if place is not None:
-                tokens = _token(expected, place), _token(found, place)
-                gap = _gap(expected.top[place] if place < len(expected.top) else {}, *tokens)
-                is_noise = gap is not None and gap <= noise.limit
-                yield Difference(name, batch, place, *tokens, gap, is_noise)
-
-
-def _gap(top: Mapping[int, float], expected: int, found: int) -> float | None:
-    return top[expected] - top[found] if expected in top and found in top else None
-
-
-def _token(answer: Answer, place: int) -> int:
-    return answer.token_ids[place] if place < len(answer.token_ids) else -1
-
-
-def _first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    pairs = enumerate(zip(one, other, strict=False))
-    behind = min(len(one), len(other)) if len(one) != len(other) else None
-    return next((place for place, (a, b) in pairs if a != b), behind)
+            expected, found = own.token(place), answer.token(place)
+            top = own.top[place] if place < len(own.top) else {}
+            gap = top[expected] - top[found] if {expected, found} <= top.keys() else None
+            yield Difference(
+                prompt=name,
+                batch=batch,
+                position=place,
+                expected=expected,
+                found=found,
+                gap=gap,
+                is_noise=gap is not None and gap <= noise.limit,
+            )
 
 
 def judge(
@@ -316,24 +315,20 @@ def judge(
       fails although the engine uses it.
     """
     if engine.is_refusal and engine.name == TREE:
-        return Verdict(engine.name, REFUSED, (str(engine.error),))
-    reasons = [
+        return Verdict(feature=TREE, state=REFUSED, reasons=(str(engine.error),))
+    reasons = (
         *([] if engine.error is None else [engine.error]),
-        *_unanswered(engine),
-        *_wrong_tokens(differences),
-        *_acceptance(engine, is_shipped_pair),
-        *_attention(engine, attention, allowed),
-    ]
-    return Verdict(engine.name, FAILED if reasons else PASSED, tuple(reasons))
+        *_wrong_answers(engine, differences),
+        *_low_acceptance(engine, is_shipped_pair),
+        *_wrong_attention(engine, attention, allowed),
+    )
+    return Verdict(feature=engine.name, state=FAILED if reasons else PASSED, reasons=reasons)
 
 
-def _unanswered(engine: EngineResult) -> Iterator[str]:
+def _wrong_answers(engine: EngineResult, differences: Sequence[Difference]) -> Iterator[str]:
     for name, answer in engine.answers.get(ALONE, {}).items():
         if answer.error is not None:
             yield f"no answer: {name}: {answer.error}"
-
-
-def _wrong_tokens(differences: Sequence[Difference]) -> Iterator[str]:
     for one in differences:
         if not one.is_noise:
             gap = "much likelier" if one.gap is None else f"likelier by {one.gap:.3g}"
@@ -343,7 +338,7 @@ def _wrong_tokens(differences: Sequence[Difference]) -> Iterator[str]:
             )
 
 
-def _acceptance(engine: EngineResult, is_shipped_pair: bool) -> Iterator[str]:
+def _low_acceptance(engine: EngineResult, is_shipped_pair: bool) -> Iterator[str]:
     found = engine.acceptance
     if found is None or found.num_drafts < FEWEST_DRAFTS:
         return
@@ -354,7 +349,7 @@ def _acceptance(engine: EngineResult, is_shipped_pair: bool) -> Iterator[str]:
         yield f"acceptance: {first:.2f} of first draft tokens; the shipped pair reaches {least}"
 
 
-def _attention(
+def _wrong_attention(
     engine: EngineResult, attention: Sequence[AttentionError], allowed: float
 ) -> Iterator[str]:
     layers = () if engine.state is None else (*engine.state.target, *engine.state.draft)
