@@ -126,7 +126,7 @@ class Step:
         """Verify the trees whose nodes have these tokens."""
         starts, slots, rows = self.batch.cu_num_logits, self.batch.idx_mapping, torch.arange(ROWS)
         given: list[Any] = [logits, None, token, rows, starts, slots, slots.numpy()]
-        sampler._verify(*given, *[None] * 3, token)
+        sampler._verify(*given, *[None] * 3, token)  # type: ignore[call-arg]
 
     def sampler(
         self, sampled: torch.Tensor, *, num_logprobs: int = NO_LOGPROBS, has_mask: bool = False
