@@ -13,21 +13,12 @@ from vllm_vispec.compressors.gate import (
     DECISIONS,
     HIDDEN_BIAS,
     MIN_SHARE,
-    Gate,
     GateOutput,
     balance,
     choose,
     gumbel_noise,
     weigh,
 )
-
-WIDTH = 16
-
-
-def test_fresh_gate_prefers_nobody() -> None:
-    gate = Gate(WIDTH, 3)
-    gate.init_weights()
-    assert torch.equal(gate(torch.randn(5, WIDTH)), torch.zeros(5, 3))
 
 
 def test_choose_without_noise_is_argmax() -> None:
@@ -98,18 +89,17 @@ def test_weigh_counts_keys_as_often_as_the_gate_says() -> None:
     assert lost[0, 1].item() == pytest.approx(torch.tensor(MIN_SHARE).log().item())
 
 
-def output_of(choices: list[int], shares: list[list[float]]) -> GateOutput:
-    share_GK = torch.tensor(shares)
-    return GateOutput(torch.zeros_like(share_GK), share_GK, torch.tensor(choices))
-
-
 def test_balance() -> None:
-    even = [[0.25] * 4] * 4
-    assert balance(output_of([0, 1, 2, 3], even)).item() == pytest.approx(1.0)
-    one = [[1.0, 0.0, 0.0, 0.0]] * 4
-    assert balance(output_of([0, 0, 0, 0], one)).item() == pytest.approx(4.0)
-    never = [[0.0, 1.0, 0.0, 0.0]] * 4
-    assert balance(output_of([0, 0, 0, 0], never)).item() == pytest.approx(0.0)
+    """1 if shares and choices are even, the number of branches if one has all."""
+    cases = (
+        ([0, 1, 2, 3], [0.25, 0.25, 0.25, 0.25], 1.0),
+        ([0, 0, 0, 0], [1.0, 0.0, 0.0, 0.0], 4.0),
+        ([0, 0, 0, 0], [0.0, 1.0, 0.0, 0.0], 0.0),
+    )
+    for choices, shares, expected in cases:
+        share_GK = torch.tensor([shares] * 4)
+        output = GateOutput(torch.zeros_like(share_GK), share_GK, torch.tensor(choices))
+        assert balance(output).item() == pytest.approx(expected)
 
 
 def test_balance_pushes_the_favourite_down() -> None:

@@ -104,29 +104,20 @@ def test_rows_keep_their_own_channels() -> None:
     rows = attention.rows
     rows.write_decisions(torch.tensor([1]), torch.tensor([[1.0, 2.0, 3.0]]))
     set_step(rows, [0, IDS.masked, IDS.branch(2)], [0, 1, 1])
-    query, key = rows.branch_channels(3)
-    assert query.tolist() == [[0, 0, 0], [1, 2, 3], [1, 2, 3]]
-    assert key.tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 128]]
+    assert rows.batch_branch_query[:3].tolist() == [[0, 0, 0], [1, 2, 3], [1, 2, 3]]
+    assert rows.batch_branch_key[:3].tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 128]]
     rows.select_rows(torch.tensor([2]))
-    query, key = rows.branch_channels(1)
-    assert query.tolist() == [[1, 2, 3]]
+    assert rows.batch_branch_query[:1].tolist() == [[1, 2, 3]]
 
 
-def test_prompt_lengths_are_noted_and_requests_passed_on() -> None:
-    added: list[tuple[int, str]] = []
-    state = SimpleNamespace(add_request=lambda index, new: added.append((index, new.req_id)))
-    prompts = PromptLengths(2)
-    prompts.follow(state)
-    state.add_request(1, SimpleNamespace(req_id="a", prompt_len=7))
-    assert added == [(1, "a")]
-    assert prompts.length_of("a") == 7
-    assert prompts.length_of("dummy") == 0
-
-
-def test_the_oldest_prompt_lengths_make_room() -> None:
+def test_prompt_lengths_are_noted_until_others_need_the_room() -> None:
+    added: list[str] = []
+    state = SimpleNamespace(add_request=lambda index, new: added.append(new.req_id))
     prompts = PromptLengths(1)
-    for index in range(PROMPTS_PER_REQUEST):
-        prompts.note(str(index), index + 1)
-    prompts.note("0", 5)
-    prompts.note("new", 9)
-    assert [prompts.length_of(name) for name in ("0", "1", "new")] == [5, 0, 9]
+    prompts.follow(state)
+    names = [str(index) for index in range(PROMPTS_PER_REQUEST)]
+    for length, name in enumerate((*names, "0", "new"), start=1):
+        state.add_request(1, SimpleNamespace(req_id=name, prompt_len=length))
+    assert added == [*names, "0", "new"]
+    lengths = [prompts.length_of(name) for name in ("0", "1", "new", "dummy")]
+    assert lengths == [PROMPTS_PER_REQUEST + 1, 0, PROMPTS_PER_REQUEST + 2, 0]

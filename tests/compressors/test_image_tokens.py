@@ -150,19 +150,16 @@ def test_tokens_beyond_the_bound_are_forgotten() -> None:
 def test_an_image_without_embeddings_is_masked_and_counted(
     global_feature: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found, model = draft_rows(head_of("pool:2", global_feature))
     request = RequestRows("r", [feature("0", (2, 8))], 0, 12)
+    found, _ = draft_rows(head_of("text_only"))
+    found.set_step([request], {})
+    assert found.table.stats.misses == 0
+    found, model = draft_rows(head_of("pool:2", global_feature))
     for _ in range(2):
         found.set_step([request], {})
         masked = model.rows.ids.masked
         assert model.rows.row_ids[:12].tolist() == [0, *[masked] * 6, *[0] * 5]
         assert found.table.stats.misses == 1
-
-
-def test_without_tokens_no_embeddings_are_missed() -> None:
-    found, _ = draft_rows(head_of("text_only"))
-    found.set_step([RequestRows("r", [feature("0", (2, 8))], 0, 12)], {})
-    assert found.table.stats.misses == 0
 
 
 def gate_state(value: float) -> torch.Tensor:

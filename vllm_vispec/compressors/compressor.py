@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_vispec.compressors.gate import DECISIONS, Gate, GateOutput
-from vllm_vispec.compressors.places import num_tokens
+from vllm_vispec.compressors.places import borders, middles, num_tokens
 from vllm_vispec.compressors.spec import CompressorSpec
 
 # What disturbs the mean that a new kernel computes, as a share of a normal initial weight.
@@ -51,20 +51,14 @@ class Compressor(nn.Module):
             each as `num_tokens` says.
         """
 
-    def num_tokens(self, size: int) -> int:
-        """M for an image of `size` embeddings."""
-        return num_tokens(self.spec, size)
-
-    @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Set the weights of a new compressor; nothing to do without any."""
-        return
 
     def borders(self, image_TD: Tensor) -> Tensor:
-        """`places.segments` of an image, int64 [M + 1], computed on its device without a copy."""
+        """`places.borders` of an image, int64 [M + 1], computed on its device without a copy."""
         size = len(image_TD)
-        count = self.num_tokens(size)
-        return torch.arange(count + 1, device=image_TD.device) * size // count
+        index = torch.arange(num_tokens(self.spec, size) + 1, device=image_TD.device)
+        return borders(index, size)
 
     def gather(self, images: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
         """Pick embeddings of every image by their places [M, ...] in it: [A, ..., D].
@@ -92,8 +86,7 @@ class Prune(Compressor):
 
     def forward(self, images: Sequence[Tensor]) -> Tensor:
         """See `Compressor.forward`."""
-        borders = [self.borders(image) for image in images]
-        return self.gather(images, [(one[:-1] + one[1:] - 1) // 2 for one in borders])
+        return self.gather(images, [middles(self.borders(image)) for image in images])
 
 
 class Pool(Compressor):
@@ -255,7 +248,7 @@ class ImageCompressor(nn.Module):
             return []
         parts: list[list[Tensor]] = [[] for _ in images]
         for branch in self.branches:
-            counts = [branch.num_tokens(len(image)) for image in images]
+            counts = [num_tokens(branch.spec, len(image)) for image in images]
             for part, tokens in zip(parts, branch(images).split(counts), strict=True):
                 part.append(tokens)
         return [torch.cat(part) for part in parts]

@@ -88,14 +88,6 @@ class GatedRowTable(RowTable):
         batch = self.batch_branch_query
         batch[: token_indices.shape[0]] = batch[token_indices]
 
-    def branch_channels(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what queries and keys of a pass hold in the branches' channels, ``[T, K]`` each.
-
-        Args:
-            num_rows: T.
-        """
-        return self.batch_branch_query[:num_rows], self.batch_branch_key[:num_rows]
-
     def _pairs(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
         return (*super()._pairs(), (self.branch_key, self.batch_branch_key))
 
@@ -115,9 +107,11 @@ class GatedAttention(MaskedAttention):
 
     def add_channels(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Fill the branches' channels; the projections leave zeros there."""
-        query_TK, key_TK = self.rows.branch_channels(q.shape[0])
-        self._channels(q).add_(query_TK.unsqueeze(1))
-        self._channels(k).add_(key_TK.unsqueeze(1))
+        for x_TE, batch in (
+            (q, self.rows.batch_branch_query),
+            (k, self.rows.batch_branch_key),
+        ):
+            self._channels(x_TE).add_(batch[: x_TE.shape[0]].unsqueeze(1))
         return q, k
 
     def _channels(self, x_TE: torch.Tensor) -> torch.Tensor:
@@ -139,10 +133,6 @@ class GateDecisions:
         self._free = list(range(num_decisions - 1, 0, -1))
         # Least recently used first.
         self._decisions: OrderedDict[str, int] = OrderedDict()
-
-    def known_decisions(self) -> dict[str, int]:
-        """Return the decision of every request that is remembered."""
-        return dict(self._decisions)
 
     def decision_of(self, request_id: str) -> int:
         """Return the request's decision, 0 if nothing was decided for it."""

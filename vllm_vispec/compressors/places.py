@@ -10,10 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from vllm_vispec.compressors.spec import PRIMITIVES, CompressorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Indices = TypeVar("Indices", np.ndarray, "Tensor")
 
 
 @dataclass(frozen=True)
@@ -24,13 +30,11 @@ class ImagePlaces:
         rows: int64, row inside the image.
         tokens: int64, which output of the compressor stands there; branch after branch.
         branches: int64, the branch it belongs to.
-        num_tokens: outputs of the compressor, those without a row included.
     """
 
     rows: np.ndarray
     tokens: np.ndarray
     branches: np.ndarray
-    num_tokens: int
 
 
 def num_tokens(spec: CompressorSpec, size: int) -> int:
@@ -40,20 +44,22 @@ def num_tokens(spec: CompressorSpec, size: int) -> int:
     """
     if size < 1:
         return 0
-    kind = PRIMITIVES[spec.name].amount
-    if kind == "ratio":
+    if PRIMITIVES[spec.name].amount == "ratio":
         return max(1, size // spec.amount)
     return spec.amount
 
 
-def segments(size: int, count: int) -> np.ndarray:
-    """Borders, int64 `[count + 1]`, of `count` stretches of nearly one length."""
-    return np.arange(count + 1, dtype=np.int64) * size // max(count, 1)
+def borders(index: Indices, size: int) -> Indices:
+    """Borders `[M + 1]` of M stretches of nearly one length in an image of `size` embeddings.
+
+    Args:
+        index: 0 to M, int64, as an array or as a tensor on any device.
+    """
+    return index * size // max(len(index) - 1, 1)
 
 
-def middles(size: int, count: int) -> np.ndarray:
-    """The middle embedding of each of `count` stretches, int64 `[count]`."""
-    borders = segments(size, count)
+def middles(borders: Indices) -> Indices:
+    """The middle embedding `[M]` of each stretch between these borders."""
     return (borders[:-1] + borders[1:] - 1) // 2
 
 
@@ -61,7 +67,7 @@ def wanted_rows(spec: CompressorSpec, size: int) -> np.ndarray:
     """The row every token of a primitive would like: its middle, or the image's end for queries."""
     count = num_tokens(spec, size)
     if PRIMITIVES[spec.name].amount == "ratio":
-        return middles(size, count)
+        return middles(borders(np.arange(count + 1, dtype=np.int64), size))
     return np.arange(size - count, size, dtype=np.int64)
 
 
@@ -82,7 +88,7 @@ def place_tokens(spec: CompressorSpec, size: int) -> ImagePlaces:
             if row is not None:
                 found.append((row, int(starts[index]) + token, index))
     rows, tokens, branches = np.array(sorted(found), dtype=np.int64).reshape(-1, 3).T
-    return ImagePlaces(rows, tokens, branches, int(starts[-1]))
+    return ImagePlaces(rows, tokens, branches)
 
 
 class _FreeRows:

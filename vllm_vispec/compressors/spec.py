@@ -10,66 +10,56 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vllm_vispec.utils.errors import ViSpecError
 
 MAX_AMOUNT = 4096
 
 
-@dataclass(frozen=True)
-class Primitive:
+class Primitive(NamedTuple):
     """An entry of the registry, without its tensors.
 
     Attributes:
         amount: what the number behind the colon means, "" if there is none.
         default: the number if none is given; the paper's (its table 4 and section 4.1).
-        summary: one line for help texts.
     """
 
-    amount: str
-    default: int
-    summary: str
+    amount: str = ""
+    default: int = 0
 
 
-@dataclass(frozen=True)
-class Combination:
+class Combination(NamedTuple):
     """A way to use several primitives at once.
 
     Attributes:
         default: branches if none are given; the paper's section 4.1.
-        summary: one line for help texts.
         gated: a gate reads the target's state at the prompt's end and decides.
         same_amount: all branches have one ratio, so that they are of one length.
         balanced: training keeps the gate's choices even, since only what is chosen learns.
     """
 
     default: str
-    summary: str
     gated: bool = False
     same_amount: bool = False
     balanced: bool = False
 
 
-# ViSpec's own adaptor; its number is HeadConfig.num_query_tokens.
+# ViSpec's own adaptor, learned queries; their number is HeadConfig.num_query_tokens.
 QUERY = "query"
 PRIMITIVES: Mapping[str, Primitive] = {
-    QUERY: Primitive("", 0, "learned queries, the last of them the global feature (ViSpec)"),
-    "prune": Primitive("ratio", 20, "one token of every `ratio`, at its own place"),
-    "pool": Primitive("ratio", 20, "mean of every `ratio` tokens"),
-    "conv": Primitive("ratio", 3, "strided convolution over every `ratio` tokens"),
-    "resampler": Primitive("queries", 2, "learned queries, one cross-attention"),
-    "text_only": Primitive("", 0, "no image tokens at all"),
+    QUERY: Primitive(),
+    "prune": Primitive("ratio", 20),
+    "pool": Primitive("ratio", 20),
+    "conv": Primitive("ratio", 3),
+    "resampler": Primitive("queries", 2),
+    "text_only": Primitive(),
 }
 COMBINATIONS: Mapping[str, Combination] = {
-    "concat": Combination("prune:20,pool:20,conv:3,resampler:2", "all branches"),
-    "weighted": Combination(
-        "prune:3,pool:3,conv:3", "all, weighted by the gate", gated=True, same_amount=True
-    ),
+    "concat": Combination("prune:20,pool:20,conv:3,resampler:2"),
+    "weighted": Combination("prune:3,pool:3,conv:3", gated=True, same_amount=True),
     "select": Combination(
-        "prune:20,pool:20,conv:3,resampler:2,text_only",
-        "the gate's first choice",
-        gated=True,
-        balanced=True,
+        "prune:20,pool:20,conv:3,resampler:2,text_only", gated=True, balanced=True
     ),
 }
 
