@@ -29,18 +29,8 @@ from vllm_vispec.bench.load import (
 )
 from vllm_vispec.bench.questions import AskTarget, QuestionStore
 from vllm_vispec.bench.runner import digest
-from vllm_vispec.bench.schema import (
-    BenchSample,
-    MemoryFacts,
-    SpecCounters,
-)
-from vllm_vispec.bench.server import (
-    EXTENSION,
-    IMAGE_TABLE,
-    BenchServer,
-    ServerError,
-    choose_ports,
-)
+from vllm_vispec.bench.schema import BenchSample, MemoryFacts, SpecCounters
+from vllm_vispec.bench.server import EXTENSION, IMAGE_TABLE, BenchServer, ServerError, choose_ports
 from vllm_vispec.data.types import Part, Turn
 from vllm_vispec.spec_decode.image_table import TableStats
 from vllm_vispec.utils.errors import ViSpecError
@@ -91,51 +81,47 @@ def test_questions_for_the_load(tmp_path: Path) -> None:
         chat_messages(replace(sample, turns=(Turn("user", (Part(image="/nothing.png"),)),)))
 
 
-def result_of(**change: object) -> dict[str, object]:
-    """What `vllm bench serve` writes for two requests, the second of which failed."""
-    return {
-        "duration": 2.5,
-        "generated_texts": ["a b c", ""],
-        "output_lens": [3, 0],
-        "input_lens": [7, 1],
-        "ttfts": [0.1234567, 0.0],
-        "latencies": [0.5, 0.0],
-        "itls": [[0.0001, 0.2, 0.1765433], []],
-        "errors": ["", "Traceback:\n  file\nTimeoutError: late\n"],
-    } | change
+RESULT = {
+    "duration": 2.5,
+    "generated_texts": ["a b c", ""],
+    "output_lens": [3, 0],
+    "input_lens": [7, 1],
+    "ttfts": [0.1234567, 0.0],
+    "latencies": [0.5, 0.0],
+    "itls": [[0.0001, 0.2, 0.1765433], []],
+    "errors": ["", "Traceback:\n  file\nTimeoutError: late\n"],
+}
+"""What `vllm bench serve` writes for two requests, the second of which failed."""
+ACCEPTED = (67, 31, 7)
+DRAFTED = {
+    "spec_decode_num_drafts": 97,
+    "spec_decode_draft_tokens": 291,
+    "spec_decode_accepted_tokens": 105,
+    "spec_decode_per_position_acceptance_rates": [count / 97 for count in ACCEPTED],
+}
+
+
+def read(file: Path, content: object) -> LoadResult:
+    file.write_text(json.dumps(content))
+    return read_result(file, SAMPLES[:2])
 
 
 def test_result_of_the_load(tmp_path: Path) -> None:
-    result = read_result_of(tmp_path / "r.json")
+    result = read(tmp_path / "r.json", RESULT)
     good, bad = result.requests
     assert (result.wall_s, result.spec) == (2.5, None)
     assert (good.sample_id, good.output_text, good.output_tokens) == ("s0", "a b c", 3)
     assert (good.ttft_s, good.itl_s) == (0.123457, (0.2, 0.176543))
     assert (good.error, bad.error, bad.output_tokens) == (None, "TimeoutError: late", 0)
-
-
-def test_what_was_drafted(tmp_path: Path) -> None:
-    """vLLM gives shares of the rounds; the counts behind them come back whole."""
-    accepted = (67, 31, 7)
-    drafted = {
-        "spec_decode_num_drafts": 97,
-        "spec_decode_draft_tokens": 291,
-        "spec_decode_accepted_tokens": sum(accepted),
-        "spec_decode_per_position_acceptance_rates": [count / 97 for count in accepted],
-    }
-    found = read_result_of(tmp_path / "r.json", **drafted)
-    assert found.spec == SpecCounters(97, 291, 105, accepted)
+    # vLLM gives shares of the steps; the counts behind them come back whole.
+    drafted = read(tmp_path / "r.json", RESULT | DRAFTED)
+    assert drafted.spec == SpecCounters(97, 291, 105, ACCEPTED)
 
 
 @pytest.mark.parametrize("change", [{"errors": [""]}, {"duration": "x"}, {"ttfts": []}])
 def test_a_result_that_is_not_whole(tmp_path: Path, change: dict[str, object]) -> None:
     with pytest.raises(LoadError, match="the result of vllm bench serve cannot be read"):
-        read_result_of(tmp_path / "r.json", **change)
-
-
-def read_result_of(file: Path, **change: object) -> LoadResult:
-    file.write_text(json.dumps(result_of(**change)))
-    return read_result(file, SAMPLES[:2])
+        read(tmp_path / "r.json", RESULT | change)
 
 
 METRICS = """\
@@ -148,12 +134,8 @@ vllm:prompt_tokens_total{engine="0",model_name="m"} 10.0
 
 def test_memory_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def call(url: str, body: bytes | None = None) -> str:
-        found = {
-            "/metrics": METRICS,
-            "/collective_rpc": '{"results": [null, {"hits": 7, "misses": 2}]}',
-        }
         assert body is None or json.loads(body) == {"method": IMAGE_TABLE}
-        return found[url.removeprefix(server.url)]
+        return METRICS if body is None else '{"results": [null, {"hits": 7, "misses": 2}]}'
 
     monkeypatch.setattr("vllm_vispec.bench.server.call", call)
     server = server_of(tmp_path)
@@ -248,23 +230,23 @@ def test_one_child_makes_all_loads(tmp_path: Path) -> None:
     assert not _is_there(int(first.wall_s))
 
 
-def test_a_load_that_takes_too_long_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "message"),
+    [
+        (1, "vllm bench serve did not reply within 1 s"),
+        (2, r"^vllm bench serve ended: out of memory \(log: .*load\.log\)$"),
+    ],
+)
+def test_a_load_that_fails_is_ended_and_the_next_has_a_new_child(
+    tmp_path: Path, temperature: float, message: str
+) -> None:
     with LoadGenerator() as generator:
         first = generator(job(tmp_path))
         begin = time.monotonic()
-        with pytest.raises(LoadError, match="vllm bench serve did not reply within 1 s"):
-            generator(job(tmp_path, temperature=1, timeout_s=1))
+        with pytest.raises(LoadError, match=message):
+            generator(job(tmp_path, temperature, timeout_s=1 if temperature == 1 else 30))
         assert time.monotonic() - begin < 30
         assert not _is_there(int(first.wall_s))
-        assert generator(job(tmp_path)).wall_s != first.wall_s
-
-
-def test_a_failed_load_says_why_and_the_next_has_a_new_child(tmp_path: Path) -> None:
-    with LoadGenerator() as generator:
-        first = generator(job(tmp_path))
-        message = r"^vllm bench serve ended: out of memory \(log: .*load\.log\)$"
-        with pytest.raises(LoadError, match=message):
-            generator(job(tmp_path, temperature=2))
         assert generator(job(tmp_path)).wall_s != first.wall_s
 
 
@@ -315,33 +297,26 @@ def sampler(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return rejection_sampler
 
 
-def draft(stats: TableStats) -> SimpleNamespace:
-    return SimpleNamespace(draft_rows=SimpleNamespace(table=SimpleNamespace(stats=stats)))
-
-
-@pytest.mark.parametrize("place", ["drafter", "speculator"])
-def test_lookups_of_both_runners(sampler: ModuleType, place: str) -> None:
-    module, _, name = EXTENSION.rpartition(".")
-    worker = getattr(import_module(module), name)()
-    found = draft(TableStats(hits=7, computed=2, misses=1, evicted=1))
-    worker.model_runner = SimpleNamespace(**{place: found})
-    assert getattr(worker, IMAGE_TABLE)() == {"hits": 7, "misses": 3}
+STATS = TableStats(hits=7, computed=2, misses=1, evicted=1)
+DRAFT = SimpleNamespace(draft_rows=SimpleNamespace(table=SimpleNamespace(stats=STATS)))
 
 
 @pytest.mark.parametrize(
-    "runner",
+    ("runner", "found"),
     [
-        SimpleNamespace(),
-        SimpleNamespace(drafter=None),
-        SimpleNamespace(drafter=SimpleNamespace()),
-        SimpleNamespace(speculator=None),
+        ({"drafter": DRAFT}, {"hits": 7, "misses": 3}),
+        ({"speculator": DRAFT}, {"hits": 7, "misses": 3}),
+        ({}, None),
+        ({"drafter": SimpleNamespace()}, None),
+        ({"speculator": None}, None),
     ],
 )
-def test_other_drafts_have_no_table(sampler: ModuleType, runner: SimpleNamespace) -> None:
+def test_image_lookups(sampler: ModuleType, runner: dict[str, Any], found: object) -> None:
+    """Both runners have a table; other drafts have none."""
     module, _, name = EXTENSION.rpartition(".")
     worker = getattr(import_module(module), name)()
-    worker.model_runner = runner
-    assert getattr(worker, IMAGE_TABLE)() is None
+    worker.model_runner = SimpleNamespace(**runner)
+    assert getattr(worker, IMAGE_TABLE)() == found
 
 
 @pytest.mark.parametrize("is_cpu", [True, False])

@@ -88,45 +88,40 @@ def test_processes_that_are_ended_after_the_cause(end: str) -> None:
 def test_cause_and_remedy(error: str, said: str) -> None:
     for text in (log_of(error), error):
         line = why(text, ENGINE)
-        start = error.partition(": ")[2]
-        assert line.startswith(start[:18])
+        assert line.startswith(error.partition(": ")[2][:18])
         assert said in line
         assert "\n" not in line
         assert "background process" not in line
 
 
-def test_a_refusal_of_ours_is_the_cause() -> None:
-    assert find_cause("INFO x\nvllm-vispec: tree.width is unknown\n") == "tree.width is unknown"
-    error = "vllm_vispec.utils.errors.ViSpecError: worker on node7: head 'a/b' is no local folder"
-    assert find_cause(log_of(error)).startswith("worker on node7")
-
-
-def test_pydantic_is_not_quoted_whole() -> None:
-    text = (
-        "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
-        "  Value error, No model architectures are specified [type=value_error, input_value=X]\n"
-        "    For further information visit https://errors.pydantic.dev"
-    )
-    assert find_cause(text) == "No model architectures are specified"
-
-
-def test_the_last_of_a_chain_was_worded_for_users() -> None:
-    text = "KeyError: 3\n\nThe above exception was the direct cause\n\nOSError: no such model"
-    assert find_cause(text) == "no such model"
-
-
-@pytest.mark.parametrize("error", ["KeyError: 'layers'", "AssertionError", "TypeError: f() got x"])
-def test_errors_without_words_keep_their_class(error: str) -> None:
-    assert find_cause(log_of(error)) == error
-
-
-def test_nothing_said() -> None:
-    assert find_cause("") == "it said nothing"
-    assert find_cause("Killed\n") == "Killed"
-
-
 def test_options_of_the_server() -> None:
     assert "(e.g. --gpu-memory-utilization 0.47)" in why(GPU_MEMORY, spelled_as_option)
+
+
+REFUSED = "vllm_vispec.utils.errors.ViSpecError: worker on node7: head 'a/b' is no local folder"
+PYDANTIC = """\
+pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+  Value error, No model architectures are specified [type=value_error, input_value=X]
+    For further information visit https://errors.pydantic.dev"""
+CHAIN = "KeyError: 3\n\nThe above exception was the direct cause\n\nOSError: no such model"
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("INFO x\nvllm-vispec: tree.width is unknown\n", "tree.width is unknown"),
+        (log_of(REFUSED), REFUSED.partition(": ")[2]),
+        (PYDANTIC, "No model architectures are specified"),
+        # The last of a chain was worded for users.
+        (CHAIN, "no such model"),
+        # Errors without words keep their class.
+        *((log_of(error), error) for error in ("KeyError: 'x'", "AssertionError", "TypeError: x")),
+        ("", "it said nothing"),
+        ("Killed\n", "Killed"),
+    ],
+)
+def test_cause(text: str, cause: str) -> None:
+    assert find_cause(text) == cause
 
 
 def _child(text: str) -> None:

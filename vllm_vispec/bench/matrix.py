@@ -11,13 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_vispec.bench.heads import plain_eagle_head, zeroed_head
-from vllm_vispec.bench.schedules import (
-    K_SETTING,
-    SETTING,
-    Ranges,
-    check_ranges,
-    speculative_config,
-)
+from vllm_vispec.bench.schedules import K_SETTING, SETTING, Ranges, check_ranges, speculative_config
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, CellKey, Record
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.settings import as_flag
