@@ -7,92 +7,82 @@ greedy. Prefill is excluded from decode_speedup and included in e2e_speedup.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated, Any
 
+import numpy as np
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks import turns
-from benchmarks.options import DraftOption, FamilyOption, ModelOption, ThreadsOption
-from benchmarks.report import write_report
-from benchmarks.turns import Call, Engine, Job
+from benchmarks import DraftOption, FamilyOption, ModelOption, ThreadsOption, calls, turns
+from benchmarks.calls import Calls
+from benchmarks.report import RESULTS, Table, write_report
+from benchmarks.turns import Job
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.shipped import HEAD, TARGET
 from vllm_vispec.bench.bootstrap import bootstrap
-from vllm_vispec.bench.machine import describe_machine
+from vllm_vispec.bench.pages import markdown_table
 
 DEFAULT_DRAFT_TOKENS = (2, 3, 4, 5, 6, 7, 8, 10, 12)
-DEFAULT_OUTPUT = Path("benchmarks/results/decode_speed.json")
-TABLE_WIDTH = 130
+HEADING = ["K", "plain tok/s", "ViSpec tok/s", "decode_speedup", "95 %", "e2e_speedup"]
+HEADING += ["acceptance_length", "TTFT ms", "identical", "mean output"]
 
 
-def summarise(num_draft_tokens: int, repetitions: Sequence[Sequence[Call]]) -> dict[str, Any]:
+def summarise(num_draft_tokens: int, repetitions: Sequence[Calls]) -> dict[str, Any]:
     """Sum up one K, given its calls by repetition; times in seconds."""
-    samples = list(zip(*repetitions, strict=True))
-    calls = [call for part in repetitions for call in part]
-    interval = bootstrap(
-        samples, (0,), lambda drawn: turns.decode_speedup([c for row in drawn for c in row])
-    )
-    same = [all(all(call.identical or ()) for call in row) for row in samples]
+    found = [call for repetition in repetitions for call in repetition]
+    interval = bootstrap(repetitions, (1,), lambda drawn: calls.decode_speedup(drawn.ravel()))
+    # A question counts as identical if it is in every repetition.
+    same = np.all([[all(c.identical or ()) for c in part] for part in repetitions], axis=0)
+    mine, plain = calls.tokens_per_second(found)
     return {
         "num_speculative_tokens": num_draft_tokens,
-        "identical": sum(same),
+        "identical": int(same.sum()),
         "total": len(same),
-        "identical_share": sum(same) / len(same),
-        "decode_speedup": turns.decode_speedup(calls),
+        "identical_share": float(same.mean()),
+        "decode_speedup": calls.decode_speedup(found),
         "decode_speedup_interval_95": interval.tolist(),
-        "decode_speedup_per_repetition": [turns.decode_speedup(part) for part in repetitions],
-        "e2e_speedup": turns.e2e_speedup(calls),
-        "acceptance_length": turns.acceptance_length(calls),
-        "acceptance_rate_per_position": turns.acceptance_rate_per_position(calls, num_draft_tokens),
-        "plain_tokens_per_second": sum(sum(call.plain_decoded) for call in calls)
-        / sum(call.plain_seconds for call in calls),
-        "vispec_tokens_per_second": sum(sum(call.decoded) for call in calls)
-        / sum(call.seconds for call in calls),
-        "plain_ttft": median(call.plain_wall_seconds - call.plain_seconds for call in calls),
-        "vispec_ttft": median(call.wall_seconds - call.seconds for call in calls),
-        "output_tokens": mean(sum(call.plain_decoded) + call.batch for call in calls),
+        "decode_speedup_per_repetition": [calls.decode_speedup(part) for part in repetitions],
+        "e2e_speedup": calls.e2e_speedup(found),
+        "acceptance_length": calls.acceptance_length(found),
+        "acceptance_rate_per_position": calls.acceptance_rate_per_position(found, num_draft_tokens),
+        "plain_tokens_per_second": plain,
+        "vispec_tokens_per_second": mine,
+        "plain_ttft": median(call.plain_wall_seconds - call.plain_seconds for call in found),
+        "vispec_ttft": median(call.wall_seconds - call.seconds for call in found),
+        "output_tokens": mean(sum(call.plain_decoded) + call.batch for call in found),
     }
 
 
 def sweep(
     job: Job, draft: str, draft_tokens: Sequence[int], repetitions: int, threads: int, logs: Path
 ) -> list[dict[str, Any]]:
-    """Measure every K against the same plain engine."""
-    families = job.families or tuple(FAMILIES)
-    plan = [
-        ((number * job.per_family + place,), (family,))
-        for number, family in enumerate(families)
-        for place in range(job.per_family)
-    ]
+    """Measure every K beside plain vLLM."""
+    families = [name for name in job.families or FAMILIES for _ in range(job.per_family)]
+    plan = [((number,), (family,)) for number, family in enumerate(families)]
+    config = {"method": "vispec", "model": draft}
+    drafts = {
+        f"K={k}": replace(job, speculative=config | {"num_speculative_tokens": k})
+        for k in draft_tokens
+    }
+    found = turns.side_by_side(
+        job, drafts, plan * repetitions, logs / "decode_speed", threads=threads
+    )
     results = []
-    with Engine("plain", job, logs / "bench-plain.log", threads) as plain:
-        for count in draft_tokens:
-            config = {"method": "vispec", "model": draft, "num_speculative_tokens": count}
-            ours = replace(job, speculative=config)
-            with ExitStack() as stack:
-                log = logs / f"bench-vispec-{count}.log"
-                vispec = stack.enter_context(Engine(f"K={count}", ours, log, threads))
-                found = [row[0] for row in turns.take_turns(plain, [vispec], plan * repetitions)]
-            parts = [found[i : i + len(plan)] for i in range(0, len(found), len(plan))]
-            results.append(summarise(count, parts))
-            print(f"K={count}: decode_speedup {results[-1]['decode_speedup']:.2f}", flush=True)
+    for k, (name, measured) in zip(draft_tokens, found, strict=True):
+        parts = [
+            measured.calls[i : i + len(plan)] for i in range(0, len(measured.calls), len(plan))
+        ]
+        results.append(summarise(k, parts))
+        print(f"{name}: decode_speedup {results[-1]['decode_speedup']:.2f}", flush=True)
     return results
 
 
 def to_table(results: Sequence[dict[str, Any]]) -> Table:
     """Return one row per K."""
-    table = Table(title="Plain vLLM and ViSpec, batch 1, greedy")
-    columns = ("K", "plain tok/s", "ViSpec tok/s", "decode_speedup", "95 %", "e2e_speedup")
-    for name in (*columns, "acceptance_length", "TTFT ms", "identical", "mean output"):
-        table.add_column(name, justify="right")
-    for one in results:
-        table.add_row(
+    return [HEADING] + [
+        [
             str(one["num_speculative_tokens"]),
             f"{one['plain_tokens_per_second']:.1f}",
             f"{one['vispec_tokens_per_second']:.1f}",
@@ -103,8 +93,9 @@ def to_table(results: Sequence[dict[str, Any]]) -> Table:
             f"{1000 * one['plain_ttft']:.0f} / {1000 * one['vispec_ttft']:.0f}",
             f"{one['identical']}/{one['total']}",
             f"{one['output_tokens']:.0f}",
-        )
-    return table
+        ]
+        for one in results
+    ]
 
 
 def main(
@@ -117,22 +108,21 @@ def main(
     max_tokens: Annotated[int, typer.Option(min=2)] = 256,
     dtype: Annotated[str, typer.Option()] = "float32",
     threads: ThreadsOption = 1,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = DEFAULT_OUTPUT,
+    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "decode_speed.json",
     logs: Annotated[Path, typer.Option(help="Folder of the engines' logs.")] = Path("out"),
 ) -> None:
     """Sweep K and print both sides."""
     job = Job(model, None, dtype, max_tokens, per_family, tuple(family or ()))
-    machine = describe_machine()
     results = sweep(job, draft_model, k or DEFAULT_DRAFT_TOKENS, repetitions, threads, logs)
     best = max(results, key=lambda one: float(one["decode_speedup"]))
-    Console(width=TABLE_WIDTH).print(to_table(results))
+    head, *rows = to_table(results)
+    print(markdown_table(head, rows))
     print(f"best K: {best['num_speculative_tokens']}")
     print(f"acceptance_length: {best['acceptance_length']:.2f}")
     print(f"decode_speedup: {best['decode_speedup']:.2f}")
     settings = {"dtype": dtype, "threads": threads, "max_tokens": max_tokens, "batch": 1}
     settings |= {"repetitions": repetitions, "per_family": per_family, "temperature": 0}
     content = {
-        "machine": machine,
         "settings": settings,
         "best_num_speculative_tokens": best["num_speculative_tokens"],
         "results": results,

@@ -2,28 +2,22 @@
 
 `vispec bench profile` on held-out questions of the tiny world. Two engines with the same target
 take turns, one with the ViSpec head, one with an EAGLE head of the same sizes that vLLM's own
-proposer drives. Two numbers are printed apart, for decoding rounds:
+proposer drives. Two numbers are printed apart, for decoding steps:
 
 * first pass: from the call of the proposer to the logits of the first draft token.
-* step: from the logits of one draft token to those of the next, mean of a round.
+* step: from the logits of one draft token to those of the next, mean of a step's.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from benchmarks.options import (
-    DraftOption,
-    DraftTokensOption,
-    FamilyOption,
-    ModelOption,
-    ThreadsOption,
-)
+from benchmarks import DraftOption, DraftTokensOption, FamilyOption, ModelOption, ThreadsOption
+from benchmarks.report import RESULTS
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import write_questions
 from examples.tiny_vlm.shipped import DRAFT_TOKENS, HEAD, MAX_MODEL_LEN, TARGET
@@ -32,21 +26,9 @@ from vllm_vispec.bench.profile import ProfileSettings, run_profile
 from vllm_vispec.bench.profile_result import to_page
 from vllm_vispec.utils.files import write_json
 
-DEFAULT_OUTPUT = Path("benchmarks/results/draft_cost.json")
 FIRST_HELD_OUT = 100_000
 MOST_ALLOWED = 1.10
 SHOWN = ("first_pass", "step")
-
-
-def ratio_lines(profile: Mapping[str, Any]) -> list[str]:
-    """Return ViSpec's cost over EAGLE's for a first pass and a step of decoding rounds."""
-    wholes = profile["decode"]["wholes"]
-    return [
-        f"{name} ratio: {wholes[name]['ratio']:.3f}, of first deciles "
-        f"{wholes[name]['ratio_first_decile']:.3f} (at most {MOST_ALLOWED:.2f})"
-        for name in SHOWN
-        if name in wholes
-    ]
 
 
 def from_here(path: str) -> str:
@@ -54,15 +36,6 @@ def from_here(path: str) -> str:
     here = Path.cwd()
     absolute = Path(path).absolute()
     return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else path
-
-
-def measure(settings: ProfileSettings, questions: int, folder: Path) -> dict[str, Any]:
-    """Write questions, ask them, and return the profile; its files lie in the folder."""
-    families = settings.families or tuple(FAMILIES)
-    data = Path(settings.data)
-    write_questions(data, "heldout", FIRST_HELD_OUT, questions * len(families), families)
-    options = DatasetOptions(max_tokens=settings.max_tokens)
-    return run_profile(settings, load_dataset(settings.dataset, data, options).samples, folder)
 
 
 def main(
@@ -76,17 +49,18 @@ def main(
     dtype: Annotated[str, typer.Option()] = "float32",
     threads: ThreadsOption = 1,
     clock: Annotated[str, typer.Option(help="wall, or cpu on a busy machine.")] = "wall",
-    output: Annotated[Path, typer.Option(help="JSON file.")] = DEFAULT_OUTPUT,
+    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "draft_cost.json",
     folder: Annotated[Path, typer.Option(help="For page, picture and logs.")] = Path(
         "out/draft_cost"
     ),
 ) -> None:
     """Compare the cost of a draft pass and of a draft step."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    families, data = tuple(family or FAMILIES), folder / "data"
     settings = ProfileSettings(
         target=from_here(model),
         head=from_here(draft_model),
-        data=str(folder / "data"),
+        data=str(data),
         dataset="tiny",
         num_speculative_tokens=num_speculative_tokens,
         repetitions=repetitions,
@@ -100,10 +74,18 @@ def main(
             f"--max-num-batched-tokens={MAX_MODEL_LEN}",
         ),
     )
-    profile = measure(settings, per_family, folder)
+    write_questions(data, "heldout", FIRST_HELD_OUT, per_family * len(families), families)
+    loaded = load_dataset("tiny", data, DatasetOptions(max_tokens=max_tokens))
+    profile = run_profile(settings, loaded.samples, folder)
     print(to_page(profile))
-    for line in ratio_lines(profile):
-        print(line)
+    wholes = profile["decode"]["wholes"]
+    for name in SHOWN:
+        if name in wholes:
+            found = wholes[name]
+            print(
+                f"{name} ratio: {found['ratio']:.3f}, of first deciles "
+                f"{found['ratio_first_decile']:.3f} (at most {MOST_ALLOWED:.2f})"
+            )
     write_json(output, profile)
     print(f"written: {output}")
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from examples.tiny_vlm.families import FAMILIES
-from examples.tiny_vlm.questions import TEXT_FAMILY, write_questions
+from benchmarks.report import RESULTS
+from examples.tiny_vlm.questions import IMAGE_FAMILIES, write_questions
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.report import write_report
@@ -23,41 +22,22 @@ from vllm_vispec.bench.runner import Tools, run_matrix
 from vllm_vispec.bench.schedules import Ranges, read_schedule
 from vllm_vispec.bench.schema import CELLS_FILE, IMAGES_AS_THEY_ARE, RUN_FILE, pack, read_cells
 from vllm_vispec.cli.options import exit_on_error
+from vllm_vispec.utils.files import write_text
 
 PAIR = "examples/tiny_vlm/checkpoints"
 # Relative, so that the commands in the report can be typed in any copy of the repository.
-WORK, PAGES, RESULTS = Path("out/pair_report"), Path("docs/report"), Path("benchmarks/results")
+WORK, PAGES = Path("out/pair_report"), Path("docs/report")
 TUNED = RESULTS / "tune.json"
 """What `vispec bench tune` found for the pair; its setting is one side of the report."""
-SUITE = tuple(name for name in FAMILIES if name != TEXT_FAMILY)
-"""The six task families."""
 FIRST_SAMPLE = 700_000
 """Of the held-out split; not used for anything else."""
-SAMPLES = 96
-MAX_TOKENS = 32
-LEAST = 4
-REPETITIONS = 3
+SAMPLES, MAX_TOKENS, LEAST, REPETITIONS = 96, 32, 4, 3
 THREADS = "1"
 """Of each server: the other core is for the load generator."""
 SERVE_ARGS = (
     *("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"),
     *("--mm-processor-kwargs", '{"min_pixels": 784, "max_pixels": 802816}'),
 )
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where things go.
-
-    Attributes:
-        work: data and the run's folder.
-        pages: the report.
-        results: the run's JSON, packed.
-    """
-
-    work: Path = WORK
-    pages: Path = PAGES
-    results: Path = RESULTS / "pair_report"
 
 
 def pair_settings(
@@ -92,7 +72,9 @@ def pair_settings(
 
 def reproduce(
     settings: MatrixSettings,
-    places: Places,
+    work: Path,
+    pages: Path,
+    results: Path,
     tools: Tools,
     samples: int = SAMPLES,
     max_tokens: int = MAX_TOKENS,
@@ -100,6 +82,9 @@ def reproduce(
     """Make data, measure, and write pages and JSON; returns whether every cell was measured.
 
     Args:
+        work: folder of the data and the run.
+        pages: folder of the report.
+        results: folder of the run's JSON, packed.
         samples: how many to write and to choose from.
         max_tokens: longest answer.
 
@@ -107,19 +92,16 @@ def reproduce(
         ViSpecError: see `run_matrix` and `write_report`.
         KeyboardInterrupt: on SIGINT and SIGTERM; the next call goes on.
     """
-    file = places.work / "data" / "questions.jsonl"
-    if not file.exists():
-        write_questions(file.parent, "heldout", FIRST_SAMPLE, samples, SUITE)
+    data, run = work / "data", work / "run"
+    if not (data / "questions.jsonl").exists():
+        write_questions(data, "heldout", FIRST_SAMPLE, samples, IMAGE_FAMILIES)
     options = DatasetOptions(limit=samples, max_tokens=max_tokens)
-    loaded = load_dataset(settings.dataset, file.parent, options)
-    run = places.work / "run"
+    loaded = load_dataset(settings.dataset, data, options)
     outcome = run_matrix(settings, loaded.samples, run, tools=tools)
-    places.results.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(run / RUN_FILE, places.results / RUN_FILE)
-    packed = pack(read_cells(run / CELLS_FILE))
-    (places.results / CELLS_FILE).write_text(packed, encoding="utf-8")
-    files = write_report(places.results, places.pages)
-    tools.log(f"{files.markdown}, {files.html}; the run: {places.results}")
+    write_text(results / CELLS_FILE, pack(read_cells(run / CELLS_FILE)))
+    shutil.copyfile(run / RUN_FILE, results / RUN_FILE)
+    files = write_report(results, pages)
+    tools.log(f"{files.markdown}, {files.html}; the run: {results}")
     return outcome.failed == 0
 
 
@@ -138,10 +120,9 @@ def main(
     begin = time.monotonic()
     os.environ.setdefault("OMP_NUM_THREADS", THREADS)
     with exit_on_error():
-        ranges = read_schedule(schedule) if schedule else ()
-        settings = pair_settings(ranges, repetitions, least)
-        places, tools = Places(work, pages, results), Tools(log=typer.echo)
-        complete = reproduce(settings, places, tools, max_tokens=max_tokens)
+        settings = pair_settings(read_schedule(schedule) if schedule else (), repetitions, least)
+        tools = Tools(log=typer.echo)
+        complete = reproduce(settings, work, pages, results, tools, max_tokens=max_tokens)
         typer.echo(f"{(time.monotonic() - begin) / 60:.1f} minutes")
         raise typer.Exit(0 if complete else 1)
 

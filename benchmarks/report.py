@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from vllm_vispec.bench.machine import describe_machine
+from vllm_vispec.bench.pages import markdown_table
+from vllm_vispec.utils.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+RESULTS, PAGES = Path("benchmarks/results"), Path("docs/evidence")
 DPI = 110
 COLORS = ("#4878a8", "#a85448", "#5a9a5a", "#8a6fb0", "#b08a3c", "#555555")
 _WHOLE = 1e5  # digits before the point all stay
 _INNERMOST = re.compile(r'[\[{](?:[^][{}"]|"(?:[^"\\]|\\.)*")*[\]}]')
 
+Table = list[list[str]]
+"""Rows of cells, the head first."""
+
+
+def published(study: str) -> Any:
+    """Return the figures of papers that a study's page shows."""
+    text = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)[study]
+
 
 def write_report(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a report as JSON: five digits of each number, innermost lists and objects on a line."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_rounded(content), indent=1)
+    """Write results and the machine as JSON.
+
+    Numbers have five digits; innermost lists and objects are on one line.
+    """
+    text = json.dumps(_rounded({"machine": describe_machine(), **content}), indent=1)
     text = _INNERMOST.sub(lambda found: " ".join(found.group().split()), text)
-    file.write_text(text + "\n", encoding="utf-8")
+    write_text(file, text + "\n")
     print(f"written: {file}")
 
 
@@ -50,7 +67,7 @@ def publish(
     Args:
         tables, draw: get the file's content; `python -m tools.docs --check` makes the tables again.
     """
-    write_report(output, {"machine": describe_machine(), **content})
+    write_report(output, content)
     written = json.loads(output.read_text(encoding="utf-8"))
     print(tables(written))
     text = replace_section(page.read_text(encoding="utf-8"), "tables", tables(written))
@@ -70,35 +87,31 @@ def replace_section(text: str, name: str, content: str) -> str:
     return marked.sub(lambda found: found[1] + content.strip("\n") + "\n" + found[2], text)
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table; the first row is its head."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+def join_tables(tables: Iterable[tuple[str, Table]]) -> str:
+    """Return the tables that have a row, each below its title if that is not empty."""
+    return "\n\n".join(
+        (f"## {title}\n\n" if title else "") + markdown_table(rows[0], rows[1:])
+        for title, rows in tables
+        if len(rows) > 1
+    )
 
 
-def new_figure(size_inches: tuple[float, float]) -> Figure:
-    """Return an empty figure."""
+@contextmanager
+def picture(file: Path, size_inches: tuple[float, float]) -> Iterator[Figure]:
+    """Give an empty figure and write it; the same numbers give the same file."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=size_inches, layout="constrained")
-
-
-def save(figure: Figure, file: Path) -> None:
-    """Write a figure; the same numbers give the same file, because it names no version."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=size_inches, layout="constrained")
+    yield figure
+    # No version of the software in the file.
     figure.savefig(file, dpi=DPI, metadata={"Software": None})
 
 
-def error_bars(found: Sequence[Mapping[str, float]]) -> list[list[float]]:
-    """Return how far the ends lie below and above the values, as matplotlib wants them.
-
-    Args:
-        found: "value" or "mean", "low" and "high" of each.
-    """
-    values = [one["value"] if "value" in one else one["mean"] for one in found]
-    pairs = list(zip(values, found, strict=True))
-    low = [max(value - one["low"], 0.0) for value, one in pairs]
-    return [low, [max(one["high"] - value, 0.0) for value, one in pairs]]
+def means_and_errors(found: Sequence[Mapping[str, float]]) -> tuple[list[float], list[list[float]]]:
+    """Return the means, and how far the intervals reach below and above them, for matplotlib."""
+    below = [max(one["mean"] - one["low"], 0.0) for one in found]
+    above = [max(one["high"] - one["mean"], 0.0) for one in found]
+    return [one["mean"] for one in found], [below, above]
 
 
 def legend(axes: Any, **place: Any) -> None:

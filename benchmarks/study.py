@@ -19,21 +19,22 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.options import ModelOption, ThreadsOption
+from benchmarks import ModelOption, ThreadsOption
+from benchmarks.report import PAGES, RESULTS, publish
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import TEXT_FAMILY, write_questions
 from examples.tiny_vlm.shipped import MAX_MODEL_LEN, TARGET
 from vllm_vispec.bench.machine import server_environment
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import writing
 
 EPOCHS = 2  # of nearly all variants, on as many samples
 NUM_DRAFT_TOKENS = 5
 RECIPE = "examples/recipes/tiny.yaml"
-RESULTS, PAGES = Path("benchmarks/results"), Path("docs/evidence")
 MAX_TOKENS, LOG_TAIL = 320, 3000
 HELD_OUT = "held_out"
 # Name, split, first sample, families, temperature at which the target answers. The engine is asked
-# about other held-out samples, see `benchmarks.turns_worker`.
+# about other held-out samples, see `benchmarks.turns`.
 QUESTION_SETS = (
     ("mixed", "train", 30_000_000, tuple(FAMILIES), 1.0),
     ("text", "train", 31_000_000, (TEXT_FAMILY,), 1.0),
@@ -67,27 +68,34 @@ class Variant:
     Attributes:
         name: Of its folders and in the JSON.
         label: In tables and plots.
+        kind: Of the head, as in the recipe.
+        more: Other changes to the base recipe.
         data: Which questions, "mixed" (all task families) or "text" (no images).
         answers: "short" (the question set's own) or "target" (written by the target, sampled).
-        settings: Changes to the base recipe.
         epochs: A head is measured after each of these.
         after: The variant that it changes in one thing; "" for a start of its own.
     """
 
     name: str
     label: str
-    data: str
-    answers: str
-    settings: Mapping[str, str]
+    kind: str
+    more: Mapping[str, str] = field(default_factory=dict)
+    data: str = "mixed"
+    answers: str = "target"
     epochs: tuple[int, ...] = (EPOCHS,)
     after: str = ""
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """All changes to the base recipe."""
+        return {"head.kind": self.kind, **self.more}
 
 
 @dataclass(frozen=True)
 class Trained:
     """One head: a variant after some epochs, with one seed."""
 
-    variant: Variant = field(hash=False)
+    variant: Variant
     epochs: int
     seed: int
 
@@ -95,64 +103,6 @@ class Trained:
     def name(self) -> str:
         """Of its files."""
         return f"{self.variant.name}-e{self.epochs}-s{self.seed}"
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Paths below one folder."""
-
-    root: Path
-
-    def questions(self, data: str) -> Path:
-        """Folder of a question set: questions.jsonl, images/ and answers.jsonl."""
-        return self.root / "data" / data
-
-    def samples(self, variant: Variant) -> Path:
-        """What a variant trains on."""
-        names = {"short": "questions.jsonl", "target": "answers.jsonl"}
-        return self.questions(variant.data) / names[variant.answers]
-
-    @property
-    def held_out(self) -> Path:
-        """Held-out questions with the target's greedy answers."""
-        return self.questions(HELD_OUT) / "answers.jsonl"
-
-    def cache(self, variant: Variant) -> Path:
-        """Hidden states of a variant's samples, shared by all variants with the same ones."""
-        return self.root / "cache" / f"{variant.data}-{variant.answers}"
-
-    def run(self, variant: Variant, seed: int) -> Path:
-        """Folder of a training run."""
-        return self.root / "runs" / f"{variant.name}-s{seed}"
-
-    def head(self, trained: Trained) -> Path:
-        """Folder of a finished head."""
-        return self.root / "heads" / trained.name
-
-    def result(self, kind: str, trained: Trained) -> Path:
-        """What was found about a head: "cells" (in the engine), "replayed", "gates", "prefill"."""
-        return self.root / kind / f"{trained.name}.json"
-
-    def log(self, name: str) -> Path:
-        """Output of a command."""
-        return self.root / "logs" / f"{name}.log"
-
-
-def run_vispec(arguments: Sequence[str], log: Path, threads: int) -> None:
-    """Run a command of `vispec` in a process of its own.
-
-    Raises:
-        ViSpecError: it failed.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = server_environment()
-    environment |= {"OMP_NUM_THREADS": str(threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    with log.open("a") as sink:
-        command = [sys.executable, "-m", "vllm_vispec", *arguments]
-        code = subprocess.run(command, stdout=sink, stderr=sink, env=environment).returncode
-    if code:
-        tail = log.read_text(errors="replace")[-LOG_TAIL:]
-        raise ViSpecError(f"vispec {' '.join(arguments)} failed; the end of {log}:\n{tail}")
 
 
 class Step(StrEnum):
@@ -169,22 +119,42 @@ class Study:
     """What is trained and measured, and where.
 
     Attributes:
+        root: Folder of data, runs and results so far.
         target: Folder or hub id.
         samples, held_out: Of each training set, and of the validation set.
-        per_family, timed: Held-out questions of each family that the engine answers; of these, how
-            many are timed.
+        per_family: Held-out questions of each family that the engine answers.
         threads: Of every process.
     """
 
-    workspace: Workspace
+    root: Path
     target: str
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
     samples: int
     held_out: int
     per_family: int
-    timed: int
-    threads: int
+    threads: int = 1
+
+    def questions(self, data: str) -> Path:
+        """Folder of a question set: questions.jsonl, images/ and answers.jsonl."""
+        return self.root / "data" / data
+
+    def cache(self, variant: Variant) -> Path:
+        """Hidden states of a variant's samples, shared by all variants with the same ones."""
+        return self.root / "cache" / f"{variant.data}-{variant.answers}"
+
+    def head(self, trained: Trained) -> Path:
+        """Folder of a finished head."""
+        return self.root / "heads" / trained.name
+
+    def result(self, kind: str, trained: Trained) -> Path:
+        """What was found about a head: "cells" (in the engine), "replayed", "choices"."""
+        return self.root / kind / f"{trained.name}.json"
+
+    @property
+    def logs(self) -> Path:
+        """Folder for the output of commands and engines."""
+        return self.root / "logs"
 
     def heads(self, seeds: Iterable[int] | None = None) -> list[Trained]:
         """Every head, seed by seed."""
@@ -204,7 +174,6 @@ class Study:
             "seeds": self.seeds,
             "num_speculative_tokens": NUM_DRAFT_TOKENS,
             "per_family": self.per_family,
-            "timed_per_family": self.timed,
             "threads": self.threads,
             "batch": 1,
             "temperature": 0,
@@ -216,7 +185,7 @@ class Study:
         for name, split, start, families, temperature in QUESTION_SETS:
             if name not in wanted:
                 continue
-            folder = self.workspace.questions(name)
+            folder = self.questions(name)
             count = self.held_out if split == "heldout" else self.samples
             if not (folder / "questions.jsonl").is_file():
                 write_questions(folder, split, start, count, families)
@@ -233,7 +202,7 @@ class Study:
             flat = [part for item in arguments.items() for part in item]
             self._vispec(["regenerate", *flat], f"regenerate-{name}")
         # Before several runs need them at once.
-        for variant in {self.workspace.cache(one): one for one in self.variants}.values():
+        for variant in {self.cache(one): one for one in self.variants}.values():
             settings = self.recipe(variant, 0) | {"teacher.mode": "offline"}
             settings["schedule.epochs"] = str(variant.epochs[-1])
             log = f"cache-{variant.data}-{variant.answers}"
@@ -248,73 +217,93 @@ class Study:
 
     def _train_variant(self, variant: Variant, seed: int) -> None:
         """A run goes on from one measured epoch to the next."""
-        trained = self.workspace.run(variant, seed) / "head"
+        settings = self.recipe(variant, seed)
+        trained = Path(settings["run.output"]) / "head"
         for before, epochs in pairwise((0, *variant.epochs)):
-            head = self.workspace.head(Trained(variant, epochs, seed))
+            head = self.head(Trained(variant, epochs, seed))
             if head.is_dir():
                 continue
-            settings = self.recipe(variant, seed) | {"schedule.epochs": str(epochs)}
             override = ["--override", "schedule.epochs"] if before else []
             shutil.rmtree(trained, ignore_errors=True)  # of the epoch before
-            log = f"train-{variant.name}-s{seed}"
-            self._vispec(["train", RECIPE, *_flags(settings), *override], log)
+            flags = _flags(settings | {"schedule.epochs": str(epochs)})
+            self._vispec(["train", RECIPE, *flags, *override], f"train-{variant.name}-s{seed}")
             if not trained.is_dir():
                 raise ViSpecError(
                     f"training of {head.name} was stopped: run the same command to go on"
                 )
-            partial = head.with_name(head.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(trained, partial)
-            partial.rename(head)
+            with writing(head) as aside:
+                shutil.copytree(trained, aside)
 
     def recipe(self, variant: Variant, seed: int) -> dict[str, str]:
         """Everything that differs from the recipe, the number of epochs apart."""
+        file = {"short": "questions.jsonl", "target": "answers.jsonl"}[variant.answers]
         return {
             **BASE,
             "target.model": self.target,
-            "data.train": str(self.workspace.samples(variant)),
-            "data.validation": str(self.workspace.held_out),
-            "teacher.cache_dir": str(self.workspace.cache(variant)),
-            "run.output": str(self.workspace.run(variant, seed)),
+            "data.train": str(self.questions(variant.data) / file),
+            "data.validation": str(self.questions(HELD_OUT) / "answers.jsonl"),
+            "teacher.cache_dir": str(self.cache(variant)),
+            "run.output": str(self.root / "runs" / f"{variant.name}-s{seed}"),
             "run.seed": str(seed),
             **variant.settings,
         }
 
-    def _vispec(self, arguments: Sequence[str], log: str) -> None:
-        run_vispec(arguments, self.workspace.log(log), self.threads)
+    def _vispec(self, arguments: Sequence[str], name: str) -> None:
+        """Run a command of `vispec` in a process of its own.
+
+        Raises:
+            ViSpecError: it failed.
+        """
+        log = self.logs / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = server_environment()
+        environment |= {"OMP_NUM_THREADS": str(self.threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        with log.open("a") as sink:
+            command = [sys.executable, "-m", "vllm_vispec", *arguments]
+            code = subprocess.run(command, stdout=sink, stderr=sink, env=environment).returncode
+        if code:
+            tail = log.read_text(errors="replace")[-LOG_TAIL:]
+            raise ViSpecError(f"vispec {' '.join(arguments)} failed; the end of {log}:\n{tail}")
 
 
 def _flags(settings: Mapping[str, str]) -> list[str]:
     return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
 
 
-def choose_variants(
-    names: Sequence[str] | None, variants: Mapping[str, Variant]
-) -> tuple[Variant, ...]:
-    """The variants of these names, all if there are none.
+def by_name(*variants: Variant) -> Mapping[str, Variant]:
+    """Return a registry of variants."""
+    return MappingProxyType({variant.name: variant for variant in variants})
+
+
+def choose(option: str, names: Sequence[str] | None, known: Iterable[str]) -> list[str]:
+    """Return the names that an option gives, all known ones if it gives none.
 
     Raises:
         typer.BadParameter: a name is unknown.
     """
-    unknown = [name for name in names or () if name not in variants]
-    if unknown:
-        raise typer.BadParameter(f"--variant {unknown[0]} is unknown: use {', '.join(variants)}")
-    return tuple(variants[name] for name in names or variants)
+    every = list(known)
+    for name in names or ():
+        if name not in every:
+            raise typer.BadParameter(f"{option} {name} is unknown: use {', '.join(every)}")
+    return list(names or every)
 
 
 def study_command(
     name: str,
     variants: Mapping[str, Variant],
     seeds: tuple[int, ...],
-    measure: Callable[[Study, bool], None],
-    report: Callable[[Study, Path, Path], None],
+    measure: Callable[[Study], None],
+    report: Callable[[Study], Mapping[str, Any]],
+    tables: Callable[[Mapping[str, Any]], str],
+    draw: Callable[[Mapping[str, Any], Path], None],
 ) -> Callable[..., None]:
     """Return the command of a study.
 
     Args:
         name: Of its folder below `out`, its JSON and its page.
-        measure: Asks the engine and whoever else; with prefills or without.
-        report: Gets the JSON file and the page.
+        measure: Asks the engine and whoever else.
+        report: Makes the JSON's content.
+        tables, draw: See `benchmarks.report.publish`.
     """
 
     def main(
@@ -329,24 +318,19 @@ def study_command(
         samples: Annotated[int, typer.Option(min=32, help="Of each training set.")] = 1680,
         held_out: Annotated[int, typer.Option(min=7, help="For the curves of the runs.")] = 112,
         per_family: Annotated[int, typer.Option(min=1, help="Questions to the engine.")] = 4,
-        timed: Annotated[int, typer.Option(min=1, help="Of these, timed.")] = 1,
         threads: ThreadsOption = 1,
-        prefill: Annotated[
-            bool, typer.Option(help="Compressors only: time the draft's part of prefills.")
-        ] = True,
         output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / f"{name}.json",
         page: Annotated[Path, typer.Option(help="Page with the tables.")] = PAGES / f"{name}.md",
     ) -> None:
         """Train and measure every variant with every seed."""
         study = Study(
-            Workspace(work_dir.resolve()),
+            work_dir.resolve(),
             model,
-            choose_variants(variant, variants),
+            tuple(variants[one] for one in choose("--variant", variant, variants)),
             tuple(seed or seeds),
             samples,
             held_out,
             per_family,
-            timed,
             threads,
         )
         steps = set(step or Step)
@@ -355,8 +339,8 @@ def study_command(
         if Step.TRAIN in steps:
             study.train()
         if Step.MEASURE in steps:
-            measure(study, prefill)
+            measure(study)
         if Step.REPORT in steps:
-            report(study, output, page)
+            publish(output, page, report(study), tables, draw)
 
     return main

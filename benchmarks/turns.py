@@ -6,17 +6,29 @@ same state of the machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
+from benchmarks.calls import Call, Measured, Memory
+from examples.tiny_vlm.samples import demo_samples
 from examples.tiny_vlm.shipped import MAX_MODEL_LEN
-from vllm_vispec.bench.bootstrap import bootstrap
 from vllm_vispec.bench.machine import server_environment
-from vllm_vispec.utils.process import WorkerProcess
+from vllm_vispec.bench.schema import Record
+from vllm_vispec.evaluate.engine import inside_answer
+from vllm_vispec.trees.attention import tree_memory
+from vllm_vispec.utils.files import read_json, write_json
+from vllm_vispec.utils.process import WorkerProcess, serve_requests
 
-WORKER = "benchmarks.turns_worker"
+BESIDE = 5
+"""Drafts that take turns with one plain engine, so that it is paid for once."""
+
+Plan = Sequence[tuple[tuple[int, ...], tuple[str, ...]]]
+"""The samples of each call, and the families of these."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Reply:
+class Reply(Record):
     """What an engine did with samples that arrived together.
 
     Attributes:
@@ -74,14 +86,6 @@ class Reply:
     wall_seconds: float
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What a tree takes: percent of the KV cache on top, and buffers in MiB."""
-
-    kv_percent: float
-    buffers_mib: float
-
-
 class Engine(WorkerProcess):
     """An engine in a process of its own; a context manager.
 
@@ -93,7 +97,7 @@ class Engine(WorkerProcess):
         environment = {"VLLM_LOGGING_LEVEL": "WARNING"} | server_environment()
         # The engine works only while it is asked, in the very process that is asked.
         environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads)}
-        super().__init__(name, WORKER, environment, log_file)
+        super().__init__(name, "benchmarks.turns", environment, log_file)
         self.job = job
 
     def __enter__(self) -> Self:
@@ -109,47 +113,12 @@ class Engine(WorkerProcess):
 
     def ask(self, samples: Sequence[int], temperature: float = 0.0) -> Reply:
         """Have samples answered together."""
-        found = self.request({"samples": list(samples), "temperature": temperature})
-        return Reply(**{name: as_tuples(value) for name, value in found.items()})
+        return Reply.from_json(self.request({"samples": [*samples], "temperature": temperature}))
 
     def memory(self) -> Memory | None:
         """What the engine's tree takes; None without a tree."""
         found = self.request({"memory": True})["memory"]
         return None if found is None else Memory(**found)
-
-
-@dataclass(frozen=True)
-class Call:
-    """Samples answered together by an engine with a draft, beside plain vLLM.
-
-    Attributes:
-        families: Of the samples.
-        accepted: Accepted draft tokens of every step, for each sample.
-        decoded, plain_decoded: Tokens after the first, for each sample.
-        identical: Whether the tokens are those of plain decoding; None where they need not be.
-        seconds, plain_seconds: From the first token of the call to its last.
-        wall_seconds, plain_wall_seconds: Of the whole call.
-    """
-
-    families: tuple[str, ...]
-    accepted: tuple[tuple[int, ...], ...]
-    decoded: tuple[int, ...]
-    plain_decoded: tuple[int, ...]
-    identical: tuple[bool, ...] | None
-    seconds: float
-    plain_seconds: float
-    wall_seconds: float = 0.0
-    plain_wall_seconds: float = 0.0
-
-    @property
-    def batch(self) -> int:
-        """Requests at a time."""
-        return len(self.families)
-
-
-def as_tuples(value: Any) -> Any:
-    """Return JSON's lists as tuples."""
-    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def compare(families: tuple[str, ...], plain: Reply, mine: Reply, is_greedy: bool = True) -> Call:
@@ -169,16 +138,9 @@ def compare(families: tuple[str, ...], plain: Reply, mine: Reply, is_greedy: boo
 
 
 def take_turns(
-    plain: Engine,
-    drafts: Sequence[Engine],
-    plan: Sequence[tuple[tuple[int, ...], tuple[str, ...]]],
-    temperature: float = 0.0,
+    plain: Engine, drafts: Sequence[Engine], plan: Plan, temperature: float = 0.0
 ) -> Iterator[list[Call]]:
-    """Yield, for every call, what each engine with a draft did beside plain vLLM.
-
-    Args:
-        plan: The samples of each call, and the families of these.
-    """
+    """Yield, for every call, what each engine with a draft did beside plain vLLM."""
     everyone = [plain, *drafts]
     for engine in everyone:
         # Whatever happens once happens here, for the first and for the last, largest batch.
@@ -197,72 +159,115 @@ def take_turns(
         ]
 
 
-Statistic = Callable[[Sequence[Call]], float]
+def side_by_side(
+    plain: Job,
+    drafts: Mapping[str, Job],
+    plan: Plan,
+    logs: Path,
+    *,
+    threads: int = 1,
+    temperature: float = 0.0,
+    beside: int = BESIDE,
+) -> Iterator[tuple[str, Measured]]:
+    """Let drafts take turns with plain vLLM, some at a time, and yield what each did.
 
+    Args:
+        drafts: By name.
+        threads: Of every engine.
+        beside: Drafts that are up beside one plain engine.
 
-@dataclass(frozen=True)
-class Estimate:
-    """A value and its 95 % bootstrap interval over calls."""
-
-    value: float
-    low: float
-    high: float
-
-
-def estimate(calls: Sequence[Call], statistic: Statistic) -> Estimate:
-    """A statistic with its interval."""
-    low, high = bootstrap(calls, (0,), lambda drawn: statistic(list(drawn))).tolist()
-    return Estimate(statistic(calls), low, high)
-
-
-def acceptance_length(calls: Sequence[Call]) -> float:
-    """Accepted draft tokens of a step, plus the bonus token."""
-    steps = [count for call in calls for accepted in call.accepted for count in accepted]
-    return 1 + sum(steps) / max(len(steps), 1)
-
-
-def acceptance_rate_per_position(calls: Sequence[Call], num_draft_tokens: int) -> list[float]:
-    """Share of steps that accepted the draft token at each position."""
-    steps = [count for call in calls for accepted in call.accepted for count in accepted]
-    total = max(len(steps), 1)
-    return [sum(count > place for count in steps) / total for place in range(num_draft_tokens)]
-
-
-def decode_speedup(calls: Sequence[Call]) -> float:
-    """Tokens per second over those of plain vLLM in the same calls, prefill excluded."""
-    mine = sum(sum(call.decoded) for call in calls), sum(call.seconds for call in calls)
-    plain = sum(sum(call.plain_decoded) for call in calls), sum(c.plain_seconds for c in calls)
-    return _quotient(mine) / (_quotient(plain) or float("nan"))
-
-
-def e2e_speedup(calls: Sequence[Call]) -> float:
-    """The same of whole calls, prefill and image preprocessing included."""
-    mine = sum(sum(c.decoded) + c.batch for c in calls), sum(c.wall_seconds for c in calls)
-    plain = (
-        sum(sum(c.plain_decoded) + c.batch for c in calls),
-        sum(c.plain_wall_seconds for c in calls),
-    )
-    return _quotient(mine) / (_quotient(plain) or float("nan"))
-
-
-def step_cost(calls: Sequence[Call]) -> float:
-    """Seconds of a step, drafting included, over those of a pass of plain vLLM.
-
-    A batch takes as many passes as its longest answer.
+    Raises:
+        ViSpecError: An engine failed.
     """
-    steps = sum(max(len(accepted) for accepted in call.accepted) for call in calls)
-    passes = sum(max(call.plain_decoded) for call in calls)
-    mine, plain = (sum(call.seconds for call in calls), sum(c.plain_seconds for c in calls))
-    if not steps or not passes or not plain:
-        return float("nan")
-    return (mine / steps) / (plain / passes)
+    waiting = iter(drafts.items())
+    while group := dict(islice(waiting, beside)):
+        with ExitStack() as stack:
+            first, *others = [
+                stack.enter_context(Engine(name, job, logs / f"{name}.log", threads))
+                for name, job in {"plain": plain, **group}.items()
+            ]
+            rows = list(take_turns(first, others, plan, temperature))
+            memories = [engine.memory() for engine in others]
+        columns = zip(*rows, strict=True)
+        yield from zip(group, map(Measured, columns, memories), strict=True)
 
 
-def identical(calls: Sequence[Call]) -> tuple[int, int] | None:
-    """Answers equal to plain vLLM's, and all answers; None where they need not be equal."""
-    found = [same for call in calls for same in call.identical or ()]
-    return (sum(found), len(found)) if found else None
+def measure(files: Mapping[Path, Job], plain: Job, plan: Plan, logs: Path, **more: Any) -> None:
+    """Measure every draft that has no result yet, and write it down.
+
+    Args:
+        files: Jobs of the drafts by the file that gets the result; its stem is the draft's name.
+        more: See `side_by_side`.
+    """
+    missing = {file.stem: file for file in files if not file.is_file()}
+    drafts = {name: files[file] for name, file in missing.items()}
+    for name, measured in side_by_side(plain, drafts, plan, logs, **more):
+        write_json(missing[name], measured.to_json())
+        print(f"measured: {name}", flush=True)
 
 
-def _quotient(pair: tuple[float, float]) -> float:
-    return pair[0] / pair[1] if pair[1] else float("nan")
+def read_measured(file: Path) -> Measured:
+    """Read what `measure` wrote."""
+    return Measured.from_json(read_json(file))
+
+
+class Worker:
+    """In the engine's process: a ``vllm.LLM`` and its samples; the first request says which."""
+
+    llm: Any
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Start, say what the engine's tree takes, or answer samples that arrive together."""
+        if "llm" in request:
+            return self._start(request)
+        if "memory" in request:
+            return {"memory": self.llm.collective_rpc(memory_of)[0]}
+        from vllm import SamplingParams
+
+        samples, temperature = request["samples"], request["temperature"]
+        params = [
+            SamplingParams(temperature=temperature, seed=sample, max_tokens=self.max_tokens)
+            for sample in samples
+        ]
+        messages = [self.samples[sample].chat_messages() for sample in samples]
+        begin = time.perf_counter()
+        outputs = self.llm.chat(messages, params, use_tqdm=False)
+        wall_seconds = time.perf_counter() - begin
+        stats = [output.metrics for output in outputs]
+        answers = [output.outputs[0] for output in outputs]
+        return {
+            "token_ids": [list(answer.token_ids) for answer in answers],
+            "accepted": [_accepted(answer) for answer in answers],
+            "decode_seconds": max(one.last_token_ts for one in stats)
+            - min(one.first_token_ts for one in stats),
+            "wall_seconds": wall_seconds,
+        }
+
+    def _start(self, request: dict[str, Any]) -> dict[str, Any]:
+        import torch
+        from vllm import LLM
+
+        self.max_tokens = request["max_tokens"]
+        families = tuple(request["families"]) or None
+        self.samples = list(demo_samples(request["per_family"], families))
+        self.llm = LLM(**request["llm"], enforce_eager=not torch.cuda.is_available())
+        return {}
+
+
+def memory_of(worker: Any) -> dict[str, float] | None:
+    """Return the fields of `calls.Memory` for vLLM's worker; None without a tree."""
+    found = tree_memory(worker.vllm_config)
+    if found is None:
+        return None
+    return {"kv_percent": found.kv_percent, "buffers_mib": found.num_bytes / 2**20}
+
+
+def _accepted(answer: Any) -> list[int]:
+    steps = answer.spec_decode_metrics
+    return inside_answer(steps.per_step_accepted if steps else (), len(answer.token_ids))
+
+
+if __name__ == "__main__":
+    worker = Worker()
+    serve_requests(worker.answer)
+    worker.llm.llm_engine.engine_core.shutdown()

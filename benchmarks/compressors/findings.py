@@ -6,23 +6,23 @@ exactly, at a fraction of its time: so these numbers are over more questions tha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.answers import IMAGES, acceptance_length, estimate, make_rows, ratio, read_all
-from benchmarks.compressors.variants import VARIANTS
-from benchmarks.study import NUM_DRAFT_TOKENS, Study, Trained, Workspace
-from examples.tiny_vlm.questions import IMAGE_FAMILIES
+from benchmarks.answers import GROUPS, IMAGES, make_rows, only, read_all
+from benchmarks.calls import Call, Measured, acceptance_length, estimate, ratio
+from benchmarks.compressors import VARIANTS
+from benchmarks.study import HELD_OUT, NUM_DRAFT_TOKENS, Study, Trained
+from benchmarks.turns import read_measured
 from vllm_vispec.compressors.places import num_tokens, place_tokens
 from vllm_vispec.compressors.spec import CompressorSpec
 from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.heads.folder import inspect_head
+from vllm_vispec.heads.folder import inspect_head, load_draft
 from vllm_vispec.reference import tensor_shapes
-from vllm_vispec.utils.files import write_json
+from vllm_vispec.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,39 +34,34 @@ if TYPE_CHECKING:
 
 MAX_LENGTH, BATCH_SIZE = 1024, 8
 IMAGE_TOKENS = (64, 256, 1024)
-REPLAYED, GATES, PREFILL = "replayed", "choices", "prefill"
+REPLAYED, GATES = "replayed", "choices"
 
 
-@dataclass(frozen=True)
-class Replayed:
-    """One conversation, with the accepted draft tokens of every step of its answers."""
+def look_at_held_out(study: Study) -> None:
+    """Replay the held-out answers with the first seed's heads, and ask their gates.
 
-    family: str
-    accepted: tuple[int, ...]
-
-
-def look_at_held_out(workspace: Workspace, target: str, heads: Iterable[Trained]) -> None:
-    """Replay the held-out answers with every head, and ask its gate; what is done is kept.
+    What is done is kept.
 
     Raises:
         ViSpecError: the target, a head or the data cannot be used.
     """
-    missing = [one for one in heads if not workspace.result(REPLAYED, one).is_file()]
+    missing = [
+        one
+        for one in study.heads(study.seeds[:1])
+        if study.head(one).is_dir() and not study.result(REPLAYED, one).is_file()
+    ]
     if not missing:
         return
-    from vllm_vispec.heads.folder import load_draft
-
-    model, observed = observe(target, workspace.held_out)
+    model, observed = observe(study.target, study.questions(HELD_OUT) / "answers.jsonl")
     states = list(question_states(observed))
     for trained in missing:
-        folder = workspace.head(trained)
-        draft = load_draft(folder).eval()
-        spec = draft.config.compressor_spec
-        if draft.config.has_compressor and spec.gated:
-            found = choose_by_family(load_compressor(folder), states)
-            write_json(workspace.result(GATES, trained), found)
-        replayed = [asdict(one) for one in replay_all(draft, model, observed)]
-        write_json(workspace.result(REPLAYED, trained), replayed)
+        draft = load_draft(study.head(trained)).eval()
+        if draft.config.has_compressor and draft.config.compressor_spec.gated:
+            assert draft.compressor is not None
+            found = choose_by_family(draft.compressor.float(), states)
+            write_json(study.result(GATES, trained), found)
+        replayed = Measured(tuple(replay_all(draft, model, observed)))
+        write_json(study.result(REPLAYED, trained), replayed.to_json())
         print(f"replayed: {trained.name}", flush=True)
 
 
@@ -89,14 +84,13 @@ def observe(target: str, data: Path) -> tuple[TrainingTarget, list[Observed]]:
 
 def replay_all(
     draft: ViSpecDraft, target: TrainingTarget, observed: Sequence[Observed]
-) -> list[Replayed]:
-    """Accepted drafts of greedy chains over the answers of conversations."""
+) -> Iterator[Call]:
+    """Accepted drafts of greedy chains over the answers of conversations, a call for each."""
     import torch
 
     from vllm_vispec.train.batch import pad_batch
     from vllm_vispec.train.simulate import answer_spans, draft_hits, replay
 
-    found = []
     for start in range(0, len(observed), BATCH_SIZE):
         group = observed[start : start + BATCH_SIZE]
         with torch.inference_mode():
@@ -105,8 +99,7 @@ def replay_all(
             hits = hits_SBL[:, number].tolist()
             spans = answer_spans(one.answer.tolist())
             accepted = [count for begin, end in spans for count in replay(hits, begin, end)]
-            found.append(Replayed(one.family, tuple(accepted)))
-    return found
+            yield Call((one.family,), (tuple(accepted),))
 
 
 def question_states(observed: Iterable[Observed]) -> Iterator[tuple[str, Tensor]]:
@@ -118,15 +111,6 @@ def question_states(observed: Iterable[Observed]) -> Iterator[tuple[str, Tensor]
         for start, _ in answer_spans(one.answer.tolist()):
             if first_image < start:
                 yield one.family, one.hidden_LD[start - 1]
-
-
-def load_compressor(head: Path) -> ImageCompressor:
-    """The compressor of a trained head, float32."""
-    from vllm_vispec.heads.folder import load_draft
-
-    compressor = load_draft(head).compressor
-    assert compressor is not None
-    return compressor.float()
 
 
 def choose_by_family(
@@ -161,7 +145,11 @@ def image_cost(config: HeadConfig, image_tokens: int) -> dict[str, Any]:
     width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
     # A token goes through half of fc; an image token that stays a text row through all of it.
     inputs = 2 * width * width * (1 if config.compress else 2)
-    flops = sum(kept) * (inputs + 4 * width * kv_width) + _compressor_flops(config, image_tokens)
+    flops = sum(kept) * (inputs + 4 * width * kv_width)
+    made_by = list(config.compressor_spec.primitives) if config.has_compressor else []
+    if config.has_adaptor:
+        made_by.append(CompressorSpec("resampler", config.num_query_tokens))
+    flops += sum(primitive_flops(branch, width, image_tokens) for branch in made_by)
     return {
         "image_tokens": image_tokens,
         "kv_tokens": sum(kept),
@@ -181,17 +169,6 @@ def kept_rows(config: HeadConfig, image_tokens: int) -> list[int]:
     return [branches.count(number) for number in range(len(spec.primitives))]
 
 
-def _compressor_flops(config: HeadConfig, image_tokens: int) -> int:
-    width, flops = config.hidden_size, 0
-    if config.has_adaptor:
-        queries = CompressorSpec("resampler", config.num_query_tokens)
-        flops += primitive_flops(queries, width, image_tokens)
-    if config.has_compressor:
-        branches = config.compressor_spec.primitives
-        flops += sum(primitive_flops(branch, width, image_tokens) for branch in branches)
-    return flops
-
-
 def primitive_flops(spec: CompressorSpec, width: int, size: int) -> int:
     """Floating point operations of a primitive for an image of `size` embeddings; 0 for copying."""
     if spec.name == "pool":
@@ -205,71 +182,46 @@ def primitive_flops(spec: CompressorSpec, width: int, size: int) -> int:
     return 0
 
 
-def count_parameters(config: HeadConfig) -> tuple[int, int]:
-    """Weights of a head without its embedding table, and those that only images need."""
-    counts = {name: prod(shape) for name, shape in tensor_shapes(config).items()}
-    counts.pop("embed_tokens.weight", None)
+def count_image_parameters(config: HeadConfig) -> int:
+    """Weights of a head that only images need."""
     of_images = ("compressor.", "img_adaptor.", "img_fc.")
-    return sum(counts.values()), sum(n for name, n in counts.items() if name.startswith(of_images))
+    shapes = tensor_shapes(config).items()
+    return sum(prod(shape) for name, shape in shapes if name.startswith(of_images))
 
 
 def read_findings(study: Study) -> list[dict[str, Any]]:
     """Rows of the JSON: all heads of the first seed that were measured in some way."""
-    workspace = study.workspace
-    found = read_all(workspace, study.variants, study.seeds)
-    rows = make_rows(found, study.variants, study.seeds)
-    known = {(row["arm"], row["epochs"]): row for row in rows}
+    known = {(row["variant"], row["epochs"]): row for row in make_rows(study, read_all(study))}
     findings = [
-        _finding(workspace, trained, known.get((trained.variant.name, trained.epochs)))
+        _finding(study, trained, known.get((trained.variant.name, trained.epochs)))
         for trained in study.heads(study.seeds[:1])
-        if workspace.head(trained).is_dir()
+        if study.head(trained).is_dir()
     ]
     return [one for one in findings if one["engine"] or one["replayed"]]
 
 
-def _finding(
-    workspace: Workspace, trained: Trained, row: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    config = inspect_head(workspace.head(trained)).config
+def _finding(study: Study, trained: Trained, row: Mapping[str, Any] | None) -> dict[str, Any]:
+    config = inspect_head(study.head(trained)).config
     variant = trained.variant
-    mine = _replayed(workspace, trained)
-    reference = VARIANTS[variant.after or variant.name]
-    other = _replayed(workspace, replace(trained, variant=reference)) if variant.after else []
-    parameters, of_images = count_parameters(config)
+    mine, other = _replayed(study, trained), None
+    if variant.after:
+        other = _replayed(study, replace(trained, variant=VARIANTS[variant.after]))
+    gates = study.result(GATES, trained)
     return {
         "name": trained.name,
         "label": variant.label,
-        "settings": dict(variant.settings),
+        "settings": variant.settings,
         "epochs": trained.epochs,
         "engine": row,
-        "replayed": estimate([mine], acceptance_length) if mine else None,
-        "replayed_ratio": ratio([mine], [other], acceptance_length) if mine and other else None,
-        "parameters": parameters,
-        "parameters_for_images": of_images,
+        "replayed": estimate(mine, acceptance_length) if mine else None,
+        "replayed_ratio": ratio(mine, other, acceptance_length) if mine and other else None,
+        "parameters_for_images": count_image_parameters(config),
         "image_cost": [image_cost(config, size) for size in IMAGE_TOKENS],
-        "draft_prefill": _read(workspace.result(PREFILL, trained)),
-        "choices": _read(workspace.result(GATES, trained)),
+        "choices": read_json(gates) if gates.is_file() else [],
     }
 
 
-def _replayed(workspace: Workspace, trained: Trained) -> list[Replayed]:
-    """Of the image tasks; nothing if it was not computed."""
-    found = _read(workspace.result(REPLAYED, trained))
-    return [
-        Replayed(one["family"], tuple(one["accepted"]))
-        for one in found
-        if one["family"] in IMAGE_FAMILIES
-    ]
-
-
-def _read(file: Path) -> list[dict[str, Any]]:
-    return list(json.loads(file.read_text())) if file.is_file() else []
-
-
-def best_known(finding: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """acceptance_length on the image tasks: by replay (more questions), or else in the engine."""
-    if finding["replayed"] is None and finding["engine"] is not None:
-        engine: Mapping[str, Any] = finding["engine"]["acceptance_length"][IMAGES]
-        return engine
-    replayed: Mapping[str, Any] | None = finding["replayed"]
-    return replayed
+def _replayed(study: Study, trained: Trained) -> list[list[Call]] | None:
+    """Of the image tasks, one seed; None if it was not computed."""
+    file = study.result(REPLAYED, trained)
+    return only([read_measured(file).calls], GROUPS[IMAGES]) if file.is_file() else None

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.pair_report import PAIR, SERVE_ARGS, SUITE
-from examples.tiny_vlm.questions import write_questions
+from benchmarks.pair_report import PAIR, SERVE_ARGS
+from examples.tiny_vlm.questions import IMAGE_FAMILIES, write_questions
 from tests.bench.real_servers import serve_as_a_user
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
 from vllm_vispec.bench.load import LoadGenerator, LoadJob, LoadResult
@@ -35,7 +35,7 @@ LAST = "image_tokens_256-"
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions of the six families."""
     folder = tmp_path_factory.mktemp("questions")
-    write_questions(folder, "heldout", 800_000, 12, SUITE)
+    write_questions(folder, "heldout", 800_000, 12, IMAGE_FAMILIES)
     return folder
 
 
@@ -54,7 +54,7 @@ def test_quick(data: Path, tmp_path: Path) -> None:
     assert all(line.startswith("ok ") for line in found)
     for cell in BenchRun.load(output).cells:
         check_cell(cell, 4, max_tokens=64)
-        assert {request.family for request in cell.requests} == set(SUITE)
+        assert {request.family for request in cell.requests} == set(IMAGE_FAMILIES)
 
 
 class OneDeath(LoadGenerator):
@@ -97,7 +97,7 @@ def test_all_sides_with_one_that_dies(data: Path, tmp_path: Path) -> None:
         serve_args=SERVE_ARGS,
     )
     samples = load_dataset("tiny", data, DatasetOptions(limit=6, max_tokens=MAX_TOKENS)).samples
-    assert {sample.family for sample in samples} == set(SUITE)
+    assert {sample.family for sample in samples} == set(IMAGE_FAMILIES)
     assert any(sample.follow_up for sample in samples)
     loads = OneDeath()
     tools = Tools(make_server=loads.make_server, loads=loads)
@@ -156,7 +156,7 @@ def check_report(text: str) -> None:
     for title in ("concurrency", "image tokens", "temperature"):
         assert f"## Speedup against {title}\n\nNot shown" not in text
     assert "Not shown: fewer than two values of K" in text
-    for family in SUITE:
+    for family in IMAGE_FAMILIES:
         assert f"| {family.replace('_', chr(92) + '_')} |" in text or f"| {family} |" in text
     for side in SIDES:
         assert f"| {side} |" in text or f"`{side}`" in text

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.pair_report import SUITE
-from examples.tiny_vlm.questions import write_questions
+from examples.tiny_vlm.questions import IMAGE_FAMILIES, write_questions
 from tests.bench.fakes import HEAD, TARGET
 from tests.bench.real_servers import serve_as_a_user
 from vllm_vispec.bench.metrics import baseline_key, by_key, measure
@@ -29,7 +28,7 @@ LOADS = (1, 3)
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions of the six families."""
     folder = tmp_path_factory.mktemp("questions")
-    write_questions(folder, "heldout", 800_000, 6, SUITE)
+    write_questions(folder, "heldout", 800_000, 6, IMAGE_FAMILIES)
     return folder
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.pair_report import SUITE, Places, pair_settings, reproduce
+from benchmarks.pair_report import pair_settings, reproduce
+from examples.tiny_vlm.questions import IMAGE_FAMILIES
 from tests.bench.fakes import World, lines
 from vllm_vispec.bench.schema import BenchRun
 
@@ -21,27 +22,26 @@ def test_the_report_is_made_from_nothing(tmp_path: Path) -> None:
         repetitions=2,
         warm_up=0,
     )
-    places = Places(tmp_path / "work", tmp_path / "pages", tmp_path / "results")
+    work, pages, results = [tmp_path / name for name in ("work", "pages", "results")]
     world = World(broken={"ngram"})
-    assert not reproduce(settings, places, world.tools(), SAMPLES)
-    families = {record["family"] for record in lines(places.work / "data" / "questions.jsonl")}
-    assert families == set(SUITE)
-    assert len(families) == 6
+    assert not reproduce(settings, work, pages, results, world.tools(), SAMPLES)
+    families = {record["family"] for record in lines(work / "data" / "questions.jsonl")}
+    assert families == set(IMAGE_FAMILIES)
 
     world = World()
-    assert reproduce(settings, places, world.tools(), SAMPLES)
+    assert reproduce(settings, work, pages, results, world.tools(), SAMPLES)
     # Only what had failed is measured again: 6 points around K = 5, one at 3.
     assert {load.split()[1] for load in world.loads()} == {"ngram"}
-    run = BenchRun.load(places.results)
+    run = BenchRun.load(results)
     assert len(run.cells) == (5 + 1) * 5 * 2
     assert not any(cell.error for cell in run.cells)
-    text = (places.pages / "report.md").read_text()
+    text = (pages / "report.md").read_text()
     assert "Failed and missing cells\n\nNone:" in text
     for title in ("concurrency", "image tokens", "K", "temperature"):
         assert f"## Speedup against {title}\n\nNot shown" not in text
     assert "Acceptance per position" in text
     assert "multi_turn" in text
-    assert (places.pages / "report.html").is_file()
+    assert (pages / "report.html").is_file()
 
 
 def test_the_schedule_adds_a_side() -> None:

@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, module: str, *more: str) -> dict[str, Any]:
-    """Run the command for one arm; returns its row."""
+    """Run the command for one variant; returns its row."""
     (folder / "page.md").write_text("<!-- tables: here -->\n<!-- /tables -->\n")
     files = {"--work-dir": "work", "--output": "result.json", "--page": "page.md"}
     paths = [part for option, name in files.items() for part in (option, str(folder / name))]
@@ -37,7 +37,7 @@ def run(folder: Path, module: str, *more: str) -> dict[str, Any]:
 
 
 def check(row: dict[str, Any]) -> None:
-    """What must hold for every arm in the engine."""
+    """What must hold for every variant in the engine."""
     assert row["seeds"] == [0]
     assert row["identical"] == row["answers_compared"] == 7
     assert row["acceptance_length"]["image tasks"]["mean"] >= 1.0
@@ -48,7 +48,7 @@ def test_one_command(folder: Path) -> None:
     command = ("benchmarks.ablation", "--variant", "eagle_vlm")
     row = run(folder, *command)
     check(row)
-    assert row["arm"] == "eagle_vlm"
+    assert row["variant"] == "eagle_vlm"
     assert "EagleVLM" in (folder / "page.md").read_text()
     assert (folder / "page.png").is_file()
     # Run again: nothing is trained or measured anew.
@@ -59,7 +59,7 @@ def test_one_command(folder: Path) -> None:
 
 
 def test_command_of_the_compressors(folder: Path) -> None:
-    row = run(folder, "benchmarks.compressors", "--variant", "weighted", "--no-prefill")
+    row = run(folder, "benchmarks.compressors", "--variant", "weighted")
     check(row["engine"])
     assert row["name"] == "weighted-e2-s0"
     assert row["replayed"]["mean"] >= 1.0
