@@ -13,8 +13,9 @@ from vllm_vispec.bench.load import LoadGenerator, LoadJob, LoadResult
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.runner import Tools
 from vllm_vispec.bench.schema import BenchSample, MemoryFacts, Request, SpecCounters
-from vllm_vispec.bench.server import BenchServer, ServerError
+from vllm_vispec.bench.server import BenchServer
 from vllm_vispec.data.types import Part, Turn
+from vllm_vispec.utils.errors import ViSpecError
 
 TARGET, HEAD = CHECKPOINTS / "target", CHECKPOINTS / "vispec_head"
 SETTINGS = MatrixSettings(
@@ -26,18 +27,17 @@ SAMPLES = tuple(
 )
 
 
-def answer(sample: BenchSample, error: str | None = None) -> Request:
+def answer(sample: BenchSample) -> Request:
     """Return a made-up answer."""
     return Request(
         sample_id=sample.sample_id,
         family=sample.family,
-        output_text="" if error else f"answer to {sample.sample_id}",
-        output_tokens=0 if error else 4,
+        output_text=f"answer to {sample.sample_id}",
+        output_tokens=4,
         prompt_tokens=9,
         ttft_s=0.1,
         e2e_s=0.4,
         itl_s=(0.1, 0.2),
-        error=error,
     )
 
 
@@ -50,7 +50,6 @@ class World:
         broken: sides whose servers never become ready.
         accepted: draft tokens accepted in every round, of K.
         answers: text of an answer, by side and sample; None: that of `answer`.
-        failure: error of every request; None: each is answered.
         on_load: called with every job before it is answered; may raise.
     """
 
@@ -58,7 +57,6 @@ class World:
     broken: set[str] = field(default_factory=set)
     accepted: int = 1
     answers: Callable[[str, BenchSample], str] | None = None
-    failure: str | None = None
     on_load: Callable[[LoadJob], None] = lambda job: None
     servers: dict[str, FakeServer] = field(default_factory=dict)
 
@@ -81,7 +79,7 @@ class World:
         self.on_load(job)
         rounds = 2 * len(job.samples)
         server.rounds += rounds
-        requests = [answer(sample, self.failure) for sample in job.samples]
+        requests = [answer(sample) for sample in job.samples]
         if self.answers is not None:
             texts = [self.answers(server.variant, sample) for sample in job.samples]
             pairs = zip(requests, texts, strict=True)
@@ -135,14 +133,14 @@ class FakeServer(BenchServer):
 
     def wait_until_ready(self, seconds: float = 0.0) -> None:
         if self.variant in self.world.broken:
-            raise ServerError(f"server of {self.variant} ended: no such thing")
+            raise ViSpecError(f"server of {self.variant} ended: no such thing")
 
     def reset_caches(self) -> None:
         self.world.events.append(f"reset {self.variant}")
 
     def memory(self) -> MemoryFacts:
         if not self.alive:
-            raise ServerError(f"server of {self.variant} does not answer")
+            raise ViSpecError(f"server of {self.variant} does not answer")
         if "vispec" not in self.variant:
             return MemoryFacts(peak_bytes=1000, kv_blocks=10)
         return MemoryFacts(1000, 10, self.rounds, self.rounds // 2)

@@ -161,13 +161,16 @@ def test_a_failed_plain_side_leaves_no_speedup() -> None:
     assert table(run, "cells")[0][8] == "-"
 
 
+SMALL = made_up(concurrency=(1,), ks=(4,))
+
+
 @pytest.mark.parametrize(
     "run",
     [
-        BenchRun(1, {}, {}, ()),
+        replace(SMALL, cells=()),
         made_up(sides=("plain",), concurrency=(1,), ks=(4,)),
-        BenchRun(1, {"a": None}, {"sides": "all", "repetitions": True}, made_up().cells[:1]),
-        BenchRun(1, {}, {}, made_up().cells[2:3]),
+        replace(SMALL, machine={"a": None}, cells=SMALL.cells[:1]),
+        replace(SMALL, machine={}, cells=SMALL.cells[2:3]),
     ],
 )
 def test_sections_without_data_say_so_in_one_line(run: BenchRun) -> None:

@@ -18,19 +18,17 @@ import torch
 
 from tests.bench.fakes import SAMPLES, SETTINGS, lines
 from vllm_vispec.bench.load import (
-    LoadError,
     LoadGenerator,
     LoadJob,
     LoadResult,
     chat_messages,
     make_load,
     read_result,
-    write_questions,
 )
 from vllm_vispec.bench.questions import AskTarget, QuestionStore
 from vllm_vispec.bench.runner import digest
 from vllm_vispec.bench.schema import BenchSample, MemoryFacts, SpecCounters
-from vllm_vispec.bench.server import EXTENSION, IMAGE_TABLE, BenchServer, ServerError, choose_ports
+from vllm_vispec.bench.server import EXTENSION, IMAGE_TABLE, BenchServer, choose_ports
 from vllm_vispec.data.types import Part, Turn
 from vllm_vispec.spec_decode.image_table import TableStats
 from vllm_vispec.utils.errors import ViSpecError
@@ -74,8 +72,8 @@ def test_questions_for_the_load(tmp_path: Path) -> None:
     first, second = message["content"]
     assert first["image_url"]["url"].startswith("data:image/png;base64,")
     assert second == {"type": "text", "text": "What?"}
-    write_questions([sample, *SAMPLES], tmp_path / "q.jsonl")
-    assert [set(record) for record in lines(tmp_path / "q.jsonl")] == [{"prompt"}] * 4
+    _, file = QuestionStore(SETTINGS, [sample], tmp_path).questions(-1, server_of(tmp_path), 1)
+    assert lines(file) == [{"prompt": [message]}]
     assert digest([sample]) != digest([replace(sample, max_tokens=9)])
     with pytest.raises(ViSpecError, match=r"sample s: .*nothing\.png does not exist"):
         chat_messages(replace(sample, turns=(Turn("user", (Part(image="/nothing.png"),)),)))
@@ -118,9 +116,18 @@ def test_result_of_the_load(tmp_path: Path) -> None:
     assert drafted.spec == SpecCounters(97, 291, 105, ACCEPTED)
 
 
-@pytest.mark.parametrize("change", [{"errors": [""]}, {"duration": "x"}, {"ttfts": []}])
-def test_a_result_that_is_not_whole(tmp_path: Path, change: dict[str, object]) -> None:
-    with pytest.raises(LoadError, match="the result of vllm bench serve cannot be read"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"errors": [""]}, "the result of vllm bench serve cannot be read"),
+        ({"duration": "x"}, "the result of vllm bench serve cannot be read"),
+        ({"errors": ["Bad Request", "late"]}, "no request was answered: Bad Request"),
+    ],
+)
+def test_a_result_that_is_not_whole(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ViSpecError, match=message):
         read(tmp_path / "r.json", RESULT | change)
 
 
@@ -154,7 +161,7 @@ def test_a_process_that_ends_is_no_server(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("vllm_vispec.bench.server.CLI", ("-c", "print('no such model')"))
     server = server_of(tmp_path, "target")
     server.start()
-    with pytest.raises(ServerError, match=r"server of plain ended: no such model.*log\.txt"):
+    with pytest.raises(ViSpecError, match=r"server of plain ended: no such model.*log\.txt"):
         server.wait_until_ready(60)
     server.stop()
 
@@ -243,7 +250,7 @@ def test_a_load_that_fails_is_ended_and_the_next_has_a_new_child(
     with LoadGenerator() as generator:
         first = generator(job(tmp_path))
         begin = time.monotonic()
-        with pytest.raises(LoadError, match=message):
+        with pytest.raises(ViSpecError, match=message):
             generator(job(tmp_path, temperature, timeout_s=1 if temperature == 1 else 30))
         assert time.monotonic() - begin < 30
         assert not _is_there(int(first.wall_s))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import chain
@@ -13,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from vllm_vispec.bench.bootstrap import RESAMPLES, with_interval
-from vllm_vispec.bench.matrix import POINT_AXES, VARIANTS, points
+from vllm_vispec.bench.matrix import VARIANTS, points
 from vllm_vispec.bench.metrics import (
     BASELINE,
     METRICS,
@@ -29,11 +28,7 @@ from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, BenchRun, CellKey
 OURS = "vispec"
 """The variant a report is about, if it was measured."""
 KEY = tuple(field.name for field in fields(CellKey))
-_NUMBERS = [name for name in METRICS if name != "acceptance_rate_per_position"] + [
-    "low",
-    "high",
-    "plain_length",
-]
+_NUMBERS = [*(METRICS.keys() - {"acceptance_rate_per_position"}), "low", "high", "plain_length"]
 _ORDER = ["dataset", "temperature", "images", "num_speculative_tokens", "concurrency"]
 _SIDES = ["place", "side"]
 
@@ -59,12 +54,13 @@ class Facts:
     @classmethod
     def from_run(cls, run: BenchRun, resamples: int = RESAMPLES) -> Facts:
         """Measure every cell of a run."""
-        groups, (wanted, expected) = by_key(run.cells), _expected(run.settings)
+        groups, expected = by_key(run.cells), int(run.settings["repetitions"])
         rows = [
             _row(key, groups.get(key, ()), groups.get(baseline_key(key), ()), expected, resamples)
-            for key in dict.fromkeys([*groups, *wanted])
+            for key in dict.fromkeys(chain(groups, *points(run.settings)))
         ]
-        table = _frame(rows).sort_values(_ORDER + _SIDES, kind="stable", ignore_index=True)
+        table = pd.DataFrame(rows).astype(dict.fromkeys(_NUMBERS, float))
+        table = table.sort_values(_ORDER + _SIDES, kind="stable", ignore_index=True)
         return cls(run, table.set_axis(range(1, len(table) + 1)), resamples)
 
     @cached_property
@@ -114,7 +110,7 @@ class Facts:
             )
             for row in rows.itertuples()
         ]
-        return _frame(parts).set_axis(rows.index)
+        return pd.DataFrame(parts, rows.index).astype(dict.fromkeys(_NUMBERS, float))
 
 
 def timed(rows: pd.DataFrame) -> pd.DataFrame:
@@ -147,16 +143,3 @@ def _row(key: CellKey, cells: Cells, plain: Cells, expected: int, resamples: int
         "done": done,
         "state": (state if done else "failed") if cells else "missing",
     }
-
-
-def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    empty = CellKey("", 0, 0, 0.0, 0, "")
-    columns = list(rows[0] if rows else _row(empty, (), (), 0, 0))
-    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(_NUMBERS, float))
-
-
-def _expected(settings: Mapping[str, Any]) -> tuple[list[CellKey], int]:
-    """Return the keys of the whole matrix and its repetitions; none if they were not noted."""
-    if not {"dataset", "repetitions", "sides", *POINT_AXES.values()} <= settings.keys():
-        return [], 1
-    return list(chain.from_iterable(points(settings))), int(settings["repetitions"])

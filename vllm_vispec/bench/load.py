@@ -22,7 +22,6 @@ from vllm_vispec.bench.machine import server_environment
 from vllm_vispec.bench.schema import BenchSample, Request, SpecCounters
 from vllm_vispec.utils.engine_start import find_cause
 from vllm_vispec.utils.errors import ViSpecError
-from vllm_vispec.utils.files import write_text
 from vllm_vispec.utils.process import WorkerProcess, serve_requests
 
 CHAT = "/v1/chat/completions"
@@ -39,10 +38,6 @@ _COLUMNS = {
 """Fields of `Request` by vLLM's names of their lists."""
 
 
-class LoadError(ViSpecError):
-    """A load that could not be made, or whose result cannot be read."""
-
-
 @dataclass(frozen=True)
 class LoadJob:
     """One run of the load generator.
@@ -51,7 +46,7 @@ class LoadJob:
         url: the server's address.
         model: the name it serves.
         samples: what to ask, in order.
-        questions: file made by `write_questions` from these samples.
+        questions: file with them, as vLLM's dataset "custom" reads it.
         concurrency: requests in flight.
         temperature: 0 is greedy.
         result: JSON file to write.
@@ -111,9 +106,9 @@ class LoadResult:
 
 
 class _LoadWorker(WorkerProcess):
-    def error(self, what: str) -> LoadError:
+    def error(self, what: str) -> ViSpecError:
         cause = find_cause(self.log())
-        return LoadError(f"vllm bench serve {what}: {cause} (log: {self.log_file})")
+        return ViSpecError(f"vllm bench serve {what}: {cause} (log: {self.log_file})")
 
 
 class LoadGenerator:
@@ -136,7 +131,8 @@ class LoadGenerator:
         """Make the load and read what came of it.
 
         Raises:
-            LoadError: the generator fails or takes too long, or its result is not whole.
+            ViSpecError: the generator fails or takes too long, its result is not whole, or no
+                request was answered.
         """
         job.result.unlink(missing_ok=True)
         job.result.parent.mkdir(parents=True, exist_ok=True)
@@ -165,16 +161,6 @@ def make_load(request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def write_questions(samples: Sequence[BenchSample], file: Path) -> None:
-    """Write samples as a dataset file for `vllm bench serve`.
-
-    Raises:
-        ViSpecError: an image is missing or broken.
-    """
-    lines = [json.dumps({"prompt": chat_messages(sample)}) + "\n" for sample in samples]
-    write_text(file, "".join(lines))
-
-
 def chat_messages(sample: BenchSample) -> list[dict[str, Any]]:
     """Return a sample as OpenAI messages with images as data URLs.
 
@@ -196,7 +182,8 @@ def read_result(file: Path, samples: Sequence[BenchSample]) -> LoadResult:
     """Read the detailed JSON of `vllm bench serve`.
 
     Raises:
-        LoadError: it is missing, or not what this version of the package knows.
+        ViSpecError: it is missing, or not what this version of the package knows; or no request
+            was answered, with the first one's reason.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -205,9 +192,13 @@ def read_result(file: Path, samples: Sequence[BenchSample]) -> LoadResult:
             _request(sample, dict(zip(_COLUMNS, values, strict=True)))
             for sample, *values in zip(samples, *columns, strict=True)
         )
-        return LoadResult(requests, float(content["duration"]), _spec(content))
+        found = LoadResult(requests, float(content["duration"]), _spec(content))
     except (OSError, ValueError, KeyError) as error:
-        raise LoadError(f"the result of vllm bench serve cannot be read: {error!r}") from error
+        raise ViSpecError(f"the result of vllm bench serve cannot be read: {error!r}") from error
+    errors = [request.error for request in requests]
+    if None not in errors:
+        raise ViSpecError(f"no request was answered: {errors[0]}")
+    return found
 
 
 def _spec(content: Mapping[str, Any]) -> SpecCounters | None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vispec.bench.datasets import with_square_images, without_images
-from vllm_vispec.bench.load import CHAT, chat_messages, write_questions
+from vllm_vispec.bench.load import CHAT, chat_messages
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, BenchSample
-from vllm_vispec.bench.server import BenchServer, ServerError, call, option_value
+from vllm_vispec.bench.server import BenchServer, call, option_value
 from vllm_vispec.data.types import Part, Turn
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import write_text
@@ -74,7 +74,8 @@ class QuestionStore:
             write_text(answered, "\n".join(lines) + "\n")
         file = self._folder / "questions" / f"{name}-first_{len(wanted)}.jsonl"
         if not file.exists():
-            write_questions(ready[: len(wanted)], file)
+            asked = [json.dumps({"prompt": chat_messages(one)}) for one in ready[: len(wanted)]]
+            write_text(file, "\n".join(asked) + "\n")
         return tuple(ready[: len(wanted)]), file
 
     @cached_property
@@ -181,7 +182,7 @@ def ask_server(url: str, model: str) -> AskTarget:
     """Return a function that asks a running server, one question at a time.
 
     Raises:
-        ServerError: (the function) the server refuses or is gone.
+        ViSpecError: (the function) the server refuses or is gone.
     """
 
     def ask(sample: BenchSample) -> str:
@@ -194,7 +195,7 @@ def ask_server(url: str, model: str) -> AskTarget:
         try:
             answer = call(url + CHAT, json.dumps(body).encode(), TIMEOUT_S)
         except OSError as error:
-            raise ServerError(
+            raise ViSpecError(
                 f"sample {sample.sample_id}: its earlier questions get no answer ({error})"
             ) from error
         return str(json.loads(answer)["choices"][0]["message"]["content"] or "")

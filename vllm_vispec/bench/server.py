@@ -36,10 +36,6 @@ READY_S = 1800.0
 """Longest start of a server."""
 
 
-class ServerError(ViSpecError):
-    """A server that does not start, or is gone."""
-
-
 @dataclass
 class BenchServer:
     """A server on loopback.
@@ -86,7 +82,7 @@ class BenchServer:
         """Wait for an answer of `/health`.
 
         Raises:
-            ServerError: with the cause, as the log says it.
+            ViSpecError: with the cause, as the log says it.
         """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -102,7 +98,7 @@ class BenchServer:
         """Empty the caches of prefixes, images and vision embeddings, as after a start.
 
         Raises:
-            ServerError: the server does not do it.
+            ViSpecError: the server does not do it.
         """
         for name in CACHES:
             self._call(name, b"")
@@ -111,7 +107,7 @@ class BenchServer:
         """Return what the server's processes hold; image lookups are those since the start.
 
         Raises:
-            ServerError: the server does not answer.
+            ViSpecError: the server does not answer.
         """
         blocks = re.search(r'cache_config_info\{.*num_gpu_blocks="(\d+)"', self._call("metrics"))
         lookups = None
@@ -133,8 +129,8 @@ class BenchServer:
             cause = find_cause(self._log())
             raise self._error(f"does not answer /{path} ({error}): {cause}") from error
 
-    def _error(self, what: str) -> ServerError:
-        return ServerError(f"server of {self.variant} {what} (log: {self.log_file})")
+    def _error(self, what: str) -> ViSpecError:
+        return ViSpecError(f"server of {self.variant} {what} (log: {self.log_file})")
 
     def _log(self) -> str:
         return self.log_file.read_text(errors="replace")
@@ -183,7 +179,7 @@ class ServerGroup:
         """Return a variant's server; one that died under load is started again once.
 
         Raises:
-            ServerError: it is not there, with the reason.
+            ViSpecError: it is not there, with the reason.
         """
         server = self._servers[name]
         # Settings do not get better: a server that never came up is not tried again.
@@ -193,7 +189,7 @@ class ServerGroup:
             server.start()
             self._wait_for(server)
         if not server.alive:
-            raise ServerError(self._errors.get(name, f"server of {name} died twice"))
+            raise ViSpecError(self._errors.get(name, f"server of {name} died twice"))
         return server
 
     def _wait_for(self, server: BenchServer) -> None:
