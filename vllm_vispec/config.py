@@ -56,11 +56,6 @@ class ViSpecConfig(Settings):
         default="canonical",
         description="Whose tensor names the head's files use; found by inspection.",
     )
-    draft_vocab_file: str | None = Field(
-        default=None,
-        description="Where the list of draft_vocab lies, relative to the head's folder if it lies "
-        "in there; found.",
-    )
 
     @field_validator("image_table_size", mode="before")
     @classmethod
@@ -81,7 +76,7 @@ class ViSpecConfig(Settings):
                 f'speculative config: draft_vocab={given!r} must be a file, "auto", or '
                 "a number of tokens; leave it out to draft from the whole vocabulary"
             )
-        return given
+        return None if given is False else given
 
     @classmethod
     def pop_from(cls, speculative: dict[str, Any]) -> ViSpecConfig:

@@ -162,7 +162,7 @@ SETTINGS: dict[str, Any] = {
     "uncompressed": _settings(replace(BASE, compress=False, global_feature=False)),
     "gate": _settings(replace(BASE, compressor="select", num_query_tokens=1)),
     "draft VLM": _settings(DRAFT_VLM),
-    "draft_vocab": _settings(draft_vocab="auto", draft_vocab_file="tokens.txt"),
+    "draft_vocab": _settings(draft_vocab="auto"),
     "adaptive verification": _settings(adaptive=True),
     "trees": _settings(tree=TreeSettings()),
 }

@@ -216,7 +216,7 @@ def _draft(weight_VD: torch.Tensor, file: Path) -> Any:
 
     file.write_text(json.dumps(IDS[::-1]))
     draft = Draft()
-    draft.vispec_config = ViSpecConfig(draft_vocab=str(file), draft_vocab_file=str(file))
+    draft.vispec_config = ViSpecConfig(draft_vocab=str(file))
     draft.config = LlamaConfig(vocab_size=HEAD_VOCAB, hidden_size=HIDDEN, num_attention_heads=4)
     draft.logits_processor = LogitsProcessor(HEAD_VOCAB)
     draft.lm_head = ParallelLMHead(HEAD_VOCAB, HIDDEN, params_dtype=torch.float32)

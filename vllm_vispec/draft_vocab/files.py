@@ -1,19 +1,21 @@
-"""Reading, checking and writing lists of the target tokens a draft may propose.
+"""Lists of the target tokens a draft may propose: the setting that names one, and the files.
 
-A list is one integer tensor in a safetensors file, or JSON.  A head's folder may ship one, named
-draft_vocab.safetensors.
+A list is one integer tensor in a safetensors file, or JSON. A head's folder may ship one, named
+draft_vocab.safetensors. The setting is checked when the engine is configured; workers read the list
+again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.heads.folder import DRAFT_VOCAB
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import writing
@@ -60,39 +62,60 @@ class DraftVocab:
         return DraftVocab(self.token_ids[:count], by_frequency=True)
 
 
-def find_vocab(setting: str | int | None, folder: Path, vocab_size: int) -> DraftVocab | None:
+def resolve_draft_vocab(
+    config: ViSpecConfig, settings: dict[str, Any], folder: Path, vocab_size: int
+) -> ViSpecConfig:
+    """Find and check the list, and let vLLM ask the draft for tokens rather than logits.
+
+    Args:
+        settings: the rest of the speculative config; ``use_local_argmax_reduction`` is switched on
+            in it unless it is given or something needs all logits.
+        folder: the head's.
+        vocab_size: tokens of the target.
+
+    Returns:
+        The settings, with an absolute path.
+
+    Raises:
+        ViSpecError: the list cannot be used, or not with the other settings.
+    """
+    setting = config.draft_vocab
+    if find_vocab(setting, folder, vocab_size) is None:
+        return config
+    if settings.get("draft_lm_head_quantization"):
+        raise ViSpecError(
+            "speculative config: draft_vocab and draft_lm_head_quantization both replace the "
+            "draft's lm_head: leave one of them out"
+        )
+    is_greedy = settings.get("draft_sample_method", "greedy") == "greedy"
+    if is_greedy and not settings.get("enable_adaptive_verification"):
+        settings.setdefault("use_local_argmax_reduction", True)
+    is_path = isinstance(setting, str) and setting != "auto"
+    return config.replace(draft_vocab=str(_locate(setting, folder))) if is_path else config
+
+
+def find_vocab(
+    setting: bool | str | int | None, folder: Path, vocab_size: int
+) -> DraftVocab | None:
     """Return the tokens that a `draft_vocab` setting means; None: all.
 
     Args:
         setting: a file, "auto" or True for the head's list, an integer for its N most frequent.
-        folder: the head's.
+        folder: the head's, on this machine.
         vocab_size: tokens of the target.
 
     Raises:
         ViSpecError: there is no such list, or it cannot be used.
     """
-    if setting is None or setting is False:
+    if setting is None:
         return None
-    return choose_tokens(setting, read_vocab(locate_vocab(setting, folder), vocab_size))
+    vocab = read_vocab(_locate(setting, folder), vocab_size)
+    is_count = isinstance(setting, int) and not isinstance(setting, bool)
+    return vocab.first(int(setting)) if is_count else vocab
 
 
-def choose_tokens(setting: str | int | None, vocab: DraftVocab) -> DraftVocab:
-    """Return the first N tokens if the setting is a number, else the whole list.
-
-    Raises:
-        ViSpecError: see `DraftVocab.first`.
-    """
-    if isinstance(setting, int) and not isinstance(setting, bool):
-        return vocab.first(setting)
-    return vocab
-
-
-def locate_vocab(setting: str | int, folder: Path) -> Path:
-    """Return the file that a `draft_vocab` setting means: a path, else the head's own list.
-
-    Raises:
-        ViSpecError: it does not exist.
-    """
+def _locate(setting: bool | str | int | None, folder: Path) -> Path:
+    """Return the file that a `draft_vocab` setting means: a path, else the head's own list."""
     if isinstance(setting, str) and setting != "auto":
         path = Path(setting).expanduser().absolute()
         if not path.is_file():
@@ -150,6 +173,45 @@ def write_vocab(path: Path, token_ids: Sequence[int]) -> None:
     with writing(path) as aside:
         save_file(content, aside, metadata={ORDER: BY_FREQUENCY})
         aside.chmod(0o644)
+
+
+def check_lm_head(config: ViSpecConfig, target: Any) -> None:
+    """Refuse a list of tokens for a target whose configuration says that its lm_head is quantized.
+
+    Not all say so; workers look at the weights themselves.
+
+    Args:
+        target: vLLM's ``ModelConfig``.
+
+    Raises:
+        ViSpecError: names the setting and the remedy.
+    """
+    if config.draft_vocab is None:
+        return
+    for hf_config in (target.hf_config, target.hf_text_config):
+        stated = getattr(hf_config, "quantization_config", None)
+        if isinstance(stated, Mapping) and _quantizes_lm_head(stated):
+            raise quantized_lm_head(stated.get("quant_method"))
+
+
+def quantized_lm_head(method: Any) -> ViSpecError:
+    """Return the error about a target whose lm_head has no rows to take."""
+    return ViSpecError(
+        f"{_KEY} needs an lm_head in float32, bfloat16 or float16, the target's is quantized "
+        f"({method}): leave draft_vocab out"
+    )
+
+
+def _quantizes_lm_head(stated: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's ``quantization_config`` names lm_head among what is quantized."""
+    if stated.get("lm_head"):  # GPTQ and AWQ
+        return True
+    layer = (stated.get("extra_config") or {}).get("lm_head") or {}  # AutoRound
+    if layer.get("bits", 16) < 16:
+        return True
+    groups = (stated.get("config_groups") or {}).values()  # compressed-tensors
+    targets = [name for group in groups for name in group.get("targets") or ()]
+    return any(name.endswith("lm_head") for name in targets)
 
 
 def _read_safetensors(path: Path) -> DraftVocab:

@@ -5,13 +5,13 @@ The list has the most frequent tokens first; beside it lies how much of the answ
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from pydantic import Field
 
 from vllm_vispec import __version__
 from vllm_vispec.data.read import read_conversations
@@ -19,6 +19,8 @@ from vllm_vispec.data.types import ANSWER_TOKENS_KEY, Conversation, Rejected
 from vllm_vispec.draft_vocab.files import MIN_TOKENS, write_vocab
 from vllm_vispec.heads.folder import DRAFT_VOCAB, DRAFT_VOCAB_FACTS, inspect_head
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import write_json
+from vllm_vispec.utils.settings import Settings
 
 HELD_OUT_EVERY = 10
 """Every tenth answer is held out: its coverage is by a ranking of the others' tokens."""
@@ -27,8 +29,20 @@ SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 DEFAULT_SIZE = 32768
 
 
-@dataclass(frozen=True)
-class TokenCounts:
+class VocabOptions(Settings):
+    """What to count, and what to write."""
+
+    target: str = Field(description="Folder or hub id of the target, for its tokenizer.")
+    head: str = Field(description="Folder or hub id of the head, for the size of the vocabulary.")
+    data: Path = Field(description="Answers of the target, e.g. the output of `vispec regenerate`.")
+    output: Path | None = Field(None, description="Folder to write to; default: the head's.")
+    size: int | None = Field(
+        None, ge=MIN_TOKENS, description="Tokens of the list; default: 32768, or all."
+    )
+    overwrite: bool = Field(False, description="Replace an earlier list.")
+
+
+class TokenCounts(NamedTuple):
     """How often each token occurs in answers.
 
     Attributes:
@@ -45,6 +59,62 @@ class TokenCounts:
     def total(self) -> Counter[int]:
         """Counts of all answers."""
         return self.ranked + self.held_out
+
+
+class MadeVocab(NamedTuple):
+    """A list that was written, and the content of the JSON beside it."""
+
+    file: Path
+    facts: dict[str, Any]
+
+
+def make_vocab(options: VocabOptions) -> MadeVocab:
+    """Count the answers' tokens, rank them and write the list with its facts.
+
+    Raises:
+        ViSpecError: head, tokenizer or data cannot be used, or the list exists.
+    """
+    info = inspect_head(options.head)
+    file = _file(options)
+    vocab_size = info.config.vocab_size
+    size = min(options.size or DEFAULT_SIZE, vocab_size)
+    tokenizer = _load_tokenizer(options.target)
+    special = [token for token in _special_ids(tokenizer, options.target) if token < vocab_size]
+    if size < len(special):
+        raise ViSpecError(
+            f"--size {size} has no room for the target's {len(special)} special tokens: use more"
+        )
+    rejected: list[Rejected] = []
+    counts = count_tokens(_answers(options.data, tokenizer, rejected))
+    total = counts.total
+    if not total:
+        reason = f" (first reason: {rejected[0].reason})" if rejected else ""
+        raise ViSpecError(
+            f"--data {options.data} has no answer to count{reason}: give the output of "
+            "`vispec regenerate`"
+        )
+    if max(total) >= vocab_size:
+        raise ViSpecError(
+            f"--data {options.data} has token id {max(total)}, the head's target has 0 to "
+            f"{vocab_size - 1}: give answers of that target"
+        )
+    facts = {
+        "format": 1,
+        "tokens": size,
+        "target_tokens": vocab_size,
+        "special_tokens": len(special),
+        "answers": counts.answers,
+        "answer_tokens": sum(total.values()),
+        "distinct_answer_tokens": len(total),
+        "coverage": coverage_by_size(counts, special, vocab_size, size),
+        "target": options.target,
+        "data": options.data.name,
+        "version": __version__,
+        "skipped": len(rejected),
+    }
+    write_vocab(file, rank_tokens(total, special, vocab_size)[:size])
+    write_json(file.with_name(DRAFT_VOCAB_FACTS), facts)
+    return MadeVocab(file, facts)
 
 
 def answer_ids(
@@ -79,122 +149,44 @@ def rank_tokens(counts: Counter[int], special: Iterable[int], vocab_size: int) -
     return [token for token in ordered if 0 <= token < vocab_size]
 
 
-def coverage(counts: Counter[int], token_ids: Iterable[int]) -> float | None:
-    """Return the share of the counted tokens that a list has; None if nothing was counted."""
-    total = sum(counts.values())
-    return sum(counts[token] for token in set(token_ids)) / total if total else None
-
-
 def coverage_by_size(
     counts: TokenCounts, special: Sequence[int], vocab_size: int, size: int
 ) -> dict[str, dict[str, float | None]]:
     """Return the coverage of the N most frequent tokens, for N in `SIZES` and `size`.
 
     "all" is the coverage of all answers. "held_out" ranks tokens by the other answers, so it says
-    more about new questions.
+    more about new questions; None without held-out answers.
     """
-    ranking = rank_tokens(counts.total, special, vocab_size)
+    total = counts.total
+    ranking = rank_tokens(total, special, vocab_size)
     others = rank_tokens(counts.ranked, special, vocab_size)
     return {
         str(n): {
-            "all": coverage(counts.total, ranking[:n]),
-            "held_out": coverage(counts.held_out, others[:n]),
+            "all": _coverage(total, ranking[:n]),
+            "held_out": _coverage(counts.held_out, others[:n]),
         }
         for n in sorted({*SIZES, size})
         if n <= vocab_size
     }
 
 
-@dataclass(frozen=True)
-class VocabOptions:
-    """What to count, and what to write.
-
-    Attributes:
-        target: Folder or hub id of the target, for its tokenizer.
-        head: Folder or hub id of the head, for the size of the vocabulary.
-        data: Answers of the target, e.g. the output of `vispec regenerate`.
-        output: Folder to write to; default: the head's.
-        size: Tokens of the list; default: 32768, or all.
-        overwrite: Replace an earlier list.
-
-    Raises:
-        ViSpecError: the size is too small.
-    """
-
-    target: str
-    head: str
-    data: Path
-    output: Path | None = None
-    size: int | None = None
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if self.size is not None and self.size < MIN_TOKENS:
-            raise ViSpecError(f"--size {self.size} is too small: use at least {MIN_TOKENS}")
+def _coverage(counts: Counter[int], token_ids: Iterable[int]) -> float | None:
+    """Return the share of the counted tokens that a list has; None if nothing was counted."""
+    total = sum(counts.values())
+    return sum(counts[token] for token in token_ids) / total if total else None
 
 
-@dataclass(frozen=True)
-class MadeVocab:
-    """A list that was written.
-
-    Attributes:
-        file: where.
-        facts: content of the JSON beside it: counts, coverage by number of tokens, provenance.
-    """
-
-    file: Path
-    facts: dict[str, Any]
-
-
-def make_vocab(options: VocabOptions) -> MadeVocab:
-    """Count the answers' tokens, rank them and write the list with its facts.
-
-    Raises:
-        ViSpecError: head, tokenizer or data cannot be used, or the list exists.
-    """
-    info = inspect_head(options.head)
-    folder = _folder(options)
-    vocab_size = info.config.vocab_size
-    size = min(options.size or DEFAULT_SIZE, vocab_size)
-    tokenizer = _load_tokenizer(options.target)
-    special = [token for token in _special_ids(tokenizer, options.target) if token < vocab_size]
-    if size < len(special):
-        raise ViSpecError(
-            f"--size {size} has no room for the target's {len(special)} special tokens: use more"
-        )
-    rejected: list[Rejected] = []
-    counts = count_tokens(_answers(options.data, tokenizer, rejected))
-    _check_counts(counts, vocab_size, options, rejected)
-    facts = {
-        "format": 1,
-        "tokens": size,
-        "target_tokens": vocab_size,
-        "special_tokens": len(special),
-        "answers": counts.answers,
-        "answer_tokens": sum(counts.total.values()),
-        "distinct_answer_tokens": len(counts.total),
-        "coverage": coverage_by_size(counts, special, vocab_size, size),
-        "target": options.target,
-        "data": options.data.name,
-        "version": __version__,
-        "skipped": len(rejected),
-    }
-    write_vocab(folder / DRAFT_VOCAB, rank_tokens(counts.total, special, vocab_size)[:size])
-    text = json.dumps(facts, indent=2, ensure_ascii=False)
-    (folder / DRAFT_VOCAB_FACTS).write_text(text + "\n", encoding="utf-8")
-    return MadeVocab(folder / DRAFT_VOCAB, facts)
-
-
-def _folder(options: VocabOptions) -> Path:
+def _file(options: VocabOptions) -> Path:
     folder = options.output or Path(options.head).expanduser()
     if not folder.is_dir():
         raise ViSpecError(
             f"--output {folder} is no folder: give an existing one (a head from the hub has "
             "none of its own)"
         )
-    if (folder / DRAFT_VOCAB).exists() and not options.overwrite:
-        raise ViSpecError(f"{folder / DRAFT_VOCAB} exists: add --overwrite, or give --output")
-    return folder
+    file = folder / DRAFT_VOCAB
+    if file.exists() and not options.overwrite:
+        raise ViSpecError(f"{file} exists: add --overwrite, or give --output")
+    return file
 
 
 def _load_tokenizer(target: str) -> Any:
@@ -233,20 +225,3 @@ def _answers(data: Path, tokenizer: Any, rejected: list[Rejected]) -> Iterator[S
             rejected.append(item)
         else:
             yield from answer_ids(item, tokenize)
-
-
-def _check_counts(
-    counts: TokenCounts, vocab_size: int, options: VocabOptions, rejected: Sequence[Rejected]
-) -> None:
-    if not counts.total:
-        reason = f" (first reason: {rejected[0].reason})" if rejected else ""
-        raise ViSpecError(
-            f"--data {options.data} has no answer to count{reason}: give the output of "
-            "`vispec regenerate`"
-        )
-    largest = max(counts.total)
-    if largest >= vocab_size:
-        raise ViSpecError(
-            f"--data {options.data} has token id {largest}, the head's target has 0 to "
-            f"{vocab_size - 1}: give answers of that target"
-        )

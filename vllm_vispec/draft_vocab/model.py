@@ -16,8 +16,7 @@ from torch import nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from vllm_vispec.draft_vocab.setting import read_setting
-from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.draft_vocab.files import find_vocab, quantized_lm_head
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
@@ -53,7 +52,7 @@ def give_own_lm_head(model: Any, folder: Path) -> None:
         ViSpecError: the list cannot be used, or the target's lm_head is quantized.
     """
     vocab_size = model.config.vocab_size
-    vocab = read_setting(model.vispec_config, folder, vocab_size)
+    vocab = find_vocab(model.vispec_config.draft_vocab, folder, vocab_size)
     if vocab is None:
         return
     shared: VocabParallelEmbedding = model.lm_head
@@ -98,13 +97,7 @@ def _head_of(rows: torch.Tensor) -> nn.Module:
 
 def _check_plain(lm_head: Any, hidden_size: int) -> None:
     weight = getattr(lm_head, "weight", None)
-    is_plain = isinstance(weight, torch.Tensor) and weight.dtype in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    )
+    plain = (torch.float32, torch.bfloat16, torch.float16)
+    is_plain = isinstance(weight, torch.Tensor) and weight.dtype in plain
     if weight is None or not is_plain or weight.shape[1:] != (hidden_size,):
-        raise ViSpecError(
-            "speculative config: draft_vocab needs an lm_head in float32, bfloat16 or float16, the "
-            f"target's is quantized ({type(lm_head.quant_method).__name__}): leave draft_vocab out"
-        )
+        raise quantized_lm_head(type(lm_head.quant_method).__name__)

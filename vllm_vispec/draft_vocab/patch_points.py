@@ -9,7 +9,7 @@ from vllm_vispec.config import ViSpecConfig
 
 def has_draft_vocab(vllm_config: Any) -> bool:
     """Whether the draft proposes some of the target's tokens only."""
-    return ViSpecConfig.from_vllm(vllm_config).draft_vocab_file is not None
+    return ViSpecConfig.from_vllm(vllm_config).draft_vocab is not None
 
 
 DRAFT_VOCAB = PatchGroup(

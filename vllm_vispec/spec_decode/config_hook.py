@@ -25,7 +25,7 @@ from vllm_vispec.config import (
     settings_of,
     uses_vispec,
 )
-from vllm_vispec.draft_vocab.setting import check_lm_head, resolve_draft_vocab
+from vllm_vispec.draft_vocab.files import check_lm_head, resolve_draft_vocab
 from vllm_vispec.heads import speculators
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.folder import HeadInfo, inspect_head, is_vispec_head
