@@ -108,7 +108,7 @@ def test_the_command_on_the_shipped_pair(tmp_path: Path) -> None:
         ("tree", "CPU_ATTN"),
     }
     page = output.with_suffix(".txt").read_text()
-    assert "tree: passed (16 of 16 answers equal, 0 differ within noise, 0 wrong)" in page
+    assert "**tree: passed** (16 of 16 answers equal, 0 differ within noise, 0 wrong)" in page
 
 
 # What follows runs in the child.

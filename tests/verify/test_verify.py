@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from vllm_vispec.cli.app import app
 from vllm_vispec.utils.process import RequestFailed
 from vllm_vispec.verify import run as verify_run
-from vllm_vispec.verify.page import print_page
 from vllm_vispec.verify.prompts import PROMPTS
 from vllm_vispec.verify.result import Verification
 from vllm_vispec.verify.run import Verifier, VerifyProcess, VerifySettings
@@ -134,9 +131,7 @@ def run(world: World, settings: VerifySettings = SETTINGS) -> Verification:
 
 
 def page_of(found: Verification) -> str:
-    text = StringIO()
-    print_page(found, Console(file=text, width=200))
-    return text.getvalue()
+    return found.to_markdown()
 
 
 def one_wrong(name: str, prompt: str, count: int) -> tuple[int, ...]:
@@ -153,9 +148,9 @@ def test_all_is_well() -> None:
     assert Verification.model_validate_json(found.model_dump_json()) == found
     assert len(world.steps) == Verifier(SETTINGS, Path()).num_steps
     page = page_of(found)
-    for said in ("NVIDIA H100", "head size 64 padded to 80", "20.00", "node codes", " 0.75 0.75 "):
+    for said in ("NVIDIA H100", "head size 64 padded to 80", "20.00", "node codes", " 0.75 0.75 |"):
         assert said in page
-    assert "chain: passed (16 of 16 answers equal, 0 differ within noise, 0 wrong)" in page
+    assert "**chain: passed** (16 of 16 answers equal, 0 differ within noise, 0 wrong)" in page
 
 
 WRONG = f"wrong token: {PROMPTS[3].name} (alone), position 2: 9 instead of 7, which plain vLLM "
@@ -234,7 +229,7 @@ def test_what_is_not_there_does_not_fail() -> None:
     assert "not available: head_size not supported" in page_of(found)
     found = run(World(broken={"tree": "refused: no backend serves heads of 92"}))
     assert found.exit_status == 0
-    assert "tree: refused\n  refused: no backend serves heads of 92" in page_of(found)
+    assert "**tree: refused**\n  - refused: no backend serves heads of 92" in page_of(found)
     assert {one.case.padded_size for one in found.attention} == {80, 88}
     found = run(World(mute=(PROMPTS[7].name,)))
     assert found.exit_status == 0
@@ -248,7 +243,7 @@ def test_an_engine_that_does_not_start_gives_one_line(name: str) -> None:
     assert found.exit_status == 1
     page = page_of(found)
     assert "too little free memory" in page
-    assert f"log of {name}: out/found-{name}.log" in page
+    assert f"Log of {name}: out/found-{name}.log" in page
     assert len(found.engines) == (1 if name == "plain" else 3)
 
 

@@ -15,6 +15,8 @@ from vllm_vispec.verify.run import EngineOptions, Verifier, VerifySettings
 if TYPE_CHECKING:
     from vllm_vispec.verify.result import Verification
 
+WIDTH = 110
+
 
 @options_of(VerifySettings, EngineOptions)
 def verify(
@@ -45,10 +47,10 @@ def run(settings: VerifySettings, output: Path) -> Verification:
         typer.Exit: it was interrupted.
     """
     from rich.console import Console
+    from rich.markdown import Markdown
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from vllm_vispec.utils.files import write_json, write_text
-    from vllm_vispec.verify.page import WIDTH, print_page
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(TextColumn("{task.description:40}"), *columns, transient=True) as progress:
@@ -65,9 +67,9 @@ def run(settings: VerifySettings, output: Path) -> Verification:
         except KeyboardInterrupt as error:
             typer.echo("stopped: nothing was written", err=True)
             raise typer.Exit(INTERRUPTED) from error
-    console = Console(width=WIDTH, record=True)
-    print_page(found, console)
+    text = found.to_markdown()
+    Console(width=WIDTH).print(Markdown(text))
     write_json(output, found.model_dump(mode="json"))
-    write_text(page := output.with_suffix(".txt"), console.export_text())
+    write_text(page := output.with_suffix(".txt"), text)
     typer.echo(f"wrote {output} and {page}")
     return found

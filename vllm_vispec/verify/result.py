@@ -241,6 +241,24 @@ class Verification(Record):
         """0 only if nothing failed; a refusal is an answer."""
         return int(any(verdict.state == FAILED for verdict in self.verdicts))
 
+    def to_markdown(self) -> str:
+        """Return the page, the verdicts last."""
+        from vllm_vispec.bench.pages import to_markdown
+
+        counts = {engine.name: self._count_equal(engine) for engine in self.engines}
+        return to_markdown("verify.md.j2", found=self, counts=counts)
+
+    def _count_equal(self, engine: EngineResult) -> str:
+        """Count a feature's answers; "" if there are none."""
+        total = sum(len(answers) for answers in engine.answers.values())
+        noise = [one.is_noise for one in self.differences.get(engine.name, ())]
+        if not total:
+            return ""
+        return (
+            f"{total - len(noise)} of {total} answers equal, {sum(noise)} differ within noise, "
+            f"{len(noise) - sum(noise)} wrong"
+        )
+
 
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 TOLERANCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 3e-2}
