@@ -146,7 +146,11 @@ def test_engines() -> None:
     ],
 )
 def test_requests_whose_sampling_depends_on_the_path_get_chains(changes: dict[str, Any]) -> None:
-    plain = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+    plain: dict[str, Any] = {
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+    }
     plain |= {"min_tokens": 0, "bad_words": None, "structured_outputs": None}
     assert not limits.requires_linear_draft(SimpleNamespace(**plain))
     assert limits.requires_linear_draft(SimpleNamespace(**(plain | changes)))
