@@ -52,6 +52,9 @@ def test_a_head_is_read_as_it_was_written(
     assert info.shapes == tensor_shapes(head)
     assert info.config.rows_per_image == head.num_query_tokens - 1
     same_weights(tmp_path, head)
+    draft = load_draft(tmp_path, torch.bfloat16)
+    assert {name for name, _ in draft.named_parameters()} == tensor_shapes(head).keys()
+    assert draft.fc.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -137,21 +140,9 @@ def test_config_is_a_plain_llama_config(name: str) -> None:
     assert HeadConfig.from_config_json(config.to_dict()) == head
 
 
-@EACH_FORMAT
-def test_draft_loads_every_format(tmp_path: Path, name: str) -> None:
-    head = write_head(tmp_path, name)
-    draft = load_draft(tmp_path, torch.bfloat16)
-    assert {name for name, _ in draft.named_parameters()} == tensor_shapes(head).keys()
-    assert draft.fc.weight.dtype == torch.bfloat16
-
-
-def test_resolve_prefers_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_head(tmp_path / "org" / "name")
-    assert resolve_head("org/name") == Path("org/name")
-
-
-def test_resolve_fetches_no_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_folder_comes_first_and_no_pickles_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     def fetch(repo_id: str, **kwargs: object) -> str:
@@ -159,6 +150,9 @@ def test_resolve_fetches_no_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.chdir(tmp_path)
+    write_head(tmp_path / "org" / "name")
+    assert resolve_head("org/name") == Path("org/name")
     assert resolve_head("org/head", revision="v1") == tmp_path
     patterns = ["*.json", "*.safetensors"]
     assert calls == [("org/head", {"revision": "v1", "allow_patterns": patterns})]

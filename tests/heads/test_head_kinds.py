@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.heads import TYPICAL, edit_config, write_head
+from tests.support.heads import TYPICAL, edit_config, random_tensors, write_head
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.folder import inspect_head, load_draft
 from vllm_vispec.reference import ViSpecDraft, tensor_shapes
@@ -24,14 +24,6 @@ EACH_KIND = pytest.mark.parametrize(("compress", "global_feature"), KINDS)
 
 def make(compress: bool, global_feature: bool) -> HeadConfig:
     return replace(TYPICAL["canonical"], compress=compress, global_feature=global_feature)
-
-
-def make_draft(config: HeadConfig) -> ViSpecDraft:
-    torch.manual_seed(0)
-    draft = ViSpecDraft(config)
-    for parameter in draft.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return draft
 
 
 @EACH_KIND
@@ -66,16 +58,11 @@ def test_flags_that_do_not_fit_the_weights(
         inspect_head(tmp_path)
 
 
-def test_without_global_feature_the_layer_reads_embedding_and_hidden() -> None:
-    draft = make_draft(make(True, False))
-    embed, hidden, anything = torch.randn(3, 32).unbind()
-    expected = draft.fc(torch.cat((embed, hidden)))
-    assert torch.equal(draft.layer_input(embed, hidden, anything), expected)
-
-
 @pytest.mark.parametrize("global_feature", [True, False])
 def test_without_compression_image_rows_read_their_embeddings(global_feature: bool) -> None:
-    draft = make_draft(make(False, global_feature))
+    head = make(False, global_feature)
+    draft = ViSpecDraft(head)
+    draft.load_state_dict(random_tensors(head))
     embeds, hidden = torch.randn(9, 32), torch.randn(9, 32)
     with torch.no_grad():
         state = draft.prefill(embeds, torch.randn(32), hidden, [(2, 6)])
