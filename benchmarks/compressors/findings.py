@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,15 +72,16 @@ def observe(target: str, data: Path) -> tuple[TrainingTarget, list[Observed]]:
 
     from vllm_vispec.data.encode import Encoder
     from vllm_vispec.data.template import load_processor
-    from vllm_vispec.evaluate.options import DataSource
+    from vllm_vispec.evaluate.options import read_samples
     from vllm_vispec.train.target import TrainingTarget
 
-    source, model = DataSource(data), TrainingTarget.load(target, torch.float32, "cpu")
-    encoder = Encoder(load_processor(target), MAX_LENGTH, source.images)
-    groups = source.batches(encoder, BATCH_SIZE, [])
-    return model, [
-        one for group in groups for one in model.observe([sample.encoded for sample in group])
-    ]
+    model = TrainingTarget.load(target, torch.float32, "cpu")
+    encoder = Encoder(load_processor(target), MAX_LENGTH, data.parent)
+    samples = read_samples(data, encoder, [])
+    found: list[Observed] = []
+    while group := list(islice(samples, BATCH_SIZE)):
+        found += model.observe([sample.encoded for sample in group])
+    return model, found
 
 
 def replay_all(
@@ -88,8 +90,8 @@ def replay_all(
     """Accepted drafts of greedy chains over the answers of conversations, a call for each."""
     import torch
 
+    from vllm_vispec.train.acceptance import answer_spans, draft_hits, replay
     from vllm_vispec.train.batch import pad_batch
-    from vllm_vispec.train.simulate import answer_spans, draft_hits, replay
 
     for start in range(0, len(observed), BATCH_SIZE):
         group = observed[start : start + BATCH_SIZE]
@@ -104,7 +106,7 @@ def replay_all(
 
 def question_states(observed: Iterable[Observed]) -> Iterator[tuple[str, Tensor]]:
     """Family and target state [D] at the end of the prompt, of every answer behind an image."""
-    from vllm_vispec.train.simulate import answer_spans
+    from vllm_vispec.train.acceptance import answer_spans
 
     for one in observed:
         first_image = min((start for start, _ in one.runs), default=len(one.token_ids))

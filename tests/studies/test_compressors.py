@@ -34,7 +34,8 @@ from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.reference import ViSpecDraft
 from vllm_vispec.train.batch import Observed, Runs
 from vllm_vispec.train.config import load_config
-from vllm_vispec.train.head_types import compressor_of, get_head_type, new_head_config
+from vllm_vispec.train.head_types import compressor_of, get_head_type
+from vllm_vispec.train.init import new_head_config
 from vllm_vispec.utils.files import write_json
 
 WIDTH, VOCAB = 32, 64

@@ -14,13 +14,13 @@ from typer.testing import CliRunner, Result
 from examples.tiny_vlm.dataset import make_sample, strip_marks
 from examples.tiny_vlm.shipped import HEAD, TARGET
 from tests.support.heads import write_head
+from tests.train.runs import write_records
 from tests.train.samples import random_sample
 from vllm_vispec.cli.evaluate import evaluate
 from vllm_vispec.data.encode import Encoder
 from vllm_vispec.data.template import load_processor
-from vllm_vispec.data.types import Rejected
 from vllm_vispec.evaluate.engine import questions
-from vllm_vispec.evaluate.options import DataSource
+from vllm_vispec.evaluate.options import read_samples
 from vllm_vispec.evaluate.run import greedy_tokens
 
 
@@ -40,9 +40,7 @@ def record(folder: Path, family: str, index: int, answer: str | None = None) -> 
 
 
 def write(folder: Path, records: list[dict[str, Any]]) -> Path:
-    path = folder / "data.jsonl"
-    path.write_text("".join(json.dumps(item) + "\n" for item in records))
-    return path
+    return write_records(folder / "data.jsonl", records)
 
 
 def vispec_eval(data: Path, *arguments: str, head: str = HEAD) -> Result:
@@ -50,6 +48,14 @@ def vispec_eval(data: Path, *arguments: str, head: str = HEAD) -> Result:
     app.command()(evaluate)
     fixed = ["--target", TARGET, "--head", head, "--data", str(data)]
     return CliRunner().invoke(app, [*fixed, *arguments])
+
+
+def numbers(data: Path, *arguments: str) -> dict[str, Any]:
+    """The report of an evaluation."""
+    output = data.parent / "new" / "numbers.json"
+    found = vispec_eval(data, "--output", str(output), *arguments)
+    assert found.exit_code == 0, found.output
+    return {**json.loads(output.read_text()), "printed": found.output}
 
 
 @pytest.fixture(scope="module")
@@ -64,65 +70,47 @@ def test_a_file_becomes_a_table_and_json(folder: Path) -> None:
         record(folder, "text_chat", 2),
         record(folder, "charts", 3) | {"image": "gone.png"},
     ]
-    output = folder / "new" / "numbers.json"
-    found = vispec_eval(
-        write(folder, records), "-k", "3", "--check-greedy", "--output", str(output)
-    )
-    assert found.exit_code == 0, found.output
-    numbers = json.loads(output.read_text())
-    assert (numbers["samples"], numbers["num_speculative_tokens"]) == (3, 3)
-    assert numbers["rejected"] == [{"id": "charts-3", "reason": "image gone.png does not exist"}]
-    assert list(numbers["simulated"]) == ["captioning", "multi_turn", "text_chat", "overall"]
-    overall = numbers["simulated"]["overall"]
+    report = numbers(write(folder, records), "-k", "3", "--check-greedy")
+    assert (report["samples"], report["num_speculative_tokens"]) == (3, 3)
+    assert report["rejected"] == [{"id": "charts-3", "reason": "image gone.png does not exist"}]
+    assert list(report["simulated"]) == ["captioning", "multi_turn", "text_chat", "overall"]
+    overall = report["simulated"]["overall"]
     turns = len(make_sample("heldout", 800_001, "multi_turn").dialogue.turns)
     assert overall["answers"] == 2 + turns
     # What this head reaches on right answers; a row or a token out of place gives about 1.
     assert overall["acceptance_length"] > 2.5
-    assert numbers["greedy_share"] > 0.8
+    assert report["greedy_share"] > 0.8
     for text in ("captioning", "simulated", "3 conversations evaluated, 1 left out", "gone.png"):
-        assert text in found.output
+        assert text in report["printed"]
 
 
 def test_answers_that_are_not_the_targets_show_in_the_greedy_share(folder: Path) -> None:
     data = write(folder, [record(folder, "captioning", 4, answer="of of two red the small is a")])
-    output = folder / "numbers.json"
-    assert vispec_eval(data, "--check-greedy", "--output", str(output)).exit_code == 0
-    assert json.loads(output.read_text())["greedy_share"] < 0.5
+    assert numbers(data, "--check-greedy")["greedy_share"] < 0.5
 
 
 def test_batches_and_limits_do_not_change_the_numbers(folder: Path) -> None:
     data = write(folder, [record(folder, "captioning", i) for i in range(3)])
-    numbers = []
-    for name, arguments in (("one", ["--batch-size", "1"]), ("all", ["--batch-size", "8"])):
-        output = folder / f"{name}.json"
-        found = vispec_eval(data, "--limit", "2", "--output", str(output), *arguments)
-        assert found.exit_code == 0, found.output
-        numbers.append(json.loads(output.read_text()))
-    assert numbers[0] == numbers[1]
-    assert numbers[0]["samples"] == 2
+    one, both = (numbers(data, "--limit", "2", "--batch-size", size) for size in "18")
+    assert one["simulated"] == both["simulated"]
+    assert one["samples"] == both["samples"] == 2
 
 
 def test_a_draft_vocabulary_changes_the_simulated_acceptance(folder: Path) -> None:
     data = write(folder, [record(folder, "captioning", 0)])
-    vocabulary = 1024
-    (folder / "all.json").write_text(json.dumps(list(range(vocabulary))))
-    (folder / "half.json").write_text(json.dumps(list(range(0, vocabulary, 2))))
-    found = []
-    for arguments in ([], ["all.json"], ["half.json"]):
-        output = folder / "vocab.json"
-        flags = ["--draft-vocab", str(folder / arguments[0])] if arguments else []
-        assert vispec_eval(data, "--output", str(output), *flags).exit_code == 0
-        found.append(json.loads(output.read_text())["simulated"]["overall"])
-    assert found[0] == found[1]
-    assert found[2]["acceptance_length"] < found[0]["acceptance_length"]
+    (folder / "all.json").write_text(json.dumps(list(range(1024))))
+    (folder / "half.json").write_text(json.dumps(list(range(0, 1024, 2))))
+    flags = [[], ["--draft-vocab", f"{folder}/all.json"], ["--draft-vocab", f"{folder}/half.json"]]
+    plain, same, fewer = (numbers(data, *one)["simulated"]["overall"] for one in flags)
+    assert plain == same
+    assert fewer["acceptance_length"] < plain["acceptance_length"]
     refused(vispec_eval(data, "--draft-vocab", "auto"), "has no draft_vocab.safetensors")
 
 
 def test_questions_are_what_stands_before_each_answer(folder: Path) -> None:
-    data = DataSource(write(folder, [record(folder, "multi_turn", 6)]))
     encoder = Encoder(load_processor(TARGET), 1024, folder)
-    rejected: list[Rejected] = []
-    ((sample,),) = data.batches(encoder, 4, rejected)
+    data = write(folder, [record(folder, "multi_turn", 6)])
+    (sample,) = read_samples(data, encoder, [])
     found = list(questions(encoder, sample))
     assert len(found) == len(make_sample("heldout", 800_006, "multi_turn").dialogue.turns) > 1
     ids = sample.encoded.token_ids.tolist()
@@ -150,13 +138,9 @@ def test_bad_input_is_one_line(folder: Path) -> None:
     refused(vispec_eval(good, "--dtype", "int8"), "--dtype")
     refused(vispec_eval(good, "-k", "0"), "num-speculative-tokens")
     refused(vispec_eval(good, "--max-length", "5"), "longer than max_length")
+    refused(vispec_eval(good, "--output", str(good / "numbers.json")), "numbers.json cannot be")
     write_head(folder / "small")
     refused(vispec_eval(good, head=str(folder / "small")), "hidden_size")
-
-
-def test_an_output_that_cannot_be_written_is_named(folder: Path) -> None:
-    data = write(folder, [record(folder, "text_chat", 5)])
-    refused(vispec_eval(data, "--output", str(data / "numbers.json")), "--output")
 
 
 def test_greedy_tokens_are_the_argmax_one_token_before() -> None:

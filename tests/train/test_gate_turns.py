@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from tests.train.samples import COMPRESSORS, HEADS, all_samples, random_draft, random_sample
-from vllm_vispec.compressors.gate import HIDDEN_BIAS, GateOutput, balance
+from vllm_vispec.compressors.gate import HIDDEN_BIAS, balance
 from vllm_vispec.compressors.spec import parse_compressor
 from vllm_vispec.compressors.turns import gate_rows
 from vllm_vispec.reference import decide
+from vllm_vispec.train.acceptance import describe_gate
 from vllm_vispec.train.batch import DraftBatch, pad_batch
 from vllm_vispec.train.config import LossSettings
-from vllm_vispec.train.metrics import GateDecisions, sum_decisions
-from vllm_vispec.train.objective import BALANCE, Objective, Rng
+from vllm_vispec.train.losses import BALANCE, Objective, Rng
 from vllm_vispec.train.rollout import MODES, rollout
-
-SELECT = parse_compressor(COMPRESSORS["select"].compressor)
 
 
 def two_turns() -> DraftBatch:
@@ -150,45 +146,37 @@ def test_the_gates_gradient_is_what_the_loss_changes_by(mode: str) -> None:
 
 
 def test_the_load_balance_is_a_part_of_selects_loss() -> None:
-    batch = pad_batch(all_samples())
-    head = torch.randn(64, 32, generator=generator())
-
-    def sums(name: str, weight: float) -> tuple[float, dict[str, float]]:
-        objective = Objective(
-            random_draft(COMPRESSORS[name]), head, LossSettings(name="specvlm", balance=weight)
-        )
-        found = objective(batch)
-        parts = {key: float(value) for key, value in found.parts.items() if key != "total"}
-        assert set(parts) == set(objective.part_names)
-        return float(found.loss.detach()), parts
-
-    with_it, parts = sums("select", 0.5)
-    without, fewer = sums("select", 0.0)
-    assert set(parts) - set(fewer) == {BALANCE}
-    assert with_it - without == pytest.approx(0.5 * parts[BALANCE], rel=1e-3)
-    assert set(sums("weighted", 0.5)[1]) == {"feature", "ce"}
-
-
-def test_the_balance_counts_turns_with_images_only() -> None:
     draft, batch = random_draft(COMPRESSORS["select"]), two_turns()
-    objective = Objective(draft, torch.randn(64, 32), LossSettings(name="specvlm"))
+    head = torch.randn(64, 32, generator=generator())
+    with_it, without = (
+        Objective(draft, head, LossSettings(name="specvlm", balance=weight))(batch)
+        for weight in (0.5, 0.0)
+    )
+    even = with_it.of_rows[BALANCE]
+    assert with_it.of_rows.keys() - without.of_rows.keys() == {BALANCE}
+    assert float((with_it.loss - without.loss).detach()) == pytest.approx(
+        0.5 * float(even), rel=1e-3
+    )
+    # Turns with images only.
     found = decide(draft.compressor, batch.hidden_BLD, batch.answer_BL, batch.runs)
     assert found is not None
-    sums = objective(batch)
     wanted = float(balance(found.of_images()).detach())
-    assert float(sums.parts[BALANCE]) / sums.rows == pytest.approx(wanted, rel=1e-5)
-    assert GateDecisions.from_sums(sums.decisions.tolist()).to_json(SELECT)["turns"] == 2
+    assert float(even / with_it.of_rows["rows"]) == pytest.approx(wanted, rel=1e-5)
+    gate = describe_gate(with_it.decisions_2K, draft.config.compressor_spec)
+    assert gate["turns"] == 2
+    weighted = Objective(
+        random_draft(COMPRESSORS["weighted"]), head, LossSettings(name="kl", balance=0.5)
+    )
+    assert BALANCE not in weighted.part_names
 
 
-def test_the_histogram_adds_up() -> None:
-    share = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]])
-    output = GateOutput(share.log(), share, torch.tensor([0, 1]))
-    one = GateDecisions.from_sums(sum_decisions(output).tolist())
-    spec = parse_compressor("select(prune:3,conv:2,text_only)")
-    both = GateDecisions() + one + one + GateDecisions()
-    assert both.to_json(spec)["turns"] == 4
-    assert both.to_json(spec)["chosen"] == {"prune:3": 0.5, "conv:2": 0.5, "text_only": 0.0}
-    assert math.isclose(sum(both.to_json(spec)["share"].values()), 1.0, abs_tol=1e-3)
-    assert both.describe(spec) == "prune:3 0.50, conv:2 0.50, text_only 0.00"
-    assert GateDecisions().to_json(spec) == {}
-    assert GateDecisions.from_sums([]) == GateDecisions()
+def test_shares_of_branches() -> None:
+    sums_2K = torch.tensor([[2.0, 1.0, 1.0], [1.4, 1.9, 0.7]])
+    spec = parse_compressor("select(prune:3,conv:2,prune:3)")
+    assert describe_gate(sums_2K, spec) == {
+        "turns": 4,
+        "chosen": {"prune:3": 0.75, "conv:2": 0.25},
+        "share": {"prune:3": 0.525, "conv:2": 0.475},
+    }
+    assert describe_gate(torch.zeros(2, 3), spec) == {}
+    assert describe_gate(torch.zeros(2, 0), parse_compressor("query")) == {}

@@ -16,9 +16,9 @@ from tests.train.samples import random_sample
 from vllm_vispec.heads.folder import load_draft
 from vllm_vispec.reference import DraftVlm, tensor_shapes
 from vllm_vispec.train.batch import pad_batch
-from vllm_vispec.train.config import HeadSettings, config_from_flat
-from vllm_vispec.train.head_types import HEAD_TYPES, new_head_config, resolve
-from vllm_vispec.train.init import make_draft, new_draft
+from vllm_vispec.train.config import HeadSettings
+from vllm_vispec.train.head_types import HEAD_TYPES
+from vllm_vispec.train.init import make_draft, new_draft, new_head_config
 from vllm_vispec.train.rollout import rollout
 from vllm_vispec.train.target import TargetFacts
 from vllm_vispec.utils.errors import ViSpecError
@@ -58,13 +58,6 @@ def test_a_fresh_one_has_the_targets_width_and_tables() -> None:
     assert torch.equal(draft.embed_tokens.weight, TABLE)
     assert torch.equal(draft.lm_head.weight, LM_HEAD)
     assert all(parameter.requires_grad for parameter in draft.parameters())
-    again, other = (
-        start(),
-        make_draft(HeadSettings(kind="draft_vlm"), TargetFacts("", TEXT, TABLE, LM_HEAD), seed=1),
-    )
-    name = "layers.3.mlp.up_proj.weight"
-    assert torch.equal(again.state_dict()[name], draft.state_dict()[name])
-    assert not torch.equal(other.state_dict()[name], draft.state_dict()[name])
 
 
 def test_a_narrow_one() -> None:
@@ -130,9 +123,9 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, r"scales RoPE \(yarn\)"),
-        ({"num_hidden_layers": 3}, r"lacks layers\.2\."),
-        ({"num_hidden_layers": 1}, r"has no use for layers\.1\."),
-        ({"intermediate_size": 48}, r"misshapes layers\.0\.mlp"),
+        ({"num_hidden_layers": 3}, r"Missing key.* \"layers\.2\."),
+        ({"num_hidden_layers": 1}, r"Unexpected key.* \"layers\.1\."),
+        ({"intermediate_size": 48}, r"size mismatch for layers\.0\.mlp"),
         ({"model_type": "gpt_neox"}, r"\(gpt_neox\) is a language model that no draft VLM"),
     ],
 )
@@ -162,31 +155,6 @@ def test_kinds_do_not_start_from_each_other(tmp_path: Path) -> None:
         make_draft(settings, TargetFacts("qwen2_5_vl", TEXT, TABLE, LM_HEAD), seed=0)
 
 
-@pytest.mark.parametrize(
-    ("flat", "message"),
-    [
-        ({"loss.name": "specvlm"}, r"compares hidden states \(feature\)"),
-        ({"loss.weights": {"feature": 1.0}}, r"compares hidden states \(feature\)"),
-        ({"loss.noise": 0.2}, "a draft VLM reads none"),
-        ({"head.trained": "projector"}, "would freeze a new draft VLM's random weights"),
-        ({"head.compressor": "prune:3"}, "sees no compressed images"),
-        ({"head.input_norm": "off"}, "does not go with a draft VLM"),
-        ({"head.kind": "vispec", "head.num_layers": 2}, "head.num_layers is 2, which head.kind"),
-        ({"head.kind": "specvlm", "head.trained": "projector"}, "head.trained is 'projector'"),
-    ],
-)
-def test_recipes_that_make_no_sense(flat: dict[str, Any], message: str) -> None:
-    with pytest.raises(ViSpecError, match=message):
-        resolve(config_from_flat({"head.kind": "draft_vlm"} | flat))
-
-
-def test_its_loss_compares_logits() -> None:
-    assert resolve(config_from_flat({"head.kind": "draft_vlm"})).loss.name == "kl"
-    kept = {"head.kind": "draft_vlm", "loss.name": "specvlm", "loss.weights": {"feature": 0.0}}
-    assert resolve(config_from_flat(kept)).loss.name == "specvlm"
-    assert resolve(config_from_flat({"head.kind": "vispec"})).loss.name == "vispec"
-
-
 @pytest.mark.parametrize("kind", HEAD_TYPES)
 def test_a_fresh_head_has_exactly_its_kinds_tensors(kind: str) -> None:
     config = new_head_config(kind, TEXT, target_model_type="qwen2_5_vl")
@@ -199,10 +167,6 @@ def test_a_fresh_head_has_exactly_its_kinds_tensors(kind: str) -> None:
         HEAD_TYPES[kind].compress,
         HEAD_TYPES[kind].global_feature,
     )
-
-
-def test_only_text_eagle_is_trained_on_text_alone() -> None:
-    assert [name for name, kind in HEAD_TYPES.items() if kind.text_only] == ["eagle_text"]
 
 
 @pytest.mark.parametrize("kind", HEAD_TYPES)
@@ -237,12 +201,14 @@ def test_a_fresh_head_adds_embedding_and_state_and_ignores_the_image() -> None:
     assert float(torch.corrcoef(both)[0, 1].detach()) > 0.95
 
 
-def test_the_seed_decides_the_weights() -> None:
-    config = new_head_config("vispec", TEXT)
+@pytest.mark.parametrize("kind", ["vispec", "draft_vlm"])
+def test_the_seed_decides_the_weights(kind: str) -> None:
+    config = new_head_config(kind, TEXT)
     first, same, other = (new_draft(config, TABLE, seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], same[name]) for name in first)
-    assert not torch.equal(first["layer.mlp.up_proj.weight"], other["layer.mlp.up_proj.weight"])
-    assert not torch.equal(first["img_adaptor.query"], other["img_adaptor.query"])
+    differing = {name for name in first if not torch.equal(first[name], other[name])}
+    assert any("mlp.up_proj" in name for name in differing)
+    assert kind == "draft_vlm" or "img_adaptor.query" in differing
 
 
 def test_an_own_embedding_table_is_copied_and_frozen() -> None:
@@ -253,37 +219,7 @@ def test_an_own_embedding_table_is_copied_and_frozen() -> None:
     assert not draft.embed_tokens.weight.requires_grad
 
 
-def test_changes_go_over_the_defaults() -> None:
-    config = new_head_config(
-        "vispec",
-        text(head_dim=16),
-        num_query_tokens=5,
-        final_norm=True,
-        num_key_value_heads=2,
-    )
-    assert (config.num_query_tokens, config.final_norm, config.num_key_value_heads) == (5, True, 2)
-    assert config.head_dim == 16
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "message"),
-    [
-        ("medusa", {}, "unknown"),
-        ("vispec", {"layers": 2}, "unknown"),
-        ("eagle_vlm", {"compress": True}, "no head of type"),
-        ("vispec", {"num_query_tokens": 0}, "num_query_tokens"),
-    ],
-)
-def test_bad_settings_are_refused(kind: str, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ViSpecError, match=message):
-        new_head_config(kind, TEXT, **changes)
-
-
 def test_a_target_without_a_rope_base_is_named() -> None:
+    assert new_head_config("vispec", text(head_dim=16)).head_dim == 16
     with pytest.raises(ViSpecError, match="rope_theta"):
         new_head_config("vispec", text(rope_parameters=None))
-
-
-def test_a_table_of_another_target_is_refused() -> None:
-    with pytest.raises(ViSpecError, match="embedding table"):
-        new_draft(new_head_config("vispec", TEXT), TABLE[:50], seed=0)

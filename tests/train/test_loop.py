@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,9 @@ from tests.train.runs import lines, losses, recipe, run, write_records
 from vllm_vispec.heads.folder import inspect_head, load_draft
 from vllm_vispec.train.distributed import processes
 from vllm_vispec.train.loop import fill_cache
+from vllm_vispec.train.target import TrainingTarget
 from vllm_vispec.utils.errors import ViSpecError
-
-
-def read(file: Path) -> dict:
-    content: dict = json.loads(file.read_text())
-    return content
+from vllm_vispec.utils.files import read_json
 
 
 def test_online_and_offline_are_the_same(
@@ -37,9 +35,7 @@ def test_online_and_offline_are_the_same(
     with processes("cpu") as group:
         fill_cache(offline, group)
     assert (tmp_path / "cache" / "shard-00002.safetensors").stat().st_mtime_ns == kept
-    monkeypatch.setattr(
-        "vllm_vispec.train.teacher.load_target", lambda *_: pytest.fail("the target was loaded")
-    )
+    monkeypatch.setattr(TrainingTarget, "load", lambda *_: pytest.fail("the target was loaded"))
     run(offline)
     first, second = losses(tmp_path / "online"), losses(tmp_path / "offline")
     assert list(first) == list(second) == [1, 2, 3, 4, 5, 6]
@@ -80,11 +76,11 @@ def test_training_learns_and_exports_the_head(
     assert found[-1] < 0.8 * found[0]
     head = inspect_head(tmp_path / "run" / "head")
     assert (head.config.target_model_type, head.config.compress) == ("qwen2_5_vl", True)
-    points = json.loads((tmp_path / "run" / "curve.json").read_text())
+    points = read_json(tmp_path / "run" / "curve.json")
     assert [point["step"] for point in points] == [5, 10, 15]
     assert set(points[0]["acceptance_length"]) == {"chat", "pictures", "overall"}
     assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
-    provenance = read(tmp_path / "run" / "run.json")
+    provenance = read_json(tmp_path / "run" / "run.json")
     assert provenance["config"]["optimizer"]["ema"] == 0.9
     assert provenance["data"]["used"] == {"train": 19, "validation": 5}
     assert provenance["finished"]["step"] == 15
@@ -104,25 +100,23 @@ def test_training_learns_and_exports_the_head(
             run(recipe(target, dialogues, tmp_path / "wrong", **wrong))
 
 
+def test_a_run_ends_with_its_time(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:
+    limits = {"schedule__max_steps": 0, "schedule__minutes": 1e-6}
+    assert run(recipe(tiny.target("llava"), dialogues, tmp_path / "run", **limits)).step == 1
+
+
 def test_bad_samples_are_counted(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:
     records = [json.loads(line) for line in dialogues.read_text().splitlines()]
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for image in dialogues.parent.glob("*.png"):
-        (folder / image.name).write_bytes(image.read_bytes())
+    folder = Path(shutil.copytree(dialogues.parent, tmp_path / "data"))
     (folder / "1-0.png").unlink()
     (folder / "4-0.png").write_bytes(b"no picture")
     (folder / "7-0.png").write_bytes((dialogues.parent / "7-0.png").read_bytes()[:60])
     records[3]["messages"][1]["content"] = "a red ball " * 300
-    data = write_records(folder / "data.jsonl", records)
-    target = tiny.target("qwen2_5_vl")
-    short = {"schedule__max_steps": 1, "data__max_length": 300}
-    run(recipe(target, data, tmp_path / "run", **short))
-    skipped = read(tmp_path / "run" / "run.json")["data"]
-    assert skipped["skipped"] == 4
-    assert skipped["records"] == 24
-    assert sum(skipped["used"].values()) == 20
-    assert {name: entry["count"] for name, entry in skipped["skipped_by_reason"].items()} == {
+    data, target = write_records(folder / "data.jsonl", records), tiny.target("qwen2_5_vl")
+    run(recipe(target, data, tmp_path / "run", schedule__max_steps=1, data__max_length=300))
+    found = read_json(tmp_path / "run" / "run.json")["data"]
+    assert (found["skipped"], found["records"], sum(found["used"].values())) == (4, 24, 20)
+    assert {name: entry["count"] for name, entry in found["skipped_by_reason"].items()} == {
         "missing image": 1,
         "unreadable image": 2,
         "longer than data.max_length": 1,
@@ -136,7 +130,7 @@ def test_text_heads_train_on_text(tiny: TinyStore, dialogues: Path, tmp_path: Pa
     config = recipe(target, dialogues, tmp_path / "run", head__kind="eagle_text",
                     schedule__max_steps=2)  # fmt: skip
     run(config)
-    assert read(tmp_path / "run" / "run.json")["data"]["used"]["train"] < 10
+    assert read_json(tmp_path / "run" / "run.json")["data"]["used"]["train"] < 10
     assert not inspect_head(tmp_path / "run" / "head").config.has_adaptor
     # Stage 2 of another kind starts from a text head: what it lacks starts fresh.
     wider = recipe(target, dialogues, tmp_path / "wider", schedule__max_steps=1,

@@ -25,10 +25,11 @@ def evaluate(
 
     from vllm_vispec.evaluate.report import make_table
     from vllm_vispec.evaluate.run import evaluate as run
+    from vllm_vispec.utils.files import write_json
 
     report = run(options)
     Console().print(make_table(report))
     for line in report.notes():
         typer.echo(line)
     if output is not None:
-        report.write(output)
+        write_json(output, report.to_json())

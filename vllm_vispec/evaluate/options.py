@@ -8,13 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from vllm_vispec.data.encode import Encoded, Encoder
 from vllm_vispec.data.images import image_folder
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.types import Conversation, Rejected
-from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.settings import Settings
 
 
@@ -61,6 +60,18 @@ class EvalOptions(Settings):
         description="Tokens that may be drafted: a list, auto, or how many; default: all.",
     )
 
+    @field_validator("data")
+    @classmethod
+    def _is_there(cls, path: Path) -> Path:
+        if not path.is_file():
+            raise ValueError(f"--data {path} is no file: give a JSONL file of conversations")
+        return path
+
+    @property
+    def images(self) -> Path:
+        """Folder that relative image paths start from."""
+        return image_folder(self.data, self.image_root)
+
     @property
     def draft_vocab_setting(self) -> str | int | None:
         """The draft vocabulary as the speculative config takes it."""
@@ -83,46 +94,19 @@ class EvalSample:
     encoded: Encoded
 
 
-@dataclass(frozen=True)
-class DataSource:
-    """A conversation file.
+def read_samples(
+    path: Path, encoder: Encoder, rejected: list[Rejected], limit: int | None = None
+) -> Iterator[EvalSample]:
+    """Yield the conversations of a file, encoded; what is left out goes to `rejected`.
 
-    Attributes:
+    Args:
         path: JSONL (or a JSON array) of conversations.
-        image_root: folder of relative image paths; None: the file's own.
         limit: most records to look at; None: all.
-
-    Raises:
-        ViSpecError: the file is not there.
     """
-
-    path: Path
-    image_root: Path | None = None
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.path.is_file():
-            raise ViSpecError(f"--data {self.path} is no file: give a JSONL file of conversations")
-
-    @property
-    def images(self) -> Path:
-        """Folder that relative image paths start from."""
-        return image_folder(self.path, self.image_root)
-
-    def batches(
-        self, encoder: Encoder, size: int, rejected: list[Rejected]
-    ) -> Iterator[list[EvalSample]]:
-        """Yield groups of up to `size` encoded samples; what is left out goes to `rejected`."""
-        group: list[EvalSample] = []
-        for item in islice(read_conversations(self.path, self.image_root), self.limit):
-            found = item if isinstance(item, Rejected) else encoder(item)
-            if isinstance(found, Rejected):
-                rejected.append(found)
-                continue
+    for item in islice(read_conversations(path, encoder.image_root), limit):
+        found = item if isinstance(item, Rejected) else encoder(item)
+        if isinstance(found, Rejected):
+            rejected.append(found)
+        else:
             assert isinstance(item, Conversation)
-            group.append(EvalSample(item, found))
-            if len(group) == size:
-                yield group
-                group = []
-        if group:
-            yield group
+            yield EvalSample(item, found)

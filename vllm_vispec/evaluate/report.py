@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_vispec.data.types import Rejected
 from vllm_vispec.evaluate.engine import EngineResult
-from vllm_vispec.train.metrics import OVERALL, Families
-from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.evaluate.options import EvalOptions
+from vllm_vispec.train.acceptance import OVERALL, Families
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,32 +19,27 @@ class Report:
     """Result of an evaluation.
 
     Attributes:
-        settings: what was evaluated, plain data.
+        options: what was evaluated.
         samples: conversations that were evaluated.
         rejected: records that were left out, with the reason.
         simulated: acceptance by family and "overall".
-        greedy: answer tokens that are the target's argmax, of how many; None if not checked.
+        greedy_share: of answer tokens, the target's argmax; None if not checked.
         engine: what the engine measured; None if it was not asked.
         warning: why target and head may not fit; None if they do.
     """
 
-    settings: dict[str, Any]
+    options: EvalOptions
     samples: int
     rejected: tuple[Rejected, ...]
     simulated: Families
-    greedy: tuple[int, int] | None = None
+    greedy_share: float | None = None
     engine: EngineResult | None = None
     warning: str | None = None
-
-    @property
-    def greedy_share(self) -> float | None:
-        """Share of answer tokens that are the target's greedy choice."""
-        return None if self.greedy is None else self.greedy[0] / max(self.greedy[1], 1)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain data."""
         content: dict[str, Any] = {
-            **self.settings,
+            **self.options.summary(),
             "samples": self.samples,
             "rejected": [{"id": item.sample_id, "reason": item.reason} for item in self.rejected],
             "simulated": _plain(self.simulated),
@@ -60,20 +53,6 @@ class Report:
                 "accepted_past_end": self.engine.accepted_past_end,
             }
         return content
-
-    def write(self, path: Path) -> None:
-        """Write the JSON.
-
-        Raises:
-            ViSpecError: the file cannot be written.
-        """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.to_json(), indent=2) + "\n")
-        except OSError as error:
-            raise ViSpecError(
-                f"--output {path} cannot be written ({error.strerror}): choose another file"
-            ) from error
 
     def notes(self) -> list[str]:
         """Lines below the table."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -15,15 +16,13 @@ from vllm_vispec.data.encode import Encoder
 from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Rejected
 from vllm_vispec.draft_vocab.files import find_vocab
-from vllm_vispec.evaluate.engine import EngineSettings, Question, measure, questions
-from vllm_vispec.evaluate.options import DataSource, EvalOptions, EvalSample
+from vllm_vispec.evaluate.engine import Question, measure, questions
+from vllm_vispec.evaluate.options import EvalOptions, read_samples
 from vllm_vispec.evaluate.report import Report
 from vllm_vispec.heads.folder import inspect_head, load_draft
 from vllm_vispec.heads.target import check_against_target, load_target_config
-from vllm_vispec.reference import Draft
+from vllm_vispec.train.acceptance import Acceptance, Answers, by_family, simulate
 from vllm_vispec.train.batch import Observed, pad_batch
-from vllm_vispec.train.metrics import Families, merge_families
-from vllm_vispec.train.simulate import simulate
 from vllm_vispec.train.target import TrainingTarget
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -34,96 +33,66 @@ def evaluate(options: EvalOptions) -> Report:
     Raises:
         ViSpecError: target, head or data cannot be used, or do not fit each other.
     """
-    source = DataSource(options.data, options.image_root, options.limit)
-    encoder = Encoder(load_processor(options.target), options.max_length, source.images)
-    pair = _Pair.load(options)
+    encoder = Encoder(load_processor(options.target), options.max_length, options.images)
+    pair = _Pair(options)
     rejected: list[Rejected] = []
-    parts: list[Families] = []
+    answers: list[tuple[str, Acceptance]] = []
     asked: list[Question] = []
     samples = greedy = checked = longest = 0
-    for group in source.batches(encoder, options.batch_size, rejected):
-        families, matches, tokens = pair.simulate(group, options)
-        parts.append(families)
-        samples, greedy, checked = samples + len(group), greedy + matches, checked + tokens
-        longest = max(longest, *(len(sample.encoded.token_ids) for sample in group))
+    every = read_samples(options.data, encoder, rejected, options.limit)
+    while group := list(islice(every, options.batch_size)):
+        observed = pair.target.observe([sample.encoded for sample in group])
+        answers += pair.simulate(observed, options.num_speculative_tokens)
+        samples += len(group)
+        longest = max(longest, *(len(one.token_ids) for one in observed))
+        for one in observed if options.check_greedy else ():
+            same, total = greedy_tokens(one, pair.target.lm_head_VD)
+            greedy, checked = greedy + same, checked + total
         if options.engine:
             asked += [question for sample in group for question in questions(encoder, sample)]
     if not samples:
         reason = f" (first reason: {rejected[0].reason})" if rejected else ""
-        raise ViSpecError(f"--data {source.path} has no usable conversation{reason}")
-    room = pair.room(longest, options.num_speculative_tokens)
-    pair.release()
+        raise ViSpecError(f"--data {options.data} has no usable conversation{reason}")
+    room, warning = pair.room(longest, options.num_speculative_tokens), pair.warning
+    del pair  # frees the memory for the engine
+    gc.collect()
+    torch.cuda.empty_cache()
     return Report(
-        options.summary(),
+        options,
         samples,
         tuple(rejected),
-        merge_families(*parts),
-        (greedy, checked) if options.check_greedy else None,
-        measure(_engine(options, room), asked, source.images) if options.engine else None,
-        pair.warning,
-    )
-
-
-def _engine(options: EvalOptions, max_model_len: int) -> EngineSettings:
-    return EngineSettings(
-        options.target,
-        options.head,
-        options.num_speculative_tokens,
-        options.dtype,
-        max_model_len,
-        options.draft_vocab_setting,
-        options.engine_args,
+        by_family(answers, options.num_speculative_tokens),
+        greedy / max(checked, 1) if options.check_greedy else None,
+        measure(options, asked, room) if options.engine else None,
+        warning,
     )
 
 
 class _Pair:
-    """A loaded target with its head."""
+    """A loaded target with its head; `warning` says why they may not fit."""
 
-    def __init__(
-        self,
-        target: TrainingTarget,
-        draft: Draft,
-        warning: str | None = None,
-        token_ids: tuple[int, ...] | None = None,
-    ) -> None:
-        self.target, self.draft, self.warning = target, draft, warning
-        self.lm_head_VD, self.token_ids_V = target.lm_head_VD, None
-        if token_ids is not None:
-            # Ascending as in the engine: of equal logits the same token wins.
-            self.token_ids_V = torch.tensor(sorted(token_ids), device=self.lm_head_VD.device)
-            self.lm_head_VD = self.lm_head_VD[self.token_ids_V]
-
-    @classmethod
-    def load(cls, options: EvalOptions) -> _Pair:
+    def __init__(self, options: EvalOptions) -> None:
         # Before any weights are read.
         info, config = inspect_head(options.head), load_target_config(options.target)
         text = config.get_text_config()
-        warning = check_against_target(
+        self.warning = check_against_target(
             info.config, text.hidden_size, text.vocab_size, config.model_type
         )
         vocab = find_vocab(options.draft_vocab_setting, info.folder, info.config.vocab_size)
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, options.dtype)
-        draft = load_draft(info.folder, dtype).to(device).eval()
-        target = TrainingTarget.load(options.target, dtype, device)
-        return cls(target, draft, warning, None if vocab is None else vocab.token_ids)
+        self.draft = load_draft(info.folder, dtype).to(device).eval()
+        self.target = TrainingTarget.load(options.target, dtype, device)
+        self.lm_head_VD, self.token_ids_V = self.target.lm_head_VD, None
+        if vocab is not None:
+            # Ascending as in the engine: of equal logits the same token wins.
+            self.token_ids_V = torch.tensor(sorted(vocab.token_ids), device=device)
+            self.lm_head_VD = self.lm_head_VD[self.token_ids_V]
 
-    def simulate(
-        self, group: Sequence[EvalSample], options: EvalOptions
-    ) -> tuple[Families, int, int]:
-        """Acceptance on a few samples, and how many of how many answer tokens are greedy."""
-        observed = self.target.observe([sample.encoded for sample in group])
-        families = simulate(
-            self.draft,
-            self.lm_head_VD,
-            pad_batch(observed),
-            options.num_speculative_tokens,
-            self.token_ids_V,
-        )
-        if not options.check_greedy:
-            return families, 0, 0
-        counts = [greedy_tokens(one, self.target.lm_head_VD) for one in observed]
-        return families, sum(same for same, _ in counts), sum(total for _, total in counts)
+    def simulate(self, observed: Sequence[Observed], num_draft_tokens: int) -> Answers:
+        """Acceptance on a few samples."""
+        batch = pad_batch(observed)
+        return simulate(self.draft, self.lm_head_VD, batch, num_draft_tokens, self.token_ids_V)
 
     def room(self, longest: int, num_draft_tokens: int) -> int:
         """max_model_len for conversations of up to `longest` tokens.
@@ -135,13 +104,6 @@ class _Pair:
         wanted = longest + 2 * (num_draft_tokens + 1)
         limit = getattr(self.target.text_config, "max_position_embeddings", None)
         return wanted if limit is None else max(longest, min(wanted, limit))
-
-    def release(self) -> None:
-        """Free the memory for the engine."""
-        del self.target, self.draft, self.lm_head_VD
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def greedy_tokens(sample: Observed, lm_head_VD: Tensor) -> tuple[int, int]:

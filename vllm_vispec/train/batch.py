@@ -11,9 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-
-from vllm_vispec.utils.errors import ViSpecError
 
 Runs = tuple[tuple[int, int], ...]
 
@@ -30,9 +27,6 @@ class Observed:
         runs: image runs [start, end) in token indices, one per image.
         embeds_LD: the target's input embeddings, image features scattered in.
         hidden_LD: the target's hidden states after its final norm (what lm_head reads).
-
-    Raises:
-        ViSpecError: the tensors disagree about the number of tokens.
     """
 
     sample_id: str
@@ -42,17 +36,6 @@ class Observed:
     runs: Runs
     embeds_LD: Tensor
     hidden_LD: Tensor
-
-    def __post_init__(self) -> None:
-        lengths = {
-            name: len(getattr(self, name))
-            for name in ("token_ids", "answer", "embeds_LD", "hidden_LD")
-        }
-        if len(set(lengths.values())) != 1:
-            raise ViSpecError(
-                f"sample {self.sample_id!r} has tensors of different lengths {lengths}: "
-                "observe it again with the target"
-            )
 
 
 @dataclass(frozen=True)
@@ -88,24 +71,19 @@ class DraftBatch:
 
 
 def pad_batch(samples: Sequence[Observed], multiple: int = 1) -> DraftBatch:
-    """Pad samples on the right; any number of images each, none included.
+    """Pad at least one sample on the right; any number of images each, none included.
 
     Args:
         multiple: L is one of its multiples. Kernels that are prepared once per shape then meet
             few shapes.
-
-    Raises:
-        ViSpecError: no sample was given.
     """
-    if not samples:
-        raise ViSpecError("a batch of no samples: give pad_batch at least one")
-
     longest = max(len(sample.token_ids) for sample in samples)
-    extra = -longest % multiple
+    length = longest + -longest % multiple
 
     def padded(name: str) -> Tensor:
-        rows = pad_sequence([getattr(sample, name) for sample in samples], batch_first=True)
-        return F.pad(rows, (0, 0) * (rows.dim() - 2) + (0, extra)) if extra else rows
+        rows = [getattr(sample, name) for sample in samples]
+        gaps = [(0, 0) * (row.dim() - 1) + (0, length - len(row)) for row in rows]
+        return torch.stack([F.pad(row, gap) for row, gap in zip(rows, gaps, strict=True)])
 
     return DraftBatch(
         ids_BL=padded("token_ids"),

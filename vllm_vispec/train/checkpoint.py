@@ -1,19 +1,20 @@
 """Checkpoints of a run: everything that the next step depends on, as safetensors and JSON.
 
 `checkpoints/step-NNNNNNNN/` holds state.safetensors (`weights.*`, the moments `moment1.*` and
-`moment2.*` of AdamW and, with an average, `average.*`) and state.json (steps, epoch and position
-in it, seconds, seed, settings). Order, noise and initial weights follow from the seed and the
-step, so there is no other random state. A checkpoint appears whole or not at all.
+`moment2.*` of AdamW and, with an average, `average.*`) and state.json (progress and settings).
+Order, noise and initial weights follow from the seed and the step, so there is no other random
+state. A checkpoint appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from vllm_vispec.train.config import TrainConfig
@@ -46,26 +47,21 @@ FREE_SETTINGS = (
 )
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(BaseModel):
     """How far a run is.
 
     Attributes:
         step: finished optimizer steps.
-        epoch, position: the epoch that the next step belongs to, and finished steps in it.
         seconds: training time so far, validation and saving excluded.
-        world: processes it ran on.
-        seed: of weights, order and noise.
         best, best_step: highest acceptance length so far, and its step.
         latest, latest_step: acceptance length of the last validation, and its step.
     """
 
+    # Checkpoints from before December 2026 hold more.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
     step: int = 0
-    epoch: int = 0
-    position: int = 0
     seconds: float = 0.0
-    world: int = 1
-    seed: int = 0
     best: float | None = None
     best_step: int | None = None
     latest: float | None = None
@@ -78,7 +74,7 @@ class Checkpoint:
 
     progress: Progress
     settings: Mapping[str, Any]
-    groups: Mapping[str, Tensors] = field(default_factory=dict)
+    groups: Mapping[str, Tensors]
 
 
 class Checkpoints:
@@ -92,7 +88,12 @@ class Checkpoints:
         found = self.folder.glob("step-*/state.json")
         return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
-    def save(self, checkpoint: Checkpoint) -> Path:
+    def latest(self) -> Checkpoint | None:
+        """Return the newest checkpoint, None if there is none."""
+        steps = self.steps()
+        return self.load(steps[-1]) if steps else None
+
+    def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, then drop old ones.
 
         Raises:
@@ -107,7 +108,7 @@ class Checkpoints:
         }
         content = {
             "format": FORMAT,
-            "progress": asdict(checkpoint.progress),
+            "progress": checkpoint.progress.model_dump(),
             "settings": dict(checkpoint.settings),
         }
         with writing(path) as aside:
@@ -115,8 +116,9 @@ class Checkpoints:
             write_tensors(aside / "state.safetensors", tensors)
             write_json(aside / "state.json", content)
             shutil.rmtree(path, ignore_errors=True)  # the same step, saved by an earlier attempt
-        self._drop_old(checkpoint.progress.best_step)
-        return path
+        for step in self.steps()[: -self._keep]:
+            if step != checkpoint.progress.best_step:
+                shutil.rmtree(self._path(step), ignore_errors=True)
 
     def load(self, step: int) -> Checkpoint:
         """Read the checkpoint of a step.
@@ -140,11 +142,6 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def _drop_old(self, best_step: int | None) -> None:
-        for step in self.steps()[: -self._keep]:
-            if step != best_step:
-                shutil.rmtree(self._path(step), ignore_errors=True)
-
 
 def check_same_settings(
     saved: Mapping[str, Any], now: Mapping[str, Any], allowed: tuple[str, ...] = ()
@@ -162,16 +159,15 @@ def check_same_settings(
     Raises:
         ViSpecError: others differ; names them and the option that allows it.
     """
-    default = TrainConfig().flat()
-    saved = {name: default.get(name) for name in now if name not in saved} | dict(saved)
+    before = TrainConfig().flat() | dict(saved)
     differing = sorted(
         name
         for name in {*saved, *now}
-        if name not in FREE_SETTINGS and saved.get(name) != now.get(name)
+        if name not in FREE_SETTINGS and before.get(name) != now.get(name)
     )
     refused = [name for name in differing if name not in allowed]
     if refused:
-        changes = ", ".join(f"{n}: {saved.get(n)!r} -> {now.get(n)!r}" for n in refused)
+        changes = ", ".join(f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in refused)
         raise ViSpecError(
             f"run.output holds a run with other settings ({changes}): choose another run.output, "
             f"or go on with the new ones by --override {','.join(differing)}"

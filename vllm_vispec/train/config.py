@@ -202,6 +202,13 @@ class ScheduleConfig(Section):
     )
     floor: float = setting(0.1, "last rate, as a share of the peak", "NeMo", ge=0, le=1)
 
+    def total_steps(self, steps_per_epoch: int) -> int | None:
+        """Return the steps after which a run ends, None without such a limit."""
+        limits = [self.max_steps] if self.max_steps else []
+        if self.epochs:
+            limits.append(max(1, round(self.epochs * steps_per_epoch)))
+        return min(limits, default=None)
+
 
 class BatchConfig(Section):
     """How samples are put together."""

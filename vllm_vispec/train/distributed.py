@@ -46,22 +46,18 @@ class Processes:
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over all processes."""
-        if self.world == 1:
-            return values
-        total = values.to(self.device, copy=True)
-        dist.all_reduce(total)
-        return total
+        if self.world > 1:
+            values = values.to(self.device, copy=True)
+            dist.all_reduce(values)
+        return values
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any process."""
-        if self.world == 1:
-            return flag
-        return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0)
+        return bool(self.sum(torch.tensor(float(flag))) > 0)
 
     def same(self, value: float) -> float:
         """Return the main process's value on every process."""
-        mine = torch.tensor([value if self.is_main else 0.0], dtype=torch.float64)
-        return float(self.sum(mine.to(self.device)).item())
+        return float(self.sum(torch.tensor(value if self.is_main else 0.0, dtype=torch.float64)))
 
 
 @contextmanager
@@ -74,26 +70,19 @@ def processes(device: str) -> Iterator[Processes]:
     Raises:
         ViSpecError: a GPU was asked for and there is none.
     """
-    chosen = pick_device(device)
+    chosen = _pick_device(device)
     mine = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if mine:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
-        if dist.is_initialized():
-            yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
-        else:
-            yield Processes(0, 1, chosen)
+        yield Processes(rank, world, chosen)
     finally:
         if mine:
             dist.destroy_process_group()
 
 
-def pick_device(device: str) -> torch.device:
-    """Return the device of this process.
-
-    Raises:
-        ViSpecError: see `processes`.
-    """
+def _pick_device(device: str) -> torch.device:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise ViSpecError("run.device is 'cuda' and PyTorch sees no GPU: use 'auto' or 'cpu'")
@@ -111,13 +100,12 @@ def shard(module: nn.Module, group: Processes) -> None:
     The module is gathered as a whole in its forward: rollouts call its parts one by one, so
     gathering part by part would not work. Gradients come out as means over the processes.
     """
-    if group.world == 1:
-        return
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    if group.world > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(group.device.type, (group.world,))
-    fully_shard(module, mesh=mesh, reshard_after_forward=False)
+        mesh = init_device_mesh(group.device.type, (group.world,))
+        fully_shard(module, mesh=mesh, reshard_after_forward=False)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -130,43 +118,28 @@ def whole(tensor: Tensor) -> Tensor:
 def assign(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy full tensors by name into parameters or moments, sharded or not."""
     for name, parameter in parameters.items():
-        parameter.copy_(like(parameter, values[name]))
+        value = values[name].to(parameter.device, parameter.dtype)
+        if hasattr(parameter, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
 
-
-def like(pattern: Tensor, value: Tensor) -> Tensor:
-    """Return a full tensor in the dtype, on the device and with the sharding of `pattern`."""
-    moved = value.to(pattern.device, pattern.dtype)
-    if not hasattr(pattern, "full_tensor"):
-        return moved
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(moved, pattern.device_mesh, pattern.placements)
-
-
-@dataclass
-class StopRequest:
-    """Whether the run was asked to end, and by which signal."""
-
-    signal_name: str = ""
-
-    def __bool__(self) -> bool:
-        return bool(self.signal_name)
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        parameter.copy_(value)
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGTERM or SIGINT into a request; a second one acts as usual.
+def stop_on_signals() -> Iterator[list[str]]:
+    """Collect the name of the first SIGTERM or SIGINT; a second one acts as usual.
 
     Outside the main thread (a Ray worker) signals are not ours to handle.
     """
-    request = StopRequest()
+    request: list[str] = []
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(number: int, frame: FrameType | None) -> None:
-        request.signal_name = signal.Signals(number).name
+        request.append(signal.Signals(number).name)
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vllm_vispec.compressors.spec import QUERY
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.folder import load_draft
 from vllm_vispec.heads.target import check_against_target
 from vllm_vispec.reference import Draft, DraftVlm, ViSpecDraft
 from vllm_vispec.reference.modeling_draft_vlm import PROJECTOR_PREFIX
 from vllm_vispec.train.config import HeadSettings
-from vllm_vispec.train.head_types import get_head_type, new_head_config
+from vllm_vispec.train.head_types import compressor_of, get_head_type
 from vllm_vispec.train.language_model import is_language_model, read_language_model
 from vllm_vispec.train.target import TargetFacts
 from vllm_vispec.utils.errors import ViSpecError
@@ -26,6 +27,8 @@ from vllm_vispec.utils.errors import ViSpecError
 WEIGHT_SCALE = 0.7
 # What disturbs the sum of embedding and state in a new `fc`, as a share of a linear's weights.
 FUSION_NOISE = 0.3
+# Decoder layers of a draft VLM.
+DRAFT_VLM_LAYERS = 4
 # Widths of MLPs are multiples of this.
 _MLP_MULTIPLE = 8
 # What a head keeps of the one it starts from; its type decides about images.
@@ -44,50 +47,153 @@ _KEPT = (
 )
 
 
+def new_head_config(
+    head_type: str,
+    text_config: Any,
+    *,
+    target_model_type: str = "",
+    num_query_tokens: int = 2,
+    compressor: str = "",
+    **changes: Any,
+) -> HeadConfig:
+    """Return the configuration of a new head for a target, in our own checkpoint format.
+
+    Widths, heads, RoPE base and norm epsilon are those of the target's text model; as in the
+    reference, attention is full multi-head (as many key/value as query heads), q/k/v and fc have
+    biases, there is no final norm and an input norm only in SpecVLM's heads. The target's embedding
+    table is used. A draft VLM has 4 layers, both norms and its own tables.
+
+    Args:
+        text_config: the transformers config of the target's text model.
+        target_model_type: `model_type` of the whole target, e.g. "qwen2_5_vl".
+        num_query_tokens: 2 in the reference: one row per image and the global feature. With another
+            compressor than ViSpec's adaptor there is one, the global feature's.
+        compressor: see `compressor_of`.
+        changes: other fields of `HeadConfig`, over these defaults.
+
+    Raises:
+        ViSpecError: unknown head type or an impossible value.
+    """
+    chosen, made_by = get_head_type(head_type), compressor_of(head_type, compressor)
+    heads = text_config.num_attention_heads
+    fields: dict[str, Any] = {
+        "target_model_type": target_model_type,
+        "hidden_size": text_config.hidden_size,
+        "intermediate_size": text_config.intermediate_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": _head_dim(text_config),
+        "vocab_size": text_config.vocab_size,
+        "max_position_embeddings": text_config.max_position_embeddings,
+        "rope_theta": _rope_theta(text_config),
+        "rms_norm_eps": text_config.rms_norm_eps,
+        "num_query_tokens": num_query_tokens if made_by == QUERY else 1,
+        "compressor": made_by,
+        "qkv_bias": True,
+        "fc_bias": True,
+        "layer0_input_norm": chosen.input_norm,
+        "final_norm": False,
+        "has_embed_tokens": False,
+        "compress": chosen.compress,
+        "global_feature": chosen.global_feature,
+    }
+    if chosen.draft_vlm:
+        fields |= {
+            "num_hidden_layers": DRAFT_VLM_LAYERS,
+            "vision_size": text_config.hidden_size,
+            "num_query_tokens": 1,
+            "fc_bias": False,
+            "final_norm": True,
+            "has_embed_tokens": True,
+        }
+    return HeadConfig(**(fields | changes))
+
+
+def _head_dim(text_config: Any) -> int:
+    width = getattr(text_config, "head_dim", None)
+    return width or text_config.hidden_size // text_config.num_attention_heads
+
+
+def _rope_theta(text: Any) -> float:
+    """transformers 5 keeps the base in `rope_parameters`, older versions in `rope_theta`."""
+    parameters = getattr(text, "rope_parameters", None) or {}
+    theta = parameters.get("rope_theta") or getattr(text, "rope_theta", None)
+    if theta is None:
+        raise ViSpecError(
+            "the target's text config states no rope_theta: set rope_theta of the head yourself"
+        )
+    return float(theta)
+
+
 def make_draft(settings: HeadSettings, facts: TargetFacts, seed: int) -> Draft:
     """Return a float32 draft on the CPU, the same on every process.
 
     With `head.init_from`, every tensor that the head type has is taken over. Image parts that the
-    other head lacks (a text draft from stage 1, a compressor) are initialised.
+    other head lacks (a text draft from stage 1, a compressor) are initialised. A draft VLM may
+    start from a language model; see `head.trained`.
 
     Raises:
-        ViSpecError: the other head does not fit the target or the head type.
+        ViSpecError: sizes are impossible, or `head.init_from` does not fit target or recipe.
     """
-    if get_head_type(settings.kind).draft_vlm:
-        return make_draft_vlm(settings, facts, seed)
-    other = load_draft(settings.init_from) if settings.init_from else None
-    if other is not None:
-        if not isinstance(other, ViSpecDraft):
-            raise ViSpecError(
-                f"head.init_from {settings.init_from!r} is a draft VLM, head.kind is "
-                f"{settings.kind!r}: use its kind, or start without it"
-            )
-        vocab_size, hidden_size = facts.embed_VD.shape
-        check_against_target(other.config, hidden_size, vocab_size, facts.model_type)
-    fields = {name: getattr(other.config, name) for name in _KEPT} if other else {}
-    if settings.input_norm != "auto":
-        fields["layer0_input_norm"] = settings.input_norm == "on"
-    config = new_head_config(
+    is_vlm = get_head_type(settings.kind).draft_vlm
+    if is_vlm and settings.init_from and is_language_model(settings.init_from):
+        draft: Draft = _from_language_model(settings, facts, seed)
+    elif settings.init_from:
+        other = _load_other(settings, facts)
+        draft = other if is_vlm else _from_head(other, settings, facts, seed)
+    else:
+        changes = default_sizes(settings, facts.text_config) if is_vlm else _norm(settings)
+        config = _new_config(settings, facts, changes)
+        draft = new_draft(config, facts.embed_VD.cpu(), seed, facts.lm_head_VD.cpu())
+    if is_vlm:
+        _check_sizes(settings, draft.config)
+    if settings.trained == "projector":
+        for name, parameter in draft.named_parameters():
+            parameter.requires_grad_(name.startswith(PROJECTOR_PREFIX))
+    return draft
+
+
+def _new_config(
+    settings: HeadSettings, facts: TargetFacts, changes: Mapping[str, Any]
+) -> HeadConfig:
+    return new_head_config(
         settings.kind,
         facts.text_config,
         target_model_type=facts.model_type,
         num_query_tokens=settings.num_query_tokens,
         compressor=settings.compressor,
-        **fields,
+        **changes,
     )
-    draft = new_draft(config, facts.embed_VD.cpu(), seed)
-    if other is not None:
-        _take_over(draft, other, settings)
-    return draft
 
 
-def _take_over(draft: Draft, other: ViSpecDraft, settings: HeadSettings) -> None:
+def _norm(settings: HeadSettings) -> dict[str, Any]:
+    on = settings.input_norm
+    return {} if on == "auto" else {"layer0_input_norm": on == "on"}
+
+
+def _load_other(settings: HeadSettings, facts: TargetFacts) -> Draft:
+    other = load_draft(settings.init_from)
+    if other.config.is_draft_vlm != get_head_type(settings.kind).draft_vlm:
+        what = "a draft VLM" if other.config.is_draft_vlm else "a head on the target's states"
+        raise ViSpecError(
+            f"head.init_from {settings.init_from!r} is {what}, head.kind is {settings.kind!r}: "
+            "start from one of its kind (a draft VLM also from a language model), or without it"
+        )
+    vocab_size, hidden_size = facts.embed_VD.shape
+    check_against_target(other.config, hidden_size, vocab_size, facts.model_type)
+    return other
+
+
+def _from_head(other: Draft, settings: HeadSettings, facts: TargetFacts, seed: int) -> Draft:
+    kept = {name: getattr(other.config, name) for name in _KEPT}
+    draft = new_draft(
+        _new_config(settings, facts, kept | _norm(settings)), facts.embed_VD.cpu(), seed
+    )
     given = {n: t for n, t in other.state_dict().items() if not n.startswith("embed_tokens.")}
-    mine, theirs = draft.config, other.config
+    mine, theirs, where = draft.config, other.config, f"head.init_from {settings.init_from!r}"
     if theirs.has_compressor and mine.compressor_spec != theirs.compressor_spec:
         raise ViSpecError(
-            f"head.compressor is {mine.compressor}, head.init_from {settings.init_from!r} has "
-            f"{theirs.compressor}: set it to that"
+            f"head.compressor is {mine.compressor}, {where} has {theirs.compressor}: set it to that"
         )
     query = "img_adaptor.query"
     if query in given and mine.has_compressor and mine.global_feature:
@@ -97,38 +203,23 @@ def _take_over(draft: Draft, other: ViSpecDraft, settings: HeadSettings) -> None
     lost = sorted(name for name in given if name not in wanted)
     if lost:
         raise ViSpecError(
-            f"head.kind {settings.kind!r} has no place for {', '.join(lost[:3])} of "
-            f"head.init_from {settings.init_from!r}: use its kind, or start without it"
+            f"head.kind {settings.kind!r} has no place for {', '.join(lost[:3])} of {where}: use "
+            "its kind, or start without it"
         )
     if query in given and given[query].shape != wanted[query].shape:
         raise ViSpecError(
-            f"head.num_query_tokens is {settings.num_query_tokens}, head.init_from "
-            f"{settings.init_from!r} has {len(given[query])}: set it to that"
+            f"head.num_query_tokens is {settings.num_query_tokens}, {where} has "
+            f"{len(given[query])}: set it to that"
         )
     draft.load_state_dict(given, strict=False)
+    return draft
 
 
-def make_draft_vlm(settings: HeadSettings, facts: TargetFacts, seed: int) -> DraftVlm:
-    """Return a float32 draft VLM on the CPU, the same on every process; see `head.trained`.
-
-    Raises:
-        ViSpecError: sizes are impossible, or `head.init_from` does not fit target or recipe.
-    """
+def _from_language_model(settings: HeadSettings, facts: TargetFacts, seed: int) -> Draft:
     embed_VD = facts.embed_VD.cpu()
-    if not settings.init_from:
-        config = _vlm_config(settings, facts, default_sizes(settings, facts.text_config))
-        draft = new_draft_vlm(config, embed_VD, seed, facts.lm_head_VD.cpu())
-    elif is_language_model(settings.init_from):
-        model = read_language_model(settings.init_from, len(embed_VD))
-        config = _vlm_config(settings, facts, model.fields)
-        _check_sizes(settings, config)
-        draft = new_draft_vlm(config, embed_VD, seed)
-        model.load_into(draft)
-    else:
-        draft = _load_draft_vlm(settings, facts)
-    if settings.trained == "projector":
-        for name, parameter in draft.named_parameters():
-            parameter.requires_grad_(name.startswith(PROJECTOR_PREFIX))
+    model = read_language_model(settings.init_from, len(embed_VD))
+    draft = new_draft(_new_config(settings, facts, model.fields), embed_VD, seed)
+    model.load_into(draft)
     return draft
 
 
@@ -142,43 +233,21 @@ def default_sizes(settings: HeadSettings, text_config: Any) -> dict[str, Any]:
     """
     theirs = text_config.hidden_size
     size = settings.hidden_size or theirs
-    wide = getattr(text_config, "head_dim", None) or theirs // text_config.num_attention_heads
-    heads = settings.num_heads or max(1, size // wide)
+    heads = settings.num_heads or max(1, size // _head_dim(text_config))
     if size % (2 * heads):
         raise ViSpecError(
             f"head.num_heads {heads} does not divide head.hidden_size {size} into heads of an "
             "even width: set both"
         )
     steps = round(text_config.intermediate_size * size / theirs / _MLP_MULTIPLE)
-    fields: dict[str, Any] = {
+    return {
+        "num_hidden_layers": settings.num_layers or DRAFT_VLM_LAYERS,
         "hidden_size": size,
         "intermediate_size": max(1, steps) * _MLP_MULTIPLE,
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "head_dim": size // heads,
     }
-    return fields | ({"num_hidden_layers": settings.num_layers} if settings.num_layers else {})
-
-
-def _load_draft_vlm(settings: HeadSettings, facts: TargetFacts) -> DraftVlm:
-    draft = load_draft(settings.init_from)
-    if not isinstance(draft, DraftVlm):
-        raise ViSpecError(
-            f"head.init_from {settings.init_from!r} is a head on the target's states, head.kind "
-            f"is {settings.kind!r}: start from a draft VLM or a language model, or without it"
-        )
-    vocab_size, hidden_size = facts.embed_VD.shape
-    check_against_target(draft.config, hidden_size, vocab_size, facts.model_type)
-    _check_sizes(settings, draft.config)
-    return draft
-
-
-def _vlm_config(
-    settings: HeadSettings, facts: TargetFacts, fields: Mapping[str, Any]
-) -> HeadConfig:
-    return new_head_config(
-        settings.kind, facts.text_config, target_model_type=facts.model_type, **fields
-    )
 
 
 def _check_sizes(settings: HeadSettings, config: HeadConfig) -> None:
@@ -197,32 +266,32 @@ def _check_sizes(settings: HeadSettings, config: HeadConfig) -> None:
 
 
 @torch.no_grad()
-def new_draft(config: HeadConfig, embed_VD: Tensor, seed: int) -> Draft:
+def new_draft(
+    config: HeadConfig, embed_VD: Tensor, seed: int, lm_head_VD: Tensor | None = None
+) -> Draft:
     """Return an initialised float32 draft on the CPU; the same seed gives the same weights.
 
-    It starts as a plain sum. fc = [I | I] plus a little noise, so a text row is its token's
+    A head starts as a plain sum. fc = [I | I] plus a little noise, so a text row is its token's
     embedding plus its state. img_fc = [I | 0] as in the reference, so training decides how much an
     image counts. Compressors initialise themselves. All other weights are normal, biases zero,
-    norms one. For a draft VLM see `new_draft_vlm`.
+    norms one.
+
+    A draft VLM of the target's width starts with the target's tables, which saves many steps. They
+    are trained like everything else.
 
     Args:
-        embed_VD: the target's embedding table, copied and frozen if the head has its own.
-
-    Raises:
-        ViSpecError: the table does not fit the head.
+        embed_VD: the target's embedding table, copied and frozen if a head has its own.
+        lm_head_VD: the target's, for a draft VLM; None: not known.
     """
-    wanted = (config.vocab_size, config.vision_size or config.hidden_size)
-    if tuple(embed_VD.shape) != wanted:
-        raise ViSpecError(
-            f"the target's embedding table is {tuple(embed_VD.shape)}, the head's config says "
-            f"{wanted}: set vocab_size and hidden_size of the head to the target's"
-        )
-    if config.is_draft_vlm:
-        return new_draft_vlm(config, embed_VD, seed)
-    draft = ViSpecDraft(config)
     generator = torch.Generator().manual_seed(seed)
-    init_linears(draft, generator)
-    _init_fusion(draft)
+    if config.is_draft_vlm:
+        return _new_draft_vlm(config, embed_VD, lm_head_VD, generator)
+    draft = ViSpecDraft(config)
+    _init_linears(draft, generator)
+    eye_DD = torch.eye(config.hidden_size)
+    draft.fc.weight.mul_(FUSION_NOISE).add_(torch.cat((eye_DD, eye_DD), dim=1))
+    if draft.img_fc is not None:
+        draft.img_fc.weight.copy_(torch.cat((eye_DD, torch.zeros_like(eye_DD)), dim=1))
     if draft.img_adaptor is not None:
         std = config.adaptor_head_dim**-0.5
         nn.init.normal_(draft.img_adaptor.query, std=std, generator=generator)
@@ -234,39 +303,11 @@ def new_draft(config: HeadConfig, embed_VD: Tensor, seed: int) -> Draft:
     return draft
 
 
-def _init_fusion(draft: ViSpecDraft) -> None:
-    eye_DD = torch.eye(draft.config.hidden_size)
-    draft.fc.weight.mul_(FUSION_NOISE).add_(torch.cat((eye_DD, eye_DD), dim=1))
-    if draft.img_fc is not None:
-        draft.img_fc.weight.copy_(torch.cat((eye_DD, torch.zeros_like(eye_DD)), dim=1))
-
-
-@torch.no_grad()
-def init_linears(module: nn.Module, generator: torch.Generator) -> None:
-    """Set normal weights and zero biases in every linear layer."""
-    for one in module.modules():
-        if isinstance(one, nn.Linear):
-            std = WEIGHT_SCALE * one.in_features**-0.5
-            nn.init.normal_(one.weight, std=std, generator=generator)
-            if one.bias is not None:
-                nn.init.zeros_(one.bias)
-
-
-@torch.no_grad()
-def new_draft_vlm(
-    config: HeadConfig, embed_VD: Tensor, seed: int, lm_head_VD: Tensor | None = None
+def _new_draft_vlm(
+    config: HeadConfig, embed_VD: Tensor, lm_head_VD: Tensor | None, generator: torch.Generator
 ) -> DraftVlm:
-    """Return an initialised float32 draft VLM on the CPU; the same seed gives the same weights.
-
-    All weights are normal, biases zero, norms one. At the target's width the tables start as the
-    target's, which saves many steps. They are trained like everything else.
-
-    Args:
-        embed_VD, lm_head_VD: the target's tables, of the target's width; None: not known.
-    """
     draft = DraftVlm(config)
-    generator = torch.Generator().manual_seed(seed)
-    init_linears(draft, generator)
+    _init_linears(draft, generator)
     # As long as what the projector makes of an image embedding: both are rows of one input.
     std = WEIGHT_SCALE * config.hidden_size**-0.5
     nn.init.normal_(draft.embed_tokens.weight, std=std, generator=generator)
@@ -275,3 +316,13 @@ def new_draft_vlm(
         if draft.lm_head is not None and lm_head_VD is not None:
             draft.lm_head.weight.copy_(lm_head_VD)
     return draft
+
+
+def _init_linears(module: nn.Module, generator: torch.Generator) -> None:
+    """Set normal weights and zero biases in every linear layer."""
+    for one in module.modules():
+        if isinstance(one, nn.Linear):
+            std = WEIGHT_SCALE * one.in_features**-0.5
+            nn.init.normal_(one.weight, std=std, generator=generator)
+            if one.bias is not None:
+                nn.init.zeros_(one.bias)

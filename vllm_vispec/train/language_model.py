@@ -25,6 +25,7 @@ from vllm_vispec.utils.files import read_tensors
 FAMILIES: Mapping[str, bool] = {"qwen2": True, "llama": False}
 # Models of one tokenizer pad their tables to different numbers of rows.
 _PADDING = 512
+_TABLES = ("embed_tokens.weight", "lm_head.weight")
 # Values of config.json under which the architecture is the draft's.
 _FIXED: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -56,31 +57,25 @@ class LanguageModel:
     fields: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
-    @torch.no_grad()
     def load_into(self, draft: nn.Module) -> None:
         """Copy the weights into a draft VLM of this shape; the projector stays as it is.
 
         Raises:
             ViSpecError: tensors are missing, left over or of other shapes.
         """
-        weights = {
-            n: w for n, w in draft.state_dict().items() if not n.startswith(PROJECTOR_PREFIX)
-        }
-        both = weights.keys() & self.tensors.keys()
-        differences = {
-            "lacks": weights.keys() - both,
-            "has no use for": self.tensors.keys() - both,
-            "misshapes": {n for n in both if not _fits(self.tensors[n].shape, weights[n].shape)},
-        }
-        for what, names in differences.items():
-            if names:
-                raise ViSpecError(
-                    f"{self.where} is a language model, but a draft VLM of its config.json {what} "
-                    f"{short_list(sorted(names))}: use a plain, unquantised "
-                    f"{' or '.join(FAMILIES)} model"
-                )
-        for name, weight in weights.items():
-            weight.copy_(_with_rows(self.tensors[name], len(weight)))
+        ours = draft.state_dict()
+        weights = {n: w for n, w in ours.items() if n.startswith(PROJECTOR_PREFIX)}
+        for name, tensor in self.tensors.items():
+            is_table = name in _TABLES and name in ours
+            weights[name] = _with_rows(tensor, len(ours[name])) if is_table else tensor
+        try:
+            draft.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise ViSpecError(
+                f"{self.where} is a language model, but not the one of its config.json ({reason}): "
+                f"use a plain, unquantised {' or '.join(FAMILIES)} model"
+            ) from error
 
 
 def is_language_model(folder: str | Path) -> bool:
@@ -157,12 +152,6 @@ def _rope_theta(where: str, config: Mapping[str, Any]) -> float:
             f"{where} scales RoPE ({scaling}), a draft VLM uses it plain: start from another model"
         )
     return float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-
-
-def _fits(theirs: torch.Size, ours: torch.Size) -> bool:
-    """Only the number of a table's rows may differ."""
-    is_table = len(ours) == 2 and abs(theirs[0] - ours[0]) <= _PADDING
-    return theirs == ours or (is_table and theirs[1:] == ours[1:])
 
 
 def _with_rows(tensor: Tensor, rows: int) -> Tensor:

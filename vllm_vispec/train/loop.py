@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_vispec.heads.export import export_head
+from vllm_vispec.train.acceptance import OVERALL, describe_gate, validate
 from vllm_vispec.train.checkpoint import Checkpoint, Checkpoints, Progress, check_same_settings
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import BatchOrder, Corpus, read_corpus
-from vllm_vispec.train.distributed import Processes, StopRequest, stop_on_signals
+from vllm_vispec.train.distributed import Processes, stop_on_signals
 from vllm_vispec.train.head_types import get_head_type, resolve
 from vllm_vispec.train.init import make_draft
-from vllm_vispec.train.metrics import OVERALL, GateDecisions
-from vllm_vispec.train.optimizer import Plan, rate_factor
 from vllm_vispec.train.run_log import RunLog, describe_run, now
-from vllm_vispec.train.simulate import validate
-from vllm_vispec.train.target import target_id
-from vllm_vispec.train.teacher import OfflineTeacher, Teacher, cache_folder, open_teacher
-from vllm_vispec.train.trainer import Trainer
+from vllm_vispec.train.teacher import OfflineTeacher, cache_folder, open_teacher
+from vllm_vispec.train.trainer import Trainer, rate_factor
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import read_json, sweep, write_json
 
@@ -34,14 +31,12 @@ class Outcome:
     Attributes:
         finished: False if it was stopped; the same command goes on.
         step: finished optimizer steps.
-        acceptance_length: of the last validation, simulated; None without held-out data.
         head: folder of the exported head, None if the run was stopped.
         message: one line for the user.
     """
 
     finished: bool
     step: int
-    acceptance_length: float | None
     head: Path | None
     message: str
 
@@ -50,7 +45,7 @@ def fill_cache(config: TrainConfig, group: Processes) -> str:
     """Complete the cache of the offline teacher and stop; returns a line for the user.
 
     Raises:
-        ViSpecError: see `OfflineTeacher`.
+        ViSpecError: see `Teacher`.
     """
     corpus = _corpus(config)
     teacher = OfflineTeacher(config, corpus, group)
@@ -75,8 +70,8 @@ def train(
         torch.set_num_threads(config.run.threads)
     run = Run(config, group, tuple(override), command)
     try:
-        with stop_on_signals() as stop:
-            return run.go(stop)
+        with stop_on_signals() as signals:
+            return run.go(signals)
     finally:
         run.log.close()
 
@@ -91,77 +86,71 @@ class Run:
     def __init__(
         self, config: TrainConfig, group: Processes, override: tuple[str, ...], command: str
     ) -> None:
-        self.config, self.group, self.command = config, group, command
+        self.config, self.group = config, group
         self.output = Path(config.run.output)
+        sweep(self.output)
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.run.keep)
         self.settings = config.flat() | {"processes": group.world}
-        saved, self.overridden = self._saved(override)
-        self.corpus = _corpus(config)
-        self.teacher: Teacher = open_teacher(config, self.corpus, group)
+        saved = self.checkpoints.latest()
+        overridden = check_same_settings(saved.settings, self.settings, override) if saved else []
+        corpus = _corpus(config)
+        self.teacher = open_teacher(config, corpus, group)
         usable = self.teacher.lengths
-        self.held_out = [index for index in self.corpus.validation if index in usable]
-        chosen = tuple(index for index in self.corpus.train if index in usable)
+        self.held_out = {
+            index: corpus.entries[index].conversation.family
+            for index in corpus.validation
+            if index in usable
+        }
+        chosen = tuple(index for index in corpus.train if index in usable)
         if not chosen:
             raise ViSpecError(
                 "data.train has no sample left to train on: lower data.validation_share, or use "
                 "a head.kind that trains on samples with images"
             )
         self.order = BatchOrder(chosen, usable, config.batch, group.world, config.run.seed)
-        self.plan = Plan.from_settings(config.schedule, self.order.steps_per_epoch)
+        self.total_steps = config.schedule.total_steps(self.order.steps_per_epoch)
         draft = make_draft(config.head, self.teacher.facts, config.run.seed)
-        self._compressor = draft.config.compressor_spec
+        self.compressor = draft.config.compressor_spec
         self.trainer = Trainer(config, draft, self.teacher, group)
-        self.progress = Progress(world=group.world, seed=config.run.seed)
+        self.progress = Progress()
         if saved is not None:
             self.progress = saved.progress
             self.trainer.restore(saved.groups, saved.progress.step)
-        self.log = RunLog(
-            self.output, self.progress.step, self.plan.total_steps, silent=not group.is_main
-        )
-        # Since the last line of the log.
-        self.decisions = GateDecisions()
-        self.description = self._describe(len(chosen))
+        step = self.progress.step
+        self.log = RunLog(self.output, step, self.total_steps, silent=not group.is_main)
+        # Decisions of a gate since the last line of the log.
+        self.decisions_2K: Any = 0
+        rejected = (*corpus.rejected, *self.teacher.rejected)
+        used = {"train": len(chosen), "validation": len(self.held_out)}
+        self.description = describe_run(config, corpus, rejected, used, group.world, command)
+        self._note_start(overridden)
 
-    def _saved(self, override: tuple[str, ...]) -> tuple[Checkpoint | None, list[str]]:
-        sweep(self.output)
-        steps = self.checkpoints.steps()
-        if not steps:
-            return None, []
-        saved = self.checkpoints.load(steps[-1])
-        return saved, check_same_settings(saved.settings, self.settings, override)
-
-    def _describe(self, trained_on: int) -> dict[str, Any]:
-        """run.json, written before the first step; a resumed run adds to it."""
-        rejected = (*self.corpus.rejected, *self.teacher.rejected)
-        used = {"train": trained_on, "validation": len(self.held_out)}
-        model = target_id(self.config.target.model)
-        content = describe_run(self.config, self.corpus, rejected, used, model, self.group.world)
-        file = self.output / "run.json"
-        content["command"] = self.command or content["command"]
-        if self.progress.step and file.is_file():
+    def _note_start(self, overridden: list[str]) -> None:
+        """Write run.json before the first step; a resumed run adds to it."""
+        content, file, step = self.description, self.output / "run.json", self.progress.step
+        if step and file.is_file():
             before = read_json(file)
             again = {
-                "step": self.progress.step,
+                "step": step,
                 "time": content["started"],
                 "command": content["command"],
-                "overridden": self.overridden,
+                "overridden": overridden,
             }
             content |= {key: before[key] for key in ("started", "command")}
             content["resumed"] = [*before.get("resumed", []), again]
         if self.group.is_main:
             write_json(file, content)
-        skipped = ", ".join(
-            f"{name} {entry['count']}"
-            for name, entry in content["data"]["skipped_by_reason"].items()
-        )
+        data = content["data"]
+        reasons = data["skipped_by_reason"].items()
+        skipped = ", ".join(f"{name} {entry['count']}" for name, entry in reasons)
         self.log.info(
-            f"train on {trained_on} samples, hold out {len(self.held_out)}, skip {len(rejected)}"
+            f"train on {data['used']['train']} samples, hold out {len(self.held_out)}, skip "
+            f"{data['skipped']}"
             + (f" ({skipped})" if skipped else "")
-            + (f"; go on from step {self.progress.step}" if self.progress.step else "")
+            + (f"; go on from step {step}" if step else "")
         )
-        return content
 
-    def go(self, stop: StopRequest) -> Outcome:
+    def go(self, signals: list[str]) -> Outcome:
         """Train to the end, or to a request to stop."""
         settings, saved_at = self.config.run, self.progress.step
         for passes in self._steps():
@@ -170,12 +159,16 @@ class Run:
             improved = False
             if settings.validate_every and step % settings.validate_every == 0:
                 improved = self._validate()
-            stopping = self.group.any(bool(stop))
+            stopping = self.group.any(bool(signals))
             if improved or stopping or (settings.save_every and step % settings.save_every == 0):
                 self._save()
                 saved_at = step
-            if stopping and not self._is_over():
-                return self._stopped(stop)
+            if stopping and self._share() < 1:
+                message = (
+                    f"stopped by {''.join(signals) or 'another process'} after step {step}; saved "
+                    f"in {self.checkpoints.folder}; run the same command to go on"
+                )
+                return Outcome(False, step, None, message)
         if self.held_out and self.progress.latest_step != self.progress.step:
             self._validate()
             saved_at = -1
@@ -183,58 +176,57 @@ class Run:
             self._save()
         return self._finish()
 
-    def _is_over(self) -> bool:
-        return self.plan.is_over(self.progress.step, self.progress.seconds)
+    def _share(self, more_steps: int = 0) -> float:
+        """The share of the run that is over, some steps from now; 1 at its end."""
+        settings, progress = self.config.schedule, self.progress
+        by_time = progress.seconds / (settings.minutes * 60) if settings.minutes else 0.0
+        total = self.total_steps
+        by_steps = (progress.step + more_steps) / total if total is not None else 0.0
+        return min(max(by_steps, by_time), 1.0)
 
     def _steps(self) -> Iterator[list[list[int]]]:
         """The samples of every step still to come; the order depends on the seed and epoch."""
-        while not self._is_over():
+        while self._share() < 1:
             epoch, position = divmod(self.progress.step, self.order.steps_per_epoch)
             for passes in self.order.epoch(epoch)[position:]:
-                if self._is_over():
+                if self._share() >= 1:
                     return
                 yield [self.order.mine(samples, self.group.rank) for samples in passes]
 
     def _step(self, passes: Sequence[Sequence[int]]) -> None:
-        before = self.progress
-        share = self.plan.progress(before.step + 1, before.seconds)
+        before, share = self.progress, self._share(more_steps=1)
         lr = self.config.optimizer.lr * rate_factor(self.config.schedule, share)
         result = self.trainer.step(passes, before.step, lr, share)
-        epoch, position = divmod(before.step + 1, self.order.steps_per_epoch)
-        self.progress = replace(
-            before,
-            step=before.step + 1,
-            epoch=epoch,
-            position=position,
-            # One process's clock for all, or they would end at different steps.
-            seconds=self.group.same(before.seconds + result.seconds),
-        )
+        step = before.step + 1
+        # One process's clock for all, or they would end at different steps.
+        seconds = self.group.same(before.seconds + result.seconds)
+        self.progress = before.model_copy(update={"step": step, "seconds": seconds})
         self.log.advance(result.loss)
-        self.decisions += result.decisions
-        if self.progress.step % self.config.run.log_every == 0:
-            self.log.step(self.progress, result, lr, self.decisions, self._compressor)
-            self.decisions = GateDecisions()
+        self.decisions_2K = self.decisions_2K + result.decisions_2K
+        if step % self.config.run.log_every == 0:
+            gate = describe_gate(self.decisions_2K, self.compressor)
+            self.log.step(self.progress, step // self.order.steps_per_epoch, result, lr, gate)
+            self.decisions_2K = 0
 
     def _validate(self) -> bool:
         """Measure acceptance on held-out data; returns whether it is the best so far."""
         if not self.held_out:
             return False
-        entries = self.corpus.entries
-        found, decisions = validate(
+        found, decisions_2K = validate(
             self.trainer.draft_with(self.trainer.weights_for_use()),
             self.teacher,
             self.held_out,
-            [entries[index].conversation.family for index in self.held_out],
             self.config.run.num_draft_tokens,
             self.config.batch.size,
             self.group,
         )
-        self.log.validation(self.progress, found, decisions, self._compressor)
+        self.log.validation(self.progress, found, describe_gate(decisions_2K, self.compressor))
         length, step = found[OVERALL].acceptance_length, self.progress.step
         improved = self.progress.best is None or length > self.progress.best
-        self.progress = replace(self.progress, latest=length, latest_step=step)
+        changes = {"latest": length, "latest_step": step}
         if improved:
-            self.progress = replace(self.progress, best=length, best_step=step)
+            changes |= {"best": length, "best_step": step}
+        self.progress = self.progress.model_copy(update=changes)
         return improved
 
     def _save(self) -> None:
@@ -243,34 +235,25 @@ class Run:
             self.checkpoints.save(Checkpoint(self.progress, self.settings, groups))
         self.group.wait()
 
-    def _stopped(self, stop: StopRequest) -> Outcome:
-        message = (
-            f"stopped by {stop.signal_name or 'another process'} after step {self.progress.step}; "
-            f"saved in {self.checkpoints.folder}; run the same command to go on"
-        )
-        return Outcome(False, self.progress.step, self.progress.latest, None, message)
-
     def _finish(self) -> Outcome:
-        head = self.output / "head"
+        head, progress = self.output / "head", self.progress
         if self.group.is_main:
             self.description["finished"] = {
                 "time": now(),
-                "step": self.progress.step,
-                "seconds": round(self.progress.seconds, 2),
-                "acceptance_length": self.progress.latest,
-                "best_step": self.progress.best_step,
-                "best_acceptance_length": self.progress.best,
+                "step": progress.step,
+                "seconds": round(progress.seconds, 2),
+                "acceptance_length": progress.latest,
+                "best_step": progress.best_step,
+                "best_acceptance_length": progress.best,
             }
             write_json(self.output / "run.json", self.description)
             self._export(head)
         self.group.wait()
-        rate = (
-            ""
-            if self.progress.latest is None
-            else f", acceptance_length {self.progress.latest:.3f} on held-out data"
-        )
-        message = f"finished after {self.progress.step} steps{rate}; head: {head}"
-        return Outcome(True, self.progress.step, self.progress.latest, head, message)
+        rate = ""
+        if progress.latest is not None:
+            rate = f", acceptance_length {progress.latest:.3f} on held-out data"
+        message = f"finished after {progress.step} steps{rate}; head: {head}"
+        return Outcome(True, progress.step, head, message)
 
     def _export(self, folder: Path) -> None:
         """Write the head that `run.export` names (the average of its weights if there is one)."""

@@ -1,22 +1,35 @@
-"""Losses on the counted rows of a pass, as weighted sums of terms.
+"""What is minimised: loss terms, their weights, and the draft with its loss over rollout passes.
 
-A term is a mean over rows; a loss is a name for a set of weights, and any weight can be changed or
-added. Softmaxes are computed in float32. Without a row every term is zero, with zero gradients.
+A term is a number per counted row. A loss is a name for a set of weights; any weight can be changed
+or added. Softmaxes are computed in float32. Sums over rows instead of means: divided by the rows of
+the whole step, the result does not depend on how the step's samples are spread over forward passes
+and processes.
 
-Tensor names end in their shape: N rows, D hidden, V vocabulary, R ranks.
+Tensor names end in their shape: B samples, L rows, N counted rows, D hidden, V vocabulary, R ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from random import Random
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from vllm_vispec.compressors.gate import balance
+from vllm_vispec.reference import Decision, Draft, decide
+from vllm_vispec.train.acceptance import sum_decisions
+from vllm_vispec.train.batch import DraftBatch
+from vllm_vispec.train.config import LossSettings
+from vllm_vispec.train.rollout import PassOutput, rollout
 from vllm_vispec.utils.errors import ViSpecError
 
 RANKS = 10
+# The load-balance term, among the parts of a loss.
+BALANCE = "balance"
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,6 @@ class LossInputs:
     gold_N: Tensor
 
 
-Loss = Callable[[LossInputs], dict[str, Tensor]]
 Term = Callable[[LossInputs], Tensor]
 
 
@@ -113,41 +125,162 @@ LOSSES: Mapping[str, Mapping[str, float]] = {
 }
 
 
-@dataclass(frozen=True)
-class WeightedLoss:
-    """A sum of terms; calling it returns every part and their weighted "total" (all scalars)."""
-
-    weights: Mapping[str, float]
-
-    def __call__(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """Means over rows of every term with a weight, unweighted, and "total"."""
-        # Empty sums keep the graph: without a row all gradients are zero instead of missing.
-        total = inputs.draft_state_ND[:0].float().sum() + inputs.draft_logits_NV[:0].float().sum()
-        parts: dict[str, Tensor] = {}
-        for name, weight in self.weights.items():
-            rows_N = TERMS[name](inputs)
-            parts[name] = rows_N.sum() / max(len(rows_N), 1)
-            total = total + weight * parts[name]
-        return parts | {"total": total}
-
-
-def get_loss(name: str, **weights: float) -> WeightedLoss:
-    """The loss `name` of `LOSSES`, some weights changed or terms of `TERMS` added (0: left out).
+def term_weights(name: str, changes: Mapping[str, float]) -> dict[str, float]:
+    """The weights of a loss, some of them changed or terms of `TERMS` added (0: left out).
 
     Raises:
         ViSpecError: the loss or a term is unknown, a weight is negative, or nothing is left.
     """
     if name not in LOSSES:
         raise ViSpecError(f"loss {name!r} is unknown: use one of {', '.join(LOSSES)}")
-    for term, weight in weights.items():
+    for term, weight in changes.items():
         if term not in TERMS:
             raise ViSpecError(
                 f"loss term {term!r} is unknown: give weights of {', '.join(TERMS)} only"
             )
         if not weight >= 0:
             raise ViSpecError(f"weight {term}={weight} of the loss is negative: use 0 or more")
-    merged = {**LOSSES[name], **weights}
+    merged = {**LOSSES[name], **changes}
     chosen = {term: float(weight) for term, weight in merged.items() if weight > 0}
     if not chosen:
         raise ViSpecError(f"all weights of loss {name!r} are 0: give one of them a value")
-    return WeightedLoss(chosen)
+    return chosen
+
+
+def sum_terms(inputs: LossInputs, weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Sums over rows of every term with a weight, unweighted, and their weighted "total".
+
+    Without a row all are zero, with zero gradients.
+    """
+    sums = {name: TERMS[name](inputs).sum() for name in weights}
+    # Empty sums keep the graph: without a row gradients are zero instead of missing.
+    total = inputs.draft_state_ND[:0].float().sum() + inputs.draft_logits_NV[:0].float().sum()
+    for name, weight in weights.items():
+        total = total + weight * sums[name]
+    return sums | {"total": total}
+
+
+@dataclass(frozen=True)
+class Rng:
+    """Random sources of one forward pass; None: nothing is drawn.
+
+    Attributes:
+        noise: of the noise on the target's states.
+        gate: of the Gumbel noise on a gate's logits.
+        temperature: of the softmax that the gate's gradients go through.
+    """
+
+    noise: torch.Generator | None = None
+    gate: torch.Generator | None = None
+    temperature: float = 1.0
+
+
+NO_RNG = Rng()
+
+
+def make_generator(device: torch.device, purpose: str, *place: int) -> torch.Generator:
+    """Return a generator for a purpose at a place: seed, step, pass and process.
+
+    It depends on nothing else, so a resumed run draws the same.
+    """
+    name = " ".join(map(str, (purpose, *place)))
+    return torch.Generator(device).manual_seed(Random(name).getrandbits(62))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums of one forward pass.
+
+    Attributes:
+        loss: sum over passes and rows of the weighted loss (with gradients).
+        of_rows: sums over the rows of pass 0 (detached scalars): "rows" counts them, "right" those
+            whose most likely token is the answer's; one more for each of `Objective.part_names`.
+        decisions_2K: see `acceptance.sum_decisions`.
+    """
+
+    loss: Tensor
+    of_rows: dict[str, Tensor]
+    decisions_2K: Tensor
+
+
+class Objective(nn.Module):
+    """One module around the draft, so that sharding gathers it before anything reads it."""
+
+    def __init__(self, draft: Draft, lm_head_VD: Tensor, settings: LossSettings) -> None:
+        super().__init__()
+        self.draft = draft
+        self.settings = settings
+        # Detached: a parameter would be registered, trained and sharded.
+        self.lm_head_VD = lm_head_VD.detach()
+        self.weights = term_weights(settings.name, settings.weights)
+        self.balance = settings.balance if draft.config.compressor_spec.balanced else 0.0
+        self.part_names = (*self.weights, *([BALANCE] if self.balance else []))
+
+    def forward(self, batch: DraftBatch, rng: Rng = NO_RNG) -> Sums:
+        """Return the loss of a batch on the draft's device, in its dtype (or under autocast)."""
+        settings = self.settings
+        decision = decide(
+            self.draft.compressor,
+            batch.hidden_BLD,
+            batch.answer_BL,
+            batch.runs,
+            rng.gate,
+            rng.temperature,
+        )
+        outputs = rollout(
+            self.draft,
+            batch,
+            self.draft.distinct_passes(settings.passes),
+            settings.mode,
+            settings.noise,
+            rng.noise,
+            decision,
+        )
+        # A term without weight on every parameter: all get gradients (zeros) even where a batch
+        # has no image, so that optimiser and sharding treat every step alike.
+        trained = (p for p in self.draft.parameters() if p.requires_grad)
+        loss = batch.hidden_BLD.new_zeros((), dtype=torch.float32)
+        loss = sum((p.flatten()[:1].sum() * 0 for p in trained), loss)
+        passes = [self._pass(output, batch) for output in outputs]
+        for number, sums in enumerate(passes):
+            loss = loss + settings.pass_decay**number * sums["total"]
+        rows = outputs[0].counts_BL.sum()
+        of_rows = {"rows": rows} | {k: v.detach() for k, v in passes[0].items() if k != "total"}
+        if self.balance:
+            # A mean over the pass's turns, not a sum over rows: passes count by their rows.
+            even = rows * self._balance(decision)
+            loss = loss + self.balance * even
+            of_rows[BALANCE] = even.detach()
+        return Sums(loss, of_rows, sum_decisions(decision))
+
+    def _balance(self, decision: Decision | None) -> Tensor:
+        """The load balance over the turns that see an image; zero without any."""
+        if decision is None or not bool(decision.sees_G.any()):
+            return self.lm_head_VD.new_zeros((), dtype=torch.float32)
+        return balance(decision.of_images())
+
+    def _pass(self, output: PassOutput, batch: DraftBatch) -> dict[str, Tensor]:
+        counts_BL = output.counts_BL
+        rows = (
+            output.state_BLD[counts_BL],
+            F.pad(batch.hidden_BLD[:, 1:], (0, 0, 0, 1))[counts_BL],
+            F.pad(batch.ids_BL[:, 2:], (0, 2))[counts_BL],
+        )
+        size = self.settings.chunk_rows
+        if len(rows[0]) <= size:
+            return self._rows(*rows)
+        sums: dict[str, Tensor] = {}
+        for chunk in zip(*(x.split(size) for x in rows), strict=True):
+            # Logits are computed again in the backward pass: only one chunk's are ever held.
+            found = checkpoint(self._rows, *chunk, use_reentrant=False)
+            sums = {name: sums[name] + v if sums else v for name, v in found.items()}
+        return sums
+
+    def _rows(self, state_ND: Tensor, goal_ND: Tensor, gold_N: Tensor) -> dict[str, Tensor]:
+        head_VD = self.draft.output_head(self.lm_head_VD)
+        draft_NV = F.linear(state_ND.to(head_VD.dtype), head_VD)
+        with torch.no_grad():
+            target_NV = F.linear(goal_ND.to(self.lm_head_VD.dtype), self.lm_head_VD)
+        inputs = LossInputs(state_ND, goal_ND, draft_NV, target_NV, gold_N)
+        right = (draft_NV.detach().argmax(-1) == gold_N).sum()
+        return sum_terms(inputs, self.weights) | {"right": right}

@@ -21,7 +21,7 @@ head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,6 @@ from vllm_vispec.reference import (
 )
 from vllm_vispec.reference.layers import KVCache, apply_rope
 from vllm_vispec.train.batch import DraftBatch
-from vllm_vispec.utils.errors import ViSpecError
 
 # The reference scales its feature noise with 512 / (tokens of the sample).
 NOISE_REFERENCE_LENGTH = 512
@@ -78,12 +77,8 @@ class _Rows(MaskedRows):
         return attention_mask(self.visible_BL, self.bias)
 
 
-@dataclass(frozen=True)
-class _Past:
-    """Keys (after RoPE) and values of pass 0 [B, G, L, K] and of later passes [B, G, N, K]."""
-
-    target: KVCache
-    own: list[KVCache] = field(default_factory=list)
+Past = list[KVCache]
+"""Keys (after RoPE) and values of each pass: the first [B, G, L, K], later ones [B, G, N, K]."""
 
 
 def rollout(
@@ -99,32 +94,22 @@ def rollout(
 
     Args:
         batch: on the draft's device, in its dtype (or under autocast).
-        mode: a name in `MODES`.
+        mode: a name in `MODES`; see above.
         noise: width of the uniform noise on the target's states that pass 0 reads, times 512 /
             (tokens of the sample); the reference uses 0.2 (papers' code, not in the text).
         generator: source of the noise.
         decision: of a head's gate; None: its first choice without noise, as in the engine. It reads
             the target's states without noise.
-
-    Raises:
-        ViSpecError: unknown mode, or not at least one pass.
     """
-    if mode not in MODES:
-        raise ViSpecError(f"rollout mode {mode!r} is unknown: use one of {', '.join(MODES)}")
-    if passes < 1:
-        raise ViSpecError(f"passes={passes} leaves nothing to compute: use at least 1")
     if isinstance(draft, DraftVlm):
-        return [_own_pass(draft, batch)] * passes
+        state_BLD = draft(batch.ids_BL, batch.embeds_BLD, batch.runs)
+        counts_BL = first_counts(batch, torch.ones_like(batch.answer_BL))
+        return [PassOutput(state_BLD, counts_BL)] * passes
     assert isinstance(draft, ViSpecDraft)  # there is no third class, see `draft_class`
     if decision is None:
         decision = decide(draft.compressor, batch.hidden_BLD, batch.answer_BL, batch.runs)
     noisy = replace(batch, hidden_BLD=_with_noise(batch, noise, generator))
     return MODES[mode](draft, noisy, _first_rows(draft, noisy, decision), passes)
-
-
-def _own_pass(draft: DraftVlm, batch: DraftBatch) -> PassOutput:
-    state_BLD = draft(batch.ids_BL, batch.embeds_BLD, batch.runs)
-    return PassOutput(state_BLD, first_counts(batch, torch.ones_like(batch.answer_BL)))
 
 
 def _with_noise(batch: DraftBatch, noise: float, generator: torch.Generator | None) -> Tensor:
@@ -158,7 +143,7 @@ def first_counts(batch: DraftBatch, is_text_BL: Tensor) -> Tensor:
 def _exact(draft: ViSpecDraft, batch: DraftBatch, rows: _Rows, passes: int) -> list[PassOutput]:
     first_BL = first_counts(batch, rows.is_text_BL)
     state_BLD, cache = draft.run_layer(rows.layer_in_BLD, rows.positions_BL, rows.mask_BLL)
-    outputs, past = [PassOutput(state_BLD, first_BL)], _Past(cache)
+    outputs, past = [PassOutput(state_BLD, first_BL)], [cache]
     start = _first_needed(_next_counts(first_BL, first_BL)) if passes > 1 else 0
     for _ in range(1, passes):
         last = outputs[-1]
@@ -181,7 +166,7 @@ def _first_needed(counts_BL: Tensor) -> int:
 
 
 def _chain_pass(
-    draft: ViSpecDraft, rows: _Rows, past: _Past, last_BLD: Tensor, start: int
+    draft: ViSpecDraft, rows: _Rows, past: Past, last_BLD: Tensor, start: int
 ) -> Tensor:
     """One pass after the first for rows `start`..L-1; appends its keys and values to `past`."""
     positions_BN = rows.positions_BL[:, start:]
@@ -198,22 +183,29 @@ def _chain_pass(
 
     q_BHNK = apply_rope(heads(attention.q_proj(normed_BND)), positions_BN, attention.theta)
     k_BGNK = apply_rope(heads(attention.k_proj(normed_BND)), positions_BN, attention.theta)
-    past.own.append((k_BGNK, heads(attention.v_proj(normed_BND))))
+    past.append((k_BGNK, heads(attention.v_proj(normed_BND))))
     attended_BHNK = _attend(q_BHNK, past, rows, start)
     x_BND = x_BND + attention.o_proj(attended_BHNK.transpose(1, 2).flatten(2))
     x_BND = x_BND + layer.mlp(layer.post_attention_layernorm(x_BND))
     return x_BND if draft.norm is None else draft.norm(x_BND)
 
 
-def _attend(q_BHNK: Tensor, past: _Past, rows: _Rows, start: int) -> Tensor:
-    """Attention of pass s = len(past.own) over target rows up to p - s and the row's own chain."""
-    passes, total = len(past.own), rows.visible_BL.shape[1]
-    groups = q_BHNK.shape[1] // past.target[0].shape[1]
+def _attend(q_BHNK: Tensor, past: Past, rows: _Rows, start: int) -> Tensor:
+    """Attention of pass s over target rows up to p - s and the row's own chain.
+
+    Args:
+        past: of passes 0 to s.
+    """
+    passes, total = len(past) - 1, rows.visible_BL.shape[1]
+    groups = q_BHNK.shape[1] // past[0][0].shape[1]
     scale = q_BHNK.shape[-1] ** -0.5
-    k_BHLK, v_BHLK = (x.repeat_interleave(groups, dim=1) for x in past.target)
+    (k_BHLK, v_BHLK), *own = [
+        [x.repeat_interleave(groups, dim=1) for x in keys_and_values] for keys_and_values in past
+    ]
+    # Pass number n of the chain stands s - n rows earlier; zeros where no counted row looks.
     own = [
-        tuple(_back(x.repeat_interleave(groups, dim=1), passes - number) for x in pair)
-        for number, pair in enumerate(past.own, start=1)
+        [F.pad(x, (0, 0, passes - number, 0))[:, :, : x.shape[2]] for x in keys_and_values]
+        for number, keys_and_values in enumerate(own, start=1)
     ]
     row_N = torch.arange(start, total, device=q_BHNK.device)
     sees_NL = torch.arange(total, device=q_BHNK.device) <= row_N[:, None] - passes
@@ -230,11 +222,6 @@ def _attend(q_BHNK: Tensor, past: _Past, rows: _Rows, start: int) -> Tensor:
     for number, (_, v) in enumerate(own):
         out_BHNK = out_BHNK + weight[..., total + number, None] * v
     return out_BHNK
-
-
-def _back(x_BHNK: Tensor, rows: int) -> Tensor:
-    """What stands `rows` rows earlier (zeros at the start, which no counted row looks at)."""
-    return F.pad(x_BHNK, (0, 0, rows, 0))[:, :, : x_BHNK.shape[2]]
 
 
 def _shifted(draft: ViSpecDraft, batch: DraftBatch, rows: _Rows, passes: int) -> list[PassOutput]:

@@ -8,19 +8,19 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from vllm_vispec import __version__
-from vllm_vispec.compressors.spec import CompressorSpec
 from vllm_vispec.data.types import Rejected
+from vllm_vispec.train.acceptance import OVERALL, Families
 from vllm_vispec.train.checkpoint import Progress
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import Corpus, count_reasons
-from vllm_vispec.train.metrics import OVERALL, Families, GateDecisions
+from vllm_vispec.train.target import target_id
 from vllm_vispec.train.trainer import StepResult
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import write_json, write_text, writing
@@ -56,19 +56,14 @@ class RunLog:
         self._bar.update()
 
     def step(
-        self,
-        progress: Progress,
-        result: StepResult,
-        lr: float,
-        decisions: GateDecisions,
-        spec: CompressorSpec,
+        self, progress: Progress, epoch: int, result: StepResult, lr: float, gate: dict[str, Any]
     ) -> None:
-        """Log a finished step, and the gate decisions since the last line."""
+        """Log a finished step, the epoch of the next one, and the gate since the last line."""
         self._write(
             "train",
             {
                 "step": progress.step,
-                "epoch": progress.epoch,
+                "epoch": epoch,
                 "loss": result.loss,
                 **{f"loss_{name}": value for name, value in result.parts.items()},
                 "accuracy": round(result.accuracy, 5),
@@ -77,13 +72,11 @@ class RunLog:
                 "rows": result.rows,
                 "tokens_per_second": round(result.tokens / result.seconds, 1),
                 "seconds": round(progress.seconds, 3),
-                **_gate(decisions, spec),
             },
+            gate,
         )
 
-    def validation(
-        self, progress: Progress, found: Families, decisions: GateDecisions, spec: CompressorSpec
-    ) -> None:
+    def validation(self, progress: Progress, found: Families, gate: dict[str, Any]) -> None:
         """Print, log and plot the simulated acceptance of a validation."""
         rates = {name: round(one.acceptance_length, 4) for name, one in found.items()}
         self._show(acceptance_length=f"{rates[OVERALL]:.3f}")
@@ -92,8 +85,8 @@ class RunLog:
             f"step {progress.step}: acceptance_length {rates[OVERALL]:.3f} on held-out data"
             + (f" ({families})" if families else "")
         )
-        chosen = decisions.describe(spec)
-        if chosen:
+        if gate:
+            chosen = ", ".join(f"{name} {share:.2f}" for name, share in gate["chosen"].items())
             self.info(f"gate decisions: {chosen}")
         self._write(
             "validation",
@@ -102,8 +95,8 @@ class RunLog:
                 "seconds": round(progress.seconds, 2),
                 "acceptance_length": rates,
                 "accept_rates": [round(rate, 4) for rate in found[OVERALL].acceptance_rates],
-                **_gate(decisions, spec),
             },
+            gate,
         )
         if not self._silent:
             points = [line for line in self._lines if line["kind"] == "validation"]
@@ -118,7 +111,7 @@ class RunLog:
         self._shown |= values
         self._bar.set_postfix(self._shown, refresh=False)
 
-    def _write(self, kind: str, values: Mapping[str, Any]) -> None:
+    def _write(self, kind: str, values: dict[str, Any], gate: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl.
 
         Raises:
@@ -126,7 +119,7 @@ class RunLog:
         """
         if self._silent:
             return
-        self._lines.append({"kind": kind, **values})
+        self._lines.append({"kind": kind, **values, **({"gate": gate} if gate else {})})
         try:
             with self._file.open("a", encoding="utf-8") as sink:
                 sink.write(json.dumps(self._lines[-1]) + "\n")
@@ -156,11 +149,6 @@ def _keep_until(file: Path, step: int) -> list[dict[str, Any]]:
     return lines
 
 
-def _gate(decisions: GateDecisions, spec: CompressorSpec) -> dict[str, Any]:
-    found = decisions.to_json(spec)
-    return {"gate": found} if found else {}
-
-
 def _plot(points: list[dict[str, Any]], file: Path) -> None:
     """Plot acceptance_length over steps, one line per family."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -186,24 +174,24 @@ def describe_run(
     corpus: Corpus,
     rejected: Sequence[Rejected],
     used: Mapping[str, int],
-    target_id: str,
     world: int,
+    command: str,
 ) -> dict[str, Any]:
     """Return the content of run.json: what a head was made of and by which command.
 
     Args:
         rejected: all samples left out, unreadable records included.
         used: number of samples trained and validated on.
-        target_id: digest of the target.
         world: number of processes.
+        command: the command line; "" = this process's own.
     """
     return {
         "config": config.model_dump(mode="json"),
-        "command": command_line(),
+        "command": command or command_line(),
         "started": now(),
         "versions": versions(),
         "processes": world,
-        "target": {"model": config.target.model, "digest": target_id},
+        "target": {"model": config.target.model, "digest": target_id(config.target.model)},
         "data": {
             "files": [*config.data.train, *config.data.validation],
             "digest": corpus.digest,
@@ -224,13 +212,9 @@ def command_line() -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, this package and those its results depend on."""
-    found = {"python": platform.python_version(), "vllm-vispec": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    installed = {one.name: one.version for one in distributions()}
+    found = {name: installed[name] for name in PACKAGES if name in installed}
+    return {"python": platform.python_version(), "vllm-vispec": __version__, **found}
 
 
 def now() -> str:

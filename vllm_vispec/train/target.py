@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vllm_vispec.data.encode import Encoded
 from vllm_vispec.heads.target import load_target_config
@@ -27,7 +26,23 @@ _BLOCKS, _BLOCK_BYTES = 64, 2**16
 
 
 @dataclass(frozen=True)
-class TrainingTarget:
+class TargetFacts:
+    """What training needs to know of the target besides its states.
+
+    Attributes:
+        model_type: of the whole model, e.g. "qwen2_5_vl".
+        text_config: transformers config of its language model.
+        embed_VD, lm_head_VD: its tables, on the run's device, in its dtype.
+    """
+
+    model_type: str
+    text_config: Any
+    embed_VD: Tensor
+    lm_head_VD: Tensor
+
+
+@dataclass(frozen=True)
+class TrainingTarget(TargetFacts):
     """A frozen Hugging Face vision-language model.
 
     Attributes:
@@ -55,35 +70,17 @@ class TrainingTarget:
         _check_structure(model, folder)
         model.requires_grad_(False)
         model.eval().to(device)
-        forward = inspect.signature(type(model.model).forward)
         return cls(
-            model, str(folder), image_token_id(config), "mm_token_type_ids" in forward.parameters
+            model_type=str(config.model_type),
+            text_config=model.config.get_text_config(),
+            embed_VD=model.get_input_embeddings().weight,
+            lm_head_VD=model.get_output_embeddings().weight,
+            model=model,
+            folder=str(folder),
+            image_token_id=image_token_id(config),
+            takes_token_types="mm_token_type_ids"
+            in inspect.signature(type(model.model).forward).parameters,
         )
-
-    @property
-    def text_config(self) -> Any:
-        """The configuration of the language model."""
-        return self.model.config.get_text_config()
-
-    @property
-    def model_type(self) -> str:
-        """`model_type` of the whole model, e.g. "qwen2_5_vl"."""
-        return str(self.model.config.model_type)
-
-    @property
-    def embed_VD(self) -> Tensor:
-        """Input embedding table (the model's own tensor)."""
-        return self.model.get_input_embeddings().weight
-
-    @property
-    def lm_head_VD(self) -> Tensor:
-        """Output projection (the model's own tensor)."""
-        return self.model.get_output_embeddings().weight
-
-    @property
-    def device(self) -> torch.device:
-        """The device it computes on."""
-        return self.embed_VD.device
 
     def observe(self, samples: Sequence[Encoded]) -> list[Observed]:
         """Run the target on samples, padded on the right. Results equal one by one up to rounding.
@@ -94,11 +91,17 @@ class TrainingTarget:
         Raises:
             ViSpecError: the processor's image tensors do not fit the model.
         """
-        if not samples:
-            return []
-        inputs = self._inputs(samples)
+        inputs, device, embeds = self._inputs(samples), self.embed_VD.device, []
+
+        def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            embeds.append(kwargs["inputs_embeds"])  # image features are scattered in
+
+        language_model = self.model.model.language_model
         # no_grad, not inference_mode: the draft's backward pass saves these tensors.
-        with torch.no_grad(), _input_embeddings(self.model.model.language_model) as embeds:
+        with (
+            torch.no_grad(),
+            language_model.register_forward_pre_hook(note, with_kwargs=True),
+        ):
             try:
                 hidden_BLD = self.model.model(**inputs, use_cache=False).last_hidden_state
             except (ValueError, RuntimeError, IndexError) as error:
@@ -108,63 +111,33 @@ class TrainingTarget:
                     "processor that belongs to it"
                 ) from error
         return [
-            self._observed(sample, embeds[0][b], hidden_BLD[b]) for b, sample in enumerate(samples)
+            Observed(
+                sample_id=sample.sample_id,
+                family=sample.family,
+                token_ids=sample.token_ids.to(device),
+                answer=sample.answer.to(device),
+                runs=sample.runs,
+                embeds_LD=embeds_LD[: len(sample.token_ids)],
+                hidden_LD=hidden_LD[: len(sample.token_ids)],
+            )
+            for sample, embeds_LD, hidden_LD in zip(samples, embeds[0], hidden_BLD, strict=True)
         ]
 
-    def _inputs(self, samples: Sequence[Encoded]) -> dict[str, Any]:
-        length = max(len(sample.token_ids) for sample in samples)
+    def _inputs(self, samples: Sequence[Encoded]) -> Mapping[str, Any]:
+        from transformers import BatchFeature
+
+        ids = [sample.token_ids for sample in samples]
         filler = 0 if self.image_token_id != 0 else 1
-
-        def pad(row_L: Tensor, value: int) -> Tensor:
-            return F.pad(row_L, (0, length - len(row_L)), value=value)
-
-        ids_BL = torch.stack([pad(sample.token_ids, filler) for sample in samples]).to(self.device)
-        valid_BL = torch.stack([pad(torch.ones_like(s.token_ids), 0) for s in samples])
-        inputs: dict[str, Any] = {"input_ids": ids_BL, "attention_mask": valid_BL.to(self.device)}
+        ids_BL = pad_sequence(ids, batch_first=True, padding_value=filler)
+        inputs = {
+            "input_ids": ids_BL,
+            "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
+            **merge_vision([sample.vision for sample in samples]),
+        }
         if self.takes_token_types:
             inputs["mm_token_type_ids"] = (ids_BL == self.image_token_id).to(torch.int32)
-        dtype = self.embed_VD.dtype
-        for name, value in merge_vision([sample.vision for sample in samples]).items():
-            value = value.to(self.device)
-            inputs[name] = value.to(dtype) if value.is_floating_point() else value
-        return inputs
-
-    def _observed(self, sample: Encoded, embeds_LD: Tensor, hidden_LD: Tensor) -> Observed:
-        count = len(sample.token_ids)
-        return Observed(
-            sample_id=sample.sample_id,
-            family=sample.family,
-            token_ids=sample.token_ids.to(self.device),
-            answer=sample.answer.to(self.device),
-            runs=sample.runs,
-            embeds_LD=embeds_LD[:count],
-            hidden_LD=hidden_LD[:count],
-        )
-
-
-@dataclass(frozen=True)
-class TargetFacts:
-    """What training needs to know of the target besides its states.
-
-    Attributes:
-        text_config: transformers config of its language model.
-        embed_VD, lm_head_VD: its tables, on the run's device, in its dtype.
-    """
-
-    model_type: str
-    text_config: Any
-    embed_VD: Tensor
-    lm_head_VD: Tensor
-
-    @classmethod
-    def of(cls, target: TrainingTarget) -> TargetFacts:
-        """Facts of a loaded target."""
-        return cls(
-            target.model_type,
-            target.text_config,
-            target.embed_VD.detach(),
-            target.lm_head_VD.detach(),
-        )
+        # The dtype is that of floats only.
+        return BatchFeature(inputs).to(self.embed_VD.device, dtype=self.embed_VD.dtype)
 
 
 def target_id(model: str) -> str:
@@ -211,28 +184,12 @@ def merge_vision(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:
-    shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
-    padded = []
-    for tensor in tensors:
-        missing = [want - have for want, have in zip(shape, tensor.shape[1:], strict=True)]
-        pairs = [amount for gap in reversed(missing) for amount in (0, gap)]
-        padded.append(F.pad(tensor, pairs) if any(pairs) else tensor)
-    return torch.cat(padded)
-
-
-@contextmanager
-def _input_embeddings(language_model: Any) -> Iterator[list[Tensor]]:
-    """Collect what goes into the language model: embeddings with image features scattered in."""
-    found: list[Tensor] = []
-
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(kwargs["inputs_embeds"].detach())
-
-    handle = language_model.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield found
-    finally:
-        handle.remove()
+    rest = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+    joined = tensors[0].new_zeros(sum(len(t) for t in tensors), *rest)
+    rows = joined.split([len(t) for t in tensors])
+    for place, tensor in zip(rows, tensors, strict=True):
+        place[tuple(slice(size) for size in tensor.shape)] = tensor
+    return joined
 
 
 def _load_model(folder: str | Path, dtype: torch.dtype) -> Any:

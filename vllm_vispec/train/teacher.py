@@ -16,11 +16,12 @@ Floats are in the dtype in which the target computed them, so offline equals onl
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -39,91 +40,162 @@ from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import read_json, read_tensors, write_json, write_tensors
 
 SCAN_SAMPLES = 256
-Record = dict[str, Any]
+Usable = Mapping[int, Encoded]
+"""Samples by their index in the corpus."""
 
 
-class Teacher(Protocol):
+class Teacher(ABC):
     """A source of observed samples.
 
     Attributes:
         facts: what training needs to know of the target.
         lengths: tokens of every usable sample, by its index in the corpus.
         rejected: samples that cannot be encoded.
+
+    Args:
+        folder: where chunks are kept.
+        size: samples per chunk.
+        key: plain data that the chunks depend on, besides data and target.
+
+    Raises:
+        ViSpecError: target, processor or data cannot be used, no sample is usable, or the folder
+            holds the results of something else or cannot be written.
     """
 
     facts: TargetFacts
-    lengths: dict[int, int]
-    rejected: tuple[Rejected, ...]
 
+    def __init__(
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        group: Processes,
+        folder: Path,
+        size: int,
+        **key: str,
+    ) -> None:
+        self._config, self._corpus, self._group = config, corpus, group
+        self._folder, self._size = folder, size
+        records = self._finish_chunks(key)
+        self._records = {record["index"]: record for record in records}
+        self.lengths = {one["index"]: one["length"] for one in records if "length" in one}
+        self.rejected = tuple(
+            Rejected(one["id"], one["rejected"]) for one in records if "rejected" in one
+        )
+        if not self.lengths:
+            first = "".join(f" (first: {x.sample_id}: {x.reason})" for x in self.rejected[:1])
+            raise ViSpecError(
+                f"data.train has no usable sample, {len(self.rejected)} were rejected{first}: "
+                "correct the files, data.image_root or data.max_length"
+            )
+
+    @abstractmethod
     def observe(self, indices: Sequence[int]) -> list[Observed]:
         """Return what the target computes for these samples, on the run's device."""
-        ...
+
+    def _keep(self, number: int, usable: Usable) -> None:  # noqa: B027
+        """Keep what a chunk's samples need besides their records."""
+
+    @cached_property
+    def _samples(self) -> EncodedSamples:
+        processor = load_processor(self._config.target.model)
+        return EncodedSamples(self._corpus, processor, self._config.data)
+
+    @cached_property
+    def _target(self) -> TrainingTarget:
+        """Loaded on first use: a finished cache needs none."""
+        dtype = _target_dtype(self._config, self._group)
+        return TrainingTarget.load(self._config.target.model, dtype, str(self._group.device))
+
+    def _finish_chunks(self, key: Mapping[str, str]) -> list[dict[str, Any]]:
+        """Do the chunks that are missing; return the records of all samples, in order."""
+        count, size, group = len(self._corpus.entries), self._size, self._group
+        chunks = [range(first, min(first + size, count)) for first in range(0, count, size)]
+        files = [self._folder / f"chunk-{number:05d}.json" for number in range(len(chunks))]
+        if group.is_main:
+            self._claim({**key, "samples": count, "chunk_samples": size})
+        group.wait()
+        for number in range(group.rank, len(chunks), group.world):
+            if not files[number].is_file():
+                items = {index: self._samples(index) for index in chunks[number]}
+                self._keep(number, {i: x for i, x in items.items() if isinstance(x, Encoded)})
+                write_json(files[number], [_record(*item) for item in items.items()])
+        group.wait()
+        return [record for file in files for record in read_json(file)]
+
+    def _claim(self, key: Mapping[str, Any]) -> None:
+        """Write what the folder's results belong to, or compare."""
+        wanted = {
+            "format": 1,
+            "data": self._corpus.digest,
+            "target": target_id(self._config.target.model),
+            "max_length": self._config.data.max_length,
+            **key,
+        }
+        index = self._folder / "index.json"
+        if not index.is_file():
+            write_json(index, wanted)
+            return
+        found = read_json(index)
+        names = {*found, *wanted}
+        differing = sorted(name for name in names if found.get(name) != wanted.get(name))
+        if differing:
+            raise ViSpecError(
+                f"{self._folder} holds the results of another run ({', '.join(differing)} differ): "
+                "choose another teacher.cache_dir or run.output, or delete it"
+            )
 
 
-class OnlineTeacher:
-    """The target runs in every step; only the samples' lengths are kept on disk.
-
-    Raises:
-        ViSpecError: the target or its processor cannot be used, or no sample is usable.
-    """
+class OnlineTeacher(Teacher):
+    """The target runs in every step; only the samples' lengths are kept on disk."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, group: Processes) -> None:
         load_target_config(config.target.model)
-        self._samples = EncodedSamples(corpus, load_processor(config.target.model), config.data)
-        folder, key = Path(config.run.output) / "lengths", _source_key(config, corpus)
-        records = finish_chunks(folder, key, len(corpus.entries), SCAN_SAMPLES, group, self._scan)
-        self.lengths, self.rejected = _split_records(records)
-        self._target = load_target(config, group)
-        self.facts = TargetFacts.of(self._target)
+        super().__init__(config, corpus, group, Path(config.run.output) / "lengths", SCAN_SAMPLES)
+        self.facts = self._target
 
     def observe(self, indices: Sequence[int]) -> list[Observed]:
         """Run the target on these samples, as one batch."""
         return self._target.observe([self._samples.require(index) for index in indices])
 
-    def _scan(self, number: int, indices: range) -> list[Record]:
-        return [_record_of(index, self._samples(index)) for index in indices]
 
-
-class OfflineTeacher:
-    """Reads the target's states from the cache, which it completes first if anything is missing.
-
-    Raises:
-        ViSpecError: the cache belongs to other data or another target, or cannot be written.
-    """
+class OfflineTeacher(Teacher):
+    """Reads the target's states from the cache, which it completes first."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, group: Processes) -> None:
-        self._folder, self._size = cache_folder(config), config.teacher.shard_samples
-        self._device = group.device
-        key = _source_key(config, corpus) | {"dtype": str(_target_dtype(config, group))}
-        writer = _CacheWriter(config, corpus, group)
-        records = finish_chunks(
-            self._folder, key, len(corpus.entries), self._size, group, writer.write_shard
+        folder, size = cache_folder(config), config.teacher.shard_samples
+        super().__init__(
+            config, corpus, group, folder, size, dtype=str(_target_dtype(config, group))
         )
-        if group.is_main and not _tables(self._folder).is_file():
-            writer.write_tables()
+        tables = folder / "tables.safetensors"
+        if group.is_main and not tables.is_file():
+            target = self._target
+            target.model.config.save_pretrained(folder / "target")
+            lm_head_VD = target.lm_head_VD.clone()  # perhaps the same tensor
+            write_tensors(tables, {"embed_tokens": target.embed_VD, "lm_head": lm_head_VD})
         group.wait()
-        self._records = {record["index"]: record for record in records}
-        self.lengths, self.rejected = _split_records(records)
-        tables = read_tensors(_tables(self._folder))
-        target_config = load_target_config(self._folder / "target")
+        target_config = load_target_config(folder / "target")
+        found = {name: one.to(group.device) for name, one in read_tensors(tables).items()}
         self.facts = TargetFacts(
             target_config.model_type,
             target_config.get_text_config(),
-            tables["embed_tokens"].to(group.device),
-            tables["lm_head"].to(group.device),
+            found["embed_tokens"],
+            found["lm_head"],
         )
 
     def observe(self, indices: Sequence[int]) -> list[Observed]:
         """Read these samples, in the order asked for."""
         found: dict[int, Observed] = {}
         for shard, members in groupby(sorted(set(indices)), key=lambda index: index // self._size):
-            with safe_open(str(_shard(self._folder, shard)), framework="pt") as file:
+            with safe_open(str(self._shard(shard)), framework="pt") as file:
                 found.update({index: self._read(file, index) for index in members})
         return [found[index] for index in indices]
 
+    def _shard(self, number: int) -> Path:
+        return self._folder / f"shard-{number:05d}.safetensors"
+
     def _read(self, file: Any, index: int) -> Observed:
         def tensor(name: str) -> Tensor:
-            return file.get_tensor(f"{index}.{name}").to(self._device)
+            return file.get_tensor(f"{index}.{name}").to(self._group.device)
 
         record, token_ids = self._records[index], tensor("token_ids").long()
         embeds_LD = self.facts.embed_VD[token_ids]
@@ -138,168 +210,22 @@ class OfflineTeacher:
             hidden_LD=tensor("hidden"),
         )
 
-
-TEACHERS: Mapping[str, Callable[[TrainConfig, Corpus, Processes], Teacher]] = {
-    "online": OnlineTeacher,
-    "offline": OfflineTeacher,
-}
-
-
-def open_teacher(config: TrainConfig, corpus: Corpus, group: Processes) -> Teacher:
-    """Return the teacher that `teacher.mode` names."""
-    return TEACHERS[config.teacher.mode](config, corpus, group)
-
-
-def cache_folder(config: TrainConfig) -> Path:
-    """Return where a recipe's cache is."""
-    return Path(config.teacher.cache_dir or Path(config.run.output) / "cache")
-
-
-def load_target(config: TrainConfig, group: Processes) -> TrainingTarget:
-    """Return the target of a recipe, on this process's device."""
-    return TrainingTarget.load(config.target.model, _target_dtype(config, group), str(group.device))
-
-
-def finish_chunks(
-    folder: Path,
-    key: Mapping[str, Any],
-    count: int,
-    size: int,
-    group: Processes,
-    work: Callable[[int, range], list[Record]],
-) -> list[Record]:
-    """Do the chunks that are missing and return the records of all `count` samples in order.
-
-    Args:
-        folder: where results are kept.
-        key: plain data that says what they belong to.
-        size: samples per chunk.
-        work: called with a chunk's number and its samples.
-
-    Raises:
-        ViSpecError: the folder holds the results of something else, or cannot be written.
-    """
-    chunks = [range(first, min(first + size, count)) for first in range(0, count, size)]
-    files = [folder / f"chunk-{number:05d}.json" for number in range(len(chunks))]
-    if group.is_main:
-        _claim(folder, {**key, "samples": count, "chunk_samples": size})
-    group.wait()
-    for number in range(group.rank, len(chunks), group.world):
-        if not files[number].is_file():
-            write_json(files[number], work(number, chunks[number]))
-    group.wait()
-    return [record for file in files for record in read_json(file)]
-
-
-def _claim(folder: Path, key: Mapping[str, Any]) -> None:
-    index = folder / "index.json"
-    if not index.is_file():
-        write_json(index, dict(key))
-        return
-    found = json.loads(index.read_text(encoding="utf-8"))
-    differing = sorted(name for name in {*found, *key} if found.get(name) != key.get(name))
-    if differing:
-        raise ViSpecError(
-            f"{folder} holds the results of another run ({', '.join(differing)} differ): choose "
-            "another teacher.cache_dir or run.output, or delete it"
-        )
-
-
-def _source_key(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
-    """What lengths and states of samples depend on."""
-    return {
-        "format": 1,
-        "data": corpus.digest,
-        "target": target_id(config.target.model),
-        "max_length": config.data.max_length,
-    }
-
-
-def _target_dtype(config: TrainConfig, group: Processes) -> torch.dtype:
-    name = config.target.dtype
-    if name == "auto":
-        name = "bfloat16" if group.device.type == "cuda" else "float32"
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _record_of(index: int, item: Encoded | Rejected) -> Record:
-    """A sample as plain data: its length, or why it is left out."""
-    if isinstance(item, Rejected):
-        return {"index": index, "id": item.sample_id, "rejected": item.reason}
-    return {"index": index, "id": item.sample_id, "length": len(item.token_ids)}
-
-
-def _split_records(records: Sequence[Record]) -> tuple[dict[int, int], tuple[Rejected, ...]]:
-    """Lengths by index, and the rejected samples.
-
-    Raises:
-        ViSpecError: every sample was rejected.
-    """
-    lengths = {one["index"]: one["length"] for one in records if "length" in one}
-    rejected = tuple(Rejected(one["id"], one["rejected"]) for one in records if "rejected" in one)
-    if not lengths:
-        first = f" (first: {rejected[0].sample_id}: {rejected[0].reason})" if rejected else ""
-        raise ViSpecError(
-            f"data.train has no usable sample, {len(rejected)} were rejected{first}: correct the "
-            "files, data.image_root or data.max_length"
-        )
-    return lengths, rejected
-
-
-class _CacheWriter:
-    """Computes shards; the target is loaded on first use, so a finished cache needs none."""
-
-    def __init__(self, config: TrainConfig, corpus: Corpus, group: Processes) -> None:
-        self._config, self._corpus, self._group = config, corpus, group
-        self._folder = cache_folder(config)
-        self._target: TrainingTarget | None = None
-        self._samples: EncodedSamples | None = None
-
-    def write_shard(self, number: int, indices: range) -> list[Record]:
-        """Write one shard; returns its records."""
-        if self._samples is None:
-            processor = load_processor(self._config.target.model)
-            self._samples = EncodedSamples(self._corpus, processor, self._config.data)
-        items = {index: self._samples(index) for index in indices}
-        usable = {index: item for index, item in items.items() if isinstance(item, Encoded)}
+    def _keep(self, number: int, usable: Usable) -> None:
+        """Write a shard: what the target computes for the samples of a chunk."""
         tensors: dict[str, Tensor] = {}
         # Like lengths together, against padding.
         order = sorted(usable, key=lambda index: len(usable[index].token_ids))
         size = self._config.batch.size
         for first in range(0, len(order), size):
             batch = order[first : first + size]
-            observed = self._loaded().observe([usable[index] for index in batch])
+            observed = self._target.observe([usable[index] for index in batch])
             for index, one in zip(batch, observed, strict=True):
                 tensors |= self._pack(index, one)
         if tensors:
-            write_tensors(_shard(self._folder, number), tensors)
-        return [
-            _record_of(index, item)
-            | (
-                {"family": item.family, "runs": [list(run) for run in item.runs]}
-                if isinstance(item, Encoded)
-                else {}
-            )
-            for index, item in items.items()
-        ]
-
-    def write_tables(self) -> None:
-        """Write the tables and the configuration."""
-        target = self._loaded()
-        target.model.config.save_pretrained(self._folder / "target")
-        write_tensors(
-            _tables(self._folder),
-            {"embed_tokens": target.embed_VD, "lm_head": target.lm_head_VD.clone()},
-        )
-
-    def _loaded(self) -> TrainingTarget:
-        if self._target is None:
-            self._target = load_target(self._config, self._group)
-        return self._target
+            write_tensors(self._shard(number), tensors)
 
     def _pack(self, index: int, observed: Observed) -> dict[str, Tensor]:
-        table_LD = self._loaded().embed_VD[observed.token_ids]
+        table_LD = self._target.embed_VD[observed.token_ids]
         rows_N = (observed.embeds_LD != table_LD).any(dim=1).nonzero()[:, 0]
         return {
             f"{index}.token_ids": observed.token_ids.to(torch.int32),
@@ -310,9 +236,29 @@ class _CacheWriter:
         }
 
 
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05d}.safetensors"
+def open_teacher(config: TrainConfig, corpus: Corpus, group: Processes) -> Teacher:
+    """Return the teacher that `teacher.mode` names."""
+    chosen = OnlineTeacher if config.teacher.mode == "online" else OfflineTeacher
+    return chosen(config, corpus, group)
 
 
-def _tables(folder: Path) -> Path:
-    return folder / "tables.safetensors"
+def cache_folder(config: TrainConfig) -> Path:
+    """Return where a recipe's cache is."""
+    return Path(config.teacher.cache_dir or Path(config.run.output) / "cache")
+
+
+def _target_dtype(config: TrainConfig, group: Processes) -> torch.dtype:
+    name = config.target.dtype
+    if name == "auto":
+        name = "bfloat16" if group.device.type == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _record(index: int, item: Encoded | Rejected) -> dict[str, Any]:
+    """A sample as plain data, or why it is left out."""
+    found = {"index": index, "id": item.sample_id}
+    if isinstance(item, Rejected):
+        return found | {"rejected": item.reason}
+    runs = [list(run) for run in item.runs]
+    return found | {"length": len(item.token_ids), "family": item.family, "runs": runs}

@@ -1,28 +1,46 @@
-"""The trainer: one optimizer step, and the state that is carried from step to step."""
+"""The trainer: one optimizer step, the learning rate, and the state carried from step to step."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vllm_vispec.reference import Draft, draft_class
 from vllm_vispec.train.batch import pad_batch
 from vllm_vispec.train.checkpoint import Tensors
-from vllm_vispec.train.config import TrainConfig
-from vllm_vispec.train.distributed import Processes, assign, like, shard, whole
-from vllm_vispec.train.metrics import GateDecisions
-from vllm_vispec.train.objective import Objective, Rng, Sums, make_generator
-from vllm_vispec.train.optimizer import CLIPS, make_optimizer, total_norm
+from vllm_vispec.train.config import ScheduleConfig, TrainConfig
+from vllm_vispec.train.distributed import Processes, assign, shard, whole
+from vllm_vispec.train.losses import Objective, Rng, Sums, make_generator
 from vllm_vispec.train.rollout import ROW_MULTIPLE
 from vllm_vispec.train.teacher import Teacher
 from vllm_vispec.utils.errors import ViSpecError
 
 # An average of few steps would still hold mostly the start: its decay grows as (1 + t) / (10 + t).
 _EMA_DELAY = 10
+# Share of the learning rate that is left after a share x of the decay.
+SHAPES: Mapping[str, Callable[[float], float]] = {
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "constant": lambda x: 1.0,
+}
+
+
+def rate_factor(settings: ScheduleConfig, progress: float) -> float:
+    """Return the learning rate as a share of its peak.
+
+    Args:
+        progress: share of the run that is over when the step is done, 0 to 1.
+    """
+    if progress < settings.warmup:
+        return progress / settings.warmup
+    left = 1 - settings.warmup
+    over = (progress - settings.warmup) / left if left else 1.0
+    return settings.floor + (1 - settings.floor) * SHAPES[settings.decay](over)
 
 
 @dataclass(frozen=True)
@@ -37,7 +55,7 @@ class StepResult:
         tokens: tokens of the samples, prompts and images included.
         gradient_norm: before clipping.
         seconds: of this process.
-        decisions: of the head's gate, if it has one.
+        decisions_2K: of the head's gate, see `acceptance.sum_decisions`.
     """
 
     loss: float
@@ -47,7 +65,7 @@ class StepResult:
     tokens: int
     gradient_norm: float
     seconds: float
-    decisions: GateDecisions = field(default_factory=GateDecisions)
+    decisions_2K: Tensor
 
 
 class Trainer:
@@ -58,26 +76,39 @@ class Trainer:
     ) -> None:
         self._config, self._teacher, self._group = config, teacher, group
         self.head_config = draft.config
-        objective = Objective(draft, teacher.facts.lm_head_VD, config.loss).to(group.device)
+        self._objective = Objective(draft, teacher.facts.lm_head_VD, config.loss).to(group.device)
         # Before sharding, so that one process alone can export them.
         self._frozen: Tensors = {
             name: w.detach() for name, w in draft.named_parameters() if not w.requires_grad
         }
-        shard(objective, group)
-        self._objective = objective
-        self._weights = {
-            name: weight
-            for name, weight in objective.draft.named_parameters()
-            if weight.requires_grad
-        }
-        self._optimizer = make_optimizer(config.optimizer, self._weights.values(), group)
-        self._average: Tensors = {}
-        if config.optimizer.ema:
-            self._average = {name: w.detach().clone() for name, w in self._weights.items()}
-        autocast = config.run.autocast
-        self._autocast = autocast == "bfloat16" or (
-            autocast == "auto" and group.device.type == "cuda"
+        shard(self._objective, group)
+        weights = {name: w for name, w in draft.named_parameters() if w.requires_grad}
+        settings = config.optimizer
+        self._optimizer = torch.optim.AdamW(
+            list(weights.values()),
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=group.world == 1 or group.device.type == "cuda",
         )
+        # All that the next step depends on, by the groups of a checkpoint.
+        self._state: dict[str, Tensors] = {
+            "weights": {**weights},
+            "moment1": {name: torch.zeros_like(w) for name, w in weights.items()},
+            "moment2": {name: torch.zeros_like(w) for name, w in weights.items()},
+            "average": {name: w.detach().clone() for name, w in weights.items()}
+            if settings.ema
+            else {},
+        }
+        for name, weight in weights.items():
+            self._optimizer.state[weight] = {
+                "step": torch.zeros((), device=group.device),
+                "exp_avg": self._state["moment1"][name],
+                "exp_avg_sq": self._state["moment2"][name],
+            }
+        autocast = config.run.autocast
+        on_gpu = group.device.type == "cuda"
+        self._autocast = on_gpu if autocast == "auto" else autocast == "bfloat16"
 
     def step(
         self, passes: Sequence[Sequence[int]], number: int, lr: float, progress: float = 0.0
@@ -103,25 +134,27 @@ class Trainer:
                 sums = self._objective(batch, self._rng(number, index, progress))
             sums.loss.backward()
             found.append(sums)
-        totals = self._totals(found, tokens)
+        columns = {"tokens": tokens, "loss": sum(float(one.loss.detach()) for one in found)}
+        for name in found[0].of_rows:
+            columns[name] = sum(float(one.of_rows[name]) for one in found)
+        summed = self._group.sum(torch.tensor([*columns.values()], dtype=torch.float64))
+        totals = dict(zip(columns, summed.tolist(), strict=True))
         rows = max(totals["rows"], 1.0)
-        loss = totals["total"] / rows
-        if not torch.isfinite(torch.tensor(loss)):
+        loss = totals["loss"] / rows
+        if not math.isfinite(loss):
             raise ViSpecError(
                 f"the loss of step {number + 1} is {loss}: lower optimizer.lr or set optimizer.clip"
             )
         norm = self._update(rows, number, lr)
         return StepResult(
             loss=loss,
-            parts={name: totals[f"part.{name}"] / rows for name in self._objective.part_names},
+            parts={name: totals[name] / rows for name in self._objective.part_names},
             accuracy=totals["right"] / rows,
             rows=int(totals["rows"]),
             tokens=int(totals["tokens"]),
             gradient_norm=norm,
             seconds=time.perf_counter() - begin,
-            decisions=GateDecisions.from_sums(
-                [value for name, value in totals.items() if name.startswith("decision.")]
-            ),
+            decisions_2K=self._group.sum(sum(one.decisions_2K.double() for one in found)).cpu(),
         )
 
     def _rng(self, number: int, index: int, progress: float) -> Rng:
@@ -135,40 +168,26 @@ class Trainer:
             loss.temperature(progress),
         )
 
-    def _totals(self, found: Sequence[Sums], tokens: int) -> dict[str, float]:
-        """Sums over forward passes and processes."""
-        names = self._objective.part_names
-        columns = {
-            "rows": [torch.tensor(float(one.rows)) for one in found],
-            "tokens": [torch.tensor(float(tokens))],
-            "total": [one.loss.detach() for one in found],
-            "right": [one.right for one in found],
-            **{f"part.{name}": [one.parts[name] for one in found] for name in names},
-            **{
-                f"decision.{index}": [one.decisions[index] for one in found]
-                for index in range(len(found[0].decisions))
-            },
-        }
-        summed = [sum(float(v) for v in values) for values in columns.values()]
-        totals = self._group.sum(torch.tensor(summed, dtype=torch.float64))
-        return dict(zip(columns, totals.tolist(), strict=True))
-
     def _update(self, rows: float, number: int, lr: float) -> float:
         """Scale gradients of the sum to the mean, clip, step; return the norm before clipping."""
-        gradients = [w.grad for w in self._weights.values() if w.grad is not None]
+        settings, weights = self._config.optimizer, self._state["weights"]
+        gradients = [w.grad for w in weights.values() if w.grad is not None]
         for gradient in gradients:
             # Sharding hands out means over processes.
             gradient.mul_(self._group.world / rows)
-        norm = total_norm(gradients)
-        settings = self._config.optimizer
-        CLIPS[settings.clip](gradients, settings.clip_at)
+        norm = float(whole(nn.utils.get_total_norm(gradients)))
+        for gradient in gradients:
+            if settings.clip == "value":
+                gradient.clamp_(-settings.clip_at, settings.clip_at)
+            elif settings.clip == "norm":
+                gradient.mul_(min(1.0, settings.clip_at / (norm + 1e-6)))
         for options in self._optimizer.param_groups:
             options["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         decay = min(settings.ema, (1 + number) / (_EMA_DELAY + number))
-        for name, mean in self._average.items():
-            mean.lerp_(self._weights[name].detach(), 1 - decay)
+        for name, mean in self._state["average"].items():
+            mean.lerp_(weights[name].detach(), 1 - decay)
         return norm
 
     def weights_for_use(self) -> Tensors:
@@ -176,7 +195,8 @@ class Trainer:
 
         All processes must call this together.
         """
-        return {name: whole(w) for name, w in (self._average or self._weights).items()}
+        chosen = self._state["average"] or self._state["weights"]
+        return {name: whole(w) for name, w in chosen.items()}
 
     def draft_with(self, weights: Mapping[str, Tensor]) -> Draft:
         """Return a separate draft with these weights, for validation and export."""
@@ -185,21 +205,14 @@ class Trainer:
         return draft.to(self._group.device).eval()
 
     def state(self) -> dict[str, Tensors]:
-        """Return full tensors of everything that the next step depends on.
+        """Return full tensors, on the CPU, of everything that the next step depends on.
 
         All processes must call this together.
         """
-        groups: dict[str, Tensors] = {
-            "weights": {name: whole(w).cpu() for name, w in self._weights.items()}
+        return {
+            group: {name: whole(tensor).cpu() for name, tensor in tensors.items()}
+            for group, tensors in self._state.items()
         }
-        for group, key in _MOMENTS.items():
-            groups[group] = {
-                name: whole(self._optimizer.state[w][key]).cpu()
-                for name, w in self._weights.items()
-                if w in self._optimizer.state
-            }
-        groups["average"] = {name: whole(w).cpu() for name, w in self._average.items()}
-        return groups
 
     def restore(self, groups: Mapping[str, Tensors], steps: int) -> None:
         """Continue from a saved state after this many steps.
@@ -207,26 +220,14 @@ class Trainer:
         Raises:
             ViSpecError: it belongs to a head of another shape.
         """
-        weights = groups.get("weights", {})
-        if {n: t.shape for n, t in weights.items()} != {
-            n: w.shape for n, w in self._weights.items()
-        }:
+        saved, ours = groups["weights"], self._state["weights"]
+        if {n: t.shape for n, t in saved.items()} != {n: w.shape for n, w in ours.items()}:
             raise ViSpecError(
                 "the checkpoint in run.output belongs to a head of another shape: choose another "
                 "run.output"
             )
-        assign(self._weights, weights)
-        if self._average:
-            assign(self._average, groups.get("average") or weights)
-        for name, weight in self._weights.items() if steps else ():
-            state = {key: like(weight.detach(), groups[g][name]) for g, key in _MOMENTS.items()}
-            self._optimizer.state[weight] = {
-                # PyTorch keeps the count beside the moments when it fuses, else on the CPU.
-                "step": torch.tensor(float(steps)),
-                **state,
-            }
-        for state in self._optimizer.state.values() if self._group.device.type == "cuda" else ():
-            state["step"] = state["step"].to(self._group.device)
-
-
-_MOMENTS = {"moment1": "exp_avg", "moment2": "exp_avg_sq"}
+        for group, tensors in self._state.items():
+            # An average that is new starts from the weights.
+            assign(tensors, groups.get(group) or saved)
+        for state in self._optimizer.state.values():
+            state["step"].fill_(steps)

@@ -1,4 +1,4 @@
-"""Simulated acceptance: against a draft that really drafts."""
+"""Acceptance: simulated chains against a draft that really drafts, and how answers add up."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from torch import Tensor
 
 from tests.support.heads import random_draft_vlm
 from tests.train.samples import HEADS, random_draft, random_sample
-from vllm_vispec.evaluate.engine import Answer, Question, inside_answer, summarise
+from vllm_vispec.evaluate.engine import inside_answer
 from vllm_vispec.reference import Draft, DraftVlm
+from vllm_vispec.train.acceptance import (
+    Acceptance,
+    answer_spans,
+    by_family,
+    draft_hits,
+    replay,
+    simulate,
+)
 from vllm_vispec.train.batch import Observed, pad_batch
-from vllm_vispec.train.metrics import Acceptance, merge_families
-from vllm_vispec.train.simulate import answer_spans, draft_hits, replay, simulate
-from vllm_vispec.utils.errors import ViSpecError
 
 DEPTH = 4
 FEW = 3
@@ -85,43 +90,36 @@ def test_simulation_equals_drafting_every_chain(name: str) -> None:
         sample(31, [(13, 14), (20, 31)], family="two turns"),
     ]
     found = simulate(draft, lm_head(), pad_batch(samples), DEPTH)
-    expected: dict[str, Acceptance] = {}
-    for one in samples:
-        for start, end in answer_spans(one.answer.tolist()):
-            steps = drafted_steps(draft, one, start, end)
-            part = {one.family: Acceptance.of_answer(steps, end - start, DEPTH)}
-            expected = merge_families(expected, part)
-    overall = found.pop("overall")
-    assert found == expected
-    assert overall == expected["one turn"].merge(expected["two turns"])
-    assert overall.answers == 5
-    assert sum(overall.accepted_by_position) > 10
-    assert overall.tokens == 43 + 6 + 15 + 0 + 10
-
-
-def test_batching_does_not_change_the_simulation() -> None:
-    draft = random_draft(HEADS["reference"])
-    samples = [sample(60, [(14, 58)]), sample(33, [(13, 33)])]
-    alone = merge_families(*(simulate(draft, lm_head(), pad_batch([s]), DEPTH) for s in samples))
-    assert simulate(draft, lm_head(), pad_batch(samples), DEPTH) == alone
+    spans = [(one, *span) for one in samples for span in answer_spans(one.answer.tolist())]
+    assert found == [
+        (
+            one.family,
+            Acceptance.of_answer(drafted_steps(draft, one, start, end), end - start, DEPTH),
+        )
+        for one, start, end in spans
+    ]
+    families = by_family(found, DEPTH)
+    assert list(families) == ["one turn", "two turns", "overall"]
+    assert families["overall"].answers == 5
+    assert sum(families["overall"].accepted_by_position) > 10
+    assert families["overall"].tokens == 43 + 6 + 15 + 0 + 10
+    alone = [one for x in samples for one in simulate(draft, lm_head(), pad_batch([x]), DEPTH)]
+    assert alone == found
 
 
 def test_bfloat16_is_simulated_as_such() -> None:
     draft = random_draft(HEADS["reference"]).bfloat16()
-    found = simulate(draft, lm_head().bfloat16(), pad_batch([sample(60, [(14, 58)])]), DEPTH)
-    assert found["overall"].tokens == 43
+    ((_, one),) = simulate(draft, lm_head().bfloat16(), pad_batch([sample(60, [(14, 58)])]), DEPTH)
+    assert one.tokens == 43
 
 
 def test_a_vocabulary_of_its_own_drafts_only_that() -> None:
     draft, head = random_draft(HEADS["reference"]), lm_head()
     batch = pad_batch([sample(60, [(14, 58)]), sample(33, [(13, 33)])])
-    everything = torch.arange(64)
-    same = simulate(draft, head[everything], batch, DEPTH, everything)
-    assert same == simulate(draft, head, batch, DEPTH)
-    some = torch.tensor([0, 2])
-    gold_BL = torch.nn.functional.pad(batch.ids_BL[:, 2:], (0, 2))
-    listed_BL = torch.isin(gold_BL, some)
+    everything, some = torch.arange(64), torch.tensor([0, 2])
     whole_SBL = draft_hits(draft, head, batch, DEPTH)
+    assert torch.equal(draft_hits(draft, head[everything], batch, DEPTH, everything), whole_SBL)
+    listed_BL = torch.isin(torch.nn.functional.pad(batch.ids_BL[:, 2:], (0, 2)), some)
     found_SBL = draft_hits(draft, head[some], batch, DEPTH, some)
     assert not (found_SBL & ~listed_BL).any()
     # What was right stays right, as far as it is in the list.
@@ -129,16 +127,13 @@ def test_a_vocabulary_of_its_own_drafts_only_that() -> None:
     assert (whole_SBL & ~listed_BL).any()
 
 
-def test_an_always_right_draft_is_cut_at_the_end_of_the_answer() -> None:
-    right = [[True] * 20] * 3
-    # Token 4 comes out of the prefill; 3 + 1 tokens a round, then the last 2 are both drafts.
-    assert replay(right, 4, 11) == [3, 2]
-    assert replay(right, 4, 5) == []
-    assert replay(right, 4, 6) == [1]
-
-
-def test_an_always_wrong_draft_takes_one_round_a_token() -> None:
-    assert replay([[False] * 20] * 3, 4, 9) == [0, 0, 0, 0]
+@pytest.mark.parametrize(
+    ("right", "end", "accepted"),
+    # Token 4 comes out of the prefill; 3 + 1 tokens a step, then the last 2 are both drafts.
+    [(True, 11, [3, 2]), (True, 5, []), (True, 6, [1]), (False, 9, [0, 0, 0, 0])],
+)
+def test_an_answer_is_replayed_to_its_end(right: bool, end: int, accepted: list[int]) -> None:
+    assert replay([[right] * 20] * 3, 4, end) == accepted
 
 
 def test_spans_of_answers() -> None:
@@ -149,26 +144,15 @@ def test_spans_of_answers() -> None:
 
 def test_rates_of_an_acceptance() -> None:
     one = Acceptance.of_answer([2, 0, 1, 2], num_tokens=10, num_draft_tokens=3)
-    assert one == Acceptance(4, 9, (3, 2, 0), 1)
-    assert one.mean_accepted_tokens == 1.25
-    assert one.acceptance_length == 2.25
+    assert one == Acceptance(4, 9, 1, (3, 2, 0))
+    assert (one.mean_accepted_tokens, one.acceptance_length) == (1.25, 2.25)
     assert one.acceptance_rates == (0.75, 0.5, 0.0)
-    assert one.merge(one) == Acceptance(8, 18, (6, 4, 0), 2)
-    assert Acceptance.nothing(2).acceptance_length == 1
+    found = by_family([("charts", one), ("", one)], 3)
+    assert found == {"charts": one, "overall": Acceptance(8, 18, 2, (6, 4, 0))}
+    assert by_family([], 2)["overall"].acceptance_length == 1
 
 
 def test_drafts_behind_the_end_of_an_answer_are_left_out() -> None:
-    # 8 tokens: 1 of the prefill, 3 + 1 of the first round, 3 of the second, whose 5 were accepted.
+    # 8 tokens: 1 of the prefill, 3 + 1 of the first step, 3 of the second, whose 5 were accepted.
     assert inside_answer([3, 5], 8) == [3, 3]
     assert inside_answer([3, 2], 8) == [3, 2]
-    question = Question("charts", [1], (), list(range(8)))
-    result = summarise([question], [Answer(tuple(range(8)), (3, 5))], 5)
-    assert result.accepted_past_end == 2
-    assert result.identical == 1
-    assert result.families["charts"] == result.families["overall"]
-    assert sum(result.families["charts"].accepted_by_position) == 6
-
-
-def test_drafting_nothing_is_refused() -> None:
-    with pytest.raises(ViSpecError, match="at least 1"):
-        simulate(random_draft(HEADS["reference"]), lm_head(), pad_batch([random_sample(9)]), 0)
