@@ -22,9 +22,8 @@ from safetensors.torch import save_file
 from tests.support.child import Child
 from tests.support.engine import register_plugin
 from tests.support.heads import edit_config, edit_tensors, write_config, write_head
-from tests.support.tiny_configs import HEAD_DIM, HIDDEN, VOCAB
+from tests.support.tiny_families import HEAD_DIM, HIDDEN, VOCAB
 from tests.support.tiny_store import TinyStore
-from vllm_vispec.compat.check import version_problem
 from vllm_vispec.draft_vocab.files import write_vocab
 from vllm_vispec.heads.folder import DRAFT_VOCAB
 from vllm_vispec.heads.speculators import SPECULATORS_TYPE
@@ -42,7 +41,6 @@ class BadStart:
         spec: Changes to the speculative config; None removes a key.
         engine: Further engine arguments.
         target: ``vision``, ``text``, or ``head``: one that names its target.
-        error: Name of the exception's class.
     """
 
     message: str
@@ -50,7 +48,6 @@ class BadStart:
     spec: Mapping[str, Any] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
     target: str = "vision"
-    error: str = "ViSpecError"
 
 
 def _weights(folder: Path) -> Path:
@@ -105,28 +102,43 @@ COUNT = r"num_speculative_tokens={} must be an integer between 1 and \d+; 3 to 6
 EAGLE = {"fc.weight": (HIDDEN, 2 * HIDDEN), "layers.0.mlp.up_proj.weight": (48, HIDDEN)}
 EAGLE3 = {"fc.weight": (HIDDEN, 3 * HIDDEN), "d2t": (8,)}
 
-TREE = {"tree": {"policy": "eagle2"}, "num_speculative_tokens": 29}
+LACKS_FC = r"lacks 1 tensor\(s\): fc\.weight.*export"
+TREE: dict[str, Any] = {"tree": {"policy": "eagle2"}, "num_speculative_tokens": 29}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "lm_head": True}
 EXAMPLE_CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+
+
+def _spec(message: str, **spec: Any) -> BadStart:
+    """Return a start that is refused for its speculative config; None removes a key."""
+    return BadStart(message, spec=spec)
+
+
+def _count(value: Any, pattern: str = "") -> BadStart:
+    return _spec(COUNT.format(pattern or value), num_speculative_tokens=value)
+
+
+def _engine(message: str, **engine: Any) -> BadStart:
+    return BadStart(message, engine=engine)
+
 
 BAD_STARTS: Mapping[str, BadStart] = {
     "heads that no backend serves": BadStart(
         "no attention backend here serves heads of 518 channels.*leave the speculative config out",
-        spoil=_rewrite("canonical", head_dim=512),
+        _rewrite("canonical", head_dim=512),
     ),
-    "missing folder": BadStart(
-        "head folder '/nowhere/head' does not exist.*give", spec={"model": "/nowhere/head"}
+    "missing folder": _spec(
+        "head folder '/nowhere/head' does not exist.*give", model="/nowhere/head"
     ),
-    "no model": BadStart('"model" is missing; give the folder', spec={"model": None}),
-    "empty model": BadStart('"model" is missing; give the folder', spec={"model": ""}),
+    "no model": _spec('"model" is missing; give the folder', model=None),
+    "empty model": _spec('"model" is missing; give the folder', model=""),
     "no config": BadStart(
         r"config\.json is missing", lambda folder: (folder / "config.json").unlink()
     ),
     "truncated weights": BadStart("truncated or corrupt.*download or export", _truncate),
     "pickle only": BadStart("only pickle weights.*convert them to safetensors", _pickle_only),
-    "missing tensor": BadStart(r"lacks 1 tensor\(s\): fc\.weight.*export", _drop("fc.weight")),
+    "missing tensor": BadStart(LACKS_FC, _drop("fc.weight")),
     "missing tensor of a head given as eagle": BadStart(
-        r"lacks 1 tensor\(s\): fc\.weight.*export", _drop("fc.weight"), spec={"method": "eagle"}
+        LACKS_FC, _drop("fc.weight"), spec={"method": "eagle"}
     ),
     "extra tensor": BadStart(r"account for: lm_head\.weight.*remove", _add("lm_head.weight")),
     "config of another head": BadStart(
@@ -154,54 +166,50 @@ BAD_STARTS: Mapping[str, BadStart] = {
     "unknown format": BadStart(
         "unknown checkpoint format.*expected one of.*give", _only({"w": (2,)}, "X")
     ),
-    "K missing": BadStart(COUNT.format("None"), spec={"num_speculative_tokens": None}),
-    "K is 0": BadStart(COUNT.format("0"), spec={"num_speculative_tokens": 0}),
-    "K is -1": BadStart(COUNT.format("-1"), spec={"num_speculative_tokens": -1}),
-    "K is 100": BadStart(COUNT.format("100"), spec={"num_speculative_tokens": 100}),
-    "K is a word": BadStart(COUNT.format("'four'"), spec={"num_speculative_tokens": "four"}),
-    "K is true": BadStart(COUNT.format("True"), spec={"num_speculative_tokens": True}),
-    "K is 2.5": BadStart(COUNT.format(r"2\.5"), spec={"num_speculative_tokens": 2.5}),
+    "K missing": _count(None),
+    "K is 0": _count(0),
+    "K is -1": _count(-1),
+    "K is 100": _count(100),
+    "K is a word": _count("four", "'four'"),
+    "K is true": _count(True),
+    "K is 2.5": _count(2.5, r"2\.5"),
     "text-only target": BadStart("takes no images; ViSpec needs a vision-language", target="text"),
-    "no image table": BadStart(
-        "image_table_size=0 must be an integer.*leave it out", spec={"image_table_size": 0}
+    "no image table": _spec(
+        "image_table_size=0 must be an integer.*leave it out", image_table_size=0
     ),
-    "parallel drafting": BadStart(
-        "parallel_drafting does not work with ViSpec.*leave it out",
-        spec={"parallel_drafting": True},
+    "parallel drafting": _spec(
+        "parallel_drafting does not work with ViSpec.*leave it out", parallel_drafting=True
     ),
-    "other vocabularies": BadStart(
-        "use_heterogeneous_vocab does not work.*leave it out",
-        spec={"use_heterogeneous_vocab": True},
+    "other vocabularies": _spec(
+        "use_heterogeneous_vocab does not work.*leave it out", use_heterogeneous_vocab=True
     ),
-    "draft TP differs": BadStart(
+    "draft TP differs": _spec(
         "draft_tensor_parallel_size=2 must equal the target's 1; leave it out",
-        spec={"draft_tensor_parallel_size": 2},
+        draft_tensor_parallel_size=2,
     ),
-    "TP does not fit": BadStart(
+    "TP does not fit": _engine(
         "tensor_parallel_size=3 does not fit the head's 4 .*choose one of 1, 2, 4",
-        engine={"tensor_parallel_size": 3},
+        tensor_parallel_size=3,
     ),
-    "pipeline parallel": BadStart(
-        "pipeline_parallel_size=2 does not work with ViSpec.*set it to 1",
-        engine={"pipeline_parallel_size": 2},
+    "pipeline parallel": _engine(
+        "pipeline_parallel_size=2 does not work with ViSpec.*set it to 1", pipeline_parallel_size=2
     ),
-    "tree is no object": BadStart(
-        "tree='eagle2' must be an object such as", spec={"tree": "eagle2"}
+    "tree is no object": _spec("tree='eagle2' must be an object such as", tree="eagle2"),
+    "tree with an unknown key": _spec(
+        r"tree\.width is unknown; the keys are policy", tree={"width": 3}
     ),
-    "tree with an unknown key": BadStart(
-        r"tree\.width is unknown; the keys are policy", spec={"tree": {"width": 3}}
+    "tree with too few nodes": _spec(
+        "num_speculative_tokens=3 must be an integer between 4 and 127: with a tree", tree={}
     ),
-    "tree with too few nodes": BadStart(
-        "num_speculative_tokens=3 must be an integer between 4 and 127: with a tree",
-        spec={"tree": {}},
-    ),
-    "tree with too many nodes": BadStart(
+    "tree with too many nodes": _spec(
         "num_speculative_tokens=29 must be an integer between 2 and 6",
-        spec={"tree": {"depth": 1, "top_k": 2}, "num_speculative_tokens": 29},
+        tree={"depth": 1, "top_k": 2},
+        num_speculative_tokens=29,
     ),
-    "tree with a sampled draft": BadStart(
+    "tree with a sampled draft": _spec(
         "draft_sample_method='probabilistic' does not work with tree.*leave one of them out",
-        spec={**TREE, "draft_sample_method": "probabilistic"},
+        **TREE,
+        draft_sample_method="probabilistic",
     ),
     "tree with a connector": BadStart(
         "kv_connector=ExampleConnector may save keys before.*choose one of.*leave",
@@ -213,43 +221,43 @@ BAD_STARTS: Mapping[str, BadStart] = {
         spec=TREE,
         engine={"kv_cache_dtype": "fp8_e5m2"},
     ),
-    "chain that calls itself a tree": BadStart(
-        COUNT.format("100"), spec={"tree": {"policy": "chain"}, "num_speculative_tokens": 100}
+    "chain that calls itself a tree": _spec(
+        COUNT.format("100"), tree={"policy": "chain"}, num_speculative_tokens=100
     ),
     "tree with batches taken apart": BadStart(
         "data_parallel_size=2 does not work with tree.*leave one of them out",
         spec=TREE,
         engine={"data_parallel_size": 2},
     ),
-    "unknown key": BadStart(
+    "unknown key": _spec(
         r'key "no_such_key" is unknown; leave it out \(ViSpec\'s keys are draft_vocab, ',
-        spec={"no_such_key": 1},
+        no_such_key=1,
     ),
-    "misspelt key": BadStart(
+    "misspelt key": _spec(
         r'key "num_speculative_token" is unknown; did you mean "num_speculative_tokens"\?',
-        spec={"num_speculative_tokens": None, "num_speculative_token": 4},
+        num_speculative_tokens=None,
+        num_speculative_token=4,
     ),
-    "misspelt key of the plugin": BadStart(
-        r'key "draft_vocabs" is unknown; did you mean "draft_vocab"\?',
-        spec={"draft-vocabs": "auto"},
+    "misspelt key of the plugin": _spec(
+        r'key "draft_vocabs" is unknown; did you mean "draft_vocab"\?', **{"draft-vocabs": "auto"}
     ),
-    "misspelt key of the tree": BadStart(
-        r'tree\.topk is unknown; did you mean "top_k"\?', spec=TREE | {"tree": {"topk": 4}}
+    "misspelt key of the tree": _spec(
+        r'tree\.topk is unknown; did you mean "top_k"\?', **TREE | {"tree": {"topk": 4}}
     ),
-    "method under a misspelt key": BadStart(
-        r'key "metod" is unknown; did you mean "method"\?', spec={"method": None, "metod": "vispec"}
+    "method under a misspelt key": _spec(
+        r'key "metod" is unknown; did you mean "method"\?', method=None, metod="vispec"
     ),
-    "misspelt method": BadStart(
+    "misspelt method": _spec(
         "method=.vispek. is unknown; did you mean .vispec..? choose one of vispec, ngram, .*eagle3",
-        spec={"method": "vispek"},
+        method="vispek",
     ),
-    "another method": BadStart(
+    "another method": _spec(
         'method=.draft_model. does not fit, .* is a ViSpec head; use "method": "vispec"',
-        spec={"method": "draft_model"},
+        method="draft_model",
     ),
-    "no method": BadStart(COUNT.format("77"), spec={"method": None, "num_speculative_tokens": 77}),
-    "no such method": BadStart(
-        "method='no such' is unknown; choose one of vispec, ", spec={"method": "no such"}
+    "no method": _spec(COUNT.format("77"), method=None, num_speculative_tokens=77),
+    "no such method": _spec(
+        "method='no such' is unknown; choose one of vispec, ", method="no such"
     ),
     "config without our section": BadStart(
         'config.json of the head has no "vispec" section.*restore the config.json',
@@ -260,9 +268,9 @@ BAD_STARTS: Mapping[str, BadStart] = {
         spec=dict.fromkeys(("method", "num_speculative_tokens")),
         engine={"spec_method": "vispec", "spec_tokens": 77},
     ),
-    "key and flag": BadStart(
+    "key and flag": _engine(
         "num_speculative_tokens is given twice, here and as --spec-tokens; leave one of them out",
-        engine={"spec_tokens": 4},
+        spec_tokens=4,
     ),
     "draft_vocab of a quantized lm_head": BadStart(
         r"draft_vocab needs an lm_head in .*quantized \(awq\): leave draft_vocab out",
@@ -349,9 +357,9 @@ def start(child: Callable[..., Child], tiny: TinyStore, folder: Path, tmp_path: 
 def test_refused(start: Any, name: str) -> None:
     case = BAD_STARTS[name]
     error, message = start(case)
-    assert error == case.error, message
+    assert error == "ViSpecError", message
     assert re.search(case.message, message), message
-    assert error != "ViSpecError" or "\n" not in message
+    assert "\n" not in message
 
 
 @pytest.mark.engine
@@ -362,16 +370,6 @@ def test_unfit_vllm_is_refused(start: Any, name: str) -> None:
     assert error == ("ViSpecError" if wanted else ""), message
     assert re.search(wanted, message), message
     assert "\n" not in message
-
-
-@pytest.mark.parametrize("version", ["0.31.9", "0.9.0"])
-def test_old_version(version: str) -> None:
-    assert version_problem(version) == f"vLLM {version} is too old; install vLLM 0.32 to 0.33"
-
-
-@pytest.mark.parametrize("version", ["0.32.0", "0.33.0+cpu", "0.33.1rc1", "0.34.0", "1.0", "dev"])
-def test_other_versions_go_on(version: str) -> None:
-    assert version_problem(version) is None
 
 
 # What follows runs in the child.

@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.child import Child
 from tests.support.copy_watch import CopyWatch, mark_host_buffers
+from tests.support.drafts import DRAFTS, Draft
 from tests.support.engine import Engine
 from tests.support.runners import marks
 from tests.support.tiny_store import GATED, KIND, UNCOMPRESSED, TinyStore
@@ -33,12 +34,7 @@ UPLOADS = {
     "chain": {ROWS},
     "tree": {ROWS},
     # Where an image's tokens stand, once per image; what the gate decided, once per request.
-    "gated": {
-        ROWS,
-        "compressors/gated.py:set_step",
-        "compressors/gated.py:decide",
-        TOKENS,
-    },
+    "gated": {ROWS, "compressors/gated.py:set_step", "compressors/gated.py:decide", TOKENS},
     "concat": {ROWS, TOKENS},
     # Where an image's embeddings go.
     "no_compress": {ROWS, EMBEDS},
@@ -49,6 +45,8 @@ UPLOADS = {
 # V1 tells the device which tree each request has; on V2 the device knows.
 V1_UPLOADS = {"tree": {"v1/tree_verification.py:_find_batch"}}
 CONCAT = GATED | {"compressor": "concat(resampler:2,conv:2,pool:3)"}
+UNPADDED = {"config": {"disable_padded_drafter_batch": True}}
+ALL_DRAFTS = {**DRAFTS, "concat": Draft(CONCAT), "unpadded": Draft(UNCOMPRESSED, UNPADDED)}
 CASES = [
     pytest.param(runner, name, id=f"{runner}-{name}", marks=marks(runner, slow))
     for runners, names, slow in (
@@ -68,18 +66,6 @@ REQUESTS = [
 ]
 
 
-def _options(tiny: TinyStore, name: str) -> dict[str, Any]:
-    changes = {"gated": GATED, "concat": CONCAT}
-    changes |= dict.fromkeys(("no_compress", "unpadded"), UNCOMPRESSED)
-    draft = tiny.draft_vlm() if name == "draft_vlm" else tiny.head(**changes.get(name, {}))
-    options: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 48, "draft": draft}
-    if name == "tree":
-        options |= {"tree": {"depth": 3, "top_k": 2}, "num_draft_tokens": 6}
-    if name == "unpadded":
-        options["config"] = {"disable_padded_drafter_batch": True}
-    return options
-
-
 @pytest.mark.parametrize(("runner", "name"), CASES)
 def test_listed_uploads_only(
     engine: Callable[..., Engine],
@@ -89,7 +75,8 @@ def test_listed_uploads_only(
     name: str,
 ) -> None:
     child(runner, process="copies").call(_upload_as_on_a_gpu)
-    ours = engine(runner, process="copies", **_options(tiny, name))
+    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 48}
+    ours = engine(runner, process="copies", **sizes, **ALL_DRAFTS[name].of(tiny))
     plain = ours.run(serve_requests, REQUESTS)
     found, uploads, violations = ours.run(_watch)
     listed = UPLOADS[name] | (V1_UPLOADS.get(name, set()) if runner.startswith("v1") else set())

@@ -17,7 +17,7 @@ from tests.support.child import Child
 from tests.support.engine import Completion, Engine
 from tests.support.golden import GoldenCase
 from tests.support.runners import runners
-from tests.support.tiny_heads import with_compressor
+from tests.support.tiny_store import with_compressor
 from vllm_vispec.compressors.spec import COMBINATIONS, PRIMITIVES, QUERY, parse_compressor
 
 CASES = golden.load_cases()
@@ -64,13 +64,9 @@ def serve(
             **(tree if mode == "tree" else {"num_draft_tokens": case.num_draft_tokens}),
         )
         prompt = golden.engine_prompt(case, model)
-        return found.generate([prompt], len(case.greedy_ids))[0]
+        return found.generate([prompt], len(case.ints("greedy_ids")))[0]
 
     return serve
-
-
-def _recorded(case: GoldenCase, mode: str) -> list[int]:
-    return case.tree_accept_lengths if mode == "tree" else case.accept_lengths
 
 
 def test_golden_cases_exist() -> None:
@@ -82,8 +78,8 @@ def test_golden_cases_exist() -> None:
 @pytest.mark.parametrize("runner", runners("v1", "v2", "v1-overlay", "v2-overlay"))
 def test_golden(serve: Serve, case: GoldenCase, mode: str, runner: str) -> None:
     """Greedy ids equal the recorded ones; so does the acceptance of every recorded step."""
-    found, recorded = serve(runner, case, mode), _recorded(case, mode)
-    assert found.token_ids == case.greedy_ids
+    found, recorded = serve(runner, case, mode), case.steps(mode)
+    assert found.token_ids == case.ints("greedy_ids")
     assert found.per_step_accepted[: len(recorded)] == recorded
 
 
@@ -91,7 +87,7 @@ def test_golden(serve: Serve, case: GoldenCase, mode: str, runner: str) -> None:
 @every_mode
 def test_recorded_steps_fit(case: GoldenCase, mode: str) -> None:
     """The recorded steps end before the greedy ids do, so that every step is compared."""
-    assert sum(accepted + 1 for accepted in _recorded(case, mode)) <= len(case.greedy_ids)
+    assert sum(accepted + 1 for accepted in case.steps(mode)) <= len(case.ints("greedy_ids"))
 
 
 def test_every_compressor_is_among_them() -> None:
@@ -111,7 +107,7 @@ def test_golden_ids_with_compressors(serve: Serve, target: str, compressor: str)
         # One draft for all, whichever number of queries the recorded ones had.
         case = replace(case, draft_dir=cases[0].draft_dir, num_draft_tokens=5)
         found = serve("v1", case, compressor=compressor)
-        assert found.token_ids == case.greedy_ids
+        assert found.token_ids == case.ints("greedy_ids")
         assert found.drafted
 
 

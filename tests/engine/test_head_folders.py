@@ -21,14 +21,16 @@ import pytest
 from tests.support.child import Child
 from tests.support.engine import Engine, EngineOptions, register_plugin
 from tests.support.engine import engine as running_engine
-from tests.support.hub_cache import COMMIT, fill_hub_cache, hub_snapshot_folder
+from tests.support.heads import write_config
 from tests.support.runners import runners
 from tests.support.spies import drafter, record
-from tests.support.tiny_configs import VOCAB
+from tests.support.tiny_families import VOCAB
 from tests.support.tiny_store import KIND, TinyStore
 from tests.support.workloads import Served, drive, mixed_requests, serve_requests
 from vllm_vispec.draft_vocab.files import write_vocab
 from vllm_vispec.heads.folder import DRAFT_VOCAB
+from vllm_vispec.heads.location import head_folder
+from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 NUM_TOKENS = 3
+HUB_ID, COMMIT = "org/head", 10 * "0123"
 OPTIONS: Mapping[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 64}
 REQUESTS = mixed_requests(KIND, 6, 16)
 
@@ -82,42 +85,26 @@ def _model_and_drafter(llm: LLM) -> tuple[str, str]:
     return llm.llm_engine.model_config.model, type(drafter(llm)).__name__
 
 
+def hub_snapshot_folder(cache: Path, repository: str) -> Path:
+    """Return where the files of ``repository`` belong in the hub client's cache, as if downloaded.
+
+    Args:
+        cache: what ``HF_HUB_CACHE`` names.
+    """
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    (folder / "snapshots").mkdir()
+    return folder / "snapshots" / COMMIT
+
+
 def _copy(head: Path, folder: Path, target: str) -> str:
     """A head's config.json alone, with another target."""
     content = json.loads((head / "config.json").read_text())
     content["speculators_config"]["verifier"]["name_or_path"] = target
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(content))
+    write_config(folder, content)
     return str(folder)
-
-
-@pytest.fixture(scope="module")
-def resolved(
-    tiny: TinyStore, head: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, Any]]:
-    """What vLLM's argument handling makes of different heads and settings."""
-    folder = tmp_path_factory.mktemp("heads")
-    cache, target = folder / "cache", str(tiny.target())
-    absolute = _copy(head, folder / "absolute", target)
-    # Downloads of heads, one of which names a folder, and of a target.
-    _copy(head, hub_snapshot_folder(cache, "org/head"), str(head))
-    snapshot = _copy(head, hub_snapshot_folder(cache, "a/b"), "a/target")
-    _copy(head, hub_snapshot_folder(cache, "a/target"), target)
-    settings = {"num_speculative_tokens": 2, "method": "eagle", "image_table_size": 7}
-    cases: dict[str, dict[str, Any]] = {
-        "relative": {"model": str(head)},
-        "absolute": {"model": absolute, "tokenizer": "mine"},
-        "settings": {"model": absolute, "settings": settings},
-        "missing": {"model": _copy(head, folder / "missing", "../nowhere")},
-        "hub": {"model": _copy(head, folder / "hub", "no-such-org/no-such-target")},
-        "fetched": {"model": "org/head"},
-        "plain": {"model": target},
-        "snapshot": {"model": snapshot},
-    }
-    child = Child({"HF_HUB_CACHE": str(cache)})
-    found = {name: child.call(_resolve, **case) for name, case in cases.items()}
-    child.close()
-    return found
 
 
 def _resolve(
@@ -136,58 +123,53 @@ def _resolve(
             hf_token=None,
         )
     except Exception as error:
-        return {"error": str(error), "kind": type(error).__name__}
+        return {"kind": type(error).__name__, "error": str(error)}
     return {"model": model, "tokenizer": tokenizer, "settings": settings}
 
 
-def test_the_target_is_found(
-    tiny: TinyStore, head: Path, resolved: dict[str, dict[str, Any]]
+def test_what_vllm_makes_of_a_head_and_settings(
+    tiny: TinyStore, head: Path, tmp_path: Path
 ) -> None:
-    target, found = str(tiny.target()), resolved["relative"]
-    assert (found["model"], found["tokenizer"]) == (target, target)
-    assert found["settings"] == {
-        "method": "vispec",
-        "num_speculative_tokens": NUM_TOKENS,
-        "model": str(head),
+    cache, target = tmp_path / "cache", str(tiny.target())
+    # Downloads of heads, one of which names a folder, and of a target.
+    _copy(head, hub_snapshot_folder(cache, "org/head"), str(head))
+    snapshot = _copy(head, hub_snapshot_folder(cache, "a/b"), "a/target")
+    _copy(head, hub_snapshot_folder(cache, "a/target"), target)
+    absolute = _copy(head, tmp_path / "absolute", target)
+    child = Child({"HF_HUB_CACHE": str(cache)})
+
+    def resolve(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return dict(child.call(_resolve, *args, **kwargs))
+
+    settings = {"method": "vispec", "num_speculative_tokens": NUM_TOKENS, "model": str(head)}
+    assert resolve(str(head)) == {"model": target, "tokenizer": target, "settings": settings}
+    assert resolve(target) == {"model": target, "tokenizer": None, "settings": None}
+    # The user's settings win, except for method and head, which are what was asked to be served.
+    given = {"num_speculative_tokens": 2, "method": "eagle", "image_table_size": 7}
+    assert resolve(absolute, "mine", given) == {
+        "model": target,
+        "tokenizer": "mine",
+        "settings": given | {"method": "vispec", "model": absolute},
     }
-    assert resolved["absolute"]["model"] == target
-    assert resolved["plain"]["model"] == target
-    assert resolved["plain"]["settings"] is None
-
-
-def test_a_snapshot_of_the_hub_stays_a_hub_id(resolved: dict[str, dict[str, Any]]) -> None:
-    """Offline, vLLM hands over the folder that the id has on this machine."""
-    found = resolved["snapshot"]
+    # Offline, vLLM hands over the folder that the id has on this machine; it stays a hub id.
+    found = resolve(snapshot)
     assert found["model"] == "a/target"
     assert (found["settings"]["model"], found["settings"]["revision"]) == ("a/b", COMMIT)
+    for model, message in (
+        (_copy(head, tmp_path / "missing", "../nowhere"), "there is no model in"),
+        (
+            _copy(head, tmp_path / "hub", "no-org/no-target"),
+            "target 'no-org/no-target', which head",
+        ),
+        ("org/head", "as its target, which a head from a hub may not"),
+    ):
+        refused = resolve(model)
+        assert refused["kind"] == "ViSpecError"
+        assert message in refused["error"]
+        assert "\n" not in refused["error"]
+    child.close()
 
 
-def test_the_users_settings_win(resolved: dict[str, dict[str, Any]]) -> None:
-    """Except for method and head, which are what was asked to be served."""
-    assert resolved["absolute"]["tokenizer"] == "mine"
-    settings = resolved["settings"]["settings"]
-    assert (settings["num_speculative_tokens"], settings["image_table_size"]) == (2, 7)
-    assert settings["method"] == "vispec"
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("missing", "there is no model in"),
-        ("hub", "target 'no-such-org/no-such-target', which head"),
-        ("fetched", "as its target, which a head from a hub may not"),
-    ],
-)
-def test_a_target_that_cannot_be_had(
-    resolved: dict[str, dict[str, Any]], name: str, message: str
-) -> None:
-    found = resolved[name]
-    assert found["kind"] == "ViSpecError"
-    assert message in found["error"]
-    assert "\n" not in found["error"]
-
-
-HUB_ID = "org/head"
 OTHER_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 
 
@@ -206,7 +188,7 @@ def test_worker_with_a_cache_of_its_own(
     expected = engine("v1", **auto, draft=head).run(serve_requests, REQUESTS)
     caches = [tmp_path / "front", tmp_path / "workers"]
     for cache in caches:
-        fill_hub_cache(cache, HUB_ID, Path(head))
+        shutil.copytree(head, hub_snapshot_folder(cache, HUB_ID))
     options = EngineOptions(str(tiny.target()), draft=HUB_ID, **auto)
     env = OTHER_PROCESSES | {"HF_HUB_CACHE": str(caches[0])}
     found, *named = child(runner, env).call(_serve_with_caches, options, caches)
@@ -241,27 +223,14 @@ def _serve_with_caches(options: EngineOptions, caches: list[Path]) -> tuple[Serv
         return Served(drive(llm, REQUESTS)), drafts[0].model, drafts[0].revision
 
 
-def test_worker_without_the_head(tmp_path: Path) -> None:
-    child = Child({"HF_HUB_CACHE": str(tmp_path)})
-    message = child.call(_find_head, HUB_ID, COMMIT)
-    child.close()
-    assert message.startswith(
-        f"worker on {platform.node()}: head {HUB_ID!r} at revision {COMMIT!r} is no local folder"
+def test_worker_without_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ViSpecError, match="check the name, your network and token") as error:
+        head_folder(SimpleNamespace(model="no-org/no-head", revision=COMMIT))
+    assert str(error.value).startswith(
+        f"worker on {platform.node()}: head 'no-org/no-head' at revision {COMMIT!r} is no local"
     )
-    assert "check the name, your network and token" in message
-    assert "\n" not in message
-
-
-def _find_head(model: str, revision: str) -> str:
-    """Look for a head as a worker does; returns the error."""
-    from vllm_vispec.heads.location import head_folder
-    from vllm_vispec.utils.errors import ViSpecError
-
-    try:
-        head_folder(SimpleNamespace(model=model, revision=revision))
-    except ViSpecError as error:
-        return str(error)
-    return ""
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow

@@ -18,7 +18,14 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.support.comparison import Cold, Compared, compare, serve_cold
+from tests.support.comparison import (
+    TOLERANCE,
+    Cold,
+    assert_same_drafts,
+    compare,
+    deep_requests,
+    serve_cold,
+)
 from tests.support.engine import Engine
 from tests.support.runners import marks
 from tests.support.spies import drafter, model_runner, watch_encoder
@@ -38,7 +45,6 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
-TOLERANCE = 1e-4
 STEPS = 5
 ROOMY: Mapping[str, Any] = {"max_num_batched_tokens": 256, "max_num_seqs": 8}
 # Budgets that split prompts inside images, right before them and right behind them.
@@ -53,139 +59,116 @@ class Draft:
     """A draft, and in which situations it is compared.
 
     Images have 4 to 16 tokens; the smallest have fewer than some heads make of them.
+
+    Attributes:
+        head: Changes to a canonical head, or to a draft VLM.
+        count: Mixed requests among those that are served.
     """
 
-    make: Callable[[TinyStore, str], str]
+    head: Mapping[str, Any]
     model: str = "EagleViSpecForCausalLM"
     situations: str = "roomy-together roomy-prefix_hit chunks-chunked chunks-together"
     count: int = 8
-    sees_images: bool = True
-    is_gated: bool = False
     is_accepted: bool = True
     kind: str = KIND
 
-
-def _head(**changes: Any) -> Callable[[TinyStore, str], str]:
-    return lambda tiny, kind: tiny.head(kind, checkpoint_format="canonical", **changes)
+    @property
+    def compressor(self) -> str:
+        """Its name and parts, or nothing."""
+        return str(self.head.get("compressor", ""))
 
 
 def _compressor(text: str, situations: str, global_feature: bool = False) -> Draft:
-    make = _head(num_q=1, compressor=text, global_feature=global_feature)
-    gated = text.startswith(("weighted", "select"))
-    return Draft(
-        make, situations=situations, count=1, sees_images=text != "text_only", is_gated=gated
-    )
+    head = {"num_query_tokens": 1, "compressor": text, "global_feature": global_feature}
+    return Draft(head, situations=situations, count=1)
 
 
-def _vlm(**changes: Any) -> Callable[[TinyStore, str], str]:
-    return lambda tiny, kind: tiny.draft_vlm(kind, **changes)
+def _vlm(kind: str = KIND, is_accepted: bool = True, **head: Any) -> Draft:
+    return Draft(head, VLM, "roomy-together roomy-prefix_hit chunks-chunked", 4, is_accepted, kind)
 
 
 EMBEDS, VLM = "EagleViSpecEmbedsForCausalLM", "EagleDraftVlmForCausalLM"
-VLM_SITUATIONS = "roomy-together roomy-prefix_hit chunks-chunked"
 TIGHT_SITUATIONS = "roomy-prefix_hit tight-chunked tight-together"
 SELECT = "select(prune:2,pool:4,conv:3,resampler:2,text_only)"
+NO_COMPRESS = {"num_query_tokens": 3, "compress": False}
+# Wider than the target.
+WIDE: Mapping[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 DRAFTS: Mapping[str, Draft] = {
-    "no_global": Draft(_head(num_q=3, global_feature=False)),
-    "no_compress": Draft(_head(num_q=3, compress=False), EMBEDS),
-    "neither": Draft(_head(num_q=3, compress=False, global_feature=False), EMBEDS),
+    "no_global": Draft({"num_query_tokens": 3, "global_feature": False}),
+    "no_compress": Draft(NO_COMPRESS, EMBEDS),
+    "neither": Draft(NO_COMPRESS | {"global_feature": False}, EMBEDS),
     # A vision tower with deepstack columns.
     "qwen3_vl": Draft(
-        _head(num_q=3, compress=False),
-        EMBEDS,
-        "roomy-together chunks-together",
-        count=4,
-        kind="qwen3_vl",
+        NO_COMPRESS, EMBEDS, "roomy-together chunks-together", count=4, kind="qwen3_vl"
     ),
     "resampler": _compressor("resampler:5", "roomy-together"),
     "text_only": _compressor("text_only", "roomy-together"),
     "concat": _compressor("concat(prune:4,pool:4,conv:3,resampler:2)", TIGHT_SITUATIONS, True),
     "weighted": _compressor("weighted(prune:3,pool:3,conv:3)", "roomy-together"),
     "select": _compressor(SELECT, TIGHT_SITUATIONS, True),
-    "draft_vlm": Draft(_vlm(), VLM, VLM_SITUATIONS, count=4),
-    # Wider than the target with a tied table and no biases; one layer on a deepstack target.
-    "wide_vlm": Draft(
-        _vlm(tied=True, hidden=192, heads=4, kv_heads=2, qkv_bias=False),
-        VLM,
-        VLM_SITUATIONS,
-        count=4,
-        is_accepted=False,
-    ),
-    "deep_vlm": Draft(_vlm(layers=1), VLM, VLM_SITUATIONS, count=4, kind="qwen3_vl"),
+    "draft_vlm": _vlm(),
+    "wide_vlm": _vlm(is_accepted=False, tie_word_embeddings=True, qkv_bias=False, **WIDE),
+    "deep_vlm": _vlm("qwen3_vl", num_hidden_layers=1),
 }
 SLOW_ELSEWHERE = ("no_global", "no_compress", "neither", "draft_vlm", "select")
 ROWS = [
-    *(
-        pytest.param("v1", name, id=f"v1-{name}", marks=marks("v1", name != "draft_vlm"))
-        for name in DRAFTS
-    ),
-    *(
-        pytest.param("v2", name, id=f"v2-{name}", marks=marks("v2", True))
-        for name in SLOW_ELSEWHERE
-    ),
-    pytest.param("v2-overlay", "select", id="v2-overlay-select", marks=marks("v2-overlay")),
+    pytest.param(runner, name, id=f"{runner}-{name}", marks=marks(runner, slow))
+    for runner, names in (("v1", DRAFTS), ("v2", SLOW_ELSEWHERE), ("v2-overlay", ("select",)))
+    for name in names
+    for slow in [runner == "v2" or (runner == "v1" and name != "draft_vlm")]
 ]
 
 
 @pytest.mark.parametrize(("runner", "name"), ROWS)
 def test_kind(engine: Callable[..., Engine], tiny: TinyStore, runner: str, name: str) -> None:
     draft = DRAFTS[name]
-    kind, options = draft.kind, {"draft": draft.make(tiny, draft.kind), "num_draft_tokens": STEPS}
+    kind = draft.kind
+    if draft.model == VLM:
+        head = tiny.draft_vlm(kind, **draft.head)
+    else:
+        head = tiny.head(kind, "canonical", **draft.head)
+    options = {"draft": head, "num_draft_tokens": STEPS}
     plain_engine = engine(runner, kind, **ROOMY)
     requests: list[Request] = plain_engine.once(requests_of, kind, draft.count)
-    plain = plain_engine.once(drive_one_by_one, requests)
+    plain: Results = plain_engine.once(drive_one_by_one, requests)
     first: FirstLook = engine(runner, kind, **options, **ROOMY).run(
-        look, requests, str(tiny.target(kind)), options["draft"]
+        look, requests, str(tiny.target(kind)), head
     )
     _assert_sound(draft, plain, first)
     for situation in draft.situations.split():
         where, _, what = situation.partition("-")
-        ours = engine(runner, kind, **options, **ENGINES[where])
-        found = compare(first.cold, ours, what, requests)
-        _assert_same(found)
-        _assert_arranged(situation, found)
+        found = compare(
+            first.cold, engine(runner, kind, **options, **ENGINES[where]), what, requests
+        )
+        assert_same_drafts(found)
+        # The situation was what its name says.
+        if what == "prefix_hit":
+            assert sum(row.cached > 0 for row in found.requests.values()) >= 2
+        elif where != "roomy":
+            assert found.spy.split_images > 0
+            assert bool(found.spy.preempted) == (situation == "tight-together")
 
 
 def _assert_sound(draft: Draft, plain: Results, first: FirstLook) -> None:
     """Lossless, and drafting as in PyTorch; each image is encoded once."""
     assert first.model == draft.model
-    assert _ids(first.cold[0]) == _ids(plain)
+    for name, (found,) in first.cold[0].items():
+        assert found.token_ids == plain[name][0].token_ids
     accepted = sum(sum(rows[0].per_step_accepted) for rows in first.cold[0].values())
     assert accepted > 0 or not draft.is_accepted
     assert first.torch_gap < TOLERANCE
     # A draft that sees nothing of images drafts as if they were blank, all others do not.
-    assert (first.blind_gap > 100 * TOLERANCE) == draft.sees_images
+    assert (first.blind_gap > 100 * TOLERANCE) == (draft.compressor != "text_only")
     if draft.model == VLM:
         assert first.encoded[0] == first.encoded[1] > 0
-    assert bool(first.choices) == draft.is_gated
-    if draft.is_gated:
-        assert len({tuple(code) for code in first.choices.values()}) > 1
-
-
-def _assert_same(found: Compared) -> None:
-    """The drafts are the same whatever else goes on."""
-    assert found.table["misses"] == 0
-    for request, row in found.requests.items():
-        assert row.same_ids, request
-        assert row.gap < TOLERANCE, request
-        assert row.shared > 0, request
-        # A step that is cut short by a preemption is none that was there before.
-        if not found.spy.preempted:
-            assert row.accepted == row.cold_accepted, request
-            assert row.shared == row.cold_steps, request
-
-
-def _assert_arranged(situation: str, found: Compared) -> None:
-    """The situation was what its name says."""
-    if situation.endswith("prefix_hit"):
-        assert sum(row.cached > 0 for row in found.requests.values()) >= 2
-    elif situation.startswith(("chunks", "tight")):
-        assert found.spy.split_images > 0
-        assert bool(found.spy.preempted) == (situation == "tight-together")
-
-
-def _ids(results: Results) -> dict[str, list[int]]:
-    return {name: rows[0].token_ids for name, rows in results.items()}
+    is_gated = draft.compressor.startswith(("weighted", "select"))
+    assert bool(first.choices) == is_gated
+    assert len({tuple(code) for code in first.choices.values()}) > 1 or not is_gated
 
 
 # What follows runs in the child.
@@ -212,12 +195,7 @@ def requests_of(llm: LLM, kind: str, count: int) -> list[Request]:
     for start in (border - 1, border, border + 1):
         ids = (*plain_ids(start, start - opening), *image_ids, *plain_ids(5, 9))
         requests.append(Request(f"border-{start}", "", (3,), 12, ids=ids))
-    return [
-        *requests,
-        Request("deep-0", f"Look: {image} {words(40, 80)}", (2,), 24),
-        Request("deep-1", f"Look: {image} and {image} {words(41, 80)}", (4, 5), 24),
-        Request("cut-0", f"{words(42, 22)} {image} {words(43, 60)}", (7,), 24),
-    ]
+    return [*requests, *deep_requests(kind)]
 
 
 @dataclass(frozen=True)
@@ -295,6 +273,7 @@ def torch_gaps(target: Path, draft: str, seen: dict[str, Any], cold: Cold) -> tu
     from safetensors.torch import load_file
 
     from vllm_vispec.heads.folder import load_draft
+    from vllm_vispec.reference import merge_runs
 
     results, logits = cold
     config = json.loads((target / "config.json").read_text())
@@ -302,7 +281,8 @@ def torch_gaps(target: Path, draft: str, seen: dict[str, Any], cold: Cold) -> tu
     weights = load_file(target / "model.safetensors")
     lm_head = next(row for name, row in weights.items() if name.endswith("lm_head.weight"))
     reference, next_id = load_draft(draft), results["picture"][0].token_ids[0]
-    runs = image_runs(seen["token_ids"], image_id)
+    places = [place for place, token in enumerate(seen["token_ids"]) if token == image_id]
+    runs = merge_runs([(place, place + 1) for place in places], len(seen["token_ids"]))
     blind_LD = seen["embeds_LD"].clone()
     for start, end in runs:
         blind_LD[start:end] = 0
@@ -329,22 +309,10 @@ def _chain(
 
     if draft.config.is_draft_vlm:
         state = draft.prefill(torch.tensor(seen["token_ids"]), seen["embeds_LD"], next_id, runs)
-        own: torch.Tensor = draft.chain(state, STEPS).logits_SV
-        return own
-    next_embed_D = draft.embed_tokens.weight[next_id]
-    state = draft.prefill(seen["embeds_LD"], next_embed_D, seen["hidden_LD"], runs)
-    shared: torch.Tensor = draft.chain(state, STEPS, lm_head).logits_SV
-    return shared
-
-
-def image_runs(token_ids: list[int], image_id: int) -> list[tuple[int, int]]:
-    """Return the maximal stretches of image tokens as [start, end)."""
-    runs: list[tuple[int, int]] = []
-    for index, token in enumerate(token_ids):
-        if token != image_id:
-            continue
-        if runs and runs[-1][1] == index:
-            runs[-1] = (runs[-1][0], index + 1)
-        else:
-            runs.append((index, index + 1))
-    return runs
+        chain = draft.chain(state, STEPS)
+    else:
+        next_embed_D = draft.embed_tokens.weight[next_id]
+        state = draft.prefill(seen["embeds_LD"], next_embed_D, seen["hidden_LD"], runs)
+        chain = draft.chain(state, STEPS, lm_head)
+    logits_KV: torch.Tensor = chain.logits_SV
+    return logits_KV

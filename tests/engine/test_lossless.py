@@ -8,16 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from tests.support.child import ChildError
+from tests.support.drafts import DRAFTS, Draft, tree
 from tests.support.engine import Engine
 from tests.support.runners import marks, runners
-from tests.support.tiny_configs import FAMILIES, VOCAB
+from tests.support.tiny_families import FAMILIES
 from tests.support.tiny_store import GATED, KIND, UNCOMPRESSED, TinyStore
-from tests.support.workloads import Served, assert_lossless, assert_same_logprobs
+from tests.support.workloads import Served, assert_lossless, assert_same_logprobs, serve
+from vllm_vispec.trees.grow import TreeGrower
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
@@ -40,45 +43,19 @@ BASES: Mapping[str, Options] = {
 }
 
 
-def _head(**changes: Any) -> Callable[[TinyStore, str], Options]:
-    return lambda tiny, kind: {"draft": tiny.head(kind, **changes)}
+def _compressor(text: str, global_feature: bool = False) -> Draft:
+    changes = {"num_query_tokens": 1, "compressor": text, "global_feature": global_feature}
+    return Draft({"checkpoint_format": "canonical", **changes})
 
 
-def _compressor(text: str, global_feature: bool = False) -> Callable[[TinyStore, str], Options]:
-    return _head(
-        num_q=1, checkpoint_format="canonical", compressor=text, global_feature=global_feature
-    )
+def _trees(*, head: Mapping[str, Any] | None = None, few_tokens: bool = False, **how: Any) -> Draft:
+    return Draft(head or {}, tree(**{"nodes": 19, "top_k": 3, **how}), few_tokens=few_tokens)
 
 
-def _tree(
-    tree: Mapping[str, Any], nodes: int = 19, config: Any = (), **head: Any
-) -> Callable[[TinyStore, str], Options]:
-    def options(tiny: TinyStore, kind: str) -> Options:
-        draft = tiny.head(kind, **head)
-        return {"draft": draft, "num_draft_tokens": nodes, "tree": tree, "config": dict(config)}
-
-    return options
-
-
-def _draft_vlm(**options: Any) -> Callable[[TinyStore, str], Options]:
-    return lambda tiny, kind: {"draft": tiny.draft_vlm(kind), **options}
-
-
-def _with_few_tokens(
-    draft: Callable[[TinyStore, str], Options],
-) -> Callable[[TinyStore, str], Options]:
-    def options(tiny: TinyStore, kind: str) -> Options:
-        file = tiny.root / "two_thirds.json"
-        file.write_text(json.dumps([token for token in range(VOCAB) if token % 3]))
-        found = draft(tiny, kind)
-        return found | {"config": {**found.get("config", {}), "draft_vocab": str(file)}}
-
-    return options
-
-
-EAGLE2 = {"policy": "eagle2", "depth": 3, "top_k": 3}
-CONFIDENT = {"policy": "spec_llava", "depth": 3, "top_k": 3, "threshold": 0.1}
+CONFIDENT: Options = {"policy": "spec_llava", "threshold": 0.1}
 LOAD = {"num_speculative_tokens_per_batch_size": [[1, 2, 19], [3, 6, 7], [7, 10, 2], [11, 16, 0]]}
+# A head whose drafts are unsure often enough that paths of every length occur.
+UNSURE: Options = {"head": {"seed": 2}, "policy": "spec_llava", "threshold": 0.9999}
 SELECT = "select(prune:2,pool:4,conv:3,resampler:2,text_only)"
 COMPRESSORS = {
     "prune": _compressor("prune:3"),
@@ -94,33 +71,29 @@ COMPRESSORS = {
     "select+global": _compressor(SELECT, True),
 }
 TREES = {
-    "tree-embeds": _tree(EAGLE2, compress=False),
-    "tree-gated": _tree(EAGLE2, **GATED),
-    "tree-tokens": _with_few_tokens(_tree(EAGLE2)),
-    "tree-spec_llava": _tree(CONFIDENT),
-    # A head whose drafts are unsure often enough that paths of every length occur.
-    "tree-path": _tree(
-        {"policy": "spec_llava", "depth": 5, "top_k": 1, "threshold": 0.9999}, nodes=6, seed=2
-    ),
-    "tree-entropy": _tree({"policy": "entropy", "depth": 5, "top_k": 3}),
-    "tree-load": _tree(EAGLE2, config=LOAD),
-    "tree-paths": _tree(CONFIDENT | {"threshold": 0.9999}, config=LOAD, seed=2),
+    "tree-embeds": _trees(head=UNCOMPRESSED),
+    "tree-gated": _trees(head=GATED),
+    "tree-tokens": _trees(few_tokens=True),
+    "tree-spec_llava": _trees(**CONFIDENT),
+    "tree-path": _trees(nodes=6, depth=5, **{**UNSURE, "top_k": 1}),
+    "tree-entropy": _trees(policy="entropy", depth=5),
+    "tree-load": _trees(config=LOAD),
+    "tree-paths": _trees(config=LOAD, **UNSURE),
     # More slots are drafted into than there are nodes.
-    "tree-few": _tree(EAGLE2, nodes=5),
-    "tree-shallow": _tree({"policy": "eagle2", "depth": 1, "top_k": 3}, nodes=12),
+    "tree-few": _trees(nodes=5),
+    "tree-shallow": _trees(nodes=12, depth=1),
 }
-DRAFTS: Mapping[str, Callable[[TinyStore, str], Options]] = {
-    "chain": _head(),
-    "q1": _head(num_q=1),
-    "q4": _head(num_q=4),
+FOUR = {"num_draft_tokens": 4}
+ALL_DRAFTS: Mapping[str, Draft] = {
+    **DRAFTS,
+    "q1": Draft({"num_query_tokens": 1}),
+    "q4": Draft({"num_query_tokens": 4}),
     # Three images and two slots: evicted rows cost acceptance at most.
-    "evicting": lambda tiny, kind: {"draft": tiny.head(kind), "config": {"image_table_size": 2}},
-    "tree": _tree(EAGLE2),
-    "draft_vlm": _draft_vlm(num_draft_tokens=4),
-    "draft_vlm-tree": _draft_vlm(num_draft_tokens=19, tree=EAGLE2),
-    "draft_vlm-tokens": _with_few_tokens(_draft_vlm(num_draft_tokens=4)),
-    "gated": _head(**GATED),
-    "no_compress": _head(**UNCOMPRESSED),
+    "evicting": Draft(options={"config": {"image_table_size": 2}}),
+    "tree": _trees(),
+    "draft_vlm": Draft(options=FOUR, is_vlm=True),
+    "draft_vlm-tree": Draft(options=tree(19, top_k=3), is_vlm=True),
+    "draft_vlm-tokens": Draft(options=FOUR, is_vlm=True, few_tokens=True),
     **COMPRESSORS,
     **TREES,
 }
@@ -214,7 +187,7 @@ def _serve(
 ) -> Served:
     options = BASES[base]
     name = draft.rstrip("~")
-    drafting = DRAFTS[name](tiny, options.get("kind", KIND)) if name else {}
+    drafting = ALL_DRAFTS[name].of(tiny, options.get("kind", KIND)) if name else {}
     asynchronous = {"async_scheduling": True} if draft.endswith("~") else {}
     return engine(runner, **{**options, **drafting, **asynchronous}).serve(
         scenario[0], **scenario[1]
@@ -274,60 +247,45 @@ def _assert_features(plain: Served, found: Served) -> None:
 
 
 def test_a_table_smaller_than_a_request(engine: Start, tiny: TinyStore) -> None:
-    found = _serve(
-        engine, tiny, "v1", "small", "evicting", "mixed", {"count": 64, "max_tokens": 14}
-    )
+    found = _of_v1(engine, tiny, "evicting", "mixed", count=64)
     assert found.table["evicted"] > 0
 
 
-def _of_v1(engine: Start, tiny: TinyStore, draft: str, scenario: str = "mixed") -> Served:
-    kwargs = {"count": 32, "max_tokens": 14} if scenario == "mixed" else {}
+def _of_v1(
+    engine: Start, tiny: TinyStore, draft: str, scenario: str = "mixed", count: int = 32
+) -> Served:
+    kwargs = {"count": count, "max_tokens": 14} if scenario == "mixed" else {}
     return _serve(engine, tiny, "v1", "small", draft, scenario, kwargs)
 
 
 @pytest.mark.slow
-def test_paths_end_where_the_draft_is_unsure(engine: Start, tiny: TinyStore) -> None:
-    """Steps have drafts of many lengths, alone and where a schedule asks for few tokens."""
-    alone, scheduled = (_of_v1(engine, tiny, f"tree-{name}").steps() for name in ("path", "paths"))
-    assert {drafted for drafted, _ in alone} >= {1, 2, 3, 6}
-    assert {drafted for drafted, _ in scheduled} >= {1, 2, 4}
-    assert max(accepted for drafted, accepted in alone if drafted == 2) == 2
+def test_steps_are_as_large_as_they_should_be(engine: Start, tiny: TinyStore) -> None:
+    """Paths end where the draft is unsure, load shrinks trees to chains, depth bounds acceptance.
 
-
-@pytest.mark.slow
-def test_load_shrinks_trees_to_chains(engine: Start, tiny: TinyStore) -> None:
-    """Steps have as many nodes as the schedule says; two of them are a chain, and count."""
-    steps = _of_v1(engine, tiny, "tree-load").steps()
-    assert {drafted for drafted, _ in steps} >= {2, 7, 19}
-    assert max(accepted for drafted, accepted in steps if drafted == 2) == 2
-
-
-@pytest.mark.slow
-def test_depth_bounds_what_is_accepted(engine: Start, tiny: TinyStore) -> None:
-    """Two levels with a depth of one; deeper ones elsewhere."""
-    most = {
-        name: max(accepted for _, accepted in _of_v1(engine, tiny, f"tree-{name}").steps())
-        for name in ("shallow", "embeds")
-    }
-    assert most["shallow"] == 2
-    assert most["embeds"] > 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["few", "load", "path"])
-def test_near_the_longest_sequence(engine: Start, tiny: TinyStore, name: str) -> None:
-    """As many nodes as fit are verified, and some of them are accepted."""
-    steps = _of_v1(engine, tiny, f"tree-{name}", "edge").steps()
-    assert {drafted for drafted, _ in steps} >= {1, 2, 3}
-    assert sum(accepted for _, accepted in steps) > 0
+    Near the longest sequence as many nodes as fit are verified.
+    """
+    names = ("path", "paths", "load", "shallow", "embeds")
+    steps = {name: _of_v1(engine, tiny, f"tree-{name}").steps() for name in names}
+    drafted = {name: {count for count, _ in found} for name, found in steps.items()}
+    assert drafted["path"] >= {1, 2, 3, 6}
+    assert drafted["paths"] >= {1, 2, 4}
+    assert drafted["load"] >= {2, 7, 19}
+    for name in ("path", "load"):
+        # Two of them are a chain, and count.
+        assert max(accepted for count, accepted in steps[name] if count == 2) == 2
+    assert max(accepted for _, accepted in steps["shallow"]) == 2
+    assert max(accepted for _, accepted in steps["embeds"]) > 2
+    for name in ("few", "load", "path"):
+        near_the_end = _of_v1(engine, tiny, f"tree-{name}", "edge").steps()
+        assert {count for count, _ in near_the_end} >= {1, 2, 3}
+        assert sum(accepted for _, accepted in near_the_end) > 0
 
 
 @pytest.mark.slow
 def test_a_draft_vlm_drafts_from_some_tokens(engine: Start, tiny: TinyStore) -> None:
     """Rows of its own lm_head, not of the target's."""
     whole, some = (
-        _serve(engine, tiny, "v1", "small", draft, "mixed", {"count": 24, "max_tokens": 14})
-        for draft in ("draft_vlm", "draft_vlm-tokens")
+        _of_v1(engine, tiny, draft, count=24) for draft in ("draft_vlm", "draft_vlm-tokens")
     )
     assert some.acceptance() < whole.acceptance()
 
@@ -355,7 +313,7 @@ def test_text_only(engine: Start, tiny: TinyStore, runner: str, draft: str) -> N
     As many drafts are accepted as in an engine that takes images and is asked the same.
     """
     base = BASES[KIND]
-    drafting = DRAFTS[draft](tiny, KIND)
+    drafting = ALL_DRAFTS[draft].of(tiny)
     # Without a vision tower vLLM caches rotary tables that hold nothing, for all of the process.
     no_images: Options = {"extra": NO_IMAGES[runner[:2]], "process": "text only"}
     plain = engine(runner, **base, **no_images).serve("text")
@@ -372,16 +330,20 @@ def test_fp8_cache(engine: Start, tiny: TinyStore, runner: str) -> None:
     """
     head = tiny.head(checkpoint_format="canonical")
 
-    def serve(dtype: str, **draft: Any) -> Served:
+    def cached_as(dtype: str, **draft: Any) -> Served:
         options = {"max_model_len": 512, "extra": {"kv_cache_dtype": dtype}, **draft}
         return engine(runner, **options).serve("mixed", count=16)
 
     if not torch.cpu._is_avx512_supported():
         with pytest.raises(ChildError, match=r"AVX-512|not supported by the CPU attention"):
-            serve("fp8")
+            cached_as("fp8")
         return
     drafting = {"draft": head, "num_draft_tokens": 4}
-    plain, chain, exact = serve("fp8"), serve("fp8", **drafting), serve("auto", **drafting)
+    plain, chain, exact = (
+        cached_as("fp8"),
+        cached_as("fp8", **drafting),
+        cached_as("auto", **drafting),
+    )
     assert_lossless(plain, chain)
     counts = [sum(accepted for _, accepted in served.steps()) for served in (chain, exact)]
     assert counts[0] > 0.85 * counts[1]
@@ -397,7 +359,7 @@ def test_trees_after_a_memory_profile(
     The budget has room for a level of 8 trees: in a step of 12 prompts four requests get none.
     """
     options = {"max_num_seqs": 12, "max_num_batched_tokens": 32, "memory_profile": True}
-    tree = _tree({"policy": "eagle2", "top_k": 4})(tiny, KIND)
+    tree = _trees(top_k=4).of(tiny)
     kwargs = {"count": 6, "max_tokens": 6} if scenario == "mixed" else {}
     plain = engine(runner, **options).serve(scenario, **kwargs)
     drafting = engine(runner, **options, **tree)
@@ -410,19 +372,8 @@ def test_trees_after_a_memory_profile(
 
 def _most_trees(llm: Any, kind: str) -> int:
     """Return of how many requests trees were grown in one step, at most."""
-    from unittest.mock import patch
-
-    from tests.support.workloads import SCENARIOS, forget
-    from vllm_vispec.trees.grow import TreeGrower
-
-    counts = [0]
-    original = TreeGrower.start_trees
-
-    def start_trees(self: TreeGrower, logits: Any) -> Any:
-        counts.append(len(logits))
-        return original(self, logits)
-
-    forget(llm)
-    with patch.object(TreeGrower, "start_trees", start_trees):
-        SCENARIOS["short"](llm, kind)
-    return max(counts)
+    with patch.object(
+        TreeGrower, "start_trees", autospec=True, side_effect=TreeGrower.start_trees
+    ) as grown:
+        serve(llm, "short", kind)
+    return max(len(call.args[1]) for call in grown.call_args_list)

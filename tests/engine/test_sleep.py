@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.child import Child
+from tests.support.drafts import DRAFTS
 from tests.support.engine import Engine
 from tests.support.runners import runners
 from tests.support.spies import model_runner
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 GARBAGE = 77
-TREE = {"num_draft_tokens": 19, "tree": {"policy": "eagle2", "depth": 3, "top_k": 3}}
 
 
 @pytest.mark.parametrize("draft", ["chain", "tree"])
@@ -41,12 +41,8 @@ def test_sleeping_changes_nothing(
     draft: str,
 ) -> None:
     child(runner, process="sleep").call(_note_what_models_allocate)
-    options = {
-        "draft": tiny.head(),
-        "max_num_batched_tokens": 128,
-        **(TREE if draft == "tree" else {}),
-    }
-    before, after, num_lost = engine(runner, process="sleep", **options).run(_serve_around_a_sleep)
+    ours = engine(runner, process="sleep", max_num_batched_tokens=128, **DRAFTS[draft].of(tiny))
+    before, after, num_lost = ours.run(_serve_around_a_sleep)
     assert after.outputs() == before.outputs()
     assert after.accepted() == before.accepted()
     assert after.acceptance() > 0

@@ -10,27 +10,49 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.support.child import Child
+from tests.support.drafts import DRAFTS, start_options, start_requests
 from tests.support.engine import Engine, EngineOptions
 from tests.support.runners import RUNNERS, marks
-from tests.support.starts import KINDS, Start, assert_same_start, draft_options, serve_and_look
+from tests.support.spies import drafter, model_runner, watch_drafts
 from tests.support.tiny_store import TinyStore
+from tests.support.workloads import Served, serve_requests
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 GPU: Mapping[str, Any] = {"compiler": "eager", "memory_profile": True, "dtype": "bfloat16"}
 # Engines that compile leave norms and activations to the compiler, others have kernels for them.
 UNCOMPILED: Mapping[str, Any] = {"compilation_config": {"custom_ops": ["none"]}}
-DRAFTS = {"draft_vlm": "DraftVlmModel", "no_compression": "EmbedsModel"}
-
-
+COMPILED = {"draft_vlm": "DraftVlmModel", "no_compress": "EmbedsModel"}
 # On V1 in the default set: those whose models differ, and a tree.
-DEFAULT = ("chain", "tree", "draft_vlm", "no_compression")
+DEFAULT = ("chain", "tree", "draft_vlm", "no_compress")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an engine answered and drafted, and how it was started.
+
+    Attributes:
+        compiled: Names of the classes of modules that were; ``loaded`` those among them that vLLM
+            took from its cache.
+        kv_cache_given: Whether the size of the KV cache was given, not found by a profile.
+    """
+
+    served: Served
+    drafts: list[list[list[int]]]
+    compiled: list[str]
+    loaded: list[str]
+    dtype: str
+    kv_cache_given: bool
 
 
 @pytest.mark.parametrize(
@@ -38,21 +60,21 @@ DEFAULT = ("chain", "tree", "draft_vlm", "no_compression")
     [
         pytest.param(name, kind, id=f"{name}-{kind}", marks=marks(name, slow))
         for name in RUNNERS
-        for kind in KINDS
+        for kind in DRAFTS
         for slow in [name == "v2" or (name == "v1" and kind not in DEFAULT)]
     ],
 )
 def test_starts_as_on_a_gpu(
     engine: Callable[..., Engine], tiny: TinyStore, runner: str, kind: str
 ) -> None:
-    options = draft_options(tiny, kind)
+    options = start_options(tiny, kind)
     eager: Start = engine(runner, **options, dtype="bfloat16", extra=UNCOMPILED).run(serve_and_look)
     found: Start = engine(runner, **options, **GPU).run(serve_and_look)
     assert eager.kv_cache_given
     assert eager.compiled == []
     assert not found.kv_cache_given
     assert found.dtype == "torch.bfloat16"
-    assert DRAFTS.get(kind, "ViSpecModel") in found.compiled
+    assert COMPILED.get(kind, "ViSpecModel") in found.compiled
     assert len(found.compiled) == 2
     assert_same_start(eager, found)
 
@@ -82,9 +104,9 @@ def test_restarts(tiny: TinyStore, tmp_path: Path) -> None:
         shutil.copytree(tiny.head(**others), tmp_path / "head", dirs_exist_ok=True)
         child = Child(env)
         for name, compiler in engines:
-            options = draft_options(tiny, "tree" if name == "tree" else "chain")
+            options = start_options(tiny, "tree" if name == "tree" else "chain")
             options |= {"model": str(tiny.target()), "draft": str(tmp_path / "head")}
-            options["config"] |= {"image_table_size": 3} if name == "table" else {}
+            options |= {"config": {"image_table_size": 3}} if name == "table" else {}
             options |= {"compiler": compiler, "memory_profile": compiler is not None}
             handle = Engine(child, process, EngineOptions(**options), "", {})
             found[process, name, compiler] = handle.run(serve_and_look)
@@ -108,3 +130,37 @@ def test_restarts(tiny: TinyStore, tmp_path: Path) -> None:
     assert first.drafts != other.drafts
     # Another table compiles anew.
     assert found["third", "table", "piecewise"].loaded == []
+
+
+def assert_same_start(eager: Start, found: Start) -> None:
+    """Same tokens, same drafts, and as many of them accepted in every step."""
+    assert found.served.outputs() == eager.served.outputs()
+    assert found.drafts == eager.drafts
+    assert found.served.accepted() == eager.served.accepted()
+    assert found.served.acceptance() > 0
+
+
+def serve_and_look(llm: LLM) -> Start:
+    """Serve :func:`start_requests` (in the engine's process)."""
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper as Compiled
+
+    with watch_drafts(llm) as drafts:
+        served = serve_requests(llm, start_requests())
+    config, models = llm.llm_engine.vllm_config, [model_runner(llm).get_model(), drafter(llm).model]
+    used = [
+        one
+        for model in models
+        for one in model.modules()
+        if isinstance(one, Compiled)
+        and not one.do_not_compile
+        and (one.compiled or getattr(one, "aot_compiled_fn", None))
+    ]
+    loaded = [one for one in used if one.was_aot_compile_fn_loaded_from_disk]
+    return Start(
+        served,
+        drafts,
+        sorted(type(one).__name__ for one in used),
+        sorted(type(one).__name__ for one in loaded),
+        str(config.model_config.dtype),
+        config.cache_config.kv_cache_memory_bytes is not None,
+    )

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support.drafts import DRAFTS
 from tests.support.engine import Engine
 from tests.support.operators import Record
 from tests.support.runners import marks
 from tests.support.spies import drafter
-from tests.support.tiny_store import GATED, KIND, UNCOMPRESSED, TinyStore
+from tests.support.tiny_store import KIND, TinyStore
 from tests.support.workloads import Request, image_text, serve_requests, words
 
 if TYPE_CHECKING:
@@ -35,12 +36,12 @@ BATCHES = {
 ROWS = [
     pytest.param(runner, head, id=f"{runner}-{head}", marks=marks(runner, slow))
     for runner, head, slow in (
-        ("v1", "vispec", False),
-        ("v2", "vispec", True),
-        ("v2-overlay", "vispec", False),
+        ("v1", "chain", False),
+        ("v2", "chain", True),
+        ("v2-overlay", "chain", False),
         ("v1", "no_compress", True),
-        ("v1", "vlm", True),
-        ("v2", "vlm", True),
+        ("v1", "draft_vlm", True),
+        ("v2", "draft_vlm", True),
         ("v2", "gated", True),
     )
 ]
@@ -48,9 +49,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("runner", "head"), ROWS)
 def test_static(engine: Callable[..., Engine], tiny: TinyStore, runner: str, head: str) -> None:
-    changes = {"no_compress": UNCOMPRESSED, "gated": GATED}.get(head, {})
-    draft = tiny.draft_vlm() if head == "vlm" else tiny.head(**changes)
-    ours = engine(runner, draft=draft, max_num_seqs=COUNT, name="static")
+    ours = engine(runner, **DRAFTS[head].of(tiny), max_num_seqs=COUNT, name="static")
     passes, found = ours.run(_inspect)
     assert found == {"violations": [], "inside": [], "moved": []}
     for name in BATCHES:
@@ -87,10 +86,6 @@ def _inspect(llm: LLM) -> tuple[dict[str, dict[str, list[list[str]]]], dict[str,
     return passes, {key: sorted(set(names)) for key, names in found.items()}
 
 
-def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    setattr(owner, name, make(getattr(owner, name)))
-
-
 def _instrument(proposer: Any, record: Record) -> None:
     """Record the draft model's passes and logits; note our host work in what V2 captures.
 
@@ -98,41 +93,37 @@ def _instrument(proposer: Any, record: Record) -> None:
     """
     model, rows, depth = proposer.model, proposer.draft_rows, [0]
 
-    def watched(label: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def make(call: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapped(*args: Any, **kwargs: Any) -> Any:
-                tensors = [v for v in (*args, *kwargs.values()) if hasattr(v, "shape")]
-                with record.watching(f"{label} {tensors[0].shape[0] if tensors else ''}"):
-                    return call(*args, **kwargs)
+    def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+        call = getattr(owner, name)
+        setattr(owner, name, lambda *args, **kwargs: around(call, *args, **kwargs))
 
-            return wrapped
-
-        return make
-
-    def captured(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            depth[0] += 1
-            try:
+    def watched(label: str) -> Callable[..., Any]:
+        def around(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            tensors = [v for v in (*args, *kwargs.values()) if hasattr(v, "shape")]
+            with record.watching(f"{label} {tensors[0].shape[0] if tensors else ''}"):
                 return call(*args, **kwargs)
-            finally:
-                depth[0] -= 1
 
-        return wrapped
+        return around
 
-    def noted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            record.inside += [call.__name__] if depth[0] else []
+    def captured(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        depth[0] += 1
+        try:
             return call(*args, **kwargs)
+        finally:
+            depth[0] -= 1
 
-        return wrapped
+    def noted(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        record.inside += [call.__name__] if depth[0] else []
+        return call(*args, **kwargs)
 
     for layer in model.model.layers:
-        _wrap(layer.self_attn.attn, "forward", record.pausing)
-    _wrap(model.model, "forward", watched("pass"))
-    _wrap(model, "compute_logits", watched("logits"))
+        attention = layer.self_attn.attn
+        attention.forward = record.pausing(attention.forward)
+    wrap(model.model, "forward", watched("pass"))
+    wrap(model, "compute_logits", watched("logits"))
     for name in ("_prefill", "_multi_step_decode", "_generate_draft"):
         if hasattr(proposer, name):
-            _wrap(proposer, name, captured)
+            wrap(proposer, name, captured)
     for owner, name in ((rows, "set_step"), (rows, "select_rows"), (rows.table, "slot_of")):
-        _wrap(owner, name, noted)
-    _wrap(rows, "select_rows", watched("move"))
+        wrap(owner, name, noted)
+    wrap(rows, "select_rows", watched("move"))

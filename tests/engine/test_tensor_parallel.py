@@ -7,11 +7,12 @@ workers has them on several.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from tests.support.drafts import Draft, tree
 from tests.support.engine import Engine
 from tests.support.tiny_store import GATED, KIND, TinyStore
 from tests.support.workloads import assert_lossless, mixed_requests, serve_requests
@@ -21,17 +22,15 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 64}
 TWO_WORKERS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 REQUESTS = mixed_requests(KIND, 10)
-DRAFTS: Mapping[str, Callable[[TinyStore], Mapping[str, Any]]] = {
-    "chain": lambda tiny: {"draft": tiny.head()},
-    "gated": lambda tiny: {"draft": tiny.head(**GATED)},
-    "tree": lambda tiny: {
-        "draft": tiny.head(),
-        "num_draft_tokens": 29,
-        "tree": {"policy": "eagle2"},
-    },
-    "vlm": lambda tiny: {"draft": tiny.draft_vlm(kv_heads=2)},
-    "one kv head": lambda tiny: {"draft": tiny.head(kv_heads=1)},
-    "vlm, one kv head": lambda tiny: {"draft": tiny.draft_vlm(kv_heads=1)},
+DRAFTS = {
+    "chain": Draft(),
+    "gated": Draft(GATED),
+    "tree": Draft(options=tree(29, top_k=8)),
+    "vlm": Draft({"num_key_value_heads": 2}, is_vlm=True),
+    # Each of them has half of the draft's lm_head.
+    "few tokens": Draft(few_tokens=True),
+    "one kv head": Draft({"num_key_value_heads": 1}),
+    "vlm, one kv head": Draft({"num_key_value_heads": 1}, is_vlm=True),
 }
 
 
@@ -40,7 +39,7 @@ def test_two_workers(engine: Callable[..., Engine], tiny: TinyStore, name: str) 
     def two(**options: Any) -> Engine:
         return engine("v1", process="two workers", extra=TWO_WORKERS, **OPTIONS, **options)
 
-    options = DRAFTS[name](tiny)
+    options = DRAFTS[name].of(tiny)
     plain = two().once(serve_requests, REQUESTS)
     found = two(**options).run(serve_requests, REQUESTS)
     assert len(plain.results) == len(REQUESTS)

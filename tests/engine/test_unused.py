@@ -5,11 +5,10 @@ And a vLLM without one of its model runners serves heads with the other.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -18,13 +17,14 @@ from typing import Any
 import pytest
 
 from tests.support.child import Child, ChildError
+from tests.support.drafts import DRAFTS
 from tests.support.engine import Engine
+from tests.support.heads import write_config
 from tests.support.runners import RUNNERS
 from tests.support.spies import drafter
-from tests.support.tiny_configs import FAMILIES, HIDDEN
-from tests.support.tiny_models import LOGIT_SCALE, successors, word_ids
+from tests.support.tiny_families import FAMILIES, HIDDEN
+from tests.support.tiny_models import vote_for_successors
 from tests.support.tiny_store import KIND, TinyStore
-from tests.support.vllm_without import without_v1_runner, without_v2_runner
 from tests.support.workloads import assert_lossless, mixed_requests, serve_requests
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -81,18 +81,55 @@ def test_unused(engine: Callable[..., Engine], tiny: TinyStore, tmp_path: Path) 
     assert found.acceptance() > 0
 
 
-REMOVED = {
+V1, V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
+# By the runner that stays: what is gone, what of it other parts of vLLM use, what a file that
+# imports the other runner all the same says then, and our drafters.
+REMOVED: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, str], tuple[str, str]]] = {
     "v2": (
-        without_v1_runner,
-        ("vllm.v1.worker.gpu_model_runner", "vllm.v1.spec_decode.eagle"),
+        ("v1/worker/gpu_model_runner.py", "v1/worker/cpu_model_runner.py", "v1/spec_decode/"),
+        tuple(
+            f"v1/spec_decode/{name}"
+            for name in ("__init__.py", "metadata.py", "metrics.py", "utils.py", "dynamic/")
+        ),
+        ("v1/worker/cpu_worker.py", "from vllm.v1.worker.cpu_model_runner import CPUModelRunner"),
         ("ViSpecSpeculator", "TreeSpeculator"),
     ),
     "v1": (
-        without_v2_runner,
-        ("vllm.v1.worker.gpu.model_runner", "vllm.v1.worker.gpu.spec_decode.speculator"),
+        ("v1/worker/gpu/model_runner.py", "v1/worker/gpu/spec_decode/"),
+        # V1's proposers import models, one of which imports this.
+        tuple(
+            f"v1/worker/gpu/spec_decode/{name}.py"
+            for name in ("__init__", "eagle/__init__", "eagle/eagle3_utils")
+        ),
+        ("v1/worker/gpu/warmup.py", f"from {V2} import GPUModelRunner"),
         ("ViSpecProposer", "TreeProposer"),
     ),
 }
+
+
+def vllm_without(folder: Path, runner: str) -> Path:
+    """Link the installed vLLM, as a later release may be without the other runner's files.
+
+    Put first on ``PYTHONPATH`` of a fresh process, ``folder`` has the vLLM there.
+    """
+    gone, kept, (importing, line), _ = REMOVED[runner]
+    spec = find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).parent
+    for path in source.rglob("*"):
+        name = path.relative_to(source).as_posix()
+        is_gone = name.startswith(gone) and not name.startswith(kept)
+        if path.is_file() and not is_gone and "__pycache__" not in name:
+            place = folder / "vllm" / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(path)
+    text = (source / importing).read_text(encoding="utf-8")
+    assert line in text
+    (folder / "vllm" / importing).unlink()
+    changed = text.replace(line, f"{line.split()[-1]} = None")
+    (folder / "vllm" / importing).write_text(changed, encoding="utf-8")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -107,23 +144,21 @@ def test_without_the_other_runner(
     runner: str,
 ) -> None:
     """Its runner's file and its proposers are not there, nor imported by us."""
-    make, gone, drafters = REMOVED[runner]
-    env = {"PYTHONPATH": str(make(tmp_path))}
-    assert child(runner, env).call(_found_modules, gone) == []
+    drafters = REMOVED[runner][-1]
+    env = {"PYTHONPATH": str(vllm_without(tmp_path, runner))}
+    assert child(runner, env).call(find_spec, V1 if runner == "v2" else V2) is None
     options = {**OPTIONS, "max_num_batched_tokens": 128, "env": env}
     requests = mixed_requests(KIND, 6, 12)
     plain = engine(runner, **options).run(serve_requests, requests)
-    head = {"draft": tiny.head(), "num_draft_tokens": 3}
-    tree = {"tree": {"depth": 3, "top_k": 2}, "num_draft_tokens": 6}
-    for name, changes in zip(drafters, ({}, tree), strict=True):
-        ours = engine(runner, **options, **{**head, **changes})
+    for name, draft in zip(drafters, ("chain", "tree"), strict=True):
+        ours = engine(runner, **options, **DRAFTS[draft].of(tiny))
         found = ours.run(serve_requests, requests)
         assert ours.run(_looks)["drafter"] == name
         assert_lossless(plain, found)
         assert found.acceptance() > 0
     other = {"v1": "V2", "v2": "V1"}[runner]
     with pytest.raises(ChildError) as refused:
-        engine(runner, **options, **head).run(_ask_for_the_other_runner, str(tiny.target()))
+        ours.run(_ask_for_the_other_runner, str(tiny.target()))
     message = str(refused.value)
     assert f"ViSpecError: ViSpec on the {other} model runner: patch point vllm.v1." in message
     assert "use the other model runner (VLLM_USE_V2_MODEL_RUNNER=" in message
@@ -141,24 +176,21 @@ def build_eagle_pair(source: Path, target: Path, head: Path) -> None:
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).float().eval()
         noise = torch.randn(HIDDEN, HIDDEN) * HIDDEN**-0.5 * 0.3
-    with torch.no_grad():
-        embedding, output = model.model.embed_tokens.weight, model.lm_head.weight
-        embedding.normal_(generator=torch.Generator().manual_seed(1))
-        words = torch.tensor(word_ids(family))
-        output.zero_()
-        output[successors(family, 0)[words]] = embedding[words] * (LOGIT_SCALE / HIDDEN**0.5)
+    embedding = model.model.embed_tokens.weight.data
+    embedding.normal_(generator=torch.Generator().manual_seed(1))
+    vote_for_successors(model, family, 0)
     model.save_pretrained(target)
     for file in source.glob("*token*.json"):
         shutil.copy(file, target / file.name)
-    head.mkdir(parents=True, exist_ok=True)
+    head.mkdir()
     layer = model.model.layers[0].state_dict()
     del layer["input_layernorm.weight"]  # EAGLE's layer has none
     tensors = {f"layers.0.{name}": tensor.clone() for name, tensor in layer.items()}
     tensors["fc.weight"] = torch.cat([torch.eye(HIDDEN), noise], dim=1)
-    tensors["embed_tokens.weight"] = embedding.detach().clone()
+    tensors["embed_tokens.weight"] = embedding.clone()
     save_file(tensors, head / "model.safetensors", metadata={"format": "pt"})
     settings = config.to_dict() | {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1}
-    (head / "config.json").write_text(json.dumps(settings) + "\n")
+    write_config(head, settings)
 
 
 # What follows runs in the child.
@@ -235,10 +267,6 @@ def _looks(llm: Any) -> dict[str, Any]:
         "drafter": type(draft).__name__ if draft is not None else None,
         "proposers": [name for name in PROPOSERS if name in sys.modules],
     }
-
-
-def _found_modules(names: tuple[str, ...]) -> list[str]:
-    return [name for name in names if find_spec(name) is not None]
 
 
 def _ask_for_the_other_runner(llm: Any, target: str) -> None:

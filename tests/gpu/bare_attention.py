@@ -20,12 +20,14 @@ import torch
 from tests.gpu.setup import Setup
 from tests.gpu.vllm_files import load_flash_attention, load_triton_attention
 from vllm_vispec.spec_decode.row_table import MASK_CHANNEL
-from vllm_vispec.trees.codes import UNUSED, encode, word_tables
-from vllm_vispec.trees.settings import channels_per_level
+from vllm_vispec.trees.codes import encode, word_tables
+from vllm_vispec.trees.grow import DraftTree, TreeGrower
+from vllm_vispec.trees.settings import TreeSettings
 
 BLOCK = 16
-LEVELS, TOP_K = 4, 8
-CODES = LEVELS * channels_per_level(TOP_K)
+SETTINGS = TreeSettings()
+TOP_K = SETTINGS.top_k
+CODES = SETTINGS.num_channels
 # Largest error allowed against fp32, of outputs whose size is about one.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 
@@ -207,45 +209,37 @@ def _masked(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> Batch:
     query, key, value = _random(shape, dtype, generator)
     query[..., own] = MASK_CHANNEL
     key[..., own] = -MASK_CHANNEL * is_masked_RC[..., None, None].to(dtype)
+    # Whatever is there, nothing of it may be seen.
+    value[is_masked_RC] *= 100
     return _batch(shape, query, key, value, ~is_masked_RC[:, None], device)
 
 
 def _tree(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> Batch:
     """Return a batch of a target: a root and the nodes of a tree, each sees its ancestors."""
     generator = torch.Generator().manual_seed(seed)
-    parents, paths = _random_tree(shape.num_queries, generator)
-    query_table, key_table = word_tables(TOP_K, dtype, torch.device("cpu"))
+    tree = _random_tree(shape.num_queries - 1, generator)
     own = slice(shape.head_size, shape.head_size + CODES)
     query, key, value = _random(shape, dtype, generator)
-    path_UL = torch.tensor(paths)
-    query[..., own] = encode(path_UL, query_table)[None, :, None]
-    key[:, -shape.num_queries :, :, own] = encode(path_UL, key_table)[None, :, None]
-    sees_UC = torch.zeros(shape.num_queries, shape.num_keys, dtype=torch.bool)
-    sees_UC[:, : -shape.num_queries] = True
+    # The root is read by all and has no code.
+    for rows, table in zip(
+        (query, key), word_tables(TOP_K, dtype, torch.device("cpu")), strict=True
+    ):
+        rows[:, 1 - shape.num_queries :, :, own] = encode(tree.path[0], table)[None, :, None]
+    sees_UC = torch.ones(shape.num_queries, shape.num_keys, dtype=torch.bool)
     first = shape.num_keys - shape.num_queries
-    for node, parent in enumerate(parents):
-        if node:
-            sees_UC[node, first:] = sees_UC[parent, first:]
+    sees_UC[:, first + 1 :] = False
+    for node, parent in enumerate(tree.parent[0].tolist(), start=1):
+        sees_UC[node, first:] = sees_UC[parent, first:]
         sees_UC[node, first + node] = True
     return _batch(shape, query, key, value, sees_UC[None], device)
 
 
-def _random_tree(size: int, generator: torch.Generator) -> tuple[list[int], list[list[int]]]:
-    """Return each node's parent and path, the root first."""
-    parents, paths = [0], [[UNUSED] * LEVELS]
-    depths, children = [0], [0]
-    while len(parents) < size:
-        parent = int(torch.randint(len(parents), (1,), generator=generator))
-        if depths[parent] == LEVELS or children[parent] == TOP_K:
-            continue
-        path = list(paths[parent])
-        path[depths[parent]] = children[parent]
-        children[parent] += 1
-        parents.append(parent)
-        paths.append(path)
-        depths.append(depths[parent] + 1)
-        children.append(0)
-    return parents, paths
+def _random_tree(num_nodes: int, generator: torch.Generator) -> DraftTree:
+    grower = TreeGrower(SETTINGS)
+    grower.start_trees(torch.randn(1, 64, generator=generator))
+    for _ in range(SETTINGS.depth):
+        grower.grow_level(torch.randn(1, TOP_K, 64, generator=generator))
+    return grower.finish_trees(num_nodes)
 
 
 def _random(

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.support.child import Child, ChildError
-from tests.support.engine import Engines, register_plugin, stop
+from tests.support.drafts import DRAFTS, SIZES, start_options, start_requests
+from tests.support.engine import EngineOptions, Engines, register_plugin, stop
 from tests.support.spies import drafter
-from tests.support.starts import KINDS, SIZES, draft_options, start_requests
 from tests.support.tiny_store import TinyStore
 from tests.support.workloads import Served, drive
 
@@ -32,9 +32,8 @@ def start(name: str, tiny: TinyStore, dtype: str, **more: Any) -> dict[str, Any]
     """Return the arguments of an engine with vLLM's defaults; ``plain`` has no draft."""
     arguments: dict[str, Any] = {"model": str(tiny.target())}
     if name != "plain":
-        given = draft_options(tiny, name)
-        config = {"method": "vispec", "model": given["draft"], **given["config"]}
-        arguments["speculative_config"] = config
+        options = EngineOptions(**arguments, **start_options(tiny, name)).llm_kwargs()
+        arguments["speculative_config"] = options["speculative_config"]
         arguments["per_request_spec_decode_metrics"] = "detailed"
     return {**arguments, **SIZES, "gpu_memory_utilization": 0.3, "dtype": dtype, **more}
 
@@ -102,7 +101,7 @@ def found(
     request: pytest.FixtureRequest, engines: Engines, tiny: TinyStore
 ) -> tuple[str, dict[str, Found]]:
     """Plain vLLM and every kind of draft, in one dtype."""
-    names = ("plain", *KINDS)
+    names = ("plain", *DRAFTS)
     starts = {name: start(name, tiny, request.param) for name in names}
     return request.param, serve(engines.child({}), starts)
 
@@ -112,10 +111,10 @@ def test_drafts_change_no_answer(found: tuple[str, dict[str, Found]]) -> None:
     if dtype == "float32":
         # In 16 bits batches of other shapes round otherwise: `vispec verify` judges those.
         assert_same(served)
-    assert all(served[kind].served.acceptance() > 0 for kind in KINDS)
+    assert all(served[kind].served.acceptance() > 0 for kind in DRAFTS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAFTS)
 def test_the_v2_runner_records_graphs(found: tuple[str, dict[str, Found]], kind: str) -> None:
     dtype, served = found
     assert served[kind].runner == "V2"

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,9 @@ import torch
 
 from tests.gpu import bare_attention, bare_trees
 from tests.gpu.bare import PARTS
-from tests.gpu.setup import NotRun, Setup
+from tests.gpu.setup import Setup
 from tests.support.child import REPOSITORY
+from tests.support.runners import overlay_folder
 
 CPU = Setup("cpu", None)
 NEEDS_CUDA = {"attention_fa3", "attention_fa3_fp8", "tree_memory"}
@@ -31,55 +33,55 @@ def _vllm_folder() -> str:
     return spec.submodule_search_locations[0]
 
 
-def _run(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _run(output: Path, *arguments: str) -> dict[str, Any]:
+    """Run the command; its report."""
     command = [sys.executable, "-m", "tests.gpu.bare", "--output", str(output), *arguments]
-    env = dict(os.environ) | {
-        "TRITON_INTERPRET": "1",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    return subprocess.run(
-        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False
+    more = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | more, capture_output=True, text=True, check=False
     )
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts: dict[str, Any] = json.loads(output.read_text())["parts"]
+    return parts
 
 
 def test_every_part_runs_without_vllm(tmp_path: Path) -> None:
-    output = tmp_path / "gpu.json"
-    done = _run(output, "--device", "cpu", "--vllm", _vllm_folder())
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(output.read_text())
-    states = {name: part["state"] for name, part in report["parts"].items()}
-    assert states == {name: "not run" if name in NEEDS_CUDA else "passed" for name in PARTS}, (
-        report["parts"]
-    )
+    parts = _run(tmp_path / "gpu.json", "--device", "cpu", "--vllm", _vllm_folder())
+    states = {name: part["state"] for name, part in parts.items()}
+    assert states == {name: "not run" if name in NEEDS_CUDA else "passed" for name in PARTS}, parts
 
 
-def test_a_machine_without_cuda_is_told_so(tmp_path: Path) -> None:
-    output = tmp_path / "gpu.json"
-    done = _run(output, "--only", "tree_step")
-    assert done.returncode == 0
-    part = json.loads(output.read_text())["parts"]["tree_step"]
+@pytest.mark.overlay
+def test_the_triton_kernel_of_the_next_release(tmp_path: Path) -> None:
+    folder = str(Path(overlay_folder(), "vllm"))
+    only = ("--only", "attention_triton", "--device", "cpu")
+    (part,) = _run(tmp_path / "gpu.json", *only, "--vllm", folder).values()
+    assert part["state"] == "passed", part
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--only", "tree_step"), "no CUDA device"),
+        (("--only", "attention_triton", "--device", "cpu"), "--vllm FOLDER"),
+    ],
+)
+def test_a_part_says_what_it_lacks(tmp_path: Path, arguments: tuple[str, ...], reason: str) -> None:
+    (part,) = _run(tmp_path / "gpu.json", *arguments).values()
     assert part["state"] == "not run"
-    assert "no CUDA device" in part["reason"]
+    assert reason in part["reason"]
 
 
-def test_a_wrong_kernel_fails() -> None:
+@pytest.mark.parametrize(
+    ("padding", "error", "message"), [(0.0, 0.01, "masked 64 to 72"), (1.0, 0.0, "padding")]
+)
+def test_a_wrong_kernel_fails(padding: float, error: float, message: str) -> None:
     def attend(batch: bare_attention.Batch) -> torch.Tensor:
-        output = torch.zeros_like(batch.query)
-        output[..., : batch.shape.head_size] = batch.expected + 0.01
+        output = torch.full_like(batch.query, padding)
+        output[..., : batch.shape.head_size] = batch.expected + error
         return output
 
-    with pytest.raises(AssertionError, match="masked 64 to 72"):
-        bare_attention._check_all(CPU, attend)
-
-
-def test_padding_that_comes_back_filled_fails() -> None:
-    def attend(batch: bare_attention.Batch) -> torch.Tensor:
-        output = torch.ones_like(batch.query)
-        output[..., : batch.shape.head_size] = batch.expected
-        return output
-
-    with pytest.raises(AssertionError, match="padding"):
+    with pytest.raises(AssertionError, match=message):
         bare_attention._check_all(CPU, attend)
 
 
@@ -105,7 +107,7 @@ def test_flash_attention_is_called_as_its_interface_wants(monkeypatch: pytest.Mo
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    math = bare_attention._sdpa(torch.nn.attention.SDPBackend.MATH)
+    math: Callable[..., Any] = bare_attention._sdpa(torch.nn.attention.SDPBackend.MATH)
     calls = 0
 
     def fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any) -> Any:
@@ -126,8 +128,3 @@ def test_flash_attention_is_called_as_its_interface_wants(monkeypatch: pytest.Mo
     found = bare_attention.run_fa3(CPU)
     assert list(found) == ["0 splits", "32 splits"]
     assert calls == 6
-
-
-def test_kernels_of_vllm_need_a_folder() -> None:
-    with pytest.raises(NotRun, match="--vllm FOLDER"):
-        bare_attention.run_triton(CPU)

@@ -24,7 +24,7 @@ from tests.support.engine import (
     shut_down_distributed,
 )
 from tests.support.runners import V1_ENV
-from tests.support.tiny_configs import FAMILIES
+from tests.support.tiny_families import FAMILIES
 from tests.support.tiny_models import random_image
 from tests.support.tiny_store import KIND, TinyStore
 

@@ -7,10 +7,9 @@ test module can be passed as it is.
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
 import pickle
+import pkgutil
 import subprocess
 import sys
 import tempfile
@@ -73,15 +72,14 @@ class Child:
                     raise TimeoutError(f"no result after {self._timeout:.0f} s")
             value, error = _receive(self._connection)
         except (EOFError, OSError) as failure:
-            error = str(failure) if isinstance(failure, TimeoutError) else self._ended()
+            value, error = None, str(failure)
+            if not isinstance(failure, TimeoutError):
+                error = f"the process ended: exit status {self._process.wait(10)}"
         if not error:
             return value
         log = f"{self.log()}\n{error}"
         self.close()
         raise ChildError(f"{function.__name__}: {error.strip().splitlines()[-1]}", log)
-
-    def _ended(self) -> str:
-        return f"the process ended: exit status {self._process.wait(10)}"
 
     def log(self) -> str:
         """Return what the process has printed."""
@@ -119,7 +117,7 @@ def run_in_subprocess(
     env: Mapping[str, str] | None = None,
     timeout: float = 900,
 ) -> list[Any]:
-    """Call ``module:function`` in a process of its own; what it yields or returns, as JSON."""
+    """Call ``module:function`` in a process of its own; return what it yields or returns."""
     child = Child(env, timeout)
     try:
         return list(child.call(_collect, target, dict(kwargs or {})))
@@ -127,10 +125,9 @@ def run_in_subprocess(
         child.close()
 
 
-def _collect(target: str, kwargs: dict[str, Any]) -> Any:
-    module, _, name = target.partition(":")
-    value = getattr(importlib.import_module(module), name)(**kwargs)
-    return json.loads(json.dumps(list(value) if hasattr(value, "__next__") else [value]))
+def _collect(target: str, kwargs: dict[str, Any]) -> list[Any]:
+    value = pkgutil.resolve_name(target)(**kwargs)
+    return list(value) if hasattr(value, "__next__") else [value]
 
 
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:

@@ -24,12 +24,16 @@ from tests.support.workloads import (
     drive,
     drive_one_by_one,
     forget,
+    image_text,
     mixed_requests,
+    words,
 )
 
 if TYPE_CHECKING:
     from vllm import LLM
 
+TOLERANCE = 1e-4
+"""Of draft logits, relative to a request's largest."""
 Cold = tuple[Results, dict[str, Logits]]
 """Results and draft logits by request."""
 
@@ -66,27 +70,46 @@ class Compared:
 def compare(cold: Cold, engine: Engine, situation: str, requests: list[Request]) -> Compared:
     """Serve ``requests`` in one of :data:`SITUATIONS` and compare with their cold run."""
     results, logits, spy, table = engine.run(_in_situation, situation, requests)
-    return Compared(compare_results(cold, results, logits), spy, table, results)
-
-
-def compare_results(cold: Cold, found: Results, logits: Mapping[str, Logits]) -> dict[str, Row]:
-    """Compare every request that was answered."""
     rows = {}
-    for name, (completion,) in found.items():
-        expected = cold[1][name]
+    for name, (completion,) in results.items():
+        expected, (alone,) = cold[1][name], cold[0][name]
         gap, shared = largest_difference(expected, logits[name])
-        scale = max(float(row.abs().max()) for row in expected.values())
-        (alone,) = cold[0][name]
         rows[name] = Row(
             same_ids=completion.token_ids == alone.token_ids,
             accepted=completion.per_step_accepted,
             cold_accepted=alone.per_step_accepted,
             cached=completion.num_cached_tokens,
-            gap=gap / scale,
+            gap=gap / max(float(row.abs().max()) for row in expected.values()),
             shared=shared,
             cold_steps=len(expected),
         )
-    return rows
+    return Compared(rows, spy, table, results)
+
+
+def assert_same_drafts(found: Compared) -> None:
+    """The drafts are those of the cold run.
+
+    A preempted request that resumes recomputes its cache and emits one token without drafts, so
+    steps begin elsewhere from there on. Where they begin at the same token, logits agree.
+    """
+    assert found.table["misses"] == 0
+    for name, row in found.requests.items():
+        assert row.same_ids, name
+        assert row.gap < TOLERANCE, name
+        assert row.shared > 0, name
+        if not found.spy.preempted:
+            assert row.accepted == row.cold_accepted, name
+            assert row.shared == row.cold_steps, name
+
+
+def deep_requests(kind: str) -> list[Request]:
+    """Return requests with images, whole or cut, before a cached block."""
+    image = image_text(kind, 1)
+    return [
+        Request("deep-0", f"Look: {image} {words(40, 80)}", (2,), 24),
+        Request("deep-1", f"Look: {image} and {image} {words(41, 80)}", (4, 5), 24),
+        Request("cut-0", f"{words(42, 22)} {image} {words(43, 60)}", (7,), 24),
+    ]
 
 
 # What follows runs in the child.

@@ -119,8 +119,7 @@ class Completion:
     per_step_accepted: list[int]
     drafted: list[int]
     num_cached_tokens: int
-    request_id: str
-    logprobs: list[dict[int, float]] | None = None
+    logprobs: list[dict[int, float]]
 
 
 @dataclass(frozen=True)
@@ -131,6 +130,7 @@ class Engine:
         place: What tells the child from others.
         kind: The target's family.
         memo: What :meth:`once` found, of all engines.
+        generated: What :meth:`generate` returned.
     """
 
     child: Child
@@ -138,6 +138,7 @@ class Engine:
     options: EngineOptions
     kind: str
     memo: dict[str, Any]
+    generated: list[Completion] = field(default_factory=list)
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return ``function(llm, *args, **kwargs)``, called where the engine is."""
@@ -153,23 +154,18 @@ class Engine:
 
     def generate(self, prompts: Sequence[Any], max_tokens: int = 16, **params: Any) -> list[Any]:
         """Answer ``prompts`` (text, or as vLLM takes them) greedily; the completion of each."""
-        return list(self.run(_generate, list(prompts), max_tokens, params))
-
-    def counters(self) -> dict[str, int]:
-        """Return ``drafts``, ``drafted`` and ``accepted`` tokens of all that was generated.
-
-        vLLM's own counters are the process's, where other engines are.
-        """
-        return dict(self.run(counters))
+        found: list[Completion] = self.run(_generate, list(prompts), max_tokens, params)
+        self.generated.extend(found)
+        return found
 
     def drafts(self) -> int:
-        """Return how many times tokens were drafted for a request."""
-        return self.counters()["drafts"]
+        """Return how many times tokens were drafted for what was generated."""
+        return sum(len(one.drafted) for one in self.generated)
 
     def acceptance(self) -> float:
         """Return the accepted draft tokens per draft."""
-        found = self.counters()
-        return found["accepted"] / max(found["drafts"], 1)
+        accepted = sum(sum(one.per_step_accepted) for one in self.generated)
+        return accepted / max(self.drafts(), 1)
 
     def serve(self, scenario: str, **kwargs: Any) -> Served:
         """Serve a scenario of :mod:`tests.support.workloads`, once for all tests that ask."""
@@ -177,6 +173,10 @@ class Engine:
 
         found: Served = self.once(serve, scenario, self.kind, **kwargs)
         return found
+
+
+def _place(env: Mapping[str, str], process: str) -> str:
+    return json.dumps([process, dict(env)], sort_keys=True)
 
 
 class Engines:
@@ -193,7 +193,7 @@ class Engines:
 
         ``process`` names one apart from the others, for functions that change vLLM itself.
         """
-        key = self._place(env, process)
+        key = _place(env, process)
         child = self._children.pop(key, None)
         if child is None or not child.is_open:
             while len(self._children) >= self.MOST_PROCESSES:
@@ -206,12 +206,7 @@ class Engines:
         self, env: Mapping[str, str], process: str, options: EngineOptions, kind: str
     ) -> Engine:
         """Return a handle to an engine in that process."""
-        child = self.child(env, process)
-        return Engine(child, self._place(env, process), options, kind, self._memo)
-
-    @staticmethod
-    def _place(env: Mapping[str, str], process: str) -> str:
-        return json.dumps([process, dict(env)], sort_keys=True)
+        return Engine(self.child(env, process), _place(env, process), options, kind, self._memo)
 
     def close(self) -> None:
         """End all processes."""
@@ -275,8 +270,7 @@ def _start(options: EngineOptions) -> LLM:
 
     _take_over_freezing()
     with (
-        _cpu_keeps_async_scheduling(options.async_scheduling),
-        gpu_start.compiler(options.compiler),
+        gpu_start.platform(options.async_scheduling, options.compiler),
         gpu_start.memory_profile(options.memory_profile),
     ):
         try:
@@ -292,27 +286,6 @@ def stop(llm: LLM) -> None:
     llm.llm_engine.engine_core.shutdown()
     if not _running:
         shut_down_distributed()
-
-
-@contextmanager
-def _cpu_keeps_async_scheduling(wanted: bool) -> Iterator[None]:
-    """Undo that vLLM's CPU platform switches async scheduling off without a word."""
-    if not wanted:
-        yield
-        return
-    from vllm.platforms.cpu import CpuPlatform
-
-    original = CpuPlatform.check_and_update_config
-
-    def check_and_update_config(vllm_config: Any) -> None:
-        original(vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
-    try:
-        yield
-    finally:
-        CpuPlatform.check_and_update_config = original
 
 
 def shut_down_distributed() -> None:
@@ -355,37 +328,20 @@ def _generate(
     llm: LLM, prompts: list[Any], max_tokens: int, params: dict[str, Any]
 ) -> list[Completion]:
     outputs = llm.generate(prompts, greedy(max_tokens, **params), use_tqdm=False)
-    found, counts = [completions(output)[0] for output in outputs], counters(llm)
-    for one in found:
-        counts["drafts"] += len(one.drafted)
-        counts["drafted"] += sum(one.drafted)
-        counts["accepted"] += sum(one.per_step_accepted)
-    return found
+    return [completions(output)[0] for output in outputs]
 
 
 def completions(output: RequestOutput) -> list[Completion]:
     """Convert all sequences of a finished request (``n`` of them)."""
-    return [_completion(item, output) for item in output.outputs]
-
-
-def _completion(item: Any, output: RequestOutput) -> Completion:
-    metrics = item.spec_decode_metrics
-    rows = item.logprobs
-    return Completion(
-        token_ids=list(item.token_ids),
-        text=item.text,
-        finish_reason=item.finish_reason,
-        per_step_accepted=list(metrics.per_step_accepted) if metrics else [],
-        drafted=list(metrics.per_step_drafted) if metrics else [],
-        num_cached_tokens=output.num_cached_tokens or 0,
-        request_id=output.request_id,
-        logprobs=[{k: v.logprob for k, v in row.items()} for row in rows] if rows else None,
-    )
-
-
-def counters(llm: LLM) -> dict[str, int]:
-    """Return the counts that :func:`_generate` keeps of an engine."""
-    if not hasattr(llm, "_test_counters"):
-        llm._test_counters = dict.fromkeys(("drafts", "drafted", "accepted"), 0)
-    found: dict[str, int] = llm._test_counters
-    return found
+    return [
+        Completion(
+            list(item.token_ids),
+            item.text,
+            item.finish_reason,
+            list(getattr(item.spec_decode_metrics, "per_step_accepted", ())),
+            list(getattr(item.spec_decode_metrics, "per_step_drafted", ())),
+            output.num_cached_tokens or 0,
+            [{k: v.logprob for k, v in row.items()} for row in item.logprobs or ()],
+        )
+        for item in output.outputs
+    ]

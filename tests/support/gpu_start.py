@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import Any
 from unittest.mock import patch
@@ -26,40 +26,39 @@ def memory_fraction() -> float:
 
 
 @contextmanager
-def compiler(name: str | None) -> Iterator[None]:
-    """Let engines that start in here compile with backend ``name``, if they compile."""
-    if name is None:
-        yield
-        return
-    # The CPU platform takes its backend from this variable alone.
-    environment = _environment("VLLM_CPU_CI_ENV", "1" if name == "eager" else "0")
-    with environment, _piecewise() if name == "piecewise" else nullcontext():
-        yield
+def platform(async_scheduling: bool, compiler: str | None) -> Iterator[None]:
+    """Keep what vLLM's CPU platform changes without a word in engines that start in here.
 
-
-@contextmanager
-def _piecewise() -> Iterator[None]:
-    """Keep vLLM's own compile mode, a GPU's default, which the CPU platform replaces."""
-    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    That is asynchronous scheduling, and a GPU's default compile mode for "piecewise".
+    """
     from vllm.config import CompilationMode
     from vllm.platforms.cpu import CpuPlatform
 
     original = CpuPlatform.check_and_update_config
 
     def check_and_update_config(vllm_config: Any) -> None:
-        mode = vllm_config.compilation_config.mode
+        compilation = vllm_config.compilation_config
+        mode = compilation.mode
         original(vllm_config)
-        if mode == CompilationMode.VLLM_COMPILE:
-            vllm_config.compilation_config.mode = mode
+        vllm_config.scheduler_config.async_scheduling |= async_scheduling
+        if compiler == "piecewise" and mode == CompilationMode.VLLM_COMPILE:
+            compilation.mode = mode
             # Read with the sizes of recorded graphs elsewhere.
-            vllm_config.compilation_config.compile_sizes = []
+            compilation.compile_sizes = []
 
-    platform = staticmethod(check_and_update_config)
-    with (
-        patch.object(CpuPlatform, "check_and_update_config", platform),
-        # It names operators that CUDA builds have; inductor has a pass of its own for ours.
-        patch.object(FixFunctionalizationPass, "__call__", lambda *args: None),
-    ):
+    with ExitStack() as changed:
+        checked = staticmethod(check_and_update_config)
+        changed.enter_context(patch.object(CpuPlatform, "check_and_update_config", checked))
+        if compiler is not None:
+            # The CPU platform takes its backend from this variable alone.
+            eager = "1" if compiler == "eager" else "0"
+            changed.enter_context(_environment("VLLM_CPU_CI_ENV", eager))
+        if compiler == "piecewise":
+            from vllm.compilation.passes.utility import fix_functionalization as module
+
+            # It names operators that CUDA builds have; inductor has a pass of its own for ours.
+            one = patch.object(module.FixFunctionalizationPass, "__call__", lambda *args: None)
+            changed.enter_context(one)
         yield
 
 

@@ -141,7 +141,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
     """Change model.safetensors in place."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 # Narrower than the target's image embeddings, and with fewer key heads than query heads.

@@ -13,9 +13,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.support.tiny_configs import FAMILIES, HIDDEN, VOCAB, Family
-from tests.support.tiny_processors import PROCESSORS, TEMPLATES
-from tests.support.tiny_tokenizers import byte_bpe_tokenizer, fast_tokenizer
+from tests.support.tiny_families import (
+    FAMILIES,
+    HIDDEN,
+    Family,
+    byte_bpe_tokenizer,
+    make_processor,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -38,21 +42,38 @@ def build_target(kind: str, folder: Path, seed: int = 0) -> Path:
     if (folder / "model.safetensors").exists():
         return folder
     import torch
-    import transformers
+    from transformers import AutoModelForImageTextToText
 
     family = FAMILIES[kind]
     config = family.config()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = getattr(transformers, family.model_class)(config).float().eval()
-        _randomise(model, family, seed)
+        model = AutoModelForImageTextToText.from_config(config).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            _randomise(name, weight, generator)
+    vote_for_successors(model, family, seed)
     model.save_pretrained(folder)
     _publish_names(folder / "model.safetensors")
-    _write_processor(family, folder)
-    (folder / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": family.token_id(family.eos)}) + "\n"
-    )
+    make_processor(config, byte_bpe_tokenizer(family)).save_pretrained(folder)
+    ends = {"eos_token_id": config.get_text_config().eos_token_id}
+    (folder / "generation_config.json").write_text(json.dumps(ends) + "\n")
     return folder
+
+
+def vote_for_successors(model: torch.nn.Module, family: Family, seed: int) -> None:
+    """Let the lm_head answer each word's embedding with one other word (one cycle of them all)."""
+    import torch
+
+    # Neither special tokens nor ids beyond the tokenizer.
+    first, size = len(family.specials), byte_bpe_tokenizer(family).get_vocab_size()
+    order = torch.randperm(size - first, generator=torch.Generator().manual_seed(seed + 1))
+    cycle = first + order
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    with torch.no_grad():
+        head.zero_()
+        head[cycle.roll(-1)] = embedding[cycle] * (LOGIT_SCALE / HIDDEN**0.5)
 
 
 def _publish_names(checkpoint: Path) -> None:
@@ -66,54 +87,12 @@ def _publish_names(checkpoint: Path) -> None:
     save_file(tensors, checkpoint, metadata={"format": "pt"})
 
 
-def _write_processor(family: Family, folder: Path) -> None:
-    bpe = byte_bpe_tokenizer(VOCAB, family.specials)
-    tokenizer = fast_tokenizer(
-        bpe, eos=family.eos, pad=family.pad, bos=family.bos, template=TEMPLATES[family.kind]
-    )
-    PROCESSORS[family.kind](family.images, tokenizer).save_pretrained(folder)
-
-
-def word_ids(family: Family) -> range:
-    """Return the ids that stand for text: neither special nor beyond the tokenizer."""
-    size = byte_bpe_tokenizer(VOCAB, family.specials).get_vocab_size()
-    return range(len(family.specials), size)
-
-
-def successors(family: Family, seed: int) -> torch.Tensor:
-    """Return the token [VOCAB] that each token's embedding votes for (one cycle of the words)."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed + 1)
-    words = torch.tensor(word_ids(family))
-    cycle = words[torch.randperm(len(words), generator=generator)]
-    table = torch.arange(VOCAB)
-    table[cycle] = cycle.roll(-1)
-    return table
-
-
-def _randomise(model: torch.nn.Module, family: Family, seed: int) -> None:
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            _randomise_one(name, weight, generator)
-        embedding = model.get_input_embeddings().weight
-        head = model.get_output_embeddings().weight
-        following = successors(family, seed)
-        head.zero_()
-        words = torch.tensor(word_ids(family))
-        head[following[words]] = embedding[words] * (LOGIT_SCALE / HIDDEN**0.5)
-
-
-def _randomise_one(name: str, weight: torch.Tensor, generator: torch.Generator) -> None:
+def _randomise(name: str, weight: torch.Tensor, generator: torch.Generator) -> None:
     noise = weight.new_empty(weight.shape).normal_(generator=generator)
     if "embed_tokens" in name or name.endswith("image_newline"):
         weight.copy_(noise)
     elif weight.ndim == 1:
-        is_norm = name.endswith("weight")
-        weight.copy_(1 + 0.1 * noise if is_norm else 0.1 * noise)
+        weight.copy_(1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise)
     else:
         scale = (weight.numel() // weight.shape[0]) ** -0.5
         weight.copy_(noise * scale * _gain(name))
@@ -133,9 +112,3 @@ def random_image(seed: int, size: tuple[int, int] = (84, 84)) -> Image:
 
     blocks = np.random.default_rng(seed).integers(0, 256, size=(4, 4, 3), dtype=np.uint8)
     return PilImage.fromarray(blocks).resize(size, PilImage.Resampling.NEAREST)
-
-
-def image_prompt(kind: str, question: str, num_images: int = 1) -> str:
-    """Return a prompt of family ``kind``: preamble, image placeholders, ``question``."""
-    family = FAMILIES[kind]
-    return "A user asks: " + " and ".join([family.image_prompt] * num_images) + " " + question

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tests.support.engine import Completion, completions, greedy
 from tests.support.spies import SchedulerSpy, table_stats, watch
-from tests.support.tiny_configs import FAMILIES
+from tests.support.tiny_families import CORPUS, FAMILIES
 from tests.support.tiny_models import random_image
-from tests.support.tiny_tokenizers import CORPUS
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.tiny_configs import FAMILIES
+from tests.support.tiny_families import FAMILIES
 from tests.support.tiny_store import TinyStore
 from vllm_vispec.data.encode import Encoded, Encoder
 from vllm_vispec.data.read import read_conversations
