@@ -305,25 +305,14 @@ def test_a_broken_core_disables_our_method_alone(monkeypatch: pytest.MonkeyPatch
 
 
 def test_plain_chains_need_the_core_chains_and_their_wider_heads_alone() -> None:
-    assert needed_groups(SETTINGS["chains"], "v2") == [CORE, CHAINS, PADDED_HEADS]
-    assert needed_groups(SETTINGS["chains"], "v1") == [CORE, PADDED_HEADS, V1_CHAINS]
-
-
-def test_the_check_of_v2_chains_reads_no_other_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It stays cheap: a score of texts, none of V1's, and no module is parsed."""
-    read: list[str] = []
-
-    def note(module: str) -> str | None:
-        read.append(module)
-        return READ_MODULE(module)
-
-    monkeypatch.setattr(check, "read_module", note)
-    monkeypatch.setattr(source, "_parse", lambda text, symbol: pytest.fail(f"parsed for {symbol}"))
-    for group in needed_groups(SETTINGS["chains"], "v2"):
-        require(group)
-    assert len(set(read)) <= 20
-    assert not [m for m in read if ".spec_decode." in m and ".gpu." not in m]
-    assert "vllm.v1.worker.gpu_model_runner" not in read
+    v1, v2 = (needed_groups(SETTINGS["chains"], used) for used in ("v1", "v2"))
+    assert v2 == [CORE, CHAINS, PADDED_HEADS]
+    assert v1 == [CORE, PADDED_HEADS, V1_CHAINS]
+    # The check stays cheap.
+    modules = {point.module for group in v2 for point in group.points}
+    assert len(modules) <= 20
+    assert not [m for m in modules if ".spec_decode." in m and ".gpu." not in m]
+    assert "vllm.v1.worker.gpu_model_runner" not in modules
 
 
 @pytest.mark.parametrize(
@@ -346,7 +335,7 @@ def test_versions(
     assert warned in caplog.text
 
 
-class _Owner:
+class Owner:
     """Stands for a class of vLLM's."""
 
     def __init__(self, value: int = 0) -> None:
@@ -360,31 +349,25 @@ class _Owner:
         return 2 * self.value
 
 
-def _one_more(original: Callable[..., int], *args: Any) -> int:
-    return original(*args) + 1
-
-
 def test_patching_happens_once_on_classes_properties_and_objects() -> None:
-    owner = type("Owner", (_Owner,), dict(vars(_Owner)))
+    def one_more(original: Callable[..., int], *args: Any) -> int:
+        return original(*args) + 1
+
+    def new(original: Callable[..., Any], cls: type, value: int) -> Any:
+        return original(ours if cls is owner and value > 3 else cls)
+
+    owner = type("Owner", (Owner,), dict(vars(Owner)))
+    ours = type("Ours", (owner,), {})
     changed, other = owner(3), owner(3)
     for _ in range(2):
-        patch(owner, "add", _one_more)
-        patch(owner, "twice", _one_more)
+        patch(owner, "add", one_more)
+        patch(owner, "twice", one_more)
     assert (other.add(1), other.twice) == (5, 7)
     patch(changed, "add", lambda original, *args: 10 * original(*args))
     assert (changed.add(1), other.add(1)) == (50, 5)
-
-
-def test_patching_new_chooses_the_class() -> None:
-    base = type("Base", (_Owner,), {})
-    ours = type("Ours", (base,), {})
-
-    def new(original: Callable[..., Any], cls: type, value: int) -> Any:
-        return original(ours if cls is base and value > 1 else cls)
-
-    patch(base, "__new__", new)
-    assert [type(base(value)) for value in (1, 2)] == [base, ours]
-    assert base(2).value == 2
+    patch(owner, "__new__", new)
+    assert [type(owner(value)) for value in (3, 4)] == [owner, ours]
+    assert owner(4).value == 4
 
 
 def _listed(*uses: str) -> set[str]:

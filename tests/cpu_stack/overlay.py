@@ -36,22 +36,18 @@ class OverlayError(RuntimeError):
     """The overlay cannot be built; the message is one line that names the remedy."""
 
 
-def default_folder() -> Path:
-    """Folder inside the running virtual environment, so that both go away together."""
-    return Path(sys.prefix) / f"vllm-{VERSION}-overlay"
-
-
 def build(folder: Path | None = None, wheel: Path | None = None) -> Path:
     """Return the overlay folder, building it first if it is missing or stale.
 
     Args:
-        folder: where it goes; default ``default_folder()``.
+        folder: where it goes; default: inside the running virtual environment, so that both go
+            away together.
         wheel: the published wheel, if it is already on disk; otherwise pip downloads it.
 
     Raises:
         OverlayError: no kernels to lay over, no wheel to be had, or the folder is in use.
     """
-    folder = (folder or default_folder()).resolve()
+    folder = (folder or Path(sys.prefix, f"vllm-{VERSION}-overlay")).resolve()
     kernels = _kernel_folder()
     stamp = f"{_FORMAT} {VERSION} {KERNEL_VERSION} {kernels}\n"
     if _is_complete(folder, stamp):

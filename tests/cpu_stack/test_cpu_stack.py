@@ -61,24 +61,18 @@ def test_overlay_has_new_python_over_old_kernels(tmp_path: Path, wheel: Path) ->
 
 @pytest.mark.usefixtures("kernels")
 def test_overlay_is_built_once_and_repaired(tmp_path: Path, wheel: Path) -> None:
+    old, running = tmp_path / "out.old", tmp_path / "out.running"
+    for scratch in (old, running):
+        scratch.mkdir()
+    os.utime(old, (0, 0))
     folder = overlay.build(tmp_path / "out", wheel)
+    # What a killed run has left is gone, another that runs now is not disturbed.
+    assert list(tmp_path.glob("out.*")) == [running]
     overlay.build(folder, tmp_path / "no.whl")  # complete: the wheel is not even looked for
     (folder / overlay.STAMP).unlink()
     (folder / "vllm/sub/data.json").unlink()
     overlay.build(folder, wheel)
     assert (folder / "vllm/sub/data.json").is_file()
-    assert not list(tmp_path.glob("out.*"))
-
-
-@pytest.mark.usefixtures("kernels")
-def test_overlay_removes_what_killed_runs_left(tmp_path: Path, wheel: Path) -> None:
-    old, running = tmp_path / "out.old", tmp_path / "out.running"
-    old.mkdir()
-    running.mkdir()
-    os.utime(old, (0, 0))
-    overlay.build(tmp_path / "out", wheel)
-    assert not old.exists()
-    assert running.exists()
 
 
 @pytest.mark.usefixtures("kernels")
@@ -115,6 +109,15 @@ def test_v2_runner_implies_the_interpreter() -> None:
         assert run(clean, **env).stdout == expected
 
 
+def set_up(tmp_path: Path, **env: str) -> str:
+    """Run the script, which fails in one line; return that."""
+    stack = {"VISPEC_STACK": "cpu", "VENV": str(tmp_path / "venv"), "PYTHON": sys.executable}
+    done = run(["bash", str(HERE / "setup_env.sh")], **{**stack, **env})
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
 @pytest.mark.parametrize(
     ("env", "message"),
     [
@@ -125,34 +128,18 @@ def test_v2_runner_implies_the_interpreter() -> None:
 def test_setup_says_in_one_line_what_is_wrong(
     tmp_path: Path, env: dict[str, str], message: str
 ) -> None:
-    stack = {"VISPEC_STACK": "cpu", "VENV": str(tmp_path / "venv")}
-    done = run(["bash", str(HERE / "setup_env.sh")], **{**stack, **env})
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert message in set_up(tmp_path, **env)
 
 
 def test_setup_does_not_clear_a_foreign_folder(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    env = {"PYTHON": sys.executable, "VENV": str(tmp_path), "VISPEC_STACK": "cpu"}
-    done = run(["bash", str(HERE / "setup_env.sh")], **env)
-    assert (done.returncode, "is no virtual environment: remove it" in done.stderr) == (1, True)
+    assert "is no virtual environment: remove it" in set_up(tmp_path, VENV=str(tmp_path))
     assert (tmp_path / "letter.txt").is_file()
 
 
 def test_setup_names_a_missing_torch_wheel(tmp_path: Path) -> None:
     """An index without PyTorch's CPU build is the likeliest failure; nothing is downloaded here."""
-    env = {
-        "PYTHON": sys.executable,
-        "VENV": str(tmp_path / "venv"),
-        "VISPEC_STACK": "cpu",
-        "PIP_CONFIG_FILE": os.devnull,
-        "PIP_NO_INDEX": "1",
-        "PIP_FIND_LINKS": str(tmp_path),
-    }
-    done = run(["bash", str(HERE / "setup_env.sh")], **env)
-    assert done.returncode == 1
-    assert "could not install the CPU stack (ERROR: No matching distribution" in done.stderr
-    assert done.stderr.count("\n") == 1
+    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    said = set_up(tmp_path, **index)
+    assert "could not install the CPU stack (ERROR: No matching distribution" in said
     assert not (tmp_path / "venv" / ".vispec-ready").exists()

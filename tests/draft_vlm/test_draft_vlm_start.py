@@ -11,9 +11,7 @@ import pytest
 from tests.support.heads import DRAFT_VLM
 from vllm_vispec.config import reads_embeddings, reads_target_states
 from vllm_vispec.heads.config import ARCHITECTURE, DRAFT_VLM_ARCHITECTURE, EMBEDS_ARCHITECTURE
-from vllm_vispec.plugin import _register_draft_architectures
 from vllm_vispec.spec_decode.checks import check_target
-from vllm_vispec.spec_decode.config_hook import _kind
 from vllm_vispec.utils.errors import ViSpecError
 
 
@@ -29,19 +27,6 @@ def _target() -> Any:
     )
 
 
-def _parallel(size: int = 1) -> Any:
-    return SimpleNamespace(tensor_parallel_size=size)
-
-
-def test_its_width_need_not_be_the_targets() -> None:
-    assert DRAFT_VLM.hidden_size != DRAFT_VLM.vision_size
-    check_target(DRAFT_VLM, _target(), _parallel())
-
-
-def test_key_value_heads_may_be_repeated() -> None:
-    check_target(DRAFT_VLM, _target(), _parallel(3))
-
-
 @pytest.mark.parametrize(
     ("changes", "size", "message"),
     [
@@ -52,12 +37,12 @@ def test_key_value_heads_may_be_repeated() -> None:
     ],
 )
 def test_refused(changes: dict[str, Any], size: int, message: str) -> None:
+    # Its width need not be the target's, and three workers repeat its key/value head.
+    assert DRAFT_VLM.hidden_size != DRAFT_VLM.vision_size
+    check_target(DRAFT_VLM, _target(), SimpleNamespace(tensor_parallel_size=3))
+    parallel = SimpleNamespace(tensor_parallel_size=size)
     with pytest.raises(ViSpecError, match=message):
-        check_target(replace(DRAFT_VLM, **changes), _target(), _parallel(size))
-
-
-def test_log_line() -> None:
-    assert _kind(DRAFT_VLM) == "draft VLM, 3 layers of width 24"
+        check_target(replace(DRAFT_VLM, **changes), _target(), parallel)
 
 
 @pytest.mark.parametrize(
@@ -73,10 +58,3 @@ def test_what_a_draft_reads(architecture: str, embeddings: bool, states: bool) -
     config = SimpleNamespace(speculative_config=SimpleNamespace(draft_model_config=draft))
     assert reads_embeddings(config) == embeddings
     assert reads_target_states(config) == states
-
-
-def test_vllm_knows_the_architecture() -> None:
-    from vllm.model_executor.models.registry import ModelRegistry
-
-    _register_draft_architectures()
-    assert DRAFT_VLM_ARCHITECTURE in ModelRegistry.get_supported_archs()

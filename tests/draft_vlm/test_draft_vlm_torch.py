@@ -17,7 +17,7 @@ from tests.support.heads import (
     write_head,
 )
 from vllm_vispec.heads.folder import load_draft
-from vllm_vispec.reference import DraftVlm, ViSpecDraft, draft_class, image_mask, tensor_shapes
+from vllm_vispec.reference import DraftVlm, ViSpecDraft, tensor_shapes
 from vllm_vispec.utils.errors import ViSpecError
 
 RUNS = {
@@ -86,23 +86,6 @@ def test_padding_and_later_tokens_change_nothing() -> None:
     torch.testing.assert_close(both_BLD[:1, :8], alone_BLD[:, :8])
 
 
-def test_extend_equals_steps() -> None:
-    draft = random_draft_vlm()
-    ids_L, embeds_LE = random_prompt(14)
-    prefill = draft.prefill(ids_L, embeds_LE, 7, [(3, 9)])
-    more_N = torch.tensor([5, 6, 8])
-    out_ND, _, _ = draft.extend(more_N, 14, prefill.caches)
-    caches = prefill.caches
-    for index in range(3):
-        one_ND, _, caches = draft.extend(more_N[index : index + 1], 14 + index, caches)
-        torch.testing.assert_close(one_ND[0], out_ND[index])
-
-
-def test_masks_of_images() -> None:
-    mask_BL = image_mask([((0, 2), (3, 4)), ()], 5)
-    assert mask_BL.tolist() == [[True, True, False, True, False], [False] * 5]
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_folders_load_as_what_they_are(tmp_path: Path, tied: bool) -> None:
     config = write_draft_vlm(tmp_path / "vlm", tie_word_embeddings=tied)
@@ -111,21 +94,12 @@ def test_folders_load_as_what_they_are(tmp_path: Path, tied: bool) -> None:
     assert set(draft.state_dict()) == set(tensor_shapes(config))
     wanted = random_draft_vlm(config).state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in draft.state_dict().items())
-    write_head(tmp_path / "head")
-    assert isinstance(load_draft(tmp_path / "head"), ViSpecDraft)
-    assert draft_class(config) is DraftVlm
-
-
-def test_a_head_on_states_is_no_draft_vlm() -> None:
-    with pytest.raises(ViSpecError, match="the head is no draft VLM"):
-        DraftVlm(TYPICAL["canonical"])
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_its_lm_head_is_its_own(tied: bool) -> None:
-    draft = random_draft_vlm(replace(DRAFT_VLM, tie_word_embeddings=tied))
     own = draft.embed_tokens if tied else draft.lm_head
     assert own is not None
     assert draft.output_head(torch.zeros(64, 32)) is own.weight
     some_V = torch.tensor([3, 9, 60])
     assert torch.equal(draft.output_head(torch.zeros(3, 32), some_V), own.weight[some_V])
+    write_head(tmp_path / "head")
+    assert isinstance(load_draft(tmp_path / "head"), ViSpecDraft)
+    with pytest.raises(ViSpecError, match="the head is no draft VLM"):
+        DraftVlm(TYPICAL["canonical"])

@@ -40,40 +40,34 @@ def table_of(connector: str | None) -> ImageTable:
     return ImageTable(parts.rows, parts.fusion, parts.adaptor, connector)
 
 
-def warning_of(
-    caplog: pytest.LogCaptureFixture, connector: str | None, known: tuple[str, ...] = ()
-) -> str:
-    """What is said about a missing image by a table of two slots, given those it has seen."""
+@pytest.mark.parametrize(
+    ("connector", "known", "said"),
+    [
+        (None, "ab", f"Output is unaffected, acceptance is. {RAISE_TABLE}"),
+        # The size of the table does not help.
+        (NIXL, "a", PREFILL_HERE.format(connector=NIXL)),
+        # Where the connector brings back what this engine had offloaded, a full table may be it.
+        (
+            NIXL,
+            "ab",
+            f"{PREFILL_HERE.format(connector=NIXL)} If it did prefill them, the table was too "
+            f"small: {RAISE_TABLE}",
+        ),
+    ],
+)
+def test_a_missing_image_and_the_remedy_are_named(
+    caplog: pytest.LogCaptureFixture, connector: str | None, known: str, said: str
+) -> None:
     table = table_of(connector)
-    embeds = {name: torch.randn(4, 64) for name in known}
     for name in known:
-        table.slot_of(run_of(FeatureSlice(name, 0, 4)), embeds)
+        table.slot_of(run_of(FeatureSlice(name, 0, 4)), {name: torch.randn(4, 64)})
+    caplog.clear()
     missing = run_of(FeatureSlice("picture", 0, 4))
     assert table.slot_of(missing, {}) is None
     table.count_miss(missing)
-    return str(caplog.messages[-1])
-
-
-def test_without_a_connector_the_table_is_too_small(caplog: pytest.LogCaptureFixture) -> None:
-    said = warning_of(caplog, None, ("a", "b"))
-    assert "picture" in said
-    assert said.endswith(f"Output is unaffected, acceptance is. {RAISE_TABLE}")
-    assert len(caplog.messages) == 1
-
-
-def test_behind_a_connector_the_size_of_the_table_does_not_help(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    said = warning_of(caplog, NIXL, ("a",))
-    assert said.endswith(PREFILL_HERE.format(connector=NIXL))
-    assert "image_table_size" not in said
-
-
-def test_behind_a_connector_a_full_table_may_be_to_blame(caplog: pytest.LogCaptureFixture) -> None:
-    """Where the connector brings back what this engine had offloaded."""
-    said = warning_of(caplog, NIXL, ("a", "b"))
-    assert PREFILL_HERE.format(connector=NIXL) in said
-    assert said.endswith(f"the table was too small: {RAISE_TABLE}")
+    (message,) = caplog.messages
+    assert "picture" in message
+    assert message.endswith(said)
 
 
 def test_a_connector_is_named_once_at_start(caplog: pytest.LogCaptureFixture) -> None:

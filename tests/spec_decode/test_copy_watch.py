@@ -18,8 +18,8 @@ INDEX = torch.tensor([1, 2])
 Call = Callable[[], object]
 
 
-def watched(call: Call) -> CopyWatch:
-    watch = CopyWatch(own="/tests/spec_decode/")
+def watched(call: Call, own: str = "/tests/spec_decode/") -> CopyWatch:
+    watch = CopyWatch(own)
     with watch.watching():
         call()
     return watch
@@ -36,7 +36,6 @@ def set_rows(index: object, value: object) -> None:
 UPLOADS: dict[str, Call] = {
     "list": lambda: async_tensor_h2d([1, 2], DEVICE),
     "array": lambda: async_tensor_h2d(np.arange(3), DEVICE),
-    "tensor": lambda: async_tensor_h2d(torch.arange(3), DEVICE),
     "buffer": lambda: ROWS.clone()[:2].copy_(
         np_to_pinned_tensor(np.zeros(2, dtype=np.float32)), non_blocking=True
     ),
@@ -44,37 +43,27 @@ UPLOADS: dict[str, Call] = {
 FREE: dict[str, Call] = {
     "arithmetic": lambda: (ROWS[2:5] * 2 + 1).sum(),
     "index": lambda: ROWS[INDEX],
-    "range": lambda: torch.arange(4, device=ROWS.device) + INDEX[:1],
     "scalar": lambda: set_rows(INDEX, 3.0),
     "mask": lambda: ROWS.masked_fill(ROWS > 3, 0),
     "repeats": lambda: INDEX.repeat_interleave(INDEX, output_size=3),
-    "host": lambda: (torch.arange(3) + 1).tolist(),
-    "host's index": lambda: on_host(1, 2, 3)[torch.tensor([0, 1])].numpy(),
+    "host's": lambda: on_host(1, 2, 3)[torch.tensor([0, 1])].numpy(),
     "uploaded": lambda: ROWS[async_tensor_h2d([1, 2], DEVICE)],
-    "sizes": lambda: ROWS[: len(INDEX)],
 }
 COSTLY: list[tuple[str, Call]] = [
     ("pageable copy", lambda: torch.tensor([1, 2], device=DEVICE)),
-    ("pageable copy", lambda: ROWS.new_tensor([1, 2])),
     ("waits for a copy", lambda: torch.arange(3).to(DEVICE)),
     ("copies pageable", lambda: torch.arange(3).to(DEVICE, non_blocking=True)),
     ("copy_ waits", lambda: ROWS.clone()[:2].copy_(on_host(1, 2))),
     ("tolist reads", lambda: ROWS.tolist()),
     ("item reads", lambda: (ROWS + 1).sum().item()),
     ("__bool__ reads", lambda: bool(ROWS[0] > 1)),
-    ("__int__ reads", lambda: int(INDEX[0])),
-    ("numpy reads", lambda: ROWS.numpy()),
     ("cpu reads back", lambda: ROWS.cpu()),
     ("to reads back", lambda: ROWS.to("cpu", non_blocking=True)),
-    ("copy_ reads back", lambda: torch.empty(12).copy_(ROWS)),
     ("tolist reads", lambda: async_tensor_h2d([1, 2], DEVICE).tolist()),
     ("index is copied", lambda: ROWS[[1, 2]]),
-    ("index is copied", lambda: ROWS[np.array([1, 2])]),
     ("index is copied", lambda: ROWS[torch.tensor([1, 2])]),
-    ("index is copied", lambda: set_rows([1, 2], INDEX.float())),
     ("value is copied", lambda: set_rows(slice(0, 2), on_host(1, 2))),
     ("index waits", lambda: ROWS[ROWS > 3]),
-    ("index waits", lambda: set_rows(ROWS > 3, 1.0)),
     ("slice reads", lambda: ROWS[: INDEX[0]]),
     ("nonzero waits", lambda: ROWS.nonzero()),
     ("where waits", lambda: torch.where(ROWS > 1)),
@@ -99,12 +88,6 @@ def test_work_on_one_side_is_free(name: str) -> None:
 @pytest.mark.parametrize(("what", "call"), COSTLY)
 def test_what_the_host_would_wait_for_is_noted(what: str, call: Call) -> None:
     (said,) = watched(call).violations
-    assert said.startswith("test_copy_watch.py:<lambda>: ") or "set_rows" in said
     assert what in said
-
-
-def test_calls_by_others_are_theirs() -> None:
-    watch = CopyWatch(own="/vllm_vispec/")
-    with watch.watching():
-        ROWS.tolist()
-    assert not watch.violations
+    # Calls by others are theirs.
+    assert not watched(call, own="/vllm_vispec/").violations
