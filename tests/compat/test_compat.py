@@ -386,7 +386,7 @@ def test_every_override_of_a_vllm_class_is_listed() -> None:
     paths = {path for name in names for path in PACKAGE.glob(name)}
     others = ("trees/attention.py", "trees/model_state.py", "v1/tree_verification.py")
     paths |= {PACKAGE / name for name in others}
-    assert len(paths) >= 8
+    assert len(paths) >= 6
     for path in paths:
         overridden = set(re.findall(r"super\(\)\.(\w+)\(", path.read_text()))
         assert overridden <= listed, path.name

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_vispec.bench.server import HOST, BenchServer, ServerSpec, choose_ports
+from vllm_vispec.bench.server import HOST, BenchServer, choose_ports
 
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -27,7 +27,7 @@ def started_server(
 ) -> Iterator[BenchServer]:
     """Start ``vllm serve`` as a user does; it and its children are gone after the block."""
     (port,) = choose_ports(1)
-    server = BenchServer(ServerSpec("the test", tuple(arguments), port, log_file))
+    server = BenchServer("the test", tuple(arguments), port, log_file)
     with pytest.MonkeyPatch.context() as changed:
         for name, value in {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **env}.items():
             changed.setenv(name, value)
