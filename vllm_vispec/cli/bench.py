@@ -6,7 +6,7 @@ import json
 import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vllm_vispec.bench.datasets import LoadedDataset
     from vllm_vispec.bench.tune import Tuning
 
+T = TypeVar("T")
 TINY_PAIR = "examples/tiny_vlm/checkpoints"
 MEASURED = "measured"
 
@@ -61,6 +62,8 @@ class QuickSettings:
         dataset: How to read --data: mmspec, vispec, openai or tiny.
         output: Folder; default: a temporary one.
         num_speculative_tokens: K.
+        limit: Most samples; default: 12.
+        max_tokens: Longest answer; default: 64.
         serve_args: Options of vllm serve for all sides, one string.
     """
 
@@ -70,16 +73,17 @@ class QuickSettings:
     dataset: str = "tiny"
     output: Path | None = None
     num_speculative_tokens: int = 4
+    limit: int | None = None
+    max_tokens: int | None = None
     serve_args: tuple[str, ...] = ()
 
 
 @app.command()
-@options_of(QuickSettings, DatasetOptions)
-def quick(given: QuickSettings, options: DatasetOptions) -> int:
+@options_of(QuickSettings)
+def quick(given: QuickSettings) -> int:
     """Check in minutes that outputs are plain vLLM's and acceptance is what it was.
 
-    Fails if a floor is missed. Time is measured, but nothing depends on it. Asks 12 samples, with
-    answers of at most 64 tokens, unless --limit and --max-tokens say otherwise.
+    Fails if a floor is missed. Time is measured, but nothing depends on it.
     """
     from vllm_vispec.bench import quick as small
     from vllm_vispec.bench.datasets import load_dataset
@@ -92,10 +96,8 @@ def quick(given: QuickSettings, options: DatasetOptions) -> int:
         given.num_speculative_tokens,
         given.serve_args,
     )
-    options = replace(
-        options,
-        limit=options.limit or small.SAMPLES,
-        max_tokens=options.max_tokens or small.MAX_TOKENS,
+    options = DatasetOptions(
+        limit=given.limit or small.SAMPLES, max_tokens=given.max_tokens or small.MAX_TOKENS
     )
     with tempfile.TemporaryDirectory(prefix="vispec-bench-") as scratch:
         folder = given.output or Path(scratch)
@@ -197,6 +199,8 @@ class TuneSettings:
         repetitions: Of every cell.
         waves: Questions of a cell per request in flight.
         least: Questions of a cell, at least.
+        limit: Most samples; default: all.
+        max_tokens: Longest answer; default: the dataset's.
         serve_args: Options of vllm serve, one string.
         port: First port of the servers; 0: any.
         by: What counts: decode_speedup or e2e_speedup.
@@ -214,23 +218,23 @@ class TuneSettings:
     repetitions: int = 3
     waves: int = 2
     least: int = 24
+    limit: int | None = None
+    max_tokens: int | None = None
     serve_args: tuple[str, ...] = ()
     port: int = 0
     by: str = "decode_speedup"
     verify: bool = True
 
-    def matrix(self) -> MatrixSettings:
-        """Return what is measured, with concurrencies in order."""
-        names = {field.name for field in fields(MatrixSettings)} & vars(self).keys()
-        given = {name: getattr(self, name) for name in names}
-        return MatrixSettings(**{**given, "concurrency": tuple(sorted(self.concurrency))})
+    def part(self, settings: type[T]) -> T:
+        """Return other settings with the values of the same names."""
+        names = {field.name for field in fields(settings)} & vars(self).keys()  # type: ignore[arg-type]
+        return settings(**{name: getattr(self, name) for name in names})
 
 
 @app.command()
-@options_of(TuneSettings, DatasetOptions)
+@options_of(TuneSettings)
 def tune(
     settings: TuneSettings,
-    options: DatasetOptions,
     run: Annotated[
         Path | None,
         typer.Option("--from", help="Choose from a run of `vispec bench run`, measure nothing."),
@@ -244,13 +248,13 @@ def tune(
     from vllm_vispec.bench.tune import Tuning
 
     if run is None:
-        return _measure_and_tune(settings, options)
+        return _measure_and_tune(settings)
     tuning = Tuning.from_run(BenchRun.load(run), settings.by)
     _show_tuning(tuning, settings.output or (run if run.is_dir() else run.parent))
     return 0
 
 
-def _measure_and_tune(given: TuneSettings, options: DatasetOptions) -> int:
+def _measure_and_tune(given: TuneSettings) -> int:
     """Measure, choose, try the choice; return the exit code."""
     from vllm_vispec.bench.datasets import load_dataset
     from vllm_vispec.bench.schema import BenchRun
@@ -259,8 +263,9 @@ def _measure_and_tune(given: TuneSettings, options: DatasetOptions) -> int:
     for name in ("target", "head", "data", "output"):
         if getattr(given, name) is None:
             raise ViSpecError(f"--{name} is missing: give it, or --from with the folder of a run")
-    settings, output, port = given.matrix(), Path(given.output or ""), given.port
-    loaded = load_dataset(given.dataset, Path(given.data or ""), options)
+    given = replace(given, concurrency=tuple(sorted(given.concurrency)))
+    settings, output, port = given.part(MatrixSettings), Path(given.output or ""), given.port
+    loaded = load_dataset(given.dataset, Path(given.data or ""), given.part(DatasetOptions))
     code = measure_matrix(settings, loaded, output / MEASURED, port)
     if code == INTERRUPTED:
         return code
