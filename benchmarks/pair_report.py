@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import time
@@ -20,9 +21,8 @@ from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.report import write_report
 from vllm_vispec.bench.runner import Tools, run_matrix
 from vllm_vispec.bench.schedules import Ranges, read_schedule
-from vllm_vispec.bench.schema import CELLS_FILE, IMAGES_AS_THEY_ARE, RUN_FILE, pack, read_cells
+from vllm_vispec.bench.schema import CELLS_FILE, IMAGES_AS_THEY_ARE, PACKED_FILE, RUN_FILE
 from vllm_vispec.cli.options import exit_on_error
-from vllm_vispec.utils.files import write_text
 
 PAIR = "examples/tiny_vlm/checkpoints"
 # Relative, so that the commands in the report can be typed in any copy of the repository.
@@ -98,7 +98,9 @@ def reproduce(
     options = DatasetOptions(limit=samples, max_tokens=max_tokens)
     loaded = load_dataset(settings.dataset, data, options)
     outcome = run_matrix(settings, loaded.samples, run, tools=tools)
-    write_text(results / CELLS_FILE, pack(read_cells(run / CELLS_FILE)))
+    results.mkdir(parents=True, exist_ok=True)
+    packed = gzip.compress((run / CELLS_FILE).read_bytes(), mtime=0)
+    (results / PACKED_FILE).write_bytes(packed)
     shutil.copyfile(run / RUN_FILE, results / RUN_FILE)
     files = write_report(results, pages)
     tools.log(f"{files.markdown}, {files.html}; the run: {results}")

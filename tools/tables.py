@@ -66,15 +66,10 @@ def metrics() -> str:
     """Every metric of a benchmark with its definition and formula."""
     from vllm_vispec.bench.metrics import METRICS
 
-    drawn = {
-        "requests": "requests and repetitions",
-        "repetitions": "repetitions",
-        "nothing": "-",
-    }
-    rows = ["| metric | unit | better | definition | formula | interval over |", "|---" * 6 + "|"]
+    rows = ["| metric | unit | better | definition | formula |", "|---" * 5 + "|"]
     rows += [
         f"| `{metric.name}` | {metric.unit} | {metric.better or '-'} | {metric.definition} "
-        f"| {metric.formula} | {drawn[metric.resampled]} |"
+        f"| {metric.formula} |"
         for metric in METRICS.values()
     ]
     return "\n".join(rows)

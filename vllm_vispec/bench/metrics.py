@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
 from vllm_vispec.bench.schema import CellKey, CellResult, MemoryFacts, Request
-from vllm_vispec.utils.errors import ViSpecError
 
 BASELINE = "plain"
 """The variant that every other one is compared with."""
@@ -32,8 +31,6 @@ Cells = Sequence[CellResult]
 Pair = tuple[Request, Request]
 """A variant's request and the baseline's, for the same sample in the same repetition."""
 Value = float | tuple[float, ...] | None
-Unit = Literal["x", "tokens", "tokens/s", "ms", "share", "GiB", "blocks"]
-Resampled = Literal["requests", "repetitions", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -46,19 +43,16 @@ class Metric:
         compute: from the variant's cells and the baseline's; a comparing metric gets both as
             `align` returns them. A tuple has one value per draft position.
         compares: whether it needs the baseline.
-        better: which direction is good; None if neither is.
-        resampled: what its interval varies: requests and repetitions, repetitions alone (where the
-            server counts for the cell as a whole), or nothing (there is no interval).
+        better: which direction is good, "higher" or "lower"; None if neither is.
     """
 
     name: str
-    unit: Unit
+    unit: str
     definition: str
     formula: str
     compute: Callable[[Cells, Cells], Value]
     compares: bool = False
-    better: Literal["higher", "lower"] | None = None
-    resampled: Resampled = "requests"
+    better: str | None = None
 
 
 @dataclass(frozen=True)
@@ -229,13 +223,18 @@ def _kv_blocks(cells: Cells, _: Cells) -> float | None:
     return min((blocks for blocks in found if blocks is not None), default=None)
 
 
+SPEEDUPS: Mapping[str, TimeRatio] = MappingProxyType(
+    {
+        "decode_speedup": TimeRatio(lambda one: one.decode_s, lambda one: one.output_tokens - 1),
+        "e2e_speedup": TimeRatio(lambda one: one.e2e_s, lambda one: one.output_tokens),
+    }
+)
 _COMPUTE: dict[str, Callable[[Cells, Cells], Value]] = {
     "acceptance_length": lambda cells, _: _accepted(cells, bonus=1),
     "mean_accepted_tokens": lambda cells, _: _accepted(cells),
     "acceptance_rate_per_position": lambda cells, _: acceptance_rates(cells),
     "tokens_per_chunk": _tokens_per_chunk,
-    "decode_speedup": TimeRatio(lambda one: one.decode_s, lambda one: one.output_tokens - 1),
-    "e2e_speedup": TimeRatio(lambda one: one.e2e_s, lambda one: one.output_tokens),
+    **SPEEDUPS,
     "ttft_p50": lambda cells, _: percentile(_ttft(cells), 0.5),
     "ttft_p99": lambda cells, _: percentile(_ttft(cells), 0.99),
     "ttft_ratio": _ttft_ratio,
@@ -265,30 +264,11 @@ def measure(name: str, cells: Cells, baseline: Cells = ()) -> Value:
     Args:
         cells: the repetitions of one key.
         baseline: the baseline's cells of the same key; without them a comparing metric is None.
-
-    Raises:
-        ViSpecError: there is no such metric.
     """
-    metric = find_metric(name)
-    return metric.compute(*usable(metric, cells, baseline))
-
-
-def find_metric(name: str) -> Metric:
-    """Return a metric by its name.
-
-    Raises:
-        ViSpecError: there is none.
-    """
-    if name not in METRICS:
-        raise ViSpecError(f"metric {name} is unknown; there are {', '.join(METRICS)}")
-    return METRICS[name]
-
-
-def usable(metric: Metric, cells: Cells, baseline: Cells) -> tuple[Cells, Cells]:
-    """Return the cells, of the variant and of the baseline, that a metric is computed from."""
+    metric = METRICS[name]
     if metric.compares:
-        return align(cells, baseline)
-    return tuple(cell for cell in cells if cell.error is None), ()
+        return metric.compute(*align(cells, baseline))
+    return metric.compute([cell for cell in cells if cell.error is None], ())
 
 
 def by_key(cells: Iterable[CellResult]) -> dict[CellKey, tuple[CellResult, ...]]:

@@ -1,16 +1,16 @@
 """What a benchmark run writes down: raw records only, every number is computed from them later.
 
 A run is a folder with `run.json` (format, machine, settings) and `cells.jsonl` (one `CellResult` a
-line). `BenchRun.load` takes such a folder or one JSON file written by `BenchRun.to_json`.
+line; or `cells.jsonl.gz`). `BenchRun.load` takes such a folder or one JSON file written by `BenchRun.to_json`.
 Times are in seconds, to the microsecond.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +23,8 @@ from vllm_vispec.utils.errors import ViSpecError
 FORMAT = 1
 RUN_FILE = "run.json"
 CELLS_FILE = "cells.jsonl"
+PACKED_FILE = "cells.jsonl.gz"
+"""The same, for a run that is kept."""
 IMAGES_AS_THEY_ARE = -1
 """`CellKey.image_tokens` of a cell whose images were not resized; 0 means that none was sent."""
 
@@ -246,7 +248,7 @@ class BenchRun(Record):
             file = path / RUN_FILE if path.is_dir() else path
             content = json.loads(file.read_text(encoding="utf-8"))
             if path.is_dir():
-                content["cells"] = read_cells(path / CELLS_FILE)
+                content["cells"] = read_cells(path)
         except (OSError, json.JSONDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ViSpecError(
@@ -264,72 +266,17 @@ class BenchRun(Record):
         return replace(run, cells=cells)
 
 
-def read_cells(file: Path) -> list[dict[str, Any]]:
-    """Return the cells of a `cells.jsonl` as plain data; a last line that was cut off is left out.
+def read_cells(folder: Path) -> list[dict[str, Any]]:
+    """Return the cells of a run's folder as plain data; a last line that was cut off is left out.
 
     Raises:
-        OSError, json.JSONDecodeError: it cannot be read, or another line is damaged.
+        OSError, json.JSONDecodeError: they cannot be read, or another line is damaged.
     """
-    if not file.exists():
-        return []
-    content = file.read_bytes()
+    file, packed = folder / CELLS_FILE, folder / PACKED_FILE
+    content = b""
+    if file.exists():
+        content = file.read_bytes()
+    elif packed.exists():
+        content = gzip.decompress(packed.read_bytes())
     whole = content[: content.rfind(b"\n") + 1]
-    return unpack([json.loads(line) for line in whole.splitlines() if line.strip()])
-
-
-def pack(cells: Iterable[dict[str, Any]]) -> str:
-    """Return the lines of a smaller `cells.jsonl`, whose report has the same numbers.
-
-    Requests lie by columns, gaps are whole microseconds, and a command is written once: later
-    lines give the number of the line that has it. An answer is the beginning of its SHA-256,
-    because a report only compares answers. Such lines cannot be packed again.
-    """
-    lines: list[str] = []
-    first: dict[str, int] = {}
-    for cell in cells:
-        command = first.setdefault(cell["command"], len(lines))
-        packed = {name: value for name, value in cell.items() if name != "requests"}
-        requests = cell["requests"]
-        columns = {name: [one[name] for one in requests] for name in next(iter(requests), ())}
-        if columns:
-            columns["output_text"] = [_digest(text) for text in columns["output_text"]]
-            gaps = columns.pop("itl_s")
-            columns["itl_us"] = [[round(gap * 1_000_000) for gap in one] for one in gaps]
-            if not any(columns["error"]):
-                del columns["error"]
-        packed["columns"] = columns
-        if command < len(lines):
-            packed["command"] = command
-        lines.append(json.dumps(packed, separators=(",", ":"), ensure_ascii=False) + "\n")
-    return "".join(lines)
-
-
-def unpack(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return cells with their requests and commands; a line that is not packed stays as it is.
-
-    Raises:
-        ViSpecError: a packed line is damaged.
-    """
-    cells: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        cell = dict(line)
-        try:
-            if "columns" in line:
-                columns = cell.pop("columns")
-                if isinstance(line["command"], int):
-                    cell["command"] = cells[line["command"]]["command"]
-                if columns:
-                    gaps = columns.pop("itl_us")
-                    columns["itl_s"] = [[gap / 1_000_000 for gap in one] for one in gaps]
-                rows = zip(*columns.values(), strict=True)
-                cell["requests"] = [dict(zip(columns, row, strict=True)) for row in rows]
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise ViSpecError(
-                f"{number}. cell: {error}; the benchmark's data is damaged, run it again"
-            ) from error
-        cells.append(cell)
-    return cells
-
-
-def _digest(text: str) -> str:
-    return text and sha256(text.encode("utf-8", "replace")).hexdigest()[:12]
+    return [json.loads(line) for line in whole.splitlines() if line.strip()]
