@@ -160,21 +160,6 @@ def test_interval_covers_the_samples() -> None:
     assert found == with_interval("decode_speedup", [side], [plain])
 
 
-def test_interval_covers_the_repetitions() -> None:
-    better = SpecCounters(
-        rounds=7, draft_tokens=21, accepted_tokens=14, accepted_by_position=(7, 4, 3)
-    )
-    cells = [SIDE, replace(SIDE, repetition=1, spec=better, wall_s=4.0)]
-    found = with_interval("acceptance_length", cells)
-    assert (found.value, found.low, found.high) == pytest.approx((2.5, 2.0, 3.0))
-    at = with_interval("acceptance_rate_per_position", cells)
-    assert at.low == pytest.approx((4 / 7, 2 / 7, 1 / 7))
-    assert at.high == pytest.approx((1.0, 4 / 7, 3 / 7))
-    # Tokens are not redrawn where the seconds are those of the whole cell.
-    throughput = with_interval("output_throughput", cells)
-    assert (throughput.low, throughput.high) == pytest.approx((4.0, 16.0))
-
-
 def test_sides_stay_paired_in_a_resample() -> None:
     slow = replace(PLAIN, repetition=1, requests=tuple(_slower(r, 9) for r in PLAIN.requests))
     slow_side = replace(SIDE, repetition=1, requests=tuple(_slower(r, 9) for r in SIDE.requests))
@@ -183,10 +168,9 @@ def test_sides_stay_paired_in_a_resample() -> None:
 
 
 def test_no_interval_from_one_thing() -> None:
-    assert with_interval("acceptance_length", [SIDE]) == Measured(2.0)
-    assert with_interval("peak_memory", [SIDE, replace(SIDE, repetition=1)]) == Measured(4.0)
-    single = replace(SIDE, requests=SIDE.requests[:1])
-    assert with_interval("mean_output_tokens", [single]) == Measured(5.0)
+    side, plain = (replace(cell, requests=cell.requests[:1]) for cell in (SIDE, PLAIN))
+    assert with_interval("e2e_speedup", [side], [plain]) == Measured(0.5 / 0.32)
+    assert with_interval("e2e_speedup", [SIDE], []) == Measured(None)
 
 
 def test_of_one_axis_as_scipys() -> None:

@@ -1,8 +1,9 @@
-"""The report on made-up runs: what it says and admits; its pages; runs that are kept packed."""
+"""The report on made-up runs: what it says and admits; its pages; the run that is kept."""
 
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import re
 import sys
@@ -33,15 +34,15 @@ from vllm_vispec.bench.pages import code, escape
 from vllm_vispec.bench.report import share, write_report
 from vllm_vispec.bench.schema import (
     CELLS_FILE,
+    PACKED_FILE,
     RUN_FILE,
     BenchRun,
     CellResult,
-    pack,
-    read_cells,
-    unpack,
 )
 from vllm_vispec.cli.bench import app
 from vllm_vispec.utils.errors import ViSpecError
+
+ROOT = Path(__file__).parents[2]
 
 # What it says
 
@@ -303,23 +304,27 @@ def test_what_is_filled_in_keeps_its_place() -> None:
     assert code("") == ""
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_a_run_in_any_form_gives_the_same_bytes(tmp_path: Path) -> None:
     run = made_up(image_tokens=(0, -1), sides=("plain", "vispec"), concurrency=(1, 4))
-    folder = tmp_path / "run"
-    folder.mkdir()
+    folder, packed, file = (tmp_path / name for name in ("run", "packed", "run.json"))
     plain = run.to_json()
-    cells = plain.pop("cells")
-    (folder / RUN_FILE).write_text(json.dumps(plain))
-    (folder / CELLS_FILE).write_text("".join(json.dumps(one) + "\n" for one in cells))
-    (tmp_path / "run.json").write_text(json.dumps(run.to_json()))
-    first = write_report(folder, tmp_path / "a", RESAMPLES)
-    second = write_report(tmp_path / "run.json", tmp_path / "b", RESAMPLES)
-    assert first.html.read_bytes() == second.html.read_bytes()
-    assert first.markdown.read_bytes() == second.markdown.read_bytes()
-    assert [p.read_bytes() for p in first.plots] == [p.read_bytes() for p in second.plots]
+    file.write_text(json.dumps(plain))
+    lines = "".join(json.dumps(one) + "\n" for one in plain.pop("cells"))
+    for one in (folder, packed):
+        one.mkdir()
+        (one / RUN_FILE).write_text(json.dumps(plain))
+    (folder / CELLS_FILE).write_text(lines)
+    (packed / PACKED_FILE).write_bytes(gzip.compress(lines.encode()))
+    first, *others = [
+        write_report(one, tmp_path / f"of-{one.name}", RESAMPLES) for one in (folder, packed, file)
+    ]
+    for other in others:
+        assert other.html.read_bytes() == first.html.read_bytes()
+        assert other.markdown.read_bytes() == first.markdown.read_bytes()
+        assert [p.read_bytes() for p in other.plots] == [p.read_bytes() for p in first.plots]
     assert len(first.plots) == 4
     for picture in re.findall(r"\]\((plots/[^)]*)\)", first.markdown.read_text()):
-        assert (tmp_path / "a" / picture).is_file()
+        assert (first.markdown.parent / picture).is_file()
 
 
 def test_unreadable_runs_and_folders_are_user_errors(tmp_path: Path) -> None:
@@ -341,50 +346,9 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "the report needs pandas: pip install 'vllm-vispec[bench]'" in result.output
 
 
-RESULTS = Path(__file__).parents[2] / "benchmarks/results"
-
-
-def without_text(cell: CellResult) -> CellResult:
-    """Measured gaps are whole microseconds, made-up ones are not."""
-    gaps = [tuple(round(gap, 6) for gap in one.itl_s) for one in cell.requests]
-    requests = zip(cell.requests, gaps, strict=True)
-    return replace(
-        cell, requests=tuple(replace(one, output_text="", itl_s=itl_s) for one, itl_s in requests)
-    )
-
-
-def same_texts(cells: tuple[CellResult, ...]) -> list[bool]:
-    texts = [one.output_text for cell in cells for one in cell.requests]
-    return [a == b for a in texts for b in texts]
-
-
-def test_a_packed_run_says_the_same(tmp_path: Path) -> None:
-    run = made_up()
-    failed = replace(run.cells[0], repetition=9, requests=(), error="no server")
-    broken = replace(run.cells[1].requests[0], error="timeout", output_text="")
-    cells = (*run.cells, failed, replace(run.cells[1], repetition=9, requests=(broken,)))
-    text = pack([cell.to_json() for cell in cells])
-    (tmp_path / CELLS_FILE).write_text(text)
-    (tmp_path / RUN_FILE).write_text(json.dumps({**run.to_json(), "cells": []}))
-    found = BenchRun.load(tmp_path).cells
-    assert [without_text(cell) for cell in found] == [without_text(cell) for cell in cells]
-    assert same_texts(found) == same_texts(cells)
-    assert len(text) < sum(len(json.dumps(cell.to_json())) for cell in cells) / 1.5
-
-
-def test_a_damaged_packed_cell() -> None:
-    cell = json.loads(pack([made_up().cells[0].to_json()]))
-    for damage in ({"command": 7}, {"columns": {**cell["columns"], "itl_us": []}}):
-        with pytest.raises(ViSpecError, match=r"1\. cell: .*data is damaged, run it again"):
-            unpack([cell | damage])
-
-
-def test_weight_of_what_is_kept() -> None:
-    files = [file for file in RESULTS.rglob("*") if file.suffix in {".json", ".jsonl"}]
-    assert sum(file.stat().st_size for file in files) < 1_500_000
-    assert all("columns" in json.loads(line) for line in _lines())
-    assert len(read_cells(RESULTS / "pair_report" / CELLS_FILE)) == len(_lines())
-
-
-def _lines() -> list[str]:
-    return (RESULTS / "pair_report" / CELLS_FILE).read_text().splitlines()
+def test_the_kept_run_gives_the_kept_report(tmp_path: Path) -> None:
+    kept = ROOT / "docs/report"
+    files = write_report(ROOT / "benchmarks/results/pair_report", tmp_path)
+    assert files.markdown.read_text() == (kept / "report.md").read_text()
+    names = sorted(file.name for file in (kept / "plots").iterdir())
+    assert sorted(plot.name for plot in files.plots) == names

@@ -11,12 +11,11 @@ from typer.testing import CliRunner
 
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.profile import ProfileSettings
-from vllm_vispec.cli.bench import QuickSettings, TuneSettings
 from vllm_vispec.cli.options import attribute_docs, options_of
 from vllm_vispec.utils.errors import ViSpecError
 
 CLI = CliRunner()
-SETTINGS = (MatrixSettings, ProfileSettings, QuickSettings, TuneSettings)
+SETTINGS = (MatrixSettings, ProfileSettings)
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,12 @@ class Colour:
     hue: float | None = None
 
 
-def invoke(*words: str) -> tuple[Any, list[Any]]:
+def invoke(*words: str, **options: Any) -> tuple[Any, list[Any]]:
     seen: list[Any] = []
     app = typer.Typer()
 
     @app.command()
-    @options_of(Shape, Colour)
+    @options_of(Shape, Colour, **options)
     def draw(shape: Shape, colour: Colour, times: int = 1) -> int:
         """Draw a shape."""
         seen.extend((shape, colour, times))
@@ -89,6 +88,13 @@ def test_defaults_are_those_of_the_class() -> None:
     assert result.exit_code == 0, result.output
     assert seen == [Shape("a"), Colour(), 1]
     assert invoke("--name", "a", "--sizes", "")[1][0] == Shape("a", ())
+
+
+def test_a_command_may_show_some_fields_with_other_defaults() -> None:
+    options = {"shown": ["sizes", "hue"], "defaults": {"name": "b", "sizes": (5,), "hue": 1.0}}
+    assert invoke(**options)[1][:2] == [Shape("b", (5,)), Colour(1.0)]
+    assert invoke("--sizes", "6", "--hue", "2", **options)[1][:2] == [Shape("b", (6,)), Colour(2.0)]
+    assert invoke("--folded", **options)[0].exit_code == 2
 
 
 def test_help_is_the_first_sentence_about_a_field() -> None:

@@ -8,31 +8,9 @@ from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.metrics import BASELINE, Value, baseline_key, by_key, measure
 from vllm_vispec.bench.schema import BenchRun
 
-SAMPLES, MAX_TOKENS = 12, 64
 SERVE_ARGS = ("--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
 FLOORS = {"answered": 1.0, "identical_outputs": 1.0, "acceptance_length": 3.5}
 """What every cell has to reach, measured on the shipped pair with a margin."""
-
-
-def quick_settings(
-    target: str, head: str, dataset: str, num_tokens: int, serve_args: tuple[str, ...] = ()
-) -> MatrixSettings:
-    """Return the small matrix: plain and ViSpec, greedy, one repetition.
-
-    Raises:
-        ViSpecError: see `MatrixSettings`.
-    """
-    return MatrixSettings(
-        target=target,
-        dataset=dataset,
-        head=head,
-        concurrency=(1, 4),
-        num_speculative_tokens=(num_tokens,),
-        repetitions=1,
-        # Nothing depends on time here.
-        warm_up=0,
-        serve_args=serve_args or SERVE_ARGS,
-    )
 
 
 def judge(run: BenchRun, settings: MatrixSettings) -> Iterator[tuple[bool, str]]:

@@ -1,8 +1,8 @@
 """What a benchmark run writes down: raw records only, every number is computed from them later.
 
 A run is a folder with `run.json` (format, machine, settings) and `cells.jsonl` (one `CellResult` a
-line; or `cells.jsonl.gz`). `BenchRun.load` takes such a folder or one JSON file written by `BenchRun.to_json`.
-Times are in seconds, to the microsecond.
+line; or `cells.jsonl.gz`). `BenchRun.load` takes such a folder or one JSON file written by
+`BenchRun.to_json`. Times are in seconds, to the microsecond.
 """
 
 from __future__ import annotations

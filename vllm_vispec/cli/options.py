@@ -6,9 +6,10 @@ import inspect
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from types import MappingProxyType
 from typing import (
     Annotated,
     Any,
@@ -134,26 +135,41 @@ class SettingsOption(NamedTuple):
     read: Callable[[Any], Any]
 
 
-def options_of(*settings: type) -> Callable[[Command], Callable[..., None]]:
+def options_of(
+    *settings: type, shown: Sequence[str] = (), defaults: Mapping[str, Any] = MappingProxyType({})
+) -> Callable[[Command], Callable[..., None]]:
     """Give a command an option for each field of settings classes, before its own parameters.
 
     The command is called with the settings first, and its result is the exit code. A class is a
     pydantic model whose fields have descriptions, or a dataclass with an `Attributes:` section. In
     a model's `json_schema_extra`, "flags" gives an option other names and "option": False hides it.
     A field of type `tuple[T, ...]` takes values separated by commas, a dictionary a JSON object.
+
+    Args:
+        shown: fields that get an option; all if it is empty.
+        defaults: other defaults than those of the classes, also of fields without an option.
     """
 
     def decorate(command: Command) -> Callable[..., None]:
         _, *own = inspect.signature(command, eval_str=True).parameters.values()
         own = own[len(settings) - 1 :]
-        options = [{field.name: _option(field) for field in _fields(one)} for one in settings]
+        options, fixed = [], []
+        for kind in settings:
+            known = [
+                one._replace(default=defaults.get(one.name, one.default)) for one in _fields(kind)
+            ]
+            asked = [one for one in known if not shown or one.name in shown]
+            options.append({one.name: _option(one) for one in asked})
+            names = {one.name for one in known if one not in asked}
+            fixed.append({name: value for name, value in defaults.items() if name in names})
 
         def run(**values: Any) -> None:
             with exit_on_error():
                 # None stands for what the class decides itself.
                 given = [
-                    {n: o.read(v) for n, o in group.items() if (v := values.pop(n)) is not None}
-                    for group in options
+                    preset
+                    | {n: o.read(v) for n, o in group.items() if (v := values.pop(n)) is not None}
+                    for preset, group in zip(fixed, options, strict=True)
                 ]
                 made = [_make(*pair) for pair in zip(settings, given, strict=True)]
                 raise typer.Exit(command(*made, **values) or 0)
