@@ -65,7 +65,7 @@ class BenchServer:
     @property
     def alive(self) -> bool:
         """Whether the process is there."""
-        return self._process is not None and self._process.alive
+        return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
         """Start the process; it is not ready when this returns."""

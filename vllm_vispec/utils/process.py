@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1
 _PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
 
 
-class ChildProcess:
+class ChildProcess(subprocess.Popen[bytes]):
     """A Python process in a session of its own; its output goes to a file.
 
     It ends with its parent, except where the parent is killed with SIGKILL and the system is not
@@ -48,7 +48,7 @@ class ChildProcess:
     ) -> None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with log_file.open("ab") as log:
-            self._process = subprocess.Popen(
+            super().__init__(
                 [sys.executable, *arguments],
                 stdin=subprocess.PIPE if piped else None,
                 stdout=subprocess.PIPE if piped else log,
@@ -58,27 +58,20 @@ class ChildProcess:
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
-        self.pid = self._process.pid
-        self.stdin, self.stdout = self._process.stdin, self._process.stdout
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs."""
-        return self._process.poll() is None
 
     def stop(self, seconds: float = STOP_S) -> None:
         """End it and what it started: ask first, kill after some seconds."""
         if self.stdin is None:
-            self._process.terminate()
+            self.terminate()
         else:
             with contextlib.suppress(BrokenPipeError):
                 self.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
+            self.wait(seconds)
         # The group outlives its leader when a process of an engine hangs.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait(STOP_S)
+        self.wait(STOP_S)
         if self.stdout is not None:
             self.stdout.close()
 
