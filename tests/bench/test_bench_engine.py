@@ -11,8 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.pair_report import PAIR, SERVE_ARGS
-from examples.tiny_vlm.questions import IMAGE_FAMILIES, write_questions
-from tests.bench.real_servers import serve_as_a_user
+from examples.tiny_vlm.questions import IMAGE_FAMILIES
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
 from vllm_vispec.bench.load import LoadGenerator, LoadJob, LoadResult
 from vllm_vispec.bench.matrix import MatrixSettings
@@ -22,7 +21,12 @@ from vllm_vispec.bench.schema import BenchRun, CellResult
 from vllm_vispec.bench.server import BenchServer
 from vllm_vispec.cli.app import app
 
-pytestmark = [pytest.mark.engine, pytest.mark.serve, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.serve,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("as_a_user"),
+]
 
 MAX_TOKENS = 12
 SIDES = ("plain", "ngram", "eagle", "vispec_zeroed", "vispec")
@@ -31,22 +35,9 @@ LAST = "image_tokens_256-"
 """Which server dies, and under the load of which cell: the last one, so that it stays dead."""
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Questions of the six families."""
-    folder = tmp_path_factory.mktemp("questions")
-    write_questions(folder, "heldout", 800_000, 12, IMAGE_FAMILIES)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    serve_as_a_user(monkeypatch)
-
-
-def test_quick(data: Path, tmp_path: Path) -> None:
+def test_quick(questions: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    given = ["bench", "quick", "--data", str(data), "--output", str(output)]
+    given = ["bench", "quick", "--data", str(questions), "--output", str(output)]
     result = CliRunner().invoke(app, given, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     found = [line for line in result.output.splitlines() if line.startswith(("ok", "FAIL"))]
@@ -78,7 +69,7 @@ class OneDeath(LoadGenerator):
         return super().__call__(job)
 
 
-def test_all_sides_with_one_that_dies(data: Path, tmp_path: Path) -> None:
+def test_all_sides_with_one_that_dies(questions: Path, tmp_path: Path) -> None:
     settings = MatrixSettings(
         target=f"{PAIR}/target",
         dataset="tiny",
@@ -96,7 +87,8 @@ def test_all_sides_with_one_that_dies(data: Path, tmp_path: Path) -> None:
         warm_up=0,
         serve_args=SERVE_ARGS,
     )
-    samples = load_dataset("tiny", data, DatasetOptions(limit=6, max_tokens=MAX_TOKENS)).samples
+    options = DatasetOptions(limit=6, max_tokens=MAX_TOKENS)
+    samples = load_dataset("tiny", questions, options).samples
     assert {sample.family for sample in samples} == set(IMAGE_FAMILIES)
     assert any(sample.follow_up for sample in samples)
     loads = OneDeath()

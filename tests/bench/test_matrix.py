@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.bench.fakes import HEAD, SETTINGS, TARGET
-from vllm_vispec.bench.heads import plain_eagle_head, target_embedding, with_bias, zeroed_head
+from vllm_vispec.bench.heads import plain_eagle_head, target_embedding, zeroed_head
 from vllm_vispec.bench.matrix import NGRAM, VARIANTS
 from vllm_vispec.bench.questions import find_side, samples_for
 from vllm_vispec.bench.schedules import SETTING, merged_ranges, read_schedule
@@ -118,24 +118,11 @@ def test_zeroed_head_ignores_images_and_keeps_the_rest(tmp_path: Path) -> None:
     zeroed = load_draft(zeroed_head(str(HEAD), tmp_path / "zeroed"))
     whole = load_draft(HEAD)
     size = whole.config.hidden_size
-    image, embeds, hidden = torch.randn(9, size), torch.randn(3, size), torch.randn(3, size)
-    nothing, anything = torch.zeros(size), torch.randn(size)
+    image, inputs = torch.randn(9, size), torch.randn(3, 3, size)
     with torch.no_grad():
         assert not zeroed.adaptor(image).any()
         assert whole.adaptor(image).any()
-        expected = whole.layer_input(embeds, hidden, nothing)
-        assert torch.equal(zeroed.layer_input(embeds, hidden, anything), expected)
-
-
-def test_bias_moves_into_the_embedding_table() -> None:
-    import torch
-
-    torch.manual_seed(0)
-    embedding, fc, bias = torch.randn(7, 4), torch.randn(4, 8), torch.randn(4)
-    hidden = torch.randn(7, 4)
-    expected = torch.cat((embedding, hidden), dim=1) @ fc.T + bias
-    found = torch.cat((with_bias(embedding, fc, bias), hidden), dim=1) @ fc.T
-    torch.testing.assert_close(found, expected)
+        assert torch.equal(zeroed.layer_input(*inputs), whole.layer_input(*inputs))
 
 
 def test_text_head_becomes_a_plain_eagle_head(tmp_path: Path) -> None:

@@ -11,30 +11,20 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from examples.tiny_vlm.questions import IMAGE_FAMILIES, write_questions
 from tests.bench.fakes import HEAD, TARGET
-from tests.bench.real_servers import serve_as_a_user
 from vllm_vispec.bench.metrics import baseline_key, by_key, measure
 from vllm_vispec.bench.schema import BenchRun
 from vllm_vispec.cli.app import app
 
-pytestmark = [pytest.mark.engine, pytest.mark.serve, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.serve,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("as_a_user"),
+]
 
 SERVE = "--dtype float32 --max-model-len 1024 --enforce-eager"
 LOADS = (1, 3)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Questions of the six families."""
-    folder = tmp_path_factory.mktemp("questions")
-    write_questions(folder, "heldout", 800_000, 6, IMAGE_FAMILIES)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    serve_as_a_user(monkeypatch)
 
 
 def call(command: str, data: Path, output: Path, *more: str) -> str:
@@ -58,11 +48,11 @@ def check_outputs(run: BenchRun, sides: set[str]) -> None:
             assert measure("identical_outputs", cells, groups[baseline_key(key)]) == 1.0, key
 
 
-def test_a_schedule_under_load(data: Path, tmp_path: Path) -> None:
+def test_a_schedule_under_load(questions: Path, tmp_path: Path) -> None:
     ranges = [[1, 1, 4], [2, 16, 0]]
     sides = ("plain", "vispec_tuned")
     more = ("--sides", ",".join(sides), "--schedule", json.dumps(ranges))
-    call("run", data, tmp_path, *more)
+    call("run", questions, tmp_path, *more)
     run = BenchRun.load(tmp_path)
     check_outputs(run, set(sides))
     spec = {cell.key.concurrency: cell.spec for cell in run.cells if cell.spec is not None}
@@ -72,8 +62,8 @@ def test_a_schedule_under_load(data: Path, tmp_path: Path) -> None:
     assert busy.rounds < alone.rounds / 2
 
 
-def test_tune(data: Path, tmp_path: Path) -> None:
-    said = call("tune", data, tmp_path, "-k", "4", "--no-verify")
+def test_tune(questions: Path, tmp_path: Path) -> None:
+    said = call("tune", questions, tmp_path, "-k", "4", "--no-verify")
     check_outputs(BenchRun.load(tmp_path / "measured"), {"plain", "vispec"})
     found = json.loads((tmp_path / "tune.json").read_text())
     assert {(row["concurrency"], row["num_speculative_tokens"]) for row in found["rows"]} == {

@@ -6,14 +6,26 @@ Tensor names end in their shape: V vocabulary, D hidden.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
+
+from vllm_vispec.heads.export import write_json, write_weights
+from vllm_vispec.heads.folder import (
+    CONFIG,
+    DTYPES,
+    HeadInfo,
+    inspect_head,
+    is_vispec_head,
+    iter_canonical_tensors,
+    read_entries,
+    weight_files,
+)
+from vllm_vispec.heads.location import resolve_head
 from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from vllm_vispec.heads.folder import HeadInfo
 
 _EMBEDDING = "embed_tokens.weight"
 
@@ -23,8 +35,8 @@ Tensors = dict[str, "Tensor"]
 def zeroed_head(head: str, folder: Path) -> str:
     """Write a copy of a head whose vision adaptor puts out zeros; returns its folder.
 
-    Compressed image tokens and global feature are then zero for every image, and `img_fc` ignores
-    the latter. Sizes, masks and the work per image stay as they are.
+    Compressed image tokens and global feature are then zero for every image. Sizes, masks and the
+    work per image stay as they are.
 
     Raises:
         ViSpecError: it is no usable head, or has no adaptor.
@@ -32,9 +44,7 @@ def zeroed_head(head: str, folder: Path) -> str:
     info, tensors = _read(head)
     check_has_adaptor(head)
     tensors["img_adaptor.o_proj.weight"].zero_()
-    if "img_fc.weight" in tensors:
-        tensors["img_fc.weight"][:, info.config.hidden_size :].zero_()
-    return _write(info, tensors, folder, canonical=True)
+    return _write(folder, info, info.config.to_config_json(DTYPES[info.dtype]), tensors)
 
 
 def check_has_adaptor(head: str) -> None:
@@ -43,8 +53,6 @@ def check_has_adaptor(head: str) -> None:
     Raises:
         ViSpecError: it is no usable head, or has no adaptor.
     """
-    from vllm_vispec.heads.folder import inspect_head
-
     if not inspect_head(head).config.has_adaptor:
         raise ViSpecError(
             f"--head {head} has no vision adaptor to be zeroed: leave vispec_zeroed out of --sides"
@@ -64,25 +72,22 @@ def plain_eagle_head(head: str, target: str, folder: Path) -> str:
     Raises:
         ViSpecError: the head has parts that EAGLE lacks.
     """
-    from vllm_vispec.heads.folder import is_vispec_head
-
     if not Path(head).is_dir() or not is_vispec_head(head):
         return head
-    info, source = _read(head)
+    info, tensors = _read(head)
     config = info.config
     if config.has_adaptor or config.layer0_input_norm or config.final_norm:
         raise ViSpecError(
             f"--eagle-head {head} is a ViSpec head with parts that EAGLE lacks: give a head of "
             "kind eagle_text, or one in EAGLE's own layout"
         )
-    tensors = {_eagle_name(name): tensor for name, tensor in source.items()}
     bias_D = tensors.pop("fc.bias", None)
     if bias_D is not None:
         embedding_VD = tensors.get(_EMBEDDING)
         if embedding_VD is None:
             embedding_VD = target_embedding(target, (config.vocab_size, config.hidden_size))
         tensors[_EMBEDDING] = with_bias(embedding_VD, tensors["fc.weight"], bias_D)
-    return _write(info, tensors, folder, canonical=False)
+    return _write_eagle(folder, info, tensors)
 
 
 def write_eagle_head(head: str, folder: Path) -> str:
@@ -97,13 +102,13 @@ def write_eagle_head(head: str, folder: Path) -> str:
     """
     info, source = _read(head)
     tensors = {
-        _eagle_name(name): tensor
+        name: tensor
         for name, tensor in source.items()
         # EAGLE's first layer has no input norm.
         if name.startswith("layer.") and "input_layernorm" not in name
     }
     tensors["fc.weight"] = fused_fc(source)
-    return _write(info, tensors, folder, canonical=False)
+    return _write_eagle(folder, info, tensors)
 
 
 def fused_fc(source: Tensors) -> Tensor:
@@ -134,11 +139,6 @@ def target_embedding(target: str, shape: tuple[int, int]) -> Tensor:
     Raises:
         ViSpecError: it has none of this shape.
     """
-    from safetensors import safe_open
-
-    from vllm_vispec.heads.folder import read_entries, weight_files
-    from vllm_vispec.heads.location import resolve_head
-
     for name, entry in read_entries(weight_files(resolve_head(target))).items():
         if name.endswith(_EMBEDDING) and tuple(entry.shape) == shape:
             with safe_open(str(entry.file), framework="pt") as weights:
@@ -149,28 +149,22 @@ def target_embedding(target: str, shape: tuple[int, int]) -> Tensor:
     )
 
 
-def _eagle_name(name: str) -> str:
-    return name.replace("layer.", "layers.0.", 1)
-
-
 def _read(head: str) -> tuple[HeadInfo, Tensors]:
-    from vllm_vispec.heads.folder import inspect_head, iter_canonical_tensors
-
     info = inspect_head(head)
     return info, dict(iter_canonical_tensors(info.folder))
 
 
-def _write(info: HeadInfo, tensors: Tensors, folder: Path, *, canonical: bool) -> str:
-    """Write a head's folder; EAGLE's layout is no checkpoint format of ours."""
-    from vllm_vispec.heads.export import write_json, write_weights
-    from vllm_vispec.heads.folder import CONFIG, DTYPES
+def _write_eagle(folder: Path, info: HeadInfo, tensors: Tensors) -> str:
+    """Write a head in EAGLE's layout, which is no checkpoint format of ours."""
+    content = info.config.to_config_json(DTYPES[info.dtype])
+    del content["vispec"]
+    content |= {"architectures": ["LlamaForCausalLM"], "qkv_bias": info.config.qkv_bias}
+    renamed = {name.replace("layer.", "layers.0.", 1): one for name, one in tensors.items()}
+    return _write(folder, info, content, renamed)
 
-    dtype = DTYPES[info.dtype]
-    content = info.config.to_config_json(dtype)
-    if not canonical:
-        content = {name: value for name, value in content.items() if name != "vispec"}
-        content |= {"architectures": ["LlamaForCausalLM"], "qkv_bias": info.config.qkv_bias}
+
+def _write(folder: Path, info: HeadInfo, config: dict[str, Any], tensors: Tensors) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder, tensors.items(), dtype)
-    write_json(folder / CONFIG, content)
+    write_weights(folder, tensors.items(), DTYPES[info.dtype])
+    write_json(folder / CONFIG, config)
     return str(folder)

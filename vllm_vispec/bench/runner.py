@@ -27,6 +27,7 @@ from vllm_vispec.bench.schema import (
     SpecCounters,
 )
 from vllm_vispec.bench.server import BenchServer, ServerGroup, choose_ports, serve_arguments
+from vllm_vispec.heads.folder import inspect_head
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import write_json
 from vllm_vispec.utils.process import interruptible
@@ -90,8 +91,6 @@ def check_inputs(settings: MatrixSettings) -> None:
     Raises:
         ViSpecError: the target or a head is not there or not usable.
     """
-    from vllm_vispec.heads.folder import inspect_head
-
     needed = {name for side in settings.sides for name in VARIANTS[side].needs}
     _check_folder("--target", settings.target)
     if "head" in needed:
