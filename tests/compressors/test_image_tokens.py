@@ -225,10 +225,7 @@ def test_the_least_recent_decision_makes_room() -> None:
     assert decisions["b"] == 0
     assert sorted(decisions.values()) == [0, 1, 2, 3, 4]
     assert len(model.rows.branch_query) == 5
-
-
-def test_a_prompt_that_is_one_image_is_decided_at_its_last_token() -> None:
-    found, model = draft_rows(head_of(SELECT))
+    # A prompt that is one image is decided at its last token.
     request = RequestRows("r", [feature("0", (0, 6))], 0, 6, num_prompt_tokens=6)
     found.set_step([request], {"0": torch.randn(6, SIZE)}, torch.randn(6, SIZE))
     assert bool(model.rows.batch_branch_query[5].ne(0).any())

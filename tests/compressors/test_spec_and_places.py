@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
 import pytest
 
-from vllm_vispec.compressors.places import ImagePlaces, num_tokens, place_tokens, wanted_rows
+from vllm_vispec.compressors.places import num_tokens, place_tokens, wanted_rows
 from vllm_vispec.compressors.spec import (
     COMBINATIONS,
     MAX_AMOUNT,
@@ -30,7 +29,6 @@ TEXTS = (
     "select(prune:1,pool:1)",
     "concat(resampler:8,prune:2,resampler:4)",
 )
-SIZES = (1, 2, 3, 5, 19, 20, 49, 64, 577)
 
 
 @pytest.mark.parametrize("text", [*(name for name in PRIMITIVES), *TEXTS])
@@ -79,36 +77,10 @@ def test_unusable_text(text: str, remedy: str) -> None:
 
 def test_number_of_tokens() -> None:
     prune, queries = parse_compressor("prune:20"), parse_compressor("resampler:8")
-    assert [num_tokens(prune, size) for size in (0, 1, 19, 20, 39, 40, 577)] == [
-        0, 1, 1, 1, 1, 2, 28,
-    ]  # fmt: skip
+    sizes = (0, 1, 19, 20, 39, 40, 577)
+    assert [num_tokens(prune, size) for size in sizes] == [0, 1, 1, 1, 1, 2, 28]
     assert [num_tokens(queries, size) for size in (0, 1, 8, 100)] == [0, 8, 8, 8]
     assert [num_tokens(parse_compressor("text_only"), size) for size in (0, 1, 100)] == [0, 0, 0]
-
-
-def check(places: ImagePlaces, spec: CompressorSpec, size: int) -> None:
-    """What must hold for every compressor and image."""
-    counts = [num_tokens(branch, size) for branch in spec.primitives]
-    assert (np.diff(places.rows) >= 1).all(), "rows are shared or out of order"
-    assert len(places.rows) == len(places.tokens) == len(places.branches)
-    assert len(places.rows) <= size
-    assert all(0 <= row < size for row in places.rows.tolist())
-    assert len(set(places.tokens.tolist())) == len(places.tokens)
-    starts = np.concatenate(([0], np.cumsum(counts)))
-    for token, branch in zip(places.tokens.tolist(), places.branches.tolist(), strict=True):
-        assert starts[branch] <= token < starts[branch + 1]
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("text", TEXTS)
-def test_every_token_has_a_row_of_its_own(text: str, size: int) -> None:
-    spec = parse_compressor(text)
-    places = place_tokens(spec, size)
-    check(places, spec, size)
-    has_queries = any(PRIMITIVES[b.name].amount == "queries" for b in spec.primitives)
-    count = sum(num_tokens(branch, size) for branch in spec.primitives)
-    if count <= size and not has_queries:
-        assert len(places.rows) == count
 
 
 @pytest.mark.parametrize(
@@ -130,39 +102,33 @@ def test_where_tokens_stand(text: str, size: int, rows: list[int], tokens: list[
     assert (places.rows.tolist(), places.tokens.tolist()) == (rows, tokens)
 
 
-def test_branches_of_one_ratio_stand_side_by_side() -> None:
-    places = place_tokens(parse_compressor("weighted(prune:3,pool:3,conv:3)"), 30)
-    assert len(places.rows) == 30
-    for branch in range(3):
-        rows = places.rows[places.branches == branch]
-        assert np.abs(rows - np.arange(1, 30, 3)).max() <= 1
-
-
 CROWDED = ("concat(prune:2,pool:2,conv:3,prune:3)", "concat(resampler:4096,resampler:4096)")
 
 
 @pytest.mark.parametrize("text", ["select", "prune:1", *CROWDED])
 def test_big_images_take_no_time(text: str) -> None:
-    spec, size = parse_compressor(text), 16_384
     place_tokens.cache_clear()
     begin = time.perf_counter()
-    places = place_tokens(spec, size)
+    places = place_tokens(parse_compressor(text), 16_384)
     # Half a minute and more if every token looked at the rows around it one by one.
     assert time.perf_counter() - begin < 5.0
-    check(places, spec, size)
+    assert len(places.rows) > 16_384 // 30
 
 
-@pytest.mark.parametrize("size", [6, 17, 40])
-@pytest.mark.parametrize("text", ["select", "weighted", *CROWDED])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 17, 20, 49, 64, 130])
+@pytest.mark.parametrize("text", [*TEXTS, *CROWDED])
 def test_tokens_take_the_nearest_free_row(text: str, size: int) -> None:
+    """Short branches first; a token whose row is taken goes to the earlier of the two nearest."""
     spec = parse_compressor(text.replace("4096", "9"))
     counts = [num_tokens(branch, size) for branch in spec.primitives]
-    taken: dict[int, int] = {}
+    taken: dict[int, tuple[int, int]] = {}
     for index in sorted(range(len(counts)), key=lambda i: counts[i]):
         for token, wanted in enumerate(wanted_rows(spec.primitives[index], size).tolist()):
             free = [row for row in range(size) if row not in taken]
             if wanted >= 0 and free:
                 row = min(free, key=lambda row: (abs(row - wanted), row))
-                taken[row] = sum(counts[:index]) + token
+                taken[row] = (sum(counts[:index]) + token, index)
     places = place_tokens(spec, size)
-    assert dict(zip(places.rows.tolist(), places.tokens.tolist(), strict=True)) == taken
+    found = zip(places.tokens.tolist(), places.branches.tolist(), strict=True)
+    assert dict(zip(places.rows.tolist(), found, strict=True)) == taken
+    assert places.rows.tolist() == sorted(taken)
