@@ -164,7 +164,6 @@ TOKENS = "response_token_ids"
         ((answer("Yes"),), {}, "an answer without a question before it"),
         ((QUESTION, answer(" \n")), {}, "empty answer"),
         ((user(Part(image="none.png")), answer("Yes")), {}, "image none.png does not exist"),
-        ((user(Part(image="broken.png")), answer("Yes")), {}, "image broken.png cannot be read"),
         ((user(Part(image="cut.png")), answer("Yes")), {}, "image cut.png cannot be read"),
         ((QUESTION, answer("Yes"), QUESTION), {}, "an image without an answer after it"),
         ((QUESTION, Turn("assistant", (Part(image="a.png"),))), {}, "an answer holds an image"),

@@ -60,41 +60,31 @@ def runs(
     """Two jobs with one engine; the output of the second was cut in half before its last run."""
     folder = tmp_path_factory.mktemp("regenerate")
     target = str(tiny.target(request.param))
-    arguments = {
-        "model": target,
-        "source": str(write_input(folder, pictures)),
-        "folder": str(folder),
-    }
+    source = str(write_input(folder, pictures))
+    arguments = {"model": target, "source": source, "folder": str(folder)}
     first, second = run_in_subprocess("tests.data.jobs:run_twice", arguments, IN_PROCESS_ENV)
     return {"first": first, "second": second, "folder": folder, "target": target}
 
 
-def test_counts(runs: dict[str, Any]) -> None:
-    first = runs["first"]
+def test_counts_and_resuming(runs: dict[str, Any]) -> None:
+    first, second = runs["first"], runs["second"]
     assert (first["total"], first["success"], first["error"]) == (GOOD + 4, GOOD, 4)
     rejected = (runs["folder"] / "one.jsonl.rejected.jsonl").read_text().splitlines()
     reasons = {item["id"]: item["reason"] for item in map(json.loads, rejected)}
     assert set(reasons) == {"broken", "missing", "endless", "line11"}
     assert "cannot be read" in reasons["broken"]
     assert "context length is 400" in reasons["endless"]
-
-
-def test_a_resumed_job_gives_the_same_samples(runs: dict[str, Any]) -> None:
-    second = runs["second"]
     assert second["success"] + second["skipped"] == GOOD
     assert second["success"] > 0
     assert second["skipped"] > 0
-    assert second["records"] == runs["first"]["records"]
+    assert second["records"] == first["records"]
 
 
-def test_every_sample_has_a_seed_of_its_own(runs: dict[str, Any]) -> None:
-    found = runs["first"]["records"]
-    answers = {tuple(found[f"same{number}"]["response_token_ids"][0]) for number in range(4)}
+def test_every_turn_is_answered_anew_with_a_seed_of_its_own(runs: dict[str, Any]) -> None:
+    records = runs["first"]["records"]
+    answers = {tuple(records[f"same{number}"]["response_token_ids"][0]) for number in range(4)}
     assert len(answers) > 1
-
-
-def test_every_turn_is_answered_anew(runs: dict[str, Any]) -> None:
-    found = runs["first"]["records"]["turns"]
+    found = records["turns"]
     assert found["family"] == "talk"
     assert [turn["role"] for turn in found["messages"]] == ["user", "assistant"] * 3
     assert len(found["response_token_ids"]) == len(found["finish_reason"]) == 3
@@ -108,8 +98,7 @@ def test_the_encoder_returns_the_engines_tokens(runs: dict[str, Any]) -> None:
     """A tiny random target writes tokens as no tokenizer would, hence the recorded ids."""
     first = runs["first"]
     failed = [item for item in first["records"].values() if not item["round_trip"]]
-    assert first["round_trip_failed"] == len(failed)
-    assert first["round_trip_unchecked"] == 0
+    assert (first["round_trip_failed"], first["round_trip_unchecked"]) == (len(failed), 0)
     encoder = Encoder(load_processor(runs["target"]), 400, runs["folder"])
     for item in read_conversations(runs["folder"] / "one.jsonl"):
         assert isinstance(item, Conversation)

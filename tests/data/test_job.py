@@ -38,13 +38,19 @@ def test_counts_add_up(settings: RegenerateSettings) -> None:
 def test_record(settings: RegenerateSettings) -> None:
     run(settings, FakeBackend())
     found = {item["id"]: item for item in records(settings)}["s2"]
-    assert found["family"] == "vqa"
-    assert found["response_token_ids"] == [[1, 2, 3], [1, 2, 3]]
-    assert found["finish_reason"] == ["stop", "stop"]
-    assert found["prompt_style"] == "long"
-    assert (found["temperature"], found["seed"]) == (1.0, 0)
-    assert found["model"] == "some/target"
-    texts = [part.get("text") for turn in found["messages"] for part in turn["content"]]
+    texts = [part.get("text") for turn in found.pop("messages") for part in turn["content"]]
+    assert found == {
+        "id": "s2",
+        "family": "vqa",
+        "response_token_ids": [[1, 2, 3], [1, 2, 3]],
+        "finish_reason": ["stop", "stop"],
+        "round_trip": None,
+        "prompt_style": "long",
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "seed": 0,
+        "model": "some/target",
+    }
     request = "\nAnswer at length, with at least 1000 words."
     expected = [None, "What is it?" + request, "s2 says 0", "Sure?" + request, "s2 says 1"]
     assert texts == expected

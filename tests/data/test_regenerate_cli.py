@@ -57,7 +57,6 @@ def test_summary(app: typer.Typer, backend: FakeBackend, settings: RegenerateSet
     ("more", "named"),
     [
         (["--prompt-style", "loud"], "--prompt-style is 'loud'"),
-        (["--temperature", "-1"], "--temperature is -1.0"),
         (["--engine", "[]"], "--engine is not a JSON object"),
         (["--engine", "{"], "--engine is not JSON"),
         (["--server", "http://x", "--ray"], "--server and --ray exclude each other"),

@@ -83,11 +83,6 @@ def test_regenerates(settings: RegenerateSettings, template: ChatTemplate) -> No
     assert len(found["s1"]["response_token_ids"]) == 2
     assert [(112, 56)] in fake.sizes
     assert [(56, 56)] in fake.sizes
-
-
-def test_what_is_sent(settings: RegenerateSettings, template: ChatTemplate) -> None:
-    fake = FakeServer(template)
-    run(settings, fake)
     for request in fake.requests:
         assert request["model"] == "served"
         assert (request["temperature"], request["top_p"]) == (0.7, 0.9)
@@ -121,13 +116,10 @@ def test_a_server_that_goes_away_loses_nothing(
     with pytest.raises(ViSpecError, match=r"does not answer .* run the same command again"):
         run(one_by_one, FakeServer(template, refuse_after=4))
     assert len(settings.output.read_text().splitlines()) == 2
-    summary = run(one_by_one, FakeServer(template))
-    assert (summary.success, summary.error, summary.skipped) == (3, 2, 2)
-
-
-def test_no_server(settings: RegenerateSettings) -> None:
     with pytest.raises(ViSpecError, match="does not answer"):
         regenerate_all(changed(settings, server="http://127.0.0.1:9"), "server")
+    summary = run(one_by_one, FakeServer(template))
+    assert (summary.success, summary.error, summary.skipped) == (3, 2, 2)
 
 
 def test_several_models(settings: RegenerateSettings) -> None:
