@@ -17,9 +17,9 @@ from typing import Any
 from vllm.platforms import current_platform
 
 if current_platform.is_cpu() and find_spec("vllm_vispec.v1") is not None:
-    from vllm_vispec.v1.patch_points import apply_cpu_sampling
+    from vllm_vispec.v1.patch_points import apply_cpu_repairs
 
-    apply_cpu_sampling()
+    apply_cpu_repairs()
 
 _DRAFTS = ("drafter", "speculator")
 """Where the V1 and the V2 runner keep what drafts."""

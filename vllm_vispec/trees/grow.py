@@ -1,8 +1,8 @@
 """Growing a draft tree on the device, one level for each draft pass, with static shapes.
 
 Shapes: R requests, W nodes expanded in a pass (top_k), C children proposed for each (top_k), M
-candidates proposed so far, X nodes expanded so far, N nodes of the finished tree, L levels, V
-vocabulary.
+candidates proposed so far, X nodes expanded so far (of a pass: in the last one), N nodes of the
+finished tree, L levels, D hidden size, V vocabulary.
 """
 
 from typing import NamedTuple
@@ -37,6 +37,32 @@ class Frontier(NamedTuple):
     score: torch.Tensor
     candidate: torch.Tensor
     path: torch.Tensor
+
+    def write_level(
+        self,
+        level: int,
+        root_R: torch.Tensor,
+        hidden_RXD: torch.Tensor,
+        longest: int,
+        buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Fill the draft's input with the nodes, row by row.
+
+        Args:
+            level: Theirs, from 1.
+            root_R: The roots' positions.
+            hidden_RXD: The draft's states of the last level.
+            longest: Tokens of the longest sequence.
+            buffers: Token ids and positions ``[T]``, and states, as wide as the draft reads them.
+        """
+        num_rows, (input_ids, positions, states) = self.token.numel(), buffers
+        input_ids[:num_rows] = self.token.flatten()
+        position_R1 = (root_R + level).clamp_(max=longest - 1).unsqueeze(1)
+        positions[:num_rows] = position_R1.expand_as(self.token).flatten()
+        # Logits need all of a state, the next pass what the draft reads of it.
+        read_RXD = hidden_RXD[..., : states.shape[1]]
+        index_RWD = self.parent_row.unsqueeze(-1).expand(-1, -1, read_RXD.shape[-1])
+        states[:num_rows] = read_RXD.gather(1, index_RWD).flatten(0, 1)
 
 
 class DraftTree(NamedTuple):

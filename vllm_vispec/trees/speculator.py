@@ -237,8 +237,7 @@ class TreeSpeculator(ViSpecSpeculator):
         grower = TreeGrower(self._settings)
         frontier = grower.start_trees(self.model.compute_logits(hidden_RXD[:, 0]))
         for level in range(1, self._settings.depth + 1):
-            index_RWD = frontier.parent_row.unsqueeze(-1).expand(-1, -1, hidden_RXD.shape[-1])
-            self._write_level(level, frontier, hidden_RXD.gather(1, index_RWD), root_R)
+            self._write_level(level, frontier, hidden_RXD, root_R)
             if slot_mappings is not None:
                 self._write_slots(level, root_R)
                 attn_metadata = self._level_metadata(level, num_requests, attn_metadata, eager)
@@ -256,20 +255,15 @@ class TreeSpeculator(ViSpecSpeculator):
             self.trees.table.write_trees(self.idx_mapping[:num_requests], tree)
 
     def _write_level(
-        self, level: int, frontier: Frontier, hidden_RWD: torch.Tensor, root_R: torch.Tensor
+        self, level: int, frontier: Frontier, hidden_RXD: torch.Tensor, root_R: torch.Tensor
     ) -> None:
         """Fill the draft's buffers with one level's nodes."""
-        num_requests, num_rows = root_R.shape[0], frontier.token.numel()
-        buffers, longest = self.input_buffers, self.max_model_len
-        buffers.input_ids[:num_rows] = frontier.token.flatten()
-        position_R1 = (root_R + level).clamp_(max=longest - 1).unsqueeze(1)
-        buffers.positions[:num_rows] = position_R1.expand(-1, self._width).flatten()
+        num_requests, buffers, longest = root_R.shape[0], self.input_buffers, self.max_model_len
+        rows = buffers.input_ids, buffers.positions, self.hidden_states
+        frontier.write_level(level, root_R, hidden_RXD, longest, rows)
         seq_len_R = (root_R + 1 + level * self._width).clamp_(max=longest)
         # Requests that pad a recorded batch have no keys.
         buffers.seq_lens[:num_requests] = seq_len_R * (self.idx_mapping[:num_requests] >= 0)
-        # Logits need all of a state, the next pass what the draft reads of it.
-        width_read = self.hidden_states.shape[1]
-        self.hidden_states[:num_rows] = hidden_RWD.flatten(0, 1)[:, :width_read]
         self._codes.write_draft_codes(frontier.path.flatten(0, 1))
 
     def _write_slots(self, level: int, root_R: torch.Tensor) -> None:

@@ -35,25 +35,18 @@ def _apply_chains() -> None:
 
     patch(EagleProposer, "__new__", _new_proposer)
     if current_platform.is_cpu():
-        apply_cpu_sampling()
-        _apply_cpu_gemm()
+        apply_cpu_repairs()
 
 
-def apply_cpu_sampling() -> None:
-    """Let the V1 model runner sample with the right temperatures on CPUs."""
+def apply_cpu_repairs() -> None:
+    """Mend two faults of vLLM's on CPUs: temperatures are not set, and what is released prints."""
+    from vllm._custom_ops import CPUDNNLGEMMHandler
     from vllm.v1.sample import rejection_sampler
 
-    from vllm_vispec.v1.cpu_repairs import expand_batch_to_tokens
+    from vllm_vispec.v1 import cpu_repairs
 
-    patch(rejection_sampler, "expand_batch_to_tokens", expand_batch_to_tokens)
-
-
-def _apply_cpu_gemm() -> None:
-    from vllm._custom_ops import CPUDNNLGEMMHandler
-
-    from vllm_vispec.v1.cpu_repairs import release_gemm
-
-    patch(CPUDNNLGEMMHandler, "__del__", release_gemm)
+    patch(rejection_sampler, "expand_batch_to_tokens", cpu_repairs.expand_batch_to_tokens)
+    patch(CPUDNNLGEMMHandler, "__del__", cpu_repairs.release_gemm)
 
 
 def _new_proposer(

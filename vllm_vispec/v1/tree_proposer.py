@@ -19,7 +19,6 @@ from vllm_vispec.compat.patching import patch
 from vllm_vispec.trees.attention import make_engine_trees, target_layers
 from vllm_vispec.trees.grow import (
     NO_TOKEN,
-    Frontier,
     PathGrower,
     TreeGrower,
     best_path,
@@ -52,14 +51,12 @@ class TreeProposer(ViSpecProposer):
         # No layer of the draft exists yet.
         layers = target_layers(self.vllm_config)
         super().load_model(target_model)
-        self._settings = settings_of(self.vllm_config)
-        self._tree_grower = TreeGrower(self._settings)
-        self._path_grower = self._make_path_grower()
-        self._num_nodes = self.speculative_config.num_speculative_tokens
+        self._settings, runner = settings_of(self.vllm_config), self._runner
+        self._tree_grower, self._path_grower = TreeGrower(self._settings), self._make_path_grower()
         self._root_hidden: torch.Tensor | None = None
         self._grows = True
-        self._on_cpu = current_platform.is_cpu()
-        runner = self._runner
+        # On a CPU there is no queue of work that a look at the outcome would hold up.
+        self._may_stop = self._settings.is_confident and current_platform.is_cpu()
         patch(runner, "_get_draft_token_ids_cpu", _drafts_for_scheduler)
         patch(runner, "_input_fits_in_drafter", _fits)
         if has_branches(self.vllm_config):
@@ -103,7 +100,7 @@ class TreeProposer(ViSpecProposer):
     def _finish_trees(self, grower: TreeGrower, num_requests: int) -> torch.Tensor:
         """Keep the trees for their verification; return their tokens ``[R, N]``."""
         assert self.trees is not None
-        tree = grower.finish_trees(self._num_nodes)
+        tree = grower.finish_trees(self.speculative_config.num_speculative_tokens)
         ids, states = self._runner.input_batch.req_ids, self._runner.requests
         flags = [requires_linear_draft(states[request_id].sampling_params) for request_id in ids]
         grown = len(tree.token)
@@ -143,15 +140,16 @@ class TreeProposer(ViSpecProposer):
         # Nodes lie in the slots behind the root, one level after the other.
         slots_RX = self._slots_behind(root_R, num_passes * width, batch.block_table_tensor)
         for level in range(1, num_passes + 1):
-            # On a CPU there is no queue of work that a look at the outcome would hold up.
-            if self._on_cpu and self._settings.is_confident and grower.is_done():
+            if self._may_stop and grower.is_done():
                 break
+            rows = self.input_ids, self.positions, self.hidden_states
+            frontier.write_level(level, root_R, hidden_RXD, self.max_model_len, rows)
             if width > 1:
-                index_RWD = frontier.parent_row.unsqueeze(-1).expand(-1, -1, hidden_RXD.shape[-1])
-                hidden_RXD = hidden_RXD.gather(1, index_RWD)
+                assert self.trees is not None
+                self.trees.codes.write_draft_codes(frontier.path.flatten(0, 1))
             slots_B = slots_RX[:, (level - 1) * width : level * width].flatten()
             metadata = self._level_metadata(level, root_R, width, slots_B, batch)
-            hidden_BD = self._run_level(level, frontier, hidden_RXD, root_R, metadata)
+            hidden_BD = self._run_level(level, num_requests * width, metadata)
             hidden_RXD = hidden_BD.view(num_requests, width, -1)
             logits_BV = self.model.compute_logits(hidden_BD)
             frontier = grower.grow_level(logits_BV.view(num_requests, width, -1))
@@ -159,25 +157,8 @@ class TreeProposer(ViSpecProposer):
             self.trees.codes.clear_codes()
         return all_requests
 
-    def _run_level(
-        self,
-        level: int,
-        frontier: Frontier,
-        hidden_RWD: torch.Tensor,
-        root_R: torch.Tensor,
-        metadata: Any,
-    ) -> torch.Tensor:
+    def _run_level(self, level: int, num_rows: int, metadata: Any) -> torch.Tensor:
         """Run the draft over one level's nodes; return their hidden states ``[B, D]``."""
-        num_rows, width = frontier.token.numel(), frontier.token.shape[1]
-        self.input_ids[:num_rows] = frontier.token.flatten()
-        positions_R = (root_R + level).clamp_(max=self.max_model_len - 1)
-        self.positions[:num_rows] = positions_R.repeat_interleave(width)
-        # Logits need all of a state, the next pass what the draft reads of it.
-        width_read = self.hidden_states.shape[1]
-        self.hidden_states[:num_rows] = hidden_RWD.flatten(0, 1)[:, :width_read]
-        if width > 1:
-            assert self.trees is not None
-            self.trees.codes.write_draft_codes(frontier.path.flatten(0, 1))
         _, per_layer = self.build_per_group_and_layer_attn_metadata(metadata, draft_index=level)
         mode, num_input, across_dp = self._determine_batch_execution_and_padding(num_rows)
         model_kwargs, num_slots = self.build_model_inputs_first_pass(num_rows, num_input, None)
@@ -239,11 +220,4 @@ def _drafts_for_scheduler(
 ) -> tuple[list[list[int]], list[str]]:
     """Cut the empty places behind trees and paths off what the host sees."""
     drafts, request_ids = original()
-    return [_without_empty(tokens) for tokens in drafts], request_ids
-
-
-def _without_empty(tokens: list[int]) -> list[int]:
-    count = len(tokens)
-    while count and tokens[count - 1] == NO_TOKEN:
-        count -= 1
-    return tokens[:count]
+    return [[token for token in row if token != NO_TOKEN] for row in drafts], request_ids
