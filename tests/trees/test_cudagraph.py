@@ -287,13 +287,13 @@ def test_requests_for_which_a_pass_has_no_room_get_no_tree(
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_schedule_records_no_chains_as_long_as_trees() -> None:
+@pytest.mark.parametrize("schedule", [None, [[1, 2, 12], [3, 4, 3], [5, 6, 1]]])
+def test_chains_as_long_as_trees_are_not_recorded(schedule: list[list[int]] | None) -> None:
     """Of 12 draft tokens vLLM would record chains, which are never drafted; of 3 they are."""
     speculator = _speculator()
     speculator.place_keys()
-    speculator._schedules_chains = True
-    speculative = speculator.vllm_config.speculative_config
-    speculative.num_speculative_tokens_per_batch_size = [[1, 2, 12], [3, 4, 3], [5, 6, 1]]
+    speculator._schedules_chains = schedule is not None
+    speculator.speculative_config.num_speculative_tokens_per_batch_size = schedule
     steps: list[int] = []
     chains: Any = speculator
     chains._generate_fused_drafts = lambda *args, num_speculative_steps: steps.append(
@@ -302,25 +302,12 @@ def test_a_schedule_records_no_chains_as_long_as_trees() -> None:
     with torch.inference_mode():
         speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
         speculator.capture()
-    assert set(steps) == {3}
-    manager = speculator.decode_cudagraph_manager
+    manager, trees = speculator.decode_cudagraph_manager, speculator.tree_cudagraph_manager
     assert manager is not None
-    assert {desc.num_speculative_tokens for desc in manager.graphs} == {3}
-    trees = speculator.tree_cudagraph_manager
     assert trees is not None
+    recorded = {desc.num_speculative_tokens for desc in manager.graphs}
+    assert recorded == set(steps) == (set() if schedule is None else {3})
     assert {desc.uniform_token_count for desc in trees.graphs} == {speculator._width}
-
-
-@pytest.mark.usefixtures("stand_in")
-def test_without_a_schedule_no_chains_are_recorded() -> None:
-    speculator = _speculator()
-    speculator.place_keys()
-    speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
-    speculator.capture()
-    assert speculator.decode_cudagraph_manager is not None
-    assert not speculator.decode_cudagraph_manager.graphs
-    assert speculator.tree_cudagraph_manager is not None
-    assert speculator.tree_cudagraph_manager.graphs
 
 
 @pytest.mark.usefixtures("stand_in")

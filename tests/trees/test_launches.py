@@ -1,4 +1,4 @@
-"""How many kernels a step with trees launches by itself on V2, and what of it a graph can hold.
+"""What a step with trees runs by itself on V2: few kernels, none of which waits for the device.
 
 Counted are the operators of ours that run one by one in every step: codes and positions before the
 target's pass, verification behind vLLM's sampling, the accepted path's move, and what is told to
@@ -9,16 +9,15 @@ recorded, and the copies in which layers pad their rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
+from tests.support.operators import Record
 from tests.support.tree_models import grow, random_model
 from tests.support.tree_speculators import SmallTreeSpeculator
 from vllm_vispec.spec_decode.row_table import RowTable
@@ -38,43 +37,15 @@ TARGET_HEADS, DRAFT_HEADS = (2, 8, 32), (2, 9, 40)
 # 106 and 72 as this is written.
 EAGER_BUDGET, BUDGET = 120, 85
 _NO_KERNEL = (
-    "view",
-    "slice",
-    "select.int",
-    "expand",
-    "squeeze",
-    "transpose",
-    "permute",
-    "alias",
-    "detach",
-    "as_strided",
-    "unbind",
-    "split",
-    "reshape",
-    "empty",
-    "lift_fresh",
+    *("view", "slice", "select.int", "expand", "squeeze", "transpose", "permute", "alias"),
+    *("detach", "as_strided", "unbind", "split", "reshape", "empty", "lift_fresh"),
 )
-
-
-class Launches(TorchDispatchMode):
-    """Counts operators that launch a kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).removeprefix("aten.")
-        if not any(plain in name for plain in _NO_KERNEL):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 class Step:
     """What one step of a V2 runner does with trees, in vLLM's order."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
         codes = CodeBuffers(SETTINGS.levels, SETTINGS.top_k, 2 * ROWS, torch.float32, CPU)
         for heads in (TARGET_HEADS, DRAFT_HEADS):
             codes.query_buffer(heads)
@@ -83,49 +54,50 @@ class Step:
         table.write_trees(slice(REQUESTS), grow(random_model(3), SETTINGS, REQUESTS, NODES))
         self.trees = EngineTrees(codes, table, _target_cache())
         self.recorded = RecordedVerification(table, REQUESTS, 2 * ROWS)
-        self.state = object.__new__(tree_model_state(_State))
+        plain = type("State", (), {"prepare_inputs": lambda *_: {}})
+        self.state = object.__new__(tree_model_state(plain))
         self.state.trees = self.trees
-        starts = torch.arange(REQUESTS + 1, dtype=torch.int32) * (NODES + 1)
         self.batch = SimpleNamespace(
             num_reqs=REQUESTS,
             num_draft_tokens=REQUESTS * NODES,
             num_tokens=ROWS,
             logits_indices=torch.arange(ROWS, dtype=torch.int32),
-            cu_num_logits=starts,
+            cu_num_logits=torch.arange(REQUESTS + 1, dtype=torch.int32) * (NODES + 1),
             idx_mapping=torch.arange(REQUESTS, dtype=torch.int32),
             positions=torch.arange(ROWS),
             seq_lens_cpu_upper_bound=torch.full((REQUESTS,), 40, dtype=torch.int32),
             req_ids=["a", "b", "c"],
         )
         self.layer_slots = torch.arange(ROWS) + SLOTS
-        self.speculator = _speculator()
+        self.speculator = SmallTreeSpeculator(SETTINGS, NODES, REQUESTS, 2 * ROWS)
+        self.speculator.place_keys()
+        rows = RowTable(RowIds(2, 4), WIDTH, 2 * ROWS)
+        self.speculator.draft_rows = SimpleNamespace(select_rows=rows.select_rows)
 
-    def run(self) -> None:
-        """Count each part of a step."""
+    def run(self, record: Record) -> None:
+        """Record each part of a step."""
         trees, batch = self.trees, self.batch
-        self._count("before the target", lambda: self.state.prepare_inputs(batch, None))
         sampler = self.sampler(torch.randint(VOCAB, (ROWS,)))
         logits, token = torch.randn(ROWS, VOCAB), torch.zeros(ROWS, dtype=torch.int64)
-        self._count("before the samples", trees.end_target_pass)
-        self._count("verification", lambda: self.verify(sampler, logits, token))
         ids, hidden = torch.zeros(ROWS, dtype=torch.int32), torch.zeros(ROWS, WIDTH)
         slots = {f"layer {number}": self.layer_slots for number in range(LAYERS)}
-        self._count("the move", lambda: trees.move_accepted(ids, hidden, slots))
-        self._count(
-            "around the graph", lambda: self.speculator._grow_batch(batch, is_profile=False)
-        )
-
-    def _count(self, label: str, call: Callable[[], Any]) -> None:
-        with Launches() as launches:
-            call()
-        self.counts[label] = len(launches.names)
+        with record.watching("before the target"):
+            self.state.prepare_inputs(batch, None)
+        with record.watching("before the samples"):
+            trees.end_target_pass()
+        with record.watching("verification"):
+            self.verify(sampler, logits, token)
+        with record.watching("the move"):
+            trees.move_accepted(ids, hidden, slots)
+        with record.watching("around the graph"):
+            self.speculator._grow_batch(batch, is_profile=False)
 
     def verify(
         self, sampler: TreeRejectionSampler, logits: torch.Tensor, token: torch.Tensor
     ) -> None:
         """Verify the trees whose nodes have these tokens."""
         starts, slots, rows = self.batch.cu_num_logits, self.batch.idx_mapping, torch.arange(ROWS)
-        given: list[Any] = [logits, None, token, rows, starts, slots, slots.numpy()]
+        given: list[Any] = [logits, None, token, rows, starts, slots, None]
         sampler._verify(*given, *[None] * 3, token)  # type: ignore[call-arg]
 
     def sampler(
@@ -144,13 +116,6 @@ class Step:
         return sampler
 
 
-class _State:
-    """vLLM's model state of a target with plain positions."""
-
-    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
-        return {}
-
-
 def _target_cache() -> TargetCache:
     num_heads, head_size, padded_size = TARGET_HEADS
     caches = torch.randn(LAYERS, BLOCKS, num_heads, SLOTS, 2 * padded_size)
@@ -162,56 +127,51 @@ def _target_cache() -> TargetCache:
     impl = SimpleNamespace(tree_padding=padding, store_padded=store_padded)
     return TargetCache(
         [
-            SimpleNamespace(
-                layer_name=f"layer {number}",
-                kv_cache=caches[number],
-                impl=impl,
-                attn_backend=SimpleNamespace(get_name=lambda: "SOME"),
-            )
+            SimpleNamespace(layer_name=f"layer {number}", kv_cache=caches[number], impl=impl)
             for number in range(LAYERS)
         ]
     )
 
 
-def _speculator() -> SmallTreeSpeculator:
-    speculator = SmallTreeSpeculator(SETTINGS, NODES, REQUESTS, 2 * ROWS)
-    speculator.place_keys()
-    table = RowTable(RowIds(2, 4), WIDTH, 2 * ROWS)
-    speculator.draft_rows = SimpleNamespace(select_rows=table.select_rows)
-    return speculator
+class _Manager:
+    """A graph manager of vLLM's that has recorded all sizes, and replays nothing."""
+
+    def __init__(self) -> None:
+        self.graph = SimpleNamespace(cg_mode=CUDAGraphMode.FULL)
+        self.replayed: list[Any] = []
+
+    def dispatch(self, *args: Any, **kwargs: Any) -> Any:
+        return self.graph
+
+    def run_fullgraph(self, desc: Any) -> None:
+        self.replayed.append(desc)
 
 
 @pytest.mark.parametrize("is_recorded", [False, True], ids=["eager", "recorded verification"])
 def test_a_step_launches_few_kernels(is_recorded: bool) -> None:
+    """And the same ones in every step, whatever is accepted; the device is never waited for."""
     step = Step()
-    graph = SimpleNamespace(cg_mode=CUDAGraphMode.FULL)
-    manager: Any = _Manager(graph)
-    verification: Any = _Manager(graph)
-    step.speculator.tree_cudagraph_manager = manager
+    growth: Any = _Manager()
+    verification: Any = _Manager()
+    step.speculator.tree_cudagraph_manager = growth
     if is_recorded:
         step.recorded.use_manager(verification)
     # The first step looks at the caches from the host.
-    step.run()
-    step.run()
-    assert manager.replayed == [graph, graph]
-    assert sum(step.counts.values()) <= (BUDGET if is_recorded else EAGER_BUDGET), step.counts
+    step.run(Record())
+    record = Record()
+    for _ in range(3):
+        step.run(record)
+    assert growth.replayed == [growth.graph] * 4
+    # Lengths are on the host.
+    assert [one for one in record.violations if "around the graph" not in one] == []
+    counts = {}
+    for part, passes in record.passes.items():
+        assert all(operators == passes[0] for operators in passes), part
+        names = [operator.split()[0] for operator in passes[0]]
+        counts[part] = sum(not any(plain in name for plain in _NO_KERNEL) for name in names)
+    assert sum(counts.values()) <= (BUDGET if is_recorded else EAGER_BUDGET), counts
     # Nothing is left out by mistake.
-    assert all(count > 0 for count in step.counts.values()), step.counts
-
-
-class _Manager:
-    """A graph manager of vLLM's that has recorded all sizes."""
-
-    def __init__(self, graph: Any) -> None:
-        self._graph = graph
-        self.replayed: list[Any] = []
-
-    def dispatch(self, *args: Any, **kwargs: Any) -> Any:
-        return self._graph
-
-    def run_fullgraph(self, desc: Any) -> None:
-        """Replay nothing."""
-        self.replayed.append(desc)
+    assert all(count > 0 for count in counts.values()), counts
 
 
 @pytest.mark.parametrize(

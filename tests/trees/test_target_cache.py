@@ -156,29 +156,30 @@ def test_layouts(layout: KVCacheLayout, dtype: torch.dtype) -> None:
     _check(layers, expected)
 
 
-def test_packed_blocks() -> None:
-    """Where elements lie is learned from the backend's operator; exactly so in 16 bits."""
-    layers = _layers(_caches(KVCacheLayout.LBHNC, 3, torch.bfloat16), _columns)
-    slots = dict.fromkeys((layer.layer_name for layer in layers), torch.tensor(ONE))
-    expected = [_expected(layer, ONE, MOVES) for layer in layers]
-    _move(TargetCache(layers), slots)
-    _check(layers, expected)
-
-
-def test_layers_that_lie_unevenly() -> None:
+def _uneven() -> list[torch.Tensor]:
     caches = _caches(KVCacheLayout.LBNHC, 4, torch.float32)
-    layers = _layers([caches[0], caches[3], caches[1]], _plain)
-    layers.append(_layers(_caches(KVCacheLayout.LBNHC, 1, torch.float32), _plain)[0])
-    slots = dict.fromkeys((layer.layer_name for layer in layers), torch.tensor(ONE))
-    expected = [_expected(layer, ONE, MOVES) for layer in layers]
-    _move(TargetCache(layers), slots)
-    _check(layers, expected)
+    return [caches[0], caches[3], caches[1], *_caches(KVCacheLayout.LBNHC, 1, torch.float32)]
 
 
-def test_many_layers_are_moved_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    row_bytes = len(MOVES) * HEADS * 2 * PADDED * 4
-    monkeypatch.setattr("vllm_vispec.trees.target_cache._MAX_BYTES", 2 * row_bytes)
-    layers = _layers(_caches(KVCacheLayout.LBNHC, 5, torch.float32), _plain)
+ROW_BYTES = len(MOVES) * HEADS * 2 * PADDED * 4
+
+
+@pytest.mark.parametrize(
+    ("caches", "pack", "max_bytes"),
+    [
+        # Where elements lie is learned from the backend's operator; exactly so in 16 bits.
+        (_caches(KVCacheLayout.LBHNC, 3, torch.bfloat16), _columns, None),
+        (_uneven(), _plain, None),
+        (_caches(KVCacheLayout.LBNHC, 5, torch.float32), _plain, 2 * ROW_BYTES),
+    ],
+    ids=["packed blocks", "layers that lie unevenly", "many layers, in parts"],
+)
+def test_other_forms(
+    caches: list[torch.Tensor], pack: Pack, max_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if max_bytes is not None:
+        monkeypatch.setattr("vllm_vispec.trees.target_cache._MAX_BYTES", max_bytes)
+    layers = _layers(caches, pack)
     slots = dict.fromkeys((layer.layer_name for layer in layers), torch.tensor(ONE))
     expected = [_expected(layer, ONE, MOVES) for layer in layers]
     _move(TargetCache(layers), slots)

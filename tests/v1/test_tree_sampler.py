@@ -250,23 +250,6 @@ def test_draws_have_the_targets_distribution(top_k: int | None) -> None:
     assert chisquare(observed, [value * scale for value in wanted]).pvalue > 1e-3
 
 
-def test_a_requests_own_generator_decides() -> None:
-    tree = grow(random_model(5), SETTINGS, 1, NODES)
-    table = TreeTable(SETTINGS.levels, NODES, 3, CPU)
-    table.write_trees(slice(1), tree)
-    metadata = _metadata([tree.token[0].tolist()] * 3)
-    logits = torch.randn(NODES + 1, VOCAB, generator=torch.Generator().manual_seed(3)).repeat(3, 1)
-    rows = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        generators = {0: torch.Generator().manual_seed(7), 2: torch.Generator().manual_seed(7)}
-        sampling = _sampling(3, 1.0, generators=generators)
-        batch = _batch(table, [0, 0, 0], metadata)
-        rows.append(_sample(batch, metadata, logits.clone(), sampling).sampled_token_ids.tolist())
-    assert rows[0][0] == rows[0][2] == rows[1][0] == rows[1][2]
-    assert rows[0][1] != rows[1][1]
-
-
 def test_batches_draw_what_single_requests_draw() -> None:
     """A greedy request and one without drafts among them."""
     tree = grow(random_model(6), SETTINGS, 4, NODES)
@@ -277,6 +260,7 @@ def test_batches_draw_what_single_requests_draw() -> None:
     generator = torch.Generator().manual_seed(4)
     parts = [torch.randn(length + 1, VOCAB, generator=generator) for length in lengths]
 
+    # Each request's own generator decides, whatever torch's is.
     def drawn(requests: list[int]) -> list[list[int]]:
         metadata = _metadata([drafts[r] for r in requests])
         generators = {i: torch.Generator().manual_seed(r) for i, r in enumerate(requests)}
