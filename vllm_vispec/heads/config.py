@@ -220,53 +220,43 @@ class HeadConfig:
         # transformers 5 has the RoPE base in a section of its own.
         rope = content.get("rope_parameters")
         flat = {**content, **(rope if isinstance(rope, Mapping) else {})}
-        optional = ("compressor", *_DRAFT_VLM_FIELDS)
-        values = {name: section[name] for name in optional if name in section}
-        for names, source, where in (
-            ((*LLAMA_FIELDS, "rope_theta"), flat, "config.json"),
-            (_VISPEC_FIELDS, section, 'the "vispec" section of config.json'),
-        ):
-            for name in names:
-                if name not in source:
-                    raise ViSpecError(
-                        f"{where} of the head lacks {name!r}: restore the config.json that was "
-                        "written with these weights"
-                    )
-                values[name] = source[name]
+        values = {name: flat[name] for name in _FLAT_FIELDS if name in flat}
+        values |= {
+            name: section[name] for name in (*_VISPEC_FIELDS, *_OPTIONAL_FIELDS) if name in section
+        }
+        for name in (*_FLAT_FIELDS, *_VISPEC_FIELDS):
+            if name not in values:
+                raise ViSpecError(
+                    f"config.json of the head lacks {name!r}: restore the config.json that was "
+                    "written with these weights"
+                )
         return cls(**values)
 
 
 FIELD_NAMES = tuple(field.name for field in fields(HeadConfig))
-_VISPEC_FIELDS = tuple(
-    name
-    for name in FIELD_NAMES
-    if name not in (*LLAMA_FIELDS, *_DRAFT_VLM_FIELDS, "rope_theta", "compressor")
-)
+_FLAT_FIELDS = (*LLAMA_FIELDS, "rope_theta")
+_OPTIONAL_FIELDS = ("compressor", *_DRAFT_VLM_FIELDS)
+# What the "vispec" section always has.
+_VISPEC_FIELDS = tuple(n for n in FIELD_NAMES if n not in (*_FLAT_FIELDS, *_OPTIONAL_FIELDS))
 
 
 def _check_types(config: HeadConfig) -> None:
     """Refuse values that are not of their field's type, or not above 0."""
     for field in fields(config):
         value = getattr(config, field.name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if field.type == "bool" and not isinstance(value, bool):
-            wanted = "true or false"
-        elif field.name == "vision_size":
-            if isinstance(value, int) and is_number and value >= 0:
-                continue
-            wanted = "an integer of at least 0 (0: a head on the target's states)"
-        elif field.type == "int" and not (isinstance(value, int) and is_number and value >= 1):
-            wanted = "an integer of at least 1"
-        elif field.type == "float" and not (is_number and value > 0):
-            wanted = "a positive number"
-        elif field.name == "compressor" and not isinstance(value, str):
-            wanted = 'a text like "prune:20"'
-        else:
-            continue
-        raise ViSpecError(
-            f"{field.name} of the head is {value!r}, it must be {wanted}: correct the head's "
-            "config.json or its weights"
-        )
+        # 0: a head on the target's states.
+        least = 0 if field.name == "vision_size" else 1
+        fits, wanted = {
+            "bool": (type(value) is bool, "true or false"),
+            "int": (type(value) is int and value >= least, f"an integer of at least {least}"),
+            "float": (type(value) in (int, float) and value > 0, "a positive number"),
+            "str": (type(value) is str, "a text"),
+        }[str(field.type)]
+        if not fits:
+            raise ViSpecError(
+                f"{field.name} of the head is {value!r}, it must be {wanted}: correct the head's "
+                "config.json or its weights"
+            )
 
 
 def _check_compressor(config: HeadConfig) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -101,7 +102,14 @@ def inspect_head(path_or_hub_id: str | Path, revision: str | None = None) -> Hea
     shapes = {name: entry.shape for name, entry in entries.items()}
     found = detect_format(config, shapes)
     if found is None:
-        raise _unknown_format(folder, config, shapes)
+        other = describe_other_model(config, shapes)
+        if other is not None:
+            raise ViSpecError(f"{folder} is {other}; ViSpec needs a head with an image adaptor")
+        raise ViSpecError(
+            f"{folder} is of an unknown checkpoint format (architectures "
+            f"{config.get('architectures')!r}, tensors {short_list(sorted(shapes))}): expected one "
+            f"of {', '.join(FORMATS)}; give a ViSpec head, or add its format"
+        )
     if not is_draft_vlm(config):
         _refuse_more_layers(shapes)
     head = found.read_config(config, shapes)
@@ -112,14 +120,13 @@ def inspect_head(path_or_hub_id: str | Path, revision: str | None = None) -> Hea
 def is_vispec_head(folder: str | Path) -> bool:
     """Whether a folder looks like a ViSpec head, be it complete and consistent or not."""
     folder = Path(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
     try:
         config = read_json(folder / CONFIG)
     except ViSpecError:
         return False
-    try:
+    with suppress(ViSpecError):
         shapes = {name: entry.shape for name, entry in read_entries(weight_files(folder)).items()}
-    except ViSpecError:
-        shapes = {}
     return detect_format(config, shapes) is not None
 
 
@@ -228,52 +235,33 @@ def read_entries(files: list[Path]) -> dict[str, TensorEntry]:
     """
     entries: dict[str, TensorEntry] = {}
     for file in files:
-        for name, entry in _read_header(file).items():
+        try:
+            with safe_open(str(file), framework="numpy") as weights:
+                slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+                found = {name: (one.get_shape(), one.get_dtype()) for name, one in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise ViSpecError(
+                f"{file} is truncated or corrupt ({error}): download or export the head again"
+            ) from error
+        for name, (shape, dtype) in found.items():
             if name in entries:
                 raise ViSpecError(
                     f"tensor {name!r} is in both {entries[name].file.name} and {file.name}: "
                     "keep one set of weights in the head's folder"
                 )
-            if entry.dtype not in DTYPES:
+            if dtype not in DTYPES:
                 raise ViSpecError(
-                    f"tensor {name!r} of the head has dtype {entry.dtype}: only unquantised "
-                    "heads (float32, float16, bfloat16) are supported"
+                    f"tensor {name!r} of the head has dtype {dtype}: only unquantised heads "
+                    "(float32, float16, bfloat16) are supported"
                 )
-            entries[name] = entry
+            entries[name] = TensorEntry(file, tuple(shape), str(dtype))
     return entries
-
-
-def _read_header(file: Path) -> dict[str, TensorEntry]:
-    try:
-        with safe_open(str(file), framework="numpy") as weights:
-            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
-            return {
-                name: TensorEntry(file, tuple(one.get_shape()), str(one.get_dtype()))
-                for name, one in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise ViSpecError(
-            f"{file} is truncated or corrupt ({error}): download or export the head again"
-        ) from error
 
 
 def short_list(names: list[str], limit: int = 6) -> str:
     """At most `limit` names, then a count."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def _unknown_format(
-    folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> ViSpecError:
-    other = describe_other_model(config, shapes)
-    if other is not None:
-        return ViSpecError(f"{folder} is {other}; ViSpec needs a head with an image adaptor")
-    return ViSpecError(
-        f"{folder} is of an unknown checkpoint format (architectures "
-        f"{config.get('architectures')!r}, tensors {short_list(sorted(shapes))}): expected one of "
-        f"{', '.join(FORMATS)}; give a ViSpec head, or add its format"
-    )
 
 
 def _refuse_more_layers(shapes: Mapping[str, tuple[int, ...]]) -> None:
