@@ -12,7 +12,7 @@ from vllm_vispec.bench.schema import BenchSample
 
 K = 3
 DECODE = Batch((K + 1,), (K,))
-OURS = (("rows", 3.0), ("adaptor", 5.0))
+OURS = ((parts.ROWS, 3.0), (parts.ADAPTOR, 5.0))
 
 
 def prefill(tokens: int = 40, image_tokens: int = 30, computed: int = 0) -> Batch:

@@ -97,7 +97,6 @@ def test_files(events: list[str], tmp_path: Path) -> None:
         "Prefill steps, medians over 4 on each side",
         "- Steps left out, eagle: 8 without a counterpart\n\n## Conditions",
         "(profile.svg)",
-        profile["command"],
     ):
         assert said in page
     assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
@@ -107,10 +106,21 @@ def test_files(events: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "profile.svg").read_bytes() == svg
 
 
-def test_command_can_be_typed_again(tmp_path: Path, events: list[str]) -> None:
+def test_from_the_command_line(
+    tmp_path: Path, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "questions.jsonl"
     record = {"id": "s0", "family": "f", "messages": [{"role": "user", "content": "q"}]}
     file.write_text(json.dumps(record) + "\n")
+    words = [*("bench", "profile", "--target", str(TARGET), "--head", str(HEAD), "-k", str(K))]
+    words += ["--data", str(file), "--limit", "1", "--families", "f", "--clock", "cpu"]
+    words += ["--serve", "--dtype float32", "--speculative-config", '{"draft_vocab": 5}']
+    words += ["--repetitions", "2", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/vispec", *words])
+    result = CLI.invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "wrote profile.json" in result.output
+    found = json.loads((tmp_path / "out" / "profile.json").read_text())
     settings = replace(
         SETTINGS,
         data=str(file),
@@ -120,12 +130,8 @@ def test_command_can_be_typed_again(tmp_path: Path, events: list[str]) -> None:
         serve_args=("--dtype", "float32"),
         speculative_config={"draft_vocab": 5},
     )
-    result = CLI.invoke(app, shlex.split(settings.command(tmp_path / "out"))[1:])
-    assert result.exit_code == 0, result.output
-    assert "wrote profile.json" in result.output
-    found = json.loads((tmp_path / "out" / "profile.json").read_text())
     assert found["settings"] == json.loads(json.dumps(asdict(settings)))
-    assert found["command"] == settings.command(tmp_path / "out")
+    assert shlex.split(found["command"]) == ["vispec", *words]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -22,7 +21,7 @@ from vllm_vispec.bench.roofline import (
     predict,
     target_shape,
 )
-from vllm_vispec.bench.schema import BenchRun, CellKey, CellResult
+from vllm_vispec.bench.schema import BenchRun
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.settings import Settings
 
@@ -121,14 +120,11 @@ def read_measured(path: Path, side: str, context: float | None = None) -> list[M
 
 def measured_cells(run: BenchRun, side: str) -> list[MeasuredCell]:
     """Return the plain cells and those of a side, repetitions pooled, without what failed."""
-    from vllm_vispec.bench.metrics import BASELINE, acceptance_rates, decoded
+    from vllm_vispec.bench.metrics import BASELINE, acceptance_rates, by_key, decoded
 
-    pools: dict[CellKey, list[CellResult]] = defaultdict(list)
-    for cell in run.cells:
-        if cell.key.side in (BASELINE, side) and cell.error is None:
-            pools[cell.key].append(cell)
+    usable = (c for c in run.cells if c.key.side in (BASELINE, side) and c.error is None)
     found = []
-    for key, pool in pools.items():
+    for key, pool in by_key(usable).items():
         requests, is_plain = decoded(pool), key.side == BASELINE
         acceptance = () if is_plain else acceptance_rates(pool)
         seconds = sum(one.decode_s for one in requests)

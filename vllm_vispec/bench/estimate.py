@@ -67,7 +67,6 @@ class EstimateOptions(Settings):
         (1, 2, 4, 8, 16, 32, 64), description="Sequences decoded at once."
     )
     context: float = Field(1024.0, ge=0, description="Tokens of context per sequence.")
-    draft_context: float | None = Field(None, ge=0, description="Those that the draft reads.")
     draft_vocab: int | None = Field(None, description="Rows of a smaller lm_head for the draft.")
     dtype: str | None = Field(None, description="Instead of config.json's.")
     bandwidth_share: float = Field(
@@ -176,7 +175,7 @@ def estimate(options: EstimateOptions) -> dict[str, Any]:
         accepted = tuple(rate**k for k in range(1, longest + 1))
     rows, speedups = [], defaultdict[int, dict[int, float]](dict)
     for batch, k in product(options.batch_size, options.num_speculative_tokens):
-        work = (accepted, k, batch, options.context, options.draft_context)
+        work = (accepted, k, batch, options.context)
         mid, low, high = (
             predict(target, draft, replace(hardware, pass_overhead_s=x), *work)
             for x in (hardware.pass_overhead_s, 0.0, 2 * hardware.pass_overhead_s)

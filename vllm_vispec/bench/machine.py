@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,17 @@ RECORDED = (*ENVIRONMENT, *CPU_ENVIRONMENT, "OMP_NUM_THREADS", "VLLM_USE_V2_MODE
 
 def describe_machine() -> dict[str, Any]:
     """Return processor, GPUs, load and versions, as plain data."""
+    packages = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 1),
-        "gpus": _nvidia_smi("--query-gpu=name,driver_version,memory.total", "csv,noheader"),
+        "gpus": _nvidia_smi("--query-gpu=name,driver_version,memory.total"),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": packages,
     }
 
 
@@ -49,7 +54,7 @@ def describe_conditions() -> dict[str, Any]:
 
 def has_gpu() -> bool:
     """Whether there is an NVIDIA GPU."""
-    return bool(_nvidia_smi("--query-gpu=name", "csv,noheader"))
+    return bool(_nvidia_smi("--query-gpu=name"))
 
 
 def server_environment() -> dict[str, str]:
@@ -71,38 +76,30 @@ def peak_bytes(leader: int) -> int | None:
         family = [leader, *(child.pid for child in process.children(recursive=True))]
     except psutil.Error:
         return None
-    rows = _nvidia_smi("--query-compute-apps=pid,used_memory", "csv,noheader,nounits")
-    found = (re.fullmatch(r"(\d+), *(\d+)", row) for row in rows)
+    rows = _nvidia_smi("--query-compute-apps=pid,used_memory")
+    found = (re.match(r"(\d+), *(\d+)", row) for row in rows)
     device = sum(int(one[2]) << 20 for one in found if one and int(one[1]) in family)
     return device or sum(map(_most_resident_bytes, family)) or None
 
 
 def _most_resident_bytes(pid: int) -> int:
-    try:
+    with suppress(OSError):
         found = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())
-    except OSError:
-        return 0
-    return int(found[1]) << 10 if found else 0
+        return int(found[1]) << 10 if found else 0
+    return 0
 
 
-def _nvidia_smi(query: str, form: str) -> list[str]:
+def _nvidia_smi(query: str) -> list[str]:
     """Return the lines of an answer; none where there is no GPU."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
-    command = [tool, query, f"--format={form}"]
+    command = [tool, query, "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -103,23 +103,6 @@ class ProfileSettings:
             given = ",".join(map(str, self.image_tokens))
             raise ViSpecError(f"--image-tokens {given}: give {AS_THEY_ARE}, 0 or more")
 
-    def command(self, output: Path) -> str:
-        """Return what a user types to measure this."""
-        words = ["vispec", "bench", "profile"]
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if value == one.default or value in ((), {}):
-                continue
-            name = one.name.replace("_", "-")
-            if name == "serve-args":
-                name, value = "serve", shlex.join(value)
-            elif isinstance(value, tuple):
-                value = ",".join(AS_THEY_ARE if x == IMAGES_AS_THEY_ARE else str(x) for x in value)
-            elif isinstance(value, dict):
-                value = json.dumps(value)
-            words += [f"--{name}", str(value)]
-        return shlex.join([*words, "--output", str(output)])
-
 
 class Engine(Protocol):
     """What `EngineProcess` offers."""
@@ -170,7 +153,7 @@ def run_profile(
     profile = {
         "machine": machine,
         "settings": asdict(settings),
-        "command": settings.command(output),
+        "command": typed_command(),
         "left_out": left_out,
         **{kind: summarise(found) for kind, found in kinds.items()},
         "prefill_by_image_tokens": by_image_tokens(kinds[PREFILL]),
@@ -179,6 +162,15 @@ def run_profile(
     write_text(output / "profile.md", to_page(profile))
     draw(profile, output)
     return profile
+
+
+def typed_command() -> str:
+    """Return the command line of this process, without the path of its program."""
+    program = Path(sys.argv[0])
+    words = [program.name]
+    if program.name == "__main__.py":
+        words = ["python", "-m", program.parent.name]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 def jobs(settings: ProfileSettings, folder: Path) -> dict[str, Job]:

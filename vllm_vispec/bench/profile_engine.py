@@ -132,7 +132,7 @@ class EngineProcess(WorkerProcess):
         Raises:
             ViSpecError: it does not start.
         """
-        self.request({"do": "start", "job": self.job.to_json()}, START_S)
+        self.request(self.job.to_json(), START_S)
 
     def record(self, samples: Sequence[BenchSample]) -> Steps:
         """Have samples answered together, with empty caches; returns the steps that it took.
@@ -140,7 +140,7 @@ class EngineProcess(WorkerProcess):
         Raises:
             ViSpecError: an image cannot be read, or the engine fails.
         """
-        return Steps.from_json(self.request({"do": "record", **_questions(samples)}))
+        return Steps.from_json(self._chat(samples)["steps"])
 
     def answer(self, sample: BenchSample) -> str:
         """Return the greedy answer to one sample.
@@ -148,67 +148,41 @@ class EngineProcess(WorkerProcess):
         Raises:
             ViSpecError: see `record`.
         """
-        return str(self.request({"do": "answer", **_questions([sample])})["text"])
+        return str(self._chat([sample])["texts"][0])
 
-
-def _questions(samples: Sequence[BenchSample]) -> dict[str, Any]:
-    return {
-        "messages": [chat_messages(sample) for sample in samples],
-        "max_tokens": [sample.max_tokens for sample in samples],
-    }
+    def _chat(self, samples: Sequence[BenchSample]) -> dict[str, Any]:
+        messages = [chat_messages(sample) for sample in samples]
+        limits = [sample.max_tokens for sample in samples]
+        return self.request({"messages": messages, "max_tokens": limits})
 
 
 class ProfiledEngine:
-    """In the child: a `vllm.LLM` whose steps are recorded; requests call its methods by name."""
+    """In the child: a `vllm.LLM` whose steps are recorded."""
 
-    job: Job
-    llm: Any = None
-    recorder: Recorder
-
-    def reply(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do what a request says; an error becomes its message."""
-        try:
-            reply: dict[str, Any] = getattr(self, request.pop("do"))(**request)
-        except Exception as error:
-            traceback.print_exc()
-            return {"error": str(error) or type(error).__name__}
-        return reply
-
-    def start(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        """Build the engine and record it from now on."""
+    def __init__(self, job: Job) -> None:
         from vllm_vispec.compat.check import require
         from vllm_vispec.compat.groups import groups_named
         from vllm_vispec.plugin import register
 
-        self.job = Job.from_json(job)
-        for group in groups_named("profile", cast("Runner", self.job.runner)):
+        for group in groups_named("profile", cast("Runner", job.runner)):
             require(group)
         register()
-        self.llm = make_llm(self.job)
-        self.recorder = Recorder(CLOCKS[self.job.clock])
-        install(self.recorder, self.llm, self.job.runner)
-        return {}
+        self.job, self.llm, self.recorder = job, make_llm(job), Recorder(CLOCKS[job.clock])
+        install(self.recorder, self.llm, job.runner)
 
-    def record(self, messages: Sequence[Any], max_tokens: Sequence[int]) -> dict[str, Any]:
-        """Answer requests together and greedily; returns their `Steps`."""
+    def chat(self, messages: Sequence[Any], max_tokens: Sequence[int]) -> dict[str, Any]:
+        """Answer requests together and greedily; returns their texts and their `Steps`."""
+        from vllm import SamplingParams
+
         # The vision tower and the adaptor are to run again for images that were seen before.
         for name in ("reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache"):
             getattr(self.llm.llm_engine, name)()
         self.recorder.take()
-        self._chat(messages, max_tokens)
-        drafts = self.job.speculative_config["num_speculative_tokens"]
-        return find_steps(self.recorder.take(), drafts, self.job.concurrency).to_json()
-
-    def answer(self, messages: Sequence[Any], max_tokens: Sequence[int]) -> dict[str, Any]:
-        """Answer one request; returns its text."""
-        return {"text": self._chat(messages, max_tokens)[0].outputs[0].text}
-
-    def _chat(self, messages: Sequence[Any], max_tokens: Sequence[int]) -> list[Any]:
-        from vllm import SamplingParams
-
         params = [SamplingParams(temperature=0.0, max_tokens=limit) for limit in max_tokens]
-        outputs: list[Any] = self.llm.chat(messages, params, use_tqdm=False)
-        return outputs
+        outputs = self.llm.chat(messages, params, use_tqdm=False)
+        drafts = self.job.speculative_config["num_speculative_tokens"]
+        steps = find_steps(self.recorder.take(), drafts, self.job.concurrency)
+        return {"texts": [one.outputs[0].text for one in outputs], "steps": steps.to_json()}
 
 
 def make_llm(job: Job) -> Any:
@@ -290,8 +264,24 @@ def install(recorder: Recorder, llm: Any, runner_name: str) -> None:
         recorder.wrap(owner, method, name)
 
 
-if __name__ == "__main__":
-    engine = ProfiledEngine()
-    serve_requests(engine.reply)
-    if engine.llm is not None:
+def main() -> None:
+    """Start the engine of the first request, answer the others until stdin ends."""
+    engines: list[ProfiledEngine] = []
+
+    def reply(request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            if engines:
+                return engines[0].chat(**request)
+            engines.append(ProfiledEngine(Job.from_json(request)))
+        except Exception as error:
+            traceback.print_exc()
+            return {"error": str(error) or type(error).__name__}
+        return {}
+
+    serve_requests(reply)
+    for engine in engines:
         engine.llm.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main()

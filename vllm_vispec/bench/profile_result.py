@@ -115,10 +115,8 @@ def _typical(table_RC: Numbers, step_column: int) -> Numbers:
 
 def to_page(profile: Mapping[str, Any]) -> str:
     """Return the profile as Markdown; its picture is `profile.svg` beside it."""
-    labels = dict(WHOLES)
-    for kind in KINDS:
-        for name, part in columns(kind, profile["settings"]["num_speculative_tokens"]).items():
-            labels[name] = part.label + name.removeprefix(part.name).replace("_", " ")
+    parts = columns(profile["settings"]["num_speculative_tokens"])
+    labels = WHOLES | {name: part.label for name, part in parts.items()}
     return to_markdown("profile.md.j2", profile=profile, kinds=KINDS, labels=labels)
 
 
@@ -142,7 +140,7 @@ def draw(profile: Mapping[str, Any], folder: Path) -> None:
         figure = Figure(figsize=(9.5, 5.5), layout="constrained")
         for axes, (kind, title) in zip(figure.subplots(1, 2), KINDS.items(), strict=True):
             tops = np.zeros(len(SIDES))
-            for name, part in columns(kind, drafts).items():
+            for name, part in columns(drafts).items():
                 seconds = [profile[kind]["parts"][name][side]["typical"] for side in SIDES]
                 heights = 1000 * np.array(seconds)
                 look = {"color": part.color, "edgecolor": "white", "linewidth": 0.5}
@@ -155,7 +153,7 @@ def draw(profile: Mapping[str, Any], folder: Path) -> None:
             axes.set_axisbelow(True)
             axes.margins(x=0.15)
         # In the order of the bars, from the top.
-        legend = [Patch(color=part.color, label=part.label) for part in reversed(PARTS)]
+        legend = [Patch(color=part.color, label=part.label) for part in reversed(PARTS.values())]
         figure.legend(handles=legend, loc="outside right center", fontsize="small")
         title = f"Where a step's time goes: {runner} runner, K = {drafts}, {clock} time"
         figure.suptitle(title, fontsize="small")

@@ -17,49 +17,37 @@ DECODE, PREFILL = "decode", "prefill"
 KINDS = {DECODE: "Decoding steps", PREFILL: "Prefill steps"}
 OTHER_BATCH, INCOMPLETE = "other batch", "incomplete"
 
-# Names of spans.
-STEP, EXECUTE = "step", "execute"
-TARGET_MODEL, TARGET_LOGITS, SAMPLE = "target_model", "target_logits", "sample"
-PROPOSE, DRAFT_MODEL, DRAFT_LOGITS = "propose", "draft_model", "draft_logits"
-DRAFT_SAMPLE, VISION, ADAPTOR, ROWS = "draft_sample", "vision", "adaptor", "rows"
+# Names of spans; a span's own time is the part of this name, if there is one.
+STEP, EXECUTE, DRAFT_MODEL = "step", "execute", "draft_model"
+VISION, TARGET_MODEL, TARGET_LOGITS = "vision_tower", "target_pass", "target_lm_head"
+SAMPLE, ADAPTOR, ROWS = "verification", "adaptor", "row_codes"
+PROPOSE, DRAFT_LOGITS, DRAFT_SAMPLE = "draft_host", "draft_lm_head", "draft_sampling"
 ONCE = (EXECUTE, TARGET_MODEL, TARGET_LOGITS, SAMPLE, PROPOSE)
-
+# Parts that no span is named after.
 FIRST_PASS, DRAFT_STEP, HOST = "draft_first_pass", "draft_step", "host"
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of a step.
+class Part(NamedTuple):
+    """How a part of a step is shown."""
 
-    Attributes:
-        name: in the JSON file.
-        label: in tables and legends.
-        color: in the picture.
-        span: whose own time it is; "" where a rule of its own says.
-        kinds: steps that have it.
-    """
-
-    name: str
     label: str
     color: str
-    span: str = ""
-    kinds: tuple[str, ...] = (DECODE, PREFILL)
 
 
-PARTS = (
-    Part("vision_tower", "vision tower", "#f0e442", VISION, (PREFILL,)),
-    Part("target_pass", "target pass", "#0072b2", TARGET_MODEL),
-    Part("target_lm_head", "target lm_head", "#56b4e9", TARGET_LOGITS),
-    Part("verification", "verification and sampling", "#8c6d00", SAMPLE),
-    Part("adaptor", "vision adaptor", "#009e73", ADAPTOR, (PREFILL,)),
-    Part("row_codes", "row codes", "#117733", ROWS),
-    Part(FIRST_PASS, "draft first pass", "#d55e00"),
-    Part(DRAFT_STEP, "draft step", "#e69f00"),
-    Part("draft_lm_head", "draft lm_head", "#cc79a7", DRAFT_LOGITS),
-    Part("draft_sampling", "draft sampling", "#882255", DRAFT_SAMPLE),
-    Part("draft_host", "host work of the draft", "#8c8c8c", PROPOSE),
-    Part(HOST, "host work, the rest", "#d0d0d0"),
-)
+PARTS = {
+    VISION: Part("vision tower", "#f0e442"),
+    TARGET_MODEL: Part("target pass", "#0072b2"),
+    TARGET_LOGITS: Part("target lm_head", "#56b4e9"),
+    SAMPLE: Part("verification and sampling", "#8c6d00"),
+    ADAPTOR: Part("vision adaptor", "#009e73"),
+    ROWS: Part("row codes", "#117733"),
+    FIRST_PASS: Part("draft first pass", "#d55e00"),
+    DRAFT_STEP: Part("draft step", "#e69f00"),
+    DRAFT_LOGITS: Part("draft lm_head", "#cc79a7"),
+    DRAFT_SAMPLE: Part("draft sampling", "#882255"),
+    PROPOSE: Part("host work of the draft", "#8c8c8c"),
+    HOST: Part("host work, the rest", "#d0d0d0"),
+}
 WHOLES = {
     "first_pass": "first pass, call of the proposer to its logits",
     "step": "draft step, logits to logits",
@@ -69,17 +57,18 @@ WHOLES = {
 """What overlaps the parts: times by other borders, the same on every runner."""
 
 
-def columns(kind: str, num_draft_tokens: int) -> dict[str, Part]:
-    """Return the parts of a kind of step by name, in order, every draft step apart.
+def columns(num_draft_tokens: int) -> dict[str, Part]:
+    """Return the parts of a step by name, in order, every draft step apart.
 
     Their seconds add up to the step's.
     """
     found: dict[str, Part] = {}
-    for part in PARTS:
-        if kind in part.kinds and part.name != DRAFT_STEP:
-            found[part.name] = part
-        elif kind in part.kinds:
-            found |= {f"{DRAFT_STEP}_{number}": part for number in range(1, num_draft_tokens)}
+    for name, part in PARTS.items():
+        if name == DRAFT_STEP:
+            for number in range(1, num_draft_tokens):
+                found[f"{name}_{number}"] = Part(f"{part.label} {number}", part.color)
+        else:
+            found[name] = part
     return found
 
 
@@ -292,7 +281,7 @@ def find_steps(spans: Sequence[Span], num_draft_tokens: int, concurrency: int) -
         kind = batch.kind(num_draft_tokens, concurrency)
         if kind is None:
             left_out[OTHER_BATCH] += 1
-        elif (split := _split(inside, kind, num_draft_tokens)) is None:
+        elif (split := _split(inside, num_draft_tokens)) is None:
             left_out[INCOMPLETE] += 1
         else:
             tokens = sum(one.tokens for one in batch.prompts)
@@ -302,7 +291,7 @@ def find_steps(spans: Sequence[Span], num_draft_tokens: int, concurrency: int) -
 
 
 def _split(
-    spans: Sequence[Span], kind: str, num_draft_tokens: int
+    spans: Sequence[Span], num_draft_tokens: int
 ) -> tuple[dict[str, float], dict[str, float]] | None:
     """Return seconds by part and of the wholes; None if something is missing or too much."""
     named: defaultdict[str, list[Span]] = defaultdict(list)
@@ -318,8 +307,8 @@ def _split(
     if num_draft_tokens > 1:
         wholes["step"] = (logits[-1].end - logits[0].end) / (num_draft_tokens - 1)
     wholes |= {"propose": propose.seconds, "round": step.seconds}
-    parts = columns(kind, num_draft_tokens)
-    seconds = {name: sum(span.own for span in named[part.span]) for name, part in parts.items()}
+    parts = columns(num_draft_tokens)
+    seconds = {name: sum((span.own for span in named[name]), 0.0) for name in parts}
     seconds[FIRST_PASS] = passes[0].own
     for number, later in enumerate(passes[1:], start=1):
         seconds[f"{DRAFT_STEP}_{number}"] = later.own

@@ -117,7 +117,6 @@ def predict(
     k: int,
     batch: int,
     context: float,
-    draft_context: float | None = None,
 ) -> Prediction:
     """Estimate plain decoding (a token per sequence) and a step of speculative decoding.
 
@@ -130,17 +129,15 @@ def predict(
         k: draft tokens; 0 is plain decoding.
         batch: sequences decoded at once.
         context: tokens of each of them, images included, on average over its answer.
-        draft_context: those of which the draft reads keys and values; None: as many. Less where KV
-            blocks of masked image tokens are dropped.
 
     Raises:
         ViSpecError: the acceptance is impossible or does not cover K.
     """
-    wide, reads = batch * (k + 1), context if draft_context is None else draft_context
+    wide = batch * (k + 1)
     plain, plain_bound = hardware.run(target, batch, context, batch, batch)
     verify, verify_bound = hardware.run(target, batch, context, wide, wide)
-    first, _ = hardware.run(draft, batch, reads, wide, batch)
-    later, draft_bound = hardware.run(draft, batch, reads, batch, batch)
+    first, _ = hardware.run(draft, batch, context, wide, batch)
+    later, draft_bound = hardware.run(draft, batch, context, batch, batch)
     tokens = acceptance_length(acceptance, k)
     step_s = verify + (first + (k - 1) * later if k else 0.0)
     times, bounds = (plain, verify, first, later), (plain_bound, verify_bound, draft_bound)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import StrictInt, TypeAdapter, ValidationError
+from pydantic import Field, StrictInt, TypeAdapter, ValidationError
 
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -22,9 +23,8 @@ FORM = (
 
 Ranges = tuple[tuple[int, int, int], ...]
 """(first batch size, last batch size, K), in order; vLLM goes on with the last K."""
-_RANGES: TypeAdapter[list[tuple[StrictInt, StrictInt, StrictInt]]] = TypeAdapter(
-    list[tuple[StrictInt, StrictInt, StrictInt]]
-)
+_Size = Annotated[StrictInt, Field(ge=1)]
+_RANGES = TypeAdapter(list[tuple[_Size, _Size, Annotated[StrictInt, Field(ge=0)]]])
 
 
 def read_schedule(given: str) -> Ranges:
@@ -63,11 +63,10 @@ def check_ranges(value: Any) -> Ranges:
         ViSpecError: it does not, with the form that is wanted.
     """
     shown = f"--schedule {json.dumps(value)}"
-    try:
-        ranges: Ranges = tuple(_RANGES.validate_python(value))
-    except ValidationError as error:
-        raise ViSpecError(f"{shown} is not a list of ranges: {FORM}") from error
-    if not ranges or not all(1 <= first <= last and k >= 0 for first, last, k in ranges):
+    ranges: Ranges = ()
+    with suppress(ValidationError):
+        ranges = tuple(_RANGES.validate_python(value))
+    if not ranges or any(first > last for first, last, _ in ranges):
         raise ViSpecError(f"{shown} is not a list of ranges: {FORM}")
     if ranges[0][0] != 1 or any(later[0] <= earlier[1] for earlier, later in pairwise(ranges)):
         raise ViSpecError(f"{shown} does not begin at 1 or overlaps: {FORM}")
