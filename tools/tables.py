@@ -197,20 +197,13 @@ def _with_qwen(call: Callable[[EstimateOptions], Any]) -> Any:
 
 def calibration() -> str:
     """What the cost model says about committed measurements that it has not seen."""
-    from vllm_vispec.bench.calibrate import (
-        calibrate,
-        calibration_to_markdown,
-        hold_out,
-        read_measured,
-    )
-    from vllm_vispec.bench.roofline import draft_shape, target_shape
+    from vllm_vispec.bench.calibrate import CalibrateOptions, calibrate_run, calibration_to_markdown
+    from vllm_vispec.utils.settings import parse
 
-    found = calibrate(
-        read_measured(ROOT / "benchmarks/results/decode_speed.json", "vispec", 150),
-        target_shape(CHECKPOINTS / "target", "float32"),
-        draft_shape(CHECKPOINTS / "vispec_head", CHECKPOINTS / "target", "float32"),
-        hold_out("k=5,10"),
-    )
+    target, head = CHECKPOINTS / "target", CHECKPOINTS / "vispec_head"
+    settings = {"target": target, "head": head, "dtype": "float32", "hold_out": "k=5,10"}
+    options = parse(CalibrateOptions, {**settings, "context": 150})
+    found = calibrate_run(ROOT / "benchmarks/results/decode_speed.json", options)
     return calibration_to_markdown(found)
 
 

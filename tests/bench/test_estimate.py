@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -12,36 +12,11 @@ from typer.testing import CliRunner
 
 from examples.tiny_vlm.shipped import CHECKPOINTS
 from tools.tables import QWEN_7B
-from vllm_vispec.bench.calibrate import (
-    MeasuredCell,
-    calibrate,
-    hold_out,
-    measured_cells,
-    read_measured,
-)
-from vllm_vispec.bench.estimate import (
-    EstimateOptions,
-    estimate,
-    estimate_to_markdown,
-)
-from vllm_vispec.bench.roofline import (
-    Hardware,
-    PassShape,
-    draft_shape,
-    predict,
-    target_shape,
-)
-from vllm_vispec.bench.schema import (
-    CELLS_FILE,
-    FORMAT,
-    RUN_FILE,
-    BenchRun,
-    CellKey,
-    CellResult,
-    MemoryFacts,
-    Request,
-    SpecCounters,
-)
+from vllm_vispec.bench import schema
+from vllm_vispec.bench.calibrate import calibrate, measured_cells, read_measured
+from vllm_vispec.bench.estimate import EstimateOptions, estimate, estimate_to_markdown
+from vllm_vispec.bench.roofline import Hardware, PassShape, draft_shape, predict, target_shape
+from vllm_vispec.bench.schema import CellKey, CellResult, Request
 from vllm_vispec.cli.app import app
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.settings import as_flag, parse
@@ -66,17 +41,14 @@ def folder(path: Path, config: object) -> Path:
 # Limits
 
 
-def test_perfect_acceptance_and_a_free_draft_give_k_plus_one() -> None:
+def test_limits() -> None:
     one = predict(TARGET, FREE, HARDWARE, (1.0,) * 3, 3, 1, 500)
-    assert one.decode_speedup == pytest.approx(4)
+    assert one.decode_speedup == pytest.approx(4)  # all is accepted and drafts cost nothing
     # At batch 1 all passes are bound by bandwidth, and verifying costs as much as decoding.
     assert (one.plain_bound, one.verify_bound, one.verify_s) == (*["bandwidth"] * 2, one.plain_s)
-
-
-def test_a_large_batch_is_bound_by_compute_and_loses() -> None:
     one = predict(TARGET, FREE, HARDWARE, TYPICAL, 4, 1024, 1)
+    # Bound by compute, every drafted token costs as much as a decoded one.
     assert one.verify_bound == one.plain_bound == "compute"
-    # Every drafted token costs as much as a decoded one: what is rejected is lost.
     assert one.decode_speedup == pytest.approx(one.acceptance_length / 5)
 
 
@@ -194,33 +166,29 @@ def test_wrong_settings_name_themselves(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("content", "said"),
     [
+        (None, r"has no readable config\.json"),
+        ("{", r"has no readable config\.json .*column"),
         ({"num_experts": 64}, "mixture of experts"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "hidden_size"),
-        ({"vocab_size": "many"}, "vocab_size"),
+        ({"vocab_size": "many"}, r"vocab_size in .*config\.json is 'many': give a whole number"),
         ({"torch_dtype": "int8"}, "dtype int8 is unknown"),
+        ({"hidden_size": 2048}, "hidden_size 2048, the target 3584"),
     ],
 )
-def test_configs_that_cannot_be_counted_are_refused(
-    tmp_path: Path, change: dict[str, object], said: str
+def test_models_that_cannot_be_counted_are_refused(
+    tmp_path: Path, content: dict[str, object] | str | None, said: str
 ) -> None:
+    target, head = folder(tmp_path / "target", QWEN_7B), tmp_path / "head"
+    if isinstance(content, dict):
+        folder(head, {**QWEN_7B, **content})
+    elif content is not None:
+        head.mkdir()
+        (head / "config.json").write_text(content)
     with pytest.raises(ViSpecError, match=said):
-        target_shape(folder(tmp_path / "target", {**QWEN_7B, **change}))
-
-
-def test_unreadable_folders_and_heads_of_other_targets_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ViSpecError, match=r"has no readable config\.json"):
-        target_shape(tmp_path / "nowhere")
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "config.json").write_text("{")
-    with pytest.raises(ViSpecError, match=r"has no readable config\.json .*column"):
-        target_shape(tmp_path / "bad")
-    target = folder(tmp_path / "target", QWEN_7B)
-    head = folder(tmp_path / "head", {**QWEN_7B, "hidden_size": 2048})
-    with pytest.raises(ViSpecError, match="hidden_size 2048, the target 3584"):
-        draft_shape(head, target)
+        _ = target_shape(head), draft_shape(head, target)
 
 
 def options(tmp_path: Path, **others: object) -> EstimateOptions:
@@ -242,26 +210,10 @@ def tiny_shapes() -> tuple[PassShape, PassShape]:
     return target_shape(TINY_TARGET, "float32"), shape
 
 
-def test_calibration_finds_the_rates_that_made_the_cells() -> None:
-    cells = []
-    for batch, k in product((1, 4, 16, 64, 256), (0, 1, 2, 4, 6)):
-        one = predict(TARGET, DRAFT, TRUTH, TYPICAL, k, batch, 500)
-        cells.append(MeasuredCell(batch, k, 500, TYPICAL if k else (), one.seconds_per_token))
-    found = calibrate(cells, TARGET, DRAFT, hold_out("every-third"))
-    assert found["kind"] == "estimate"
-    assert found["compute_seen"]
-    for name, rate in asdict(TRUTH).items():
-        assert found["hardware"][name] == pytest.approx(rate, rel=0.02)
-    assert found["fitted"]["cells"] + found["held_out"]["cells"] == len(found["cells"]) == 25
-    assert found["held_out"]["seconds_per_token"]["worst_error"] < 0.01
-    with pytest.raises(ViSpecError, match="2 measured cells are too few"):
-        calibrate(cells[:4], TARGET, DRAFT, lambda _, cell: cell.num_speculative_tokens < 2)
-
-
 def test_the_form_of_the_model_fits_what_was_measured_on_the_shipped_pair() -> None:
     """Committed measurements, so that no clock is involved."""
     cells = read_measured(RESULTS, "vispec", 150)
-    found = calibrate(cells, *tiny_shapes(), hold_out("every-third"))["held_out"]
+    found = calibrate(cells, *tiny_shapes())["held_out"]
     assert found["cells"] == len(cells) // 2 - 1
     assert found["decode_speedup"]["mean_error"] < 0.10
     assert found["decode_speedup"]["worst_error"] < 0.20
@@ -280,8 +232,9 @@ def cell(
         Request("b", "charts", "", 0, 0, 0.0, 0.0, (), "refused"),
     )
     k = key.num_speculative_tokens
-    spec = accepted and SpecCounters(ROUNDS, k * ROUNDS, sum(accepted), accepted)
-    return CellResult(key, repetition, requests, 1.0, spec or None, MemoryFacts(), "cmd", error)
+    spec = accepted and schema.SpecCounters(ROUNDS, k * ROUNDS, sum(accepted), accepted)
+    memory = schema.MemoryFacts()
+    return CellResult(key, repetition, requests, 1.0, spec or None, memory, "cmd", error)
 
 
 def test_measured_cells_pool_repetitions_and_leave_failures_out() -> None:
@@ -294,17 +247,18 @@ def test_measured_cells_pool_repetitions_and_leave_failures_out() -> None:
         cell(ours, 90.0, (800, 500, 200), 2, error="server died"),
         cell(eagle, 9.9, (800, 500, 200)),
     )
-    base, found = measured_cells(BenchRun(1, {}, {}, cells), "vispec")
-    assert replace(base, seconds_per_token=0) == MeasuredCell(2, 0, 151, (), 0, 3)
-    assert replace(found, seconds_per_token=0) == MeasuredCell(2, 3, 151, (0.7, 0.4, 0.1), 0, 3)
-    assert base.seconds_per_token == pytest.approx(0.3)
-    assert found.seconds_per_token == pytest.approx(0.1)
+    found = measured_cells(schema.BenchRun(1, {}, {}, cells), "vispec").round(6)
+    assert found.to_numpy().tolist() == [
+        [2, 0, 151, (), 0.3, 3],
+        [2, 3, 151, (0.7, 0.4, 0.1), 0.1, 3],
+    ]
 
 
 def run_folder(path: Path, batches: tuple[int, ...], ks: tuple[int, ...]) -> Path:
     """A run whose times are those of a machine with the rates `TRUTH`."""
     path.mkdir()
-    (path / RUN_FILE).write_text(json.dumps({"format": FORMAT, "machine": {}, "settings": {}}))
+    run = {"format": schema.FORMAT, "machine": {}, "settings": {}}
+    (path / schema.RUN_FILE).write_text(json.dumps(run))
     lines = []
     for batch, k, side in product(batches, ks, ("plain", "vispec")):
         drafts = k if side == "vispec" else 0
@@ -313,7 +267,7 @@ def run_folder(path: Path, batches: tuple[int, ...], ks: tuple[int, ...]) -> Pat
         key = CellKey(side, batch, k, 0.0, -1, "tiny")
         made = cell(key, 99 * one.seconds_per_token, accepted)
         lines.append(json.dumps(made.to_json()) + "\n")
-    (path / CELLS_FILE).write_text("".join(lines))
+    (path / schema.CELLS_FILE).write_text("".join(lines))
     return path
 
 
@@ -324,8 +278,9 @@ def test_cells_held_out_of_a_run_are_predicted(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["bench", *words])
     assert result.exit_code == 0, result.output
     found = json.loads(output.read_text())
-    assert found["hardware"]["bandwidth"] == pytest.approx(TRUTH.bandwidth, rel=0.01)
-    assert found["held_out"]["cells"] == 4
+    for name, rate in asdict(TRUTH).items():
+        assert found["hardware"][name] == pytest.approx(rate, rel=0.02)
+    assert (found["fitted"]["cells"], found["held_out"]["cells"]) == (8, 4)
     assert found["held_out"]["decode_speedup"]["worst_error"] < 0.01
     assert "3 GB/s effective, 40 GFLOP/s" in result.output
     rows = [line for line in result.output.splitlines() if "| held out |" in line]
@@ -333,10 +288,16 @@ def test_cells_held_out_of_a_run_are_predicted(tmp_path: Path) -> None:
     assert starts == [["| 4", k] for k in ("plain", "plain", "2", "4")]
 
 
-@pytest.mark.parametrize("text", ["batch", "batch=", "side=3", "k=x"])
-def test_hold_out_that_is_not_understood(text: str) -> None:
-    with pytest.raises(ViSpecError, match="use every-third, batch=16,32 or k=5"):
-        hold_out(text)
+@pytest.mark.parametrize(
+    ("hold_out", "said"),
+    [
+        *((text, "use every-third, batch=16,32 or k=5") for text in ("batch", "batch=", "k=x")),
+        ("batch=1", "0 measured cells are too few"),
+    ],
+)
+def test_cells_that_cannot_be_held_out(hold_out: str, said: str) -> None:
+    with pytest.raises(ViSpecError, match=said):
+        calibrate(read_measured(RESULTS, "vispec", 150), TARGET, DRAFT, hold_out)
 
 
 @pytest.mark.parametrize(

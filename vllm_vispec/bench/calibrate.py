@@ -1,15 +1,24 @@
-"""`vispec bench calibrate`: fits the model to measured cells, and says how far off it is."""
+"""`vispec bench calibrate`: fits the model to measured cells, and says how far off it is.
+
+A table of cells has these columns:
+
+    batch                   sequences decoded at once; of a run, the concurrency
+    num_speculative_tokens  0 for plain decoding
+    context                 mean tokens per sequence, half of the answer included
+    acceptance              share of steps that accept each position; empty for plain decoding
+    seconds_per_token       decode seconds per output token of one sequence
+    group                   cells of one group were measured side by side (of a run, its K)
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import product
-from math import exp, log
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -25,7 +34,12 @@ from vllm_vispec.bench.schema import BenchRun
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.settings import Settings
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 EVERY_THIRD, MIN_CELLS = "every-third", 3
+ORDER = ["batch", "num_speculative_tokens", "context"]
+COLUMNS = [*ORDER, "acceptance", "seconds_per_token", "group"]
 # Where the fit begins, and its limits: overhead in s, bytes/s, FLOP/s.
 _STARTS = ((1e-4, 1e-2), (1e10, 1e12), (1e11, 1e14))
 _LIMITS = ((1e-9, 1e6, 1e6), (10.0, 1e16, 1e19))
@@ -47,31 +61,6 @@ class CalibrateOptions(Settings):
     )
 
 
-@dataclass(frozen=True)
-class MeasuredCell:
-    """What one cell of a run says about decoding.
-
-    Attributes:
-        batch: sequences decoded at once; of a run, the concurrency.
-        num_speculative_tokens: 0 for plain decoding.
-        context: mean tokens per sequence, half of the answer included.
-        acceptance: share of steps that accept each position; empty for plain decoding.
-        seconds_per_token: decode seconds per output token of one sequence.
-        group: cells of one group were measured side by side (of a run, its K).
-    """
-
-    batch: int
-    num_speculative_tokens: int
-    context: float
-    acceptance: tuple[float, ...]
-    seconds_per_token: float
-    group: int = 0
-
-
-HoldOut = Callable[[int, MeasuredCell], bool]
-"""Says, from its place among all and itself, whether a cell is predicted but not used to fit."""
-
-
 def calibrate_run(run: Path, options: CalibrateOptions) -> dict[str, Any]:
     """Calibrate on a run folder, or on a result file of `python -m benchmarks decode-speed`.
 
@@ -82,12 +71,12 @@ def calibrate_run(run: Path, options: CalibrateOptions) -> dict[str, Any]:
         read_measured(run, options.side, options.context),
         target_shape(options.target, options.dtype),
         draft_shape(options.head, options.target, options.dtype, options.draft_vocab),
-        hold_out(options.hold_out),
+        options.hold_out,
     )
 
 
-def read_measured(path: Path, side: str, context: float | None = None) -> list[MeasuredCell]:
-    """Read a run folder, or a result file of `python -m benchmarks decode-speed`.
+def read_measured(path: Path, side: str, context: float | None = None) -> pd.DataFrame:
+    """Read the cells of a run folder, or of a result file of `python -m benchmarks decode-speed`.
 
     Args:
         side: of a run folder, what is compared with plain decoding.
@@ -98,162 +87,152 @@ def read_measured(path: Path, side: str, context: float | None = None) -> list[M
     """
     if path.is_dir():
         cells = measured_cells(BenchRun.load(path), side)
-        if not any(cell.num_speculative_tokens for cell in cells):
+        if not cells.num_speculative_tokens.any():
             raise ViSpecError(f"{path} has no finished cell of --side {side}: name one it has")
         return cells
     if context is None:
         raise ViSpecError(f"{path} does not tell the tokens per sequence: give --context")
-    cells = []
+    rows = []
     try:
         for one in json.loads(path.read_text(encoding="utf-8"))["results"]:
             k, accepted = one["num_speculative_tokens"], one["acceptance_rate_per_position"]
-            plain, ours = (1 / one[f"{x}_tokens_per_second"] for x in ("plain", "vispec"))
-            cells.append(MeasuredCell(1, 0, context, (), plain, k))
-            cells.append(MeasuredCell(1, k, context, tuple(accepted), ours, k))
+            rows.append((1, 0, context, (), 1 / one["plain_tokens_per_second"], k))
+            rows.append((1, k, context, tuple(accepted), 1 / one["vispec_tokens_per_second"], k))
     except (OSError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ViSpecError(
             f"{path} cannot be read as a result of `python -m benchmarks decode-speed` "
             f"({error!r}): give one, or the folder of a `vispec bench run`"
         ) from error
-    return cells
+    return table(rows)
 
 
-def measured_cells(run: BenchRun, side: str) -> list[MeasuredCell]:
+def measured_cells(run: BenchRun, side: str) -> pd.DataFrame:
     """Return the plain cells and those of a side, repetitions pooled, without what failed."""
     from vllm_vispec.bench.metrics import BASELINE, acceptance_rates, by_key, decoded
 
     usable = (c for c in run.cells if c.key.side in (BASELINE, side) and c.error is None)
-    found = []
+    rows = []
     for key, pool in by_key(usable).items():
-        requests, is_plain = decoded(pool), key.side == BASELINE
-        acceptance = () if is_plain else acceptance_rates(pool)
+        group, requests = key.num_speculative_tokens, decoded(pool)
+        k, acceptance = (0, ()) if key.side == BASELINE else (group, acceptance_rates(pool))
         seconds = sum(one.decode_s for one in requests)
-        if seconds <= 0 or acceptance is None:
-            continue
-        found.append(
-            MeasuredCell(
-                batch=key.concurrency,
-                num_speculative_tokens=0 if is_plain else key.num_speculative_tokens,
-                context=mean(one.prompt_tokens + one.output_tokens / 2 for one in requests),
-                acceptance=acceptance,
-                seconds_per_token=seconds / sum(one.output_tokens - 1 for one in requests),
-                group=key.num_speculative_tokens,
-            )
-        )
-    return found
+        if seconds > 0 and acceptance is not None:
+            context = mean(one.prompt_tokens + one.output_tokens / 2 for one in requests)
+            per_token = seconds / sum(one.output_tokens - 1 for one in requests)
+            rows.append((key.concurrency, k, context, acceptance, per_token, group))
+    return table(rows)
 
 
-def hold_out(text: str) -> HoldOut:
-    """Return what `--hold-out` means: "batch=16,32", "k=5", or `EVERY_THIRD`.
+def table(rows: list[Any]) -> pd.DataFrame:
+    """Return a table of cells, in the order of batch size and K."""
+    import pandas as pd
+
+    found = pd.DataFrame(rows, columns=COLUMNS)
+    return found.sort_values(ORDER, kind="stable", ignore_index=True)
+
+
+def held_out(cells: pd.DataFrame, text: str) -> pd.Series:
+    """Return which cells `--hold-out` means: "batch=16,32", "k=5", or `EVERY_THIRD`.
 
     Raises:
         ViSpecError: it is none of these.
     """
     if text == EVERY_THIRD:
-        return lambda place, _: place % 3 == 1
+        return cells.index.to_series() % 3 == 1
     name, _, values = text.partition("=")
     try:
         # With a K, the plain cells that were measured beside it, too.
-        attribute = {"batch": "batch", "k": "group"}[name]
-        wanted = {int(value) for value in values.split(",")}
+        column = {"batch": "batch", "k": "group"}[name]
+        return cells[column].isin([int(value) for value in values.split(",")])
     except (KeyError, ValueError) as error:
         raise ViSpecError(
             f"--hold-out {text} is not understood: use {EVERY_THIRD}, batch=16,32 or k=5"
         ) from error
-    return lambda _, cell: getattr(cell, attribute) in wanted
 
 
 def calibrate(
-    cells: Sequence[MeasuredCell], target: PassShape, draft: PassShape, is_held_out: HoldOut
+    cells: pd.DataFrame, target: PassShape, draft: PassShape, hold_out: str = EVERY_THIRD
 ) -> dict[str, Any]:
     """Fit overhead, bandwidth and peak to measured cells, and predict all of them.
 
     The same cells give the same result. Where time goes into launching kernels, the bandwidth takes
     up what grows with a model's size. Unless `compute_seen`, no fitted pass was limited by compute
-    and `flops` is only a lower limit.
+    and `flops` is only a lower limit. Errors are predicted / measured - 1.
 
     Raises:
-        ViSpecError: fewer than three cells to fit.
+        ViSpecError: fewer than three cells to fit, or `hold_out` is not understood.
     """
-    ordered = sorted(cells, key=lambda one: (one.batch, one.num_speculative_tokens, one.context))
-    held = [is_held_out(place, cell) for place, cell in enumerate(ordered)]
-    used = [cell for cell, is_held in zip(ordered, held, strict=True) if not is_held]
-    if len(used) < MIN_CELLS:
+    is_held = held_out(cells, hold_out)
+    if (~is_held).sum() < MIN_CELLS:
         raise ViSpecError(
-            f"{len(used)} measured cells are too few to calibrate on: measure at least {MIN_CELLS} "
-            "more than are held out"
+            f"{(~is_held).sum()} measured cells are too few to calibrate on: measure at least "
+            f"{MIN_CELLS} more than are held out"
         )
-
-    def predicted(cell: MeasuredCell, hardware: Hardware) -> Prediction:
-        k = cell.num_speculative_tokens
-        return predict(target, draft, hardware, cell.acceptance, k, cell.batch, cell.context)
-
-    hardware = _fit(used, predicted)
-    rows = []
-    for is_held, cell in zip(held, ordered, strict=True):
-        found = predicted(cell, hardware)
-        measured = _measured_speedup(cell, ordered)
-        rows.append(
-            {
-                "held_out": is_held,
-                **asdict(cell),
-                "predicted_seconds_per_token": found.seconds_per_token,
-                "seconds_per_token_error": found.seconds_per_token / cell.seconds_per_token - 1,
-                "decode_speedup": measured,
-                "predicted_decode_speedup": measured and found.decode_speedup,
-                "decode_speedup_error": measured and found.decode_speedup / measured - 1,
-            }
-        )
-    passes = [predicted(cell, hardware) for cell in used]
+    hardware = _fit(cells[~is_held], target, draft)
+    found = _predict(cells, target, draft, hardware)
+    speedups = [_measured_speedup(cell, cells) for cell in cells.itertuples()]
+    compared = cells.assign(
+        held_out=is_held,
+        predicted_seconds_per_token=[one.seconds_per_token for one in found],
+        decode_speedup=speedups,
+        predicted_decode_speedup=[one.decode_speedup for one in found],
+    )
+    for number in ("seconds_per_token", "decode_speedup"):
+        compared[f"{number}_error"] = compared[f"predicted_{number}"] / compared[number] - 1
+    fitted = [one for one, held in zip(found, is_held, strict=True) if not held]
     return {
         "kind": "estimate",
         "hardware": asdict(hardware),
-        "compute_seen": any("compute" in (one.plain_bound, one.verify_bound) for one in passes),
-        "fitted": _summary([row for row in rows if not row["held_out"]]),
-        "held_out": _summary([row for row in rows if row["held_out"]]),
-        "cells": rows,
+        "compute_seen": any("compute" in (one.plain_bound, one.verify_bound) for one in fitted),
+        "fitted": _summary(compared[~is_held]),
+        "held_out": _summary(compared[is_held]),
+        "cells": json.loads(compared.to_json(orient="records", double_precision=15)),
     }
 
 
-def _fit(
-    cells: Sequence[MeasuredCell], predicted: Callable[[MeasuredCell, Hardware], Prediction]
-) -> Hardware:
+def _predict(
+    cells: pd.DataFrame, target: PassShape, draft: PassShape, hardware: Hardware
+) -> list[Prediction]:
+    names = ("acceptance", "num_speculative_tokens", "batch", "context")
+    work = zip(*(cells[name] for name in names), strict=True)
+    return [predict(target, draft, hardware, *one) for one in work]
+
+
+def _fit(cells: pd.DataFrame, target: PassShape, draft: PassShape) -> Hardware:
     """Minimise the sum of log(predicted / measured)^2 of the seconds per token."""
     import numpy as np
     from scipy.optimize import least_squares
 
-    def hardware(point: Sequence[float]) -> Hardware:
-        overhead, bandwidth, flops = map(exp, point)
+    def hardware(point: Any) -> Hardware:
+        overhead, bandwidth, flops = np.exp(point).tolist()
         return Hardware(bandwidth, flops, overhead)
 
-    def residuals(point: Sequence[float]) -> list[float]:
-        rates = hardware(point)
-        return [
-            log(predicted(one, rates).seconds_per_token / one.seconds_per_token) for one in cells
-        ]
+    def residuals(point: Any) -> Any:
+        found = _predict(cells, target, draft, hardware(point))
+        return np.log([one.seconds_per_token for one in found] / cells.seconds_per_token)
 
     starts = product(*_STARTS)
     fits = [least_squares(residuals, np.log(one), bounds=np.log(_LIMITS)) for one in starts]
     return hardware(min(fits, key=lambda fit: fit.cost).x)
 
 
-def _measured_speedup(cell: MeasuredCell, cells: Sequence[MeasuredCell]) -> float | None:
-    """Return the decode_speedup over the nearest plain cell; None of a plain cell, or without."""
-    plain = [one for one in cells if not one.num_speculative_tokens and one.batch == cell.batch]
-    if not cell.num_speculative_tokens or not plain:
-        return None
-    beside = min(plain, key=lambda p: (p.group != cell.group, abs(p.context - cell.context)))
-    return beside.seconds_per_token / cell.seconds_per_token
+def _measured_speedup(cell: Any, cells: pd.DataFrame) -> float:
+    """Return the decode_speedup over the nearest plain cell; NaN of a plain cell, or without."""
+    plain = cells[(cells.num_speculative_tokens == 0) & (cells.batch == cell.batch)]
+    if not cell.num_speculative_tokens or plain.empty:
+        return float("nan")
+    far = (plain.context - cell.context).abs()
+    nearest = plain.assign(other=plain.group != cell.group, far=far).sort_values(["other", "far"])
+    return float(nearest.seconds_per_token.iloc[0] / cell.seconds_per_token)
 
 
-def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Errors are predicted / measured - 1."""
-    summary: dict[str, Any] = {"cells": len(rows)}
-    for name in ("seconds_per_token", "decode_speedup"):
-        errors = [abs(row[f"{name}_error"]) for row in rows if row[f"{name}_error"] is not None]
-        summary[name] = {
-            "mean_error": round(mean(errors), 4) if errors else None,
-            "worst_error": round(max(errors), 4) if errors else None,
+def _summary(cells: pd.DataFrame) -> dict[str, Any]:
+    summary: dict[str, Any] = {"cells": len(cells)}
+    for number in ("seconds_per_token", "decode_speedup"):
+        errors = cells[f"{number}_error"].abs().dropna()
+        summary[number] = {
+            "mean_error": None if errors.empty else round(errors.mean(), 4),
+            "worst_error": None if errors.empty else round(errors.max(), 4),
         }
     return summary
 

@@ -14,27 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from vllm_vispec.bench import profile_steps as spans
 from vllm_vispec.bench.load import chat_messages
 from vllm_vispec.bench.machine import has_gpu, server_environment
-from vllm_vispec.bench.profile_steps import (
-    ADAPTOR,
-    CLOCKS,
-    DRAFT_LOGITS,
-    DRAFT_MODEL,
-    DRAFT_SAMPLE,
-    EXECUTE,
-    PROPOSE,
-    ROWS,
-    SAMPLE,
-    STEP,
-    TARGET_LOGITS,
-    TARGET_MODEL,
-    VISION,
-    Batch,
-    Recorder,
-    Steps,
-    find_steps,
-)
+from vllm_vispec.bench.profile_steps import CLOCKS, Batch, Recorder, Steps, find_steps
 from vllm_vispec.bench.schema import BenchSample, Record
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.process import WorkerProcess, serve_requests
@@ -235,26 +218,26 @@ def install(recorder: Recorder, llm: Any, runner_name: str) -> None:
             "the other one"
         )
     target, draft = runner.get_model(), drafter.model
-    recorder.wrap(worker, "execute_model", EXECUTE, Batch.from_scheduler)
+    recorder.wrap(worker, "execute_model", spans.EXECUTE, Batch.from_scheduler)
     places = [
-        (llm.llm_engine, "step", STEP),
-        (runner, probe.sample, SAMPLE),
-        (target, "forward", TARGET_MODEL),
-        (target, "compute_logits", TARGET_LOGITS),
-        (drafter, "propose", PROPOSE),
-        (drafter, probe.draft_sample, DRAFT_SAMPLE),
-        (draft, "forward", DRAFT_MODEL),
-        (draft, "compute_logits", DRAFT_LOGITS),
+        (llm.llm_engine, "step", spans.STEP),
+        (runner, probe.sample, spans.SAMPLE),
+        (target, "forward", spans.TARGET_MODEL),
+        (target, "compute_logits", spans.TARGET_LOGITS),
+        (drafter, "propose", spans.PROPOSE),
+        (drafter, probe.draft_sample, spans.DRAFT_SAMPLE),
+        (draft, "forward", spans.DRAFT_MODEL),
+        (draft, "compute_logits", spans.DRAFT_LOGITS),
     ]
     if hasattr(target, "embed_multimodal"):
-        places.append((target, "embed_multimodal", VISION))
+        places.append((target, "embed_multimodal", spans.VISION))
     if hasattr(draft, "get_top_tokens"):
         # With use_local_argmax_reduction the draft is asked for tokens instead of logits.
-        places.append((draft, "get_top_tokens", DRAFT_LOGITS))
+        places.append((draft, "get_top_tokens", spans.DRAFT_LOGITS))
     # Only a ViSpec draft has these; a head without compression lacks the adaptor.
     ours = {
-        ROWS: getattr(drafter, "draft_rows", None),
-        ADAPTOR: getattr(getattr(draft, "model", None), "adaptor", None),
+        spans.ROWS: getattr(drafter, "draft_rows", None),
+        spans.ADAPTOR: getattr(getattr(draft, "model", None), "adaptor", None),
     }
     for name, owner in ours.items():
         for method, value in vars(type(owner)).items() if owner is not None else ():
