@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from vllm_vispec.bench.heads import plain_eagle_head, write_eagle_head
 from vllm_vispec.bench.machine import describe_machine, has_gpu
@@ -102,13 +102,6 @@ class ProfileSettings:
         if min(self.image_tokens, default=-2) < IMAGES_AS_THEY_ARE:
             given = ",".join(map(str, self.image_tokens))
             raise ViSpecError(f"--image-tokens {given}: give {AS_THEY_ARE}, 0 or more")
-
-
-class Engine(Protocol):
-    """What `EngineProcess` offers."""
-
-    def record(self, samples: Group) -> Steps:
-        """Have samples answered together."""
 
 
 def run_profile(
@@ -216,6 +209,8 @@ def groups_for(
 ) -> list[Group]:
     """Return what is asked together, for every number of image tokens.
 
+    The last group of a number is filled from the front.
+
     Args:
         folder: gets resized images.
         ask: gives the target's own answers where a dialogue needs them.
@@ -226,30 +221,23 @@ def groups_for(
     from vllm_vispec.bench.questions import samples_for, tokens_of_target, with_answers
 
     tokens_of = cache(lambda: tokens_of_target(settings.target, settings.serve_args))
-    found: list[Group] = []
+    size = settings.concurrency
+    groups: list[Group] = []
     for tokens in settings.image_tokens:
         sized = samples_for(samples, tokens, lambda side: tokens_of()(side), folder)
-        found += groups_of(with_answers(sized, ask), settings.concurrency)
-    return found
-
-
-def groups_of(samples: Sequence[BenchSample], size: int) -> list[Group]:
-    """Return the samples in groups that are asked together; the last is filled from the front.
-
-    Raises:
-        ViSpecError: there are fewer samples than a group needs.
-    """
-    if size > len(samples):
-        raise ViSpecError(
-            f"--concurrency {size}: the dataset has {len(samples)} samples; give more, or ask for "
-            "less"
-        )
-    twice = [*samples, *samples]
-    return [twice[start : start + size] for start in range(0, len(samples), size)]
+        if size > len(sized):
+            raise ViSpecError(
+                f"--concurrency {size}: the dataset has {len(sized)} samples; give more, or ask "
+                "for less"
+            )
+        ready = with_answers(sized, ask)
+        twice = [*ready, *ready]
+        groups += [twice[start : start + size] for start in range(0, len(ready), size)]
+    return groups
 
 
 def measure(
-    engines: Mapping[str, Engine],
+    engines: Mapping[str, EngineProcess],
     groups: Sequence[Group],
     repetitions: int,
     log: Callable[[str], None] = print,
