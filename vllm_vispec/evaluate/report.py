@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_vispec.data.types import Rejected
 from vllm_vispec.evaluate.engine import EngineResult
 from vllm_vispec.evaluate.options import EvalOptions
+from vllm_vispec.spec_decode.low_acceptance import low_acceptance
 from vllm_vispec.train.acceptance import OVERALL, Families
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class Report:
                 f"engine: {self.engine.identical} of {answers} answers equal the data; "
                 f"{self.engine.accepted_past_end} accepted drafts beyond their ends not counted"
             )
+            low = low_acceptance(self.engine.families[OVERALL].acceptance_length)
+            lines += [f"warning: {low}"] if low else []
         return lines
 
 

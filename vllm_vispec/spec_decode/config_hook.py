@@ -39,6 +39,7 @@ from vllm_vispec.spec_decode.checks import (
     refuse_method,
     refuse_other_method,
 )
+from vllm_vispec.spec_decode.low_acceptance import watch_acceptance
 from vllm_vispec.spec_decode.setting_notes import describe_drafts, note_settings_without_effect
 from vllm_vispec.trees import limits
 from vllm_vispec.trees.limits import resolve_tree
@@ -102,6 +103,7 @@ def create_engine_config(
         check_padded_heads(vllm_config)
         note_settings_without_effect(vllm_config)
         logger.info("In each step ViSpec drafts %s", describe_drafts(vllm_config))
+        watch_acceptance()
     return vllm_config
 
 

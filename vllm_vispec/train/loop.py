@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vllm_vispec.heads.export import export_head
+from vllm_vispec.spec_decode.low_acceptance import low_acceptance
 from vllm_vispec.train.acceptance import OVERALL, describe_gate, validate
 from vllm_vispec.train.checkpoint import Checkpoint, Checkpoints, Progress, check_same_settings
 from vllm_vispec.train.config import TrainConfig
@@ -32,7 +33,7 @@ class Outcome:
         finished: False if it was stopped; the same command goes on.
         step: finished optimizer steps.
         head: folder of the exported head, None if the run was stopped.
-        message: one line for the user.
+        message: one line for the user, perhaps a warning below it.
     """
 
     finished: bool
@@ -249,10 +250,12 @@ class Run:
             write_json(self.output / "run.json", self.description)
             self._export(head)
         self.group.wait()
-        rate = ""
+        rate, low = "", None
         if progress.latest is not None:
             rate = f", acceptance_length {progress.latest:.3f} on held-out data"
+            low = low_acceptance(progress.latest)
         message = f"finished after {progress.step} steps{rate}; head: {head}"
+        message += f"\nwarning: {low}" if low else ""
         return Outcome(True, progress.step, head, message)
 
     def _export(self, folder: Path) -> None:
