@@ -26,7 +26,6 @@ from vllm_vispec.trees.verify import (
     TreeBatch,
     TreeTable,
     Verification,
-    find_moves,
 )
 from vllm_vispec.utils.logs import get_logger
 
@@ -187,7 +186,6 @@ class RecordedVerification:
         slot_R, start_R, count_R = (
             rows[:num_requests] for rows in (self._slot, self._start, self._count)
         )
-        found = self._table.verify(slot_R, start_R, count_R, self._sampled, self._token)
-        moves = find_moves(start_R, count_R, found)
+        found, moves = self._table.verify(slot_R, start_R, count_R, self._sampled, self._token)
         for rows, new in zip((*self._found, *self._moves), (*found, *moves), strict=True):
             rows[:num_requests] = new.view(num_requests, *rows.shape[1:])

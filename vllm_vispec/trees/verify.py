@@ -88,15 +88,6 @@ class Moves(NamedTuple):
     is_draft: torch.Tensor
 
 
-def find_moves(start_R: torch.Tensor, count_R: torch.Tensor, found: Verification) -> Moves:
-    """Return how to bring accepted paths to the front; arguments as those of `TreeBatch`."""
-    places_P = torch.arange(found.path.shape[1], device=found.path.device)
-    is_draft_RP = (places_P > 0) & (places_P <= found.num_accepted.unsqueeze(1))
-    source_RP = _rows(start_R, count_R, found.path)
-    place_RP = _rows(start_R, count_R, places_P)
-    return Moves(source_RP.flatten(), place_RP.flatten(), is_draft_RP.flatten())
-
-
 class TreeTable(nn.Module):
     """The shape of each request's tree, by request slot; the tokens travel with vLLM's drafts.
 
@@ -161,8 +152,8 @@ class TreeTable(nn.Module):
         count_R: torch.Tensor,
         sampled_S: torch.Tensor,
         token_S: torch.Tensor,
-    ) -> Verification:
-        """Find the accepted paths of a batch, described as for `TreeBatch`.
+    ) -> tuple[Verification, Moves]:
+        """Find the accepted paths of a batch, and how to bring them to the front.
 
         Args:
             slot_R: The requests' slots.
@@ -176,7 +167,12 @@ class TreeTable(nn.Module):
         row_RJ = _rows(start_R, count_R, places_J)
         token_RJ = token_S[row_RJ].masked_fill(~is_node_RJ, NO_TOKEN)
         parent_RJ = self.parent[slot_R]
-        return verify_trees(sampled_S[row_RJ].long(), token_RJ.long(), parent_RJ, self.levels)
+        found = verify_trees(sampled_S[row_RJ].long(), token_RJ.long(), parent_RJ, self.levels)
+        places_P = places_J[: self.levels + 1]
+        is_draft_RP = (places_P > 0) & (places_P <= found.num_accepted.unsqueeze(1))
+        source_RP = _rows(start_R, count_R, found.path)
+        place_RP = row_RJ[:, : self.levels + 1]
+        return found, Moves(source_RP.flatten(), place_RP.flatten(), is_draft_RP.flatten())
 
 
 class TreeBatch:
@@ -226,8 +222,7 @@ class TreeBatch:
 
     def verify(self, sampled_S: torch.Tensor, token_S: torch.Tensor) -> tuple[Verification, Moves]:
         """Find the accepted paths and where their rows go; see `TreeTable.verify`."""
-        found = self.table.verify(self.slot, self.start, self.count, sampled_S, token_S)
-        return found, find_moves(self.start, self.count, found)
+        return self.table.verify(self.slot, self.start, self.count, sampled_S, token_S)
 
 
 class EngineTrees:

@@ -240,7 +240,7 @@ class Verifier:
                 self.step(f"{name}: timings")
                 process.request({"do": "watch"})
                 for place in set(TIMED_PROMPTS).intersection(places):
-                    process.request(_asking(PLAIN, [place], TIMED_TOKENS))
+                    process.request(_asking([place], TIMED_TOKENS))
                 passes = self.settings.num_draft_passes(name)
                 asked = {"do": "timings", "num_draft_passes": passes}
                 found["timings"] = process.request(asked)
@@ -256,7 +256,7 @@ class Verifier:
             prompt = PROMPTS[place].name
             self.step(f"{name}: {prompt}")
             try:
-                reply = process.request(_asking(name, [place], MAX_TOKENS))
+                reply = process.request(_asking([place], MAX_TOKENS, name == PLAIN))
                 alone[prompt] = Answer(**reply["answers"][0])
                 answered[prompt] = place
             except RequestFailed as error:
@@ -264,7 +264,7 @@ class Verifier:
         if not answered:
             raise ViSpecError(f"no prompt was answered: {next(iter(alone.values())).error}")
         self.step(f"{name}: all together")
-        reply = process.request(_asking(name, [*answered.values()], MAX_TOKENS))
+        reply = process.request(_asking([*answered.values()], MAX_TOKENS, name == PLAIN))
         together = (Answer(**one) for one in reply["answers"])
         return {ALONE: alone, TOGETHER: dict(zip(answered, together, strict=True))}
 
@@ -291,9 +291,8 @@ class Verifier:
                         yield AttentionError(case=one, backend=backend, failure=str(error))
 
 
-def _asking(name: str, places: Sequence[int], max_tokens: int) -> dict[str, Any]:
-    asked = {"prompts": list(places), "max_tokens": max_tokens, "logprobs": name == PLAIN}
-    return {"do": "ask", **asked}
+def _asking(places: list[int], max_tokens: int, logprobs: bool = False) -> dict[str, Any]:
+    return {"do": "ask", "prompts": places, "max_tokens": max_tokens, "logprobs": logprobs}
 
 
 def attention_cases(
