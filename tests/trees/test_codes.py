@@ -30,7 +30,11 @@ LEVELS, TOP_K = 4, 4
 
 @pytest.mark.parametrize("siblings", range(1, MAX_SIBLINGS + 1))
 def test_words_of_a_level(siblings: int) -> None:
-    """The same word cancels, two different ones never do, unused levels are silent."""
+    """The same word cancels, two different ones never do, unused levels are silent.
+
+    As few channels as tell the children apart; an only child needs none.
+    """
+    assert channels_per_level(siblings) == (0, 2, 3, 4, 4, 4, 5, 5, 5, 5)[siblings - 1]
     query, key = word_tables(siblings, torch.float32, CPU)
     product = query @ key.T
     for branch in range(siblings):
@@ -39,14 +43,6 @@ def test_words_of_a_level(siblings: int) -> None:
         assert bool((product[branch, others] <= -(STRENGTH**2)).all())
     assert bool((product[UNUSED] == 0).all())
     assert bool((product[:, UNUSED] == 0).all())
-
-
-def test_channels_of_a_level() -> None:
-    """As few as tell the children apart; an only child needs none."""
-    assert [channels_per_level(siblings) for siblings in range(1, 11)] == [
-        *(0, 2, 3, 4, 4, 4),
-        *(5, 5, 5, 5),
-    ]
 
 
 @pytest.mark.parametrize("head_size", [16, 64, 128, 256])
@@ -143,13 +139,10 @@ def test_layers_of_a_shape_share_buffers() -> None:
     assert codes.query_buffer(KEY) is not key
     tables = codes.query_table.nbytes + codes.key_table.nbytes
     assert codes.num_bytes == 4 * 32 * 19 * (4 + 2 + 2) + tables
-
-
-def test_rows_are_padded() -> None:
-    buffer = CodeBuffers(LEVELS, TOP_K, 32, torch.float32, CPU).plain_buffer("value", KEY)
+    value = codes.plain_buffer("value", KEY)
     for count in (5, 5, 3):
         given = torch.randn(count, 2, 3)
-        padded = buffer.fill(given)
+        padded = value.fill(given)
         assert padded.is_contiguous()
         assert torch.equal(padded[..., :3], given)
         assert not padded[..., 3:].any()

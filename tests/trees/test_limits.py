@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, get_args
 from unittest import mock
@@ -16,6 +17,7 @@ from vllm.model_executor.layers.attention.chunked_local_attention import Chunked
 from vllm.model_executor.layers.attention.static_sink_attention import StaticSinkAttention
 from vllm.v1.attention.backend import AttentionImpl
 
+from tools.tables import BACKENDS
 from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.spec_decode.patch_points import speculator_class
 from vllm_vispec.spec_decode.setting_notes import note_settings_without_effect
@@ -87,6 +89,14 @@ def test_backends() -> None:
         _check_backend(built(stores_inside=True))
     with pytest.raises(ViSpecError, match=r"kv_cache_dtype=fp8_e4m3 does not work.*leave one"):
         _check_backend(built("fp8_e4m3"))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backends_store_keys_apart(name: str) -> None:
+    """Padded keys are stored by the backend's own operator, which all of these have."""
+    module, cls, _ = BACKENDS[name]
+    backend = getattr(import_module(f"vllm.v1.attention.backends.{module}"), cls)
+    assert not backend.forward_includes_kv_cache_update
 
 
 @pytest.mark.parametrize("name", get_args(CacheDType))

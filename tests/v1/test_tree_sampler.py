@@ -101,6 +101,18 @@ def _batch(table: TreeTable, slots: list[int], metadata: SpecDecodeMetadata) -> 
     return TreeBatch(table, torch.tensor(slots), starts, rows, len(rows))
 
 
+def _trees(seed: int, num_requests: int) -> tuple[DraftTree, TreeTable]:
+    """Return trees, and a table that has request r's in slot r."""
+    tree = grow(random_model(seed), SETTINGS, num_requests, NODES)
+    table = TreeTable(SETTINGS.levels, NODES, num_requests, CPU)
+    table.write_trees(slice(num_requests), tree)
+    return tree, table
+
+
+def _emitted(found: Any) -> list[list[int]]:
+    return [[token for token in row if token >= 0] for row in found.sampled_token_ids.tolist()]
+
+
 def _sample(
     batch: TreeBatch, metadata: SpecDecodeMetadata, logits: torch.Tensor, sampling: SamplingMetadata
 ) -> Any:
@@ -131,9 +143,7 @@ def _rows(tree: DraftTree, request: int, length: int) -> tuple[list[int], list[i
 
 def test_greedy_tokens_and_their_log_probabilities() -> None:
     """Trees of several lengths, a request without drafts between them."""
-    tree = grow(random_model(3), SETTINGS, 4, NODES)
-    table = TreeTable(SETTINGS.levels, NODES, 4, CPU)
-    table.write_trees(slice(4), tree)
+    tree, table = _trees(3, 4)
     lengths = [NODES, 6, 0, 9]
     metadata = _metadata([tree.token[r, :n].tolist() for r, n in enumerate(lengths)])
     generator = torch.Generator().manual_seed(0)
@@ -149,8 +159,7 @@ def test_greedy_tokens_and_their_log_probabilities() -> None:
         path = slow_walk(sampled, *_rows(tree, request, length))
         lengths_seen.add(len(path))
         tokens = [sampled[node] for node in path]
-        row = found.sampled_token_ids[request].tolist()
-        assert [token for token in row if token >= 0] == tokens
+        assert _emitted(found)[request] == tokens
         for place, node in enumerate(path):
             logprobs = found.logprobs_tensors.logprobs[request * (SETTINGS.levels + 1) + place]
             expected = parts[request][node].log_softmax(-1)
@@ -161,9 +170,7 @@ def test_greedy_tokens_and_their_log_probabilities() -> None:
 
 def test_penalties_of_chains_beside_trees() -> None:
     """A chain's rows see the tokens before them; a tree's request has none to see."""
-    tree = grow(random_model(4), SETTINGS, 1, NODES)
-    table = TreeTable(SETTINGS.levels, NODES, 2, CPU)
-    table.write_trees(slice(1), tree)
+    tree, table = _trees(4, 1)
     chain, said = [5, 6, 7], [1, 2]
     metadata = _metadata([tree.token[0].tolist(), chain])
     generator = torch.Generator().manual_seed(1)
@@ -193,8 +200,7 @@ def test_penalties_of_chains_beside_trees() -> None:
             break
         behind.append(chain[row])
     assert expected[:3] == chain
-    emitted = [token for token in found.sampled_token_ids[1].tolist() if token >= 0]
-    assert emitted == expected[: SETTINGS.levels + 1]
+    assert _emitted(found)[1] == expected[: SETTINGS.levels + 1]
 
 
 def _sequences(
@@ -235,9 +241,7 @@ def test_draws_have_the_targets_distribution(top_k: int | None) -> None:
         scaled = scaled.masked_fill(scaled < lowest, float("-inf"))
     expected = dict(_sequences(scaled.softmax(-1), tokens, parents))
     assert sum(expected.values()) == pytest.approx(1)
-    drawn = Counter(
-        tuple(token for token in row if token >= 0) for row in found.sampled_token_ids.tolist()
-    )
+    drawn = Counter(map(tuple, _emitted(found)))
     assert set(drawn) <= set(expected)
     frequent = [key for key, p in expected.items() if p * num_requests >= 8]
     observed = [drawn[key] for key in frequent]
@@ -252,9 +256,7 @@ def test_draws_have_the_targets_distribution(top_k: int | None) -> None:
 
 def test_batches_draw_what_single_requests_draw() -> None:
     """A greedy request and one without drafts among them."""
-    tree = grow(random_model(6), SETTINGS, 4, NODES)
-    table = TreeTable(SETTINGS.levels, NODES, 4, CPU)
-    table.write_trees(slice(4), tree)
+    tree, table = _trees(6, 4)
     lengths, temperature = [NODES, 0, 6, NODES], torch.tensor([1.0, 1.0, 0.0, 0.7])
     drafts = [tree.token[r, :n].tolist() for r, n in enumerate(lengths)]
     generator = torch.Generator().manual_seed(4)
@@ -267,17 +269,14 @@ def test_batches_draw_what_single_requests_draw() -> None:
         sampling = _sampling(len(requests), 1.0, all_random=False, generators=generators)
         sampling = replace(sampling, temperature=temperature[requests])
         logits, batch = torch.cat([parts[r] for r in requests]), _batch(table, requests, metadata)
-        rows = _sample(batch, metadata, logits, sampling).sampled_token_ids.tolist()
-        return [[token for token in row if token >= 0] for row in rows]
+        return _emitted(_sample(batch, metadata, logits, sampling))
 
     assert drawn([0, 1, 2, 3]) == [row for request in range(4) for row in drawn([request])]
 
 
 def test_what_is_drawn_is_what_plain_decoding_draws() -> None:
     """The first token behind a root, by its request's seed, as vLLM's own sampler draws it."""
-    tree = grow(random_model(7), SETTINGS, 1, NODES)
-    table = TreeTable(SETTINGS.levels, NODES, 1, CPU)
-    table.write_trees(slice(1), tree)
+    tree, table = _trees(7, 1)
     metadata = _metadata([tree.token[0].tolist()])
     logits = torch.randn(NODES + 1, VOCAB, generator=torch.Generator().manual_seed(8))
     for seed in range(8):
