@@ -13,20 +13,29 @@ from statistics import mean, median
 from typing import Annotated, Any
 
 import numpy as np
+import pandas as pd
 import typer
 
 from benchmarks import DraftOption, FamilyOption, ModelOption, ThreadsOption, calls, turns
 from benchmarks.calls import Calls
-from benchmarks.report import RESULTS, Table, write_report
+from benchmarks.report import RESULTS, write_report
 from benchmarks.turns import Job
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.shipped import HEAD, TARGET
 from vllm_vispec.bench.bootstrap import bootstrap
-from vllm_vispec.bench.pages import markdown_table
 
 DEFAULT_DRAFT_TOKENS = (2, 3, 4, 5, 6, 7, 8, 10, 12)
-HEADING = ["K", "plain tok/s", "ViSpec tok/s", "decode_speedup", "95 %", "e2e_speedup"]
-HEADING += ["acceptance_length", "TTFT ms", "identical", "mean output"]
+SHOWN = [
+    "num_speculative_tokens",
+    "plain_tokens_per_second",
+    "vispec_tokens_per_second",
+    "decode_speedup",
+    "decode_speedup_interval_95",
+    "e2e_speedup",
+    "acceptance_length",
+    "identical_share",
+    "output_tokens",
+]
 
 
 def summarise(num_draft_tokens: int, repetitions: Sequence[Calls]) -> dict[str, Any]:
@@ -79,25 +88,6 @@ def sweep(
     return results
 
 
-def to_table(results: Sequence[dict[str, Any]]) -> Table:
-    """Return one row per K."""
-    return [HEADING] + [
-        [
-            str(one["num_speculative_tokens"]),
-            f"{one['plain_tokens_per_second']:.1f}",
-            f"{one['vispec_tokens_per_second']:.1f}",
-            f"{one['decode_speedup']:.2f}",
-            "-".join(f"{end:.2f}" for end in one["decode_speedup_interval_95"]),
-            f"{one['e2e_speedup']:.2f}",
-            f"{one['acceptance_length']:.2f}",
-            f"{1000 * one['plain_ttft']:.0f} / {1000 * one['vispec_ttft']:.0f}",
-            f"{one['identical']}/{one['total']}",
-            f"{one['output_tokens']:.0f}",
-        ]
-        for one in results
-    ]
-
-
 def main(
     model: ModelOption = TARGET,
     draft_model: DraftOption = HEAD,
@@ -115,8 +105,7 @@ def main(
     job = Job(model, None, dtype, max_tokens, per_family, tuple(family or ()))
     results = sweep(job, draft_model, k or DEFAULT_DRAFT_TOKENS, repetitions, threads, logs)
     best = max(results, key=lambda one: float(one["decode_speedup"]))
-    head, *rows = to_table(results)
-    print(markdown_table(head, rows))
+    print(pd.DataFrame(results)[SHOWN].round(2).T.to_string(header=False))
     print(f"best K: {best['num_speculative_tokens']}")
     print(f"acceptance_length: {best['acceptance_length']:.2f}")
     print(f"decode_speedup: {best['decode_speedup']:.2f}")

@@ -94,7 +94,7 @@ def test_several_conditions_are_averaged() -> None:
 def test_a_faster_k_that_is_not_chosen_is_explained() -> None:
     tuning = Tuning.from_run(run_with({1: {6: 2.0, 8: 2.04}, 8: {6: 2.0, 8: 2.5}}, noise=0.1))
     assert tuning.chosen == {1: 6, 8: 8}
-    (reason,) = (line for line in tuning.advice() if "not K" in line)
+    (reason,) = (line for line in tuning.to_markdown().splitlines() if "not K" in line)
     assert reason.startswith("concurrency 1: K = 6 (1.98x) is chosen, not K = 8 (2.02x)")
     assert "within the 95 % interval" in reason
     assert "--repetitions" in reason
@@ -111,10 +111,10 @@ def test_verdicts_say_where_it_loses() -> None:
     tuning = Tuning.from_run(run_with(SPEEDS))
     tried = run_with({1: {5: 2.1}, 4: {5: 1.6}, 64: {5: 0.95}}, side="vispec_tuned")
     told = tuning.with_verification(tried)
-    lines = told.advice()
+    lines = told.to_markdown().splitlines()
     assert "concurrency 16: the setting was not measured" in lines
     assert any(line.startswith("concurrency 64: 0.95x") and "first pass" in line for line in lines)
-    assert told.to_markdown().splitlines()[2].endswith("| chosen | tuned |")
+    assert lines[2].endswith("| chosen | tuned |")
     assert [one["ok"] for one in told.to_json()["verified"]] == [True, True, False, False]
 
 

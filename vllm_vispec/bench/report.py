@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from math import floor, isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -324,29 +323,27 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 @dataclass(frozen=True)
 class Report:
-    """A report as Markdown, which refers to its charts as `plots/NAME.svg`."""
+    """A report as Markdown, which refers to its pictures as `plots/NAME.svg`.
+
+    Attributes:
+        pictures: SVG by NAME.
+    """
 
     markdown: str
-    charts: tuple[Chart, ...]
+    pictures: Mapping[str, str]
 
-    @cached_property
-    def pictures(self) -> dict[str, str]:
-        """SVG by NAME."""
-        return {chart.name: chart.draw() for chart in self.charts}
-
-    @cached_property
+    @property
     def html(self) -> str:
         """The same as one page, complete in itself."""
         return to_html(self.markdown, self.pictures)
 
 
-@dataclass(frozen=True)
-class ReportFiles:
+class ReportFiles(NamedTuple):
     """Where a report was written: the page, and Markdown with its pictures beside it."""
 
     html: Path
     markdown: Path
-    plots: tuple[Path, ...]
+    plots: list[Path]
 
 
 def make_report(run: BenchRun, resamples: int = RESAMPLES) -> Report:
@@ -356,7 +353,8 @@ def make_report(run: BenchRun, resamples: int = RESAMPLES) -> Report:
         resamples: of every interval.
     """
     context = answers(Facts.from_run(run, resamples))
-    return Report(to_markdown("report.md.j2", **context), context["charts"])
+    charts = {chart.name: chart.draw() for chart in context["charts"]}
+    return Report(to_markdown("report.md.j2", **context), charts)
 
 
 def write_report(results: Path, output: Path, resamples: int = RESAMPLES) -> ReportFiles:
@@ -372,7 +370,7 @@ def write_report(results: Path, output: Path, resamples: int = RESAMPLES) -> Rep
     """
     report = make_report(BenchRun.load(results), resamples)
     plots = {output / "plots" / f"{name}.svg": svg for name, svg in report.pictures.items()}
-    files = ReportFiles(output / "report.html", output / "report.md", tuple(plots))
+    files = ReportFiles(output / "report.html", output / "report.md", list(plots))
     for path, text in {**plots, files.markdown: report.markdown, files.html: report.html}.items():
         write_text(path, text)
     return files

@@ -10,10 +10,12 @@ from hashlib import sha256
 from math import exp, hypot, log
 from typing import Any
 
-from vllm_vispec.bench.bootstrap import RESAMPLES, with_interval
+from markupsafe import Markup
+
+from vllm_vispec.bench.bootstrap import Measured, with_interval
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.metrics import baseline_key, by_key
-from vllm_vispec.bench.pages import markdown_table
+from vllm_vispec.bench.pages import to_markdown
 from vllm_vispec.bench.schedules import Ranges, highest, merged_ranges, speculative_config
 from vllm_vispec.bench.schema import BenchRun
 from vllm_vispec.utils.errors import ViSpecError
@@ -58,6 +60,20 @@ class Gain:
         """
         return log(self.value / other.value) > hypot(self.spread, other.spread)
 
+    @property
+    def is_ok(self) -> bool:
+        """Whether nothing is lost."""
+        return self.value >= FLOOR
+
+    @property
+    def text(self) -> str:
+        """The value alone."""
+        return f"{self.value:.2f}x"
+
+    def to_json(self) -> dict[str, float]:
+        """Return plain data."""
+        return {"speedup": self.value, "low": self.low, "high": self.high}
+
     def __str__(self) -> str:
         """Return the value with its interval."""
         return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
@@ -90,9 +106,7 @@ def choose_k(gains: Mapping[int, Gain]) -> int:
     return next((k for k in even if known[k].value >= FLOOR), fastest)
 
 
-def gains_of(
-    run: BenchRun, variant: str, by: str = METRICS[0], resamples: int = RESAMPLES
-) -> Gains:
+def gains_of(run: BenchRun, variant: str, by: str = METRICS[0]) -> Gains:
     """Return what a variant gains at every concurrency and K, in order.
 
     A run over several temperatures, numbers of image tokens or datasets counts them all: the
@@ -100,13 +114,11 @@ def gains_of(
 
     Args:
         by: "decode_speedup" or "e2e_speedup".
-        resamples: of the bootstrap.
     """
     groups = by_key(run.cells)
     found: dict[int, dict[int, dict[Any, Gain]]] = defaultdict(lambda: defaultdict(dict))
     for key in (key for key in groups if key.side == variant):
-        measured = with_interval(by, groups[key], groups.get(baseline_key(key), ()), resamples)
-        gain = _gain(measured.value, measured.low, measured.high)
+        gain = _gain(with_interval(by, groups[key], groups.get(baseline_key(key), ())))
         if gain is not None:
             condition = key.dataset, key.temperature, key.image_tokens
             found[key.concurrency][key.num_speculative_tokens][condition] = gain
@@ -118,12 +130,13 @@ def gains_of(
     return pooled
 
 
-def _gain(value: object, low: object, high: object) -> Gain | None:
-    if not isinstance(value, float) or value <= 0:
+def _gain(found: Measured) -> Gain | None:
+    if not found.value:
         return None
-    if not (isinstance(low, float) and isinstance(high, float) and 0 < low <= high):
-        return Gain(value)
-    return Gain(value, max(log(high / value), log(value / low)) or SPREAD_WITHOUT_INTERVAL)
+    if not found.low or not found.high:
+        return Gain(found.value)
+    spread = max(log(found.high / found.value), log(found.value / found.low))
+    return Gain(found.value, spread or SPREAD_WITHOUT_INTERVAL)
 
 
 def _mean(gains: list[Gain]) -> Gain:
@@ -136,20 +149,18 @@ class Tuning:
     """A choice of K for every load.
 
     Attributes:
+        run: what it was chosen from.
         by: the metric it was made by.
-        draft: method and model of the speculative config.
         gains: speedups by concurrency and K.
         chosen: K by concurrency.
         verified: what the setting itself gained, by concurrency, None where it was not measured;
             empty if it was not tried.
     """
 
+    run: BenchRun
     by: str
-    draft: Mapping[str, Any]
     gains: Gains
     chosen: Mapping[int, int]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    machine: Mapping[str, Any] = field(default_factory=dict)
     verified: Mapping[int, Gain | None] = field(default_factory=dict)
 
     @classmethod
@@ -167,9 +178,7 @@ class Tuning:
                 f"the run has no {by} of the side {VARIANT}: measure the sides plain and "
                 f"{VARIANT}, and see the run's logs if cells failed"
             )
-        chosen = {concurrency: choose_k(found) for concurrency, found in gains.items()}
-        draft = {"method": VARIANT, "model": run.settings.get("head") or "HEAD"}
-        return cls(by, draft, gains, chosen, run.settings, run.machine)
+        return cls(run, by, gains, {load: choose_k(found) for load, found in gains.items()})
 
     @property
     def ranges(self) -> Ranges:
@@ -179,7 +188,8 @@ class Tuning:
     @property
     def config(self) -> dict[str, Any] | None:
         """vLLM's speculative config; None if drafting gains at no load."""
-        return speculative_config(self.draft, self.ranges)
+        draft = {"method": VARIANT, "model": self.run.settings.get("head") or "HEAD"}
+        return speculative_config(draft, self.ranges)
 
     @property
     def folder(self) -> str:
@@ -197,21 +207,22 @@ class Tuning:
             schedule=self.ranges,
         )
 
-    def with_verification(self, run: BenchRun, resamples: int = RESAMPLES) -> Tuning:
+    def with_verification(self, run: BenchRun) -> Tuning:
         """Return the tuning with how its setting did in a run of `verify_settings`."""
-        gains = gains_of(run, TUNED, self.by, resamples)
+        gains = gains_of(run, TUNED, self.by)
         found = {concurrency: next(iter(by_k.values())) for concurrency, by_k in gains.items()}
         return replace(self, verified={one: found.get(one) for one in self.gains})
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
+        nothing = dict.fromkeys(("speedup", "low", "high"))
         return {
             "format": FORMAT,
             "by": self.by,
-            "machine": dict(self.machine),
-            "settings": dict(self.settings),
+            "machine": self.run.machine,
+            "settings": self.run.settings,
             "rows": [
-                {"concurrency": concurrency, "num_speculative_tokens": k, **_numbers(gain)}
+                {"concurrency": concurrency, "num_speculative_tokens": k, **gain.to_json()}
                 for concurrency, found in self.gains.items()
                 for k, gain in found.items()
             ],
@@ -219,66 +230,24 @@ class Tuning:
             "schedule": [list(entry) for entry in self.ranges],
             "speculative_config": self.config,
             "verified": [
-                {"concurrency": concurrency, **_numbers(gain), "ok": _is_ok(gain)}
+                {"concurrency": concurrency}
+                | (gain.to_json() if gain else nothing)
+                | {"ok": gain is not None and gain.is_ok}
                 for concurrency, gain in self.verified.items()
             ],
         }
 
     def to_markdown(self) -> str:
-        """Return a table, concurrency by K, the choice marked."""
-        ks = sorted({k for found in self.gains.values() for k in found})
-        head = ["concurrency", *(f"K = {k}" for k in ks), "chosen"]
-        rows = []
-        for concurrency, found in self.gains.items():
-            k = self.chosen[concurrency]
-            cells = [str(found.get(one, "-")) for one in ks]
-            cells = [f"**{c}**" if one == k else c for one, c in zip(ks, cells, strict=True)]
-            tuned = [str(self.verified[concurrency] or "-")] if self.verified else []
-            rows.append([concurrency, *cells, f"K = {k}", *tuned])
-        head += ["tuned"] if self.verified else []
-        title = f"{self.by} over plain vLLM, 95 % interval in brackets"
-        return f"{title}\n\n{markdown_table(head, rows)}"
+        """Return a table, concurrency by K, the choice marked, and what follows from it.
 
-    def advice(self) -> list[str]:
-        """Return what to serve with, why not with the fastest K, and where that still loses."""
-        reasons = [self._why_not_fastest(one) for one in self.gains]
-        if self.config is None:
-            lines = ["Drafting gains at no load that was measured: serve without it."]
-        else:
-            lines = [f"--speculative-config '{json.dumps(self.config)}'"]
-        lost = [self._lost(one, gain) for one, gain in self.verified.items() if not _is_ok(gain)]
-        return [*filter(None, reasons), *lines, *lost]
-
-    def _why_not_fastest(self, concurrency: int) -> str | None:
-        """Say why a K that measured faster was not chosen."""
-        gains, chosen = self.gains[concurrency], self.chosen[concurrency]
-        fastest = fastest_k(gains)
-        if fastest == chosen:
-            return None
-        return (
-            f"concurrency {concurrency}: K = {chosen} ({gains.get(chosen, PLAIN).value:.2f}x) is "
-            f"chosen, not K = {fastest} ({gains[fastest].value:.2f}x): the difference is within "
-            "the 95 % interval, and the smaller K verifies fewer tokens per step; raise "
-            "--repetitions or --least to tell them apart"
+        That is what to serve with, why not with the fastest K, and where it still loses.
+        """
+        return to_markdown(
+            "tune.md.j2",
+            tuning=self,
+            ks=sorted({k for found in self.gains.values() for k in found}),
+            config=None if self.config is None else Markup(json.dumps(self.config)),
+            fastest_k=fastest_k,
+            plain=PLAIN,
+            floor=FLOOR,
         )
-
-    def _lost(self, concurrency: int, gain: Gain | None) -> str:
-        place = f"concurrency {concurrency}"
-        if gain is None:
-            return f"{place}: the setting was not measured"
-        why = "; nothing is drafted there, what remains is the draft's first pass"
-        return (
-            f"{place}: {gain.value:.2f}x with this setting, below {FLOOR:g}x"
-            f"{'' if self.chosen[concurrency] else why}"
-        )
-
-
-def _is_ok(gain: Gain | None) -> bool:
-    """Whether nothing is lost."""
-    return gain is not None and gain.value >= FLOOR
-
-
-def _numbers(gain: Gain | None) -> dict[str, float | None]:
-    if gain is None:
-        return {"speedup": None, "low": None, "high": None}
-    return {"speedup": gain.value, "low": gain.low, "high": gain.high}

@@ -228,9 +228,7 @@ def tune(
             if tried == INTERRUPTED:
                 return tried
             code, tuning = max(code, tried), tuning.with_verification(BenchRun.load(folder))
-    typer.echo(tuning.to_markdown() + "\n")
-    for line in tuning.advice():
-        typer.echo(line)
+    typer.echo(tuning.to_markdown(), nl=False)
     write_json(output / TUNE_FILE, tuning.to_json())
     typer.echo(f"wrote {output / TUNE_FILE}")
     return code
