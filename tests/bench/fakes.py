@@ -48,7 +48,7 @@ class World:
     Attributes:
         events: what happened, in order.
         broken: sides whose servers never become ready.
-        accepted: draft tokens accepted in every round, of K.
+        accepted: draft tokens accepted in every step, of K.
         answers: text of an answer, by side and sample; None: that of `answer`.
         on_load: called with every job before it is answered; may raise.
     """
@@ -77,16 +77,16 @@ class World:
         assert [one.variant for one in self.up()].count(server.variant) == 1
         self.events.append(f"load {server.variant} {len(job.samples)}")
         self.on_load(job)
-        rounds = 2 * len(job.samples)
-        server.rounds += rounds
+        steps = 2 * len(job.samples)
+        server.steps += steps
         requests = [answer(sample) for sample in job.samples]
         if self.answers is not None:
             texts = [self.answers(server.variant, sample) for sample in job.samples]
             pairs = zip(requests, texts, strict=True)
             requests = [replace(request, output_text=text) for request, text in pairs]
         accepted, refused = self.accepted, 4 - self.accepted
-        positions = (rounds,) * accepted + (0,) * refused
-        spec = SpecCounters(rounds, 4 * rounds, accepted * rounds, positions)
+        positions = (steps,) * accepted + (0,) * refused
+        spec = SpecCounters(steps, 4 * steps, accepted * steps, positions)
         speculates = "--speculative-config" in server.arguments
         return LoadResult(tuple(requests), 0.5, spec if speculates else None)
 
@@ -110,13 +110,13 @@ class FakeLoads(LoadGenerator):
 
 
 class FakeServer(BenchServer):
-    """A server that counts two rounds a question, of which each accepts the world's number.
+    """A server that counts two steps a question, of which each accepts the world's number.
 
-    Every round looks an image up; the first one of a question does not find it.
+    Every step looks an image up; the first one of a question does not find it.
     """
 
     world: World
-    rounds = 0
+    steps = 0
     is_up = False
 
     @property
@@ -143,7 +143,7 @@ class FakeServer(BenchServer):
             raise ViSpecError(f"server of {self.variant} does not answer")
         if "vispec" not in self.variant:
             return MemoryFacts(peak_bytes=1000, kv_blocks=10)
-        return MemoryFacts(1000, 10, self.rounds, self.rounds // 2)
+        return MemoryFacts(1000, 10, self.steps, self.steps // 2)
 
     def stop(self) -> None:
         if self.is_up:

@@ -123,7 +123,7 @@ def check_cell(cell: CellResult, num_tokens: int, max_tokens: int) -> None:
     assert sum(cell.spec.accepted_by_position) == cell.spec.accepted_tokens
     if cell.key.side == "ngram":
         return
-    assert 0 < cell.spec.draft_tokens <= num_tokens * cell.spec.rounds
+    assert 0 < cell.spec.draft_tokens <= num_tokens * cell.spec.steps
     looks_up = cell.key.side.startswith("vispec") and cell.key.image_tokens != 0
     # Caches are emptied before a cell, so that every image is computed once.
     assert bool(cell.memory.image_table_misses) == looks_up

@@ -31,7 +31,7 @@ def request(name: str, tokens: int, ttft: float, e2e: float, gaps: int) -> Reque
 
 
 # One repetition of two samples. Decode time per token after the first: plain 0.4 / 4 and 1.0 / 10,
-# side 0.2 / 4 in 2 rounds and 0.5 / 10 in 5 rounds.
+# side 0.2 / 4 in 2 steps and 0.5 / 10 in 5 steps.
 PLAIN = CellResult(
     baseline_key(KEY),
     0,
@@ -46,7 +46,7 @@ SIDE = CellResult(
     0,
     (request("a1", 5, 0.12, 0.32, 2), request("b1", 11, 0.22, 0.72, 5)),
     1.0,
-    SpecCounters(rounds=7, draft_tokens=21, accepted_tokens=7, accepted_by_position=(4, 2, 1)),
+    SpecCounters(steps=7, draft_tokens=21, accepted_tokens=7, accepted_by_position=(4, 2, 1)),
     MemoryFacts(4 * 2**30, 850, image_table_hits=3, image_table_misses=1),
     "vllm serve",
 )
@@ -81,9 +81,7 @@ def test_one_repetition(name: str) -> None:
 
 
 def test_acceptance_is_pooled_over_repetitions() -> None:
-    counters = SpecCounters(
-        rounds=1, draft_tokens=2, accepted_tokens=2, accepted_by_position=(1, 1)
-    )
+    counters = SpecCounters(steps=1, draft_tokens=2, accepted_tokens=2, accepted_by_position=(1, 1))
     cells = [SIDE, replace(SIDE, repetition=1, spec=counters)]
     # Not (1 + 2) / 2, the mean of both; a shorter chain accepted nothing at the third position.
     assert measure("mean_accepted_tokens", cells) == pytest.approx(9 / 8)

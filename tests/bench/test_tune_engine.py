@@ -57,9 +57,9 @@ def test_a_schedule_under_load(questions: Path, tmp_path: Path) -> None:
     check_outputs(run, set(sides))
     spec = {cell.key.concurrency: cell.spec for cell in run.cells if cell.spec is not None}
     alone, busy = spec[1], spec[3]
-    assert alone.accepted_tokens / alone.rounds > 2
+    assert alone.accepted_tokens / alone.steps > 2
     # A draft is made only while one request is left.
-    assert busy.rounds < alone.rounds / 2
+    assert busy.steps < alone.steps / 2
 
 
 def test_tune(questions: Path, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def _spec(content: Mapping[str, Any]) -> SpecCounters | None:
     drafts = content["spec_decode_num_drafts"]
     rates = content["spec_decode_per_position_acceptance_rates"]
     return SpecCounters(
-        rounds=drafts,
+        steps=drafts,
         draft_tokens=content["spec_decode_draft_tokens"],
         accepted_tokens=content["spec_decode_accepted_tokens"],
         accepted_by_position=tuple(round(rate * drafts) for rate in rates),

@@ -157,7 +157,7 @@ def ratio(above: float, below: float) -> float | None:
 def acceptance_rates(cells: Cells) -> tuple[float, ...] | None:
     """Share of steps that accepted the draft token at each position."""
     counters = [cell.spec for cell in cells if cell.spec is not None]
-    steps = sum(spec.rounds for spec in counters)
+    steps = sum(spec.steps for spec in counters)
     places = zip_longest(*(spec.accepted_by_position for spec in counters), fillvalue=0)
     return tuple(sum(place) / steps for place in places) if steps else None
 
@@ -165,7 +165,7 @@ def acceptance_rates(cells: Cells) -> tuple[float, ...] | None:
 def _accepted(cells: Cells, bonus: int = 0) -> float | None:
     """Draft tokens accepted per step, and the bonus token."""
     counters = [cell.spec for cell in cells if cell.spec is not None]
-    steps = sum(spec.rounds for spec in counters)
+    steps = sum(spec.steps for spec in counters)
     return ratio(sum(spec.accepted_tokens for spec in counters) + bonus * steps, steps)
 
 

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
 from vllm_vispec.data.types import Turn
 from vllm_vispec.utils.errors import ViSpecError
@@ -160,13 +160,13 @@ class SpecCounters(Record):
     """vLLM's `vllm:spec_decode_*` counters, what was added during the cell.
 
     Attributes:
-        rounds: drafts made, one a step.
+        steps: in which something was drafted; runs of earlier versions call them rounds.
         draft_tokens: tokens drafted.
         accepted_tokens: draft tokens accepted, bonus tokens not counted.
         accepted_by_position: accepted tokens at each of the K positions.
     """
 
-    rounds: int
+    steps: Annotated[int, Field(validation_alias=AliasChoices("steps", "rounds"))]
     draft_tokens: int
     accepted_tokens: int
     accepted_by_position: tuple[int, ...]
