@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,8 @@ from typer.testing import CliRunner
 
 from tests.bench.fakes import HEAD, TARGET, World, answer
 from tests.bench.made_up_speeds import run_with
-from vllm_vispec.bench import runner
 from vllm_vispec.bench.load import LoadJob
 from vllm_vispec.bench.matrix import MatrixSettings
-from vllm_vispec.bench.runner import Outcome, run_matrix
 from vllm_vispec.bench.schedules import SETTING
 from vllm_vispec.bench.schema import BenchRun, CellResult
 from vllm_vispec.bench.tune import Gain, Tuning, choose_k, gains_of
@@ -130,26 +127,6 @@ def test_the_trial_keeps_all_other_settings() -> None:
     # Those that were chosen for, also from an earlier call.
     assert tried.concurrency == (1, 4, 16, 64)
     assert tried.repetitions == 2
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    file = tmp_path / "questions.jsonl"
-    records = [{"id": f"s{i}", "messages": [{"role": "user", "content": f"q {i}"}]} for i in "abc"]
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return file
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    """Stand-ins for everything that the command starts."""
-    world = World()
-
-    def run(settings: MatrixSettings, samples: Sequence[Any], output: Path, *_: Any) -> Outcome:
-        return run_matrix(settings, samples, output, tools=world.tools())
-
-    monkeypatch.setattr(runner, "run_matrix", run)
-    return world
 
 
 def speeding(world: World, monkeypatch: pytest.MonkeyPatch, tuned: float = 1.0) -> None:
