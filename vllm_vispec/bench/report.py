@@ -34,24 +34,7 @@ from vllm_vispec.bench.schedules import best_schedule, speculative_config
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, BenchRun
 from vllm_vispec.utils.files import write_text
 
-NAMES = {"vispec": "ViSpec", "eagle": "vLLM's EAGLE", "ngram": "n-gram lookup"}
 LATE_FIRST_TOKEN = 1.05
-MOST_ROWS = 40
-COSTS = {
-    "TTFT p50, ms": ("ttft_p50", 1),
-    "TTFT p99": ("ttft_p99", 1),
-    "TTFT / plain": ("ttft_ratio", 2),
-    "TPOT p50, ms": ("tpot_p50", 2),
-    "TPOT p99": ("tpot_p99", 2),
-    "ITL p50, ms": ("itl_p50", 1),
-    "ITL p99": ("itl_p99", 1),
-    "output tokens/s": ("output_throughput", 1),
-    "mean output": ("mean_output_tokens", 1),
-    "peak memory, GiB": ("peak_memory", 2),
-    "KV blocks": ("kv_blocks", 0),
-    "image table hits": ("image_table_hit_rate", None),
-}
-"""Columns: metric and decimals, None for a share."""
 
 
 def number(value: float, digits: int = 1) -> str:
@@ -137,8 +120,6 @@ def answers(facts: Facts) -> dict[str, Any]:
         "side": facts.side,
         "rows": _rows(facts.table),
         "drafting": _rows(facts.drafting),
-        "names": NAMES,
-        "costs": COSTS,
         "metrics": METRICS.values(),
         "sides": {
             one: VARIANTS[one].summary for one in facts.table.side.unique() if one in VARIANTS
@@ -166,30 +147,21 @@ def _interval(row: Any, prefix: str = "") -> str:
 
 
 def _answer(facts: Facts) -> dict[str, Any]:
-    """How fast, how sure, up to which load, and on which tasks."""
+    """How fast, how sure, with which K, up to which load, and on which tasks."""
     row = facts.main
     if row is None:
         return {}
     by_k = timed(facts.like(row, K)).set_index(K).decode_speedup
-    best, chosen = by_k.idxmax(), ""
-    if len(by_k) > 1 and best == row.num_speculative_tokens:
-        chosen = f" (the fastest of {len(by_k)})"
-    elif len(by_k) > 1:
-        chosen = f" (of {len(by_k)}, the fastest being {best} with {by_k[best]:.2f}x)"
     loads = timed(facts.like(row, "concurrency")).set_index("concurrency").decode_speedup
-    losing, reach = loads[loads < 1].index, ""
-    if len(loads) > 1 and losing.empty:
-        reach = f"; it gains at every concurrency measured, up to {loads.index[-1]}"
-    elif len(loads) > 1:
-        gaining = loads.index[loads.index < losing[0]]
-        until = "it " if gaining.empty else f"it gains up to concurrency {gaining[-1]} and "
-        reach = f"; {until}falls to {loads.min():.2f}x at {loads.idxmin()}"
+    losing = loads.index[loads < 1]
     sides, names = timed(facts.like(row, "side")), families(row)
     return {
         "speed": f"{row.decode_speedup:.2f}x{_interval(row, '95 %: ')}",
         "noise": row.low <= 1 <= row.high,
-        "chosen": chosen,
-        "reach": reach,
+        "by_k": by_k,
+        "loads": loads,
+        "losing_load": None if losing.empty else losing[0],
+        "gaining_loads": loads.index if losing.empty else loads.index[loads.index < losing[0]],
         "tasks": {name: _rows(facts.of_family(sides, name)) for name in names if any(names)},
     }
 
@@ -253,7 +225,6 @@ def _losses(facts: Facts) -> dict[str, Any]:
     return {
         "measured": len(rows),
         "lowest": next(rows.sort_values("decode_speedup", kind="stable").itertuples(), None),
-        "most_rows": MOST_ROWS,
         "losing": [(row, _limit(facts, row)) for row in losing],
         "config": _config(facts, losing[0]) if losing else None,
         "late": _rows(late),
