@@ -61,5 +61,5 @@ def data_url(path: str, root: Path) -> str:
     """
     open_image(path, root)
     file = image_file(path, root)
-    mime_type = mimetypes.guess_type(file.name)[0] or "image/png"
+    mime_type = mimetypes.guess_type(file.name, strict=False)[0] or "image/png"
     return f"data:{mime_type};base64,{base64.b64encode(file.read_bytes()).decode('ascii')}"

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     from vllm_vispec.reference.draft import Draft
 
-MAX_DRAFT_TOKENS = 32
 _COPIED = (PROVENANCE, DRAFT_VOCAB, DRAFT_VOCAB_FACTS)
 _OURS = {CONFIG, CARD, WEIGHTS, *_COPIED}
 
@@ -72,17 +71,10 @@ def export_head(
         What `inspect_head` says about the folder written.
 
     Raises:
-        ViSpecError: a setting is impossible, the folder is taken or cannot be written, or the
-            target is a path to nothing.
+        ViSpecError: the folder is taken or cannot be written, or the target is a path to nothing.
     """
-    check_dtype(dtype)
-    count = num_speculative_tokens
-    if not 1 <= count <= MAX_DRAFT_TOKENS:
-        raise ViSpecError(
-            f"num_speculative_tokens={count} must lie between 1 and {MAX_DRAFT_TOKENS}"
-        )
     destination = Path(folder).expanduser().absolute()
-    serving = Serving(target, count)
+    serving = Serving(target, num_speculative_tokens)
     content = draft.config.to_config_json(dtype)
     content |= speculators_fields(draft.config, serving, destination)
     with new_head_folder(destination, overwrite=overwrite) as scratch:
@@ -123,8 +115,9 @@ def convert_head(
         ViSpecError: the source is no usable head, the format cannot express it, or the
             destination is taken.
     """
-    if dtype is not None:
-        check_dtype(dtype, "--dtype")
+    possible = dict.fromkeys(DTYPES.values())
+    if dtype is not None and dtype not in possible:
+        raise ViSpecError(f"--dtype {dtype!r} is not supported: use one of {', '.join(possible)}")
     writer = get_format(checkpoint_format)
     info = inspect_head(source)
     folder = Path(destination).expanduser().absolute()
@@ -157,17 +150,6 @@ def convert_head(
                 shutil.copyfile(info.folder / name, scratch / name)
         _write_head(scratch, _tensors(info, config, writer), dtype, content, card)
     return inspect_head(folder)
-
-
-def check_dtype(name: str, setting: str = "dtype") -> None:
-    """Refuse a dtype heads are not stored in.
-
-    Raises:
-        ViSpecError: names the setting and what is possible.
-    """
-    possible = dict.fromkeys(DTYPES.values())
-    if name not in possible:
-        raise ViSpecError(f"{setting} {name!r} is not supported: use one of {', '.join(possible)}")
 
 
 @contextmanager
