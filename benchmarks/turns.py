@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from benchmarks.calls import Call, Measured, Memory
 from examples.tiny_vlm.samples import demo_samples
@@ -100,16 +100,11 @@ class Engine(WorkerProcess):
         super().__init__(name, "benchmarks.turns", environment, log_file)
         self.job = job
 
-    def __enter__(self) -> Self:
-        super().__enter__()
-        try:
-            job = self.job
-            samples = {"per_family": job.per_family, "families": list(job.families)}
-            self.request({"llm": job.llm_kwargs(), "max_tokens": job.max_tokens, **samples})
-        except BaseException:
-            self.stop()
-            raise
-        return self
+    def begin(self) -> None:
+        """Start the engine."""
+        job = self.job
+        samples = {"per_family": job.per_family, "families": list(job.families)}
+        self.request({"llm": job.llm_kwargs(), "max_tokens": job.max_tokens, **samples})
 
     def ask(self, samples: Sequence[int], temperature: float = 0.0) -> Reply:
         """Have samples answered together."""
