@@ -86,13 +86,11 @@ class FakeEngine:
 
     Attributes:
         decode_rounds: of an answer.
-        asked: ids of the samples of every call, in order.
         log: what happened, also to other engines.
     """
 
     side: str
     decode_rounds: int = 3
-    asked: list[tuple[str, ...]] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -108,8 +106,7 @@ class FakeEngine:
 
     def record(self, samples: Sequence[BenchSample]) -> Steps:
         """Return the steps of a made-up answer; ViSpec's first pass over a prompt is short."""
-        self.asked.append(tuple(sample.sample_id for sample in samples))
-        self.log.append(self.side)
+        self.log += [f"{self.side} {sample.sample_id}" for sample in samples]
         tape, is_ours = Tape(), self.side == "vispec"
         images = 30 if samples[0].sample_id == "s0" else 10
         tape.step(

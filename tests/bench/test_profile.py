@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tests.bench.fakes import HEAD, SAMPLES, TARGET
 from tests.bench.made_up_spans import DECODE, FakeEngine, K, Tape, prefill
 from vllm_vispec.bench import profile as run
-from vllm_vispec.bench.profile import UNPAIRED, ProfileSettings, measure, pair
+from vllm_vispec.bench.profile import ProfileSettings, measure, pair
 from vllm_vispec.bench.profile_engine import EngineProcess
 from vllm_vispec.bench.profile_steps import Steps
 from vllm_vispec.cli.app import app
@@ -53,20 +53,6 @@ def test_as_many_steps_on_both_sides() -> None:
     assert found[-1][1].prompt_tokens == 40
 
 
-def test_sides_take_turns() -> None:
-    log: list[str] = []
-    sides: dict[str, Any] = {side: FakeEngine(side, log=log) for side in ("vispec", "eagle")}
-    sides["eagle"].decode_rounds = 5
-    blocks, left_out = measure(sides, [SAMPLES[:1], SAMPLES[1:2]], 2, lambda _: None)
-    warm_up, first, second = log[:4], log[4:8], log[8:]
-    assert warm_up == ["eagle", "vispec"] * 2
-    assert first == ["eagle", "vispec", "vispec", "eagle"]
-    assert second == ["vispec", "eagle", "eagle", "vispec"]
-    assert sides["eagle"].asked == sides["vispec"].asked == [("s0",), ("s1",)] * 3
-    assert len(blocks) == 4
-    assert left_out == {"eagle": {UNPAIRED: 8}, "vispec": {}}
-
-
 def test_no_step_to_compare() -> None:
     class Silent(FakeEngine):
         def record(self, samples: Any) -> Steps:
@@ -79,8 +65,12 @@ def test_no_step_to_compare() -> None:
 
 def test_files(events: list[str], tmp_path: Path) -> None:
     profile = run.run_profile(SETTINGS, SAMPLES[:2], tmp_path)
-    assert events[:2] == ["start eagle", "start vispec"]
-    assert events[-2:] == ["end vispec", "end eagle"]
+    # A warm-up, then turns: who goes first alternates between questions and repetitions.
+    eagle, vispec = ([f"{side} s0", f"{side} s1"] for side in ("eagle", "vispec"))
+    first, second = [eagle[0], vispec[0]], [eagle[1], vispec[1]]
+    turns = [*first, *second, *first, *second[::-1], *first[::-1], *second]
+    assert events == ["start eagle", "start vispec", *turns, "end vispec", "end eagle"]
+    assert profile["left_out"] == {"eagle": {"without a counterpart": 8}, "vispec": {}}
     assert json.loads((tmp_path / "profile.json").read_text()) == json.loads(json.dumps(profile))
     assert (profile["decode"]["steps"], profile["prefill"]["steps"]) == (4 * 3, 4)
     rows = profile["prefill_by_image_tokens"]
