@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,45 +25,20 @@ INTERPRETED = "Triton interpreter"
 ONLY_OURS, OF_IMAGES = {"adaptor", "row_codes"}, {"adaptor", "vision_tower"}
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is profiled on a runner; little where Triton's interpreter is slow."""
-
-    runner: str
-    concurrency: int
-    num_speculative_tokens: int
-    max_tokens: int
-    repetitions: int
-    image_tokens: tuple[int, ...] = (IMAGES_AS_THEY_ARE,)
-
-    def run(self, folder: Path) -> dict[str, Any]:
-        """Measure."""
-        write_questions(folder, "heldout", 100_000, 2, ("captioning", "charts"))
-        settings = ProfileSettings(
-            str(TARGET),
-            str(HEAD),
-            str(folder),
-            "tiny",
-            num_speculative_tokens=self.num_speculative_tokens,
-            runner=self.runner,
-            concurrency=self.concurrency,
-            repetitions=self.repetitions,
-            image_tokens=self.image_tokens,
-            serve_args=SERVE_ARGS,
-        )
-        options = DatasetOptions(limit=2, max_tokens=self.max_tokens)
-        samples = load_dataset("tiny", folder, options).samples
-        return run_profile(settings, samples, folder / "out")
-
-
-def check(case: Case, profile: dict[str, Any]) -> None:
-    """What holds on every runner."""
+def profiled(folder: Path, max_tokens: int, **settings: Any) -> dict[str, Any]:
+    """Measure, and check what holds on every runner."""
+    write_questions(folder, "heldout", 100_000, 2, ("captioning", "charts"))
+    pair: dict[str, Any] = {"target": str(TARGET), "head": str(HEAD), "serve_args": SERVE_ARGS}
+    given = ProfileSettings(**pair, data=str(folder), dataset="tiny", **settings)
+    options = DatasetOptions(limit=2, max_tokens=max_tokens)
+    profile = run_profile(given, load_dataset("tiny", folder, options).samples, folder / "out")
     for side in ("eagle", "vispec"):
         assert INCOMPLETE not in profile["left_out"][side]
         for kind in ("decode", "prefill"):
-            assert list(profile[kind]["parts"]) == list(columns(case.num_speculative_tokens))
+            assert list(profile[kind]["parts"]) == list(columns(given.num_speculative_tokens))
             absent = OF_IMAGES if kind == "decode" else set()
             check_side(profile[kind], side, absent | (ONLY_OURS if side == "eagle" else set()))
+    return profile
 
 
 def check_side(found: dict[str, Any], side: str, absent: set[str]) -> None:
@@ -79,9 +53,8 @@ def check_side(found: dict[str, Any], side: str, absent: set[str]) -> None:
 
 
 def test_v1(tmp_path: Path) -> None:
-    case = Case("v1", 1, 4, 16, 2, image_tokens=(IMAGES_AS_THEY_ARE, 0))
-    profile = case.run(tmp_path)
-    check(case, profile)
+    sizes = (IMAGES_AS_THEY_ARE, 0)
+    profile = profiled(tmp_path, 16, runner="v1", repetitions=2, image_tokens=sizes)
     # Two samples twice, with and without their images.
     assert profile["prefill"]["steps"] == 8
     assert profile["decode"]["steps"] >= 8
@@ -97,9 +70,8 @@ def test_v1(tmp_path: Path) -> None:
 
 @pytest.mark.v2
 def test_v2(tmp_path: Path) -> None:
-    case = Case("v2", 2, 2, 6, 1)
-    profile = case.run(tmp_path)
-    check(case, profile)
+    few = {"concurrency": 2, "num_speculative_tokens": 2, "repetitions": 1}
+    profile = profiled(tmp_path, 6, runner="v2", **few)
     assert [row["requests"] for row in profile["prefill_by_image_tokens"]] == [2]
     assert INTERPRETED in (tmp_path / "out" / "profile.md").read_text()
 
