@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from vllm_vispec.bench import profile_steps as parts
-from vllm_vispec.bench.profile_steps import Batch, Prompt, Recorder, Steps, find_steps
+from vllm_vispec.bench.profile_steps import Batch, Recorder, Steps, find_steps
 from vllm_vispec.bench.schema import BenchSample
 
 K = 3
@@ -17,7 +17,7 @@ OURS = ((parts.ROWS, 3.0), (parts.ADAPTOR, 5.0))
 
 def prefill(tokens: int = 40, image_tokens: int = 30, computed: int = 0) -> Batch:
     """A batch of one whole prompt."""
-    return Batch((tokens,), (0,), (Prompt(tokens, computed, image_tokens),))
+    return Batch((tokens,), (0,), (tokens,), computed, image_tokens)
 
 
 @dataclass

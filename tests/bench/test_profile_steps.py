@@ -17,7 +17,6 @@ from vllm_vispec.bench.profile_steps import (
     OTHER_BATCH,
     Batch,
     Block,
-    Prompt,
     Recorder,
 )
 from vllm_vispec.utils.errors import ViSpecError
@@ -67,9 +66,9 @@ def test_a_prefill_is_apart() -> None:
         (Batch((2,), (1,)), K, OTHER_BATCH),  # fewer draft tokens than K
         (Batch((K + 1,), (0,)), K, OTHER_BATCH),  # a piece of a prompt that happens to be as long
         (Batch((K + 1, K + 1), (K, K)), K, OTHER_BATCH),  # more requests than are asked together
-        (Batch((20,), (0,), (Prompt(40),)), K, OTHER_BATCH),  # the beginning of a prompt
+        (Batch((20,), (0,), (40,)), K, OTHER_BATCH),  # the beginning of a prompt
         (prefill(40, computed=8), K, OTHER_BATCH),  # its end
-        (Batch((K + 1, 40), (K, 0), (Prompt(40),)), K, OTHER_BATCH),  # decoding and a prompt
+        (Batch((K + 1, 40), (K, 0), (40,)), K, OTHER_BATCH),  # decoding and a prompt
         (DECODE, K - 1, INCOMPLETE),
         (DECODE, K + 1, INCOMPLETE),
         (DECODE, 0, INCOMPLETE),

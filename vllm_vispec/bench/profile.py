@@ -175,10 +175,11 @@ def jobs(settings: ProfileSettings, folder: Path) -> dict[str, Job]:
     Raises:
         ViSpecError: a head cannot be used.
     """
-    from vllm_vispec.bench.server import GPU_SHARE, option_value
+    from vllm_vispec.bench.server import GPU_SHARE
 
     serve_args = settings.serve_args
-    if has_gpu() and option_value(serve_args, "--gpu-memory-utilization") is None:
+    if has_gpu():
+        # In front: what the user gives wins.
         serve_args = (f"--gpu-memory-utilization={GPU_SHARE / len(SIDES):.3f}", *serve_args)
     given = settings.eagle_head
     eagle_head = (

@@ -72,14 +72,6 @@ def columns(num_draft_tokens: int) -> dict[str, Part]:
     return found
 
 
-class Prompt(NamedTuple):
-    """A request that enters the batch: tokens of its prompt, of these computed, image tokens."""
-
-    tokens: int
-    computed: int = 0
-    image_tokens: int = 0
-
-
 @dataclass(frozen=True)
 class Batch:
     """What one target pass is over.
@@ -87,28 +79,30 @@ class Batch:
     Attributes:
         scheduled: tokens of every request.
         drafted: draft tokens among them, request by request.
-        prompts: the requests that enter with this batch.
+        prompts: tokens of the prompts of the requests that enter with this batch.
+        computed, image_tokens: of these prompts together.
     """
 
     scheduled: tuple[int, ...]
     drafted: tuple[int, ...]
-    prompts: tuple[Prompt, ...] = ()
+    prompts: tuple[int, ...] = ()
+    computed: int = 0
+    image_tokens: int = 0
 
     @classmethod
     def from_scheduler(cls, scheduler_output: Any, *_: Any, **__: Any) -> Batch:
         """Return what vLLM's scheduler has put together for a step."""
         scheduled: Mapping[str, int] = scheduler_output.num_scheduled_tokens
         drafts = scheduler_output.scheduled_spec_decode_tokens
-        prompts = (
-            Prompt(
-                len(new.prompt_token_ids or ()),
-                new.num_computed_tokens,
-                sum(one.mm_position.get_num_embeds() for one in new.mm_features or ()),
-            )
-            for new in scheduler_output.scheduled_new_reqs
+        new = scheduler_output.scheduled_new_reqs
+        images = (image for request in new for image in request.mm_features or ())
+        return cls(
+            tuple(scheduled.values()),
+            tuple(len(drafts.get(request, ())) for request in scheduled),
+            tuple(len(request.prompt_token_ids or ()) for request in new),
+            sum(request.num_computed_tokens for request in new),
+            sum(image.mm_position.get_num_embeds() for image in images),
         )
-        counts = tuple(len(drafts.get(request, ())) for request in scheduled)
-        return cls(tuple(scheduled.values()), counts, tuple(prompts))
 
     def kind(self, num_draft_tokens: int, concurrency: int) -> str | None:
         """Return which kind of step this is, None if neither counts.
@@ -117,13 +111,11 @@ class Batch:
         end of an answer, would mix engines that reach the end at different steps. In a prefill
         every request enters with its whole prompt.
         """
-        size = len(self.scheduled)
-        wide = (num_draft_tokens + 1,) * size, (num_draft_tokens,) * size
-        if not self.prompts and size == concurrency and (self.scheduled, self.drafted) == wide:
-            return DECODE
-        whole = tuple(prompt.tokens for prompt in self.prompts) == self.scheduled
-        is_prefill = whole and not any(prompt.computed for prompt in self.prompts)
-        return PREFILL if is_prefill else None
+        if self.prompts == self.scheduled and not self.computed:
+            return PREFILL
+        wide = (num_draft_tokens + 1,) * concurrency, (num_draft_tokens,) * concurrency
+        is_decode = not self.prompts and (self.scheduled, self.drafted) == wide
+        return DECODE if is_decode else None
 
 
 @dataclass
@@ -284,9 +276,8 @@ def find_steps(spans: Sequence[Span], num_draft_tokens: int, concurrency: int) -
         elif (split := _split(inside, num_draft_tokens)) is None:
             left_out[INCOMPLETE] += 1
         else:
-            tokens = sum(one.tokens for one in batch.prompts)
-            image_tokens = sum(one.image_tokens for one in batch.prompts)
-            found.append(Step(kind, len(batch.scheduled), tokens, image_tokens, *split))
+            sizes = len(batch.scheduled), sum(batch.prompts), batch.image_tokens
+            found.append(Step(kind, *sizes, *split))
     return Steps(tuple(found), dict(left_out))
 
 
