@@ -256,22 +256,18 @@ def best_path(tree: DraftTree) -> DraftTree:
     Levels that a tree does not reach, and all places behind, hold `NO_TOKEN`.  A chain needs no
     codes: its paths are `UNUSED`, its depths those of a row of tokens.
     """
-    num_nodes, levels = tree.token.shape[1], tree.path.shape[2]
+    num_requests, num_nodes = tree.token.shape
+    # A child's branch is its rank, so this line takes the first branch at every level.
+    is_first_RNL = (tree.path == 0) | (tree.path == UNUSED)
+    is_on_line_RN = is_first_RNL.all(-1) & (tree.token != NO_TOKEN)
+    place_RN = torch.where(is_on_line_RN, tree.depth - 1, num_nodes)
+    token_RJ = tree.token.new_full((num_requests, num_nodes + 1), NO_TOKEN)
+    token_RJ.scatter_(1, place_RN, tree.token)
     places_N = torch.arange(num_nodes, device=tree.token.device)
-    token_RN = torch.full_like(tree.token, NO_TOKEN)
-    at_R1 = torch.zeros_like(tree.parent[:, :1])
-    goes_on_R1 = torch.ones_like(at_R1, dtype=torch.bool)
-    for level in range(min(levels, num_nodes)):
-        is_child_RN = (tree.parent == at_R1) & (tree.token != NO_TOKEN)
-        child_R1 = is_child_RN.int().argmax(1, keepdim=True)
-        goes_on_R1 = goes_on_R1 & is_child_RN.any(1, keepdim=True)
-        found_R = tree.token.gather(1, child_R1)[:, 0]
-        token_RN[:, level] = torch.where(goes_on_R1[:, 0], found_R, NO_TOKEN)
-        at_R1 = child_R1 + 1
     return DraftTree(
-        token_RN,
-        places_N.expand_as(token_RN),
-        (places_N + 1).expand_as(token_RN),
+        token_RJ[:, :num_nodes],
+        places_N.expand_as(tree.token),
+        (places_N + 1).expand_as(tree.token),
         torch.full_like(tree.path, UNUSED),
     )
 

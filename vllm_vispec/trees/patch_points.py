@@ -1,5 +1,7 @@
 """What draft trees rely on in vLLM."""
 
+from functools import partial
+
 from vllm_vispec.compat.patch_point import PatchGroup, calls, reads, subclasses, wraps
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.trees.limits import has_branches, has_tree
@@ -9,7 +11,9 @@ _WORKER = "vllm.v1.worker"
 _V2 = f"{_WORKER}.gpu"
 _V2_AR = f"{_V2}.spec_decode.target_dependent_ar"
 
-FEATURE, REMEDY = "draft trees", 'leave "tree" out of the speculative config'
+_group = partial(
+    PatchGroup, feature="draft trees", remedy='leave "tree" out of the speculative config'
+)
 
 
 def _apply_slots() -> None:
@@ -39,10 +43,8 @@ def _apply_v2() -> None:
     patch(model_states, "resolve_model_state_cls", model_state.resolve_model_state_cls)
 
 
-TREE_SLOTS = PatchGroup(
+TREE_SLOTS = _group(
     name="tree slots",
-    feature=FEATURE,
-    remedy=REMEDY,
     is_needed=has_tree,
     apply=_apply_slots,
     points=(
@@ -53,10 +55,8 @@ TREE_SLOTS = PatchGroup(
     ),
 )
 
-TREES = PatchGroup(
+TREES = _group(
     name="trees",
-    feature=FEATURE,
-    remedy=REMEDY,
     is_needed=has_branches,
     apply=apply_attention,
     points=(
@@ -87,10 +87,8 @@ TREES = PatchGroup(
     ),
 )
 
-V2_TREES = PatchGroup(
+V2_TREES = _group(
     name="trees",
-    feature=FEATURE,
-    remedy=REMEDY,
     runner="v2",
     is_needed=has_branches,
     apply=_apply_v2,
