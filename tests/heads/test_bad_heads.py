@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support.heads import BASE, edit_config, edit_tensors, write_config, write_head
+from tests.support.heads import BASE, TYPICAL, edit_config, edit_tensors, write_config, write_head
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.folder import inspect_head
 from vllm_vispec.heads.location import resolve_head
@@ -133,14 +133,22 @@ AUTOMODEL: dict[str, tuple[Spoil, str]] = {
     ),
 }
 
+
+def _section(**changes: Any) -> Spoil:
+    return _config(vispec=TYPICAL["canonical"].vispec_section() | changes)
+
+
 CANONICAL: dict[str, tuple[Spoil, str]] = {
+    "no global feature": (_section(global_feature=False), r"does not account for: img_fc\.weight"),
+    "no compression": (
+        _section(global_feature=False, compress=False),
+        "does not account for: img_adaptor",
+    ),
+    "flag is text": (_section(compress="no"), "compress of the head is 'no', it must be true or"),
     "future format": (_config(vispec={"format_version": 99}), "upgrade vllm-vispec"),
     "flag missing": (_config(vispec={"format_version": 1}), "lacks 'target_model_type'"),
     "queries differ": (
-        lambda f: edit_config(
-            f,
-            vispec={**json.loads((f / "config.json").read_text())["vispec"], "num_query_tokens": 9},
-        ),
+        _section(num_query_tokens=9),
         r"'img_adaptor.query' .* has shape \[3, 4, 8\], config.json asks for \[9, 4, 8\]",
     ),
 }
