@@ -1,4 +1,7 @@
-"""V1's sampler over trees, given logits by hand: tokens, penalties, log probabilities, draws."""
+"""V1's sampler over trees, given logits by hand: tokens, log probabilities, draws.
+
+Penalties and grammars beside trees are served by `tests/engine/test_lossless.py`.
+"""
 
 from __future__ import annotations
 
@@ -166,41 +169,6 @@ def test_greedy_tokens_and_their_log_probabilities() -> None:
             assert logprobs[0] == pytest.approx(float(expected[tokens[place]]), abs=1e-5)
     assert found.sampled_token_ids.shape[1] <= width
     assert len(lengths_seen) >= 3
-
-
-def test_penalties_of_chains_beside_trees() -> None:
-    """A chain's rows see the tokens before them; a tree's request has none to see."""
-    tree, table = _trees(4, 1)
-    chain, said = [5, 6, 7], [1, 2]
-    metadata = _metadata([tree.token[0].tolist(), chain])
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(NODES + 1 + len(chain) + 1, VOCAB, generator=generator)
-    own = logits[NODES + 1 :]
-    for row, token in enumerate(chain):
-        own[row, token] = 8.0
-    # Behind the second token the first one again, were it not for the penalty.
-    own[2, 5] = 9.0
-    presence = torch.tensor([0.0, 4.0])
-    sampling = _sampling(
-        2,
-        no_penalties=False,
-        presence_penalties=presence,
-        prompt_token_ids=torch.full((2, 1), VOCAB),
-        output_token_ids=[[3], said],
-        spec_token_ids=[tree.token[0].tolist(), chain],
-    )
-    given = logits.clone()
-    found = _sample(_batch(table, [0, table.no_tree], metadata), metadata, logits, sampling)
-    expected, behind = [], list(said)
-    for row in range(len(chain) + 1):
-        scores = given[NODES + 1 + row].clone()
-        scores[list(set(behind))] -= 4.0
-        expected.append(int(scores.argmax()))
-        if row == len(chain) or expected[-1] != chain[row]:
-            break
-        behind.append(chain[row])
-    assert expected[:3] == chain
-    assert _emitted(found)[1] == expected[: SETTINGS.levels + 1]
 
 
 def _sequences(
