@@ -5,7 +5,7 @@ take turns, one with the ViSpec head, one with an EAGLE head of the same sizes t
 proposer drives. Two numbers are printed apart, for decoding steps:
 
 * first pass: from the call of the proposer to the logits of the first draft token.
-* step: from the logits of one draft token to those of the next, mean of a step's.
+* draft step: from the logits of one draft token to those of the next, mean of a step's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vllm_vispec.utils.files import write_json
 
 FIRST_HELD_OUT = 100_000
 MOST_ALLOWED = 1.10
-SHOWN = ("first_pass", "step")
+SHOWN = ("first_pass", "draft_step")
 
 
 def from_here(path: str) -> str:

@@ -68,7 +68,7 @@ def test_numbers_worked_out_by_hand() -> None:
     # draft: 200 + 2 * 5 = 210 bytes, 2.1 s; first 2 * (6 * 50 + 2 * 50) = 800 FLOP, 1.6 s
     assert one.draft_first_s == one.draft_step_s == pytest.approx(0.5 + 2.1)
     assert one.acceptance_length == 1.75
-    assert one.round_s == pytest.approx(12.74 + 2.6 + 2.6)
+    assert one.step_s == pytest.approx(12.74 + 2.6 + 2.6)
     assert one.seconds_per_token == pytest.approx(17.94 / 1.75)
     assert one.decode_speedup == pytest.approx(1.75 * 11.5 / 17.94)
 

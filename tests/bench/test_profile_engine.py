@@ -22,7 +22,7 @@ SERVE_ARGS = (
     *("--max-num-seqs=4", "--max-num-batched-tokens=512"),
 )
 INTERPRETED = "Triton interpreter"
-ONLY_OURS, OF_IMAGES = {"adaptor", "row_codes"}, {"adaptor", "vision_tower"}
+ONLY_OURS, OF_IMAGES = {"adaptor", "row_ids"}, {"adaptor", "vision_tower"}
 
 
 def profiled(folder: Path, max_tokens: int, **settings: Any) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def check_side(found: dict[str, Any], side: str, absent: set[str]) -> None:
         assert (part[side]["median"] > 0) == (name not in absent), (side, name, part)
     wholes = {name: one[side] for name, one in found["wholes"].items()}
     total = sum(part[side]["typical"] for part in found["parts"].values())
-    assert total == pytest.approx(wholes["round"]["typical"])
-    first, drafting, step = (wholes[name]["median"] for name in ("first_pass", "propose", "round"))
+    assert total == pytest.approx(wholes["step"]["typical"])
+    first, drafting, step = (wholes[name]["median"] for name in ("first_pass", "propose", "step"))
     assert 0 < first < drafting < step
 
 

@@ -33,7 +33,7 @@ def test_a_decoding_step() -> None:
         "target_lm_head": 7,
         "verification": 4,
         "adaptor": 0,
-        "row_codes": 3,
+        "row_ids": 3,
         "draft_first_pass": 20,
         "draft_step_1": 11,
         "draft_step_2": 12,
@@ -42,9 +42,9 @@ def test_a_decoding_step() -> None:
         "draft_host": 6,
         "host": 3,
     }
-    assert sum(found.seconds.values()) == found.wholes["round"] == 155
+    assert sum(found.seconds.values()) == found.wholes["step"] == 155
     assert found.wholes["first_pass"] == 6 + 3 + 20 + 1 + 12
-    assert found.wholes["step"] == ((11 + 13) + (12 + 13)) / 2
+    assert found.wholes["draft_step"] == ((11 + 13) + (12 + 13)) / 2
     assert found.wholes["propose"] == 91
 
 
@@ -55,7 +55,7 @@ def test_a_prefill_is_apart() -> None:
     first, second = tape.found().steps
     assert first.shape == ("prefill", 1, 40, 30)
     assert (first.seconds["vision_tower"], first.seconds["adaptor"]) == (25, 5)
-    assert sum(first.seconds.values()) == pytest.approx(first.wholes["round"])
+    assert sum(first.seconds.values()) == pytest.approx(first.wholes["step"])
     assert second.kind == "decode"
     assert list(first.seconds) == list(second.seconds) == list(parts.columns(K))
 
@@ -88,8 +88,8 @@ def test_one_draft_token_has_no_step() -> None:
     tape.step(Batch((2,), (1,)), drafts=1)
     (found,) = tape.found(drafts=1).steps
     assert not [name for name in found.seconds if name.startswith(parts.DRAFT_STEP)]
-    assert "step" not in found.wholes
-    assert sum(found.seconds.values()) == found.wholes["round"]
+    assert "draft_step" not in found.wholes
+    assert sum(found.seconds.values()) == found.wholes["step"]
 
 
 class Draft(torch.nn.Module):
@@ -151,7 +151,7 @@ def test_ratio_of_medians_with_interval() -> None:
     found = summarise([block(20, 10), block(22, 11), block(40, 20)])
     assert found["steps"] == 9
     assert found["parts"]["target_pass"]["ratio_low"] == 1.0
-    assert found["parts"]["row_codes"]["ratio"] is None
+    assert found["parts"]["row_ids"]["ratio"] is None
     one = found["parts"]["draft_first_pass"]
     assert (one["eagle"]["median"], one["vispec"]["median"], one["ratio"]) == (22, 11, 0.5)
     assert (one["ratio_low"], one["ratio_high"], one["ratio_first_decile"]) == (0.5, 0.5, 0.5)

@@ -57,7 +57,7 @@ def summarise(blocks: Sequence[Block]) -> dict[str, Any]:
     figures_SC = {
         "median": np.median(pooled_SRC, axis=1),
         "first_decile": np.quantile(pooled_SRC, DECILES[0], axis=1),
-        "typical": np.stack([_typical(table, names.index("round")) for table in pooled_SRC]),
+        "typical": np.stack([_typical(table, names.index("step")) for table in pooled_SRC]),
     }
     low_C, high_C = np.full((2, len(names)), np.nan)
     if len(blocks) > 1:

@@ -20,7 +20,7 @@ OTHER_BATCH, INCOMPLETE = "other batch", "incomplete"
 # Names of spans; a span's own time is the part of this name, if there is one.
 STEP, EXECUTE, DRAFT_MODEL = "step", "execute", "draft_model"
 VISION, TARGET_MODEL, TARGET_LOGITS = "vision_tower", "target_pass", "target_lm_head"
-SAMPLE, ADAPTOR, ROWS = "verification", "adaptor", "row_codes"
+SAMPLE, ADAPTOR, ROWS = "verification", "adaptor", "row_ids"
 PROPOSE, DRAFT_LOGITS, DRAFT_SAMPLE = "draft_host", "draft_lm_head", "draft_sampling"
 ONCE = (EXECUTE, TARGET_MODEL, TARGET_LOGITS, SAMPLE, PROPOSE)
 # Parts that no span is named after.
@@ -40,7 +40,7 @@ PARTS = {
     TARGET_LOGITS: Part("target lm_head", "#56b4e9"),
     SAMPLE: Part("verification and sampling", "#8c6d00"),
     ADAPTOR: Part("vision adaptor", "#009e73"),
-    ROWS: Part("row codes", "#117733"),
+    ROWS: Part("row ids", "#117733"),
     FIRST_PASS: Part("draft first pass", "#d55e00"),
     DRAFT_STEP: Part("draft step", "#e69f00"),
     DRAFT_LOGITS: Part("draft lm_head", "#cc79a7"),
@@ -50,9 +50,9 @@ PARTS = {
 }
 WHOLES = {
     "first_pass": "first pass, call of the proposer to its logits",
-    "step": "draft step, logits to logits",
+    "draft_step": "draft step, logits to logits",
     "propose": "all of drafting",
-    "round": "all of the step",
+    "step": "all of the step",
 }
 """What overlaps the parts: times by other borders, the same on every runner."""
 
@@ -296,8 +296,8 @@ def _split(
     (step,), (propose,) = named[STEP], named[PROPOSE]
     wholes = {"first_pass": logits[0].end - propose.begin}
     if num_draft_tokens > 1:
-        wholes["step"] = (logits[-1].end - logits[0].end) / (num_draft_tokens - 1)
-    wholes |= {"propose": propose.seconds, "round": step.seconds}
+        wholes["draft_step"] = (logits[-1].end - logits[0].end) / (num_draft_tokens - 1)
+    wholes |= {"propose": propose.seconds, "step": step.seconds}
     parts = columns(num_draft_tokens)
     seconds = {name: sum((span.own for span in named[name]), 0.0) for name in parts}
     seconds[FIRST_PASS] = passes[0].own

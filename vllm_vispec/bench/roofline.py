@@ -83,7 +83,7 @@ class Prediction:
     plain_bound: str
     verify_bound: str
     draft_bound: str
-    round_s: float
+    step_s: float
     seconds_per_token: float
     decode_speedup: float
 
