@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.settings import Settings, choices, iter_fields, parse
@@ -24,13 +24,18 @@ _SHORT = (
 )
 
 
-def setting(default: Any, meaning: str, source: str, **limits: Any) -> Any:
-    """A documented field; `ge` and `le` are its limits."""
-    return Field(default, description=meaning, json_schema_extra={"source": source}, **limits)
+def setting(default: Any, source: str, **limits: Any) -> Any:
+    """A field with the source of its default; `ge` and `le` are its limits.
+
+    What it means is the text below it.
+    """
+    return Field(default, json_schema_extra={"source": source}, **limits)
 
 
 class Section(Settings):
     """A section of the recipe."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -48,118 +53,85 @@ class Section(Settings):
 class TargetConfig(Section):
     """The frozen model whose answers are to be predicted."""
 
-    model: str = setting("", "folder or hub id of the target", "required")
+    model: str = setting("", "required")
+    """folder or hub id of the target"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto",
-        "how the target computes; auto: bfloat16 on a GPU, float32 on a CPU",
-        "ViSpec code (bfloat16)",
+        "auto", "ViSpec code (bfloat16)"
     )
+    """how the target computes; auto: bfloat16 on a GPU, float32 on a CPU"""
 
 
 class HeadSettings(Section):
     """The draft to train."""
 
-    kind: str = setting("vispec", "head type: see vllm_vispec.train.head_types", "ViSpec")
-    compressor: str = setting(
-        "",
-        "what makes an image's tokens, like prune:20 or select: see vllm_vispec.compressors.spec; "
-        "none: that of the head type",
-        "SpecVLM (select)",
-    )
-    num_query_tokens: int = setting(
-        2,
-        "learned queries of ViSpec's adaptor; one less is the number of rows per image",
-        "ViSpec code",
-        ge=1,
-    )
-    input_norm: Literal["auto", "on", "off"] = setting(
-        "auto",
-        "norm of the draft's input; auto: as the head type, or as head.init_from",
-        "SpecVLM (on), ViSpec code (off)",
-    )
-    init_from: str = setting(
-        "",
-        "head folder to start from; for a draft VLM also a small language model's",
-        "ours; MASSV",
-    )
-    num_layers: int = setting(
-        0, "decoder layers of a draft VLM; 0: those of head.init_from, else 4", "ours", ge=0
-    )
-    hidden_size: int = setting(
-        0, "width of a draft VLM; 0: that of head.init_from, else the target's", "ours", ge=0
-    )
-    num_heads: int = setting(
-        0,
-        "heads of a draft VLM; 0: those of head.init_from, else as wide as the target's",
-        "ours",
-        ge=0,
-    )
-    trained: Literal["all", "projector"] = setting(
-        "all",
-        "which weights of a draft VLM are trained; projector: stage 1",
-        "MASSV (stage 1: projector)",
-    )
-    dtype: Dtype = setting("bfloat16", "dtype of the exported weights", "ViSpec code")
+    kind: str = setting("vispec", "ViSpec")
+    """head type: see vllm_vispec.train.head_types"""
+    compressor: str = setting("", "SpecVLM (select)")
+    """what makes an image's tokens, like prune:20 or select: see vllm_vispec.compressors.spec;
+    none: that of the head type"""
+    num_query_tokens: int = setting(2, "ViSpec code", ge=1)
+    """learned queries of ViSpec's adaptor; one less is the number of rows per image"""
+    input_norm: Literal["auto", "on", "off"] = setting("auto", "SpecVLM (on), ViSpec code (off)")
+    """norm of the draft's input; auto: as the head type, or as head.init_from"""
+    init_from: str = setting("", "ours; MASSV")
+    """head folder to start from; for a draft VLM also a small language model's"""
+    num_layers: int = setting(0, "ours", ge=0)
+    """decoder layers of a draft VLM; 0: those of head.init_from, else 4"""
+    hidden_size: int = setting(0, "ours", ge=0)
+    """width of a draft VLM; 0: that of head.init_from, else the target's"""
+    num_heads: int = setting(0, "ours", ge=0)
+    """heads of a draft VLM; 0: those of head.init_from, else as wide as the target's"""
+    trained: Literal["all", "projector"] = setting("all", "MASSV (stage 1: projector)")
+    """which weights of a draft VLM are trained; projector: stage 1"""
+    dtype: Dtype = setting("bfloat16", "ViSpec code")
+    """dtype of the exported weights"""
 
 
 class DataConfig(Section):
     """What to train and validate on."""
 
-    train: tuple[str, ...] = setting((), "JSONL files of conversations", "required")
-    validation: tuple[str, ...] = setting(
-        (), "JSONL files held out; none: a share of train", "ours"
-    )
-    validation_share: float = setting(
-        0.05, "share of train that is held out", "ViSpec code (95/5)", ge=0, le=0.9
-    )
-    validation_max: int = setting(256, "at most this many held-out samples", "ours", ge=1)
-    image_root: str = setting("", "folder that image paths start from; none: the file's", "ours")
-    max_length: int = setting(
-        4096, "longer samples are left out and counted", "ViSpec code, NeMo", ge=4
-    )
-    max_samples: int = setting(0, "use the first so many of train; 0: all", "ours", ge=0)
-    memory_mb: int = setting(
-        1024, "encoded samples kept in memory, MiB; the rest is encoded again", "ours", ge=0
-    )
+    train: tuple[str, ...] = setting((), "required")
+    """JSONL files of conversations"""
+    validation: tuple[str, ...] = setting((), "ours")
+    """JSONL files held out; none: a share of train"""
+    validation_share: float = setting(0.05, "ViSpec code (95/5)", ge=0, le=0.9)
+    """share of train that is held out"""
+    validation_max: int = setting(256, "ours", ge=1)
+    """at most this many held-out samples"""
+    image_root: str = setting("", "ours")
+    """folder that image paths start from; none: the file's"""
+    max_length: int = setting(4096, "ViSpec code, NeMo", ge=4)
+    """longer samples are left out and counted"""
+    max_samples: int = setting(0, "ours", ge=0)
+    """use the first so many of train; 0: all"""
+    memory_mb: int = setting(1024, "ours", ge=0)
+    """encoded samples kept in memory, MiB; the rest is encoded again"""
 
 
 class LossSettings(Section):
     """What is minimised."""
 
-    name: str = setting(
-        "auto",
-        "a loss of vllm_vispec.train.losses; auto: specvlm with a compressor, kl for a draft VLM, "
-        "else vispec",
-        "SpecVLM; MASSV; ViSpec code, NeMo",
-    )
-    weights: dict[str, float] = setting({}, "weights of its terms; none: its own", "see losses")
-    passes: int = setting(
-        2,
-        "rollout passes, the first on the target's states; a draft VLM always has one",
-        "ViSpec code (1 extra pass)",
-        ge=1,
-    )
-    mode: Literal["exact", "shifted"] = setting(
-        "exact",
-        "what a row of a later pass sees; exact: as in the engine, shifted: as in the reference",
-        "EAGLE-3 (training-time test)",
-    )
-    pass_decay: float = setting(
-        1.0, "weight of pass s is this to the power of s", "ViSpec code (equal)", ge=0
-    )
-    noise: float = setting(
-        0.0, "uniform noise on the target's states; ViSpec: 0.2", "SpecVLM (online: off)", ge=0
-    )
-    chunk_rows: int = setting(2048, "rows whose logits are in memory at a time", "ours", ge=1)
-    balance: float = setting(
-        0.01, "weight of the load balance over the branches of select", "ours", ge=0
-    )
-    temperature_start: float = setting(
-        1.0, "of the Gumbel softmax of select at the run's start", "ours", ge=0.01
-    )
-    temperature_end: float = setting(
-        0.5, "at its end, linear between; as progress goes for the rate", "ours", ge=0.01
-    )
+    name: str = setting("auto", "SpecVLM; MASSV; ViSpec code, NeMo")
+    """a loss of vllm_vispec.train.losses; auto: specvlm with a compressor, kl for a draft VLM, else
+    vispec"""
+    weights: dict[str, float] = setting({}, "see losses")
+    """weights of its terms; none: its own"""
+    passes: int = setting(2, "ViSpec code (1 extra pass)", ge=1)
+    """rollout passes, the first on the target's states; a draft VLM always has one"""
+    mode: Literal["exact", "shifted"] = setting("exact", "EAGLE-3 (training-time test)")
+    """what a row of a later pass sees; exact: as in the engine, shifted: as in the reference"""
+    pass_decay: float = setting(1.0, "ViSpec code (equal)", ge=0)
+    """weight of pass s is this to the power of s"""
+    noise: float = setting(0.0, "SpecVLM (online: off)", ge=0)
+    """uniform noise on the target's states; ViSpec: 0.2"""
+    chunk_rows: int = setting(2048, "ours", ge=1)
+    """rows whose logits are in memory at a time"""
+    balance: float = setting(0.01, "ours", ge=0)
+    """weight of the load balance over the branches of select"""
+    temperature_start: float = setting(1.0, "ours", ge=0.01)
+    """of the Gumbel softmax of select at the run's start"""
+    temperature_end: float = setting(0.5, "ours", ge=0.01)
+    """at its end, linear between; as progress goes for the rate"""
 
     def temperature(self, progress: float) -> float:
         """Temperature of the Gumbel softmax after this share of the run."""
@@ -169,38 +141,39 @@ class LossSettings(Section):
 class OptimizerConfig(Section):
     """AdamW and what happens to its gradients."""
 
-    lr: float = setting(3e-5, "peak learning rate", "NeMo (stage 1)", ge=0)
-    beta1: float = setting(0.9, "AdamW", "ViSpec, SpecVLM", ge=0, le=1)
-    beta2: float = setting(0.95, "AdamW", "ViSpec, SpecVLM", ge=0, le=1)
-    eps: float = setting(1e-8, "AdamW", "PyTorch", ge=0)
-    weight_decay: float = setting(0.0, "AdamW", "SpecVLM", ge=0)
-    clip: Literal["value", "norm", "none"] = setting(
-        "value", "how gradients are clipped", "ViSpec code"
-    )
-    clip_at: float = setting(0.5, "largest value or norm", "ViSpec code", ge=0)
-    ema: float = setting(
-        0.0,
-        "decay of a moving average of the weights, which is exported; 0: off",
-        "ours",
-        ge=0,
-        le=0.99999,
-    )
+    lr: float = setting(3e-5, "NeMo (stage 1)", ge=0)
+    """peak learning rate"""
+    beta1: float = setting(0.9, "ViSpec, SpecVLM", ge=0, le=1)
+    """AdamW"""
+    beta2: float = setting(0.95, "ViSpec, SpecVLM", ge=0, le=1)
+    """AdamW"""
+    eps: float = setting(1e-8, "PyTorch", ge=0)
+    """AdamW"""
+    weight_decay: float = setting(0.0, "SpecVLM", ge=0)
+    """AdamW"""
+    clip: Literal["value", "norm", "none"] = setting("value", "ViSpec code")
+    """how gradients are clipped"""
+    clip_at: float = setting(0.5, "ViSpec code", ge=0)
+    """largest value or norm"""
+    ema: float = setting(0.0, "ours", ge=0, le=0.99999)
+    """decay of a moving average of the weights, which is exported; 0: off"""
 
 
 class ScheduleConfig(Section):
     """How long, and the learning rate on the way. The first limit that is reached ends it."""
 
-    epochs: float = setting(20.0, "passes over the data; 0: no limit", "ViSpec", ge=0)
-    max_steps: int = setting(0, "optimizer steps; 0: no limit", "ours", ge=0)
-    minutes: float = setting(0.0, "minutes of training; 0: no limit", "ours", ge=0)
-    warmup: float = setting(
-        0.05, "share of the run in which the rate rises from 0", "ViSpec (1 of 20), NeMo",
-        ge=0, le=1,
-    )  # fmt: skip
-    decay: Literal["linear", "cosine", "constant"] = setting(
-        "linear", "shape of the rate's fall", "ViSpec code"
-    )
-    floor: float = setting(0.1, "last rate, as a share of the peak", "NeMo", ge=0, le=1)
+    epochs: float = setting(20.0, "ViSpec", ge=0)
+    """passes over the data; 0: no limit"""
+    max_steps: int = setting(0, "ours", ge=0)
+    """optimizer steps; 0: no limit"""
+    minutes: float = setting(0.0, "ours", ge=0)
+    """minutes of training; 0: no limit"""
+    warmup: float = setting(0.05, "ViSpec (1 of 20), NeMo", ge=0, le=1)
+    """share of the run in which the rate rises from 0"""
+    decay: Literal["linear", "cosine", "constant"] = setting("linear", "ViSpec code")
+    """shape of the rate's fall"""
+    floor: float = setting(0.1, "NeMo", ge=0, le=1)
+    """last rate, as a share of the peak"""
 
     def total_steps(self, steps_per_epoch: int) -> int | None:
         """Return the steps after which a run ends, None without such a limit."""
@@ -213,43 +186,52 @@ class ScheduleConfig(Section):
 class BatchConfig(Section):
     """How samples are put together."""
 
-    size: int = setting(8, "samples per process and forward pass", "ViSpec (global batch)", ge=1)
-    accumulate: int = setting(1, "forward passes per step", "NeMo: 8 of size 1", ge=1)
-    pool: int = setting(
-        16, "batches that are sorted by length together, against padding", "ours", ge=1
-    )
+    size: int = setting(8, "ViSpec (global batch)", ge=1)
+    """samples per process and forward pass"""
+    accumulate: int = setting(1, "NeMo: 8 of size 1", ge=1)
+    """forward passes per step"""
+    pool: int = setting(16, "ours", ge=1)
+    """batches that are sorted by length together, against padding"""
 
 
 class TeacherConfig(Section):
     """Where hidden states come from."""
 
     mode: Literal["online", "offline"] = setting(
-        "online",
-        "online: the target runs in every step; offline: its states are read from disk",
-        "SpecVLM (online), ViSpec code (offline)",
+        "online", "SpecVLM (online), ViSpec code (offline)"
     )
-    cache_dir: str = setting("", "folder of the cache; none: <run.output>/cache", "ours")
-    shard_samples: int = setting(64, "samples per cache file", "ours", ge=1)
+    """online: the target runs in every step; offline: its states are read from disk"""
+    cache_dir: str = setting("", "ours")
+    """folder of the cache; none: <run.output>/cache"""
+    shard_samples: int = setting(64, "ours", ge=1)
+    """samples per cache file"""
 
 
 class RunConfig(Section):
     """Where results go, and how often."""
 
-    output: str = setting("", "folder of checkpoints, curves and the head", "required")
-    seed: int = setting(0, "of weights, order and noise", "ViSpec code", ge=0)
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one", "ours")
-    autocast: Literal["auto", "off", "bfloat16"] = setting(
-        "auto", "mixed precision of the draft; auto: bfloat16 on a GPU", "ViSpec code"
-    )
-    threads: int = setting(0, "CPU threads of PyTorch; 0: its own choice", "ours", ge=0)
-    validate_every: int = setting(
-        500, "steps between validations; 0: at the end only", "ours", ge=0
-    )
-    save_every: int = setting(500, "steps between checkpoints; 0: at the end only", "ours", ge=0)
-    keep: int = setting(2, "newest checkpoints kept, beside the best", "ours", ge=1)
-    log_every: int = setting(10, "steps per line of metrics.jsonl", "ours", ge=1)
-    num_draft_tokens: int = setting(5, "K of the simulated acceptance_length", "ours", ge=1)
-    export: Literal["best", "last"] = setting("best", "which weights become the head", "ours")
+    output: str = setting("", "required")
+    """folder of checkpoints, curves and the head"""
+    seed: int = setting(0, "ViSpec code", ge=0)
+    """of weights, order and noise"""
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "ours")
+    """auto: a GPU if there is one"""
+    autocast: Literal["auto", "off", "bfloat16"] = setting("auto", "ViSpec code")
+    """mixed precision of the draft; auto: bfloat16 on a GPU"""
+    threads: int = setting(0, "ours", ge=0)
+    """CPU threads of PyTorch; 0: its own choice"""
+    validate_every: int = setting(500, "ours", ge=0)
+    """steps between validations; 0: at the end only"""
+    save_every: int = setting(500, "ours", ge=0)
+    """steps between checkpoints; 0: at the end only"""
+    keep: int = setting(2, "ours", ge=1)
+    """newest checkpoints kept, beside the best"""
+    log_every: int = setting(10, "ours", ge=1)
+    """steps per line of metrics.jsonl"""
+    num_draft_tokens: int = setting(5, "ours", ge=1)
+    """K of the simulated acceptance_length"""
+    export: Literal["best", "last"] = setting("best", "ours")
+    """which weights become the head"""
 
 
 class TrainConfig(Settings):
@@ -353,7 +335,9 @@ def explain() -> str:
         default, extra = field.default, field.json_schema_extra
         is_number = isinstance(default, (int, float))
         shown = f"{default:g}" if is_number else str(default or "-")
-        meaning = f"{field.description}" + (f" ({' | '.join(c)})" if (c := choices(field)) else "")
+        meaning = " ".join(str(field.description).split()) + (
+            f" ({' | '.join(c)})" if (c := choices(field)) else ""
+        )
         assert isinstance(extra, dict)
         rows.append((name, shown, meaning, extra["source"]))
     widths = [max(len(str(row[column])) for row in rows) for column in range(2)]
