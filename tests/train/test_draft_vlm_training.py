@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.heads import DRAFT_VLM, random_draft_vlm
+from tests.support.heads import random_draft_vlm
 from tests.support.tiny_store import TinyStore
 from tests.train.language_models import write_language_model
 from tests.train.runs import losses, recipe, run
@@ -41,22 +40,6 @@ def test_the_loss_is_that_of_its_own_logits(chunk_rows: int) -> None:
     assert int(sums.of_rows["rows"]) == len(rows)
     sums.loss.backward()
     assert all(parameter.grad is not None for parameter in draft.parameters())
-
-
-def test_gradients_of_the_first_stage() -> None:
-    draft = random_draft_vlm(replace(DRAFT_VLM, tie_word_embeddings=True))
-    for name, parameter in draft.named_parameters():
-        parameter.requires_grad_(name.startswith("projector."))
-    batches = [random_sample(20, ((2, 9),), [(12, 20)]), random_sample(15, (), [(6, 15)])]
-    for one, sees in zip(batches, (True, False), strict=True):
-        Objective(draft, TARGET_HEAD, LossSettings(name="kl"))(pad_batch([one])).loss.backward()
-        for name, parameter in draft.named_parameters():
-            if not name.startswith("projector."):
-                assert parameter.grad is None
-            else:
-                assert parameter.grad is not None
-                assert bool(parameter.grad.any()) == sees
-                parameter.grad = None
 
 
 def small(target: Path, data: Path, output: Path, **changes: Any) -> TrainConfig:

@@ -19,9 +19,11 @@ from tests.train.samples import random_sample
 from vllm_vispec.cli.evaluate import evaluate
 from vllm_vispec.data.encode import Encoder
 from vllm_vispec.data.template import load_processor
-from vllm_vispec.evaluate.engine import questions
-from vllm_vispec.evaluate.options import read_samples
+from vllm_vispec.evaluate.engine import EngineResult, questions
+from vllm_vispec.evaluate.options import EvalOptions, read_samples
+from vllm_vispec.evaluate.report import Report
 from vllm_vispec.evaluate.run import greedy_tokens
+from vllm_vispec.train.acceptance import Acceptance
 
 
 def record(folder: Path, family: str, index: int, answer: str | None = None) -> dict[str, Any]:
@@ -152,3 +154,12 @@ def test_greedy_tokens_are_the_argmax_one_token_before() -> None:
     assert greedy_tokens(sample, lm_head) == (expected, len(places))
     sample.token_ids[1:] = best[:-1]
     assert greedy_tokens(sample, lm_head) == (len(places), len(places))
+
+
+def test_an_engine_that_hardly_accepts_is_named(folder: Path) -> None:
+    options = EvalOptions(target=TARGET, head=HEAD, data=write(folder, []))
+    for accepted, is_low in ((5, True), (30, False)):
+        families = {"overall": Acceptance(100, 100 + accepted, 1, (accepted, 0))}
+        report = Report(options, 1, (), families, engine=EngineResult(families, 1, 0))
+        warned = report.notes()[-1].startswith("warning: acceptance length 1.05 is so low")
+        assert warned == is_low

@@ -25,6 +25,7 @@ def test_online_and_offline_are_the_same(
     target = tiny.target("qwen2_5_vl")
     online = run(recipe(target, dialogues, tmp_path / "online"))
     assert online.finished
+    assert "acceptance length 1.00 is so low" in online.message
     cached = {"teacher__mode": "offline", "teacher__cache_dir": str(tmp_path / "cache")}
     offline = recipe(target, dialogues, tmp_path / "offline", teacher__shard_samples=7, **cached)
     with processes("cpu") as group:

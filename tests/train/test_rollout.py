@@ -145,8 +145,9 @@ def test_shifted_passes_read_the_output_one_row_earlier() -> None:
     torch.testing.assert_close(second.state_BLD[0, rows], again.state_BLD[0, rows], **CLOSE)
 
 
-def test_no_counted_row_still_gives_finite_states_and_gradients() -> None:
-    draft = random_draft(HEADS["reference"])
+@pytest.mark.parametrize("name", ["reference", "select"])
+def test_no_counted_row_still_gives_finite_states_and_gradients(name: str) -> None:
+    draft = random_draft(HEADS[name])
     batch = pad_batch([random_sample(14, ((1, 6),), answers=[])])
     outputs = rollout(draft, batch, 3)
     assert not any(bool(output.counts_BL.any()) for output in outputs)

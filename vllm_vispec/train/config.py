@@ -258,13 +258,9 @@ class TrainConfig(Settings):
         Raises:
             ViSpecError: a required setting is missing or nothing ends the run.
         """
-        required = {
-            "target.model": self.target.model,
-            "data.train": self.data.train,
-            "run.output": self.run.output,
-        }
-        for name, value in required.items():
-            if not value:
+        flat = self.flat()
+        for name in ("target.model", "data.train", "run.output"):
+            if not flat[name]:
                 raise ViSpecError(
                     f"{name} is not set: write it in the recipe or add --set {name}=…"
                 )

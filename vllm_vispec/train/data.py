@@ -152,7 +152,7 @@ class EncodedSamples:
         entry = self._entries[index]
         item = self._encoders[entry.image_root](entry.conversation)
         if isinstance(item, Encoded):
-            size = _bytes(item)
+            size = sum(x.nbytes for x in (item.token_ids, item.answer, *item.vision.values()))
             if size <= self._room:
                 self._room -= size
                 self._kept[index] = item
@@ -171,11 +171,6 @@ class EncodedSamples:
                 f"({item.reason}): put its image back"
             )
         return item
-
-
-def _bytes(item: Encoded) -> int:
-    tensors = (item.token_ids, item.answer, *item.vision.values())
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @dataclass(frozen=True)

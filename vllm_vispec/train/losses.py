@@ -160,24 +160,6 @@ def sum_terms(inputs: LossInputs, weights: Mapping[str, float]) -> dict[str, Ten
     return sums | {"total": total}
 
 
-@dataclass(frozen=True)
-class Rng:
-    """Random sources of one forward pass; None: nothing is drawn.
-
-    Attributes:
-        noise: of the noise on the target's states.
-        gate: of the Gumbel noise on a gate's logits.
-        temperature: of the softmax that the gate's gradients go through.
-    """
-
-    noise: torch.Generator | None = None
-    gate: torch.Generator | None = None
-    temperature: float = 1.0
-
-
-NO_RNG = Rng()
-
-
 def make_generator(device: torch.device, purpose: str, *place: int) -> torch.Generator:
     """Return a generator for a purpose at a place: seed, step, pass and process.
 
@@ -216,16 +198,28 @@ class Objective(nn.Module):
         self.balance = settings.balance if draft.config.compressor_spec.balanced else 0.0
         self.part_names = (*self.weights, *([BALANCE] if self.balance else []))
 
-    def forward(self, batch: DraftBatch, rng: Rng = NO_RNG) -> Sums:
-        """Return the loss of a batch on the draft's device, in its dtype (or under autocast)."""
+    def forward(
+        self,
+        batch: DraftBatch,
+        noise: torch.Generator | None = None,
+        gate: torch.Generator | None = None,
+        temperature: float = 1.0,
+    ) -> Sums:
+        """Return the loss of a batch on the draft's device, in its dtype (or under autocast).
+
+        Args:
+            noise, gate: sources of the noise on the target's states and of the Gumbel noise on a
+                gate's logits; None: nothing is drawn.
+            temperature: of the softmax that the gate's gradients go through.
+        """
         settings = self.settings
         decision = decide(
             self.draft.compressor,
             batch.hidden_BLD,
             batch.answer_BL,
             batch.runs,
-            rng.gate,
-            rng.temperature,
+            gate,
+            temperature,
         )
         outputs = rollout(
             self.draft,
@@ -233,7 +227,7 @@ class Objective(nn.Module):
             self.draft.distinct_passes(settings.passes),
             settings.mode,
             settings.noise,
-            rng.noise,
+            noise,
             decision,
         )
         # A term without weight on every parameter: all get gradients (zeros) even where a batch

@@ -38,7 +38,14 @@ def train_on_ray(
         ViSpecError: Ray Train is not installed, the cluster is too small, or the run failed; a
             failed run goes on from its last checkpoint when the same command is run again.
     """
-    ray, train, torch_train = _import_ray()
+    try:
+        import ray
+        from ray import train
+        from ray.train import torch as torch_train
+    except ImportError as error:
+        raise ViSpecError(
+            f"--ray needs Ray Train ({error}): pip install 'vllm-vispec[ray]'"
+        ) from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=True)
@@ -65,18 +72,6 @@ def train_on_ray(
     return str(getattr(result, "return_value", None) or f"finished; see {output}")
 
 
-def _import_ray() -> tuple[Any, Any, Any]:
-    try:
-        import ray
-        from ray import train
-        from ray.train import torch as torch_train
-    except ImportError as error:
-        raise ViSpecError(
-            f"--ray needs Ray Train ({error}): pip install 'vllm-vispec[ray]'"
-        ) from error
-    return ray, train, torch_train
-
-
 def _use_gpu(resources: Mapping[str, float], device: str, workers: int) -> bool:
     wanted = {"CPU": workers}
     use_gpu = device == "cuda" or (device == "auto" and resources.get("GPU", 0) >= workers)
@@ -93,17 +88,16 @@ def _use_gpu(resources: Mapping[str, float], device: str, workers: int) -> bool:
 
 def _absolute(config: TrainConfig) -> TrainConfig:
     """The recipe with absolute paths; hub ids stay as they are."""
-
-    def absolute(name: str, path: str) -> str:
-        # Outputs need not exist yet.
-        is_path = Path(path).exists() or name in ("run.output", "teacher.cache_dir")
-        return str(Path(path).absolute()) if path and is_path else path
-
     flat = config.flat()
     for name in _PATHS:
-        value = flat[name]
-        is_list = isinstance(value, list)
-        flat[name] = [absolute(name, v) for v in value] if is_list else absolute(name, value)
+        given = [flat[name]] if isinstance(flat[name], str) else flat[name]
+        # Outputs need not exist yet.
+        is_output = name in ("run.output", "teacher.cache_dir")
+        paths = [
+            str(Path(path).absolute()) if path and (is_output or Path(path).exists()) else path
+            for path in given
+        ]
+        flat[name] = paths[0] if isinstance(flat[name], str) else paths
     return config_from_flat(flat)
 
 

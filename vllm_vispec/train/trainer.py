@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vllm_vispec.reference import Draft, draft_class
-from vllm_vispec.train.batch import pad_batch
+from vllm_vispec.train.batch import DraftBatch, pad_batch
 from vllm_vispec.train.checkpoint import Tensors
 from vllm_vispec.train.config import ScheduleConfig, TrainConfig
 from vllm_vispec.train.distributed import Processes, assign, shard, whole
-from vllm_vispec.train.losses import Objective, Rng, Sums, make_generator
+from vllm_vispec.train.losses import Objective, Sums, make_generator
 from vllm_vispec.train.rollout import ROW_MULTIPLE
 from vllm_vispec.train.teacher import Teacher
 from vllm_vispec.utils.errors import ViSpecError
@@ -130,10 +130,8 @@ class Trainer:
             batch = pad_batch(self._teacher.observe(samples), ROW_MULTIPLE)
             batch = batch.to(self._group.device, torch.float32)
             tokens += sum(batch.lengths)
-            with torch.autocast(self._group.device.type, torch.bfloat16, self._autocast):
-                sums = self._objective(batch, self._rng(number, index, progress))
-            sums.loss.backward()
-            found.append(sums)
+            found.append(self._forward(batch, number, index, progress))
+            found[-1].loss.backward()
         columns = {"tokens": tokens, "loss": sum(float(one.loss.detach()) for one in found)}
         for name in found[0].of_rows:
             columns[name] = sum(float(one.of_rows[name]) for one in found)
@@ -157,16 +155,16 @@ class Trainer:
             decisions_2K=self._group.sum(sum(one.decisions_2K.double() for one in found)).cpu(),
         )
 
-    def _rng(self, number: int, index: int, progress: float) -> Rng:
-        """Random sources of a forward pass; validation and export have none."""
+    def _forward(self, batch: DraftBatch, number: int, index: int, progress: float) -> Sums:
+        """Run forward pass `index` of a step with its own random sources."""
         place = (self._config.run.seed, number, index, self._group.rank)
         device, loss = self._group.device, self._config.loss
         is_gated = self.head_config.compressor_spec.gated
-        return Rng(
-            make_generator(device, "noise", *place) if loss.noise else None,
-            make_generator(device, "gate", *place) if is_gated else None,
-            loss.temperature(progress),
-        )
+        noise = make_generator(device, "noise", *place) if loss.noise else None
+        gate = make_generator(device, "gate", *place) if is_gated else None
+        with torch.autocast(device.type, torch.bfloat16, self._autocast):
+            sums: Sums = self._objective(batch, noise, gate, loss.temperature(progress))
+        return sums
 
     def _update(self, rows: float, number: int, lr: float) -> float:
         """Scale gradients of the sum to the mean, clip, step; return the norm before clipping."""
