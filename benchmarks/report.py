@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vllm_vispec.bench.machine import describe_machine
-from vllm_vispec.bench.pages import markdown_table
 from vllm_vispec.utils.files import write_text
 
 if TYPE_CHECKING:
@@ -88,12 +87,17 @@ def replace_section(text: str, name: str, content: str) -> str:
 
 
 def join_tables(tables: Iterable[tuple[str, Table]]) -> str:
-    """Return the tables that have a row, each below its title if that is not empty."""
+    """Return the tables that have a row as Markdown, each below its title if that is not empty."""
     return "\n\n".join(
-        (f"## {title}\n\n" if title else "") + markdown_table(rows[0], rows[1:])
+        (f"## {title}\n\n" if title else "") + _table(*rows)
         for title, rows in tables
         if len(rows) > 1
     )
+
+
+def _table(head: Sequence[str], *rows: Sequence[str]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from benchmarks.answers import IMAGES
 from benchmarks.calls import Call
-from benchmarks.compressors import REFERENCE, SCALING, SWEEPS, VARIANTS, findings
+from benchmarks.compressors import REFERENCE, VARIANTS, findings
 from benchmarks.compressors.findings import (
     IMAGE_TOKENS,
     choose_by_family,
@@ -25,7 +25,7 @@ from benchmarks.compressors.findings import (
     read_findings,
     replay_all,
 )
-from benchmarks.compressors.page import PAPER, best_known, draw, to_markdown
+from benchmarks.compressors.page import best_known, draw, to_markdown
 from benchmarks.study import EPOCHS, RECIPE, Study, Trained, Variant
 from examples.tiny_vlm.families import FAMILIES
 from tests.studies.made_up import make_study, one_of_each, write_calls
@@ -120,14 +120,6 @@ def test_variants_differ_in_a_valid_head_only(variant: Variant, study: Study) ->
     assert rest(variant) == rest(reference)
     assert EPOCHS in variant.epochs
     assert variant.after == ("" if variant is reference else REFERENCE)
-
-
-def test_every_number_of_the_paper_has_a_variant() -> None:
-    assert set(PAPER["combinations"]) <= set(VARIANTS)
-    assert {name: tuple(found) for name, found in PAPER["primitives"].items()} == dict(SWEEPS)
-    assert {f"{name}_{n}" for name, numbers in SWEEPS.items() for n in numbers} <= set(VARIANTS)
-    for name, found in PAPER["epochs"].items():
-        assert VARIANTS[name].epochs == tuple(found) == SCALING
 
 
 # What a head costs
@@ -259,16 +251,12 @@ def test_findings(measured: Study) -> None:
     found = read_findings(measured)
     names = [f"{name}-e{EPOCHS}-s0" for name in ("eagle_vlm", "select", "prune_20")]
     assert [one["name"] for one in found] == ["eagle_vlm-e1-s0", *names]
-    before, reference, select, prune = found
+    _, reference, select, prune = json.loads(json.dumps(found))
     assert select["engine"]["acceptance_length_ratio"]["mean"] == pytest.approx(5 / 3)
-    assert best_known(select) == select["replayed"]
     assert (select["replayed"]["mean"], select["replayed_ratio"]["mean"]) == (3.0, 1.5)
-    assert reference["replayed_ratio"] is before["replayed"] is prune["replayed_ratio"] is None
+    assert reference["replayed_ratio"] is prune["replayed"] is None
+    assert best_known(select) == select["replayed"]
     assert best_known(prune) == prune["engine"]["acceptance_length"][IMAGES]
-    content = json.loads(json.dumps(found))[2]
-    assert content["engine"]["acceptance_length"][IMAGES]["mean"] == 5.0
-    assert [one["image_tokens"] for one in content["image_cost"]] == list(IMAGE_TOKENS)
-    assert content["choices"][0]["counts"] == [3, 0, 1, 0, 0]
 
 
 def test_tables(measured: Study) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -34,29 +34,14 @@ def to_markdown(template: str, **context: Any) -> str:
     return environment.get_template(template).render(context)
 
 
-def markdown_table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a Markdown table of cells that are Markdown already."""
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
-
-
 def to_html(markdown: str, pictures: Mapping[str, str]) -> str:
     """Return Markdown as a page.
 
     Args:
         pictures: SVG of `plots/NAME.svg` by NAME.
     """
-    body = (
-        MarkdownIt("commonmark", {"html": False, "xhtmlOut": False})
-        .enable("table")
-        .render(markdown)
-    )
-    for tag in ("th", "td"):
-        body = body.replace(f"<{tag}>", f'<{tag} class="text">')
-        body = body.replace(f'<{tag} style="text-align:right">', f"<{tag}>")
-    body = body.replace("<table>", '<div class="wide"><table>').replace(
-        "</table>", "</table></div>"
-    )
+    renderer = MarkdownIt("commonmark", {"html": False, "xhtmlOut": False}).enable("table")
+    body = renderer.render(markdown)
     body = _TYPED.sub(r"<details><summary>\1</summary><pre>\2</pre></details>", body)
     for name, svg in pictures.items():
         # As an image, not inline: the ids of several SVGs in one page would clash.
@@ -69,15 +54,12 @@ def to_html(markdown: str, pictures: Mapping[str, str]) -> str:
     for anchor, title in chapters.items():
         body = body.replace(f"<h2>{title}</h2>", f'<h2 id="{anchor}">{title}</h2>')
     heading, _, body = body.partition("\n")
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            title=Markup(heading).striptags(),
-            heading=Markup(heading),
-            chapters=chapters,
-            body=Markup(body),
-        )
+    page = _environment().get_template("report.html.j2")
+    return page.render(
+        title=Markup(heading).striptags(),
+        heading=Markup(heading),
+        chapters=chapters,
+        body=Markup(body),
     )
 
 
