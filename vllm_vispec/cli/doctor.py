@@ -7,10 +7,10 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from math import prod
 
 from vllm_vispec import __version__
 from vllm_vispec.compat import check as versions
@@ -19,8 +19,6 @@ from vllm_vispec.compat.check import PatchPointState, check_points, group_proble
 from vllm_vispec.spec_decode.patch_points import CHAINS, CORE
 
 _RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -56,18 +54,15 @@ def runner_line() -> str:
     """Say which model runner vLLM will use here for a plain configuration, and who decides."""
     stated = os.environ.get(_RUNNER_VARIABLE)
     why = f"{_RUNNER_VARIABLE}={stated}" if stated else "default of this platform"
-    # Only doctor's own lines are wanted, not what vLLM logs on the way.
-    logging.disable(logging.WARNING)
     try:
-        from vllm import envs
-        from vllm.triton_utils import HAS_TRITON
+        with _quiet():
+            from vllm import envs
+            from vllm.triton_utils import HAS_TRITON
 
-        asked = envs.VLLM_USE_V2_MODEL_RUNNER
+            asked = envs.VLLM_USE_V2_MODEL_RUNNER
     # Whatever vLLM says is passed on.
     except Exception as error:
         return f"none: vLLM cannot be imported here ({why}): {_first_reason(error)}"
-    finally:
-        logging.disable(logging.NOTSET)
     is_v2 = HAS_TRITON if asked is None else asked
     if is_v2 and not HAS_TRITON:
         return f"none: the V2 model runner needs Triton, which does not serve this machine ({why})"
@@ -76,28 +71,36 @@ def runner_line() -> str:
 
 def tree_line(head_size: int = 128) -> str:
     """Say what attention heads of the usual size become with draft trees, on this machine."""
-    logging.disable(logging.WARNING)
     try:
-        import torch
-        from vllm.config import VllmConfig, set_current_vllm_config
-        from vllm.utils.torch_utils import set_default_torch_dtype
+        with _quiet():
+            import torch
+            from vllm.config import VllmConfig, set_current_vllm_config
+            from vllm.utils.torch_utils import set_default_torch_dtype
 
-        from vllm_vispec.models.padded_heads import BackendFinder, choose_padded_head
-        from vllm_vispec.trees.settings import TreeSettings
+            from vllm_vispec.models.padded_heads import BackendFinder, choose_padded_head
+            from vllm_vispec.trees.settings import TreeSettings
 
-        channels = TreeSettings().num_channels
-        with set_current_vllm_config(VllmConfig()), set_default_torch_dtype(torch.bfloat16):
-            finder = BackendFinder.of_layer(1, head_size, head_size**-0.5)
-            head = choose_padded_head(finder, head_size, head_size + channels)
+            channels = TreeSettings().num_channels
+            with set_current_vllm_config(VllmConfig()), set_default_torch_dtype(torch.bfloat16):
+                finder = BackendFinder.of_layer(1, head_size, head_size**-0.5)
+                head = choose_padded_head(finder, head_size, head_size + channels)
     # As for the runner: whatever vLLM says is passed on.
     except Exception as error:
         return f"none: vLLM's default configuration fails here: {_first_reason(error)}"
-    finally:
-        logging.disable(logging.NOTSET)
     if head is None:
         return f"refused: no attention backend here serves heads of {head_size} + {channels}"
     name = head.backend.get_name()
     return f"heads of {head_size} are padded to {head.size} at the default depth ({name})"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Only doctor's own lines are wanted, not what vLLM logs on the way."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def head_lines(head: str) -> list[str]:
@@ -114,8 +117,7 @@ def head_lines(head: str) -> list[str]:
     info = inspect_head(head)
     serving = serving_of_folder(info.folder)
     guessed = Serving(guess_target(info.config))
-    elements = sum(prod(shape) for shape in info.shapes.values())
-    size = elements * _DTYPE_BYTES[info.dtype] / _MIB
+    size = sum(file.stat().st_size for file in info.files) / (1 << 20)
     return _table(
         {
             "head": head,
