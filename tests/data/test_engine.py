@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.data.fakes import record
 from tests.data.jobs import records, to_settings
-from tests.support.child import run_in_subprocess
+from tests.serve.server import ENVIRONMENT
+from tests.support.child import REPOSITORY, run_in_subprocess
 from tests.support.engine import IN_PROCESS_ENV
 from tests.support.tiny_store import TinyStore
 from vllm_vispec.data.encode import Encoded, Encoder
@@ -123,3 +129,31 @@ def test_ray_with_two_workers(tiny: TinyStore, pictures: Path, tmp_path: Path) -
     assert (found["total"], found["success"], found["error"]) == (GOOD + 4, GOOD, 4)
     made = records(to_settings(**arguments).output)
     assert len(made) == GOOD
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_engine_that_does_not_start_ends_with_one_line(
+    tiny: TinyStore, pictures: Path, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "in.jsonl", str(tiny.target("qwen2_5_vl"))
+    source.write_text(json.dumps(record("s0", image=str(pictures / "a.png"))) + "\n")
+    files = ["--input", str(source), "--output", str(tmp_path / "out"), "--target", target]
+    # No machine has all of its memory free.
+    more = ["--max-model-len", "256", "--engine", '{"gpu_memory_utilization": 1.0}']
+    env = {name: value for name, value in ENVIRONMENT.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_vispec", "regenerate", *files, *more],
+        capture_output=True,
+        text=True,
+        env=os.environ | env | {"PYTHONPATH": str(REPOSITORY)},
+        timeout=280,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"vispec: the engine does not start with target {target}: ")
+    assert "memory utilization" in last
+    option = r"""lower gpu_memory_.*--engine '\{"gpu_memory_utilization": 0\.\d\d\}'"""
+    assert re.search(option, last)
+    Path(last.rpartition("(whole log: ")[2].removesuffix(")")).unlink()
