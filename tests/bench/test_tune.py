@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.bench.fakes import HEAD, TARGET, World, answer
+from tests.bench.fakes import HEAD, TARGET, World
 from tests.bench.made_up_speeds import run_with
 from vllm_vispec.bench.load import LoadJob
 from vllm_vispec.bench.matrix import MatrixSettings
@@ -146,18 +146,13 @@ def speeding(world: World, monkeypatch: pytest.MonkeyPatch, tuned: float = 1.0) 
         result = make(job)
         faster = speed[str(job.concurrency)]
         requests = tuple(
-            answer_in(request, 0.3 / faster * (1 + 0.001 * number))
+            replace(request, e2e_s=request.ttft_s + 0.3 / faster * (1 + 0.001 * number))
             for number, request in enumerate(result.requests)
         )
         return replace(result, requests=requests)
 
     make = world.make_load
     monkeypatch.setattr(world, "make_load", load)
-
-
-def answer_in(request: Any, seconds: float) -> Any:
-    made = answer(type("Sample", (), {"sample_id": request.sample_id, "family": request.family})())
-    return type(made)(**{**vars(made), "e2e_s": made.ttft_s + seconds})
 
 
 def arguments(data: Path, output: Path, *more: str) -> list[str]:
