@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_vispec.models.uncompressed import EagleViSpecEmbedsForCausalLM as Draft
-from vllm_vispec.v1.proposer import StayingRows, ViSpecProposer, staying_rows
+from vllm_vispec.v1.proposer import ViSpecProposer, staying_rows
 
 TABLE = torch.arange(40.0).view(10, 4)
 
@@ -54,7 +54,7 @@ def test_rejected_tokens_leave_the_mask(monkeypatch) -> None:  # type: ignore[no
     proposer = object.__new__(ViSpecProposer)
     staying = staying_rows(torch.tensor([0, 3, 5]), torch.tensor([0, 1, 3]))
     assert staying.tolist() == [0, 3, 4]
-    proposer._staying_rows = StayingRows(torch.empty(3, device="meta"), staying)
+    proposer._staying_rows = torch.empty(3, device="meta"), staying
     mask = torch.tensor([False, False, False, True, True])
     for _ in range(2):
         proposer.build_model_inputs_first_pass(3, 3, (["image"], mask))

@@ -4,7 +4,7 @@ Goes with that runner, which vLLM calls deprecated: once the oldest vLLM we supp
 folder is deleted.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,13 +17,6 @@ from vllm_vispec.draft_vocab.model import give_own_lm_head
 from vllm_vispec.heads.location import loaded_from_folder
 from vllm_vispec.spec_decode.draft_rows import DraftRows
 from vllm_vispec.spec_decode.step import RequestRows
-
-
-class StayingRows(NamedTuple):
-    """Rows of a batch that stay when rejected tokens are dropped, int64 ``[T]`` both times."""
-
-    on_device: torch.Tensor
-    on_host: torch.Tensor
 
 
 def staying_rows(starts_R1: torch.Tensor, new_starts_R1: torch.Tensor) -> torch.Tensor:
@@ -51,7 +44,8 @@ class ViSpecProposer(EagleProposer):
             self.hidden_states = self.hidden_states.new_empty(self.max_num_tokens, 0)
         self._runner = runner
         self._first_draft_rows: torch.Tensor | None = None
-        self._staying_rows: StayingRows | None = None
+        # Which rows stay where rejected tokens are dropped, on the device and on the host.
+        self._staying_rows: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; the row table is allocated here, before memory is profiled."""
@@ -84,7 +78,7 @@ class ViSpecProposer(EagleProposer):
         """Remember which tokens stay where rejected ones are dropped (unpadded batches only)."""
         metadata, rows = super().prepare_inputs(common_attn_metadata, *args, **kwargs)
         starts = common_attn_metadata.query_start_loc_cpu, metadata.query_start_loc_cpu
-        self._staying_rows = StayingRows(rows, staying_rows(*starts))
+        self._staying_rows = rows, staying_rows(*starts)
         return metadata, rows
 
     def build_model_inputs_first_pass(
@@ -94,7 +88,7 @@ class ViSpecProposer(EagleProposer):
         staying, self._staying_rows = self._staying_rows, None
         if mm_embed_inputs is not None and staying is not None:
             embeddings, is_image_T = mm_embed_inputs
-            mm_embed_inputs = embeddings, is_image_T[staying.on_host]
+            mm_embed_inputs = embeddings, is_image_T[staying[1]]
         return super().build_model_inputs_first_pass(num_tokens, num_input_tokens, mm_embed_inputs)
 
     def _set_positions(self, num_tokens: int, positions: torch.Tensor) -> None:
@@ -105,7 +99,7 @@ class ViSpecProposer(EagleProposer):
         """
         if self.vllm_config.model_config.uses_mrope:
             staying = self._staying_rows
-            rows = slice(num_tokens) if staying is None else staying.on_device
+            rows = slice(num_tokens) if staying is None else staying[0]
             positions = self._runner.positions[rows]
         self.positions[:num_tokens] = positions
 
