@@ -1,6 +1,7 @@
 """Verifying trees on the V1 model runner: around the target's pass, and in its rejection sampler.
 
-Shapes: R requests, S rows of logits, V vocabulary, P nodes on the longest path with the root.
+Shapes: R requests, S rows of logits (J of one request), V vocabulary, P nodes on the longest path
+with the root.
 """
 
 from collections.abc import Callable, Mapping
@@ -157,17 +158,15 @@ class TreeRejectionSampler(RejectionSampler):
             return greedy_S
         depth_S = batch.depth.clamp(max=batch.table.levels)
         dtype = torch.float64 if self.use_fp64_gumbel else torch.float32
-        drawn, first = [], 0
-        for request, count in enumerate(num_drafts):
-            rows = slice(first, first + count + 1)
-            first += count + 1
+        drawn, counts = [], [count + 1 for count in num_drafts]
+        parts = zip(logits_SV.split(counts), depth_S.split(counts), strict=True)
+        for request, (logits_JV, depth_J) in enumerate(parts):
             # Without drafts one draw is all that plain decoding would take of its generator.
-            num_depths = batch.table.levels + 1 if count else 1
-            shape = num_depths, logits_SV.shape[1]
-            noise_PV = torch.empty(shape, dtype=dtype, device=logits_SV.device)
+            num_depths = batch.table.levels + 1 if len(depth_J) > 1 else 1
+            noise_PV = logits_JV.new_empty((num_depths, logits_JV.shape[1]), dtype=dtype)
             noise_PV.exponential_(generator=sampling.generators.get(request))
-            probs_SV = logits_SV[rows].softmax(-1, dtype=torch.float32)
-            drawn.append((probs_SV / noise_PV[depth_S[rows]]).argmax(-1))
+            probs_JV = logits_JV.softmax(-1, dtype=torch.float32)
+            drawn.append((probs_JV / noise_PV[depth_J]).argmax(-1))
         drawn_S = torch.cat(drawn)
         if sampling.all_random:
             return drawn_S
