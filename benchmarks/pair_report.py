@@ -28,7 +28,7 @@ PAIR = "examples/tiny_vlm/checkpoints"
 # Relative, so that the commands in the report can be typed in any copy of the repository.
 WORK, PAGES = Path("out/pair_report"), Path("docs/report")
 TUNED = RESULTS / "tune.json"
-"""What `vispec bench tune` found for the pair; its setting is one side of the report."""
+"""What `vispec bench tune` found for the pair; its setting is one variant of the report."""
 FIRST_SAMPLE = 700_000
 """Of the held-out split; not used for anything else."""
 SAMPLES, MAX_TOKENS, LEAST, REPETITIONS = 96, 32, 4, 3
@@ -46,7 +46,7 @@ def pair_settings(
     """Return the matrix of the committed report.
 
     Args:
-        schedule: K by batch size of the side "vispec_tuned"; empty leaves that side out.
+        schedule: K by batch size of the variant "vispec_tuned"; empty leaves that variant out.
         repetitions: of every cell.
         least: questions of a cell, at least.
     """
@@ -56,7 +56,7 @@ def pair_settings(
         dataset="tiny",
         head=f"{PAIR}/vispec_head",
         eagle_head=f"{PAIR}/eagle_text_head",
-        sides=("plain", "ngram", "eagle", "vispec_zeroed", "vispec", *tuned),
+        variants=("plain", "ngram", "eagle", "vispec_zeroed", "vispec", *tuned),
         schedule=schedule,
         design="star",
         concurrency=(1, 2, 4, 8, 16, 32, 64),
@@ -112,7 +112,7 @@ def main(
     pages: Annotated[Path, typer.Option(help="Folder of the report.")] = PAGES,
     results: Annotated[Path, typer.Option(help="Folder of the JSON.")] = RESULTS / "pair_report",
     schedule: Annotated[
-        str, typer.Option(help="K by batch size of the tuned side; an empty text: none.")
+        str, typer.Option(help="K by batch size of the tuned variant; an empty text: none.")
     ] = str(TUNED),
     repetitions: Annotated[int, typer.Option(help="Of every cell.")] = REPETITIONS,
     least: Annotated[int, typer.Option(help="Questions of a cell, at least.")] = LEAST,

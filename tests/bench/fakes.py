@@ -47,9 +47,9 @@ class World:
 
     Attributes:
         events: what happened, in order.
-        broken: sides whose servers never become ready.
+        broken: variants whose servers never become ready.
         accepted: draft tokens accepted in every step, of K.
-        answers: text of an answer, by side and sample; None: that of `answer`.
+        answers: text of an answer, by variant and sample; None: that of `answer`.
         on_load: called with every job before it is answered; may raise.
     """
 

@@ -42,16 +42,16 @@ Change = Callable[[CellResult], CellResult | None]
 
 def seconds_per_token(key: CellKey) -> float:
     """Plain needs 0.1 s at any load; drafting is 2x faster at 1 and loses at 16."""
-    if key.side == "plain":
+    if key.variant == "plain":
         return 0.1
     gain = {1: 2.0, 4: 1.5, 16: 0.9}[key.concurrency] - 0.1 * (key.num_speculative_tokens - 4)
-    return 0.1 / (gain if key.side == "vispec" else 0.9 * gain)
+    return 0.1 / (gain if key.variant == "vispec" else 0.9 * gain)
 
 
 def request(key: CellKey, repetition: int, sample: int) -> Request:
     noise = 1 + 0.01 * ((repetition + sample) % 3)
     decode = seconds_per_token(key) * (TOKENS - 1) * noise
-    chunks = TOKENS - 1 if key.side == "plain" else 8
+    chunks = TOKENS - 1 if key.variant == "plain" else 8
     return Request(
         sample_id=f"s{sample}",
         family=FAMILIES[sample % 2],
@@ -73,34 +73,34 @@ def cell(key: CellKey, repetition: int) -> CellResult:
         repetition=repetition,
         requests=tuple(request(key, repetition, sample) for sample in range(SAMPLES)),
         wall_s=10.0,
-        spec=None if key.side == "plain" else spec,
+        spec=None if key.variant == "plain" else spec,
         memory=MemoryFacts(peak_bytes=2**31, kv_blocks=512),
-        command=f"vllm serve {key.side}\nvllm bench serve --max-concurrency {key.concurrency}",
+        command=f"vllm serve {key.variant}\nvllm bench serve --max-concurrency {key.concurrency}",
     )
 
 
 def made_up(
     change: Change = lambda one: one,
-    sides: tuple[str, ...] = ("plain", "eagle", "vispec"),
+    variants: tuple[str, ...] = ("plain", "eagle", "vispec"),
     concurrency: tuple[int, ...] = (1, 4, 16),
     ks: tuple[int, ...] = (2, 4),
     image_tokens: tuple[int, ...] = (-1,),
     temperatures: tuple[float, ...] = (0.0,),
 ) -> BenchRun:
     keys = [
-        CellKey(side, load, k, temperature, images, "tiny suite")
+        CellKey(variant, load, k, temperature, images, "tiny suite")
         for k in ks
         for images in image_tokens
         for temperature in temperatures
         for load in concurrency
-        for side in sides
+        for variant in variants
     ]
     cells = [change(cell(key, repetition)) for repetition in range(2) for key in keys]
     settings = {
         "target": "some/target",
         "head": "some/head",
         "dataset": "tiny suite",
-        "sides": list(sides),
+        "variants": list(variants),
         "concurrency": list(concurrency),
         "num_speculative_tokens": list(ks),
         "temperatures": list(temperatures),
@@ -149,7 +149,7 @@ def alt_texts(text: str) -> dict[str, str]:
 
 
 def fail_vispec_at_4(one: CellResult) -> CellResult | None:
-    if one.key.side != "vispec" or one.key.concurrency == 1:
+    if one.key.variant != "vispec" or one.key.concurrency == 1:
         return one
     if one.key.concurrency == 16:
         return None if one.repetition else one

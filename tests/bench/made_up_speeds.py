@@ -14,15 +14,15 @@ PLAIN_S = 0.1
 
 def run_with(
     speeds: Speeds,
-    side: str = "vispec",
+    variant: str = "vispec",
     noise: float = 0.001,
     conditions: Sequence[tuple[float, int]] = ((0.0, -1),),
 ) -> BenchRun:
-    """Return a run of plain and one side.
+    """Return a run of plain and one variant.
 
     Args:
-        speeds: concurrency -> K -> decode_speedup of the side.
-        noise: share by which times of the side differ between samples and repetitions.
+        speeds: concurrency -> K -> decode_speedup of the variant.
+        noise: share by which times of the variant differ between samples and repetitions.
         conditions: (temperature, image tokens) that were measured.
     """
     cells = [
@@ -31,15 +31,15 @@ def run_with(
         for load, by_k in speeds.items()
         for k, gain in by_k.items()
         for temperature, images in conditions
-        for name in ("plain", side)
+        for name in ("plain", variant)
     ]
-    settings = {"head": "some/head", "target": "some/target", "sides": ["plain", side]}
+    settings = {"head": "some/head", "target": "some/target", "variants": ["plain", variant]}
     return BenchRun(1, {"processor": "Some CPU"}, settings, tuple(cells))
 
 
 def _cell(key: CellKey, repetition: int, gain: float, noise: float) -> CellResult:
-    made = cell(replace(key, side="plain", concurrency=1), repetition)
-    speed, jitter = (1.0, 0.0) if key.side == "plain" else (gain, noise)
+    made = cell(replace(key, variant="plain", concurrency=1), repetition)
+    speed, jitter = (1.0, 0.0) if key.variant == "plain" else (gain, noise)
     requests = tuple(
         _timed(request, speed * (1 + jitter * (-1) ** (repetition + number)))
         for number, request in enumerate(made.requests)

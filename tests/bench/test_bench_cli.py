@@ -28,13 +28,13 @@ def arguments(command: str, data: Path, output: Path, **more: str) -> list[str]:
 def test_run(world: World, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     more = {"concurrency": "1,2", "image-tokens": "native", "families": "f0", "max-tokens": "5"}
-    given = arguments("run", data, output, sides="plain,vispec,ngram", repetitions="2", **more)
+    given = arguments("run", data, output, variants="plain,vispec,ngram", repetitions="2", **more)
     result = CLI.invoke(app, given)
     assert result.exit_code == 0, result.output
     assert "dataset openai: 2 samples (f0 2)" in result.output
     assert "12 cells measured, 0 failed, 0 were there" in result.output
     cells = BenchRun.load(output).cells
-    assert {cell.key.side for cell in cells} == {"plain", "vispec", "ngram"}
+    assert {cell.key.variant for cell in cells} == {"plain", "vispec", "ngram"}
     assert {cell.key.image_tokens for cell in cells} == {-1}
     assert '"max_completion_tokens": 5' in cells[0].command
     again = CLI.invoke(app, given)
@@ -55,7 +55,8 @@ def test_interrupted(world: World, data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"sides": "plain,medusa"}, "--sides: medusa is unknown"),
+        ({"variants": "plain,medusa"}, "--variants: medusa is unknown"),
+        ({"sides": "plain"}, "--sides is now --variants: use --variants plain"),
         ({"concurrency": "1,x"}, "--concurrency 1,x: give values separated by commas"),
         ({"image-tokens": "many"}, "--image-tokens many"),
         ({"dataset": "mnist"}, "dataset mnist is unknown"),
@@ -75,8 +76,8 @@ def test_refused(
 
 def test_quick_fails_if_one_answer_differs(world: World, data: Path, tmp_path: Path) -> None:
     world.accepted = 3
-    world.answers = lambda side, sample: (
-        "another answer" if (side, sample.sample_id) == ("vispec", "s1") else "the answer"
+    world.answers = lambda variant, sample: (
+        "another answer" if (variant, sample.sample_id) == ("vispec", "s1") else "the answer"
     )
     result = CLI.invoke(app, arguments("quick", data, tmp_path / "out", dataset="openai"))
     assert result.exit_code == 1

@@ -75,7 +75,7 @@ def test_all_sides_with_one_that_dies(questions: Path, tmp_path: Path) -> None:
         dataset="tiny",
         head=f"{PAIR}/vispec_head",
         eagle_head=f"{PAIR}/eagle_text_head",
-        sides=SIDES,
+        variants=SIDES,
         design="star",
         concurrency=(1, 4),
         num_speculative_tokens=(5,),
@@ -96,7 +96,7 @@ def test_all_sides_with_one_that_dies(questions: Path, tmp_path: Path) -> None:
     first = run_matrix(settings, samples, tmp_path / "run", tools=tools)
     assert first == Outcome(measured=24, failed=1, found=0)
     (failed,) = [cell for cell in BenchRun.load(tmp_path / "run").cells if cell.error]
-    assert failed.key.side == KILLED
+    assert failed.key.variant == KILLED
     assert failed.command.count("\n") == 1
     second = run_matrix(settings, samples, tmp_path / "run", tools=tools)
     assert second == Outcome(measured=1, failed=0, found=24)
@@ -116,15 +116,15 @@ def check_cell(cell: CellResult, num_tokens: int, max_tokens: int) -> None:
     assert all(1 < request.output_tokens <= max_tokens for request in cell.requests)
     assert cell.memory.kv_blocks
     assert cell.memory.peak_bytes
-    if cell.key.side == "plain":
+    if cell.key.variant == "plain":
         assert cell.spec is None
         return
     assert cell.spec is not None
     assert sum(cell.spec.accepted_by_position) == cell.spec.accepted_tokens
-    if cell.key.side == "ngram":
+    if cell.key.variant == "ngram":
         return
     assert 0 < cell.spec.draft_tokens <= num_tokens * cell.spec.steps
-    looks_up = cell.key.side.startswith("vispec") and cell.key.image_tokens != 0
+    looks_up = cell.key.variant.startswith("vispec") and cell.key.image_tokens != 0
     # Caches are emptied before a cell, so that every image is computed once.
     assert bool(cell.memory.image_table_misses) == looks_up
     assert bool(cell.memory.image_table_hits) == looks_up
@@ -136,7 +136,7 @@ def check_image_tokens(run: BenchRun) -> None:
         cell.key.image_tokens: sum(request.prompt_tokens for request in cell.requests)
         / len(cell.requests)
         for cell in run.cells
-        if cell.key.side == "plain" and cell.key.concurrency == 1 and cell.key.temperature == 0
+        if cell.key.variant == "plain" and cell.key.concurrency == 1 and cell.key.temperature == 0
     }
     # 256 and what begins and ends an image.
     assert lengths[256] - lengths[0] == pytest.approx(258, abs=4)
@@ -150,5 +150,5 @@ def check_report(text: str) -> None:
     assert "Not shown: fewer than two values of K" in text
     for family in IMAGE_FAMILIES:
         assert f"| {family.replace('_', chr(92) + '_')} |" in text or f"| {family} |" in text
-    for side in SIDES:
-        assert f"| {side} |" in text or f"`{side}`" in text
+    for variant in SIDES:
+        assert f"| {variant} |" in text or f"`{variant}`" in text

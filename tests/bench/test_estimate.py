@@ -260,11 +260,11 @@ def run_folder(path: Path, batches: tuple[int, ...], ks: tuple[int, ...]) -> Pat
     run = {"format": schema.FORMAT, "machine": {}, "settings": {}}
     (path / schema.RUN_FILE).write_text(json.dumps(run))
     lines = []
-    for batch, k, side in product(batches, ks, ("plain", "vispec")):
-        drafts = k if side == "vispec" else 0
+    for batch, k, variant in product(batches, ks, ("plain", "vispec")):
+        drafts = k if variant == "vispec" else 0
         one = predict(*tiny_shapes(), TRUTH, TYPICAL, drafts, batch, 151)
         accepted = tuple(round(ROUNDS * rate) for rate in TYPICAL[:k]) if drafts else None
-        key = CellKey(side, batch, k, 0.0, -1, "tiny")
+        key = CellKey(variant, batch, k, 0.0, -1, "tiny")
         made = cell(key, 99 * one.seconds_per_token, accepted)
         lines.append(json.dumps(made.to_json()) + "\n")
     (path / schema.CELLS_FILE).write_text("".join(lines))
@@ -301,18 +301,18 @@ def test_cells_that_cannot_be_held_out(hold_out: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "side", "context", "said"),
+    ("path", "variant", "context", "said"),
     [
-        ("run", "eagle", None, "no finished cell of --side eagle"),
+        ("run", "eagle", None, "no finished cell of --variant eagle"),
         ("missing.json", "vispec", 100, r"cannot be read .*No such file"),
         ("wrong.json", "vispec", 100, r"cannot be read as a result of .*KeyError"),
         (str(RESULTS), "vispec", None, "give --context"),
     ],
 )
 def test_what_cannot_be_read_is_named(
-    tmp_path: Path, path: str, side: str, context: float | None, said: str
+    tmp_path: Path, path: str, variant: str, context: float | None, said: str
 ) -> None:
     (tmp_path / "wrong.json").write_text('{"results": [{"num_speculative_tokens": 3}]}')
     run_folder(tmp_path / "run", (1,), (2,))
     with pytest.raises(ViSpecError, match=said):
-        read_measured(tmp_path / path, side, context)
+        read_measured(tmp_path / path, variant, context)

@@ -24,7 +24,7 @@ RANGES = ((1, 4, 5), (5, 16, 0))
 def test_sides_follow_each_other_and_take_turns_to_be_first() -> None:
     settings = replace(SETTINGS, concurrency=(1, 2), repetitions=2)
     ((_, visits),) = settings.groups()
-    order = [(number, key.concurrency, key.side) for key, number in visits]
+    order = [(number, key.concurrency, key.variant) for key, number in visits]
     assert order == [
         (0, 1, "plain"),
         (0, 1, "vispec"),
@@ -52,7 +52,7 @@ def test_a_star_varies_one_axis_at_a_time() -> None:
         k: [
             (key.concurrency, key.temperature, key.image_tokens)
             for key, _ in visits
-            if key.side == "plain"
+            if key.variant == "plain"
         ]
         for k, visits in groups.items()
     }
@@ -73,11 +73,11 @@ def test_a_star_varies_one_axis_at_a_time() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sides": ("plain", "medusa")}, "--sides: medusa is unknown.*ngram"),
-        ({"sides": ("plain", "plain")}, "--sides names a value twice"),
-        ({"sides": ()}, "--sides has no value"),
+        ({"variants": ("plain", "medusa")}, "--variants: medusa is unknown.*ngram"),
+        ({"variants": ("plain", "plain")}, "--variants names a value twice"),
+        ({"variants": ()}, "--variants has no value"),
         ({"head": None}, "vispec needs --head"),
-        ({"sides": ("eagle",)}, "eagle needs --eagle-head"),
+        ({"variants": ("eagle",)}, "eagle needs --eagle-head"),
         ({"concurrency": (0,)}, "--concurrency 0: choose at least 1"),
         ({"num_speculative_tokens": (33,)}, "--num-speculative-tokens 33: choose 0 to 32"),
         ({"temperatures": (-1.0,)}, "--temperatures -1"),
@@ -85,7 +85,7 @@ def test_a_star_varies_one_axis_at_a_time() -> None:
         ({"repetitions": 0}, "--repetitions 0"),
         ({"waves": 0}, "--waves 0: choose at least 1"),
         ({"least": 0}, "--least 0: choose at least 1"),
-        ({"sides": ("vispec_tuned",)}, "vispec_tuned needs --schedule"),
+        ({"variants": ("vispec_tuned",)}, "vispec_tuned needs --schedule"),
         ({"schedule": ((2, 4, 1),)}, "does not begin at 1"),
         ({"design": "spiral"}, "--design spiral is unknown: choose from full, star"),
     ],

@@ -58,7 +58,7 @@ def test_the_answer_is_one_sentence_with_everything_a_sceptic_asks_for() -> None
 
 def test_noise_is_not_sold_as_a_gain() -> None:
     def slow_half(one: CellResult) -> CellResult:
-        if one.key.side != "vispec":
+        if one.key.variant != "vispec":
             return one
         factor = 0.4 if one.repetition else 2.6
         requests = tuple(
@@ -82,7 +82,7 @@ def test_every_table_with_a_speedup_has_equality_and_length_beside_it() -> None:
     assert len(with_speedup) >= 6
     for head in with_speedup:
         place = next(i for i, name in enumerate(head) if "decode_speedup" in name)
-        assert head[place + 2 : place + 4] == ["identical outputs", "mean output, side / plain"]
+        assert head[place + 2 : place + 4] == ["identical outputs", "mean output, variant / plain"]
 
 
 def test_acceptance_per_position_adds_up() -> None:
@@ -94,7 +94,7 @@ def test_acceptance_per_position_adds_up() -> None:
 def test_tasks_are_shown_one_by_one() -> None:
     rows = table(made_up(), "tasks")
     assert [row[:2] for row in rows] == [
-        [family, side] for family in FAMILIES for side in ("eagle", "vispec")
+        [family, variant] for family in FAMILIES for variant in ("eagle", "vispec")
     ]
     assert rows[0][-2] == "4"  # two samples, two repetitions
 
@@ -110,7 +110,7 @@ def test_losses_are_listed_with_the_setting_that_limits_them() -> None:
 
 def test_shorter_outputs_are_seen_beside_the_speedup() -> None:
     def shorter(one: CellResult) -> CellResult:
-        if one.key.side == "plain":
+        if one.key.variant == "plain":
             return one
         requests = tuple(replace(item, output_tokens=11) for item in one.requests)
         return replace(one, requests=requests)
@@ -121,13 +121,13 @@ def test_shorter_outputs_are_seen_beside_the_speedup() -> None:
 def test_all_but_one_identical_is_not_rounded_up() -> None:
     def one_of_many(one: CellResult) -> CellResult:
         many = tuple(replace(one.requests[0], sample_id=str(i)) for i in range(3000))
-        if one.key.side != "plain" and one.repetition == 0:
+        if one.key.variant != "plain" and one.repetition == 0:
             many = (replace(many[0], output_text="?"), *many[1:])
         return replace(one, requests=many)
 
-    run = made_up(one_of_many, sides=("plain", "vispec"), concurrency=(1,), ks=(4,))
+    run = made_up(one_of_many, variants=("plain", "vispec"), concurrency=(1,), ks=(4,))
     rows = Facts.from_run(run, RESAMPLES).table
-    found = rows[rows.side == "vispec"].identical_outputs.item()
+    found = rows[rows.variant == "vispec"].identical_outputs.item()
     assert 0.9995 < found < 1
     assert share(found) == "99.9 %"
 
@@ -154,7 +154,7 @@ def test_failed_and_missing_cells_are_shown_as_such() -> None:
 def test_a_failed_plain_side_leaves_no_speedup() -> None:
     def no_plain(one: CellResult) -> CellResult:
         failed = replace(one, requests=(), error="no")
-        return failed if one.key.side == "plain" else one
+        return failed if one.key.variant == "plain" else one
 
     run = made_up(no_plain)
     assert "No answer" in text_of(run, "answer")
@@ -169,7 +169,7 @@ SMALL = made_up(concurrency=(1,), ks=(4,))
     "run",
     [
         replace(SMALL, cells=()),
-        made_up(sides=("plain",), concurrency=(1,), ks=(4,)),
+        made_up(variants=("plain",), concurrency=(1,), ks=(4,)),
         replace(SMALL, machine={"a": None}, cells=SMALL.cells[:1]),
         replace(SMALL, machine={}, cells=SMALL.cells[2:3]),
     ],
@@ -257,7 +257,7 @@ def test_the_page_is_well_formed_and_loads_nothing() -> None:
 def evil_run() -> BenchRun:
     def spoil(one: CellResult) -> CellResult:
         key = replace(one.key, dataset=EVIL)
-        failed = one.key.side == "eagle"
+        failed = one.key.variant == "eagle"
         requests = tuple(replace(item, family=EVIL) for item in one.requests)
         return replace(
             one,
@@ -305,7 +305,7 @@ def test_what_is_filled_in_keeps_its_place() -> None:
 
 
 def test_a_run_in_any_form_gives_the_same_bytes(tmp_path: Path) -> None:
-    run = made_up(image_tokens=(0, -1), sides=("plain", "vispec"), concurrency=(1, 4))
+    run = made_up(image_tokens=(0, -1), variants=("plain", "vispec"), concurrency=(1, 4))
     folder, packed, file = (tmp_path / name for name in ("run", "packed", "run.json"))
     plain = run.to_json()
     file.write_text(json.dumps(plain))

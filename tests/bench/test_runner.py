@@ -55,10 +55,10 @@ def test_records(tmp_path: Path) -> None:
     run(tmp_path, settings=BOTH)
     found = BenchRun.load(tmp_path)
     assert found.settings["samples"] == len(SAMPLES)
-    assert found.settings["sides"] == ["plain", "vispec"]
+    assert found.settings["variants"] == ["plain", "vispec"]
     assert len(found.cells) == 8
     for cell in found.cells:
-        speculates = cell.key.side == "vispec"
+        speculates = cell.key.variant == "vispec"
         assert cell.error is None
         assert cell.requests == tuple(answer(sample) for sample in SAMPLES)
         assert cell.memory.kv_blocks == 10
@@ -96,7 +96,7 @@ def test_a_failed_cell_is_recorded_and_tried_again_later(tmp_path: Path) -> None
     settings = replace(BOTH, repetitions=1)
     assert run(tmp_path, World(on_load=fail), settings) == (3, 1, 0)
     (failed,) = [cell for cell in BenchRun.load(tmp_path).cells if cell.error]
-    assert (failed.key.side, failed.key.concurrency) == ("vispec", 2)
+    assert (failed.key.variant, failed.key.concurrency) == ("vispec", 2)
     assert failed.error == "the load took longer than 3 s"
     assert len(failed.command.splitlines()) == 2
 
@@ -115,7 +115,7 @@ def test_a_side_that_does_not_start_fails_alone(
     world = World(broken={"vispec"})
     assert run(tmp_path, world, BOTH) == (4, 4, 0)
     assert world.events.count("start vispec") == 1
-    errors = {cell.error for cell in BenchRun.load(tmp_path).cells if cell.key.side == "vispec"}
+    errors = {cell.error for cell in BenchRun.load(tmp_path).cells if cell.key.variant == "vispec"}
     assert errors == {"server of vispec ended: no such thing"}
 
 
@@ -127,7 +127,7 @@ def test_a_server_that_dies_is_started_once_more(tmp_path: Path) -> None:
     world = World(on_load=die)
     assert run(tmp_path, world, BOTH) == (4, 4, 0)
     assert world.events.count("start vispec") == 2
-    cells = [cell for cell in BenchRun.load(tmp_path).cells if cell.key.side == "vispec"]
+    cells = [cell for cell in BenchRun.load(tmp_path).cells if cell.key.variant == "vispec"]
     assert [cell.error for cell in cells] == [
         *["server of vispec does not answer"] * 2,
         *["server of vispec died twice"] * 2,
@@ -152,7 +152,7 @@ def test_interrupted_run_stops_its_servers_and_goes_on_later(tmp_path: Path) -> 
 
 def test_a_run_may_be_widened(tmp_path: Path) -> None:
     run(tmp_path)
-    tuned = replace(SETTINGS, sides=("plain", "vispec", "vispec_tuned"), schedule=RANGES)
+    tuned = replace(SETTINGS, variants=("plain", "vispec", "vispec_tuned"), schedule=RANGES)
     wider = replace(tuned, concurrency=(4,), repetitions=2)
     assert run(tmp_path, settings=wider) == (6, 0, 0)
     # Without the schedule again: it may be left out.
@@ -160,7 +160,7 @@ def test_a_run_may_be_widened(tmp_path: Path) -> None:
     found = BenchRun.load(tmp_path)
     assert (found.settings["concurrency"], found.settings["repetitions"]) == ([1, 4], 2)
     assert found.settings["schedule"] == [list(entry) for entry in RANGES]
-    commands = [cell.command for cell in found.cells if cell.key.side == "vispec_tuned"]
+    commands = [cell.command for cell in found.cells if cell.key.variant == "vispec_tuned"]
     assert all(f'"{SETTING}": {json.dumps(RANGES)}' in command for command in commands)
     other = replace(tuned, schedule=((1, 4, 5),))
     with pytest.raises(ViSpecError, match="was measured with schedule "):
@@ -230,7 +230,7 @@ def test_nothing_is_started_without_samples_or_ports(tmp_path: Path) -> None:
         ({"target": "/"}, r"--target / has no config\.json"),
         ({"target": "some/where/else"}, r"--target some/where/else has no config\.json"),
         ({"head": "./nowhere"}, "nowhere"),
-        ({"sides": ("plain", "eagle"), "eagle_head": "./nowhere"}, r"--eagle-head .* has no conf"),
+        ({"variants": ("plain", "eagle"), "eagle_head": "./nowhere"}, "--eagle-head .* has no c"),
     ],
 )
 def test_missing_target_and_heads(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -98,15 +98,15 @@ def test_a_faster_k_that_is_not_chosen_is_explained() -> None:
 
 
 def test_a_run_without_vispec() -> None:
-    with pytest.raises(ViSpecError, match="no decode_speedup of the side vispec"):
-        Tuning.from_run(run_with(SPEEDS, side="ngram"))
+    with pytest.raises(ViSpecError, match="no decode_speedup of the variant vispec"):
+        Tuning.from_run(run_with(SPEEDS, variant="ngram"))
     with pytest.raises(ViSpecError, match="--by ttft"):
         Tuning.from_run(run_with(SPEEDS), by="ttft")
 
 
 def test_verdicts_say_where_it_loses() -> None:
     tuning = Tuning.from_run(run_with(SPEEDS))
-    tried = run_with({1: {5: 2.1}, 4: {5: 1.6}, 64: {5: 0.95}}, side="vispec_tuned")
+    tried = run_with({1: {5: 2.1}, 4: {5: 1.6}, 64: {5: 0.95}}, variant="vispec_tuned")
     told = tuning.with_verification(tried)
     lines = told.to_markdown().splitlines()
     assert "concurrency 16: the setting was not measured" in lines
@@ -121,7 +121,7 @@ def test_the_trial_keeps_all_other_settings() -> None:
         "t", "tiny", head="h", concurrency=(1, 4), num_speculative_tokens=(0, 1), repetitions=2
     )
     tried = tuning.verify_settings(settings)
-    assert tried.sides == ("plain", "vispec_tuned")
+    assert tried.variants == ("plain", "vispec_tuned")
     assert tried.num_speculative_tokens == (5,)
     assert tried.schedule == RANGES
     # Those that were chosen for, also from an earlier call.

@@ -38,23 +38,23 @@ def call(command: str, data: Path, output: Path, *more: str) -> str:
     return result.output
 
 
-def check_outputs(run: BenchRun, sides: set[str]) -> None:
+def check_outputs(run: BenchRun, variants: set[str]) -> None:
     """All cells are there, and every answer is plain vLLM's."""
     groups = by_key(run.cells)
-    assert {key.side for key in groups} == sides
+    assert {key.variant for key in groups} == variants
     for key, cells in groups.items():
         assert [cell.error for cell in cells] == [None], key
-        if key.side != "plain":
+        if key.variant != "plain":
             assert measure("identical_outputs", cells, groups[baseline_key(key)]) == 1.0, key
 
 
 def test_a_schedule_under_load(questions: Path, tmp_path: Path) -> None:
     ranges = [[1, 1, 4], [2, 16, 0]]
-    sides = ("plain", "vispec_tuned")
-    more = ("--sides", ",".join(sides), "--schedule", json.dumps(ranges))
+    variants = ("plain", "vispec_tuned")
+    more = ("--variants", ",".join(variants), "--schedule", json.dumps(ranges))
     call("run", questions, tmp_path, *more)
     run = BenchRun.load(tmp_path)
-    check_outputs(run, set(sides))
+    check_outputs(run, set(variants))
     spec = {cell.key.concurrency: cell.spec for cell in run.cells if cell.spec is not None}
     alone, busy = spec[1], spec[3]
     assert alone.accepted_tokens / alone.steps > 2

@@ -45,7 +45,7 @@ def test_the_report_is_made_from_nothing(tmp_path: Path) -> None:
 
 
 def test_the_schedule_adds_a_side() -> None:
-    assert pair_settings().sides[-1] == "vispec"
+    assert pair_settings().variants[-1] == "vispec"
     tuned = pair_settings(((1, 8, 5), (9, 64, 2)))
-    assert tuned.sides[-1] == "vispec_tuned"
+    assert tuned.variants[-1] == "vispec_tuned"
     assert tuned.repetitions == 3

@@ -50,7 +50,7 @@ class CalibrateOptions(Settings):
 
     target: Path = Field(description="Target's folder; config.json is enough.")
     head: Path = Field(description="Head's folder, in any checkpoint format.")
-    side: str = Field("vispec", description="Side of the run beside plain.")
+    variant: str = Field("vispec", description="Variant of the run beside plain.")
     hold_out: str = Field(
         EVERY_THIRD, description="Cells to predict unseen: every-third, batch=16,32 or k=5."
     )
@@ -68,27 +68,27 @@ def calibrate_run(run: Path, options: CalibrateOptions) -> dict[str, Any]:
         ViSpecError: nothing usable is there, or an option is impossible; see `calibrate`.
     """
     return calibrate(
-        read_measured(run, options.side, options.context),
+        read_measured(run, options.variant, options.context),
         target_shape(options.target, options.dtype),
         draft_shape(options.head, options.target, options.dtype, options.draft_vocab),
         options.hold_out,
     )
 
 
-def read_measured(path: Path, side: str, context: float | None = None) -> pd.DataFrame:
+def read_measured(path: Path, variant: str, context: float | None = None) -> pd.DataFrame:
     """Read the cells of a run folder, or of a result file of `python -m benchmarks decode-speed`.
 
     Args:
-        side: of a run folder, what is compared with plain decoding.
+        variant: of a run folder, what is compared with plain decoding.
         context: tokens per sequence; of a result file only, which does not tell.
 
     Raises:
         ViSpecError: nothing usable is there.
     """
     if path.is_dir():
-        cells = measured_cells(BenchRun.load(path), side)
+        cells = measured_cells(BenchRun.load(path), variant)
         if not cells.num_speculative_tokens.any():
-            raise ViSpecError(f"{path} has no finished cell of --side {side}: name one it has")
+            raise ViSpecError(f"{path} has no finished cell of --variant {variant}: name another")
         return cells
     if context is None:
         raise ViSpecError(f"{path} does not tell the tokens per sequence: give --context")
@@ -106,15 +106,15 @@ def read_measured(path: Path, side: str, context: float | None = None) -> pd.Dat
     return table(rows)
 
 
-def measured_cells(run: BenchRun, side: str) -> pd.DataFrame:
-    """Return the plain cells and those of a side, repetitions pooled, without what failed."""
+def measured_cells(run: BenchRun, variant: str) -> pd.DataFrame:
+    """Return the plain cells and those of a variant, repetitions pooled, without what failed."""
     from vllm_vispec.bench.metrics import BASELINE, acceptance_rates, by_key, decoded
 
-    usable = (c for c in run.cells if c.key.side in (BASELINE, side) and c.error is None)
+    usable = (c for c in run.cells if c.key.variant in (BASELINE, variant) and c.error is None)
     rows = []
     for key, pool in by_key(usable).items():
         group, requests = key.num_speculative_tokens, decoded(pool)
-        k, acceptance = (0, ()) if key.side == BASELINE else (group, acceptance_rates(pool))
+        k, acceptance = (0, ()) if key.variant == BASELINE else (group, acceptance_rates(pool))
         seconds = sum(one.decode_s for one in requests)
         if seconds > 0 and acceptance is not None:
             context = mean(one.prompt_tokens + one.output_tokens / 2 for one in requests)

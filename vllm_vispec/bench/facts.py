@@ -30,7 +30,7 @@ OURS = "vispec"
 KEY = tuple(field.name for field in fields(CellKey))
 _NUMBERS = [*(METRICS.keys() - {"acceptance_rate_per_position"}), "low", "high", "plain_length"]
 _ORDER = ["dataset", "temperature", "images", "num_speculative_tokens", "concurrency"]
-_SIDES = ["place", "side"]
+_VARIANTS = ["place", "variant"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Facts:
 
     Attributes:
         table: a row per cell, its number the index: the fields of its key; ``images`` and
-            ``place``, which order image tokens and sides; every metric by name, NaN if there is
+            ``place``, which order image tokens and variants; every metric by name, NaN if there is
             none, with ``low`` and ``high`` of decode_speedup; ``plain_length``, the
             baseline's mean output; ``cells`` and ``plain``, the repetitions; how many are
             ``expected`` and ``done``; its ``state``: "missing", "failed", "ok", or "1 of 3"
@@ -60,19 +60,19 @@ class Facts:
             for key in dict.fromkeys(chain(groups, *points(run.settings)))
         ]
         table = pd.DataFrame(rows).astype(dict.fromkeys(_NUMBERS, float))
-        table = table.sort_values(_ORDER + _SIDES, kind="stable", ignore_index=True)
+        table = table.sort_values(_ORDER + _VARIANTS, kind="stable", ignore_index=True)
         return cls(run, table.set_axis(range(1, len(table) + 1)), resamples)
 
     @cached_property
     def drafting(self) -> pd.DataFrame:
         """Rows of all variants but the baseline."""
-        return self.table[self.table.side != BASELINE]
+        return self.table[self.table.variant != BASELINE]
 
     @cached_property
-    def side(self) -> str:
+    def variant(self) -> str:
         """The variant the report is about: ViSpec, else the last one that drafts."""
-        sides: list[str] = self.drafting.sort_values(_SIDES, kind="stable").side.tolist()
-        return OURS if OURS in sides or not sides else sides[-1]
+        variants: list[str] = self.drafting.sort_values(_VARIANTS, kind="stable").variant.tolist()
+        return OURS if OURS in variants or not variants else variants[-1]
 
     @cached_property
     def main(self) -> Any | None:
@@ -82,7 +82,7 @@ class Facts:
         the first dataset; of these the K of which most was measured (of a star, its middle), then
         the one with the highest decode_speedup.
         """
-        measured = timed(self.drafting[self.drafting.side == self.side])
+        measured = timed(self.drafting[self.drafting.variant == self.variant])
         if measured.empty:
             return None
         places = ["temperature", "images", "concurrency", "dataset"]
@@ -93,10 +93,10 @@ class Facts:
         return next(same.loc[[best]].itertuples())
 
     def like(self, row: Any, *free: str) -> pd.DataFrame:
-        """Rows that draft at the point of a row, sides in order; the free fields may differ."""
+        """Rows that draft at the point of a row, variants in order; the free fields may differ."""
         fixed = [self.drafting[name] == getattr(row, name) for name in KEY if name not in free]
         rows = self.drafting[np.logical_and.reduce(fixed)]
-        return rows.sort_values(_SIDES, kind="stable")
+        return rows.sort_values(_VARIANTS, kind="stable")
 
     def of_family(self, rows: pd.DataFrame, family: str) -> pd.DataFrame:
         """The same rows with the requests of one task family only."""
@@ -131,7 +131,7 @@ def _row(key: CellKey, cells: Cells, plain: Cells, expected: int, resamples: int
         **asdict(key),
         # Images as they are come last: how many tokens they have is not known.
         "images": inf if key.image_tokens == IMAGES_AS_THEY_ARE else key.image_tokens,
-        "place": (*VARIANTS, key.side).index(key.side),
+        "place": (*VARIANTS, key.variant).index(key.variant),
         **{name: measure(name, cells, plain) for name in METRICS},
         "low": speedup.low,
         "high": speedup.high,

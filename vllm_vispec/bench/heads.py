@@ -55,7 +55,8 @@ def check_has_adaptor(head: str) -> None:
     """
     if not inspect_head(head).config.has_adaptor:
         raise ViSpecError(
-            f"--head {head} has no vision adaptor to be zeroed: leave vispec_zeroed out of --sides"
+            f"--head {head} has no vision adaptor to be zeroed: leave vispec_zeroed out of "
+            "--variants"
         )
 
 

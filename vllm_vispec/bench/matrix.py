@@ -17,7 +17,7 @@ from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.settings import as_flag
 
 MAX_DRAFT_TOKENS = 32
-AXES = ("sides", "concurrency", "num_speculative_tokens", "temperatures", "image_tokens")
+AXES = ("variants", "concurrency", "num_speculative_tokens", "temperatures", "image_tokens")
 """Settings that a later call may widen; all others must stay as they were in a run's folder."""
 POINT_AXES: Mapping[str, str] = MappingProxyType(
     {
@@ -58,8 +58,8 @@ class MatrixSettings(Record):
         target: Target: a folder or hub id.
         dataset: How to read --data: mmspec, vispec, openai or tiny.
         head: ViSpec head: a folder or hub id. None if no variant needs it.
-        eagle_head: Text-trained head for the side eagle.
-        sides: Of plain, ngram, eagle, vispec_zeroed, vispec, vispec_tuned.
+        eagle_head: Text-trained head for the variant eagle.
+        variants: Of plain, ngram, eagle, vispec_zeroed, vispec, vispec_tuned.
         concurrency: Requests in flight, e.g. 1,4,16. Each value is a cell.
         num_speculative_tokens: K, e.g. 3,5. Every value is a group of servers of its own. At 0 the
             draft is kept up and proposes nothing.
@@ -73,7 +73,7 @@ class MatrixSettings(Record):
         waves: Questions of a cell per request in flight. It asks at least so many.
         least: Questions of a cell, at least. Or all there are.
         warm_up: Requests before a server's first cell. They are not recorded.
-        serve_args: Options of vllm serve for all sides, one string.
+        serve_args: Options of vllm serve for all variants, one string.
         cell_timeout_s: Longest cell, in seconds.
 
     Raises:
@@ -84,7 +84,7 @@ class MatrixSettings(Record):
     dataset: str = "openai"
     head: str | None = None
     eagle_head: str | None = None
-    sides: tuple[str, ...] = ("plain", "vispec")
+    variants: tuple[str, ...] = ("plain", "vispec")
     concurrency: tuple[int, ...] = (1,)
     num_speculative_tokens: tuple[int, ...] = (4,)
     schedule: Ranges = ()
@@ -117,13 +117,14 @@ class MatrixSettings(Record):
             raise ViSpecError(f"--design {self.design} is unknown: choose from {known}")
         if self.schedule:
             check_ranges(self.schedule)
-        for name in self.sides:
+        for name in self.variants:
             if name not in VARIANTS:
-                raise ViSpecError(f"--sides: {name} is unknown: choose from {', '.join(VARIANTS)}")
+                known = ", ".join(VARIANTS)
+                raise ViSpecError(f"--variants: {name} is unknown: choose from {known}")
             for needed in VARIANTS[name].needs:
                 if not getattr(self, needed):
                     raise ViSpecError(
-                        f"--sides: {name} needs {as_flag(needed)}: give it, or leave the side out"
+                        f"--variants: {name} needs {as_flag(needed)}: give it, or leave {name} out"
                     )
 
     def num_questions(self, concurrency: int) -> int:
@@ -167,8 +168,8 @@ def points(settings: Mapping[str, Any]) -> list[list[CellKey]]:
         if settings.get("design") == "star" and sum(place > 0 for place, _ in chosen) > 1:
             continue
         fields = dict(zip(POINT_AXES, (value for _, value in chosen), strict=True))
-        dataset = settings["dataset"]
-        found.append([CellKey(side=side, dataset=dataset, **fields) for side in settings["sides"]])
+        fields["dataset"] = settings["dataset"]
+        found.append([CellKey(variant=variant, **fields) for variant in settings["variants"]])
     return found
 
 

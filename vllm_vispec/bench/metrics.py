@@ -283,4 +283,4 @@ def by_key(cells: Iterable[CellResult]) -> dict[CellKey, tuple[CellResult, ...]]
 
 def baseline_key(key: CellKey) -> CellKey:
     """Return the key of the baseline's cells that a cell is compared with."""
-    return replace(key, side=BASELINE)
+    return replace(key, variant=BASELINE)

@@ -120,8 +120,9 @@ class Chart:
 
     Attributes:
         name: file name without its ending; unique in a report.
-        values: a row per point: ``side`` (its line), ``x`` (its place), ``y``, and the interval's
-            ``low`` and ``high``, NaN if there is none. A line is broken where it has no point.
+        values: a row per point: ``variant`` (its line), ``x`` (its place), ``y``, and the
+            interval's ``low`` and ``high``, NaN if there is none. A line is broken where it has no
+            point.
         places: of the x axis, in order.
         thick: the line that matters.
         shares: the y axis goes from 0 to 1; else a bold line marks 1.0.
@@ -140,8 +141,8 @@ class Chart:
     def alt(self) -> str:
         """The chart in words, all values included."""
         lines = [
-            f"{side}: " + ", ".join(f"{y:.2f} at {x}" for x, y in zip(line.x, line.y, strict=True))
-            for side, line in self.values.groupby("side", sort=False)
+            f"{name}: " + ", ".join(f"{y:.2f} at {x}" for x, y in zip(line.x, line.y, strict=True))
+            for name, line in self.values.groupby("variant", sort=False)
         ]
         return f"{self.title}. {self.y_label} against {self.x_label}. " + "; ".join(lines)
 
@@ -162,8 +163,8 @@ class Chart:
     def _fill(self, axes: Any) -> None:
         if not self.shares:
             axes.axhline(1.0, color="black", linewidth=3, zorder=1)
-        lines = self.values.groupby("side", sort=False)
-        for (side, line), color, marker in zip(lines, cycle(_COLORS), cycle(_MARKERS)):
+        lines = self.values.groupby("variant", sort=False)
+        for (variant, line), color, marker in zip(lines, cycle(_COLORS), cycle(_MARKERS)):
             points = line.set_index("x").reindex(self.places)
             spread = [points.y - points.low, points.high - points.y]
             axes.errorbar(
@@ -172,11 +173,11 @@ class Chart:
                 yerr=[ends.clip(0).fillna(0) for ends in spread],
                 color=color,
                 marker=marker,
-                linewidth=2.6 if side == self.thick else 1.3,
+                linewidth=2.6 if variant == self.thick else 1.3,
                 elinewidth=1,
                 capsize=3,
                 # matplotlib hides labels that begin with an underscore.
-                label=f" {side}" if str(side).startswith("_") else side,
+                label=f" {variant}" if str(variant).startswith("_") else variant,
                 zorder=3,
             )
         axes.set_title(self.title, parse_math=False, fontsize="medium")

@@ -23,7 +23,7 @@ def judge(run: BenchRun, settings: MatrixSettings) -> Iterator[tuple[bool, str]]
         cells, baseline = groups.get(key, ()), groups.get(baseline_key(key), ())
         failed = measure("failed_requests", cells)
         found: dict[str, Value] = {"answered": 1 - failed if isinstance(failed, float) else None}
-        if key.side != BASELINE:
+        if key.variant != BASELINE:
             for name in ("identical_outputs", "acceptance_length"):
                 found[name] = measure(name, cells, baseline)
         for name, value in found.items():
@@ -32,6 +32,6 @@ def judge(run: BenchRun, settings: MatrixSettings) -> Iterator[tuple[bool, str]]
             shown = "not measured" if number is None else f"{number:.3f}"
             yield (
                 ok,
-                f"{'ok  ' if ok else 'FAIL'} {key.side}, concurrency {key.concurrency}: "
+                f"{'ok  ' if ok else 'FAIL'} {key.variant}, concurrency {key.concurrency}: "
                 f"{name} {shown}, floor {FLOORS[name]:g}",
             )

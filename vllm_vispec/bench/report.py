@@ -117,12 +117,12 @@ def answers(facts: Facts) -> dict[str, Any]:
         },
         "run": facts.run,
         "main": facts.main,
-        "side": facts.side,
+        "variant": facts.variant,
         "rows": _rows(facts.table),
         "drafting": _rows(facts.drafting),
         "metrics": METRICS.values(),
-        "sides": {
-            one: VARIANTS[one].summary for one in facts.table.side.unique() if one in VARIANTS
+        "variants": {
+            one: VARIANTS[one].summary for one in facts.table.variant.unique() if one in VARIANTS
         },
         "environment": list(_flat({"machine": facts.run.machine, "settings": facts.run.settings})),
         "commands": list(_commands(facts)),
@@ -154,7 +154,7 @@ def _answer(facts: Facts) -> dict[str, Any]:
     by_k = timed(facts.like(row, K)).set_index(K).decode_speedup
     loads = timed(facts.like(row, "concurrency")).set_index("concurrency").decode_speedup
     losing = loads.index[loads < 1]
-    sides, names = timed(facts.like(row, "side")), families(row)
+    variants, names = timed(facts.like(row, "variant")), families(row)
     return {
         "speed": f"{row.decode_speedup:.2f}x{_interval(row, '95 %: ')}",
         "noise": row.low <= 1 <= row.high,
@@ -162,7 +162,7 @@ def _answer(facts: Facts) -> dict[str, Any]:
         "loads": loads,
         "losing_load": None if losing.empty else losing[0],
         "gaining_loads": loads.index if losing.empty else loads.index[loads.index < losing[0]],
-        "tasks": {name: _rows(facts.of_family(sides, name)) for name in names if any(names)},
+        "tasks": {name: _rows(facts.of_family(variants, name)) for name in names if any(names)},
     }
 
 
@@ -173,7 +173,7 @@ def _slices(facts: Facts, axis: str) -> Iterator[tuple[Chart, list[Any]]]:
     _, label, text, _ = AXES[axis]
     names = [name for name in ("dataset", "temperature") if name != axis]
     count = 0
-    for _, rows in facts.like(facts.main, "side", axis, *names).groupby(names):
+    for _, rows in facts.like(facts.main, "variant", axis, *names).groupby(names):
         measured = timed(rows)
         if measured[axis].nunique() < 2:
             continue
@@ -186,20 +186,20 @@ def _slices(facts: Facts, axis: str) -> Iterator[tuple[Chart, list[Any]]]:
             "decode_speedup over plain vLLM",
             measured.assign(x=measured[axis].map(text), y=measured.decode_speedup),
             list(dict.fromkeys(rows.sort_values(order)[axis].map(text))),
-            facts.side,
+            facts.variant,
         )
         yield chart, _rows(rows)
 
 
 def _acceptance(facts: Facts) -> dict[str, Any]:
     """What steps accept, a line per variant at the point the report leads with."""
-    rows = facts.drafting[:0] if facts.main is None else facts.like(facts.main, "side")
+    rows = facts.drafting[:0] if facts.main is None else facts.like(facts.main, "variant")
     rows = rows[rows.acceptance_rate_per_position.map(bool, na_action="ignore").eq(True)]
     if rows.empty:
         return {}
     depth = int(rows.acceptance_rate_per_position.map(len).max())
     points = rows.assign(y=rows.acceptance_rate_per_position, low=None, high=None).explode("y")
-    points["x"] = (points.groupby("side").cumcount() + 1).astype(str)
+    points["x"] = (points.groupby("variant").cumcount() + 1).astype(str)
     chart = Chart(
         "acceptance_by_position",
         point_text(facts.main),
@@ -207,7 +207,7 @@ def _acceptance(facts: Facts) -> dict[str, Any]:
         "share of steps that accept it",
         points.astype({"y": float, "low": float, "high": float}),
         [str(place) for place in range(1, depth + 1)],
-        facts.side,
+        facts.variant,
         shares=True,
     )
     padded = rows.acceptance_rate_per_position.map(
@@ -218,7 +218,7 @@ def _acceptance(facts: Facts) -> dict[str, Any]:
 
 def _losses(facts: Facts) -> dict[str, Any]:
     """Cells below 1.0, the schedule of K that avoids them, and other losses."""
-    rows = timed(facts.drafting[facts.drafting.side == facts.side])
+    rows = timed(facts.drafting[facts.drafting.variant == facts.variant])
     losing = _rows(rows[(rows.decode_speedup < 1) | (rows.e2e_speedup < 1)])
     late = rows[rows.ttft_ratio > LATE_FIRST_TOKEN].sort_values("ttft_ratio", kind="stable")
     different = rows[rows.identical_outputs < 1].sort_values("identical_outputs", kind="stable")
@@ -253,8 +253,8 @@ def _config(facts: Facts, row: Any) -> str | None:
             for load, group in rows.groupby("concurrency")
         }
     )
-    head = {"model": facts.run.settings.get("head") or "HEAD"} if facts.side == OURS else {}
-    config = speculative_config({"method": facts.side, **head}, schedule)
+    head = {"model": facts.run.settings.get("head") or "HEAD"} if facts.variant == OURS else {}
+    config = speculative_config({"method": facts.variant, **head}, schedule)
     return f"--speculative-config '{json.dumps(config)}'" if config else None
 
 

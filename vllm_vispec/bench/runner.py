@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -78,7 +79,8 @@ def run_matrix(
         KeyboardInterrupt: on SIGINT and SIGTERM.
     """
     check_inputs(settings)
-    ports = dict(zip(settings.sides, choose_ports(len(settings.sides), first_port), strict=True))
+    found = choose_ports(len(settings.variants), first_port)
+    ports = dict(zip(settings.variants, found, strict=True))
     store = QuestionStore(settings, samples, output)
     content = {**settings.to_json(), "samples": len(samples), "samples_digest": digest(samples)}
     with interruptible(), open_run(output, content) as folder:
@@ -89,13 +91,15 @@ def check_inputs(settings: MatrixSettings) -> None:
     """Refuse what would let a run fail after minutes.
 
     Raises:
-        ViSpecError: the target or a head is not there or not usable.
+        ViSpecError: pandas is missing, or the target or a head is not there or not usable.
     """
-    needed = {name for side in settings.sides for name in VARIANTS[side].needs}
+    if importlib.util.find_spec("pandas") is None:
+        raise ViSpecError("vllm bench serve needs pandas: pip install 'vllm-vispec[bench]'")
+    needed = {name for variant in settings.variants for name in VARIANTS[variant].needs}
     _check_folder("--target", settings.target)
     if "head" in needed:
         inspect_head(settings.head or "")
-    if "vispec_zeroed" in settings.sides:
+    if "vispec_zeroed" in settings.variants:
         check_has_adaptor(settings.head or "")
     if "eagle_head" in needed:
         _check_folder("--eagle-head", settings.eagle_head or "")
@@ -130,8 +134,8 @@ class _Run:
 
     def _measure_group(self, num_tokens: int, wanted: Sequence[Repetition]) -> int:
         """Measure the cells of one K; returns how many failed."""
-        there = {key.side for key, _ in wanted}
-        variants = [name for name in self.settings.sides if name in there]
+        there = {key.variant for key, _ in wanted}
+        variants = [name for name in self.settings.variants if name in there]
         path, log, failed = self.folder.path, self.tools.log, 0
 
         def make(name: str) -> BenchServer:
@@ -163,14 +167,14 @@ class _Run:
         key, number = repetition
         cell = CellResult(key, number, (), 0.0, None, MemoryFacts(), "")
         try:
-            server = group.server(key.side)
+            server = group.server(key.variant)
             commands.append(server.command)
             job = self._job(repetition, server, self.settings.num_questions(key.concurrency))
             commands.append(job.command)
             server.reset_caches()
             before = server.memory()
             result = self.tools.loads(job)
-            speculates = VARIANTS[key.side].draft is not None
+            speculates = VARIANTS[key.variant].draft is not None
             return replace(
                 cell,
                 requests=result.requests,
@@ -203,7 +207,7 @@ def describe(repetition: Repetition) -> str:
     key, number = repetition
     image = f", {key.image_tokens} image tokens" if key.image_tokens >= 0 else ""
     return (
-        f"{key.side}, concurrency {key.concurrency}, temperature {key.temperature:g}{image}, "
+        f"{key.variant}, concurrency {key.concurrency}, temperature {key.temperature:g}{image}, "
         f"repetition {number + 1}"
     )
 

@@ -72,7 +72,7 @@ def check_ranges(value: Any) -> Ranges:
         raise ViSpecError(f"{shown} does not begin at 1 or overlaps: {FORM}")
     if not highest(ranges):
         raise ViSpecError(
-            f"{shown} drafts at no batch size: leave the side out, plain vLLM is what it says"
+            f"{shown} drafts at no batch size: leave the variant out, plain vLLM is what it says"
         )
     return ranges
 

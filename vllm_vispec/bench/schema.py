@@ -94,7 +94,8 @@ class CellKey(Record):
     """One cell of the matrix.
 
     Attributes:
-        side: the variant, a name in `vllm_vispec.bench.matrix.VARIANTS`.
+        variant: a name in `vllm_vispec.bench.matrix.VARIANTS`; runs of earlier versions call it
+            side.
         concurrency: requests in flight, at most.
         num_speculative_tokens: K of the servers that were up together. The baseline, which drafts
             nothing, is measured again beside every K and has that K here.
@@ -103,7 +104,7 @@ class CellKey(Record):
         dataset: its name.
     """
 
-    side: str
+    variant: Annotated[str, Field(validation_alias=AliasChoices("variant", "side"))]
     concurrency: int
     num_speculative_tokens: int
     temperature: float
@@ -260,7 +261,9 @@ class BenchRun(Record):
                 f"the benchmark run has format {content.get('format')!r}, this version reads "
                 f"{FORMAT}: run `vispec bench run` again"
             )
-        run = cls.from_json(content)
+        # Earlier versions called variants sides.
+        settings = {("variants" if n == "sides" else n): v for n, v in content["settings"].items()}
+        run = cls.from_json({**content, "settings": settings})
         last = {(cell.key, cell.repetition): cell for cell in run.cells}
         cells = tuple(cell for cell in run.cells if last[cell.key, cell.repetition] is cell)
         return replace(run, cells=cells)

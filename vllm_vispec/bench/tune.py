@@ -117,7 +117,7 @@ def gains_of(run: BenchRun, variant: str, by: str = METRICS[0]) -> Gains:
     """
     groups = by_key(run.cells)
     found: dict[int, dict[int, dict[Any, Gain]]] = defaultdict(lambda: defaultdict(dict))
-    for key in (key for key in groups if key.side == variant):
+    for key in (key for key in groups if key.variant == variant):
         gain = _gain(with_interval(by, groups[key], groups.get(baseline_key(key), ())))
         if gain is not None:
             condition = key.dataset, key.temperature, key.image_tokens
@@ -175,7 +175,7 @@ class Tuning:
         gains = gains_of(run, VARIANT, by)
         if not gains:
             raise ViSpecError(
-                f"the run has no {by} of the side {VARIANT}: measure the sides plain and "
+                f"the run has no {by} of the variant {VARIANT}: measure the variants plain and "
                 f"{VARIANT}, and see the run's logs if cells failed"
             )
         return cls(run, by, gains, {load: choose_k(found) for load, found in gains.items()})
@@ -201,7 +201,7 @@ class Tuning:
         """Return the matrix that tries the choice at every concurrency, all else as measured."""
         return replace(
             settings,
-            sides=("plain", TUNED),
+            variants=("plain", TUNED),
             concurrency=tuple(self.gains),
             num_speculative_tokens=(highest(self.ranges),),
             schedule=self.ranges,

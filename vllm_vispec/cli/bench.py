@@ -39,11 +39,14 @@ def run(
     data: Annotated[Path, typer.Option(help="The dataset's file or folder.")],
     output: Annotated[Path, typer.Option(help="Folder; an earlier run in it is continued.")],
     port: Annotated[int, typer.Option(help="First port of the servers; 0: any.")] = 0,
+    sides: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> int:
-    """Measure a matrix of sides and settings, cell by cell, sides taking turns.
+    """Measure a matrix of variants and settings, cell by cell, variants taking turns.
 
-    The sides are servers on this machine, up at the same time; `vllm bench serve` makes the load.
+    They are servers on this machine, up at the same time; `vllm bench serve` makes the load.
     """
+    if sides is not None:
+        raise ViSpecError(f"--sides is now --variants: use --variants {sides}")
     return measure_matrix(settings, options, data, output, port)
 
 
@@ -124,10 +127,13 @@ def calibrate(
         ),
     ],
     output: Annotated[Path | None, typer.Option(help="Write rates and cells as JSON.")] = None,
+    side: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Fit the cost model to some cells of a run and predict the others. Measures nothing."""
     from vllm_vispec.bench import calibrate as fit
 
+    if side is not None:
+        raise ViSpecError(f"--side is now --variant: use --variant {side}")
     found = fit.calibrate_run(run, options)
     _show(fit.calibration_to_markdown(found), found, output)
 
@@ -169,8 +175,8 @@ def profile(
     shown=("concurrency", "num_speculative_tokens", "temperatures", *PAIR, *COUNTS, *LESS),
     defaults={
         "target": "",
-        # The side vispec joins it once it is known that something is measured.
-        "sides": ("plain",),
+        # The variant vispec joins it once it is known that something is measured.
+        "variants": ("plain",),
         "concurrency": (1, 2, 4, 8, 16, 32, 64),
         "num_speculative_tokens": (0, 1, 2, 3, 5),
     },
@@ -215,7 +221,7 @@ def tune(
         assert data is not None
         assert output is not None
         concurrency = tuple(sorted(settings.concurrency))
-        settings = replace(settings, sides=("plain", "vispec"), concurrency=concurrency)
+        settings = replace(settings, variants=("plain", "vispec"), concurrency=concurrency)
         code = measure_matrix(settings, options, data, output / MEASURED, port)
         if code == INTERRUPTED:
             return code
