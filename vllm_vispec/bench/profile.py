@@ -37,8 +37,6 @@ from vllm_vispec.utils.process import interruptible
 if TYPE_CHECKING:
     from vllm_vispec.bench.questions import AskTarget
 
-AS_THEY_ARE = "native"
-UNPAIRED = "without a counterpart"
 _REMEDIES = {
     DECODE: "raise --max-tokens, lower --concurrency, and leave graphs off (--enforce-eager)",
     PREFILL: "let a prompt fit into one step with --serve '--max-num-batched-tokens ...'",
@@ -101,7 +99,7 @@ class ProfileSettings:
             raise ViSpecError(f"-k {self.num_speculative_tokens}: give 1 to {MAX_DRAFT_TOKENS}")
         if min(self.image_tokens, default=-2) < IMAGES_AS_THEY_ARE:
             given = ",".join(map(str, self.image_tokens))
-            raise ViSpecError(f"--image-tokens {given}: give {AS_THEY_ARE}, 0 or more")
+            raise ViSpecError(f"--image-tokens {given}: give native, 0 or more")
 
 
 def run_profile(
@@ -264,7 +262,9 @@ def measure(
             blocks.append(block)
             for side in SIDES:
                 alone = len(found[side].steps) - len(block)
-                left_out[side] += Counter(found[side].left_out) + Counter({UNPAIRED: alone})
+                left_out[side] += Counter(found[side].left_out) + Counter(
+                    {"without a counterpart": alone}
+                )
         log(f"  repetition {repetition + 1} of {repetitions} done")
     counts = {side: dict(left_out[side]) for side in SIDES}
     there = {eagle.kind for block in blocks for eagle, _ in block}
