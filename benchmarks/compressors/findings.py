@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
     from vllm_vispec.compressors.compressor import ImageCompressor
     from vllm_vispec.reference import ViSpecDraft
-    from vllm_vispec.train.batch import Observed
-    from vllm_vispec.train.target import TrainingTarget
+    from vllm_vispec.train.target import Observed, TrainingTarget
 
 MAX_LENGTH, BATCH_SIZE = 1024, 8
 IMAGE_TOKENS = (64, 256, 1024)
@@ -91,7 +90,7 @@ def replay_all(
     import torch
 
     from vllm_vispec.train.acceptance import answer_spans, draft_hits, replay
-    from vllm_vispec.train.batch import pad_batch
+    from vllm_vispec.train.target import pad_batch
 
     for start in range(0, len(observed), BATCH_SIZE):
         group = observed[start : start + BATCH_SIZE]

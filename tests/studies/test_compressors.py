@@ -32,10 +32,10 @@ from tests.studies.made_up import make_study, one_of_each, write_calls
 from vllm_vispec.compressors.spec import COMBINATIONS, parse_compressor
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.reference import ViSpecDraft
-from vllm_vispec.train.batch import Observed, Runs
 from vllm_vispec.train.config import load_config
 from vllm_vispec.train.head_types import compressor_of, get_head_type
 from vllm_vispec.train.init import new_head_config
+from vllm_vispec.train.target import Observed, Runs
 from vllm_vispec.utils.files import write_json
 
 WIDTH, VOCAB = 32, 64

@@ -11,7 +11,7 @@ import torch
 from tests.support.heads import BASE
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.reference import ViSpecDraft
-from vllm_vispec.train.batch import Observed, Runs
+from vllm_vispec.train.target import Observed, Runs
 
 # Lengths and image runs: apart, touching, at both ends, short, none.
 LAYOUTS: list[tuple[int, Runs]] = [

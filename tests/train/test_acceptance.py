@@ -20,7 +20,7 @@ from vllm_vispec.train.acceptance import (
     replay,
     simulate,
 )
-from vllm_vispec.train.batch import Observed, pad_batch
+from vllm_vispec.train.target import Observed, pad_batch
 
 DEPTH = 4
 FEW = 3

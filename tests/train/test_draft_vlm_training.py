@@ -17,10 +17,10 @@ from vllm_vispec.evaluate.options import EvalOptions
 from vllm_vispec.evaluate.run import evaluate
 from vllm_vispec.heads.config import DRAFT_VLM_ARCHITECTURE
 from vllm_vispec.heads.folder import load_draft
-from vllm_vispec.train.batch import pad_batch
 from vllm_vispec.train.checkpoint import Checkpoints
 from vllm_vispec.train.config import LossSettings, TrainConfig
 from vllm_vispec.train.losses import Objective
+from vllm_vispec.train.target import pad_batch
 from vllm_vispec.utils.files import read_json
 
 TARGET_HEAD = torch.randn(64, 32, generator=torch.Generator().manual_seed(5))

@@ -11,10 +11,10 @@ from vllm_vispec.compressors.spec import parse_compressor
 from vllm_vispec.compressors.turns import gate_rows
 from vllm_vispec.reference import decide
 from vllm_vispec.train.acceptance import describe_gate
-from vllm_vispec.train.batch import DraftBatch, pad_batch
 from vllm_vispec.train.config import LossSettings
 from vllm_vispec.train.losses import BALANCE, Objective
 from vllm_vispec.train.rollout import MODES, rollout
+from vllm_vispec.train.target import DraftBatch, pad_batch
 
 
 def two_turns() -> DraftBatch:

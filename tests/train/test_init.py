@@ -15,12 +15,11 @@ from tests.train.language_models import write_language_model
 from tests.train.samples import random_sample
 from vllm_vispec.heads.folder import load_draft
 from vllm_vispec.reference import DraftVlm, tensor_shapes
-from vllm_vispec.train.batch import pad_batch
 from vllm_vispec.train.config import HeadSettings
 from vllm_vispec.train.head_types import HEAD_TYPES
 from vllm_vispec.train.init import make_draft, new_draft, new_head_config
 from vllm_vispec.train.rollout import rollout
-from vllm_vispec.train.target import TargetFacts
+from vllm_vispec.train.target import TargetFacts, pad_batch
 from vllm_vispec.utils.errors import ViSpecError
 
 GENERATOR = torch.Generator().manual_seed(1)

@@ -9,8 +9,8 @@ import torch
 
 from tests.train.samples import HEADS, all_samples, random_draft, random_sample
 from vllm_vispec.reference import Prefill, ViSpecDraft
-from vllm_vispec.train.batch import DraftBatch, Observed, pad_batch
 from vllm_vispec.train.rollout import MODES, PassOutput, rollout
+from vllm_vispec.train.target import DraftBatch, Observed, pad_batch
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 PASSES = 4

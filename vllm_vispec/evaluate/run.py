@@ -22,8 +22,7 @@ from vllm_vispec.evaluate.report import Report
 from vllm_vispec.heads.folder import inspect_head, load_draft
 from vllm_vispec.heads.target import check_against_target, load_target_config
 from vllm_vispec.train.acceptance import Acceptance, Answers, by_family, simulate
-from vllm_vispec.train.batch import Observed, pad_batch
-from vllm_vispec.train.target import TrainingTarget
+from vllm_vispec.train.target import Observed, TrainingTarget, pad_batch
 from vllm_vispec.utils.errors import ViSpecError
 
 

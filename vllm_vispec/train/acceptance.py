@@ -23,9 +23,9 @@ from torch import Tensor
 
 from vllm_vispec.compressors.spec import CompressorSpec
 from vllm_vispec.reference import Decision, Draft, decide
-from vllm_vispec.train.batch import DraftBatch, pad_batch
 from vllm_vispec.train.distributed import Processes
 from vllm_vispec.train.rollout import PassOutput, rollout
+from vllm_vispec.train.target import DraftBatch, pad_batch
 from vllm_vispec.train.teacher import Teacher
 
 # Rows whose logits are held at once; a vocabulary of 150,000 then takes 300 MB in float32.

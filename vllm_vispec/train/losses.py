@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from vllm_vispec.compressors.gate import balance
 from vllm_vispec.reference import Decision, Draft, decide
 from vllm_vispec.train.acceptance import sum_decisions
-from vllm_vispec.train.batch import DraftBatch
 from vllm_vispec.train.config import LossSettings
 from vllm_vispec.train.rollout import PassOutput, rollout
+from vllm_vispec.train.target import DraftBatch
 from vllm_vispec.utils.errors import ViSpecError
 
 RANKS = 10

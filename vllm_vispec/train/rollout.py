@@ -39,7 +39,7 @@ from vllm_vispec.reference import (
     masked_rows,
 )
 from vllm_vispec.reference.layers import KVCache, apply_rope
-from vllm_vispec.train.batch import DraftBatch
+from vllm_vispec.train.target import DraftBatch
 
 # The reference scales its feature noise with 512 / (tokens of the sample).
 NOISE_REFERENCE_LENGTH = 512

@@ -31,11 +31,10 @@ from vllm_vispec.data.encode import Encoded
 from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Rejected
 from vllm_vispec.heads.target import load_target_config
-from vllm_vispec.train.batch import Observed
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import Corpus, EncodedSamples
 from vllm_vispec.train.distributed import Processes
-from vllm_vispec.train.target import TargetFacts, TrainingTarget, target_id
+from vllm_vispec.train.target import Observed, TargetFacts, TrainingTarget, target_id
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import read_json, read_tensors, write_json, write_tensors
 

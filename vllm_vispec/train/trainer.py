@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from vllm_vispec.reference import Draft, draft_class
-from vllm_vispec.train.batch import DraftBatch, pad_batch
 from vllm_vispec.train.checkpoint import Tensors
 from vllm_vispec.train.config import ScheduleConfig, TrainConfig
 from vllm_vispec.train.distributed import Processes, assign, shard, whole
 from vllm_vispec.train.losses import Objective, Sums, make_generator
 from vllm_vispec.train.rollout import ROW_MULTIPLE
+from vllm_vispec.train.target import DraftBatch, pad_batch
 from vllm_vispec.train.teacher import Teacher
 from vllm_vispec.utils.errors import ViSpecError
 
