@@ -73,7 +73,6 @@ class Tape:
                     with span(parts.DRAFT_SAMPLE):
                         self.wait(1)
                         self.leaf(parts.DRAFT_LOGITS, 12)
-            self.wait(0)
 
     def found(self, drafts: int = K, concurrency: int = 1) -> Steps:
         """Return the steps of what was recorded."""
@@ -85,12 +84,12 @@ class FakeEngine:
     """Stands in for an engine process: every answer is a prefill and some decoding steps.
 
     Attributes:
-        decode_rounds: of an answer.
+        decode_steps: of an answer.
         log: what happened, also to other engines.
     """
 
     side: str
-    decode_rounds: int = 3
+    decode_steps: int = 3
     log: list[str] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -115,6 +114,6 @@ class FakeEngine:
             vision=25.0,
             ours=OURS if is_ours else (),
         )
-        for _ in range(self.decode_rounds):
+        for _ in range(self.decode_steps):
             tape.step(DECODE, ours=OURS[:1] if is_ours else ())
         return tape.found()
