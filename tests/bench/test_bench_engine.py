@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 MAX_TOKENS = 12
-SIDES = ("plain", "ngram", "eagle", "vispec_zeroed", "vispec")
+VARIANTS = ("plain", "ngram", "eagle", "vispec_zeroed", "vispec")
 KILLED = "ngram"
 LAST = "image_tokens_256-"
 """Which server dies, and under the load of which cell: the last one, so that it stays dead."""
@@ -69,13 +69,13 @@ class OneDeath(LoadGenerator):
         return super().__call__(job)
 
 
-def test_all_sides_with_one_that_dies(questions: Path, tmp_path: Path) -> None:
+def test_all_variants_with_one_that_dies(questions: Path, tmp_path: Path) -> None:
     settings = MatrixSettings(
         target=f"{PAIR}/target",
         dataset="tiny",
         head=f"{PAIR}/vispec_head",
         eagle_head=f"{PAIR}/eagle_text_head",
-        variants=SIDES,
+        variants=VARIANTS,
         design="star",
         concurrency=(1, 4),
         num_speculative_tokens=(5,),
@@ -150,5 +150,5 @@ def check_report(text: str) -> None:
     assert "Not shown: fewer than two values of K" in text
     for family in IMAGE_FAMILIES:
         assert f"| {family.replace('_', chr(92) + '_')} |" in text or f"| {family} |" in text
-    for variant in SIDES:
+    for variant in VARIANTS:
         assert f"| {variant} |" in text or f"`{variant}`" in text

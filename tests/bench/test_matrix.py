@@ -21,7 +21,7 @@ from vllm_vispec.utils.errors import ViSpecError
 RANGES = ((1, 4, 5), (5, 16, 0))
 
 
-def test_sides_follow_each_other_and_take_turns_to_be_first() -> None:
+def test_variants_follow_each_other_and_take_turns_to_be_first() -> None:
     settings = replace(SETTINGS, concurrency=(1, 2), repetitions=2)
     ((_, visits),) = settings.groups()
     order = [(number, key.concurrency, key.variant) for key, number in visits]

@@ -151,7 +151,7 @@ def test_failed_and_missing_cells_are_shown_as_such() -> None:
     assert rows["vispec", "1"][7] == "ok"
 
 
-def test_a_failed_plain_side_leaves_no_speedup() -> None:
+def test_a_failed_baseline_leaves_no_speedup() -> None:
     def no_plain(one: CellResult) -> CellResult:
         failed = replace(one, requests=(), error="no")
         return failed if one.key.variant == "plain" else one
@@ -188,7 +188,7 @@ def test_sections_without_data_say_so_in_one_line(run: BenchRun) -> None:
     assert report(run).html
 
 
-SIDES = 3
+VARIANTS = 3
 
 
 def star() -> BenchRun:
@@ -203,7 +203,7 @@ def star() -> BenchRun:
 def test_only_the_star_is_expected() -> None:
     rows = Facts.from_run(star(), RESAMPLES).table
     # The middle, two more concurrencies, one more K and temperature, two sizes of images.
-    assert len(rows) == SIDES * 7
+    assert len(rows) == VARIANTS * 7
     assert set(rows.state) == {"ok"}
     assert "None: every cell that was asked for was measured" in text_of(star(), "failures")
 

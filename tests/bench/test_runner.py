@@ -108,7 +108,7 @@ def test_a_failed_cell_is_recorded_and_tried_again_later(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
-def test_a_side_that_does_not_start_fails_alone(
+def test_a_variant_that_does_not_start_fails_alone(
     tmp_path: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vllm_vispec.bench.server.starts_at_once", lambda: at_once)
@@ -240,7 +240,7 @@ def test_missing_target_and_heads(change: dict[str, Any], message: str, tmp_path
     assert world.events == []
 
 
-def test_options_of_all_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_all_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_vispec.bench.server.has_gpu", lambda: True)
     arguments = serve_arguments(SETTINGS, "vispec", tmp_path, 4, servers=3)
     assert arguments[:3] == (str(TARGET), "--seed", "1")

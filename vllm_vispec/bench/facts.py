@@ -30,7 +30,7 @@ OURS = "vispec"
 KEY = tuple(field.name for field in fields(CellKey))
 _NUMBERS = [*(METRICS.keys() - {"acceptance_rate_per_position"}), "low", "high", "plain_length"]
 _ORDER = ["dataset", "temperature", "images", "num_speculative_tokens", "concurrency"]
-_VARIANTS = ["place", "variant"]
+_BY_VARIANT = ["place", "variant"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Facts:
             for key in dict.fromkeys(chain(groups, *points(run.settings)))
         ]
         table = pd.DataFrame(rows).astype(dict.fromkeys(_NUMBERS, float))
-        table = table.sort_values(_ORDER + _VARIANTS, kind="stable", ignore_index=True)
+        table = table.sort_values(_ORDER + _BY_VARIANT, kind="stable", ignore_index=True)
         return cls(run, table.set_axis(range(1, len(table) + 1)), resamples)
 
     @cached_property
@@ -71,7 +71,7 @@ class Facts:
     @cached_property
     def variant(self) -> str:
         """The variant the report is about: ViSpec, else the last one that drafts."""
-        variants: list[str] = self.drafting.sort_values(_VARIANTS, kind="stable").variant.tolist()
+        variants: list[str] = self.drafting.sort_values(_BY_VARIANT, kind="stable").variant.tolist()
         return OURS if OURS in variants or not variants else variants[-1]
 
     @cached_property
@@ -96,7 +96,7 @@ class Facts:
         """Rows that draft at the point of a row, variants in order; the free fields may differ."""
         fixed = [self.drafting[name] == getattr(row, name) for name in KEY if name not in free]
         rows = self.drafting[np.logical_and.reduce(fixed)]
-        return rows.sort_values(_VARIANTS, kind="stable")
+        return rows.sort_values(_BY_VARIANT, kind="stable")
 
     def of_family(self, rows: pd.DataFrame, family: str) -> pd.DataFrame:
         """The same rows with the requests of one task family only."""
