@@ -142,8 +142,8 @@ def options_of(
 
     The command is called with the settings first, and its result is the exit code. A class is a
     pydantic model whose fields have descriptions, or a dataclass with an `Attributes:` section. In
-    a model's `json_schema_extra`, "flags" gives an option other names and "option": False hides it.
-    A field of type `tuple[T, ...]` takes values separated by commas, a dictionary a JSON object.
+    a model's `json_schema_extra`, "flags" gives an option other names. A field of type
+    `tuple[T, ...]` takes values separated by commas, a dictionary a JSON object.
 
     Args:
         shown: fields that get an option; all if it is empty.
@@ -205,8 +205,7 @@ def _fields(settings: Any) -> Iterator[SettingsField]:
             default = empty if item.is_required() else item.default
             extra: Any = item.json_schema_extra or {}
             form = Form(tuple(extra.get("flags", ())))
-            if extra.get("option", True):
-                yield SettingsField(name, item.annotation, default, item.description, form)
+            yield SettingsField(name, item.annotation, default, item.description, form)
         return
     types, docs = get_type_hints(settings), attribute_docs(settings)
     for field in fields(settings):

@@ -130,7 +130,6 @@ def sampling_params(settings: RegenerateSettings, dialogue: Dialogue) -> Samplin
         temperature=settings.temperature,
         top_p=1.0 if greedy else settings.top_p,
         max_tokens=settings.max_tokens,
-        ignore_eos=settings.ignore_eos,
         seed=None if greedy else settings.seed_of(dialogue.source.sample_id, len(dialogue.answers)),
     )
 

@@ -125,7 +125,6 @@ class ServerBackend:
         settings = self.settings
         extra: dict[str, Any] = {
             "return_token_ids": True,
-            "ignore_eos": settings.ignore_eos,
             # The model's own defaults would change the distribution that is sampled.
             "top_k": 0,
             "min_p": 0.0,

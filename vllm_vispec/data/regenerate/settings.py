@@ -55,9 +55,6 @@ class RegenerateSettings(Settings):
     seed: int = Field(
         default=0, description="With a sample's id and the turn it gives the answer's seed."
     )
-    ignore_eos: bool = Field(
-        default=False, description="For measurements.", json_schema_extra={"option": False}
-    )
     strict: bool = Field(
         default=False, description="Reject answers whose text has other tokens in the template."
     )
