@@ -19,7 +19,11 @@ from vllm_vispec.reference import Draft, DraftVlm, ViSpecDraft
 from vllm_vispec.reference.modeling_draft_vlm import PROJECTOR_PREFIX
 from vllm_vispec.train.config import HeadSettings
 from vllm_vispec.train.head_types import compressor_of, get_head_type
-from vllm_vispec.train.language_model import is_language_model, read_language_model
+from vllm_vispec.train.language_model import (
+    is_language_model,
+    load_language_model,
+    read_language_model,
+)
 from vllm_vispec.train.target import TargetFacts
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -217,9 +221,9 @@ def _from_head(other: Draft, settings: HeadSettings, facts: TargetFacts, seed: i
 
 def _from_language_model(settings: HeadSettings, facts: TargetFacts, seed: int) -> Draft:
     embed_VD = facts.embed_VD.cpu()
-    model = read_language_model(settings.init_from, len(embed_VD))
-    draft = new_draft(_new_config(settings, facts, model.fields), embed_VD, seed)
-    model.load_into(draft)
+    fields, tensors = read_language_model(settings.init_from, len(embed_VD))
+    draft = new_draft(_new_config(settings, facts, fields), embed_VD, seed)
+    load_language_model(draft, tensors, settings.init_from)
     return draft
 
 

@@ -8,7 +8,6 @@ Tensor names end in their shape: V vocabulary, D hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,41 +42,6 @@ _SIZES = (
 )
 
 
-@dataclass(frozen=True)
-class LanguageModel:
-    """A language model that a draft VLM can start from.
-
-    Attributes:
-        where: how an error names it.
-        fields: all fields of `HeadConfig` that it decides.
-        tensors: its weights under our names.
-    """
-
-    where: str
-    fields: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-
-    def load_into(self, draft: nn.Module) -> None:
-        """Copy the weights into a draft VLM of this shape; the projector stays as it is.
-
-        Raises:
-            ViSpecError: tensors are missing, left over or of other shapes.
-        """
-        ours = draft.state_dict()
-        weights = {n: w for n, w in ours.items() if n.startswith(PROJECTOR_PREFIX)}
-        for name, tensor in self.tensors.items():
-            is_table = name in _TABLES and name in ours
-            weights[name] = _with_rows(tensor, len(ours[name])) if is_table else tensor
-        try:
-            draft.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise ViSpecError(
-                f"{self.where} is a language model, but not the one of its config.json ({reason}): "
-                f"use a plain, unquantised {' or '.join(FAMILIES)} model"
-            ) from error
-
-
 def is_language_model(folder: str | Path) -> bool:
     """Whether a folder holds a whole Hugging Face language model, not a head."""
     config = read_json(resolve_head(folder) / "config.json")
@@ -85,11 +49,16 @@ def is_language_model(folder: str | Path) -> bool:
     return "vispec" not in config and any(str(one).endswith("ForCausalLM") for one in names)
 
 
-def read_language_model(folder: str | Path, vocab_size: int) -> LanguageModel:
+def read_language_model(
+    folder: str | Path, vocab_size: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a language model.
 
     Args:
         vocab_size: the target's.
+
+    Returns:
+        All fields of `HeadConfig` that it decides, and its weights under our names.
 
     Raises:
         ViSpecError: its architecture or vocabulary is not one a draft VLM can have.
@@ -115,7 +84,28 @@ def read_language_model(folder: str | Path, vocab_size: int) -> LanguageModel:
         "qkv_bias": FAMILIES[config["model_type"]],
         "tie_word_embeddings": tied,
     }
-    return LanguageModel(where, fields, tensors)
+    return fields, tensors
+
+
+def load_language_model(draft: nn.Module, tensors: Mapping[str, Tensor], folder: str) -> None:
+    """Copy the weights into a draft VLM of this shape; the projector stays as it is.
+
+    Raises:
+        ViSpecError: tensors are missing, left over or of other shapes.
+    """
+    ours = draft.state_dict()
+    weights = {n: w for n, w in ours.items() if n.startswith(PROJECTOR_PREFIX)}
+    for name, tensor in tensors.items():
+        is_table = name in _TABLES and name in ours
+        weights[name] = _with_rows(tensor, len(ours[name])) if is_table else tensor
+    try:
+        draft.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise ViSpecError(
+            f"head.init_from {folder!r} is a language model, but not the one of its config.json "
+            f"({reason}): use a plain, unquantised {' or '.join(FAMILIES)} model"
+        ) from error
 
 
 def _check_architecture(where: str, config: Mapping[str, Any], vocab_size: int) -> None:

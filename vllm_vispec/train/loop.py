@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -120,7 +119,7 @@ class Run:
         step = self.progress.step
         self.log = RunLog(self.output, step, self.total_steps, silent=not group.is_main)
         # Decisions of a gate since the last line of the log.
-        self.decisions_2K: Any = 0
+        self.decisions_2K = torch.zeros(())
         rejected = (*corpus.rejected, *self.teacher.rejected)
         used = {"train": len(chosen), "validation": len(self.held_out)}
         self.description = describe_run(config, corpus, rejected, used, group.world, command)
@@ -166,8 +165,8 @@ class Run:
                 saved_at = step
             if stopping and self._share() < 1:
                 message = (
-                    f"stopped by {''.join(signals) or 'another process'} after step {step}; saved "
-                    f"in {self.checkpoints.folder}; run the same command to go on"
+                    f"stopped by {[*signals, 'another process'][0]} after step {step}; saved in "
+                    f"{self.checkpoints.folder}; run the same command to go on"
                 )
                 return Outcome(False, step, None, message)
         if self.held_out and self.progress.latest_step != self.progress.step:
@@ -207,7 +206,7 @@ class Run:
         if step % self.config.run.log_every == 0:
             gate = describe_gate(self.decisions_2K, self.compressor)
             self.log.step(self.progress, step // self.order.steps_per_epoch, result, lr, gate)
-            self.decisions_2K = 0
+            self.decisions_2K = torch.zeros(())
 
     def _validate(self) -> bool:
         """Measure acceptance on held-out data; returns whether it is the best so far."""
