@@ -159,8 +159,15 @@ def init_padded(original: Callable[..., None], layer: Any, *args: Any, **kwargs:
         original(layer, *args, **kwargs)
         return
     _check_layer(type(layer), values)
-    known = _find_code_buffers(config)
-    codes = known or _make_code_buffers(config)
+    known, settings = _find_code_buffers(config), settings_of(config)
+    codes = known or CodeBuffers(
+        settings.levels,
+        settings.top_k,
+        config.scheduler_config.max_num_batched_tokens,
+        # Models are built with the target's dtype and device as defaults.
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+    )
     head = padded_head(_finder_of(given), values["head_size"], codes.num_channels)
     apply_workspace(head.backend)
     values["attn_backend"] = padded_backend(head.backend, head.size)
@@ -207,13 +214,6 @@ def padded_head(finder: BackendFinder, head_size: int, num_channels: int) -> Pad
             f"{what_to_set}"
         )
     return head
-
-
-def _make_code_buffers(config: Any) -> CodeBuffers:
-    settings, max_num_tokens = settings_of(config), config.scheduler_config.max_num_batched_tokens
-    # Models are built with the target's dtype and device as defaults.
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    return CodeBuffers(settings.levels, settings.top_k, max_num_tokens, dtype, device)
 
 
 def _finder_of(given: BoundArguments) -> BackendFinder:
@@ -279,7 +279,7 @@ def padded_layers(vllm_config: Any) -> list[Any]:
     return [
         layer
         for layer in layers
-        if _padding_of(layer) is not None and layer.kv_sharing_target_layer_name is None
+        if _is_padded(layer) and layer.kv_sharing_target_layer_name is None
     ]
 
 
@@ -329,9 +329,8 @@ def make_engine_trees(
 
 def _find_code_buffers(vllm_config: Any) -> CodeBuffers | None:
     layers = vllm_config.compilation_config.static_forward_context.values()
-    paddings = (_padding_of(layer) for layer in layers)
-    return next((padding.codes for padding in paddings if padding is not None), None)
+    return next((layer.impl.tree_padding.codes for layer in layers if _is_padded(layer)), None)
 
 
-def _padding_of(layer: Any) -> LayerPadding | None:
-    return getattr(getattr(layer, "impl", None), "tree_padding", None)
+def _is_padded(layer: Any) -> bool:
+    return hasattr(getattr(layer, "impl", None), "tree_padding")
