@@ -76,12 +76,12 @@ def test_likeliest_tokens_by_their_logits(
     logp_RWC, token_RWC = logits_RWV.float().log_softmax(-1).topk(8)
     for elements in (2**24, 7 * 1000, 10):
         monkeypatch.setattr("vllm_vispec.trees.grow._MAX_ELEMENTS", elements)
-        found = likeliest(logits_RWV, 8)
-        assert torch.equal(found.logp, logp_RWC)
+        logp, token = likeliest(logits_RWV, 8)
+        assert torch.equal(logp, logp_RWC)
         # 16 bits have many equal logits, whose order means nothing.
-        assert torch.equal(logits_RWV.gather(-1, found.token), logits_RWV.gather(-1, token_RWC))
+        assert torch.equal(logits_RWV.gather(-1, token), logits_RWV.gather(-1, token_RWC))
         if dtype == torch.float32:
-            assert torch.equal(found.token, token_RWC)
+            assert torch.equal(token, token_RWC)
 
 
 def test_entropy_is_that_of_the_ten_likeliest() -> None:
@@ -90,7 +90,7 @@ def test_entropy_is_that_of_the_ten_likeliest() -> None:
     logp_RV = logits_RV.log_softmax(-1)
     ten_RT = logp_RV.topk(10).values.softmax(-1)
     expected_R = 1 + (ten_RT * ten_RT.log()).sum(-1) / math.log(10)
-    observed = policy.observe(likeliest(logits_RV, 10).logp)
+    observed = policy.observe(likeliest(logits_RV, 10)[0])
     assert policy.num_observed == 10
     torch.testing.assert_close(observed.flatten(), expected_R.clamp(0, 1))
 
@@ -114,7 +114,7 @@ def test_a_draft_that_overflows_grows_no_nonsense(policy: Policy, bad: float) ->
     assert is_node.any(1).all()
     # Nothing grows behind a row that holds no distribution.
     assert [int(depth) for depth in (tree.depth * is_node).amax(1)] == [1, 2]
-    assert likeliest(torch.full((1, 20), bad), 3).logp.tolist() == [[NEVER] * 3]
+    assert likeliest(torch.full((1, 20), bad), 3)[0].tolist() == [[NEVER] * 3]
 
 
 def test_certain_drafts_keep_parents_first() -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_vispec.trees.codes import UNUSED
-from vllm_vispec.trees.policies import NEVER, POLICIES, Children
+from vllm_vispec.trees.policies import NEVER, POLICIES
 from vllm_vispec.trees.settings import TreeSettings
 
 # Rows are normalised so many elements at a time: 64 MiB in float32.
@@ -81,19 +81,7 @@ class DraftTree(NamedTuple):
     path: torch.Tensor
 
 
-class Likeliest(NamedTuple):
-    """A row's likeliest tokens, the likeliest first; C of them.
-
-    Attributes:
-        logp: float32 ``[..., C]``; `NEVER` for all tokens of a row that holds no distribution.
-        token: int64 ``[..., C]``.
-    """
-
-    logp: torch.Tensor
-    token: torch.Tensor
-
-
-def likeliest(logits: torch.Tensor, count: int) -> Likeliest:
+def likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the likeliest tokens of each row.
 
     They are chosen by the logits as they are; only a few whole rows at a time are normalised.
@@ -101,6 +89,10 @@ def likeliest(logits: torch.Tensor, count: int) -> Likeliest:
     Args:
         logits: ``[..., V]`` in the model's dtype.
         count: C.
+
+    Returns:
+        Log-probabilities, float32 ``[..., C]``, the likeliest first; `NEVER` for all tokens of a
+        row that holds no distribution.  And the tokens, int64 ``[..., C]``.
     """
     token = logits.topk(count, dim=-1).indices
     rows_SV, token_SC = logits.flatten(0, -2), token.flatten(0, -2)
@@ -114,7 +106,7 @@ def likeliest(logits: torch.Tensor, count: int) -> Likeliest:
     logp_SC = parts[0] if len(parts) == 1 else torch.cat(parts)
     # A draft that overflows must not put children before their parents.
     logp_SC = logp_SC.nan_to_num(nan=NEVER, neginf=NEVER)
-    return Likeliest(logp_SC.view(token.shape), token)
+    return logp_SC.view(token.shape), token
 
 
 class _Level(NamedTuple):
@@ -160,13 +152,12 @@ class TreeGrower:
         num_observed = min(self._policy.num_observed, logits.shape[-1])
         logp_R1C, token_R1C = likeliest(logits.unsqueeze(1), max(self.width, num_observed))
         self._observed = self._policy.observe(logp_R1C[:, 0, :num_observed])
-        children = Likeliest(logp_R1C[..., : self.width], token_R1C[..., : self.width])
-        return self._grow(root, children)
+        return self._grow(root, logp_R1C[..., : self.width], token_R1C[..., : self.width])
 
     def grow_level(self, logits: torch.Tensor) -> Frontier:
         """Take the logits ``[R, W, V]`` of a pass over the last frontier; return the next one."""
         assert self._frontier is not None
-        return self._grow(self._frontier, likeliest(logits, self.width))
+        return self._grow(self._frontier, *likeliest(logits, self.width))
 
     def is_done(self) -> bool:
         """Whether nothing may grow any more, in any tree; waits for the device."""
@@ -205,15 +196,12 @@ class TreeGrower:
         path_RNL.scatter_(2, depth_RN1, (order_RN % self.width).unsqueeze(-1))
         return DraftTree(token_RN, parent_RN, 1 + depth_RN1.squeeze(-1), path_RNL)
 
-    def _grow(self, parents: Frontier, children: Likeliest) -> Frontier:
+    def _grow(self, parents: Frontier, logp_RWC: torch.Tensor, token_RWC: torch.Tensor) -> Frontier:
         """Add the children of the frontier to the candidates and choose the next frontier."""
         assert self._observed is not None
         level = len(self._grown) + 1
-        logp_RWC, token_RWC = children
         score_RWC = parents.score.unsqueeze(-1) + logp_RWC
-        keep_RWC, expand_RWC = self._policy.judge(
-            Children(level, score_RWC, parents.score), self._observed
-        )
+        keep_RWC, expand_RWC = self._policy.judge(level, score_RWC, parents.score, self._observed)
         parent_RWC = parents.candidate.unsqueeze(-1).expand_as(token_RWC)
         grown = _Level(
             token_RWC.flatten(1), keep_RWC.flatten(1), parent_RWC.flatten(1), parents.path

@@ -9,7 +9,6 @@ Shapes: R requests, W expanded nodes, C children proposed for each.
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 
@@ -18,25 +17,8 @@ from vllm_vispec.trees.settings import THRESHOLDS, TreeSettings
 NEVER = float("-inf")
 
 
-class Children(NamedTuple):
-    """What a draft pass proposes, most likely child first.
-
-    Attributes:
-        level: 1 for children of the root.
-        score: float32 ``[R, W, C]``; log-probability of the path down to the child.
-        parent_score: float32 ``[R, W]``; the same of its parent, 0 for the root.
-    """
-
-    level: int
-    score: torch.Tensor
-    parent_score: torch.Tensor
-
-
-class Judgement(NamedTuple):
-    """Scores ``[R, W, C]`` for staying in the tree and for being expanded."""
-
-    keep: torch.Tensor
-    expand: torch.Tensor
+# Scores ``[R, W, C]`` for staying in the tree and for being expanded.
+Judgement = tuple[torch.Tensor, torch.Tensor]
 
 
 class Eagle2:
@@ -64,9 +46,24 @@ class Eagle2:
         """
         return root_logp
 
-    def judge(self, children: Children, observed: torch.Tensor) -> Judgement:
-        """Score the children of one level, here by the probability of their paths."""
-        return Judgement(children.score, children.score)
+    def judge(
+        self,
+        level: int,
+        score: torch.Tensor,
+        parent_score: torch.Tensor,
+        observed: torch.Tensor,
+        /,
+    ) -> Judgement:
+        """Score the children that a draft pass proposes, here by the probability of their paths.
+
+        Args:
+            level: 1 for children of the root.
+            score: float32 ``[R, W, C]``; log-probability of the path down to the child, the
+                likeliest child first.
+            parent_score: float32 ``[R, W]``; the same of its parent, 0 for the root.
+            observed: What `observe` returned.
+        """
+        return score, score
 
 
 class SpecLlava(Eagle2):
@@ -76,11 +73,11 @@ class SpecLlava(Eagle2):
     node budget alone.
     """
 
-    def judge(self, children: Children, observed: torch.Tensor) -> Judgement:
+    def judge(self, level: int, score: torch.Tensor, /, *_: torch.Tensor) -> Judgement:
         """Score by the path's probability, and leave out what falls below the threshold."""
-        low = children.score < (math.log(self.threshold) if self.threshold else NEVER)
-        score = children.score.masked_fill(low, NEVER)
-        return Judgement(score, score)
+        low = score < (math.log(self.threshold) if self.threshold else NEVER)
+        score = score.masked_fill(low, NEVER)
+        return score, score
 
 
 class Entropy(Eagle2):
@@ -100,20 +97,26 @@ class Entropy(Eagle2):
         entropy_R1 = torch.special.entr(root_logp.log_softmax(-1).exp()).sum(-1, keepdim=True)
         return (1 - entropy_R1 / math.log(self.num_observed)).clamp(0, 1).unsqueeze(-1)
 
-    def judge(self, children: Children, observed: torch.Tensor) -> Judgement:
+    def judge(
+        self,
+        level: int,
+        score: torch.Tensor,
+        parent_score: torch.Tensor,
+        observed: torch.Tensor,
+        /,
+    ) -> Judgement:
         """Score by the path's probability, within the width and depth the entropy allows."""
-        level, score_RWC = children.level, children.score
         least_levels = min(self.least_levels, self.levels)
         depth_R11 = least_levels + observed * (self.levels - least_levels)
         width_R11 = self.least_width + (1 - observed) * max(self.top_k - self.least_width, 0)
-        share_RW1 = 0.5 + children.parent_score.exp().unsqueeze(-1)
+        share_RW1 = 0.5 + parent_score.exp().unsqueeze(-1)
         allowed_RW1 = (width_R11 / level * share_RW1).round().clamp_(min=1)
-        rank_C = torch.arange(score_RWC.shape[-1], device=score_RWC.device)
+        rank_C = torch.arange(score.shape[-1], device=score.device)
         # A level that is begun at all is part of the tree, as a rounded depth would have it.
         out = (rank_C >= allowed_RW1) | (level > depth_R11.round())
-        keep_RWC = score_RWC.masked_fill(out, NEVER)
+        keep_RWC = score.masked_fill(out, NEVER)
         low = keep_RWC.exp() <= self.threshold * level / depth_R11
-        return Judgement(keep_RWC, keep_RWC.masked_fill(low, NEVER))
+        return keep_RWC, keep_RWC.masked_fill(low, NEVER)
 
 
 # A chain is the most likely child of the most likely child.
