@@ -19,13 +19,7 @@ from tests.support.tree_models import (
     random_model,
 )
 from vllm_vispec.trees.codes import UNUSED
-from vllm_vispec.trees.grow import (
-    NO_TOKEN,
-    PathGrower,
-    TreeGrower,
-    best_path,
-    likeliest,
-)
+from vllm_vispec.trees.grow import NO_TOKEN, PathGrower, TreeGrower, best_path, likeliest
 from vllm_vispec.trees.policies import NEVER, POLICIES
 from vllm_vispec.trees.settings import Policy, TreeSettings
 

@@ -20,13 +20,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
-from vllm_vispec.trees.verify import (
-    NO_REQUEST,
-    Moves,
-    TreeBatch,
-    TreeTable,
-    Verification,
-)
+from vllm_vispec.trees.verify import NO_REQUEST, Moves, TreeBatch, TreeTable, Verification
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)

@@ -17,13 +17,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.trees.attention import make_engine_trees, target_layers
-from vllm_vispec.trees.grow import (
-    NO_TOKEN,
-    PathGrower,
-    TreeGrower,
-    best_path,
-    replace_rows,
-)
+from vllm_vispec.trees.grow import NO_TOKEN, PathGrower, TreeGrower, best_path, replace_rows
 from vllm_vispec.trees.limits import (
     has_branches,
     has_paths,
