@@ -47,12 +47,7 @@ class Eagle2:
         return root_logp
 
     def judge(
-        self,
-        level: int,
-        score: torch.Tensor,
-        parent_score: torch.Tensor,
-        observed: torch.Tensor,
-        /,
+        self, level: int, score: torch.Tensor, parent_score: torch.Tensor, observed: torch.Tensor, /
     ) -> Judgement:
         """Score the children that a draft pass proposes, here by the probability of their paths.
 
@@ -98,12 +93,7 @@ class Entropy(Eagle2):
         return (1 - entropy_R1 / math.log(self.num_observed)).clamp(0, 1).unsqueeze(-1)
 
     def judge(
-        self,
-        level: int,
-        score: torch.Tensor,
-        parent_score: torch.Tensor,
-        observed: torch.Tensor,
-        /,
+        self, level: int, score: torch.Tensor, parent_score: torch.Tensor, observed: torch.Tensor, /
     ) -> Judgement:
         """Score by the path's probability, within the width and depth the entropy allows."""
         least_levels = min(self.least_levels, self.levels)
