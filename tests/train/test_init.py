@@ -210,14 +210,6 @@ def test_the_seed_decides_the_weights(kind: str) -> None:
     assert kind == "draft_vlm" or "img_adaptor.query" in differing
 
 
-def test_an_own_embedding_table_is_copied_and_frozen() -> None:
-    config = new_head_config("vispec", TEXT, has_embed_tokens=True)
-    draft = new_draft(config, TABLE, seed=0)
-    assert draft.embed_tokens is not None
-    assert torch.equal(draft.embed_tokens.weight, TABLE)
-    assert not draft.embed_tokens.weight.requires_grad
-
-
 def test_a_target_without_a_rope_base_is_named() -> None:
     assert new_head_config("vispec", text(head_dim=16)).head_dim == 16
     with pytest.raises(ViSpecError, match="rope_theta"):

@@ -71,16 +71,6 @@ def test_exact_passes_equal_prefill_and_steps(name: str) -> None:
     assert compared > 30
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_pass_zero_equals_the_compact_rows_of_prefill(name: str) -> None:
-    draft = random_draft(HEADS[name])
-    sample = random_sample(26, ((2, 7), (7, 11)))
-    (output,) = rollout(draft, pad_batch([sample, random_sample(31)]), 1)
-    rows = prefill(draft, sample, 24).out_ND
-    kept = [p for p in range(25) if p < 1 or p >= 10]
-    torch.testing.assert_close(output.state_BLD[0, kept[-15:]], rows[-15:], **CLOSE)
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", HEADS)
 def test_a_batch_equals_its_samples_one_by_one(name: str, mode: str) -> None:

@@ -284,8 +284,7 @@ def new_draft(
     are trained like everything else.
 
     Args:
-        embed_VD: the target's embedding table, copied and frozen if a head has its own.
-        lm_head_VD: the target's, for a draft VLM; None: not known.
+        embed_VD, lm_head_VD: the target's tables, for a draft VLM; a head has none of its own.
     """
     generator = torch.Generator().manual_seed(seed)
     if config.is_draft_vlm:
@@ -301,9 +300,6 @@ def new_draft(
         nn.init.normal_(draft.img_adaptor.query, std=std, generator=generator)
     if draft.compressor is not None:
         draft.compressor.init_weights(generator)
-    if draft.embed_tokens is not None:
-        draft.embed_tokens.weight.copy_(embed_VD)
-        draft.embed_tokens.weight.requires_grad_(False)
     return draft
 
 
