@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 
 from tests.support.child import Child
-from tests.support.engine import Engine, EngineOptions, Engines
+from tests.support.engine import Engine, EngineOptions, Engines, StartEngine, StartProcess
 from tests.support.runners import RUNNERS
 from tests.support.tiny_store import KIND, TinyStore
 
@@ -28,12 +28,12 @@ def engines() -> Iterator[Engines]:
 
 
 @pytest.fixture(scope="session")
-def engine(engines: Engines, tiny: TinyStore) -> Callable[..., Engine]:
+def engine(engines: Engines, tiny: TinyStore) -> StartEngine:
     """Return ``engine(runner, **options)``: a vLLM engine in a child process, ready to be asked.
 
-    ``options`` are those of :class:`EngineOptions`; the model is the tiny target of family ``kind``
-    unless given. Equal engines are one and stay for later tests. ``env`` adds to the process's
-    environment; ``process`` names a process apart, for what changes vLLM itself.
+    ``options`` are those of :class:`EngineOptions` and vLLM's own; the model is the tiny target of
+    family ``kind`` unless given. Equal engines are one and stay for later tests. ``env`` adds to
+    the process's environment; ``process`` names one apart, for what changes vLLM itself.
     """
 
     def make(
@@ -45,13 +45,13 @@ def engine(engines: Engines, tiny: TinyStore) -> Callable[..., Engine]:
     ) -> Engine:
         options = {"model": str(tiny.target(kind)), **options}
         variables = RUNNERS[runner].env() | dict(env or {})
-        return engines.engine(variables, process, EngineOptions(**options), kind)
+        return engines.engine(variables, process, EngineOptions.of(**options), kind)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def child(engines: Engines) -> Callable[..., Child]:
+def child(engines: Engines) -> StartProcess:
     """Return ``child(runner, env, process)``: the process itself, for functions without engine."""
 
     def make(runner: str, env: Mapping[str, str] | None = None, process: str = "") -> Child:

@@ -10,7 +10,7 @@ request's largest logit). Two exceptions:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from tests.support.comparison import (
     deep_requests,
     serve_cold,
 )
-from tests.support.engine import Engine
+from tests.support.engine import StartEngine
 from tests.support.runners import marks
 from tests.support.tiny_store import KIND, TinyStore
 from tests.support.workloads import mixed_requests
@@ -61,7 +61,7 @@ REQUESTS = [*mixed_requests(KIND, 8, 22, seed=3), *deep_requests(KIND)]
 
 @pytest.mark.parametrize(("runner", "compiler", "situation"), SITUATIONS)
 def test_drafts_equal_a_cold_single_run(
-    engine: Callable[..., Engine],
+    engine: StartEngine,
     tiny: TinyStore,
     runner: str,
     compiler: str | None,

@@ -8,15 +8,13 @@ of drafts on the device, the runner and the sampler are vLLM's own here, what ne
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.child import Child
 from tests.support.comparison import compare, serve_cold
-from tests.support.engine import Engine
+from tests.support.engine import StartEngine, StartProcess
 from tests.support.runners import runners
 from tests.support.spies import model_runner
 from tests.support.tiny_store import KIND, TinyStore
@@ -37,7 +35,7 @@ REQUESTS = mixed_requests(KIND, 6, 18, seed=6)
 
 @pytest.mark.parametrize("runner", runners("v2", slow=["v2"]))
 def test_adaptive_verification(
-    engine: Callable[..., Engine], child: Callable[..., Child], tiny: TinyStore, runner: str
+    engine: StartEngine, child: StartProcess, tiny: TinyStore, runner: str
 ) -> None:
     options: dict[str, Any] = {"max_num_batched_tokens": 128, "max_num_seqs": 8}
     plain = engine(runner, **options).once(serve_requests, REQUESTS)

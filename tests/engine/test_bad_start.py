@@ -19,8 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support.child import Child
-from tests.support.engine import register_plugin
+from tests.support.engine import StartProcess, register_plugin
 from tests.support.heads import edit_config, edit_tensors, write_config, write_head
 from tests.support.tiny_families import HEAD_DIM, HIDDEN, VOCAB
 from tests.support.tiny_store import TinyStore
@@ -333,7 +332,7 @@ def write_text_target(folder: Path, vision: Path) -> None:
 
 
 @pytest.fixture
-def start(child: Callable[..., Child], tiny: TinyStore, folder: Path, tmp_path: Path) -> Any:
+def start(child: StartProcess, tiny: TinyStore, folder: Path, tmp_path: Path) -> Any:
     """Return what starts a case and returns the error's class and message, both empty without."""
 
     def start(case: BadStart, vllm: str = "") -> tuple[str, str]:

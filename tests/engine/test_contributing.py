@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from tests.support.engine import Engine
+from tests.support.engine import StartEngine
 from tests.support.runners import runners
 from tests.support.tiny_store import TinyStore
 
 
 @pytest.mark.parametrize("runner", runners("v1", "v2", slow=["v2"]))
-def test_two_draft_tokens(engine: Callable[..., Engine], tiny: TinyStore, runner: str) -> None:
+def test_two_draft_tokens(engine: StartEngine, tiny: TinyStore, runner: str) -> None:
     prompts = ["A user shows a red square.", "How many stars are there?"]
     plain = engine(runner)
     drafting = engine(runner, draft=tiny.head(), num_draft_tokens=2)

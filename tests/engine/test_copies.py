@@ -7,16 +7,14 @@ vLLM's own code copies is vLLM's, also where it is called from here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import pytest
 
-from tests.support.child import Child
 from tests.support.copy_watch import CopyWatch, mark_host_buffers
 from tests.support.drafts import DRAFTS, Draft
-from tests.support.engine import Engine
+from tests.support.engine import StartEngine, StartProcess
 from tests.support.runners import marks
 from tests.support.tiny_store import GATED, KIND, UNCOMPRESSED, TinyStore
 from tests.support.workloads import Request, image_text, serve_requests, words
@@ -68,8 +66,8 @@ REQUESTS = [
 
 @pytest.mark.parametrize(("runner", "name"), CASES)
 def test_listed_uploads_only(
-    engine: Callable[..., Engine],
-    child: Callable[..., Child],
+    engine: StartEngine,
+    child: StartProcess,
     tiny: TinyStore,
     runner: str,
     name: str,

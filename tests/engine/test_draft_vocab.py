@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.engine import Engine
+from tests.support.engine import StartEngine
 from tests.support.operators import Record
 from tests.support.runners import runners
 from tests.support.spies import drafter, watch_drafts
@@ -65,7 +64,7 @@ def _configs(tiny: TinyStore, head: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("runner", runners("v1", "v2", "v1-overlay", slow=["v2"]))
-def test_draft_vocab(engine: Callable[..., Engine], tiny: TinyStore, runner: str) -> None:
+def test_draft_vocab(engine: StartEngine, tiny: TinyStore, runner: str) -> None:
     # A head of its own: a list in the folder of others' would be theirs, too.
     head = tiny.head(seed=77)
     configs = _configs(tiny, head)

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support import golden
-from tests.support.child import Child
-from tests.support.engine import Completion, Engine
+from tests.support.engine import Completion, StartEngine, StartProcess
 from tests.support.golden import GoldenCase
 from tests.support.runners import runners
 from tests.support.tiny_store import with_compressor
@@ -35,8 +34,8 @@ every_mode = pytest.mark.parametrize("mode", ["chain", "tree"])
 
 @pytest.fixture(scope="module")
 def serve(
-    engine: Callable[..., Engine],
-    child: Callable[..., Child],
+    engine: StartEngine,
+    child: StartProcess,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Serve:
     """Return what serves one case alone, so that its steps are those of a single request."""
@@ -59,8 +58,8 @@ def serve(
             model=str(model),
             draft=str(draft),
             max_model_len=512,
-            prefix_caching=False,
-            extra={"enable_mm_embeds": True},
+            enable_prefix_caching=False,
+            enable_mm_embeds=True,
             **(tree if mode == "tree" else {"num_draft_tokens": case.num_draft_tokens}),
         )
         prompt = golden.engine_prompt(case, model)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from tests.gpu.test_gpu_starts import SOME, assert_same, serve, start
-from tests.support.child import Child
+from tests.support.engine import StartProcess
 from tests.support.tiny_store import TinyStore
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 
-def test_the_job_serves(child: Callable[..., Child], tiny: TinyStore) -> None:
+def test_the_job_serves(child: StartProcess, tiny: TinyStore) -> None:
     starts = {name: start(name, tiny, "float32", enforce_eager=True) for name in SOME}
     served = serve(child("v1"), starts)
     assert_same(served)

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.child import Child
-from tests.support.engine import Engine, EngineOptions, register_plugin
-from tests.support.engine import engine as running_engine
+from tests.support.engine import (
+    EngineOptions,
+    StartEngine,
+    StartProcess,
+    register_plugin,
+    start,
+    stop,
+)
 from tests.support.heads import write_config
 from tests.support.runners import runners
 from tests.support.spies import drafter, record
@@ -63,7 +69,7 @@ def head(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("runner", runners("v1", "v1-overlay"))
 def test_answers_like_the_explicit_form(
-    engine: Callable[..., Engine], tiny: TinyStore, head: Path, runner: str
+    engine: StartEngine, tiny: TinyStore, head: Path, runner: str
 ) -> None:
     explicit = engine(runner, **OPTIONS, draft=str(head), num_draft_tokens=NUM_TOKENS)
     expected = explicit.run(serve_requests, REQUESTS)
@@ -71,7 +77,7 @@ def test_answers_like_the_explicit_form(
         runner,
         **OPTIONS,
         model=str(head),
-        extra={"per_request_spec_decode_metrics": "detailed"},
+        per_request_spec_decode_metrics="detailed",
     )
     found = itself.run(serve_requests, REQUESTS)
     assert itself.run(_model_and_drafter) == (str(tiny.target()), "ViSpecProposer")
@@ -175,8 +181,8 @@ OTHER_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC
 
 @pytest.mark.parametrize("runner", runners("v1", "v2", slow=["v2"]))
 def test_worker_with_a_cache_of_its_own(
-    engine: Callable[..., Engine],
-    child: Callable[..., Child],
+    engine: StartEngine,
+    child: StartProcess,
     tiny: TinyStore,
     tmp_path: Path,
     runner: str,
@@ -189,7 +195,7 @@ def test_worker_with_a_cache_of_its_own(
     caches = [tmp_path / "front", tmp_path / "workers"]
     for cache in caches:
         shutil.copytree(head, hub_snapshot_folder(cache, HUB_ID))
-    options = EngineOptions(str(tiny.target()), draft=HUB_ID, **auto)
+    options = EngineOptions.of(model=str(tiny.target()), draft=HUB_ID, **auto)
     env = OTHER_PROCESSES | {"HF_HUB_CACHE": str(caches[0])}
     found, *named = child(runner, env).call(_serve_with_caches, options, caches)
     assert not caches[0].exists()
@@ -219,8 +225,10 @@ def _serve_with_caches(options: EngineOptions, caches: list[Path]) -> tuple[Serv
         return config
 
     EngineArgs.create_engine_config = created
-    with running_engine(options) as llm:
-        return Served(drive(llm, REQUESTS)), drafts[0].model, drafts[0].revision
+    llm = start(options)
+    found = Served(drive(llm, REQUESTS))
+    stop(llm)
+    return found, drafts[0].model, drafts[0].revision
 
 
 def test_worker_without_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +243,7 @@ def test_worker_without_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_same_drafts_in_every_checkpoint_format(
-    engine: Callable[..., Engine], tiny: TinyStore, tmp_path: Path
+    engine: StartEngine, tiny: TinyStore, tmp_path: Path
 ) -> None:
     """Converted heads and the other spelling of the method: draft for draft the same.
 

@@ -9,7 +9,7 @@ Tensor names end in their shape: L prompt tokens, D hidden, K draft steps, V voc
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from tests.support.comparison import (
     deep_requests,
     serve_cold,
 )
-from tests.support.engine import Engine
+from tests.support.engine import StartEngine
 from tests.support.runners import marks
 from tests.support.spies import drafter, model_runner, watch_encoder
 from tests.support.tiny_store import KIND, TinyStore
@@ -125,7 +125,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("runner", "name"), ROWS)
-def test_kind(engine: Callable[..., Engine], tiny: TinyStore, runner: str, name: str) -> None:
+def test_kind(engine: StartEngine, tiny: TinyStore, runner: str, name: str) -> None:
     draft = DRAFTS[name]
     kind = draft.kind
     if draft.model == VLM:

@@ -6,7 +6,7 @@ A row of the tables is a runner, an engine without and with a draft, and a scena
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +15,7 @@ import torch
 
 from tests.support.child import ChildError
 from tests.support.drafts import DRAFTS, Draft, tree
-from tests.support.engine import Engine
+from tests.support.engine import StartEngine
 from tests.support.runners import marks, runners
 from tests.support.tiny_families import FAMILIES
 from tests.support.tiny_store import GATED, KIND, UNCOMPRESSED, TinyStore
@@ -25,12 +25,11 @@ from vllm_vispec.trees.grow import TreeGrower
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 Options = dict[str, Any]
-Start = Callable[..., Engine]
 
 # Random models would fill their JSON with blanks.
 GRAMMARS = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
 # Most images are split, and requests wait for their turn.
-SMALL: Options = {"max_num_batched_tokens": 48, "extra": GRAMMARS}
+SMALL: Options = {"max_num_batched_tokens": 48, **GRAMMARS}
 # 9 usable blocks of 32 tokens: requests preempt each other.
 BLOCKS: Options = SMALL | {"max_num_batched_tokens": 96, "num_blocks": 10}
 COMPILED = {"compiler": "eager"}
@@ -183,7 +182,7 @@ LEAST_SPLITS = {64: 10, 32: 5, 24: 5, 16: 3, 12: 1}
 
 
 def _serve(
-    engine: Start, tiny: TinyStore, runner: str, base: str, draft: str, *scenario: Any
+    engine: StartEngine, tiny: TinyStore, runner: str, base: str, draft: str, *scenario: Any
 ) -> Served:
     options = BASES[base]
     name = draft.rstrip("~")
@@ -195,7 +194,9 @@ def _serve(
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_lossless(engine: Start, tiny: TinyStore, row: tuple[str, str, str, str, Options]) -> None:
+def test_lossless(
+    engine: StartEngine, tiny: TinyStore, row: tuple[str, str, str, str, Options]
+) -> None:
     runner, base, draft, scenario, kwargs = row
     plain = _serve(engine, tiny, runner, base, "", scenario, kwargs)
     found = _serve(engine, tiny, runner, base, draft, scenario, kwargs)
@@ -246,20 +247,20 @@ def _assert_features(plain: Served, found: Served) -> None:
             assert len(found.results[f"n-{i}"]) == 3
 
 
-def test_a_table_smaller_than_a_request(engine: Start, tiny: TinyStore) -> None:
+def test_a_table_smaller_than_a_request(engine: StartEngine, tiny: TinyStore) -> None:
     found = _of_v1(engine, tiny, "evicting", "mixed", count=64)
     assert found.table["evicted"] > 0
 
 
 def _of_v1(
-    engine: Start, tiny: TinyStore, draft: str, scenario: str = "mixed", count: int = 32
+    engine: StartEngine, tiny: TinyStore, draft: str, scenario: str = "mixed", count: int = 32
 ) -> Served:
     kwargs = {"count": count, "max_tokens": 14} if scenario == "mixed" else {}
     return _serve(engine, tiny, "v1", "small", draft, scenario, kwargs)
 
 
 @pytest.mark.slow
-def test_steps_are_as_large_as_they_should_be(engine: Start, tiny: TinyStore) -> None:
+def test_steps_are_as_large_as_they_should_be(engine: StartEngine, tiny: TinyStore) -> None:
     """Paths end where the draft is unsure, load shrinks trees to chains, depth bounds acceptance.
 
     Near the longest sequence as many nodes as fit are verified.
@@ -282,7 +283,7 @@ def test_steps_are_as_large_as_they_should_be(engine: Start, tiny: TinyStore) ->
 
 
 @pytest.mark.slow
-def test_a_draft_vlm_drafts_from_some_tokens(engine: Start, tiny: TinyStore) -> None:
+def test_a_draft_vlm_drafts_from_some_tokens(engine: StartEngine, tiny: TinyStore) -> None:
     """Rows of its own lm_head, not of the target's."""
     whole, some = (
         _of_v1(engine, tiny, draft, count=24) for draft in ("draft_vlm", "draft_vlm-tokens")
@@ -307,7 +308,7 @@ TEXT_ONLY = [
 
 
 @pytest.mark.parametrize(("runner", "draft"), TEXT_ONLY)
-def test_text_only(engine: Start, tiny: TinyStore, runner: str, draft: str) -> None:
+def test_text_only(engine: StartEngine, tiny: TinyStore, runner: str, draft: str) -> None:
     """A VLM started for text only, without vision tower and encoder cache.
 
     As many drafts are accepted as in an engine that takes images and is asked the same.
@@ -315,7 +316,7 @@ def test_text_only(engine: Start, tiny: TinyStore, runner: str, draft: str) -> N
     base = BASES[KIND]
     drafting = ALL_DRAFTS[draft].of(tiny)
     # Without a vision tower vLLM caches rotary tables that hold nothing, for all of the process.
-    no_images: Options = {"extra": NO_IMAGES[runner[:2]], "process": "text only"}
+    no_images: Options = {**NO_IMAGES[runner[:2]], "process": "text only"}
     plain = engine(runner, **base, **no_images).serve("text")
     found = engine(runner, **base, **drafting, **no_images).serve("text")
     assert_lossless(plain, found)
@@ -323,7 +324,7 @@ def test_text_only(engine: Start, tiny: TinyStore, runner: str, draft: str) -> N
 
 
 @pytest.mark.parametrize("runner", runners("v1", "v2", "v1-overlay", slow=["v2"]))
-def test_fp8_cache(engine: Start, tiny: TinyStore, runner: str) -> None:
+def test_fp8_cache(engine: StartEngine, tiny: TinyStore, runner: str) -> None:
     """Chains answer as plain vLLM with an fp8 cache does.
 
     Images are masked as with an exact cache: a draft that saw them would be refused more often.
@@ -331,7 +332,7 @@ def test_fp8_cache(engine: Start, tiny: TinyStore, runner: str) -> None:
     head = tiny.head(checkpoint_format="canonical")
 
     def cached_as(dtype: str, **draft: Any) -> Served:
-        options = {"max_model_len": 512, "extra": {"kv_cache_dtype": dtype}, **draft}
+        options = {"max_model_len": 512, "kv_cache_dtype": dtype, **draft}
         return engine(runner, **options).serve("mixed", count=16)
 
     if not torch.cpu._is_avx512_supported():
@@ -352,7 +353,7 @@ def test_fp8_cache(engine: Start, tiny: TinyStore, runner: str) -> None:
 @pytest.mark.parametrize("runner", runners("v1", "v2", "v2-overlay", slow=["v1"]))
 @pytest.mark.parametrize("scenario", ["mixed", "short"])
 def test_trees_after_a_memory_profile(
-    engine: Start, tiny: TinyStore, scenario: str, runner: str
+    engine: StartEngine, tiny: TinyStore, scenario: str, runner: str
 ) -> None:
     """Trees start as GPUs start them, before keys and values have a place, with little room.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.engine import Engine
+from tests.support.engine import StartEngine
 from tests.support.runners import runners
 from tests.support.spies import drafter
 from tests.support.tiny_store import KIND, TinyStore
@@ -24,7 +24,7 @@ WIDTH = 4
 
 
 @pytest.mark.parametrize("runner", runners("v2", "v2-overlay"))
-def test_recorded_trees(engine: Callable[..., Engine], tiny: TinyStore, runner: str) -> None:
+def test_recorded_trees(engine: StartEngine, tiny: TinyStore, runner: str) -> None:
     """The same trees, in batches that vLLM pads."""
     ours = engine(
         runner,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ import pytest
 from scipy.stats import chi2_contingency
 
 from tests.support.drafts import tree
-from tests.support.engine import Engine
+from tests.support.engine import StartEngine
 from tests.support.heads import edit_tensors
 from tests.support.runners import runners
 from tests.support.tiny_store import KIND, TinyStore
@@ -52,7 +52,7 @@ Prefix = tuple[int, ...]
 
 @pytest.mark.parametrize("runner", runners("v1", "v2"))
 def test_same_distribution(
-    engine: Callable[..., Engine], tiny: TinyStore, tmp_path: Path, runner: str
+    engine: StartEngine, tiny: TinyStore, tmp_path: Path, runner: str
 ) -> None:
     soft = soften(tiny.target(), tmp_path / "soft")
     options: dict[str, Any] = {"model": str(soft), "max_num_seqs": 64}
@@ -92,9 +92,7 @@ SEEDED = [
 
 
 @pytest.mark.parametrize("runner", runners("v2"))
-def test_same_seeds_same_tokens(
-    engine: Callable[..., Engine], tiny: TinyStore, runner: str
-) -> None:
+def test_same_seeds_same_tokens(engine: StartEngine, tiny: TinyStore, runner: str) -> None:
     """V2 with trees draws what plain decoding draws.
 
     V2 keys a draw by a request's seed and the position of the token, so that a tree whose nodes

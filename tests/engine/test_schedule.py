@@ -5,7 +5,7 @@ One request decodes while others come and go, so that K falls to 0 and rises aga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.support.engine import Engine
+from tests.support.engine import StartEngine
 from tests.support.runners import runners
 from tests.support.spies import (
     DraftLogits,
@@ -71,7 +71,7 @@ class Wave:
 
 @pytest.mark.parametrize("mode", ["sync", "async", "skipped"])
 @pytest.mark.parametrize("runner", runners("v1", "v2", "v1-overlay", slow=["v1", "v2"]))
-def test_schedule(engine: Callable[..., Engine], tiny: TinyStore, runner: str, mode: str) -> None:
+def test_schedule(engine: StartEngine, tiny: TinyStore, runner: str, mode: str) -> None:
     head = {"draft": tiny.head(**HEADS.get(runner, {}))}
     plain = engine(runner, **OPTIONS).once(serve_requests, [SURVIVOR, *VISITORS])
     # The same request alone, at a K that never changed.

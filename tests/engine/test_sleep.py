@@ -8,14 +8,13 @@ was allocated while models were loaded comes back with anything in it.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.child import Child
 from tests.support.drafts import DRAFTS
-from tests.support.engine import Engine
+from tests.support.engine import StartEngine, StartProcess
 from tests.support.runners import runners
 from tests.support.spies import model_runner
 from tests.support.tiny_store import KIND, TinyStore
@@ -34,8 +33,8 @@ GARBAGE = 77
 @pytest.mark.parametrize("draft", ["chain", "tree"])
 @pytest.mark.parametrize("runner", runners("v1", "v2", slow=["v1"]))
 def test_sleeping_changes_nothing(
-    engine: Callable[..., Engine],
-    child: Callable[..., Child],
+    engine: StartEngine,
+    child: StartProcess,
     tiny: TinyStore,
     runner: str,
     draft: str,

@@ -9,7 +9,7 @@ strictly, in bf16 too.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import pytest
 
 from tests.support.child import Child
 from tests.support.drafts import DRAFTS, start_options, start_requests
-from tests.support.engine import Engine, EngineOptions
+from tests.support.engine import Engine, EngineOptions, StartEngine
 from tests.support.runners import RUNNERS, marks
 from tests.support.spies import drafter, model_runner, watch_drafts
 from tests.support.tiny_store import TinyStore
@@ -64,11 +64,9 @@ class Start:
         for slow in [name == "v2" or (name == "v1" and kind not in DEFAULT)]
     ],
 )
-def test_starts_as_on_a_gpu(
-    engine: Callable[..., Engine], tiny: TinyStore, runner: str, kind: str
-) -> None:
+def test_starts_as_on_a_gpu(engine: StartEngine, tiny: TinyStore, runner: str, kind: str) -> None:
     options = start_options(tiny, kind)
-    eager: Start = engine(runner, **options, dtype="bfloat16", extra=UNCOMPILED).run(serve_and_look)
+    eager: Start = engine(runner, **options, dtype="bfloat16", **UNCOMPILED).run(serve_and_look)
     found: Start = engine(runner, **options, **GPU).run(serve_and_look)
     assert eager.kv_cache_given
     assert eager.compiled == []
@@ -108,7 +106,7 @@ def test_restarts(tiny: TinyStore, tmp_path: Path) -> None:
             options |= {"model": str(tiny.target()), "draft": str(tmp_path / "head")}
             options |= {"config": {"image_table_size": 3}} if name == "table" else {}
             options |= {"compiler": compiler, "memory_profile": compiler is not None}
-            handle = Engine(child, process, EngineOptions(**options), "", {})
+            handle = Engine(child, process, EngineOptions.of(**options), "", {})
             found[process, name, compiler] = handle.run(serve_and_look)
         logs[process] = child.log()
         child.close()

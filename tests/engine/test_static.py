@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.drafts import DRAFTS
-from tests.support.engine import Engine
+from tests.support.engine import StartEngine
 from tests.support.operators import Record
 from tests.support.runners import marks
 from tests.support.spies import drafter
@@ -48,7 +48,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("runner", "head"), ROWS)
-def test_static(engine: Callable[..., Engine], tiny: TinyStore, runner: str, head: str) -> None:
+def test_static(engine: StartEngine, tiny: TinyStore, runner: str, head: str) -> None:
     ours = engine(runner, **DRAFTS[head].of(tiny), max_num_seqs=COUNT, name="static")
     passes, found = ours.run(_inspect)
     assert found == {"violations": [], "inside": [], "moved": []}

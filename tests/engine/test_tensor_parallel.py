@@ -7,13 +7,12 @@ workers has them on several.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.support.drafts import Draft, tree
-from tests.support.engine import Engine
+from tests.support.engine import Engine, StartEngine
 from tests.support.tiny_store import GATED, KIND, TinyStore
 from tests.support.workloads import assert_lossless, mixed_requests, serve_requests
 
@@ -35,9 +34,9 @@ DRAFTS = {
 
 
 @pytest.mark.parametrize("name", DRAFTS)
-def test_two_workers(engine: Callable[..., Engine], tiny: TinyStore, name: str) -> None:
+def test_two_workers(engine: StartEngine, tiny: TinyStore, name: str) -> None:
     def two(**options: Any) -> Engine:
-        return engine("v1", process="two workers", extra=TWO_WORKERS, **OPTIONS, **options)
+        return engine("v1", process="two workers", **TWO_WORKERS, **OPTIONS, **options)
 
     options = DRAFTS[name].of(tiny)
     plain = two().once(serve_requests, REQUESTS)

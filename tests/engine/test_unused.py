@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ import pytest
 
 from tests.support.child import Child, ChildError
 from tests.support.drafts import DRAFTS
-from tests.support.engine import Engine
+from tests.support.engine import Engine, StartEngine, StartProcess
 from tests.support.heads import write_config
 from tests.support.runners import RUNNERS
 from tests.support.spies import drafter
@@ -57,7 +57,7 @@ def test_loading_wraps_five_functions_and_adds_three_architectures() -> None:
     assert second == []
 
 
-def test_unused(engine: Callable[..., Engine], tiny: TinyStore, tmp_path: Path) -> None:
+def test_unused(engine: StartEngine, tiny: TinyStore, tmp_path: Path) -> None:
     """A plain engine without and with the plugin; a text-only target with a plain EAGLE head."""
     build_eagle_pair(tiny.target("llava"), tmp_path / "target", tmp_path / "head")
     requests = mixed_requests(KIND, 16)
@@ -137,8 +137,8 @@ def vllm_without(folder: Path, runner: str) -> Path:
     [pytest.param("v2", marks=pytest.mark.v2), pytest.param("v1", marks=pytest.mark.slow)],
 )
 def test_without_the_other_runner(
-    engine: Callable[..., Engine],
-    child: Callable[..., Child],
+    engine: StartEngine,
+    child: StartProcess,
     tiny: TinyStore,
     tmp_path: Path,
     runner: str,

@@ -32,7 +32,7 @@ def start(name: str, tiny: TinyStore, dtype: str, **more: Any) -> dict[str, Any]
     """Return the arguments of an engine with vLLM's defaults; ``plain`` has no draft."""
     arguments: dict[str, Any] = {"model": str(tiny.target())}
     if name != "plain":
-        options = EngineOptions(**arguments, **start_options(tiny, name)).llm_kwargs()
+        options = EngineOptions.of(**arguments, **start_options(tiny, name)).llm_kwargs()
         arguments["speculative_config"] = options["speculative_config"]
         arguments["per_request_spec_decode_metrics"] = "detailed"
     return {**arguments, **SIZES, "gpu_memory_utilization": 0.3, "dtype": dtype, **more}

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.server import ENVIRONMENT, started_server
 from tests.support.child import REPOSITORY
-from tests.support.engine import Engine, greedy
+from tests.support.engine import StartEngine, greedy
 from tests.support.tiny_models import random_image
 from tests.support.tiny_store import TinyStore
 from vllm_vispec.bench.server import CLI, HOST, BenchServer, call
@@ -106,7 +106,7 @@ def starting(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="module")
-def plain(engine: Callable[..., Engine], starting: BenchServer) -> dict[str, str]:
+def plain(engine: StartEngine, starting: BenchServer) -> dict[str, str]:
     """Answers of the target without speculation, found while the server starts."""
     return dict(engine("v1", max_model_len=MAX_MODEL_LEN).run(plain_answers))
 

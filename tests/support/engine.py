@@ -10,9 +10,8 @@ import atexit
 import gc
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from tests.support import gpu_start
@@ -36,12 +35,24 @@ IN_PROCESS_ENV = {
 """Environment of an engine that lives in this process (set before vLLM is imported)."""
 MOST_RUNNING = 4
 """Engines that one process keeps; the one asked least recently is stopped for another."""
-ROOMY_BLOCKS = 512
+
+
+DEFAULTS: Mapping[str, Any] = {
+    "dtype": "float32",
+    "seed": 0,
+    "max_model_len": 256,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 512,
+    "block_size": 32,
+    "async_scheduling": False,
+    "disable_log_stats": False,
+}
+"""What ``vllm.LLM`` is told unless a test says otherwise."""
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Settings of one test engine; ``extra`` goes to ``vllm.LLM`` unchanged.
+    """Settings of one test engine; ``llm`` goes to ``vllm.LLM`` as it is.
 
     ``name`` tells an engine that a test changes from others with the same settings.
 
@@ -49,9 +60,9 @@ class EngineOptions:
     force preemption). ``draft`` switches speculation with ``num_draft_tokens`` tokens on;
     ``tree`` is the setting of that name, ``config`` holds further speculative settings.
 
-    Engines run eagerly, in fp32 and with a KV cache of a given size unless ``compiler``, ``dtype``
-    and ``memory_profile`` say otherwise. ``compiler`` says what compiles the models: "inductor" as
-    vLLM does on CPU, "piecewise" as it does on GPUs (inductor too, between attention layers), or
+    Engines run eagerly and with a KV cache of a given size unless ``compiler`` and
+    ``memory_profile`` say otherwise. ``compiler`` says what compiles the models: "inductor" as vLLM
+    does on CPU, "piecewise" as it does on GPUs (inductor too, between attention layers), or
     "eager", which runs the graphs as they are and takes a second.
     """
 
@@ -61,38 +72,26 @@ class EngineOptions:
     method: str = "vispec"
     tree: Mapping[str, Any] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
-    max_model_len: int = 256
-    max_num_seqs: int = 16
-    max_num_batched_tokens: int = 512
-    num_blocks: int | None = None
-    block_size: int = 32
-    prefix_caching: bool = True
-    async_scheduling: bool = False
+    num_blocks: int = 512
     compiler: Literal["eager", "inductor", "piecewise"] | None = None
-    dtype: str = "float32"
     memory_profile: bool = False
-    extra: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    llm: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, **options: Any) -> EngineOptions:
+        """Return the options; those that are none of ours are vLLM's."""
+        names = {one.name for one in fields(cls)} & options.keys()
+        own = {name: options.pop(name) for name in names}
+        return cls(**own, llm=options)
 
     def llm_kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments for ``vllm.LLM``."""
-        kwargs: dict[str, Any] = {
-            "model": self.model,
-            "dtype": self.dtype,
-            "seed": 0,
-            "max_model_len": self.max_model_len,
-            "max_num_seqs": self.max_num_seqs,
-            "max_num_batched_tokens": self.max_num_batched_tokens,
-            "block_size": self.block_size,
-            "enable_prefix_caching": self.prefix_caching,
-            "async_scheduling": self.async_scheduling,
-            "enforce_eager": self.compiler is None,
-            "disable_log_stats": False,
-        }
+        kwargs = {"model": self.model, **DEFAULTS, "enforce_eager": self.compiler is None}
         if self.memory_profile:
             kwargs["gpu_memory_utilization"] = gpu_start.memory_fraction()
         else:
-            kwargs["num_gpu_blocks_override"] = self.num_blocks or ROOMY_BLOCKS
+            kwargs["num_gpu_blocks_override"] = self.num_blocks
         if self.draft is not None:
             kwargs["per_request_spec_decode_metrics"] = "detailed"
             kwargs["speculative_config"] = {
@@ -102,7 +101,7 @@ class EngineOptions:
                 **({} if self.tree is None else {"tree": dict(self.tree)}),
                 **self.config,
             }
-        return kwargs | dict(self.extra)
+        return kwargs | dict(self.llm)
 
     def key(self) -> str:
         """Return what tells these options from others."""
@@ -179,6 +178,12 @@ def _place(env: Mapping[str, str], process: str) -> str:
     return json.dumps([process, dict(env)], sort_keys=True)
 
 
+StartEngine = Callable[..., Engine]
+"""The fixture ``engine``: ``engine(runner, **options)``."""
+StartProcess = Callable[..., Child]
+"""The fixture ``child``: ``child(runner, env, process)``."""
+
+
 class Engines:
     """Child processes by environment, of which the last few used stay, and engines in them."""
 
@@ -227,7 +232,7 @@ def _on_engine(
     if llm is None:
         while len(_running) >= MOST_RUNNING:
             stop(_running.pop(next(iter(_running))))
-        llm = _start(options)
+        llm = start(options)
     _running[key] = llm
     return function(llm, *args, **kwargs)
 
@@ -252,17 +257,8 @@ def register_plugin() -> None:
     register()
 
 
-@contextmanager
-def engine(options: EngineOptions) -> Iterator[LLM]:
-    """Yield a running ``vllm.LLM`` and take everything down afterwards."""
-    llm = _start(options)
-    try:
-        yield llm
-    finally:
-        stop(llm)
-
-
-def _start(options: EngineOptions) -> LLM:
+def start(options: EngineOptions) -> LLM:
+    """Return a running engine; :func:`stop` ends it."""
     prepare_process()
     if options.draft is not None:
         register_plugin()
@@ -270,7 +266,7 @@ def _start(options: EngineOptions) -> LLM:
 
     _take_over_freezing()
     with (
-        gpu_start.platform(options.async_scheduling, options.compiler),
+        gpu_start.platform(options.llm.get("async_scheduling", False), options.compiler),
         gpu_start.memory_profile(options.memory_profile),
     ):
         try:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import write_questions
 from examples.tiny_vlm.shipped import HEAD, TARGET
 from tests.serve.server import started_server
-from tests.support.engine import IN_PROCESS_ENV, Engine
+from tests.support.engine import IN_PROCESS_ENV, StartEngine
 from tests.support.tiny_store import TinyStore
 from vllm_vispec.heads.folder import inspect_head
 
@@ -71,7 +70,7 @@ def evaluate(target: str | Path, head: str | Path, data: Path, depth: int) -> di
 
 
 def test_regenerate_train_evaluate_export_serve(
-    engine: Callable[..., Engine], tiny: TinyStore, dialogues: Path, tmp_path: Path
+    engine: StartEngine, tiny: TinyStore, dialogues: Path, tmp_path: Path
 ) -> None:
     target, answers = str(tiny.target("qwen2_5_vl")), tmp_path / "answers.jsonl"
     limits = ("--max-tokens", "24", "--dtype", "float32", "--max-model-len", "256")
@@ -88,7 +87,7 @@ def test_regenerate_train_evaluate_export_serve(
         # A head that is served by its own folder finds its target, and answers as that does.
         plain = engine("v1", model=target)
         detailed = {"per_request_spec_decode_metrics": "detailed"}
-        served = engine("v1", model=str(head), extra=detailed)
+        served = engine("v1", model=str(head), **detailed)
         answered = [[x.token_ids for x in one.generate(PROMPTS, 24)] for one in (plain, served)]
         assert answered[0] == answered[1]
         assert (plain.drafts(), served.drafts() > 0) == (0, True)
