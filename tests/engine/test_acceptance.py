@@ -61,11 +61,7 @@ REQUESTS = [*mixed_requests(KIND, 8, 22, seed=3), *deep_requests(KIND)]
 
 @pytest.mark.parametrize(("runner", "compiler", "situation"), SITUATIONS)
 def test_drafts_equal_a_cold_single_run(
-    engine: StartEngine,
-    tiny: TinyStore,
-    runner: str,
-    compiler: str | None,
-    situation: str,
+    engine: StartEngine, tiny: TinyStore, runner: str, compiler: str | None, situation: str
 ) -> None:
     where, _, what = situation.partition("-")
     options = {"draft": tiny.head(), "compiler": compiler}

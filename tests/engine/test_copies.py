@@ -66,11 +66,7 @@ REQUESTS = [
 
 @pytest.mark.parametrize(("runner", "name"), CASES)
 def test_listed_uploads_only(
-    engine: StartEngine,
-    child: StartProcess,
-    tiny: TinyStore,
-    runner: str,
-    name: str,
+    engine: StartEngine, child: StartProcess, tiny: TinyStore, runner: str, name: str
 ) -> None:
     child(runner, process="copies").call(_upload_as_on_a_gpu)
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 48}

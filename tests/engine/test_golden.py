@@ -34,9 +34,7 @@ every_mode = pytest.mark.parametrize("mode", ["chain", "tree"])
 
 @pytest.fixture(scope="module")
 def serve(
-    engine: StartEngine,
-    child: StartProcess,
-    tmp_path_factory: pytest.TempPathFactory,
+    engine: StartEngine, child: StartProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Serve:
     """Return what serves one case alone, so that its steps are those of a single request."""
     folder = tmp_path_factory.mktemp("golden")

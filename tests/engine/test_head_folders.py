@@ -73,12 +73,7 @@ def test_answers_like_the_explicit_form(
 ) -> None:
     explicit = engine(runner, **OPTIONS, draft=str(head), num_draft_tokens=NUM_TOKENS)
     expected = explicit.run(serve_requests, REQUESTS)
-    itself = engine(
-        runner,
-        **OPTIONS,
-        model=str(head),
-        per_request_spec_decode_metrics="detailed",
-    )
+    itself = engine(runner, **OPTIONS, model=str(head), per_request_spec_decode_metrics="detailed")
     found = itself.run(serve_requests, REQUESTS)
     assert itself.run(_model_and_drafter) == (str(tiny.target()), "ViSpecProposer")
     assert found.outputs() == expected.outputs()
@@ -181,11 +176,7 @@ OTHER_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC
 
 @pytest.mark.parametrize("runner", runners("v1", "v2", slow=["v2"]))
 def test_worker_with_a_cache_of_its_own(
-    engine: StartEngine,
-    child: StartProcess,
-    tiny: TinyStore,
-    tmp_path: Path,
-    runner: str,
+    engine: StartEngine, child: StartProcess, tiny: TinyStore, tmp_path: Path, runner: str
 ) -> None:
     # A list of draft tokens, of which every third is missing, comes with the head.
     head = tiny.head(seed=78)

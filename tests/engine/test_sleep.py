@@ -33,11 +33,7 @@ GARBAGE = 77
 @pytest.mark.parametrize("draft", ["chain", "tree"])
 @pytest.mark.parametrize("runner", runners("v1", "v2", slow=["v1"]))
 def test_sleeping_changes_nothing(
-    engine: StartEngine,
-    child: StartProcess,
-    tiny: TinyStore,
-    runner: str,
-    draft: str,
+    engine: StartEngine, child: StartProcess, tiny: TinyStore, runner: str, draft: str
 ) -> None:
     child(runner, process="sleep").call(_note_what_models_allocate)
     ours = engine(runner, process="sleep", max_num_batched_tokens=128, **DRAFTS[draft].of(tiny))

@@ -133,15 +133,10 @@ def vllm_without(folder: Path, runner: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "runner",
-    [pytest.param("v2", marks=pytest.mark.v2), pytest.param("v1", marks=pytest.mark.slow)],
+    "runner", [pytest.param("v2", marks=pytest.mark.v2), pytest.param("v1", marks=pytest.mark.slow)]
 )
 def test_without_the_other_runner(
-    engine: StartEngine,
-    child: StartProcess,
-    tiny: TinyStore,
-    tmp_path: Path,
-    runner: str,
+    engine: StartEngine, child: StartProcess, tiny: TinyStore, tmp_path: Path, runner: str
 ) -> None:
     """Its runner's file and its proposers are not there, nor imported by us."""
     drafters = REMOVED[runner][-1]

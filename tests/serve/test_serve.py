@@ -83,11 +83,7 @@ CHATS = {
 
 @pytest.fixture(scope="module")
 def starting(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BenchServer]:
-    config = {
-        "method": "vispec",
-        "model": tiny.head(),
-        "num_speculative_tokens": NUM_DRAFT_TOKENS,
-    }
+    config = {"method": "vispec", "model": tiny.head(), "num_speculative_tokens": NUM_DRAFT_TOKENS}
     options = {
         "--served-model-name": SERVED_NAME,
         "--speculative-config": json.dumps(config),
