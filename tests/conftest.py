@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.child import Child
 from tests.support.engine import Engine, EngineOptions, Engines, StartEngine, StartProcess
-from tests.support.runners import RUNNERS
+from tests.support.runners import environment
 from tests.support.tiny_store import KIND, TinyStore
 
 
@@ -44,7 +44,7 @@ def engine(engines: Engines, tiny: TinyStore) -> StartEngine:
         **options: Any,
     ) -> Engine:
         options = {"model": str(tiny.target(kind)), **options}
-        variables = RUNNERS[runner].env() | dict(env or {})
+        variables = environment(runner) | dict(env or {})
         return engines.engine(variables, process, EngineOptions.of(**options), kind)
 
     return make
@@ -55,6 +55,6 @@ def child(engines: Engines) -> StartProcess:
     """Return ``child(runner, env, process)``: the process itself, for functions without engine."""
 
     def make(runner: str, env: Mapping[str, str] | None = None, process: str = "") -> Child:
-        return engines.child(RUNNERS[runner].env() | dict(env or {}), process)
+        return engines.child(environment(runner) | dict(env or {}), process)
 
     return make

@@ -9,7 +9,7 @@ import pytest
 from tests.bench.fakes import HEAD, TARGET
 from tests.bench.made_up_speeds import run_with
 from tests.support.child import run_in_subprocess
-from tests.support.runners import RUNNERS
+from tests.support.runners import environment
 from vllm_vispec.bench.schema import BenchRun
 from vllm_vispec.bench.tune import Tuning
 
@@ -38,6 +38,6 @@ def test_vllm_takes_the_setting(name: str, version: str) -> None:
         "sizes": [1, 2, 4, 10, 11, 32, 100],
         "max_num_seqs": 128,
     }
-    (found,) = run_in_subprocess("tests.bench.config_jobs:resolve", kwargs, RUNNERS[name].env())
+    (found,) = run_in_subprocess("tests.bench.config_jobs:resolve", kwargs, environment(name))
     assert found["version"].startswith(version)
     assert found["k"] == [3, 1, 1, 1, 0, 0, 0]

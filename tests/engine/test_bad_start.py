@@ -10,9 +10,8 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -30,23 +29,36 @@ from vllm_vispec.heads.speculators import SPECULATORS_TYPE
 Spoil = Callable[[Path], object]
 
 
-@dataclass(frozen=True)
-class BadStart:
-    """One refused start.
+class Start(NamedTuple):
+    """One start.
 
     Attributes:
-        message: Regular expression that the error matches.
+        message: Regular expression that the error matches; "": there is none.
         spoil: Changes a copy of a good head.
         spec: Changes to the speculative config; None removes a key.
         engine: Further engine arguments.
         target: ``vision``, ``text``, or ``head``: one that names its target.
+        vllm: How vLLM differs: ``old``, ``unreadable``, or ``without`` a definition.
     """
 
     message: str
-    spoil: Spoil | None = None
-    spec: Mapping[str, Any] = field(default_factory=dict)
-    engine: Mapping[str, Any] = field(default_factory=dict)
-    target: str = "vision"
+    spoil: Spoil | None
+    spec: Mapping[str, Any]
+    engine: Mapping[str, Any]
+    target: str
+    vllm: str
+
+
+def _start(
+    message: str,
+    spoil: Spoil | None = None,
+    *,
+    engine: Mapping[str, Any] | None = None,
+    target: str = "vision",
+    vllm: str = "",
+    **spec: Any,
+) -> Start:
+    return Start(message, spoil, spec, engine or {}, target, vllm)
 
 
 def _weights(folder: Path) -> Path:
@@ -107,62 +119,51 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "
 EXAMPLE_CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 
 
-def _spec(message: str, **spec: Any) -> BadStart:
-    """Return a start that is refused for its speculative config; None removes a key."""
-    return BadStart(message, spec=spec)
+def _count(value: Any, pattern: str = "") -> Start:
+    return _start(COUNT.format(pattern or value), num_speculative_tokens=value)
 
 
-def _count(value: Any, pattern: str = "") -> BadStart:
-    return _spec(COUNT.format(pattern or value), num_speculative_tokens=value)
-
-
-def _engine(message: str, **engine: Any) -> BadStart:
-    return BadStart(message, engine=engine)
-
-
-BAD_STARTS: Mapping[str, BadStart] = {
-    "heads that no backend serves": BadStart(
+STARTS: Mapping[str, Start] = {
+    "heads that no backend serves": _start(
         "no attention backend here serves heads of 518 channels.*leave the speculative config out",
         _rewrite("canonical", head_dim=512),
     ),
-    "missing folder": _spec(
+    "missing folder": _start(
         "head folder '/nowhere/head' does not exist.*give", model="/nowhere/head"
     ),
-    "no model": _spec('"model" is missing; give the folder', model=None),
-    "empty model": _spec('"model" is missing; give the folder', model=""),
-    "no config": BadStart(
+    "no model": _start('"model" is missing; give the folder', model=None),
+    "empty model": _start('"model" is missing; give the folder', model=""),
+    "no config": _start(
         r"config\.json is missing", lambda folder: (folder / "config.json").unlink()
     ),
-    "truncated weights": BadStart("truncated or corrupt.*download or export", _truncate),
-    "pickle only": BadStart("only pickle weights.*convert them to safetensors", _pickle_only),
-    "missing tensor": BadStart(LACKS_FC, _drop("fc.weight")),
-    "missing tensor of a head given as eagle": BadStart(
-        LACKS_FC, _drop("fc.weight"), spec={"method": "eagle"}
-    ),
-    "extra tensor": BadStart(r"account for: lm_head\.weight.*remove", _add("lm_head.weight")),
-    "config of another head": BadStart(
+    "truncated weights": _start("truncated or corrupt.*download or export", _truncate),
+    "pickle only": _start("only pickle weights.*convert them to safetensors", _pickle_only),
+    "missing tensor": _start(LACKS_FC, _drop("fc.weight")),
+    "missing tensor of a head given as eagle": _start(LACKS_FC, _drop("fc.weight"), method="eagle"),
+    "extra tensor": _start(r"account for: lm_head\.weight.*remove", _add("lm_head.weight")),
+    "config of another head": _start(
         r"has shape .*config\.json asks for.*use the config\.json",
         lambda folder: edit_config(folder, intermediate_size=7),
     ),
-    "wrong hidden size": BadStart(
+    "wrong hidden size": _start(
         rf"hidden_size of the head is 64.*is {HIDDEN}: use the head that was trained",
         _rewrite(hidden_size=64, head_dim=16),
     ),
-    "wrong vocabulary": BadStart(
+    "wrong vocabulary": _start(
         rf"vocab_size of the head is 999.*is {VOCAB}: use the head that was trained",
         _rewrite(vocab_size=999),
     ),
-    "head of another family": BadStart(
+    "head of another family": _start(
         "trained for llava, the target is qwen2_5_vl: use the head that was trained",
         lambda folder: edit_config(folder, model_type="llava"),
     ),
-    "EAGLE head": BadStart(
+    "EAGLE head": _start(
         'text-only EAGLE head.*"method":"eagle"', _only(EAGLE, "LlamaForCausalLM")
     ),
-    "EAGLE-3 head": BadStart(
+    "EAGLE-3 head": _start(
         'EAGLE-3 head.*"method":"eagle3"', _only(EAGLE3, "LlamaForCausalLMEagle3")
     ),
-    "unknown format": BadStart(
+    "unknown format": _start(
         "unknown checkpoint format.*expected one of.*give", _only({"w": (2,)}, "X")
     ),
     "K missing": _count(None),
@@ -172,137 +173,132 @@ BAD_STARTS: Mapping[str, BadStart] = {
     "K is a word": _count("four", "'four'"),
     "K is true": _count(True),
     "K is 2.5": _count(2.5, r"2\.5"),
-    "text-only target": BadStart("takes no images; ViSpec needs a vision-language", target="text"),
-    "no image table": _spec(
+    "text-only target": _start("takes no images; ViSpec needs a vision-language", target="text"),
+    "no image table": _start(
         "image_table_size=0 must be an integer.*leave it out", image_table_size=0
     ),
-    "parallel drafting": _spec(
+    "parallel drafting": _start(
         "parallel_drafting does not work with ViSpec.*leave it out", parallel_drafting=True
     ),
-    "other vocabularies": _spec(
+    "other vocabularies": _start(
         "use_heterogeneous_vocab does not work.*leave it out", use_heterogeneous_vocab=True
     ),
-    "draft TP differs": _spec(
+    "draft TP differs": _start(
         "draft_tensor_parallel_size=2 must equal the target's 1; leave it out",
         draft_tensor_parallel_size=2,
     ),
-    "TP does not fit": _engine(
+    "TP does not fit": _start(
         "tensor_parallel_size=3 does not fit the head's 4 .*choose one of 1, 2, 4",
-        tensor_parallel_size=3,
+        engine={"tensor_parallel_size": 3},
     ),
-    "pipeline parallel": _engine(
-        "pipeline_parallel_size=2 does not work with ViSpec.*set it to 1", pipeline_parallel_size=2
+    "pipeline parallel": _start(
+        "pipeline_parallel_size=2 does not work with ViSpec.*set it to 1",
+        engine={"pipeline_parallel_size": 2},
     ),
-    "tree is no object": _spec("tree='eagle2' must be an object such as", tree="eagle2"),
-    "tree with an unknown key": _spec(
+    "tree is no object": _start("tree='eagle2' must be an object such as", tree="eagle2"),
+    "tree with an unknown key": _start(
         r"tree\.width is unknown; the keys are policy", tree={"width": 3}
     ),
-    "tree with too few nodes": _spec(
+    "tree with too few nodes": _start(
         "num_speculative_tokens=3 must be an integer between 4 and 127: with a tree", tree={}
     ),
-    "tree with too many nodes": _spec(
+    "tree with too many nodes": _start(
         "num_speculative_tokens=29 must be an integer between 2 and 6",
         tree={"depth": 1, "top_k": 2},
         num_speculative_tokens=29,
     ),
-    "tree with a sampled draft": _spec(
+    "tree with a sampled draft": _start(
         "draft_sample_method='probabilistic' does not work with tree.*leave one of them out",
         **TREE,
         draft_sample_method="probabilistic",
     ),
-    "tree with a connector": BadStart(
+    "tree with a connector": _start(
         "kv_connector=ExampleConnector may save keys before.*choose one of.*leave",
-        spec=TREE,
+        **TREE,
         engine={"kv_transfer_config": EXAMPLE_CONNECTOR},
     ),
-    "tree with a quantized cache": BadStart(
+    "tree with a quantized cache": _start(
         "kv_cache_dtype=fp8_e5m2 does not work with tree.*leave one of them out",
-        spec=TREE,
+        **TREE,
         engine={"kv_cache_dtype": "fp8_e5m2"},
     ),
-    "chain that calls itself a tree": _spec(
+    "chain that calls itself a tree": _start(
         COUNT.format("100"), tree={"policy": "chain"}, num_speculative_tokens=100
     ),
-    "tree with batches taken apart": BadStart(
+    "tree with batches taken apart": _start(
         "data_parallel_size=2 does not work with tree.*leave one of them out",
-        spec=TREE,
+        **TREE,
         engine={"data_parallel_size": 2},
     ),
-    "unknown key": _spec(
+    "unknown key": _start(
         r'key "no_such_key" is unknown; leave it out \(ViSpec\'s keys are draft_vocab, ',
         no_such_key=1,
     ),
-    "misspelt key": _spec(
+    "misspelt key": _start(
         r'key "num_speculative_token" is unknown; did you mean "num_speculative_tokens"\?',
         num_speculative_tokens=None,
         num_speculative_token=4,
     ),
-    "misspelt key of the plugin": _spec(
+    "misspelt key of the plugin": _start(
         r'key "draft_vocabs" is unknown; did you mean "draft_vocab"\?', **{"draft-vocabs": "auto"}
     ),
-    "misspelt key of the tree": _spec(
+    "misspelt key of the tree": _start(
         r'tree\.topk is unknown; did you mean "top_k"\?', **TREE | {"tree": {"topk": 4}}
     ),
-    "method under a misspelt key": _spec(
+    "method under a misspelt key": _start(
         r'key "metod" is unknown; did you mean "method"\?', method=None, metod="vispec"
     ),
-    "misspelt method": _spec(
+    "misspelt method": _start(
         "method=.vispek. is unknown; did you mean .vispec..? choose one of vispec, ngram, .*eagle3",
         method="vispek",
     ),
-    "another method": _spec(
+    "another method": _start(
         'method=.draft_model. does not fit, .* is a ViSpec head; use "method": "vispec"',
         method="draft_model",
     ),
-    "no method": _spec(COUNT.format("77"), method=None, num_speculative_tokens=77),
-    "no such method": _spec(
+    "no method": _start(COUNT.format("77"), method=None, num_speculative_tokens=77),
+    "no such method": _start(
         "method='no such' is unknown; choose one of vispec, ", method="no such"
     ),
-    "config without our section": BadStart(
+    "config without our section": _start(
         'config.json of the head has no "vispec" section.*restore the config.json',
         _canonical_without_section,
     ),
-    "flags in place of the config": BadStart(
+    "flags in place of the config": _start(
         COUNT.format("77"),
-        spec=dict.fromkeys(("method", "num_speculative_tokens")),
+        **dict.fromkeys(("method", "num_speculative_tokens")),
         engine={"spec_method": "vispec", "spec_tokens": 77},
     ),
-    "key and flag": _engine(
+    "key and flag": _start(
         "num_speculative_tokens is given twice, here and as --spec-tokens; leave one of them out",
-        spec_tokens=4,
+        engine={"spec_tokens": 4},
     ),
-    "draft_vocab of a quantized lm_head": BadStart(
+    "draft_vocab of a quantized lm_head": _start(
         r"draft_vocab needs an lm_head in .*quantized \(awq\): leave draft_vocab out",
         lambda folder: write_vocab(folder / DRAFT_VOCAB, [1, 2]),
-        spec={"draft_vocab": "auto"},
+        draft_vocab="auto",
         engine={"hf_overrides": {"quantization_config": AWQ}},
     ),
-}
-
-
-GOOD, GOOD_TREE = BadStart(""), BadStart("", spec=TREE)
-# How vLLM differs then, what is started, and what is said; "" is nothing.
-UNFIT: Mapping[str, tuple[str, BadStart, str]] = {
-    "good": ("", GOOD, ""),
-    "old vLLM": ("old", GOOD, r"^vLLM 0\.31\.2 is too old; install vLLM 0\.32 to 0\.33$"),
-    "broken patch point": (
-        "unreadable",
-        GOOD,
+    # A vLLM that does not fit disables what needs the missing part, and nothing else.
+    "good": _start(""),
+    "old vLLM": _start(r"^vLLM 0\.31\.2 is too old; install vLLM 0\.32 to 0\.33$", vllm="old"),
+    "broken patch point": _start(
         r"^ViSpec: patch point \S+ does not fit this vLLM.*install vLLM 0\.32 to 0\.33",
+        vllm="unreadable",
     ),
-    "good without trees": ("without get_kv_cache_spec", GOOD, ""),
-    "broken trees": (
-        "without get_kv_cache_spec",
-        GOOD_TREE,
+    "good without trees": _start("", vllm="without get_kv_cache_spec"),
+    "broken trees": _start(
         r'^draft trees: patch point \S+Attention\.get_kv_cache_spec .*; leave "tree" out of ',
+        vllm="without get_kv_cache_spec",
+        **TREE,
     ),
-    "good without self-serving": ("without maybe_override_with_speculators", GOOD, ""),
-    "broken self-serving": (
-        "without maybe_override_with_speculators",
-        BadStart("", target="head"),
+    "good without self-serving": _start("", vllm="without maybe_override_with_speculators"),
+    "broken self-serving": _start(
         r"^serving a head with the target it names: .*; serve the target, with the head in",
+        vllm="without maybe_override_with_speculators",
+        target="head",
     ),
-    "good again": ("", GOOD, ""),
+    "good again": _start(""),
 }
 
 
@@ -331,50 +327,33 @@ def write_text_target(folder: Path, vision: Path) -> None:
     write_config(folder, text)
 
 
-@pytest.fixture
-def start(child: StartProcess, tiny: TinyStore, folder: Path, tmp_path: Path) -> Any:
-    """Return what starts a case and returns the error's class and message, both empty without."""
-
-    def start(case: BadStart, vllm: str = "") -> tuple[str, str]:
-        head = shutil.copytree(tiny.head(), tmp_path / "head")
-        if case.spoil is not None:
-            case.spoil(head)
-        spec: dict[str, Any] = {"method": "vispec", "model": str(head), "num_speculative_tokens": 3}
-        spec = {key: value for key, value in (spec | dict(case.spec)).items() if value is not None}
-        named = {"head": folder / "head with target", "text": folder / "text"}
-        model = str(named.get(case.target, tiny.target()))
-        # Nothing is left behind that would change vLLM, so the process is the other tests'.
-        process = child("v1")
-        found: tuple[str, str] = process.call(_start, vllm, model, spec, dict(case.engine))
-        return found
-
-    return start
-
-
 @pytest.mark.engine
-@pytest.mark.parametrize("name", BAD_STARTS)
-def test_refused(start: Any, name: str) -> None:
-    case = BAD_STARTS[name]
-    error, message = start(case)
-    assert error == "ViSpecError", message
-    assert re.search(case.message, message), message
-    assert "\n" not in message
-
-
-@pytest.mark.engine
-@pytest.mark.parametrize("name", UNFIT)
-def test_unfit_vllm_is_refused(start: Any, name: str) -> None:
-    vllm, case, wanted = UNFIT[name]
-    error, message = start(case, vllm)
-    assert error == ("ViSpecError" if wanted else ""), message
-    assert re.search(wanted, message), message
+@pytest.mark.parametrize("name", STARTS)
+def test_refused(
+    child: StartProcess, tiny: TinyStore, folder: Path, tmp_path: Path, name: str
+) -> None:
+    start = STARTS[name]
+    head = shutil.copytree(tiny.head(), tmp_path / "head")
+    if start.spoil is not None:
+        start.spoil(head)
+    spec = {"method": "vispec", "model": str(head), "num_speculative_tokens": 3, **start.spec}
+    spec = {key: value for key, value in spec.items() if value is not None}
+    named = {"head": folder / "head with target", "text": folder / "text"}
+    model = str(named.get(start.target, tiny.target()))
+    # Nothing is left behind that would change vLLM, so the process is the other tests'.
+    error, message = child("v1").call(_configure, start.vllm, model, spec, dict(start.engine))
+    assert error == ("ViSpecError" if start.message else ""), message
+    assert re.search(start.message, message), message
     assert "\n" not in message
 
 
 # What follows runs in the child.
 
 
-def _start(vllm: str, model: str, spec: dict[str, Any], engine: dict[str, Any]) -> tuple[str, str]:
+def _configure(
+    vllm: str, model: str, spec: dict[str, Any], engine: dict[str, Any]
+) -> tuple[str, str]:
+    """Return the error's class and message, both empty without one."""
     register_plugin()
     from vllm.engine.arg_utils import EngineArgs
 

@@ -29,11 +29,12 @@ from tests.support.engine import (
 )
 from tests.support.heads import write_config
 from tests.support.runners import runners
-from tests.support.spies import drafter, record
+from tests.support.spies import drafter
 from tests.support.tiny_families import VOCAB
 from tests.support.tiny_store import KIND, TinyStore
 from tests.support.workloads import Served, drive, mixed_requests, serve_requests
 from vllm_vispec.draft_vocab.files import write_vocab
+from vllm_vispec.heads.export import convert_head
 from vllm_vispec.heads.folder import DRAFT_VOCAB
 from vllm_vispec.heads.location import head_folder
 from vllm_vispec.utils.errors import ViSpecError
@@ -236,45 +237,16 @@ def test_worker_without_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_same_drafts_in_every_checkpoint_format(
     engine: StartEngine, tiny: TinyStore, tmp_path: Path
 ) -> None:
-    """Converted heads and the other spelling of the method: draft for draft the same.
-
-    The Automodel head has norms of its own: same text, other logits behind the drafts.
-    """
-    from vllm_vispec.heads.export import convert_head
-
-    found: dict[tuple[str, str], tuple[Served, dict[Any, tuple[int, float, float]]]] = {}
+    """Converted heads and the other spelling of the method."""
     for written in ("reference", "automodel"):
         head = tiny.head(checkpoint_format=written)
         convert_head(Path(head), tmp_path / written)
-        for name, folder, method in (
-            ("own", head, "vispec"),
-            ("eagle", head, "eagle"),
-            ("canonical", str(tmp_path / written), "vispec"),
-            ("canonical, eagle", str(tmp_path / written), "eagle"),
-        ):
-            drafting = engine("v1", **OPTIONS, draft=folder, method=method)
-            found[written, name] = drafting.run(_serve_and_record)
-    for (written, _), (served, drafts) in found.items():
-        expected, expected_drafts = found[written, "own"]
-        assert served.outputs() == expected.outputs()
-        assert served.accepted() == expected.accepted()
-        assert served.acceptance() > 0
-        assert drafts.keys() == expected_drafts.keys()
-        for key, row in drafts.items():
-            assert row == pytest.approx(expected_drafts[key], rel=1e-5, abs=1e-4), key
-    (one, one_drafts), (other, other_drafts) = (
-        found[written, "own"] for written in ("reference", "automodel")
-    )
-    assert one.outputs() == other.outputs()
-    shared = one_drafts.keys() & other_drafts.keys()
-    assert max(abs(one_drafts[key][2] - other_drafts[key][2]) for key in shared) > 1
-
-
-def _serve_and_record(llm: LLM) -> tuple[Served, dict[Any, tuple[int, float, float]]]:
-    """Serve; each draft token with the mean and the largest magnitude of its logits."""
-    with record(llm) as recorded:
-        served = serve_requests(llm, mixed_requests(KIND, 8, 20))
-    return served, {
-        key: (int(row.argmax()), float(row.mean()), float(row.abs().max()))
-        for key, row in recorded.rows.items()
-    }
+        expected: Served | None = None
+        for folder in (head, str(tmp_path / written)):
+            for method in ("vispec", "eagle"):
+                drafting = engine("v1", **OPTIONS, draft=folder, method=method)
+                found: Served = drafting.run(serve_requests, REQUESTS)
+                expected = expected or found
+                assert found.outputs() == expected.outputs()
+                assert found.accepted() == expected.accepted()
+                assert found.acceptance() > 0

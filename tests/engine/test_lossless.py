@@ -131,10 +131,10 @@ FULL = {**_mixed(64), **PREFIX, **REST}
 
 ROWS = [
     *_rows("v1", "small", "chain tree", FULL),
-    *_rows("v1", "small", "chain~ tree~", {**_mixed(64), **PREFIX}),
+    *_rows("v1", "small", "chain~ tree~", {**_mixed(32), **PREFIX}),
     *_rows("v1", "small", "chain~", {"abort": {}}, slow=True),
     *_rows("v1", "small", "tree~", REST, slow=True),
-    *_rows("v1", "small", "evicting", _mixed(64)),
+    *_rows("v1", "small", "evicting", _mixed(32)),
     *_rows("v1", "small", "q1 q4", _mixed(32)),
     *_rows("v1", "blocks", "chain tree", _mixed(20, 40)),
     *_rows("v1", "blocks", "chain~ tree~", _mixed(20, 40), slow=True),
@@ -248,7 +248,7 @@ def _assert_features(plain: Served, found: Served) -> None:
 
 
 def test_a_table_smaller_than_a_request(engine: StartEngine, tiny: TinyStore) -> None:
-    found = _of_v1(engine, tiny, "evicting", "mixed", count=64)
+    found = _of_v1(engine, tiny, "evicting")
     assert found.table["evicted"] > 0
 
 

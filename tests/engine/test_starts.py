@@ -19,7 +19,7 @@ import pytest
 from tests.support.child import Child
 from tests.support.drafts import DRAFTS, start_options, start_requests
 from tests.support.engine import Engine, EngineOptions, StartEngine
-from tests.support.runners import RUNNERS, marks
+from tests.support.runners import RUNNERS, environment, marks
 from tests.support.spies import drafter, model_runner, watch_drafts
 from tests.support.tiny_store import TinyStore
 from tests.support.workloads import Served, serve_requests
@@ -94,7 +94,7 @@ OTHER_WEIGHTS = ("eager-others", "third")
 @pytest.mark.slow
 def test_restarts(tiny: TinyStore, tmp_path: Path) -> None:
     """Engines start with what earlier ones compiled, and answer what eager ones answer (fp32)."""
-    env = RUNNERS["v1"].env() | {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    env = environment("v1") | {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
     found: dict[tuple[str, str, str | None], Start] = {}
     logs = {}
     for process, engines in PROCESSES.items():

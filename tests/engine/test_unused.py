@@ -16,11 +16,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.child import Child, ChildError
+from tests.support.child import ChildError
 from tests.support.drafts import DRAFTS
 from tests.support.engine import Engine, StartEngine, StartProcess
 from tests.support.heads import write_config
-from tests.support.runners import RUNNERS
 from tests.support.spies import drafter
 from tests.support.tiny_families import FAMILIES, HIDDEN
 from tests.support.tiny_models import vote_for_successors
@@ -36,29 +35,23 @@ WRAPPED = [
     "vllm.engine.arg_utils.maybe_override_with_speculators",
     "vllm.v1.worker.worker_base.WorkerBase.__init__",
 ]
+ARCHITECTURES = [
+    "EagleDraftVlmForCausalLM",
+    "EagleViSpecEmbedsForCausalLM",
+    "EagleViSpecForCausalLM",
+]
 OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 64}
 # Modules that only an engine with a ViSpec head may import.
 PROPOSERS = ("vllm_vispec.v1.proposer", "vllm_vispec.spec_decode.speculator")
 UNTOUCHED = {"own_new": False, "proposers": []}
 
 
-def test_loading_wraps_five_functions_and_adds_three_architectures() -> None:
-    """Every attribute of every loaded vLLM module and class is the same object as before."""
-    child = Child(RUNNERS["v1"].env())
-    first, second, added, parsers_same = child.call(_register_twice)
-    child.close()
-    assert added == [
-        "EagleDraftVlmForCausalLM",
-        "EagleViSpecEmbedsForCausalLM",
-        "EagleViSpecForCausalLM",
-    ]
-    assert parsers_same
-    assert first == WRAPPED
-    assert second == []
-
-
 def test_unused(engine: StartEngine, tiny: TinyStore, tmp_path: Path) -> None:
-    """A plain engine without and with the plugin; a text-only target with a plain EAGLE head."""
+    """A plain engine without and with the plugin; a text-only target with a plain EAGLE head.
+
+    Loading the plugin wraps five functions and adds three architectures: every other attribute of
+    every loaded vLLM module and class is the same object as before.
+    """
     build_eagle_pair(tiny.target("llava"), tmp_path / "target", tmp_path / "head")
     requests = mixed_requests(KIND, 16)
 
@@ -79,6 +72,11 @@ def test_unused(engine: StartEngine, tiny: TinyStore, tmp_path: Path) -> None:
     assert eagle.run(_looks) == {"wrapped": [True, True], "drafter": "EagleProposer", **UNTOUCHED}
     assert_lossless(plain.run(serve_requests, text), found)
     assert found.acceptance() > 0
+    first, second, added, parsers_same = without.child.call(_register_twice)
+    assert first == WRAPPED
+    assert second == []
+    assert added == ARCHITECTURES
+    assert parsers_same
 
 
 V1, V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"

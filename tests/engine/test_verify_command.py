@@ -47,6 +47,7 @@ def test_the_attention_check_sees_a_leak(child: Any, dtype: str) -> None:
         assert errors["NaN"].worst > 1e6
 
 
+@pytest.mark.slow
 def test_cudas_backends_with_stand_ins() -> None:
     """Triton's kernels run interpreted, in float32; the others are built, down to the KV cache."""
     child = Child(V1_ENV | {"TRITON_INTERPRET": "1"})
@@ -77,10 +78,8 @@ def test_the_command_on_the_shipped_pair(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = Verification.model_validate_json(output.read_text())
     assert found.exit_status == 0
-    assert [(one.feature, one.state) for one in found.verdicts] == [
-        ("chain", "passed"),
-        ("tree", "passed"),
-    ]
+    verdicts = {one.feature: one.state for one in found.verdicts}
+    assert verdicts == {"chain": "passed", "tree": "passed"}
     assert found.differences == {"chain": (), "tree": ()}
     for engine in found.engines:
         assert engine.error is None
@@ -89,10 +88,8 @@ def test_the_command_on_the_shipped_pair(tmp_path: Path) -> None:
         assert sum(layers.count for layers in engine.state.target) == 24
         assert engine.timings["target_step"] > 0
         assert Path(engine.log).is_file()
-        assert {batch: len(answers) for batch, answers in engine.answers.items()} == {
-            "alone": 8,
-            "together": 8,
-        }
+        counts = {batch: len(answers) for batch, answers in engine.answers.items()}
+        assert counts == {"alone": 8, "together": 8}
     plain, chain, tree = found.engines
     assert plain.acceptance is None
     for engine in (chain, tree):
@@ -103,10 +100,8 @@ def test_the_command_on_the_shipped_pair(tmp_path: Path) -> None:
         assert engine.state.draft[0].padded_size > engine.state.draft[0].head_size
     assert tree.state is not None
     assert tree.state.target[0].padded_size > tree.state.target[0].head_size
-    assert {(one.case.feature, one.backend) for one in found.attention} == {
-        ("chain", "CPU_ATTN"),
-        ("tree", "CPU_ATTN"),
-    }
+    backends = {one.case.feature: one.backend for one in found.attention}
+    assert backends == {"chain": "CPU_ATTN", "tree": "CPU_ATTN"}
     page = output.with_suffix(".txt").read_text()
     assert "**tree: passed** (16 of 16 answers equal, 0 differ within noise, 0 wrong)" in page
 

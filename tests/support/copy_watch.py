@@ -23,33 +23,20 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
+Tensors = list[torch.Tensor]
 _HOST, _PINNED = "_watched_host", "_watched_pinned"
 # Not the caller of an operator, but on the way to it.
 _BETWEEN = (__file__, "/torch/", "vllm/utils/torch_utils.py")
 # vLLM's code for CPUs names no device where it makes what an operator writes.
 _ON_DEVICE = ("/vllm/_custom_ops.py", "/vllm/model_executor/", "/vllm/v1/attention/")
 
-READS = frozenset(
-    [
-        "item",
-        "tolist",
-        "numpy",
-        "__array__",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "__contains__",
-        "__repr__",
-        "__format__",
-        "is_nonzero",
-        "equal",
-        "allclose",
-    ]
-)
+_CONVERSIONS = ("__array__", "__bool__", "__int__", "__float__", "__index__", "__contains__")
+_TEXTS = ("__repr__", "__format__")
+READS = {*_CONVERSIONS, *_TEXTS, "item", "tolist", "numpy", "is_nonzero", "equal", "allclose"}
 SHAPED_BY_VALUES = frozenset(
-    ["nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"]
+    ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount")
 )
 SIZED = frozenset(("arange", "full", "linspace"))
 
@@ -98,16 +85,11 @@ class CopyWatch(TorchFunctionMode):
 
         from_numpy = torch.from_numpy
 
-        def host_from_numpy(array: Any) -> torch.Tensor:
-            tensor = from_numpy(array)
-            setattr(tensor, _HOST, True)
-            return tensor
-
         with (
             patch.object(torch_utils, "is_pin_memory_available", lambda: True),
             patch.object(torch_utils, "PIN_MEMORY", True, create=True),
-            patch.object(torch, "from_numpy", host_from_numpy),
-            patch.object(torch.Tensor, "pin_memory", _pinned),
+            patch.object(torch, "from_numpy", lambda array: _marked(from_numpy(array), True)),
+            patch.object(torch.Tensor, "pin_memory", lambda one: _marked(one.clone(), True, True)),
             self,
         ):
             yield
@@ -137,7 +119,7 @@ class CopyWatch(TorchFunctionMode):
             host = not any(part in _caller().co_filename for part in _ON_DEVICE)
         for tensor in _tensors((result,)):
             if not any(tensor is one for one in given):
-                _marked(tensor, host=host, pinned=pinned)
+                _marked(tensor, host, pinned)
         return result
 
     def _note(self, counter: Counter[str], what: str) -> None:
@@ -156,24 +138,14 @@ def _caller() -> CodeType:
     return frame.f_code
 
 
-def _pinned(tensor: torch.Tensor) -> torch.Tensor:
-    return _marked(tensor.clone(), host=True, pinned=True)
-
-
-def _marked(tensor: torch.Tensor, *, host: bool, pinned: bool = False) -> torch.Tensor:
+def _marked(tensor: torch.Tensor, host: bool, pinned: bool = False) -> torch.Tensor:
     setattr(tensor, _HOST, host)
     setattr(tensor, _PINNED, pinned)
     return tensor
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    if isinstance(values, torch.Tensor):
-        yield values
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _tensors(value)
-    elif isinstance(values, dict):
-        yield from _tensors(list(values.values()))
+    yield from (one for one in tree_leaves(values) if isinstance(one, torch.Tensor))
 
 
 def _target(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
@@ -190,11 +162,7 @@ def _target(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str | Non
 
 
 def _problem(
-    name: str,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    given: list[torch.Tensor],
-    target: str | None,
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], given: Tensors, target: str | None
 ) -> str | None:
     """What a call would cost on a GPU; ``upload`` is a copy that nothing waits for."""
     on_device = [tensor for tensor in given if not is_host(tensor)]
@@ -220,11 +188,7 @@ def _problem(
 
 
 def _copy_problem(
-    name: str,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    given: list[torch.Tensor],
-    target: str | None,
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], given: Tensors, target: str | None
 ) -> str | None:
     if name == "copy_":
         source, to_host = args[1], is_host(args[0])

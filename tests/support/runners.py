@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import pytest
 
 V1_ENV = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 V2_ENV = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+RUNNERS = ("v1", "v2", "v1-overlay", "v2-overlay")
 
 
-@dataclass(frozen=True)
-class Runner:
-    """One variant: its name, the environment of its child process, and whether it is an overlay."""
-
-    name: str
-    variables: Mapping[str, str]
-    overlay: bool = False
-
-    def env(self) -> dict[str, str]:
-        """Return the environment to add (the overlay folder is built on first use)."""
-        variables = dict(self.variables)
-        if self.overlay:
-            folder = overlay_folder()
-            variables["PYTHONPATH"] = folder
-            # vLLM keeps what it knows of a model class for one release at a time.
-            variables["VLLM_CACHE_ROOT"] = f"{folder}-cache"
-        return variables
+def environment(runner: str) -> dict[str, str]:
+    """Return what a child process adds to its environment (the overlay is built on first use)."""
+    variables = dict(V1_ENV if runner.startswith("v1") else V2_ENV)
+    if runner.endswith("overlay"):
+        folder = overlay_folder()
+        # vLLM keeps what it knows of a model class for one release at a time.
+        variables |= {"PYTHONPATH": folder, "VLLM_CACHE_ROOT": f"{folder}-cache"}
+    return variables
 
 
 def overlay_folder() -> str:
@@ -41,17 +32,6 @@ def overlay_folder() -> str:
     return str(build())
 
 
-RUNNERS: Mapping[str, Runner] = {
-    runner.name: runner
-    for runner in (
-        Runner("v1", V1_ENV),
-        Runner("v2", V2_ENV),
-        Runner("v1-overlay", V1_ENV, overlay=True),
-        Runner("v2-overlay", V2_ENV, overlay=True),
-    )
-}
-
-
 def runners(*names: str, slow: Sequence[str] = ()) -> list[pytest.ParameterSet]:
     """Return runners' names as parameters with their markers.
 
@@ -62,8 +42,7 @@ def runners(*names: str, slow: Sequence[str] = ()) -> list[pytest.ParameterSet]:
 
 def marks(name: str, slow: bool = False) -> list[pytest.MarkDecorator]:
     """Return the markers of tests that use the runner ``name``."""
-    runner = RUNNERS[name]
     found = [pytest.mark.engine]
-    found += [pytest.mark.v2] if runner.variables is V2_ENV else []
-    found += [pytest.mark.overlay] if runner.overlay else []
+    found += [pytest.mark.v2] if name.startswith("v2") else []
+    found += [pytest.mark.overlay] if name.endswith("overlay") else []
     return [*found, pytest.mark.slow] if slow else found
