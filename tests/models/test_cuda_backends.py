@@ -65,16 +65,6 @@ REFUSALS = [
     ("heads of 518 channels with kv_cache_dtype=fp8; .*image rows; leave kv_cache_dtype out"),
 ]
 
-# What a layer asks the selector for beyond a plain one: with a sliding window, sinks, a quantized
-# cache by the checkpoint's own word, per head, and in a model whose images see themselves whole.
-QUESTIONS = [
-    ["auto", {}, "FLASH_ATTN 136"],
-    ["auto", {"has_sliding_window": True}, "FLASH_ATTN 136"],
-    ["auto", {"has_sink": True}, "FLASH_ATTN 136"],
-    ["fp8", {}, "FLASH_ATTN 144"],
-    ["fp8", {"use_per_head_quant_scales": True}, "FLASH_ATTN 144"],
-    ["auto", {"use_mm_prefix": True}, "TRITON_ATTN 136"],
-]
 # While the configuration is built nothing imports FlashInfer: then nothing is known, or no other
 # backend is stated.
 STARTS = [
@@ -101,7 +91,6 @@ def test_backends_and_head_sizes(release: str) -> None:
     ]
     assert said["heads"] == expected
     assert said["layers"] == [layer for _, *layer in BUILT]
-    assert said["questions"] == QUESTIONS
     lines, patterns = [*said["refusals"], *said["starts"]], [*REFUSALS, *STARTS]
     for line, pattern in zip(lines, patterns, strict=True):
         assert "\n" not in line
@@ -114,7 +103,7 @@ def test_backends_and_head_sizes(release: str) -> None:
 def everything() -> dict[str, list[Any]]:
     """Return, in one process, what the functions below say."""
     engine = Engine(128)
-    functions = (heads, refusals, layers, questions, starts)
+    functions = (heads, refusals, layers, starts)
     return {function.__name__: list(function(engine)) for function in functions}
 
 
@@ -192,41 +181,6 @@ def layers(engine: Engine) -> Iterator[list[Any]]:
                 None if scratch is None else list(scratch.shape),
                 _shares_workspaces(builder),
             ]
-
-
-def questions(engine: Engine) -> Iterator[list[Any]]:
-    """Yield what kinds of layers ask the selector for, beyond what is usual, and their backend."""
-    import torch
-
-    from vllm_vispec.models.padded_heads import BackendFinder, choose_padded_head
-
-    plain: dict[str, Any] | None = None
-    cases: tuple[tuple[dict[str, Any], bool], ...] = (
-        ({}, False),
-        ({"per_layer_sliding_window": 64}, False),
-        ({"sinks": torch.zeros(HEADS)}, False),
-        ({"quant_config": SimpleNamespace(kv_cache_scheme={"strategy": "tensor"})}, False),
-        ({"quant_config": SimpleNamespace(kv_cache_scheme={"strategy": "attn_head"})}, False),
-        # A layer of a model whose images see themselves as a whole.
-        ({}, True),
-    )
-    for settings, is_mm_prefix_lm in cases:
-        vars(engine.config.model_config)["is_mm_prefix_lm"] = is_mm_prefix_lm
-        with engine.on((9, 0), "auto") as config:
-            finder = BackendFinder.of_layer(
-                HEADS,
-                128,
-                128**-0.5,
-                cache_config=config.cache_config,
-                prefix="layers.0",
-                **settings,
-            )
-            plain = plain or finder.options
-            changed = {k: v for k, v in finder.options.items() if v != plain[k]}
-            head = choose_padded_head(finder, 128, 131)
-            found = None if head is None else f"{head.backend.get_name()} {head.size}"
-            yield [finder.kv_cache_dtype, changed, found]
-    vars(engine.config.model_config)["is_mm_prefix_lm"] = False
 
 
 def starts(engine: Engine) -> Iterator[str]:

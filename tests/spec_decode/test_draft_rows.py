@@ -52,6 +52,14 @@ def test_a_decoding_request_is_set_once() -> None:
     rows = make_rows()
     assert [play(rows, ["p"], [at], 3) for at in (9, 11, 12)] == [False, True, True]
     assert len(set(ids_of(rows, 3))) == 1
+    # New weights are noticed.
+    rows.clear()
+    assert not play(rows, ["p"], [13], 3)
+
+
+def test_two_requests_behind_different_images_are_set_each_time() -> None:
+    rows = make_rows()
+    assert [play(rows, ["p", "t"], [9 + i, 9 + i], 3) for i in range(3)] == [False] * 3
 
 
 @pytest.mark.parametrize(
@@ -70,18 +78,6 @@ def test_whatever_changes_is_set_again(ids: list[str], first: list[int], each: i
     # As if nothing had been before; the image has the same slot.
     play(fresh, ids, first, each)
     assert ids_of(rows, each * len(ids)) == ids_of(fresh, each * len(ids))
-
-
-def test_two_requests_behind_different_images_are_set_each_time() -> None:
-    rows = make_rows()
-    assert [play(rows, ["p", "t"], [9 + i, 9 + i], 3) for i in range(3)] == [False] * 3
-
-
-def test_new_weights_are_noticed() -> None:
-    rows = make_rows()
-    play(rows, ["t"], [9], 3)
-    rows.clear()
-    assert not play(rows, ["t"], [10], 3)
 
 
 def test_rows_of_one_id_are_selected_only_if_there_are_too_few() -> None:

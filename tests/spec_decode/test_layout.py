@@ -1,7 +1,8 @@
 """Row ids against a slow, obvious re-statement of the reference's rules."""
 
 import random
-from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,23 +11,10 @@ from vllm_vispec.spec_decode.layout import FeatureSlice, ImageRun, RequestLayout
 from vllm_vispec.spec_decode.step import RowIds, write_row_ids
 
 
-@dataclass
-class Position:
-    ranges: list[tuple[int, int]]
-
-    def extract_embeds_range(self) -> list[tuple[int, int]]:
-        return self.ranges
-
-
-@dataclass
-class Feature:
-    identifier: str
-    mm_position: Position
-    modality: str = field(default="image")
-
-
-def feature(name: str, *ranges: tuple[int, int], modality: str = "image") -> Feature:
-    return Feature(name, Position([(a, b - 1) for a, b in ranges]), modality)
+def feature(name: str, *ranges: tuple[int, int], modality: str = "image") -> Any:
+    """Stands for vLLM's `MultiModalFeatureSpec`, whose ranges include their ends."""
+    position = SimpleNamespace(extract_embeds_range=lambda: [(a, b - 1) for a, b in ranges])
+    return SimpleNamespace(identifier=name, mm_position=position, modality=modality)
 
 
 def run_slots(layout: RequestLayout) -> dict[ImageRun, int]:
@@ -81,29 +69,32 @@ def test_ids_match_the_rules_however_the_prompt_is_cut(seed: int) -> None:
     np.testing.assert_array_equal(all_ids(layout, ids, length, sizes), expected)
 
 
-def test_images_that_touch_are_one_run() -> None:
-    layout = build_layout([feature("a", (4, 8)), feature("b", (8, 10)), feature("c", (11, 13))])
-    assert [(run.begin, run.end) for run in layout.runs] == [(4, 10), (11, 13)]
-    assert layout.runs[0].parts == (FeatureSlice("a", 0, 4), FeatureSlice("b", 0, 2))
-
-
-def test_the_first_embedding_is_lost_at_the_start_of_the_prompt() -> None:
-    layout = build_layout([feature("a", (0, 4))])
-    assert layout.runs[0].parts == (FeatureSlice("a", 1, 4),)
-    assert layout.runs[0].first_row == 0
-    assert build_layout([feature("a", (0, 1))]).runs == ()
-
-
-def test_video_frames_are_runs_of_their_own_slices() -> None:
-    layout = build_layout([feature("v", (3, 6), (8, 11), modality="video")])
-    assert [run.parts for run in layout.runs] == [
-        (FeatureSlice("v", 0, 3),),
-        (FeatureSlice("v", 3, 6),),
-    ]
-
-
-def test_audio_is_left_to_the_text_path() -> None:
-    assert build_layout([feature("a", (3, 6), modality="audio")]).runs == ()
+@pytest.mark.parametrize(
+    ("features", "runs"),
+    [
+        pytest.param(
+            [feature("a", (4, 8)), feature("b", (8, 10)), feature("c", (11, 13))],
+            [
+                (4, 10, FeatureSlice("a", 0, 4), FeatureSlice("b", 0, 2)),
+                (11, 13, FeatureSlice("c", 0, 2)),
+            ],
+            id="touching images are one run",
+        ),
+        # The first embedding is lost at the start of the prompt.
+        ([feature("a", (0, 4))], [(0, 4, FeatureSlice("a", 1, 4))]),
+        ([feature("a", (0, 1))], []),
+        pytest.param(
+            [feature("v", (3, 6), (8, 11), modality="video")],
+            [(3, 6, FeatureSlice("v", 0, 3)), (8, 11, FeatureSlice("v", 3, 6))],
+            id="frames of a video",
+        ),
+        # Left to the text path.
+        ([feature("a", (3, 6), modality="audio")], []),
+    ],
+)
+def test_runs(features: list[Any], runs: list[tuple[Any, ...]]) -> None:
+    layout = build_layout(features)
+    assert [(run.begin, run.end, *run.parts) for run in layout.runs] == runs
 
 
 def test_a_missing_image_is_masked_and_the_text_behind_has_none() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,16 +12,8 @@ from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from tests.support.heads import BASE
 from vllm_vispec.config import ViSpecConfig
-from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.spec_decode import speculator as v2
 from vllm_vispec.spec_decode.setting_notes import describe_drafts, note_settings_without_effect
-
-
-class DraftConfig(SimpleNamespace):
-    """The draft's configuration, as far as it is read."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return vars(self)
 
 
 def engine(
@@ -33,10 +25,9 @@ def engine(
     tree: dict[str, Any] | None = None,
     tokens: int = 5,
 ) -> Any:
-    values = asdict(BASE) if has_adaptor else asdict(BASE) | {"compress": False}
-    values |= {} if has_adaptor else {"global_feature": False}
-    head = HeadConfig(**values)
-    draft = DraftConfig(**head.to_llama_config_dict())
+    head = BASE if has_adaptor else replace(BASE, compress=False, global_feature=False)
+    content = head.to_llama_config_dict()
+    draft = SimpleNamespace(**content, to_dict=lambda: content)
     config = ViSpecConfig.pop_from({"image_table_size": table, "tree": tree})
     return SimpleNamespace(
         speculative_config=SimpleNamespace(
