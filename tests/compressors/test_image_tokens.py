@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.spec_decode.test_layout import Feature, feature
+from tests.spec_decode.test_layout import feature
 from tests.support.heads import BASE
 from vllm_vispec.compressors.gated import GatedRowTable, query_scale
 from vllm_vispec.compressors.spec import parse_compressor
@@ -60,7 +60,7 @@ def draft_rows(head: HeadConfig, max_requests: int = 4) -> tuple[DraftRows, Any]
     return DraftRows(SimpleNamespace(model=model), max_requests), model  # type: ignore[arg-type]
 
 
-def random_prompt(rng: random.Random) -> tuple[list[Feature], list[tuple[int, int]], int]:
+def random_prompt(rng: random.Random) -> tuple[list[Any], list[tuple[int, int]], int]:
     features, spans, cursor = [], [], rng.choice([0, 0, 1, 5])
     for index in range(rng.randint(1, 4)):
         end = cursor + rng.randint(1, 9)
@@ -75,7 +75,7 @@ def embeddings_of(spans: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
 
 
 def filled(
-    found: DraftRows, rows: Any, features: list[Feature], sizes: list[int], embeds: Mapping
+    found: DraftRows, rows: Any, features: list[Any], sizes: list[int], embeds: Mapping
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and offsets of a prompt's rows that come in chunks."""
     ids, offsets, first = [], [], 0

@@ -113,6 +113,7 @@ COUNT = r"num_speculative_tokens={} must be an integer between 1 and \d+; 3 to 6
 EAGLE = {"fc.weight": (HIDDEN, 2 * HIDDEN), "layers.0.mlp.up_proj.weight": (48, HIDDEN)}
 EAGLE3 = {"fc.weight": (HIDDEN, 3 * HIDDEN), "d2t": (8,)}
 
+DASHED: dict[str, Any] = {"draft-vocabs": "auto"}
 LACKS_FC = r"lacks 1 tensor\(s\): fc\.weight.*export"
 TREE: dict[str, Any] = {"tree": {"policy": "eagle2"}, "num_speculative_tokens": 29}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "lm_head": True}
@@ -240,7 +241,7 @@ STARTS: Mapping[str, Start] = {
         num_speculative_token=4,
     ),
     "misspelt key of the plugin": _start(
-        r'key "draft_vocabs" is unknown; did you mean "draft_vocab"\?', **{"draft-vocabs": "auto"}
+        r'key "draft_vocabs" is unknown; did you mean "draft_vocab"\?', **DASHED
     ),
     "misspelt key of the tree": _start(
         r'tree\.topk is unknown; did you mean "top_k"\?', **TREE | {"tree": {"topk": 4}}
@@ -266,7 +267,8 @@ STARTS: Mapping[str, Start] = {
     ),
     "flags in place of the config": _start(
         COUNT.format("77"),
-        **dict.fromkeys(("method", "num_speculative_tokens")),
+        method=None,
+        num_speculative_tokens=None,
         engine={"spec_method": "vispec", "spec_tokens": 77},
     ),
     "key and flag": _start(
