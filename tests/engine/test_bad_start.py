@@ -196,9 +196,9 @@ STARTS: Mapping[str, Start] = {
         "pipeline_parallel_size=2 does not work with ViSpec.*set it to 1",
         engine={"pipeline_parallel_size": 2},
     ),
-    "tree is no object": _start("tree='eagle2' must be an object such as", tree="eagle2"),
+    "tree is no object": _start("tree is 'eagle2': give a section with settings", tree="eagle2"),
     "tree with an unknown key": _start(
-        r"tree\.width is unknown; the keys are policy", tree={"width": 3}
+        r'tree\.width is unknown; did you mean "tree\.depth"\?', tree={"width": 3}
     ),
     "tree with too few nodes": _start(
         "num_speculative_tokens=3 must be an integer between 4 and 127: with a tree", tree={}
@@ -244,7 +244,7 @@ STARTS: Mapping[str, Start] = {
         r'key "draft_vocabs" is unknown; did you mean "draft_vocab"\?', **DASHED
     ),
     "misspelt key of the tree": _start(
-        r'tree\.topk is unknown; did you mean "top_k"\?', **TREE | {"tree": {"topk": 4}}
+        r'tree\.topk is unknown; did you mean "tree\.top_k"\?', **TREE | {"tree": {"topk": 4}}
     ),
     "method under a misspelt key": _start(
         r'key "metod" is unknown; did you mean "method"\?', method=None, metod="vispec"
