@@ -44,6 +44,7 @@ DEFAULTS: Mapping[str, Any] = {
     "max_num_seqs": 16,
     "max_num_batched_tokens": 512,
     "block_size": 32,
+    "enable_prefix_caching": True,
     "async_scheduling": False,
     "disable_log_stats": False,
 }
