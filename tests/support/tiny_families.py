@@ -63,18 +63,13 @@ class Family:
         return AutoConfig.for_model(self.kind, **deepcopy(dict(self.settings)))
 
 
-def _qwen(
-    kind: str, patch_size: int, rope: dict[str, Any], text: dict[str, Any], **vision: Any
-) -> Family:
+def _qwen(kind: str, rope: dict[str, Any], text: dict[str, Any], **vision: Any) -> Family:
     names = "endoftext im_start im_end vision_start vision_end image_pad video_pad"
     specials = tuple(f"<|{name}|>" for name in names.split())
     vision |= {
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_heads": 2,
-        "patch_size": patch_size,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
         "out_hidden_size": HIDDEN,
     }
     rope = {"rope_type": "default", **rope}
@@ -121,8 +116,6 @@ def _llava(kind: str, image_size: int, **settings: Any) -> Family:
         },
         "vision_config": vision,
         "image_token_index": 3,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
         "tie_word_embeddings": False,
     }
     return Family(
@@ -138,7 +131,6 @@ def _llava(kind: str, image_size: int, **settings: Any) -> Family:
 _FAMILIES = (
     _qwen(
         "qwen2_5_vl",
-        14,
         {"mrope_section": [4, 6, 6], "rope_theta": 1e6},
         {},
         depth=2,
@@ -148,7 +140,6 @@ _FAMILIES = (
     ),
     _qwen(
         "qwen3_vl",
-        16,
         {"mrope_section": [6, 5, 5], "mrope_interleaved": True, "rope_theta": 5e6},
         {"head_dim": HEAD_DIM},
         depth=3,
