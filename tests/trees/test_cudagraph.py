@@ -243,21 +243,6 @@ def test_levels_that_a_backend_takes_for_prefills_are_not_recorded(
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_the_log_says_that_levels_are_wider_than_graphs(caplog: pytest.LogCaptureFixture) -> None:
-    log_growth.cache_clear()
-    caplog.set_level("INFO", "vllm")
-    speculator = _speculator()
-    speculator.place_keys()
-    compilation = speculator.vllm_config.compilation_config
-    compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = [1, 2], 2
-    speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
-    speculator.capture()
-    assert _said(caplog) == [
-        "ViSpec trees grow eagerly, kernel by kernel: a level has 4 tokens, more than any graph"
-    ]
-
-
-@pytest.mark.usefixtures("stand_in")
 def test_requests_for_which_a_pass_has_no_room_get_no_tree(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
