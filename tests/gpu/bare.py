@@ -1,4 +1,4 @@
-"""What holds on this GPU, found out with torch, Triton and pydantic: no vLLM, network or weights.
+"""What holds on this GPU, found out with torch and Triton: no vLLM, network or weights.
 
     python -m tests.gpu.bare --output gpu.json [--vllm FOLDER] [--only PART ...]
 

@@ -17,17 +17,15 @@ from typing import Any
 
 import torch
 
-from tests.gpu.setup import Setup
+from tests.gpu.setup import TREE, Setup
 from tests.gpu.vllm_files import load_flash_attention, load_triton_attention
 from vllm_vispec.spec_decode.row_table import MASK_CHANNEL
 from vllm_vispec.trees.codes import encode, word_tables
 from vllm_vispec.trees.grow import DraftTree, TreeGrower
-from vllm_vispec.trees.settings import TreeSettings
 
 BLOCK = 16
-SETTINGS = TreeSettings()
-TOP_K = SETTINGS.top_k
-CODES = SETTINGS.num_channels
+TOP_K = TREE.top_k
+CODES = TREE.num_channels
 # Largest error allowed against fp32, of outputs whose size is about one.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 
@@ -235,9 +233,9 @@ def _tree(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> Batch:
 
 
 def _random_tree(num_nodes: int, generator: torch.Generator) -> DraftTree:
-    grower = TreeGrower(SETTINGS)
+    grower = TreeGrower(TREE)
     grower.start_trees(torch.randn(1, 64, generator=generator))
-    for _ in range(SETTINGS.depth):
+    for _ in range(TREE.depth):
         grower.grow_level(torch.randn(1, TOP_K, 64, generator=generator))
     return grower.finish_trees(num_nodes)
 

@@ -12,12 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from tests.gpu.bare_attention import milliseconds
-from tests.gpu.setup import NotRun, Setup
+from tests.gpu.setup import TREE, NotRun, Setup
 from vllm_vispec.trees.grow import DraftTree, TreeGrower, best_path, replace_rows
-from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.trees.verify import Moves, TreeBatch, TreeTable
 
-SETTINGS = TreeSettings(depth=3, top_k=8)
 NODES = 29
 VOCAB = 152_064  # Qwen2.5-VL's
 NUM_STEPS = 8
@@ -98,9 +96,9 @@ def run_memory(setup: Setup) -> Any:
         raise NotRun("peak memory is read from the CUDA allocator")
     found: dict[str, Any] = {}
     for num_requests in (8, 64, 273):
-        grower = TreeGrower(SETTINGS)
+        grower = TreeGrower(TREE)
         root = torch.randn(num_requests, VOCAB, dtype=DTYPE, device="cuda")
-        logits = torch.randn(num_requests, SETTINGS.top_k, VOCAB, dtype=DTYPE, device="cuda")
+        logits = torch.randn(num_requests, TREE.top_k, VOCAB, dtype=DTYPE, device="cuda")
         grower.start_trees(root)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -118,7 +116,7 @@ def run_memory(setup: Setup) -> Any:
 
 def step(inputs: Inputs, table: TreeTable) -> Outputs:
     """Grow trees, keep them, verify them as a batch of their own, and find what moves."""
-    grower = TreeGrower(SETTINGS)
+    grower = TreeGrower(TREE)
     grower.start_trees(inputs.root)
     for logits_RWV in inputs.levels:
         grower.grow_level(logits_RWV)
@@ -153,7 +151,7 @@ def _inputs(num_requests: int, setup: Setup, seed: int) -> Inputs:
     while True:
         inputs = Inputs(
             logits(num_requests),
-            logits(SETTINGS.depth, num_requests, SETTINGS.top_k),
+            logits(TREE.depth, num_requests, TREE.top_k),
             torch.randint(size, (num_requests * (NODES + 1),), generator=generator),
             torch.rand(num_requests, 1, generator=generator) < 0.25,
             torch.randperm(num_requests, generator=generator),
@@ -174,7 +172,7 @@ def _is_stable(inputs: Inputs, generator: torch.Generator) -> bool:
 
 
 def _table(num_requests: int, device: str) -> TreeTable:
-    return TreeTable(SETTINGS.levels, NODES, num_requests, torch.device(device))
+    return TreeTable(TREE.levels, NODES, num_requests, torch.device(device))
 
 
 @contextmanager

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+TREE: Any = SimpleNamespace(
+    policy="eagle2", depth=3, top_k=8, width=8, levels=4, num_channels=20, least_probability=0.0
+)
+"""The default `TreeSettings`, without pydantic. A test compares them."""
 
 
 class NotRun(Exception):

@@ -18,9 +18,10 @@ import torch
 
 from tests.gpu import bare_attention, bare_trees
 from tests.gpu.bare import PARTS
-from tests.gpu.setup import Setup
+from tests.gpu.setup import TREE, Setup
 from tests.support.child import REPOSITORY
 from tests.support.runners import overlay_folder
+from vllm_vispec.trees.settings import TreeSettings
 
 CPU = Setup("cpu", None)
 NEEDS_CUDA = {"attention_fa3", "attention_fa3_fp8", "tree_memory"}
@@ -43,6 +44,11 @@ def _run(output: Path, *arguments: str) -> dict[str, Any]:
     assert done.returncode == 0, done.stdout + done.stderr
     parts: dict[str, Any] = json.loads(output.read_text())["parts"]
     return parts
+
+
+def test_its_tree_is_the_default() -> None:
+    default = TreeSettings()
+    assert vars(TREE) == {name: getattr(default, name) for name in vars(TREE)}
 
 
 def test_every_part_runs_without_vllm(tmp_path: Path) -> None:

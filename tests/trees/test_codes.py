@@ -20,7 +20,8 @@ from vllm_vispec.trees.codes import (
     mask_logit,
     word_tables,
 )
-from vllm_vispec.trees.settings import MAX_SIBLINGS, TreeSettings, channels_per_level
+from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.trees.sizes import MAX_SIBLINGS, channels_per_level
 
 PREFIX, NODES, HEADS = 37, 29, 4
 CPU = torch.device("cpu")

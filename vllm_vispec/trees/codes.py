@@ -22,7 +22,7 @@ from itertools import combinations, islice
 import torch
 from torch import nn
 
-from vllm_vispec.trees.settings import MAX_SIBLINGS, channels_per_level
+from vllm_vispec.trees.sizes import MAX_SIBLINGS, channels_per_level
 
 # The branch of a level that a path does not reach.
 UNUSED = MAX_SIBLINGS

@@ -5,14 +5,16 @@ candidates proposed so far, X nodes expanded so far (of a pass: in the last one)
 finished tree, L levels, D hidden size, V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from vllm_vispec.trees.codes import UNUSED
 from vllm_vispec.trees.policies import NEVER, POLICIES
-from vllm_vispec.trees.settings import TreeSettings
+
+if TYPE_CHECKING:
+    from vllm_vispec.trees.settings import TreeSettings
 
 # Rows are normalised so many elements at a time: 64 MiB in float32.
 _MAX_ELEMENTS = 2**24
@@ -134,7 +136,7 @@ class TreeGrower:
         settings: How trees are grown.
     """
 
-    def __init__(self, settings: TreeSettings) -> None:
+    def __init__(self, settings: "TreeSettings") -> None:
         self.width = settings.width
         self._levels = settings.levels
         self._policy = POLICIES[settings.policy](settings)

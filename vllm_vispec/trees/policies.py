@@ -9,10 +9,12 @@ Shapes: R requests, W expanded nodes, C children proposed for each.
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_vispec.trees.settings import THRESHOLDS, TreeSettings
+if TYPE_CHECKING:
+    from vllm_vispec.trees.settings import TreeSettings
 
 NEVER = float("-inf")
 
@@ -32,10 +34,9 @@ class Eagle2:
 
     num_observed = 1
 
-    def __init__(self, settings: TreeSettings) -> None:
+    def __init__(self, settings: "TreeSettings") -> None:
         self.levels, self.top_k = settings.levels, settings.top_k
-        default = THRESHOLDS.get(settings.policy, 0.0)
-        self.threshold = default if settings.threshold is None else settings.threshold
+        self.threshold = settings.least_probability
 
     def observe(self, root_logp: torch.Tensor) -> torch.Tensor:
         """Sum up what the draft says behind the root; handed to `judge`.

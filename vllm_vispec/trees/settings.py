@@ -1,27 +1,17 @@
 """The setting ``"tree"`` of the speculative config; imports no PyTorch."""
 
 from collections.abc import Mapping
-from itertools import count
-from math import comb
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from vllm_vispec.trees.sizes import MAX_DEPTH, MAX_NODES, MAX_SIBLINGS, channels_per_level
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.settings import Settings
 
-MAX_SIBLINGS = 10
-MAX_DEPTH = 15
-# vLLM's rejection sampler (V1) takes at most 128 draft tokens a request.
-MAX_NODES = 127
 Policy = Literal["eagle2", "chain", "spec_llava", "entropy"]
 THRESHOLDS: Mapping[str, float] = {"spec_llava": 0.03, "entropy": 0.1}
 """Defaults of ``threshold``; it means nothing to the other policies."""
-
-
-def channels_per_level(siblings: int) -> int:
-    """Return the head channels n that tell children apart, see `codes`; 0 for only one."""
-    return next(n for n in count() if comb(n, n // 2) >= siblings)
 
 
 class TreeSettings(Settings):
@@ -72,6 +62,11 @@ class TreeSettings(Settings):
     def is_confident(self) -> bool:
         """Whether paths end where the draft is unsure, so that even a single one is no chain."""
         return self.policy in THRESHOLDS
+
+    @property
+    def least_probability(self) -> float:
+        """The threshold, or the policy's default."""
+        return THRESHOLDS.get(self.policy, 0.0) if self.threshold is None else self.threshold
 
     @property
     def levels(self) -> int:
