@@ -196,9 +196,11 @@ STARTS: Mapping[str, Start] = {
         "pipeline_parallel_size=2 does not work with ViSpec.*set it to 1",
         engine={"pipeline_parallel_size": 2},
     ),
-    "tree is no object": _start("tree is 'eagle2': give a section with settings", tree="eagle2"),
+    "tree is no object": _start(
+        "tree is 'eagle2': give a section with policy, depth, top_k", tree="eagle2"
+    ),
     "tree with an unknown key": _start(
-        r'tree\.width is unknown; did you mean "tree\.depth"\?', tree={"width": 3}
+        r"tree\.width is unknown; the settings there are policy, depth", tree={"width": 3}
     ),
     "tree with too few nodes": _start(
         "num_speculative_tokens=3 must be an integer between 4 and 127: with a tree", tree={}

@@ -74,7 +74,23 @@ STARTS = [
     'heads of 131 channels with kv_cache_dtype=fp8; .*set "attention_backend": "FLASHINFER"',
     "^no objection$",
 ]
-
+# Layers of a kind of their own: what they ask the selector for beyond a plain layer, and what
+# backend and head size they get.
+ASKED: list[tuple[dict[str, Any], Any]] = [
+    ({}, ["auto", {}, "FLASH_ATTN 136"]),
+    (
+        {"per_layer_sliding_window": 64},
+        ["auto", {"has_sliding_window": True}, "FLASH_ATTN 136"],
+    ),
+    ({"sinks": [0.0] * 4}, ["auto", {"has_sink": True}, "FLASH_ATTN 136"]),
+    ({"kv_cache_scheme": "tensor"}, ["fp8", {}, "FLASH_ATTN 144"]),
+    (
+        {"kv_cache_scheme": "attn_head"},
+        ["fp8", {"use_per_head_quant_scales": True}, "FLASH_ATTN 144"],
+    ),
+    # In a model whose images see themselves as a whole.
+    ({"is_mm_prefix_lm": True}, ["auto", {"use_mm_prefix": True}, "TRITON_ATTN 136"]),
+]
 
 HEADS = 4
 CAPABILITIES = ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))
@@ -90,6 +106,7 @@ def test_backends_and_head_sizes(release: str) -> None:
         for words, *cells in (line.split("|") for line in EXPECTED.strip().splitlines())
     ]
     assert said["heads"] == expected
+    assert said["asked"] == [asked for _, asked in ASKED]
     assert said["layers"] == [layer for _, *layer in BUILT]
     lines, patterns = [*said["refusals"], *said["starts"]], [*REFUSALS, *STARTS]
     for line, pattern in zip(lines, patterns, strict=True):
@@ -103,7 +120,7 @@ def test_backends_and_head_sizes(release: str) -> None:
 def everything() -> dict[str, list[Any]]:
     """Return, in one process, what the functions below say."""
     engine = Engine(128)
-    functions = (heads, refusals, layers, starts)
+    functions = (heads, refusals, layers, asked, starts)
     return {function.__name__: list(function(engine)) for function in functions}
 
 
@@ -181,6 +198,34 @@ def layers(engine: Engine) -> Iterator[list[Any]]:
                 None if scratch is None else list(scratch.shape),
                 _shares_workspaces(builder),
             ]
+
+
+def asked(engine: Engine) -> Iterator[list[Any]]:
+    """Yield what kinds of layers ask the selector for, beyond what is usual, and their backend."""
+    from vllm_vispec.models.padded_heads import BackendFinder, choose_padded_head
+
+    usual: dict[str, Any] = {}
+    for settings, _ in ASKED:
+        scheme = settings.get("kv_cache_scheme")
+        quantization = scheme and SimpleNamespace(kv_cache_scheme={"strategy": scheme})
+        own = {k: v for k, v in settings.items() if k in ("per_layer_sliding_window", "sinks")}
+        vars(engine.config.model_config)["is_mm_prefix_lm"] = "is_mm_prefix_lm" in settings
+        with engine.on((9, 0), "auto") as config:
+            finder = BackendFinder.of_layer(
+                HEADS,
+                128,
+                128**-0.5,
+                cache_config=config.cache_config,
+                quant_config=quantization,
+                prefix="layers.0",
+                **own,
+            )
+            usual = usual or finder.options
+            head = choose_padded_head(finder, 128, 131)
+            assert head is not None
+            changed = {k: v for k, v in finder.options.items() if v != usual[k]}
+            yield [finder.kv_cache_dtype, changed, f"{head.backend.get_name()} {head.size}"]
+    vars(engine.config.model_config)["is_mm_prefix_lm"] = False
 
 
 def starts(engine: Engine) -> Iterator[str]:

@@ -27,7 +27,6 @@ _WANTED: Mapping[str, str] = {
     "list": "a list",
     "dict": "name: value pairs",
     "mapping": "name: value pairs",
-    "model": "a section with settings below it",
 }
 _LIMITS: Mapping[str, tuple[str, str]] = {
     "greater_than_equal": ("ge", "at least"),
@@ -107,6 +106,8 @@ def _describe(error: ValidationError, model: type[BaseModel], spelling: Spelling
     if kind in _LIMITS:
         key, words = _LIMITS[kind]
         wanted = f"give {words} {context[key]:g}"
+    elif kind == "model_type":
+        wanted = f"give a section with {', '.join(_settings_below(name, model))}"
     elif kind == "literal_error":
         wanted = "use one of " + context["expected"].replace(" or ", ", ").replace("'", "")
     else:
@@ -114,9 +115,19 @@ def _describe(error: ValidationError, model: type[BaseModel], spelling: Spelling
     return f"{spelling(name)} is {first['input']!r}: {wanted}"
 
 
+def _settings_below(section: str, model: type[BaseModel]) -> list[str]:
+    """Return the last names of a section's settings; none if there is no such section."""
+    known = (full.rpartition(".") for full, _ in iter_fields(model))
+    return [tail for head, _, tail in known if head == section]
+
+
 def _nearest(name: str, model: type[BaseModel]) -> str:
     """A hint at a known name; a name without its section, or of another one, counts too."""
     known = [full for full, _ in iter_fields(model)]
+    section, _, tail = name.rpartition(".")
+    siblings = _settings_below(section, model) if section else []
+    if siblings and not did_you_mean(tail, siblings):
+        return f"; the settings there are {', '.join(siblings)}"
     hint = did_you_mean(name, {*known, *model.model_fields})
     if hint:
         return hint
