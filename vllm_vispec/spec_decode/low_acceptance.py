@@ -5,6 +5,7 @@ first such line; nothing of vLLM is patched.
 """
 
 import logging
+import re
 
 from vllm_vispec.utils.logs import get_logger
 
@@ -15,7 +16,10 @@ LOW = 1.2
 in five steps, where drafting and verifying a few tokens takes a fifth of a step or more."""
 _ENOUGH = 200
 """Draft tokens that a log line must be about."""
-_LOGGER, _LINE = "vllm.v1.metrics.loggers", "SpecDecoding metrics: Mean acceptance length: "
+_LOGGER = "vllm.v1.metrics.loggers"
+_LINE = re.compile(
+    r"SpecDecoding metrics: Mean acceptance length: ([\d.]+),.* Drafted: (\d+) tokens"
+)
 
 
 def low_acceptance(length: float) -> str | None:
@@ -35,12 +39,10 @@ class _FirstAcceptance(logging.Filter):
     told = True
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if self.told or not str(record.msg).startswith(_LINE) or not isinstance(record.args, tuple):
-            return True
-        length, _, _, _, drafted, *_ = record.args
-        if int(str(drafted)) >= _ENOUGH:
+        found = None if self.told else _LINE.match(record.getMessage())
+        if found is not None and int(found[2]) >= _ENOUGH:
             self.told = True
-            note = low_acceptance(float(str(length)))
+            note = low_acceptance(float(found[1]))
             if note is not None:
                 logger.warning("ViSpec: %s", note)
         return True
