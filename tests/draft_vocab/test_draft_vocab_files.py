@@ -118,6 +118,9 @@ def test_a_list_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     found = resolve_draft_vocab(options("ids.json"), {}, tmp_path, 8)
     assert found.draft_vocab == str(tmp_path / "ids.json")
     assert find_vocab(found.draft_vocab, tmp_path, 8) == DraftVocab((6, 0))
+    # The list of the head comes with the head, wherever that is.
+    write_vocab(tmp_path / DRAFT_VOCAB, [5, 1])
+    assert resolve_draft_vocab(options(DRAFT_VOCAB), {}, tmp_path, 8).draft_vocab == "auto"
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,8 @@ def resolve_draft_vocab(
         vocab_size: tokens of the target.
 
     Returns:
-        The settings, with an absolute path.
+        The settings, with an absolute path; "auto" if it is that of the head's own list, which
+        workers find in a folder of their own.
 
     Raises:
         ViSpecError: the list cannot be used, or not with the other settings.
@@ -90,8 +91,11 @@ def resolve_draft_vocab(
     is_greedy = settings.get("draft_sample_method", "greedy") == "greedy"
     if is_greedy and not settings.get("enable_adaptive_verification"):
         settings.setdefault("use_local_argmax_reduction", True)
-    is_path = isinstance(setting, str) and setting != "auto"
-    return config.replace(draft_vocab=str(_locate(setting, folder))) if is_path else config
+    if not isinstance(setting, str) or setting == "auto":
+        return config
+    path = _locate(setting, folder)
+    is_heads = path == folder.absolute() / DRAFT_VOCAB
+    return config.replace(draft_vocab="auto" if is_heads else str(path))
 
 
 def find_vocab(
