@@ -197,7 +197,7 @@ STARTS: Mapping[str, Start] = {
         engine={"pipeline_parallel_size": 2},
     ),
     "tree is no object": _start(
-        "tree is 'eagle2': give a section with policy, depth, top_k", tree="eagle2"
+        "tree is 'eagle2': give name: value pairs of policy, depth, top_k", tree="eagle2"
     ),
     "tree with an unknown key": _start(
         r"tree\.width is unknown; the settings there are policy, depth", tree={"width": 3}

@@ -23,7 +23,7 @@ def test_defaults_are_the_references() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (True, r"tree is True: give a section with policy, depth, top_k, threshold"),
+        (True, r"tree is True: give name: value pairs of policy, depth, top_k, threshold"),
         ({"width": 3}, r"tree\.width is unknown; the settings there are policy, depth"),
         ({"dept": 3}, r'tree\.dept is unknown; did you mean "tree\.depth"'),
         ({"policy": "wide"}, r"tree\.policy is 'wide': use one of eagle2, chain, spec_llava"),

@@ -107,7 +107,7 @@ def _describe(error: ValidationError, model: type[BaseModel], spelling: Spelling
         key, words = _LIMITS[kind]
         wanted = f"give {words} {context[key]:g}"
     elif kind == "model_type":
-        wanted = f"give a section with {', '.join(_settings_below(name, model))}"
+        wanted = f"give name: value pairs of {', '.join(_settings_below(name, model))}"
     elif kind == "literal_error":
         wanted = "use one of " + context["expected"].replace(" or ", ", ").replace("'", "")
     else:
