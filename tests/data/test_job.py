@@ -15,9 +15,10 @@ import pytest
 
 from tests.data.fakes import COUNT, FakeBackend, Killed, changed, record, records, rejected, run
 from vllm_vispec.data.read import read_conversations
-from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Regenerated
+from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Regenerated, Result
+from vllm_vispec.data.regenerate.offline import OfflineBackend
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
-from vllm_vispec.data.types import Conversation
+from vllm_vispec.data.types import Conversation, Rejected
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.settings import as_flag, parse
 
@@ -133,6 +134,25 @@ def test_round_trip_failures(settings: RegenerateSettings, strict: bool, kept: i
     assert summary.success == COUNT - 1 + kept
     expected = None if kept else "template round trip: so"
     assert rejected(settings).get("s3") == expected
+
+
+def test_an_engine_without_a_request_is_not_stepped(settings: RegenerateSettings) -> None:
+    """It would wait for its process, which has nothing to say, for ever."""
+
+    class Refusing(OfflineBackend):
+        def __init__(self) -> None:
+            self.settings, self.limit = settings, 2
+
+        def _enqueue(self, dialogue: Dialogue) -> str:
+            raise ValueError("longer than the maximum context length")
+
+        def _step(self, running: dict[str, Dialogue]) -> Iterator[Result]:
+            pytest.fail("stepped")
+
+    asked = [one for one in read_conversations(settings.input) if isinstance(one, Conversation)]
+    assert [one.sample_id for one in asked] == [
+        one.sample_id for one in Refusing().answer(asked) if isinstance(one, Rejected)
+    ]
 
 
 def test_a_backend_that_loses_samples_is_noticed(settings: RegenerateSettings) -> None:

@@ -46,7 +46,8 @@ class OfflineBackend:
                     running[self._enqueue(dialogue)] = dialogue
                 except ValueError as error:
                     yield Rejected(conversation.sample_id, first_line(error))
-            yield from self._step(running)
+            if running:  # without a request the engine's process never answers
+                yield from self._step(running)
 
     def close(self) -> None:
         """Stop the engine."""
