@@ -12,9 +12,11 @@ import torch
 from tests.support.tiny_store import TinyStore
 from tests.train.runs import lines, losses, recipe, run, write_records
 from vllm_vispec.heads.folder import inspect_head, load_draft
+from vllm_vispec.train.data import read_corpus
 from vllm_vispec.train.distributed import processes
 from vllm_vispec.train.loop import fill_cache
 from vllm_vispec.train.target import TrainingTarget
+from vllm_vispec.train.teacher import OfflineTeacher
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import read_json
 
@@ -44,6 +46,14 @@ def test_online_and_offline_are_the_same(
     other = recipe(target, dialogues, tmp_path / "offline", data__max_length=99, **cached)
     with pytest.raises(ViSpecError, match=r"another run \(chunk_samples, max_length differ\)"):
         run(other, "data.max_length", "teacher.shard_samples")
+
+
+def test_a_new_cache_lets_the_target_go(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:
+    config = recipe(tiny.target("llava"), dialogues, tmp_path / "run", teacher__mode="offline")
+    with processes("cpu") as group:
+        teacher = OfflineTeacher(config, read_corpus(config.data), group)
+    assert not any(isinstance(one, TrainingTarget) for one in vars(teacher).values())
+    assert len(teacher.observe([1])) == 1
 
 
 def test_a_step_is_the_same_however_it_is_cut(

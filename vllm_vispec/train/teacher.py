@@ -167,11 +167,13 @@ class OfflineTeacher(Teacher):
         )
         tables = folder / "tables.safetensors"
         if group.is_main and not tables.is_file():
-            target = self._target
-            target.model.config.save_pretrained(folder / "target")
-            lm_head_VD = target.lm_head_VD.clone()  # perhaps the same tensor
-            write_tensors(tables, {"embed_tokens": target.embed_VD, "lm_head": lm_head_VD})
+            self._target.model.config.save_pretrained(folder / "target")
+            lm_head_VD = self._target.lm_head_VD.clone()  # perhaps the same tensor
+            write_tensors(tables, {"embed_tokens": self._target.embed_VD, "lm_head": lm_head_VD})
         group.wait()
+        # Perhaps loaded for the cache. Training needs neither, and both are large.
+        for name in ("_target", "_samples"):
+            vars(self).pop(name, None)
         target_config = load_target_config(folder / "target")
         found = {name: one.to(group.device) for name, one in read_tensors(tables).items()}
         self.facts = TargetFacts(
