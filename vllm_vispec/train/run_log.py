@@ -7,8 +7,9 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -212,9 +213,11 @@ def command_line() -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, this package and those its results depend on."""
-    installed = {one.name: one.version for one in distributions()}
-    found = {name: installed[name] for name in PACKAGES if name in installed}
-    return {"python": platform.python_version(), "vllm-vispec": __version__, **found}
+    found = {"python": platform.python_version(), "vllm-vispec": __version__}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def now() -> str:
