@@ -137,6 +137,13 @@ def test_language_models_that_do_not_fit(
         start(tmp_path)
 
 
+def test_a_table_may_differ_by_its_padding_alone(tmp_path: Path) -> None:
+    write_language_model(tmp_path, vocab_size=700)
+    edit(tmp_path, vocab_size=64)
+    with pytest.raises(ViSpecError, match=r"size mismatch for embed_tokens"):
+        start(tmp_path)
+
+
 def test_sizes_are_those_of_the_start(tmp_path: Path) -> None:
     write_language_model(tmp_path)
     with pytest.raises(ViSpecError, match=r"head\.num_layers is 5, head\.init_from .* has 2"):

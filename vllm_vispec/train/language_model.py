@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -96,12 +97,13 @@ def load_language_model(draft: nn.Module, tensors: Mapping[str, Tensor], folder:
     ours = draft.state_dict()
     weights = {n: w for n, w in ours.items() if n.startswith(PROJECTOR_PREFIX)}
     for name, tensor in tensors.items():
-        is_table = name in _TABLES and name in ours
-        weights[name] = _with_rows(tensor, len(ours[name])) if is_table else tensor
+        if name in _TABLES and name in ours and abs(len(tensor) - len(ours[name])) <= _PADDING:
+            tensor = _with_rows(tensor, len(ours[name]))
+        weights[name] = tensor
     try:
         draft.load_state_dict(weights)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
+        reason = shorten(str(error).splitlines()[1], 300, placeholder=" ...")
         raise ViSpecError(
             f"head.init_from {folder!r} is a language model, but not the one of its config.json "
             f"({reason}): use a plain, unquantised {' or '.join(FAMILIES)} model"
