@@ -55,6 +55,7 @@ def test_recipe_and_assignments(tmp_path: Path) -> None:
         ("data.validation_share=1.5", "at most 0.9"),
         ("optimizer.clip=sometimes", "one of value, norm, none"),
         ("loss.weights=3", "name: value pairs"),
+        ("run.num_draft_tokens=33", "at most 32"),
     ],
 )
 def test_wrong_assignments(assignment: str, message: str) -> None:

@@ -228,8 +228,8 @@ class RunConfig(Section):
     """newest checkpoints kept, beside the best"""
     log_every: int = setting(10, "ours", ge=1)
     """steps per line of metrics.jsonl"""
-    num_draft_tokens: int = setting(5, "ours", ge=1)
-    """K of the simulated acceptance_length"""
+    num_draft_tokens: int = setting(5, "ours", ge=1, le=32)
+    """K of the simulated acceptance_length, and of the head as it is served"""
     export: Literal["best", "last"] = setting("best", "ours")
     """which weights become the head"""
 
