@@ -17,7 +17,7 @@ from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Rejected
 from vllm_vispec.draft_vocab.files import find_vocab
 from vllm_vispec.evaluate.engine import Question, measure, questions
-from vllm_vispec.evaluate.options import EvalOptions, read_samples
+from vllm_vispec.evaluate.options import EvalOptions, EvalSample, read_samples
 from vllm_vispec.evaluate.report import Report
 from vllm_vispec.heads.folder import inspect_head, load_draft
 from vllm_vispec.heads.target import check_against_target, load_target_config
@@ -40,13 +40,10 @@ def evaluate(options: EvalOptions) -> Report:
     samples = greedy = checked = longest = 0
     every = read_samples(options.data, encoder, rejected, options.limit)
     while group := list(islice(every, options.batch_size)):
-        observed = pair.target.observe([sample.encoded for sample in group])
-        answers += pair.simulate(observed, options.num_speculative_tokens)
-        samples += len(group)
-        longest = max(longest, *(len(one.token_ids) for one in observed))
-        for one in observed if options.check_greedy else ():
-            same, total = greedy_tokens(one, pair.target.lm_head_VD)
-            greedy, checked = greedy + same, checked + total
+        found, matches, tokens = pair.simulate(group, options)
+        answers += found
+        samples, greedy, checked = samples + len(group), greedy + matches, checked + tokens
+        longest = max(longest, *(len(sample.encoded.token_ids) for sample in group))
         if options.engine:
             asked += [question for sample in group for question in questions(encoder, sample)]
     if not samples:
@@ -88,10 +85,21 @@ class _Pair:
             self.token_ids_V = torch.tensor(sorted(vocab.token_ids), device=device)
             self.lm_head_VD = self.lm_head_VD[self.token_ids_V]
 
-    def simulate(self, observed: Sequence[Observed], num_draft_tokens: int) -> Answers:
-        """Acceptance on a few samples."""
-        batch = pad_batch(observed)
-        return simulate(self.draft, self.lm_head_VD, batch, num_draft_tokens, self.token_ids_V)
+    def simulate(
+        self, group: Sequence[EvalSample], options: EvalOptions
+    ) -> tuple[Answers, int, int]:
+        """Acceptance on a few samples, and how many of how many answer tokens are greedy."""
+        observed = self.target.observe([sample.encoded for sample in group])
+        answers = simulate(
+            self.draft,
+            self.lm_head_VD,
+            pad_batch(observed),
+            options.num_speculative_tokens,
+            self.token_ids_V,
+        )
+        checked = observed if options.check_greedy else []
+        counts = [greedy_tokens(one, self.target.lm_head_VD) for one in checked]
+        return answers, sum(same for same, _ in counts), sum(total for _, total in counts)
 
     def room(self, longest: int, num_draft_tokens: int) -> int:
         """max_model_len for conversations of up to `longest` tokens.
