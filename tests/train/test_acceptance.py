@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +15,9 @@ from torch import Tensor
 
 from tests.support.heads import random_draft_vlm
 from tests.train.samples import HEADS, random_draft, random_sample
-from vllm_vispec.evaluate.engine import inside_answer
+from vllm_vispec.evaluate import engine
+from vllm_vispec.evaluate.engine import Question, inside_answer, measure
+from vllm_vispec.evaluate.options import EvalOptions
 from vllm_vispec.reference import Draft, DraftVlm
 from vllm_vispec.train.acceptance import (
     Acceptance,
@@ -156,3 +163,23 @@ def test_drafts_behind_the_end_of_an_answer_are_left_out() -> None:
     # 8 tokens: 1 of the prefill, 3 + 1 of the first step, 3 of the second, whose 5 were accepted.
     assert inside_answer([3, 5], 8) == [3, 3]
     assert inside_answer([3, 2], 8) == [3, 2]
+
+
+def test_answers_of_an_engine_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = SimpleNamespace(per_step_accepted=(3, 5))
+    answers = [
+        SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, spec_decode_metrics=metrics)])
+        for ids in (tuple(range(8)), (9, *range(7)))
+    ]
+
+    @contextmanager
+    def opened(*_: Any) -> Iterator[Any]:
+        yield SimpleNamespace(generate=lambda prompts, params: answers)
+
+    monkeypatch.setattr(engine, "_open_engine", opened)
+    options = EvalOptions(target="t", head="h", data=Path(__file__), num_speculative_tokens=5)
+    asked = [Question(family, [1], (), list(range(8))) for family in ("charts", "")]
+    found = measure(options, asked, 100)
+    assert (found.identical, found.accepted_past_end) == (1, 2 * 2)
+    assert found.families["charts"] == Acceptance(2, 7, 1, (2, 2, 2, 0, 0))
+    assert found.families["overall"] == Acceptance(4, 14, 2, (4, 4, 4, 0, 0))
