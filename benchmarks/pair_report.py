@@ -101,6 +101,8 @@ def reproduce(
     results.mkdir(parents=True, exist_ok=True)
     packed = gzip.compress((run / CELLS_FILE).read_bytes(), mtime=0)
     (results / PACKED_FILE).write_bytes(packed)
+    # Of an earlier version, or of a run that was continued there.
+    (results / CELLS_FILE).unlink(missing_ok=True)
     shutil.copyfile(run / RUN_FILE, results / RUN_FILE)
     files = write_report(results, pages)
     tools.log(f"{files.markdown}, {files.html}; the run: {results}")

@@ -330,8 +330,12 @@ def test_a_run_in_any_form_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_unreadable_runs_and_folders_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(ViSpecError, match="cannot be read"):
         write_report(tmp_path / "nowhere", tmp_path / "out")
-    run = tmp_path / "run.json"
+    run = tmp_path / RUN_FILE
     run.write_text(json.dumps(made_up(ks=(4,)).to_json()))
+    for damaged in (gzip.compress(b"{}\n")[:-4], b"no archive"):
+        (tmp_path / PACKED_FILE).write_bytes(damaged)
+        with pytest.raises(ViSpecError, match="cannot be read"):
+            write_report(tmp_path, tmp_path / "out")
     (tmp_path / "file").write_text("")
     with pytest.raises(ViSpecError, match="cannot be written"):
         write_report(run, tmp_path / "file" / "out", RESAMPLES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -18,7 +19,14 @@ from vllm_vispec.bench.load import LoadJob
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.runner import run_matrix
 from vllm_vispec.bench.schedules import SETTING
-from vllm_vispec.bench.schema import BenchRun, BenchSample, SpecCounters
+from vllm_vispec.bench.schema import (
+    CELLS_FILE,
+    PACKED_FILE,
+    RUN_FILE,
+    BenchRun,
+    BenchSample,
+    SpecCounters,
+)
 from vllm_vispec.bench.server import EXTENSION, option_value, serve_arguments
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -105,6 +113,26 @@ def test_a_failed_cell_is_recorded_and_tried_again_later(tmp_path: Path) -> None
     assert [event for event in world.events if event.startswith("start")] == ["start vispec"]
     assert not any(cell.error for cell in BenchRun.load(tmp_path).cells)
     assert len(lines(tmp_path / "cells.jsonl")) == 5
+
+
+def test_runs_of_earlier_versions_and_packed_ones_are_continued(tmp_path: Path) -> None:
+    settings, cells = tmp_path / RUN_FILE, tmp_path / CELLS_FILE
+    assert run(tmp_path, settings=BOTH) == (8, 0, 0)
+    for file, names in (
+        (settings, {"variants": "sides"}),
+        (cells, {"variant": "side", "steps": "rounds"}),
+    ):
+        text = file.read_text()
+        for now, then in names.items():
+            assert f'"{now}":' in text
+            text = text.replace(f'"{now}":', f'"{then}":')
+        file.write_text(text)
+    assert run(tmp_path, settings=BOTH) == (0, 0, 8)
+    (tmp_path / PACKED_FILE).write_bytes(gzip.compress(cells.read_bytes()))
+    cells.unlink()
+    more = replace(BOTH, repetitions=3)
+    assert [run(tmp_path, settings=more) for _ in range(2)] == [(4, 0, 8), (0, 0, 12)]
+    assert len(BenchRun.load(tmp_path).cells) == 12
 
 
 @pytest.mark.parametrize("at_once", [1, 2])

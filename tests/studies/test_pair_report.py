@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.pair_report import pair_settings, reproduce
 from examples.tiny_vlm.questions import IMAGE_FAMILIES
 from tests.bench.fakes import World, lines
-from vllm_vispec.bench.schema import BenchRun
+from vllm_vispec.bench.schema import CELLS_FILE, BenchRun
 
 SAMPLES = 12
 
@@ -28,6 +28,7 @@ def test_the_report_is_made_from_nothing(tmp_path: Path) -> None:
     families = {record["family"] for record in lines(work / "data" / "questions.jsonl")}
     assert families == set(IMAGE_FAMILIES)
 
+    (results / CELLS_FILE).write_text("an earlier version's\n")
     world = World()
     assert reproduce(settings, work, pages, results, world.tools(), SAMPLES)
     # Only what had failed is measured again: 6 points around K = 5, one at 3.

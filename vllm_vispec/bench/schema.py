@@ -1,14 +1,15 @@
 """What a benchmark run writes down: raw records only, every number is computed from them later.
 
 A run is a folder with `run.json` (format, machine, settings) and `cells.jsonl` (one `CellResult` a
-line; or `cells.jsonl.gz`). `BenchRun.load` takes such a folder or one JSON file written by
-`BenchRun.to_json`. Times are in seconds, to the microsecond.
+line; `cells.jsonl.gz` has the ones before them). `BenchRun.load` takes such a folder or one JSON
+file written by `BenchRun.to_json`. Times are in seconds, to the microsecond.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -24,7 +25,7 @@ FORMAT = 1
 RUN_FILE = "run.json"
 CELLS_FILE = "cells.jsonl"
 PACKED_FILE = "cells.jsonl.gz"
-"""The same, for a run that is kept."""
+"""The same, for a run that is kept; a later call writes what it adds to `CELLS_FILE`."""
 IMAGES_AS_THEY_ARE = -1
 """`CellKey.image_tokens` of a cell whose images were not resized; 0 means that none was sent."""
 
@@ -250,7 +251,7 @@ class BenchRun(Record):
             content = json.loads(file.read_text(encoding="utf-8"))
             if path.is_dir():
                 content["cells"] = read_cells(path)
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, EOFError, zlib.error, json.JSONDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ViSpecError(
                 f"benchmark run {path} cannot be read ({reason}): give the folder that "
@@ -273,13 +274,13 @@ def read_cells(folder: Path) -> list[dict[str, Any]]:
     """Return the cells of a run's folder as plain data; a last line that was cut off is left out.
 
     Raises:
-        OSError, json.JSONDecodeError: they cannot be read, or another line is damaged.
+        OSError, EOFError, zlib.error, json.JSONDecodeError: they cannot be read, or another line is
+            damaged.
     """
     file, packed = folder / CELLS_FILE, folder / PACKED_FILE
-    content = b""
+    content = gzip.decompress(packed.read_bytes()) if packed.exists() else b""
     if file.exists():
-        content = file.read_bytes()
-    elif packed.exists():
-        content = gzip.decompress(packed.read_bytes())
+        # A run that was kept and then continued.
+        content += file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     return [json.loads(line) for line in whole.splitlines() if line.strip()]
