@@ -54,7 +54,8 @@ house: setup ## size and shape of the repository against its limits
 	@$(PY) -m tools.house
 
 bench: setup ## compare the speed with plain vLLM and with vLLM's EAGLE
-	@$(PY) -m benchmarks
+	@$(PY) -m benchmarks decode-speed
+	@$(PY) -m benchmarks draft-cost
 
 report: setup ## measure the shipped pair and write docs/report (about half an hour, 2 cores)
 	@$(PY) -m benchmarks.pair_report
