@@ -101,7 +101,7 @@ def main(
     output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "decode_speed.json",
     logs: Annotated[Path, typer.Option(help="Folder of the engines' logs.")] = Path("out"),
 ) -> None:
-    """Sweep K and print both sides."""
+    """Sweep K and print ViSpec beside plain vLLM."""
     job = Job(model, None, dtype, max_tokens, per_family, tuple(family or ()))
     results = sweep(job, draft_model, k or DEFAULT_DRAFT_TOKENS, repetitions, threads, logs)
     best = max(results, key=lambda one: float(one["decode_speedup"]))

@@ -80,7 +80,7 @@ def test_files(events: list[str], tmp_path: Path) -> None:
         "| draft first pass | 40000.000 | 8000.000 | 0.200 | 0.200 to 0.200 | 0.200 |",
         "| 30 | 1 | 2 | 40000.000 | 8000.000 | 0.200 |",
         "| draft step 2 | 12000.000 | 12000.000 | 1.000 |",
-        "Prefill steps, medians over 4 on each side",
+        "Prefill steps, medians over 4 of each engine",
         "- Steps left out, eagle: 8 without a counterpart\n\n## Conditions",
         "(profile.svg)",
     ):

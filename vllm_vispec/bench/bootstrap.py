@@ -35,7 +35,7 @@ def bootstrap(
 
     A resample draws the units along each axis with replacement. Two axes are crossed: the same
     questions are drawn for every drawn repetition. Along the other axes nothing is drawn, so what
-    lies there stays paired, e.g. two sides that answered the same questions. The same call gives
+    lies there stays paired, e.g. two variants that answered the same questions. The same call gives
     the same numbers.
 
     Args:
@@ -66,7 +66,7 @@ class Measured:
     """A speedup and its 95 % interval.
 
     Attributes:
-        value: None without answers on both sides.
+        value: None without samples that both answered.
         low, high: None if there is no interval: nothing to resample, or only one thing of a kind.
     """
 
