@@ -33,6 +33,8 @@ FIRST_ARGS = (
     "--no-enable-prefix-caching",
     "--mm-processor-cache-gb=0",
     "--no-async-scheduling",
+    # As in `vllm.LLM`.
+    "--disable-log-stats",
 )
 """vLLM's options unless the user says otherwise."""
 
