@@ -68,7 +68,7 @@ def test_wrong_assignments(assignment: str, message: str) -> None:
     ("text", "message"),
     [
         ("optimiser: {lr: 1}", "did you mean .optimizer."),
-        ("optimizer: 3", "give a section"),
+        ("optimizer: 3", "give name: value pairs of"),
         ("- 1", "holds no sections"),
         ("a: [", "is no YAML"),
     ],
