@@ -23,7 +23,7 @@ setup: ## create .venv and install everything (a no-op when nothing changed)
 demo: setup ## serve the tiny VLM with and without ViSpec on real images
 	@$(PY) -m examples.demo
 
-test: setup lint ## lint and the default tests (under 12 minutes on 2 cores)
+test: setup lint ## lint and the default tests (about 8 minutes on 2 cores)
 	@$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: setup ## the long matrix: vLLM 0.33, and everything marked slow
