@@ -203,7 +203,8 @@ def test_batches_replay_the_graph_of_the_next_size(caplog: pytest.LogCaptureFixt
         recorded.capture()
         eager.init_cudagraph_manager(CUDAGraphMode.NONE)
         assert _said(caplog) == [
-            "ViSpec trees grow in one CUDA graph for up to 5 requests in a step, eagerly above",
+            "ViSpec trees grow in one CUDA graph for up to 5 requests in a step; steps with more "
+            "run eagerly, max_cudagraph_capture_size sets the limit",
             "ViSpec trees grow eagerly, kernel by kernel: cudagraph_mode=NONE has no full graphs "
             "for decoding",
         ]

@@ -102,9 +102,17 @@ def log_recorded_growth(manager: CudaGraphManager, width: int) -> None:
     """Say for how many requests trees grow in the graphs that were recorded."""
     recorded = max((desc.num_reqs or 0 for desc in manager.graphs), default=0)
     if recorded:
-        log_growth("in one CUDA graph for up to %d requests in a step, eagerly above", recorded)
+        log_growth(
+            "in one CUDA graph for up to %d requests in a step; steps with more run "
+            "eagerly, max_cudagraph_capture_size sets the limit",
+            recorded,
+        )
     else:
-        log_growth(f"{EAGERLY}: a level has %d tokens, more than any graph", width)
+        log_growth(
+            f"{EAGERLY}: a level has %d tokens, more than any graph; raise "
+            "max_cudagraph_capture_size to at least that",
+            width,
+        )
 
 
 class RecordedVerification:
