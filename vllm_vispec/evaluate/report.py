@@ -87,7 +87,7 @@ def make_table(report: Report) -> Table:
     depth = len(report.simulated[OVERALL].accepted_by_position)
     table = Table(title="Accepted drafts of greedy chains")
     table.add_column("family")
-    for name in ("source", "answers", "rounds", "acceptance_length"):
+    for name in ("source", "answers", "steps", "acceptance_length"):
         table.add_column(name, justify="left" if name == "source" else "right")
     for position in range(1, depth + 1):
         table.add_column(f"{position}", justify="right")

@@ -85,11 +85,11 @@ class Acceptance:
         """Sums and rates as plain data."""
         return {
             "answers": self.answers,
-            "rounds": self.steps,
+            "steps": self.steps,
             "tokens": self.tokens,
             "acceptance_length": round(self.acceptance_length, 4),
             "mean_accepted_tokens": round(self.mean_accepted_tokens, 4),
-            "accept_rates": [round(rate, 4) for rate in self.acceptance_rates],
+            "acceptance_rate_per_position": [round(rate, 4) for rate in self.acceptance_rates],
             "accepted_by_position": list(self.accepted_by_position),
         }
 

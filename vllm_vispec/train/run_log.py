@@ -95,7 +95,9 @@ class RunLog:
                 "step": progress.step,
                 "seconds": round(progress.seconds, 2),
                 "acceptance_length": rates,
-                "accept_rates": [round(rate, 4) for rate in found[OVERALL].acceptance_rates],
+                "acceptance_rate_per_position": [
+                    round(rate, 4) for rate in found[OVERALL].acceptance_rates
+                ],
             },
             gate,
         )
