@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.support.tiny_families import DRAFT_VLM_KIND
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.formats import get_format
 from vllm_vispec.reference import DraftVlm, tensor_shapes
@@ -145,17 +146,10 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
 
 
 # Narrower than the target's image embeddings, and with fewer key heads than query heads.
-_DRAFT_VLM: dict[str, Any] = {
+_DRAFT_VLM = DRAFT_VLM_KIND | {
     "hidden_size": 24,
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
-    "num_query_tokens": 1,
-    "qkv_bias": True,
-    "fc_bias": False,
-    "layer0_input_norm": True,
-    "final_norm": True,
-    "global_feature": False,
-    "compress": False,
     "num_hidden_layers": 3,
     "vision_size": 32,
 }

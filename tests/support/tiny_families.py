@@ -34,6 +34,16 @@ Compare both pictures: which colours appear in the first one but not in the seco
 What is written on the sign? Transcribe the text exactly, with its punctuation and digits.
 0123456789 10 20 30 40 50 60 70 80 90 100 200 500 1000 + - * / = < > ( ) [ ] { } : ; , . ! ?
 """
+DRAFT_VLM_KIND: dict[str, Any] = {
+    "num_query_tokens": 1,
+    "qkv_bias": True,
+    "fc_bias": False,
+    "layer0_input_norm": True,
+    "final_norm": True,
+    "global_feature": False,
+    "compress": False,
+}
+"""What every draft VLM has, whatever its sizes."""
 
 
 @dataclass(frozen=True)

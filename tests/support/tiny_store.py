@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.support.tiny_families import FAMILIES, HEAD_DIM, HIDDEN, TEXT, VOCAB
+from tests.support.tiny_families import DRAFT_VLM_KIND, FAMILIES, HEAD_DIM, HIDDEN, TEXT, VOCAB
 from tests.support.tiny_models import build_target
 
 if TYPE_CHECKING:
@@ -38,18 +38,11 @@ _HEAD = {
     "fc_bias": True,
 }
 # Narrower than its target.
-_DRAFT_VLM = {
+_DRAFT_VLM = DRAFT_VLM_KIND | {
     "hidden_size": 48,
     "intermediate_size": 96,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "num_query_tokens": 1,
-    "qkv_bias": True,
-    "fc_bias": False,
-    "layer0_input_norm": True,
-    "final_norm": True,
-    "global_feature": False,
-    "compress": False,
     "num_hidden_layers": 2,
     "vision_size": HIDDEN,
 }
