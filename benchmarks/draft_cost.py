@@ -22,6 +22,7 @@ from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import write_questions
 from examples.tiny_vlm.shipped import DRAFT_TOKENS, HEAD, MAX_MODEL_LEN, TARGET
 from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
+from vllm_vispec.bench.pages import show
 from vllm_vispec.bench.profile import ProfileSettings, run_profile
 from vllm_vispec.bench.profile_result import to_page
 from vllm_vispec.utils.files import write_json
@@ -77,7 +78,7 @@ def main(
     write_questions(data, "heldout", FIRST_HELD_OUT, per_family * len(families), families)
     loaded = load_dataset("tiny", data, DatasetOptions(max_tokens=max_tokens))
     profile = run_profile(settings, loaded.samples, folder)
-    print(to_page(profile))
+    show(to_page(profile))
     wholes = profile["decode"]["wholes"]
     for name in SHOWN:
         if name in wholes:

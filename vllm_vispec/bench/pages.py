@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # An underscore inside of a word means nothing, and escaped names are hard to read.
 _SPECIAL = re.compile(r"([\\`*{}\[\]<>#|~$!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
+WIDTH = 110
+"""Columns of a page in the terminal."""
 _LINE_BREAKS = re.compile(r"[\r\n]+")
 _TYPED = re.compile(r"<p>([^\n]*)</p>\n<pre><code>(.*?)\n</code></pre>", re.DOTALL)
 
@@ -32,6 +34,14 @@ def to_markdown(template: str, **context: Any) -> str:
     environment.filters |= {"code": code, "fenced": fenced, "plain": escape}
     environment.filters |= context.pop("filters", {})
     return environment.get_template(template).render(context)
+
+
+def show(markdown: str) -> None:
+    """Print Markdown in the terminal, its tables drawn."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console(width=WIDTH).print(Markdown(markdown))
 
 
 def to_html(markdown: str, pictures: Mapping[str, str]) -> str:

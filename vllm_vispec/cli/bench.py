@@ -149,6 +149,7 @@ def profile(
     vLLM's own EAGLE and ViSpec take turns. Decoding and prefill steps are shown apart.
     """
     from vllm_vispec.bench.datasets import load_dataset
+    from vllm_vispec.bench.pages import show
     from vllm_vispec.bench.profile import run_profile
     from vllm_vispec.bench.profile_result import to_page
 
@@ -163,7 +164,7 @@ def profile(
     except KeyboardInterrupt:
         typer.echo("stopped: nothing was written", err=True)
         return INTERRUPTED
-    typer.echo(to_page(found))
+    show(to_page(found))
     typer.echo(f"wrote profile.json, profile.md, profile.svg and profile.png to {output}")
     return 0
 

@@ -15,8 +15,6 @@ from vllm_vispec.verify.run import EngineOptions, Verifier, VerifySettings
 if TYPE_CHECKING:
     from vllm_vispec.verify.result import Verification
 
-WIDTH = 110
-
 
 @options_of(VerifySettings, EngineOptions)
 def verify(
@@ -46,10 +44,9 @@ def run(settings: VerifySettings, output: Path) -> Verification:
         ViSpecError: the files cannot be written.
         typer.Exit: it was interrupted.
     """
-    from rich.console import Console
-    from rich.markdown import Markdown
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from vllm_vispec.bench.pages import show
     from vllm_vispec.utils.files import write_json, write_text
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -68,7 +65,7 @@ def run(settings: VerifySettings, output: Path) -> Verification:
             typer.echo("stopped: nothing was written", err=True)
             raise typer.Exit(INTERRUPTED) from error
     text = found.to_markdown()
-    Console(width=WIDTH).print(Markdown(text))
+    show(text)
     write_json(output, found.model_dump(mode="json"))
     write_text(page := output.with_suffix(".txt"), text)
     typer.echo(f"wrote {output} and {page}")
