@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 
 from vllm_vispec.heads.config import (
     ARCHITECTURES,
+    DRAFT_MODEL_ARCHITECTURE,
     DRAFT_VLM_ARCHITECTURE,
     EMBEDS_ARCHITECTURE,
     HeadConfig,
@@ -131,13 +132,19 @@ def uses_vispec(vllm_config: Any) -> bool:
 
 def reads_embeddings(vllm_config: Any) -> bool:
     """Whether the draft takes the image tokens' embeddings as its input."""
-    reading = {EMBEDS_ARCHITECTURE, DRAFT_VLM_ARCHITECTURE}
+    reading = {EMBEDS_ARCHITECTURE, DRAFT_VLM_ARCHITECTURE, DRAFT_MODEL_ARCHITECTURE}
     return not _draft_architectures(vllm_config).isdisjoint(reading)
 
 
 def reads_target_states(vllm_config: Any) -> bool:
-    """Whether the draft takes the target's hidden states in; a draft VLM does not."""
-    return DRAFT_VLM_ARCHITECTURE not in _draft_architectures(vllm_config)
+    """Whether the draft takes the target's hidden states in; a model of its own does not."""
+    own = {DRAFT_VLM_ARCHITECTURE, DRAFT_MODEL_ARCHITECTURE}
+    return _draft_architectures(vllm_config).isdisjoint(own)
+
+
+def drafts_with_published(vllm_config: Any) -> bool:
+    """Whether the draft is a published model, as it is."""
+    return DRAFT_MODEL_ARCHITECTURE in _draft_architectures(vllm_config)
 
 
 def trims_drafts(vllm_config: Any) -> bool:

@@ -94,6 +94,7 @@ def _register_draft_architectures() -> None:
 
     from vllm_vispec.heads.config import (
         ARCHITECTURE,
+        DRAFT_MODEL_ARCHITECTURE,
         DRAFT_VLM_ARCHITECTURE,
         EMBEDS_ARCHITECTURE,
     )
@@ -103,6 +104,7 @@ def _register_draft_architectures() -> None:
         ("models.vispec", ARCHITECTURE),
         ("models.uncompressed", EMBEDS_ARCHITECTURE),
         ("draft_vlm.model", DRAFT_VLM_ARCHITECTURE),
+        ("draft_model.model", DRAFT_MODEL_ARCHITECTURE),
     ):
         if architecture not in known:
             ModelRegistry.register_model(architecture, f"vllm_vispec.{module}:{architecture}")

@@ -24,7 +24,7 @@ from vllm_vispec.compat.groups import GROUPS, check_features, needed_groups, uni
 from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint, Runner
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import ViSpecConfig
-from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.config import DRAFT_MODEL_ARCHITECTURE, HeadConfig
 from vllm_vispec.models.patch_points import PADDED_HEADS
 from vllm_vispec.spec_decode.patch_points import CHAINS, CORE
 from vllm_vispec.trees.settings import TreeSettings
@@ -140,11 +140,19 @@ def test_symbols_are_found_in_the_text(symbol: str, parameters: list[str] | None
 
 
 def _settings(
-    head: HeadConfig = BASE, *, adaptive: bool = False, is_v2: bool = True, **settings: Any
+    head: HeadConfig = BASE,
+    *,
+    adaptive: bool = False,
+    is_v2: bool = True,
+    architecture: str | None = None,
+    **settings: Any,
 ) -> SimpleNamespace:
     """Return vLLM's configuration, as far as it says what a head and its settings need."""
     content = head.to_llama_config_dict()
-    named = content | {"architectures": [head.architecture], "to_dict": lambda: content}
+    named = content | {
+        "architectures": [architecture or head.architecture],
+        "to_dict": lambda: content,
+    }
     return SimpleNamespace(
         speculative_config=SimpleNamespace(
             draft_model_config=SimpleNamespace(hf_config=SimpleNamespace(**named)),
@@ -162,6 +170,7 @@ SETTINGS: dict[str, Any] = {
     "uncompressed": _settings(replace(BASE, compress=False, global_feature=False)),
     "gate": _settings(replace(BASE, compressor="select", num_query_tokens=1)),
     "draft VLM": _settings(DRAFT_VLM),
+    "draft model": _settings(DRAFT_VLM, architecture=DRAFT_MODEL_ARCHITECTURE),
     "draft_vocab": _settings(draft_vocab="auto"),
     "adaptive verification": _settings(adaptive=True),
     "trees": _settings(tree=TreeSettings()),
@@ -203,7 +212,7 @@ def test_a_broken_patch_point_disables_its_feature_alone(
     }
     runners = ("v1", "v2") if group.runner is None else (group.runner,)
     if group in (CORE, CHAINS, V1_CHAINS, PADDED_HEADS):
-        spared = {"uncompressed", "draft VLM"} if group is PADDED_HEADS else set()
+        spared = {"uncompressed", "draft VLM", "draft model"} if group is PADDED_HEADS else set()
         assert refused == {(n, used) for n in SETTINGS for used in runners if n not in spared}
     else:
         assert "chains" not in {name for name, _ in refused}
@@ -258,7 +267,8 @@ plugin.register()
 for group in groups.GROUPS:
     if group.runner == "v2":
         group.apply()
-for room in ("spec_decode", "trees", "models", "draft_vlm", "draft_vocab", "compressors", "bench"):
+rooms = "spec_decode trees models draft_vlm draft_model draft_vocab compressors bench"
+for room in rooms.split():
     for path in (root / room).glob("*.py"):
         import_module(f"vllm_vispec.{room}.{path.stem}")
 assert "chains on V1" not in [group.title for group in groups.GROUPS]

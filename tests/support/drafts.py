@@ -27,11 +27,14 @@ class Draft:
     head: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     is_vlm: bool = False
+    is_sibling: bool = False
     few_tokens: bool = False
 
     def of(self, tiny: TinyStore, kind: str = KIND) -> dict[str, Any]:
         """Return the options of an engine with this draft for the target of family ``kind``."""
         make = tiny.draft_vlm if self.is_vlm else tiny.head
+        if self.is_sibling:
+            make = tiny.sibling
         found = {"draft": make(kind, **self.head), **self.options}
         if self.few_tokens:
             file = tiny.root / "two_thirds.json"

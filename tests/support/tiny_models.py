@@ -10,12 +10,12 @@ embedding therefore accepts about half of its drafts.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tests.support.tiny_families import (
     FAMILIES,
-    HIDDEN,
     Family,
     byte_bpe_tokenizer,
     make_processor,
@@ -24,6 +24,7 @@ from tests.support.tiny_families import (
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+    from transformers import PretrainedConfig
 
 LOGIT_SCALE = 4.0
 # Gain of the layers' output projections. The target follows its permutation in 80 % of the steps
@@ -33,11 +34,14 @@ CLIP_PREFIX = "vision_tower.vision_model."
 OUTPUT_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
 
 
-def build_target(kind: str, folder: Path, seed: int = 0) -> Path:
+def build_target(
+    kind: str, folder: Path, seed: int = 0, text: Mapping[str, Any] | None = None
+) -> Path:
     """Write a tiny random target of family ``kind`` with tokenizer and processor to ``folder``.
 
-    The weights are fp32 and depend on ``seed`` only. Returns ``folder``; an existing build of it is
-    kept as it is.
+    The weights are fp32 and depend on ``seed`` and sizes only. ``text`` changes its language
+    model; such a model votes for the successors of seed 0. Returns
+    ``folder``; an existing build of it is kept as it is.
     """
     if (folder / "model.safetensors").exists():
         return folder
@@ -46,20 +50,37 @@ def build_target(kind: str, folder: Path, seed: int = 0) -> Path:
 
     family = FAMILIES[kind]
     config = family.config()
+    if text is not None:
+        config = _resized(config, text)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config).float().eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            _randomise(name, weight, generator)
-    vote_for_successors(model, family, seed)
+    _randomise_all(model, seed)
+    vote_for_successors(model, family, seed if text is None else 0)
     model.save_pretrained(folder)
     _publish_names(folder / "model.safetensors")
     make_processor(config, byte_bpe_tokenizer(family)).save_pretrained(folder)
     ends = {"eos_token_id": config.get_text_config().eos_token_id}
     (folder / "generation_config.json").write_text(json.dumps(ends) + "\n")
     return folder
+
+
+def _resized(config: PretrainedConfig, text: Mapping[str, Any]) -> PretrainedConfig:
+    content = config.to_dict()
+    content["text_config"] |= text
+    content["text_config"].pop("layer_types", None)
+    if "out_hidden_size" in content["vision_config"]:
+        content["vision_config"]["out_hidden_size"] = content["text_config"]["hidden_size"]
+    return type(config).from_dict(content)
+
+
+def _randomise_all(model: torch.nn.Module, seed: int) -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            _randomise(name, weight, generator)
 
 
 def vote_for_successors(model: torch.nn.Module, family: Family, seed: int) -> None:
@@ -73,7 +94,7 @@ def vote_for_successors(model: torch.nn.Module, family: Family, seed: int) -> No
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     with torch.no_grad():
         head.zero_()
-        head[cycle.roll(-1)] = embedding[cycle] * (LOGIT_SCALE / HIDDEN**0.5)
+        head[cycle.roll(-1)] = embedding[cycle] * (LOGIT_SCALE / embedding.shape[1] ** 0.5)
 
 
 def _publish_names(checkpoint: Path) -> None:

@@ -62,6 +62,18 @@ class TinyStore:
         """Return the folder of the tiny target of family ``kind``."""
         return build_target(kind, self.root / f"{kind}-{seed}", seed)
 
+    def sibling(self, kind: str = KIND, seed: int = 5, **text: Any) -> str:
+        """Return the folder of a smaller model of the family; ``text`` changes its sizes."""
+        sizes = {
+            "hidden_size": 96,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+        } | text
+        name = re.sub(r"\W+", "_", "-".join(["sibling", kind, str(seed), *map(str, sizes.items())]))
+        return str(build_target(kind, self.root / name, seed, sizes))
+
     def head(self, kind: str = KIND, checkpoint_format: str = "reference", **changes: Any) -> str:
         """Return the folder of a head for that target.
 

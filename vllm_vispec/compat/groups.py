@@ -10,6 +10,7 @@ from vllm_vispec.bench import patch_points as bench
 from vllm_vispec.compat.check import require
 from vllm_vispec.compat.patch_point import PatchGroup, PatchPoint, Runner
 from vllm_vispec.compressors import patch_points as compressors
+from vllm_vispec.draft_model import patch_points as draft_model
 from vllm_vispec.draft_vlm import patch_points as draft_vlm
 from vllm_vispec.draft_vocab import patch_points as draft_vocab
 from vllm_vispec.heads import patch_points as heads
@@ -35,6 +36,7 @@ GROUPS: tuple[PatchGroup, ...] = (
     *models.GROUPS,
     *compressors.GROUPS,
     *draft_vlm.GROUPS,
+    *draft_model.GROUPS,
     *draft_vocab.GROUPS,
     *trees.GROUPS,
     *heads.GROUPS,

@@ -15,7 +15,14 @@ ARCHITECTURE = "EagleViSpecForCausalLM"
 EMBEDS_ARCHITECTURE = "EagleViSpecEmbedsForCausalLM"
 # An independent small vision-language model as the draft.
 DRAFT_VLM_ARCHITECTURE = "EagleDraftVlmForCausalLM"
-ARCHITECTURES = (ARCHITECTURE, EMBEDS_ARCHITECTURE, DRAFT_VLM_ARCHITECTURE)
+# A published model, as it is.
+DRAFT_MODEL_ARCHITECTURE = "EagleDraftModelForCausalLM"
+ARCHITECTURES = (
+    ARCHITECTURE,
+    EMBEDS_ARCHITECTURE,
+    DRAFT_VLM_ARCHITECTURE,
+    DRAFT_MODEL_ARCHITECTURE,
+)
 # Draft VLMs need version 3, heads with another compressor than ViSpec's version 2. All others are
 # written as version 1.
 FORMAT_VERSION = 3

@@ -130,10 +130,15 @@ def check_target(head: HeadConfig, target: ModelConfig, parallel: ParallelConfig
         raise ViSpecError(
             f"video_pruning_rate={pruning} drops video tokens the head expects; set it to 0"
         )
-    _check_parallel(head, parallel)
+    check_parallel(head, parallel)
 
 
-def _check_parallel(head: HeadConfig, parallel: ParallelConfig) -> None:
+def check_parallel(head: HeadConfig, parallel: ParallelConfig) -> None:
+    """Check that a draft can be spread as the target is.
+
+    Raises:
+        ViSpecError: Names the setting and the remedy.
+    """
     sizes = {
         "pipeline_parallel_size": "image features live on the first stage, the draft on the last",
         "prefill_context_parallel_size": "the draft needs a prompt's rows in one place",

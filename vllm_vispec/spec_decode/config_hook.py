@@ -22,18 +22,21 @@ from vllm_vispec.config import (
     METHOD,
     SETTING_FLAGS,
     ViSpecConfig,
+    drafts_with_published,
     settings_of,
     uses_vispec,
 )
+from vllm_vispec.draft_model import published
 from vllm_vispec.draft_vocab.files import check_lm_head, resolve_draft_vocab
 from vllm_vispec.heads import speculators
-from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.config import DRAFT_MODEL_ARCHITECTURE, HeadConfig
 from vllm_vispec.heads.folder import HeadInfo, inspect_head, is_vispec_head
 from vllm_vispec.heads.location import locate
 from vllm_vispec.heads.patch_points import SELF_SERVING
 from vllm_vispec.models.head_size_checks import check_padded_heads
 from vllm_vispec.spec_decode.checks import (
     check_keys,
+    check_parallel,
     check_settings,
     check_target,
     refuse_method,
@@ -64,10 +67,10 @@ class HeadConfigParser(ConfigParserBase):
         **kwargs: Any,
     ) -> tuple[dict[str, Any], LlamaConfig]:
         """Return the configuration as plain data and as an object."""
-        head = inspect_head(model, revision).config
-        content = head.to_llama_config_dict()
+        info = published.read_before(model) or inspect_head(model, revision)
+        content = info.config.to_llama_config_dict()
         config = LlamaConfig(**content)
-        config.architectures = [head.architecture]
+        config.architectures = [_architecture(info)]
         return content, config
 
 
@@ -96,6 +99,8 @@ def create_engine_config(
         args.additional_config = given
     if uses_vispec(vllm_config):
         check_features(vllm_config)
+        if drafts_with_published(vllm_config):
+            published.check_engine(vllm_config)
         tree = ViSpecConfig.from_vllm(vllm_config).tree
         if tree is not None:
             limits.check_engine(vllm_config, tree)
@@ -120,7 +125,7 @@ def create_speculative_config(
     """
     target, parallel = target_model_config, target_parallel_config
     settings = settings_of(args)
-    info = _find_head(settings)
+    info = _find_head(settings, target)
     if info is None:
         try:
             return original(args, target, parallel)
@@ -133,7 +138,11 @@ def create_speculative_config(
         checkpoint_format=info.checkpoint_format, tree=resolve_tree(config.tree, settings)
     )
     check_settings(settings, parallel, has_tree=config.tree is not None)
-    check_target(info.config, target, parallel)
+    if published.describes(info):
+        published.check_settings(config, settings)
+        check_parallel(info.config, parallel)
+    else:
+        check_target(info.config, target, parallel)
     if may_branch:
         limits.check_target(target)
         limits.check_connector(args.kv_transfer_config)
@@ -177,15 +186,20 @@ def _is_meant_for_us(settings: dict[str, Any]) -> bool:
     return method == METHOD or (method is None and METHOD in settings.values())
 
 
+def _architecture(info: HeadInfo) -> str:
+    is_published = published.describes(info)
+    return DRAFT_MODEL_ARCHITECTURE if is_published else info.config.architecture
+
+
 def _kind(head: HeadConfig) -> str:
     if head.is_draft_vlm:
-        return f"draft VLM, {head.num_hidden_layers} layers of width {head.hidden_size}"
+        return f"a model of its own, {head.num_hidden_layers} layers of width {head.hidden_size}"
     if head.has_compressor:
         return f"compressor {head.compressor_spec}"
     return f"{head.num_query_tokens} query tokens"
 
 
-def _find_head(settings: dict[str, Any]) -> HeadInfo | None:
+def _find_head(settings: dict[str, Any], target: ModelConfig) -> HeadInfo | None:
     """Return the ViSpec head the settings ask for, None if they ask for something else."""
     model = settings.get("model")
     if _is_meant_for_us(settings):
@@ -194,7 +208,8 @@ def _find_head(settings: dict[str, Any]) -> HeadInfo | None:
             raise ViSpecError(
                 'speculative config: "model" is missing; give the folder or hub id of a ViSpec head'
             )
-        return inspect_head(model, settings.get("revision"))
+        revision = settings.get("revision")
+        return published.find(model, settings, target) or inspect_head(model, revision)
     # Any other draft is vLLM's to judge.
     if not isinstance(model, str) or not Path(model).is_dir() or not is_vispec_head(model):
         return None

@@ -160,12 +160,15 @@ class DraftRows:
                 self.table.stats.computed,
             )
 
-    def select_rows(self, token_indices: torch.Tensor) -> None:
-        """Let row ``i`` of the batch be what row ``token_indices[i]`` was.
+    def begin_steps(self, token_indices: torch.Tensor) -> None:
+        """Before the draft steps, let row ``i`` be request ``i``'s, whose last row was given.
 
-        Before the draft steps: one row for each request. Drafts are text; what follows the last row
-        of an unfinished prompt is thrown away.
+        Drafts are text; what follows the last row of an unfinished prompt is thrown away.
         """
+        self.select_rows(token_indices)
+
+    def select_rows(self, token_indices: torch.Tensor) -> None:
+        """Let row ``i`` of the batch be what row ``token_indices[i]`` was."""
         # Rows of one id serve as they are, unless more of them are needed (draft trees).
         if self._uniform is None or token_indices.shape[0] > self._uniform.num_rows:
             self._rows.select_rows(token_indices)

@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm_vispec.compat.patch_point import PatchGroup, overrides, reads, subclasses, wraps
 from vllm_vispec.compat.patching import patch
-from vllm_vispec.config import trims_drafts, uses_vispec
+from vllm_vispec.config import drafts_with_published, trims_drafts, uses_vispec
 from vllm_vispec.trees.limits import has_branches
 
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
@@ -68,6 +68,10 @@ def _new_speculator(
 
 def speculator_class(vllm_config: Any) -> type:
     """Return the class of what drafts in an engine with a ViSpec head."""
+    if drafts_with_published(vllm_config):
+        from vllm_vispec.draft_model.speculator import PublishedSpeculator
+
+        return PublishedSpeculator
     if has_branches(vllm_config):
         from vllm_vispec.trees.speculator import TreeSpeculator
 

@@ -47,12 +47,15 @@ class ViSpecSpeculator(EagleSpeculator):
             logger.info(
                 "ViSpec reads image features itself; vLLM's notice above does not apply to it."
             )
-        kv_transfer = self.vllm_config.kv_transfer_config
-        self.draft_rows = DraftRows(self.model, self.max_num_reqs, kv_transfer)
+        self.draft_rows = self.make_draft_rows()
         self._prompts = PromptLengths(self.max_num_reqs)
         self._trims_drafts = trims_drafts(self.vllm_config)
         # None before `set_attn`, and where the engine takes text only: then no request has images.
         self._encoder_cache: EncoderCache | None = None
+
+    def make_draft_rows(self) -> Any:
+        """Return what lays a batch's rows out."""
+        return DraftRows(self.model, self.max_num_reqs, self.vllm_config.kv_transfer_config)
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
         """Learn where the vision tower's output is kept, if the engine takes images at all."""
@@ -101,7 +104,7 @@ class ViSpecSpeculator(EagleSpeculator):
     def on_prefill_end(self, num_reqs: int) -> None:
         """Keep each request's last row for the one-token steps; outside any graph."""
         super().on_prefill_end(num_reqs)
-        self.draft_rows.select_rows(self.last_token_indices[:num_reqs])
+        self.draft_rows.begin_steps(self.last_token_indices[:num_reqs])
 
 
 @lru_cache

@@ -14,7 +14,8 @@ from vllm_vispec.compat.patch_point import (
     wraps,
 )
 from vllm_vispec.compat.patching import patch
-from vllm_vispec.config import uses_vispec
+from vllm_vispec.config import drafts_with_published, uses_vispec
+from vllm_vispec.draft_model.patch_points import PUBLISHED, TOWER
 from vllm_vispec.draft_vlm.patch_points import DRAFT_VLM
 from vllm_vispec.draft_vocab.patch_points import DRAFT_VOCAB
 from vllm_vispec.models.patch_points import UNCOMPRESSED
@@ -59,6 +60,10 @@ def _new_proposer(
 
 def proposer_class(vllm_config: Any) -> type:
     """Return the class of what drafts in an engine with a ViSpec head."""
+    if drafts_with_published(vllm_config):
+        from vllm_vispec.v1.published_proposer import PublishedProposer
+
+        return PublishedProposer
     if has_tree(vllm_config):
         from vllm_vispec.v1.tree_proposer import TreeProposer
 
@@ -168,6 +173,26 @@ _DRAFT_VLM = replace(
     ),
 )
 
+_PUBLISHED = replace(
+    PUBLISHED,
+    runner="v1",
+    points=(
+        *TOWER,
+        overrides(
+            f"{_PROPOSER}"
+            "{propose(num_speculative_tokens), "
+            "_sample_draft_tokens(hidden_states, sampling_metadata), "
+            "_maybe_share_embeddings(target_language_model), "
+            "_maybe_share_lm_head(target_language_model), self._last_draft_probs}",
+            "a first pass over the target's own rows, and one step more; shares nothing",
+        ),
+        reads(
+            f"{_RUNNER}.self.requests",
+            "a prompt's tokens, from which M-RoPE positions are read",
+        ),
+    ),
+)
+
 _DRAFT_VOCAB = replace(
     DRAFT_VOCAB,
     runner="v1",
@@ -220,4 +245,4 @@ _TREES = replace(
     ),
 )
 
-GROUPS = (CHAINS, _UNCOMPRESSED, _DRAFT_VLM, _DRAFT_VOCAB, _TREES)
+GROUPS = (CHAINS, _UNCOMPRESSED, _DRAFT_VLM, _PUBLISHED, _DRAFT_VOCAB, _TREES)

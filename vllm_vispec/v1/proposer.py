@@ -55,9 +55,12 @@ class ViSpecProposer(EagleProposer):
         with loaded_from_folder(self.speculative_config.draft_model_config) as folder:
             super().load_model(target_model)
         give_own_lm_head(self.model, folder)
-        kv_transfer = self.vllm_config.kv_transfer_config
-        self.draft_rows = DraftRows(self.model, self.max_batch_size, kv_transfer)
+        self.draft_rows = self.make_draft_rows()
         patch(self._runner, "reset_encoder_cache", self.draft_rows.reset_encoder_cache)
+
+    def make_draft_rows(self) -> Any:
+        """Return what lays a batch's rows out."""
+        return DraftRows(self.model, self.max_batch_size, self.vllm_config.kv_transfer_config)
 
     def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> Any:
         """Set the rows after vLLM has laid out the first draft pass."""
@@ -120,7 +123,7 @@ class ViSpecProposer(EagleProposer):
     def _update_positions_dependent_metadata(self, *args: Any, **kwargs: Any) -> Any:
         """Before the first one-token step, keep each request's last row."""
         if self._first_draft_rows is not None:
-            self.draft_rows.select_rows(self._first_draft_rows)
+            self.draft_rows.begin_steps(self._first_draft_rows)
             self._first_draft_rows = None
         return super()._update_positions_dependent_metadata(*args, **kwargs)
 

@@ -1,0 +1,134 @@
+"""A published model as a draft in vLLM: vLLM's own class of it, with the interface of a draft.
+
+Shapes: T tokens in the batch, N image tokens, D the draft's hidden size, V the target's vocabulary.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm.config import VllmConfig, replace
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models import supports_multimodal
+from vllm.model_executor.models.utils import maybe_prefix
+
+from vllm_vispec.compat.patching import patch
+from vllm_vispec.config import ViSpecConfig
+from vllm_vispec.draft_model.published import published_model_config
+from vllm_vispec.draft_model.rows import FEATURES, DraftPositions
+from vllm_vispec.models.vispec import draft_hf_config
+from vllm_vispec.utils.errors import ViSpecError
+
+
+class EagleDraftModelForCausalLM(nn.Module):
+    """Registered architecture; the prefix ``Eagle`` keeps vLLM's configuration from renaming it.
+
+    `model` is the published model; it keeps its own embedding table and lm_head.
+    """
+
+    # Asked by vLLM's runners before they make room for embeddings as the draft's input.
+    supports_multimodal_embeddings: ClassVar[Literal[True]] = True
+    has_own_embed_tokens: ClassVar[Literal[True]] = True
+    has_own_lm_head: ClassVar[Literal[True]] = True
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = draft_hf_config(vllm_config)
+        self.vispec_config = ViSpecConfig.from_vllm(vllm_config)
+        own = published_model_config(vllm_config)
+        own_config = replace(vllm_config, model_config=own, quant_config=None)
+        self.model = initialize_model(own_config, prefix=maybe_prefix(prefix, "draft_model"))
+        self.sees_images = supports_multimodal(self.model)
+        self.own_vocab_size = own.get_vocab_size()
+        scheduler = vllm_config.scheduler_config
+        self.positions = DraftPositions(
+            own.mrope_num_dims if own.uses_mrope else 1,
+            scheduler.max_num_batched_tokens,
+            scheduler.max_num_seqs,
+        )
+
+    def rotary_positions(self, tokens: list[int], features: list[Any]) -> tuple[torch.Tensor, int]:
+        """Return a prompt's positions ``[A, T]`` as the model was trained, and the delta behind."""
+        found: tuple[torch.Tensor, int] = self.model.get_mrope_input_positions(tokens, features)
+        return found
+
+    def embed_input_ids(
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings: Sequence[torch.Tensor] | None = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed tokens ``[T]`` and put the draft's own image features in, ``[T, D]``.
+
+        Args:
+            multimodal_embeddings: The draft's features ``[N, ...]``.
+            is_multimodal: bool ``[T]``, on the host.
+        """
+        # A longer table of the target's has rows that are no tokens.
+        input_ids = input_ids.clamp(max=self.own_vocab_size - 1)
+        if not multimodal_embeddings:
+            return self.model.embed_input_ids(input_ids)
+        return self.model.embed_input_ids(
+            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run one draft pass.
+
+        Args:
+            input_ids: ``[T]``; embedded here where the engine takes no images.
+            positions: ``[T]``; of the tokens in their sequences.
+            hidden_states: Not read.
+            inputs_embeds: ``[T, D]`` or None.
+
+        Returns:
+            Hidden states ``[T, D]`` for lm_head, and those for the next pass, which reads none.
+        """
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed_input_ids(input_ids)
+        hidden_TD = self.model(
+            input_ids=None, positions=self.positions.of(positions), inputs_embeds=inputs_embeds
+        )
+        return hidden_TD, hidden_TD[:, :0]
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return logits ``[T, V]``: rows that only the draft's table has are never drafted."""
+        logits: torch.Tensor | None = self.model.compute_logits(hidden_states)
+        if logits is None:
+            return None
+        missing = self.config.vocab_size - logits.shape[-1]
+        return F.pad(logits, (0, missing), value=float("-inf")) if missing else logits
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the published files by the model's own rules; return the names of its weights."""
+        return {f"model.{name}" for name in self.model.load_weights(weights)}
+
+    def follow_tower(self, target: Any) -> None:
+        """Run this model's vision tower wherever the target's runs, on the same tensors.
+
+        Its features hang on the target's: both are kept by image hash, and dropped together.
+        """
+        if self.sees_images and hasattr(target, "embed_multimodal"):
+            patch(target, "embed_multimodal", self._embed_both)
+
+    def _embed_both(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        theirs = list(original(*args, **kwargs))
+        ours = list(self.model.embed_multimodal(*args, **kwargs))
+        if [len(one) for one in theirs] != [len(one) for one in ours]:
+            raise ViSpecError(
+                "the draft makes another number of tokens of an image than the target: use a draft "
+                "with the target's image geometry"
+            )
+        for their_ND, our_ND in zip(theirs, ours, strict=True):
+            setattr(their_ND, FEATURES, our_ND)
+        return theirs

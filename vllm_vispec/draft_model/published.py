@@ -1,0 +1,175 @@
+"""Which folders are published models, and their configuration as vLLM reads it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
+from vllm.model_executor.models import ModelRegistry
+
+from vllm_vispec.config import ViSpecConfig
+from vllm_vispec.draft_model.fit import check_fit
+from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.folder import CONFIG, HeadInfo, is_vispec_head, read_json, weight_files
+from vllm_vispec.heads.location import locate, resolve_head
+from vllm_vispec.utils.errors import ViSpecError, first_line
+
+CHECKPOINT_FORMAT = "published model"
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder is a model that vLLM serves, and no head: some name the target's class."""
+    names = read_json(folder / CONFIG).get("architectures") or ()
+    is_served = not set(names).isdisjoint(ModelRegistry.get_supported_archs())
+    return is_served and not is_vispec_head(folder)
+
+
+_FOUND: dict[str, HeadInfo] = {}
+
+
+def find(model: str, settings: Mapping[str, Any], target: ModelConfig) -> HeadInfo | None:
+    """Return the published model that the settings name, None if they name a head.
+
+    Raises:
+        ViSpecError: It does not fit the target, or cannot be served.
+    """
+    folder = resolve_head(model, settings.get("revision"))
+    if not is_published(folder):
+        return None
+    own = read_published(folder, settings.get("revision"), settings.get("quantization"), target)
+    check_fit(model, own, target)
+    info = _describe(folder, own, target.get_vocab_size())
+    # vLLM reads offline what it is told by name in the hub's cache.
+    for name in (locate(model, folder)["model"], str(folder)):
+        _FOUND[name] = info
+    return info
+
+
+def read_before(model: str | Path) -> HeadInfo | None:
+    """Return what `find` has found for this name."""
+    return _FOUND.get(str(model))
+
+
+def describes(info: HeadInfo) -> bool:
+    """Whether a description is that of a published model."""
+    return info.checkpoint_format == CHECKPOINT_FORMAT
+
+
+def check_settings(config: ViSpecConfig, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that do not go with a published model.
+
+    Raises:
+        ViSpecError: Names the setting and the remedy.
+    """
+    refused = {
+        "tree": config.tree is not None,
+        "draft_vocab": config.draft_vocab is not None,
+        "disable_padded_drafter_batch": bool(settings.get("disable_padded_drafter_batch")),
+    }
+    for name, is_set in refused.items():
+        if is_set:
+            raise ViSpecError(
+                f"speculative config: {name} does not go with a published model as the draft; "
+                "leave it out"
+            )
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Refuse engines in which the draft would not see what the target sees.
+
+    Raises:
+        ViSpecError: Names the setting and the remedy.
+    """
+    settings = {
+        "kv_transfer_config": vllm_config.kv_transfer_config,
+        "ec_transfer_config": vllm_config.ec_transfer_config,
+        "cudagraph_mm_encoder": vllm_config.compilation_config.cudagraph_mm_encoder,
+    }
+    for name, value in settings.items():
+        if value:
+            raise ViSpecError(
+                f"{name} does not go with a published model as the draft, whose vision tower runs "
+                "with the target's; leave it out"
+            )
+
+
+def _describe(folder: Path, own: ModelConfig, vocab_size: int) -> HeadInfo:
+    """Describe a published model as vLLM's EAGLE route needs to know it.
+
+    Args:
+        folder: The model's.
+        own: Its configuration.
+        vocab_size: The target's.
+
+    Raises:
+        ViSpecError: Its files are incomplete, or no safetensors.
+    """
+    text = own.hf_text_config
+    head = HeadConfig(
+        target_model_type="",
+        hidden_size=own.get_hidden_size(),
+        intermediate_size=getattr(text, "intermediate_size", None) or 1,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=own.get_total_num_kv_heads(),
+        head_dim=own.get_head_size(),
+        vocab_size=vocab_size,
+        max_position_embeddings=own.max_model_len,
+        rope_theta=1.0,
+        rms_norm_eps=1e-6,
+        num_query_tokens=1,
+        qkv_bias=False,
+        fc_bias=False,
+        layer0_input_norm=True,
+        final_norm=True,
+        global_feature=False,
+        compress=False,
+        num_hidden_layers=text.num_hidden_layers,
+        # Like a draft VLM of ours it reads no states of the target's.
+        vision_size=1,
+    )
+    return HeadInfo(CHECKPOINT_FORMAT, head, folder, tuple(weight_files(folder)), {})
+
+
+def read_published(
+    model: str | Path, revision: str | None, quantization: str | None, target: ModelConfig
+) -> ModelConfig:
+    """Read a published model's configuration as it is served beside a target.
+
+    Args:
+        model: Folder or hub id.
+        revision: Of the hub repository.
+        quantization: As for vLLM; None: as published.
+        target: The target's.
+
+    Raises:
+        ViSpecError: vLLM cannot read or serve it.
+    """
+    try:
+        own = ModelConfig(
+            model=str(model),
+            runner="draft",
+            tokenizer=target.tokenizer,
+            tokenizer_mode=target.tokenizer_mode,
+            dtype=target.dtype,
+            seed=target.seed,
+            revision=revision,
+            quantization=quantization,
+            enforce_eager=target.enforce_eager,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        raise ViSpecError(
+            f"draft {model} cannot be used by this vLLM ({first_line(error)}): give a model that "
+            "it serves without remote code"
+        ) from error
+    if own.multimodal_config is not None:
+        # One engine: towers are split and limited alike.
+        own.multimodal_config = target.multimodal_config
+    return own
+
+
+def published_model_config(vllm_config: VllmConfig) -> ModelConfig:
+    """Read the configuration of an engine's draft, in a worker."""
+    speculative = vllm_config.speculative_config
+    assert isinstance(speculative, SpeculativeConfig)
+    draft, target = speculative.draft_model_config, speculative.target_model_config
+    return read_published(draft.model, draft.revision, speculative.quantization, target)

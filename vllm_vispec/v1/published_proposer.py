@@ -1,0 +1,77 @@
+"""Drafting with a published model on the V1 model runner; `draft_model.speculator` says how."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_vispec.draft_model.rows import PublishedRows
+from vllm_vispec.v1.proposer import ViSpecProposer
+
+
+class PublishedProposer(ViSpecProposer):
+    """vLLM's EAGLE proposer with one step more, whose first pass samples nothing."""
+
+    draft_rows: PublishedRows  # type: ignore[assignment]
+    _last_draft_probs: torch.Tensor | None
+    # The tokens that the target sampled, while the first pass runs.
+    _next_tokens: torch.Tensor | None = None
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the draft, and let its vision tower run with the target's."""
+        super().load_model(target_model)
+        self.model.follow_tower(target_model)
+
+    def make_draft_rows(self) -> PublishedRows:
+        """Return what lays a batch's rows out."""
+        return PublishedRows(self.model)
+
+    def _note_prompts(self) -> None:
+        """Lay out the prompts that are new in the batch, and forget those that are gone."""
+        states = self._runner.requests
+        self.draft_rows.keep(states.keys())
+        for request_id in self._runner.input_batch.req_ids:
+            state = states[request_id]
+            if state.mm_features:
+                self.draft_rows.note(request_id, state.mm_features, state.prompt_token_ids)
+
+    def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return drafts ``[R, K]``."""
+        count = num_speculative_tokens
+        drafts = super().propose(count + 1 if count else 0, *args, **kwargs)
+        self.num_speculative_tokens = count
+        if self._last_draft_probs is not None:
+            self._last_draft_probs = self._last_draft_probs[:, 1:]
+        return drafts[:, 1:] if count else drafts
+
+    def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> Any:
+        """Undo the shift by one token that heads need."""
+        self._note_prompts()
+        num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
+        self._next_tokens = self.input_ids[token_indices].long()
+        self.input_ids[:num_tokens] = kwargs["target_token_ids"]
+        return num_tokens, token_indices, metadata
+
+    def build_model_inputs_first_pass(
+        self, num_tokens: int, num_input_tokens: int, mm_embed_inputs: Any
+    ) -> Any:
+        """Give the first pass the draft's own image features."""
+        return super().build_model_inputs_first_pass(
+            num_tokens, num_input_tokens, self.draft_rows.features
+        )
+
+    def _sample_draft_tokens(
+        self, hidden_states: torch.Tensor, sampling_metadata: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the target's token behind the first pass, else the draft's."""
+        next_tokens, self._next_tokens = self._next_tokens, None
+        if next_tokens is not None and not self._enable_probabilistic_draft_probs:
+            return next_tokens, None
+        tokens, probs = super()._sample_draft_tokens(hidden_states, sampling_metadata)
+        return tokens if next_tokens is None else next_tokens, probs
+
+    def _maybe_share_embeddings(self, target_language_model: nn.Module) -> None:
+        """Share nothing: the draft has an embedding table of its own."""
+
+    def _maybe_share_lm_head(self, target_language_model: nn.Module) -> None:
+        """Share nothing: the draft has an lm_head of its own."""
