@@ -2,29 +2,32 @@
 
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from vllm.config import ModelConfig
 from vllm.tokenizers.registry import get_tokenizer
 
-from vllm_vispec.heads.folder import read_json
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
 
-_PROCESSOR = "preprocessor_config.json"
 # What decides how many tokens an image has, where they lie, and what a tower's tensors hold. Limits
 # of pixels do not: the target's processor makes the tensors.
-_OF_VISION = ("patch_size", "image_size", "spatial_merge_size", "temporal_patch_size")
-_OF_MODEL = (
+_VISION = (
+    "patch_size",
+    "image_size",
+    "spatial_merge_size",
+    "temporal_patch_size",
+    "tokens_per_second",
+)
+_MODEL = (
     "image_seq_length",
     "image_grid_pinpoints",
     "vision_feature_select_strategy",
     "downsample_ratio",
 )
-_OF_PROCESSOR = (
+_PROCESSOR = (
     "patch_size",
     "merge_size",
     "temporal_patch_size",
@@ -73,9 +76,11 @@ def _kind(own: ModelConfig, target: ModelConfig) -> Iterator[str]:
     ours, theirs = (_family(config) for config in (own, target))
     if ours != theirs:
         yield f"it is of family {ours}, the target of {theirs}"
-    if own.uses_mrope != target.uses_mrope:
-        yield "one of them has M-RoPE and the other has not"
-    if own.is_hybrid or own.is_attention_free or own.get_sliding_window() is not None:
+    ours, theirs = (config.mrope_num_dims if config.uses_mrope else 1 for config in (own, target))
+    if ours != theirs:
+        yield f"its positions have {ours} axes, the target's {theirs}"
+    has_other_layers = own.is_hybrid or own.is_attention_free or own.use_mla
+    if has_other_layers or own.get_sliding_window() is not None:
         yield "it has layers other than full attention"
     if own.max_model_len < target.max_model_len:
         yield (
@@ -94,13 +99,14 @@ def _family(config: ModelConfig) -> str:
 
 
 def _geometry(own: ModelConfig, target: ModelConfig) -> Iterator[str]:
-    both = own.hf_config, target.hf_config
-    parts: tuple[tuple[str, tuple[str, ...], list[Any]], ...] = (
-        ("vision_config", _OF_VISION, [_plain(getattr(one, "vision_config", {})) for one in both]),
-        ("config.json", _OF_MODEL, [_plain(one) for one in both]),
-        (_PROCESSOR, _OF_PROCESSOR, [_processor(one.model) for one in (own, target)]),
-    )
-    for where, names, (ours, theirs) in parts:
+    models = own.hf_config, target.hf_config
+    towers = (_plain(getattr(one, "vision_config", {})) for one in models)
+    processors = own.hf_image_processor_config, target.hf_image_processor_config
+    for where, names, (ours, theirs) in (
+        ("vision_config", _VISION, towers),
+        ("config.json", _MODEL, map(_plain, models)),
+        ("the image processor", _PROCESSOR, processors),
+    ):
         for name in names if ours and theirs else ():
             if ours.get(name) != theirs.get(name):
                 yield f"{name} in {where} is {ours.get(name)}, the target's {theirs.get(name)}"
@@ -108,16 +114,6 @@ def _geometry(own: ModelConfig, target: ModelConfig) -> Iterator[str]:
 
 def _plain(config: Any) -> dict[str, Any]:
     return dict(config) if isinstance(config, dict) else dict(config.to_dict())
-
-
-def _processor(model: str) -> dict[str, Any]:
-    """Return what a folder says about its image processor; a hub id's is not fetched for this."""
-    folder = Path(model)
-    if (folder / _PROCESSOR).is_file():
-        return read_json(folder / _PROCESSOR)
-    file = folder / "processor_config.json"
-    found = read_json(file).get("image_processor") if file.is_file() else None
-    return found if isinstance(found, dict) else {}
 
 
 def _tokenizer(own: ModelConfig, target: ModelConfig) -> Iterator[str]:

@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from vllm.config import VllmConfig, replace
-from vllm.model_executor.model_loader.utils import initialize_model
-from vllm.model_executor.models import supports_multimodal
-from vllm.model_executor.models.utils import maybe_prefix
+from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import ViSpecConfig
@@ -39,20 +37,14 @@ class EagleDraftModelForCausalLM(nn.Module):
         self.vispec_config = ViSpecConfig.from_vllm(vllm_config)
         own = published_model_config(vllm_config)
         own_config = replace(vllm_config, model_config=own, quant_config=None)
-        self.model = initialize_model(own_config, prefix=maybe_prefix(prefix, "draft_model"))
-        self.sees_images = supports_multimodal(self.model)
-        self.own_vocab_size = own.get_vocab_size()
-        scheduler = vllm_config.scheduler_config
-        self.positions = DraftPositions(
-            own.mrope_num_dims if own.uses_mrope else 1,
-            scheduler.max_num_batched_tokens,
-            scheduler.max_num_seqs,
+        self.model = init_vllm_registered_model(
+            own_config, prefix=maybe_prefix(prefix, "draft_model")
         )
-
-    def rotary_positions(self, tokens: list[int], features: list[Any]) -> tuple[torch.Tensor, int]:
-        """Return a prompt's positions ``[A, T]`` as the model was trained, and the delta behind."""
-        found: tuple[torch.Tensor, int] = self.model.get_mrope_input_positions(tokens, features)
-        return found
+        self.own_vocab_size = own.get_vocab_size()
+        self.positions: DraftPositions | None = None
+        if own.uses_mrope:
+            max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+            self.positions = DraftPositions(own.mrope_num_dims, max_num_tokens)
 
     def embed_input_ids(
         self,
@@ -96,9 +88,9 @@ class EagleDraftModelForCausalLM(nn.Module):
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.embed_input_ids(input_ids)
-        hidden_TD = self.model(
-            input_ids=None, positions=self.positions.of(positions), inputs_embeds=inputs_embeds
-        )
+        if self.positions is not None:
+            positions = self.positions(positions)
+        hidden_TD = self.model(input_ids=None, positions=positions, inputs_embeds=inputs_embeds)
         return hidden_TD, hidden_TD[:, :0]
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -118,17 +110,16 @@ class EagleDraftModelForCausalLM(nn.Module):
 
         Its features hang on the target's: both are kept by image hash, and dropped together.
         """
-        if self.sees_images and hasattr(target, "embed_multimodal"):
-            patch(target, "embed_multimodal", self._embed_both)
+        patch(target, "embed_multimodal", self._embed_both)
 
     def _embed_both(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         theirs = list(original(*args, **kwargs))
         ours = list(self.model.embed_multimodal(*args, **kwargs))
-        if [len(one) for one in theirs] != [len(one) for one in ours]:
-            raise ViSpecError(
-                "the draft makes another number of tokens of an image than the target: use a draft "
-                "with the target's image geometry"
-            )
         for their_ND, our_ND in zip(theirs, ours, strict=True):
+            if len(their_ND) != len(our_ND):
+                raise ViSpecError(
+                    f"the draft makes {len(our_ND)} tokens of an image, the target "
+                    f"{len(their_ND)}: use a draft with the target's image geometry"
+                )
             setattr(their_ND, FEATURES, our_ND)
         return theirs

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.model_executor.models import ModelRegistry
 
@@ -12,9 +13,17 @@ from vllm_vispec.draft_model.fit import check_fit
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.folder import CONFIG, HeadInfo, is_vispec_head, read_json, weight_files
 from vllm_vispec.heads.location import locate, resolve_head
-from vllm_vispec.utils.errors import ViSpecError, first_line
+from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.logs import get_logger
+
+logger = get_logger(__name__)
 
 CHECKPOINT_FORMAT = "published model"
+_REFUSED = (
+    "disable_padded_drafter_batch",
+    "enable_adaptive_verification",
+    "use_local_argmax_reduction",
+)
 
 
 def is_published(folder: Path) -> bool:
@@ -39,6 +48,15 @@ def find(model: str, settings: Mapping[str, Any], target: ModelConfig) -> HeadIn
     own = read_published(folder, settings.get("revision"), settings.get("quantization"), target)
     check_fit(model, own, target)
     info = _describe(folder, own, target.get_vocab_size())
+    head, size = info.config, own.dtype.itemsize
+    logger.info(
+        "ViSpec: draft %s adds %.2f GiB of weights, %d bytes of KV cache for a token, and %d bytes "
+        "for a token of a cached image, in all ranks together",
+        model,
+        sum(name.stat().st_size for name in info.files) / 2**30,
+        2 * head.num_hidden_layers * head.num_key_value_heads * head.head_dim * size,
+        own.get_inputs_embeds_size() * size,
+    )
     # vLLM reads offline what it is told by name in the hub's cache.
     for name in (locate(model, folder)["model"], str(folder)):
         _FOUND[name] = info
@@ -61,13 +79,9 @@ def check_settings(config: ViSpecConfig, settings: Mapping[str, Any]) -> None:
     Raises:
         ViSpecError: Names the setting and the remedy.
     """
-    refused = {
-        "tree": config.tree is not None,
-        "draft_vocab": config.draft_vocab is not None,
-        "disable_padded_drafter_batch": bool(settings.get("disable_padded_drafter_batch")),
-    }
-    for name, is_set in refused.items():
-        if is_set:
+    given = {"tree": config.tree, "draft_vocab": config.draft_vocab}
+    for name in ("tree", "draft_vocab", *_REFUSED):
+        if given.get(name) is not None or settings.get(name):
             raise ViSpecError(
                 f"speculative config: {name} does not go with a published model as the draft; "
                 "leave it out"
@@ -158,13 +172,19 @@ def read_published(
         )
     except (ValueError, OSError, ImportError) as error:
         raise ViSpecError(
-            f"draft {model} cannot be used by this vLLM ({first_line(error)}): give a model that "
-            "it serves without remote code"
+            f"draft {model} cannot be used by this vLLM ({_reason(error)}): give a model that it "
+            "serves on this machine without remote code"
         ) from error
     if own.multimodal_config is not None:
         # One engine: towers are split and limited alike.
         own.multimodal_config = target.multimodal_config
     return own
+
+
+def _reason(error: Exception) -> str:
+    """Return what vLLM says in one line; pydantic puts its own before it."""
+    text = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
+    return " ".join(text.removeprefix("Value error, ").split())
 
 
 def published_model_config(vllm_config: VllmConfig) -> ModelConfig:

@@ -11,10 +11,13 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_vispec.compat.patching import patch
 from vllm_vispec.draft_model.rows import PublishedRows
 from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
+
+# Where `_generate_draft` takes the number of steps; vLLM gives it by name or by place.
+_NUM_STEPS_PLACE = 6
 
 
 class PublishedSpeculator(ViSpecSpeculator):
@@ -29,8 +32,11 @@ class PublishedSpeculator(ViSpecSpeculator):
         shape = self.max_num_reqs, self.num_speculative_steps
         self.draft_tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self._next_tokens = torch.zeros_like(self.draft_tokens[:, 0])
-        self._is_first_pass = self._is_capturing = False
-        self._batch: Any = None
+        self._is_first_pass = False
+        # The target's rotary positions, where it has any and attention is set up.
+        self._rotary_AT: torch.Tensor | None = None
+        # None while graphs are recorded.
+        self._batch: InputBatch | None = None
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the draft, and let its vision tower run with the target's."""
@@ -39,23 +45,13 @@ class PublishedSpeculator(ViSpecSpeculator):
 
     def make_draft_rows(self) -> PublishedRows:
         """Return what lays the batch out."""
-        return PublishedRows(self.model)
+        return PublishedRows(self.model.positions)
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
-        """Learn prompts as they come: M-RoPE positions are read off a whole prompt."""
+        """Learn where the target's M-RoPE positions are kept, if it has any."""
         super().set_attn(model_state, *args, **kwargs)
-        patch(model_state, "add_request", self._add_request)
-        patch(model_state, "remove_request", self._remove_request)
-
-    def _add_request(self, original: Any, req_index: int, new_req_data: Any) -> Any:
-        found = new_req_data
-        if found.mm_features:
-            self.draft_rows.note(found.req_id, found.mm_features, found.prefill_token_ids)
-        return original(req_index, new_req_data)
-
-    def _remove_request(self, original: Any, req_id: str) -> Any:
-        self.draft_rows.forget(req_id)
-        return original(req_id)
+        inputs = model_state.prepare_dummy_inputs(self.max_num_reqs, self.max_num_tokens)
+        self._rotary_AT = inputs.get("positions")
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Record passes as long as the target's: the first pass has no row more."""
@@ -65,33 +61,29 @@ class PublishedSpeculator(ViSpecSpeculator):
         finally:
             self.num_speculative_steps += 1
 
-    def capture(self) -> None:
-        """Record the first pass, and one step more than vLLM counts."""
-        self._is_capturing = True
-        try:
-            super().capture()
-        finally:
-            self._is_capturing = False
-
     def propose(
         self,
-        input_batch: Any,
+        input_batch: InputBatch,
         *args: Any,
         num_speculative_tokens: int | None = None,
         mm_inputs: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Return drafts ``[R, K]``; vLLM's `mm_inputs` are the target's and one token ahead."""
-        self._batch = input_batch
         count = num_speculative_tokens
         if count is None:
             count = self.num_speculative_steps - 1
-        drafts = super().propose(
-            input_batch,
-            *args,
-            num_speculative_tokens=count + 1 if count else 0,
-            **kwargs,
-        )
+        if self._rotary_AT is not None:
+            num_rows = input_batch.num_tokens
+            rotary_AT = self._rotary_AT[:, :num_rows]
+            self.model.positions.set_step(rotary_AT, input_batch.positions[:num_rows])
+        self._batch = input_batch
+        try:
+            drafts = super().propose(
+                input_batch, *args, num_speculative_tokens=count + 1 if count else 0, **kwargs
+            )
+        finally:
+            self._batch = None
         return drafts[:, 1:]
 
     def _prefill(self, *args: Any, mm_inputs: Any = None, **kwargs: Any) -> None:
@@ -102,11 +94,10 @@ class PublishedSpeculator(ViSpecSpeculator):
         """Undo the shift by one token that heads need; outside any graph."""
         super().on_prefill_begin(num_reqs)
         self._is_first_pass = True
-        if not self._is_capturing:
-            ids, batch = self.input_buffers.input_ids, self._batch
+        if self._batch is not None:
+            ids, count = self.input_buffers.input_ids, self._batch.num_tokens
             self._next_tokens[:num_reqs] = ids[self.last_token_indices[:num_reqs]]
-            count = batch.num_tokens
-            ids[:count] = batch.input_ids[:count]
+            ids[:count] = self._batch.input_ids[:count]
 
     def on_prefill_end(self, num_reqs: int) -> None:
         """Turn to the next token of each request."""
@@ -139,28 +130,16 @@ class PublishedSpeculator(ViSpecSpeculator):
         )
 
     def _generate_fused_drafts(self, *args: Any, **kwargs: Any) -> None:
-        """Record one step more than vLLM counts; it gives the number by name when it records."""
-        if self._is_capturing:
+        """Record one step more than vLLM counts; it gives the number by name when it records.
+
+        Not so where graphs are chosen by number: our passes ask for one more than drafts.
+        """
+        is_chosen = self.speculative_config.uses_dynamic_speculative_decoding()
+        if self._batch is None and not is_chosen:
             kwargs["num_speculative_steps"] += 1
         super()._generate_fused_drafts(*args, **kwargs)
 
-    def _generate_draft(
-        self,
-        num_reqs: int,
-        num_tokens_padded: int,
-        attn_metadata: Any,
-        slot_mappings: Any,
-        num_tokens_across_dp: Any,
-        cudagraph_runtime_mode: CUDAGraphMode,
-        num_speculative_steps: int,
-    ) -> None:
+    def _generate_draft(self, *args: Any, **kwargs: Any) -> None:
         """Prepare the next step behind all but the very last, whatever this batch's number."""
-        super()._generate_draft(
-            num_reqs,
-            num_tokens_padded,
-            attn_metadata,
-            slot_mappings,
-            num_tokens_across_dp,
-            cudagraph_runtime_mode,
-            self.num_speculative_steps,
-        )
+        kwargs["num_speculative_steps"] = self.num_speculative_steps
+        super()._generate_draft(*args[:_NUM_STEPS_PLACE], **kwargs)

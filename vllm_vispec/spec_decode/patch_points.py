@@ -95,16 +95,11 @@ CHAINS = PatchGroup(
             "EagleSpeculator(...) builds a ViSpecSpeculator when the draft is ours",
         ),
         overrides(
-            f"{_SPECULATOR}.propose(input_batch, attn_metadata, slot_mappings, last_hidden_states)",
-            "row ids for the batch",
-        ),
-        overrides(
-            f"{_SPECULATOR}.on_prefill_end(num_reqs)",
-            "keep one row id per request for the one-token steps",
-        ),
-        overrides(
-            f"{_SPECULATOR}.init_cudagraph_manager(cudagraph_mode)",
-            "says so where draft steps are not recorded",
+            f"{_SPECULATOR}"
+            "{propose(input_batch, attn_metadata, slot_mappings, last_hidden_states), "
+            "on_prefill_end(num_reqs), init_cudagraph_manager(cudagraph_mode)}",
+            "row ids for the batch, one per request for the one-token steps; says so where draft "
+            "steps are not recorded",
         ),
         reads(
             f"{_SPECULATOR}{{self.last_token_indices, self.hidden_states}}",

@@ -15,7 +15,7 @@ from vllm_vispec.compat.patch_point import (
 )
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import drafts_with_published, uses_vispec
-from vllm_vispec.draft_model.patch_points import PUBLISHED, TOWER
+from vllm_vispec.draft_model.patch_points import PUBLISHED
 from vllm_vispec.draft_vlm.patch_points import DRAFT_VLM
 from vllm_vispec.draft_vocab.patch_points import DRAFT_VOCAB
 from vllm_vispec.models.patch_points import UNCOMPRESSED
@@ -86,23 +86,19 @@ CHAINS = PatchGroup(
             "EagleProposer(...) builds a ViSpecProposer when the draft is ours",
         ),
         overrides(
-            f"{_PROPOSER}.set_inputs_first_pass"
-            "(target_token_ids, next_token_ids, target_positions, target_hidden_states, cad)",
-            "row ids for the first draft pass; states as wide as the draft reads",
-        ),
-        overrides(
-            f"{_PROPOSER}._set_positions(num_tokens, positions)",
-            "plain positions for the draft of an M-RoPE target",
+            f"{_PROPOSER}"
+            "{set_inputs_first_pass"
+            "(target_token_ids, next_token_ids, target_positions, target_hidden_states, cad), "
+            "_set_positions(num_tokens, positions), "
+            "_update_positions_dependent_metadata"
+            "(positions, common_attn_metadata, batch_size, input_batch_size)}",
+            "row ids for the first draft pass, one per request for the one-token steps; states as "
+            "wide as the draft reads; plain positions for the draft of an M-RoPE target",
         ),
         overrides(
             f"{_PROPOSER}.prepare_inputs"
             "(common_attn_metadata, sampled_token_ids, num_draft_tokens)",
             "which tokens stay when disable_padded_drafter_batch drops the rejected ones",
-        ),
-        overrides(
-            f"{_PROPOSER}._update_positions_dependent_metadata"
-            "(positions, common_attn_metadata, batch_size, input_batch_size)",
-            "keep one row id per request for the one-token steps",
         ),
         overrides(
             f"{_PROPOSER}.prepare_next_token_ids_padded"
@@ -177,7 +173,6 @@ _PUBLISHED = replace(
     PUBLISHED,
     runner="v1",
     points=(
-        *TOWER,
         overrides(
             f"{_PROPOSER}"
             "{propose(num_speculative_tokens), "
@@ -185,10 +180,6 @@ _PUBLISHED = replace(
             "_maybe_share_embeddings(target_language_model), "
             "_maybe_share_lm_head(target_language_model), self._last_draft_probs}",
             "a first pass over the target's own rows, and one step more; shares nothing",
-        ),
-        reads(
-            f"{_RUNNER}.self.requests",
-            "a prompt's tokens, from which M-RoPE positions are read",
         ),
     ),
 )

@@ -24,16 +24,7 @@ class PublishedProposer(ViSpecProposer):
 
     def make_draft_rows(self) -> PublishedRows:
         """Return what lays a batch's rows out."""
-        return PublishedRows(self.model)
-
-    def _note_prompts(self) -> None:
-        """Lay out the prompts that are new in the batch, and forget those that are gone."""
-        states = self._runner.requests
-        self.draft_rows.keep(states.keys())
-        for request_id in self._runner.input_batch.req_ids:
-            state = states[request_id]
-            if state.mm_features:
-                self.draft_rows.note(request_id, state.mm_features, state.prompt_token_ids)
+        return PublishedRows(self.model.positions)
 
     def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return drafts ``[R, K]``."""
@@ -46,11 +37,16 @@ class PublishedProposer(ViSpecProposer):
 
     def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> Any:
         """Undo the shift by one token that heads need."""
-        self._note_prompts()
         num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
         self._next_tokens = self.input_ids[token_indices].long()
         self.input_ids[:num_tokens] = kwargs["target_token_ids"]
         return num_tokens, token_indices, metadata
+
+    def _set_positions(self, num_tokens: int, positions: torch.Tensor) -> None:
+        """Take plain positions, and the target's M-RoPE positions ``[A, T]`` if it has any."""
+        super()._set_positions(num_tokens, positions)
+        if self.model.positions is not None:
+            self.model.positions.set_step(positions, self.positions[:num_tokens])
 
     def build_model_inputs_first_pass(
         self, num_tokens: int, num_input_tokens: int, mm_embed_inputs: Any
