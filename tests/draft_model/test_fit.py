@@ -69,36 +69,103 @@ def test_other_families_are_refused(configure: Callable[..., Any], tiny: TinySto
         configure(tiny.sibling("qwen3_vl"))
 
 
-def test_another_tokenizer_is_refused(
-    configure: Callable[..., Any], changed: Callable[..., str]
+def _swap_tokens(content: dict[str, Any]) -> None:
+    vocabulary = content["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+
+def _make_text_model(content: dict[str, Any]) -> None:
+    text = content["text_config"]
+    content.clear()
+    content.update(text, model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+
+
+def _set(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    """Return what sets fields; ``text_config__vocab_size`` is one of a section's."""
+
+    def edit(content: dict[str, Any]) -> None:
+        for name, value in changes.items():
+            *section, field = name.split("__")
+            (content[section[0]] if section else content)[field] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [
+        ("tokenizer.json", _swap_tokens, "token 300 is "),
+        ("tokenizer.json", lambda content: content.clear(), "the tokenizer of .* cannot be read"),
+        ("config.json", _set(text_config__vocab_size=300), "table has 300 rows, fewer than"),
+        (
+            "config.json",
+            _set(vision_config__patch_size=16),
+            "patch_size in vision_config is 16, the target's 14",
+        ),
+        ("config.json", _set(text_config__max_position_embeddings=128), "reads 128 tokens at most"),
+        ("config.json", _make_text_model, "it is a text model"),
+        (
+            "config.json",
+            _set(quantization_config={"quant_method": "unheard_of"}),
+            "cannot be used by this vLLM .*unheard_of",
+        ),
+        (
+            "config.json",
+            _set(model_type="own_vl", auto_map={"AutoConfig": "configuration_own.OwnConfig"}),
+            "cannot be used by this vLLM .*without remote code",
+        ),
+        (
+            "processor_config.json",
+            lambda content: content["image_processor"].update(image_mean=[0.0, 0.0, 0.0]),
+            "image_mean in the image processor is",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.endswith("json") else None,
+)
+def test_a_draft_that_does_not_fit_is_refused(
+    configure: Callable[..., Any],
+    changed: Callable[..., str],
+    name: str,
+    edit: Callable[[dict[str, Any]], None],
+    message: str,
 ) -> None:
-    def swap(content: dict[str, Any]) -> None:
-        vocabulary = content["model"]["vocab"]
-        first, second = sorted(vocabulary, key=vocabulary.get)[300:302]
-        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-
-    with pytest.raises(ViSpecError, match="token 300 is "):
-        configure(changed("tokenizer.json", swap))
+    with pytest.raises(ViSpecError, match=message) as caught:
+        configure(changed(name, edit))
+    assert "\n" not in str(caught.value)
 
 
-def test_another_geometry_is_refused(
-    configure: Callable[..., Any], changed: Callable[..., str]
+def test_longer_tables_fit(configure: Callable[..., Any], changed: Callable[..., str]) -> None:
+    assert configure(changed("config.json", _set(text_config__vocab_size=4096)))
+
+
+def test_a_larger_draft_is_a_warning(
+    configure: Callable[..., Any], tiny: TinyStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def patch(content: dict[str, Any]) -> None:
-        content["vision_config"]["patch_size"] = 16
+    caplog.set_level("INFO")
+    configure(tiny.sibling(num_hidden_layers=6))
+    assert "has 6 layers of width 96, the target" in caplog.text
+    assert "bytes of KV cache for a token" in caplog.text
 
-    with pytest.raises(ViSpecError, match="patch_size in vision_config is 16, the target's 14"):
-        configure(changed("config.json", patch))
+
+def test_heads_must_divide_among_ranks(configure: Callable[..., Any], tiny: TinyStore) -> None:
+    with pytest.raises(ViSpecError, match=r"tensor_parallel_size=2 does not fit .* 3 attention"):
+        configure(tiny.sibling(), {"tensor_parallel_size": 2})
 
 
-def test_a_shorter_draft_is_refused(
-    configure: Callable[..., Any], changed: Callable[..., str]
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        ("prompts with embeddings", {"enable_mm_embeds": True}),
+        ("video_pruning_rate", {"video_pruning_rate": 0.5}),
+        ("pipeline_parallel_size", {"pipeline_parallel_size": 2}),
+    ],
+)
+def test_engines_that_do_not_go_with_it_are_refused(
+    configure: Callable[..., Any], tiny: TinyStore, name: str, engine: dict[str, Any]
 ) -> None:
-    def shorten(content: dict[str, Any]) -> None:
-        content["text_config"]["max_position_embeddings"] = 128
-
-    with pytest.raises(ViSpecError, match="reads 128 tokens at most"):
-        configure(changed("config.json", shorten))
+    with pytest.raises(ViSpecError, match=name):
+        configure(tiny.sibling(), engine)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +174,8 @@ def test_a_shorter_draft_is_refused(
         ("tree", {"tree": {"policy": "eagle2", "depth": 3, "top_k": 3}}),
         ("draft_vocab", {"draft_vocab": 100}),
         ("disable_padded_drafter_batch", {"disable_padded_drafter_batch": True}),
+        ("enable_adaptive_verification", {"enable_adaptive_verification": True}),
+        ("use_local_argmax_reduction", {"use_local_argmax_reduction": True}),
         ("images", {"images": "none"}),
     ],
 )

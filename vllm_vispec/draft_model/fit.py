@@ -14,46 +14,26 @@ logger = get_logger(__name__)
 
 # What decides how many tokens an image has, where they lie, and what a tower's tensors hold. Limits
 # of pixels do not: the target's processor makes the tensors.
-_VISION = (
-    "patch_size",
-    "image_size",
-    "spatial_merge_size",
-    "temporal_patch_size",
-    "tokens_per_second",
-)
-_MODEL = (
-    "image_seq_length",
-    "image_grid_pinpoints",
-    "vision_feature_select_strategy",
-    "downsample_ratio",
-)
+_VISION = "patch_size image_size spatial_merge_size temporal_patch_size tokens_per_second"
+_MODEL = "image_seq_length image_grid_pinpoints vision_feature_select_strategy downsample_ratio"
 _PROCESSOR = (
-    "patch_size",
-    "merge_size",
-    "temporal_patch_size",
-    "crop_size",
-    "image_mean",
-    "image_std",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
+    "patch_size merge_size temporal_patch_size crop_size image_mean image_std do_rescale "
+    "rescale_factor do_normalize"
 )
 
 
 def check_fit(name: str, own: ModelConfig, target: ModelConfig) -> None:
-    """Refuse a draft that does not read what the target reads.
-
-    Args:
-        name: What the user calls the draft.
-        own: The draft's configuration.
-        target: The target's.
+    """Refuse a draft, called ``name`` by the user, that does not read what the target reads.
 
     Raises:
         ViSpecError: Names the first difference.
     """
     for problem in chain(_kind(own, target), _geometry(own, target), _tokenizer(own, target)):
         raise ViSpecError(f"draft {name} does not fit target {target.model}: {problem}")
-    ours, theirs = _size(own), _size(target)
+    ours, theirs = (
+        (int(config.hf_text_config.num_hidden_layers), config.get_hidden_size())
+        for config in (own, target)
+    )
     if ours[0] * ours[1] ** 2 > theirs[0] * theirs[1] ** 2:
         logger.warning(
             "ViSpec: draft %s has %d layers of width %d, the target %d of %d: a draft larger than "
@@ -62,10 +42,6 @@ def check_fit(name: str, own: ModelConfig, target: ModelConfig) -> None:
             *ours,
             *theirs,
         )
-
-
-def _size(config: ModelConfig) -> tuple[int, int]:
-    return int(config.hf_text_config.num_hidden_layers), config.get_hidden_size()
 
 
 def _kind(own: ModelConfig, target: ModelConfig) -> Iterator[str]:
@@ -107,7 +83,7 @@ def _geometry(own: ModelConfig, target: ModelConfig) -> Iterator[str]:
         ("config.json", _MODEL, map(_plain, models)),
         ("the image processor", _PROCESSOR, processors),
     ):
-        for name in names if ours and theirs else ():
+        for name in names.split() if ours and theirs else ():
             if ours.get(name) != theirs.get(name):
                 yield f"{name} in {where} is {ours.get(name)}, the target's {theirs.get(name)}"
 
@@ -129,7 +105,8 @@ def _tokenizer(own: ModelConfig, target: ModelConfig) -> Iterator[str]:
 def _vocabulary(name: str, revision: str | None) -> dict[str, int]:
     try:
         tokenizer = get_tokenizer(name, trust_remote_code=False, revision=revision)
-    except (OSError, ValueError) as error:
+    # What a broken file raises is the tokenizer library's secret.
+    except Exception as error:
         raise ViSpecError(
             f"the tokenizer of {name} cannot be read, so nobody knows whether draft and target "
             "have the same: download it again"

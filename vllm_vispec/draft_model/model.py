@@ -53,19 +53,11 @@ class EagleDraftModelForCausalLM(nn.Module):
         *,
         is_multimodal: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embed tokens ``[T]`` and put the draft's own image features in, ``[T, D]``.
-
-        Args:
-            multimodal_embeddings: The draft's features ``[N, ...]``.
-            is_multimodal: bool ``[T]``, on the host.
-        """
+        """Embed tokens ``[T]`` with the draft's own image features ``[N, ...]`` in: ``[T, D]``."""
         # A longer table of the target's has rows that are no tokens.
         input_ids = input_ids.clamp(max=self.own_vocab_size - 1)
-        if not multimodal_embeddings:
-            return self.model.embed_input_ids(input_ids)
-        return self.model.embed_input_ids(
-            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
-        )
+        given = (multimodal_embeddings,) if multimodal_embeddings else ()
+        return self.model.embed_input_ids(input_ids, *given, is_multimodal=is_multimodal)
 
     def forward(
         self,
@@ -74,13 +66,9 @@ class EagleDraftModelForCausalLM(nn.Module):
         hidden_states: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run one draft pass.
+        """Run one draft pass over tokens at plain positions ``[T]``.
 
-        Args:
-            input_ids: ``[T]``; embedded here where the engine takes no images.
-            positions: ``[T]``; of the tokens in their sequences.
-            hidden_states: Not read.
-            inputs_embeds: ``[T, D]`` or None.
+        Without ``inputs_embeds`` ``[T, D]``, tokens are embedded here: the engine takes no images.
 
         Returns:
             Hidden states ``[T, D]`` for lm_head, and those for the next pass, which reads none.

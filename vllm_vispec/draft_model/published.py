@@ -19,20 +19,7 @@ from vllm_vispec.utils.logs import get_logger
 logger = get_logger(__name__)
 
 CHECKPOINT_FORMAT = "published model"
-_REFUSED = (
-    "disable_padded_drafter_batch",
-    "enable_adaptive_verification",
-    "use_local_argmax_reduction",
-)
-
-
-def is_published(folder: Path) -> bool:
-    """Whether a folder is a model that vLLM serves, and no head: some name the target's class."""
-    names = read_json(folder / CONFIG).get("architectures") or ()
-    is_served = not set(names).isdisjoint(ModelRegistry.get_supported_archs())
-    return is_served and not is_vispec_head(folder)
-
-
+_REFUSED = "disable_padded_drafter_batch enable_adaptive_verification use_local_argmax_reduction"
 _FOUND: dict[str, HeadInfo] = {}
 
 
@@ -43,20 +30,14 @@ def find(model: str, settings: Mapping[str, Any], target: ModelConfig) -> HeadIn
         ViSpecError: It does not fit the target, or cannot be served.
     """
     folder = resolve_head(model, settings.get("revision"))
-    if not is_published(folder):
+    names = read_json(folder / CONFIG).get("architectures") or ()
+    # Some heads name their target's class.
+    if set(names).isdisjoint(ModelRegistry.get_supported_archs()) or is_vispec_head(folder):
         return None
     own = read_published(folder, settings.get("revision"), settings.get("quantization"), target)
     check_fit(model, own, target)
     info = _describe(folder, own, target.get_vocab_size())
-    head, size = info.config, own.dtype.itemsize
-    logger.info(
-        "ViSpec: draft %s adds %.2f GiB of weights, %d bytes of KV cache for a token, and %d bytes "
-        "for a token of a cached image, in all ranks together",
-        model,
-        sum(name.stat().st_size for name in info.files) / 2**30,
-        2 * head.num_hidden_layers * head.num_key_value_heads * head.head_dim * size,
-        own.get_inputs_embeds_size() * size,
-    )
+    _note_memory(model, own, info)
     # vLLM reads offline what it is told by name in the hub's cache.
     for name in (locate(model, folder)["model"], str(folder)):
         _FOUND[name] = info
@@ -80,7 +61,7 @@ def check_settings(config: ViSpecConfig, settings: Mapping[str, Any]) -> None:
         ViSpecError: Names the setting and the remedy.
     """
     given = {"tree": config.tree, "draft_vocab": config.draft_vocab}
-    for name in ("tree", "draft_vocab", *_REFUSED):
+    for name in (*given, *_REFUSED.split()):
         if given.get(name) is not None or settings.get(name):
             raise ViSpecError(
                 f"speculative config: {name} does not go with a published model as the draft; "
@@ -108,16 +89,7 @@ def check_engine(vllm_config: Any) -> None:
 
 
 def _describe(folder: Path, own: ModelConfig, vocab_size: int) -> HeadInfo:
-    """Describe a published model as vLLM's EAGLE route needs to know it.
-
-    Args:
-        folder: The model's.
-        own: Its configuration.
-        vocab_size: The target's.
-
-    Raises:
-        ViSpecError: Its files are incomplete, or no safetensors.
-    """
+    """Describe a published model as vLLM's EAGLE route needs to know it."""
     text = own.hf_text_config
     head = HeadConfig(
         target_model_type="",
@@ -144,16 +116,22 @@ def _describe(folder: Path, own: ModelConfig, vocab_size: int) -> HeadInfo:
     return HeadInfo(CHECKPOINT_FORMAT, head, folder, tuple(weight_files(folder)), {})
 
 
+def _note_memory(model: str, own: ModelConfig, info: HeadInfo) -> None:
+    head, size = info.config, own.dtype.itemsize
+    logger.info(
+        "ViSpec: draft %s adds %.2f GiB of weights, %d bytes of KV cache for a token, and %d bytes "
+        "for a token of a cached image, in all ranks together",
+        model,
+        sum(file.stat().st_size for file in info.files) / 2**30,
+        2 * head.num_hidden_layers * head.num_key_value_heads * head.head_dim * size,
+        own.get_inputs_embeds_size() * size,
+    )
+
+
 def read_published(
     model: str | Path, revision: str | None, quantization: str | None, target: ModelConfig
 ) -> ModelConfig:
     """Read a published model's configuration as it is served beside a target.
-
-    Args:
-        model: Folder or hub id.
-        revision: Of the hub repository.
-        quantization: As for vLLM; None: as published.
-        target: The target's.
 
     Raises:
         ViSpecError: vLLM cannot read or serve it.
@@ -171,20 +149,18 @@ def read_published(
             enforce_eager=target.enforce_eager,
         )
     except (ValueError, OSError, ImportError) as error:
+        # pydantic puts lines of its own around what vLLM says.
+        is_wrapped = isinstance(error, ValidationError)
+        text = str(error.errors()[0]["msg"]) if is_wrapped else str(error)
+        reason = " ".join(text.removeprefix("Value error, ").split())
         raise ViSpecError(
-            f"draft {model} cannot be used by this vLLM ({_reason(error)}): give a model that it "
-            "serves on this machine without remote code"
+            f"draft {model} cannot be used by this vLLM ({reason}): give a model that it serves on "
+            "this machine without remote code"
         ) from error
     if own.multimodal_config is not None:
         # One engine: towers are split and limited alike.
         own.multimodal_config = target.multimodal_config
     return own
-
-
-def _reason(error: Exception) -> str:
-    """Return what vLLM says in one line; pydantic puts its own before it."""
-    text = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
-    return " ".join(text.removeprefix("Value error, ").split())
 
 
 def published_model_config(vllm_config: VllmConfig) -> ModelConfig:

@@ -22,12 +22,7 @@ FEATURES = "vispec_draft_features"
 
 
 class DraftPositions(nn.Module):
-    """Static buffers of M-RoPE offsets and positions; graphs hold their addresses.
-
-    Args:
-        num_axes: A.
-        max_num_tokens: Longest batch.
-    """
+    """Static buffers of M-RoPE offsets and positions; graphs hold their addresses."""
 
     offset_AT: torch.Tensor
     position_AT: torch.Tensor
@@ -62,8 +57,7 @@ class DraftPositions(nn.Module):
 class PublishedRows:
     """Stands where `spec_decode.draft_rows.DraftRows` stands for heads.
 
-    Args:
-        positions: The draft's; None: plain ones.
+    Drafts with plain positions have no ``positions``.
     """
 
     gate = None
@@ -84,12 +78,9 @@ class PublishedRows:
         outputs: Mapping[str, torch.Tensor],
         hidden_states: torch.Tensor | None = None,
     ) -> None:
-        """Find the features of the batch's image rows.
+        """Find the features of the batch's image rows, its requests given in order.
 
-        Args:
-            requests: All requests of the batch, in its order.
-            outputs: The target's image features by item hash; each holds the draft's.
-            hidden_states: Not read.
+        They hang on the target's ``outputs``, which are kept by item hash.
 
         Raises:
             ViSpecError: An image's features are not there.

@@ -56,10 +56,8 @@ class PublishedSpeculator(ViSpecSpeculator):
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Record passes as long as the target's: the first pass has no row more."""
         self.num_speculative_steps -= 1
-        try:
-            super().init_cudagraph_manager(cudagraph_mode)
-        finally:
-            self.num_speculative_steps += 1
+        super().init_cudagraph_manager(cudagraph_mode)
+        self.num_speculative_steps += 1
 
     def propose(
         self,
@@ -78,12 +76,10 @@ class PublishedSpeculator(ViSpecSpeculator):
             rotary_AT = self._rotary_AT[:, :num_rows]
             self.model.positions.set_step(rotary_AT, input_batch.positions[:num_rows])
         self._batch = input_batch
-        try:
-            drafts = super().propose(
-                input_batch, *args, num_speculative_tokens=count + 1 if count else 0, **kwargs
-            )
-        finally:
-            self._batch = None
+        drafts = super().propose(
+            input_batch, *args, num_speculative_tokens=count + 1 if count else 0, **kwargs
+        )
+        self._batch = None
         return drafts[:, 1:]
 
     def _prefill(self, *args: Any, mm_inputs: Any = None, **kwargs: Any) -> None:
@@ -104,30 +100,13 @@ class PublishedSpeculator(ViSpecSpeculator):
         super().on_prefill_end(num_reqs)
         self._is_first_pass = False
 
-    def sample_draft(
-        self,
-        hidden_states: torch.Tensor,
-        sample_src_positions: torch.Tensor,
-        idx_mapping: torch.Tensor,
-        temperature: torch.Tensor,
-        seeds: torch.Tensor,
-        draft_step: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
+    def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the target's token in the first pass, else the draft's, one column on."""
         if self._is_first_pass:
             return self._next_tokens[: hidden_states.shape[0]]
-        return super().sample_draft(
-            hidden_states,
-            sample_src_positions - 1,
-            idx_mapping,
-            temperature,
-            seeds,
-            draft_step - 1,
-            *args,
-            **kwargs,
-        )
+        position_R, idx_mapping, temperature, seeds, step, *others = args
+        args = (position_R - 1, idx_mapping, temperature, seeds, step - 1, *others)
+        return super().sample_draft(hidden_states, *args, **kwargs)
 
     def _generate_fused_drafts(self, *args: Any, **kwargs: Any) -> None:
         """Record one step more than vLLM counts; it gives the number by name when it records.
