@@ -52,9 +52,11 @@ def _kind(own: ModelConfig, target: ModelConfig) -> Iterator[str]:
     ours, theirs = (_family(config) for config in (own, target))
     if ours != theirs:
         yield f"it is of family {ours}, the target of {theirs}"
-    ours, theirs = (config.mrope_num_dims if config.uses_mrope else 1 for config in (own, target))
-    if ours != theirs:
-        yield f"its positions have {ours} axes, the target's {theirs}"
+    axes, target_axes = (
+        config.mrope_num_dims if config.uses_mrope else 1 for config in (own, target)
+    )
+    if axes != target_axes:
+        yield f"its positions have {axes} axes, the target's {target_axes}"
     has_other_layers = own.is_hybrid or own.is_attention_free or own.use_mla
     if has_other_layers or own.get_sliding_window() is not None:
         yield "it has layers other than full attention"

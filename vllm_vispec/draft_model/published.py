@@ -150,8 +150,7 @@ def read_published(
         )
     except (ValueError, OSError, ImportError) as error:
         # pydantic puts lines of its own around what vLLM says.
-        is_wrapped = isinstance(error, ValidationError)
-        text = str(error.errors()[0]["msg"]) if is_wrapped else str(error)
+        text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         reason = " ".join(text.removeprefix("Value error, ").split())
         raise ViSpecError(
             f"draft {model} cannot be used by this vLLM ({reason}): give a model that it serves on "

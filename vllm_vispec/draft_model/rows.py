@@ -113,7 +113,7 @@ def _image_rows(
     """Yield stretches of image tokens among a request's rows: where they begin, their features."""
     begin, end = request.first_row, request.first_row + request.num_rows
     for feature in request.features:
-        place = feature.mm_position
+        place: Any = feature.mm_position
         if place.offset >= end or place.offset + place.length <= begin:
             continue
         taken = 0
