@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.support.tiny_store import TinyStore
+from vllm_vispec.cli import doctor
+from vllm_vispec.cli.app import app
 from vllm_vispec.utils.errors import ViSpecError
 
 
@@ -184,3 +187,18 @@ def test_settings_that_do_not_go_with_it_are_refused(
 ) -> None:
     with pytest.raises(ViSpecError, match=name):
         configure(tiny.sibling(), **settings)
+
+
+def test_doctor_says_whether_a_draft_fits(
+    tiny: TinyStore, changed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "run_checks", lambda **_: doctor.Report((), ok=True))
+    target = ["doctor", "--target", str(tiny.target()), "--draft"]
+    fits = CliRunner().invoke(app, [*target, tiny.sibling()])
+    assert "yes, draft and target go together" in fits.stdout
+    # 2 layers of one head, keys and values; features as wide as the model; in bfloat16.
+    assert "256 bytes of KV cache for a token, and 192 bytes for a token of" in fits.stdout
+    other = changed("config.json", _set(vision_config__patch_size=16))
+    refused = CliRunner().invoke(app, [*target, other])
+    assert refused.exit_code == 1
+    assert "patch_size in vision_config is 16" in refused.stderr

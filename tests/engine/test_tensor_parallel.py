@@ -26,6 +26,7 @@ DRAFTS = {
     "gated": Draft(GATED),
     "tree": Draft(options=tree(29, top_k=8)),
     "vlm": Draft({"num_key_value_heads": 2}, is_vlm=True),
+    "sibling": Draft({"hidden_size": 128, "num_attention_heads": 4}, is_sibling=True),
     # Each of them has half of the draft's lm_head.
     "few tokens": Draft(few_tokens=True),
     "one kv head": Draft({"num_key_value_heads": 1}),

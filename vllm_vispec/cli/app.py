@@ -109,12 +109,15 @@ def doctor(
     target: Annotated[
         str | None, typer.Option(help="Folder or hub id of a target; says whether the head fits.")
     ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a published model as its draft.")
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="List every patch point; say what trees need here.")
     ] = False,
 ) -> None:
     """Print versions, the runner that will be used, which features fit, and what a head needs."""
-    from vllm_vispec.cli.doctor import head_lines, run_checks, target_lines
+    from vllm_vispec.cli.doctor import draft_lines, head_lines, run_checks, target_lines
 
     report = run_checks(verbose=verbose)
     typer.echo("\n".join(report.lines))
@@ -123,6 +126,8 @@ def doctor(
             typer.echo("\n".join(["", *head_lines(head)]))
         if target is not None:
             typer.echo("\n".join(["", *target_lines(target, head)]))
+        if draft is not None:
+            typer.echo("\n".join(["", *draft_lines(target, draft)]))
     if not report.ok:
         raise typer.Exit(1)
 

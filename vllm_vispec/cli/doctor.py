@@ -17,6 +17,7 @@ from vllm_vispec.compat import check as versions
 from vllm_vispec.compat import groups
 from vllm_vispec.compat.check import PatchPointState, check_points, group_problem
 from vllm_vispec.spec_decode.patch_points import CHAINS, CORE
+from vllm_vispec.utils.errors import ViSpecError
 
 _RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 
@@ -169,6 +170,27 @@ def target_lines(target: str, head: str | None) -> list[str]:
         facts["tensor parallel"] = f"up to {sizes[-1]} ({', '.join(map(str, sizes))})"
         facts["fit"] = f"yes, but {warning}" if warning else "yes, head and target go together"
     return _table(facts)
+
+
+def draft_lines(target: str | None, draft: str) -> list[str]:
+    """Say that a published model fits a target as its draft, and what it adds; reads no weights.
+
+    Raises:
+        ViSpecError: no target is given, or the draft does not fit it; says why.
+    """
+    if target is None:
+        raise ViSpecError("--draft fits one target or another: give --target, too")
+    with _quiet():
+        from vllm.config import ModelConfig
+
+        from vllm_vispec.draft_model import published
+
+        config = ModelConfig(model=target)
+        found = published.find(draft, {}, config)
+    if found is None:
+        raise ViSpecError(f"--draft {draft} is no model that this vLLM serves: is it a --head?")
+    adds = published.added_memory(found, config)
+    return _table({"draft": draft, "adds": adds, "fit": "yes, draft and target go together"})
 
 
 def _table(facts: Mapping[str, object]) -> list[str]:

@@ -37,7 +37,7 @@ def find(model: str, settings: Mapping[str, Any], target: ModelConfig) -> HeadIn
     own = read_published(folder, settings.get("revision"), settings.get("quantization"), target)
     check_fit(model, own, target)
     info = _describe(folder, own, target.get_vocab_size())
-    _note_memory(model, own, info)
+    logger.info("ViSpec: draft %s adds %s", model, added_memory(info, target))
     # vLLM reads offline what it is told by name in the hub's cache.
     for name in (locate(model, folder)["model"], str(folder)):
         _FOUND[name] = info
@@ -110,21 +110,20 @@ def _describe(folder: Path, own: ModelConfig, vocab_size: int) -> HeadInfo:
         global_feature=False,
         compress=False,
         num_hidden_layers=text.num_hidden_layers,
-        # Like a draft VLM of ours it reads no states of the target's.
-        vision_size=1,
+        # Like a draft VLM of ours it reads image features, and no states of the target's.
+        vision_size=own.get_inputs_embeds_size(),
     )
     return HeadInfo(CHECKPOINT_FORMAT, head, folder, tuple(weight_files(folder)), {})
 
 
-def _note_memory(model: str, own: ModelConfig, info: HeadInfo) -> None:
-    head, size = info.config, own.dtype.itemsize
-    logger.info(
-        "ViSpec: draft %s adds %.2f GiB of weights, %d bytes of KV cache for a token, and %d bytes "
-        "for a token of a cached image, in all ranks together",
-        model,
-        sum(file.stat().st_size for file in info.files) / 2**30,
-        2 * head.num_hidden_layers * head.num_key_value_heads * head.head_dim * size,
-        own.get_inputs_embeds_size() * size,
+def added_memory(info: HeadInfo, target: ModelConfig) -> str:
+    """Say what a draft adds to memory, in all ranks together."""
+    head, size = info.config, target.dtype.itemsize
+    weights = sum(file.stat().st_size for file in info.files) / 2**30
+    values = 2 * head.num_hidden_layers * head.num_key_value_heads * head.head_dim
+    return (
+        f"{weights:.2f} GiB of weights, {values * size} bytes of KV cache for a token, and "
+        f"{head.vision_size * size} bytes for a token of a cached image"
     )
 
 
