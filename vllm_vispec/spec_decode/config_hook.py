@@ -193,7 +193,7 @@ def _architecture(info: HeadInfo) -> str:
 
 def _kind(head: HeadConfig) -> str:
     if head.is_draft_vlm:
-        return f"a model of its own, {head.num_hidden_layers} layers of width {head.hidden_size}"
+        return f"draft VLM, {head.num_hidden_layers} layers of width {head.hidden_size}"
     if head.has_compressor:
         return f"compressor {head.compressor_spec}"
     return f"{head.num_query_tokens} query tokens"
