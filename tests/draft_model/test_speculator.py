@@ -1,0 +1,98 @@
+"""What a published model's speculator tells vLLM's: steps, columns and tokens, without a device.
+
+Shapes: R requests, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import speculator as vllm_speculator
+
+from vllm_vispec.draft_model.speculator import PublishedSpeculator
+
+COUNT, HIDDEN_RD = 4, torch.zeros(2, 8)
+BASE = vllm_speculator.TargetDependentARSpeculator
+
+
+@pytest.fixture
+def speculator(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a speculator of 4 draft tokens whose calls of vLLM's methods are recorded."""
+    found = object.__new__(PublishedSpeculator)
+    found.num_speculative_steps = COUNT + 1
+    found.speculative_config = Mock()
+    found.speculative_config.uses_dynamic_speculative_decoding.return_value = False
+    found.draft_rows = Mock()
+    found.last_token_indices = torch.tensor([1, 3, 0])
+    found.input_buffers = SimpleNamespace(input_ids=torch.tensor([11, 12, 21, 22, 0]))
+    found._next_tokens = torch.zeros(3, dtype=torch.int64)
+    found._is_first_pass, found._batch = False, None
+    for name in ("_generate_fused_drafts", "_generate_draft", "sample_draft", "_prefill"):
+        monkeypatch.setattr(BASE, name, Mock())
+    return found
+
+
+def _batch() -> Any:
+    return SimpleNamespace(input_ids=torch.tensor([10, 11, 20, 21, 7]), num_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("is_recording", "by_number", "given", "asked"),
+    [(True, False, 4, 5), (True, True, 4, 4), (False, False, 5, 5)],
+)
+def test_a_recorded_graph_has_one_step_more(
+    speculator: Any, is_recording: bool, by_number: bool, given: int, asked: int
+) -> None:
+    dynamic = speculator.speculative_config.uses_dynamic_speculative_decoding
+    dynamic.return_value = by_number
+    speculator._batch = None if is_recording else _batch()
+    # vLLM gives the number by name when it records.
+    if is_recording:
+        speculator._generate_fused_drafts(*"abcdef", num_speculative_steps=given)
+        assert BASE._generate_fused_drafts.call_args.kwargs == {"num_speculative_steps": asked}
+    else:
+        speculator._generate_fused_drafts(*"abcdef", given)
+        assert BASE._generate_fused_drafts.call_args.args == (*"abcdef", asked)
+
+
+def test_every_step_but_the_last_prepares_the_next(speculator: Any) -> None:
+    speculator._generate_draft(*"abcdef", 2)
+    speculator._generate_draft(*"abcd", num_tokens_across_dp="e", num_speculative_steps=2)
+    by_place, by_name = BASE._generate_draft.call_args_list
+    assert by_place.args == tuple("abcdef")
+    assert by_place.kwargs == {"num_speculative_steps": COUNT + 1}
+    assert by_name.kwargs == {"num_tokens_across_dp": "e", "num_speculative_steps": COUNT + 1}
+
+
+def test_the_first_pass_has_the_targets_rows_and_samples_nothing(speculator: Any) -> None:
+    speculator._batch = _batch()
+    speculator.on_prefill_begin(2)
+    assert speculator.input_buffers.input_ids.tolist() == [10, 11, 20, 21, 0]
+    assert speculator.sample_draft(HIDDEN_RD, *"abcde").tolist() == [12, 22]
+    assert not BASE.sample_draft.called
+    speculator.on_prefill_end(2)
+    place, step = torch.tensor([5, 6]), torch.tensor(1)
+    speculator.sample_draft(HIDDEN_RD, place, "map", "temperature", "seeds", step, "logits")
+    _, found, *_, column, logits = BASE.sample_draft.call_args.args
+    assert (found.tolist(), int(column), logits) == ([4, 5], 0, "logits")
+
+
+def test_the_first_pass_reads_the_drafts_own_features(speculator: Any) -> None:
+    speculator._prefill("any", mm_inputs="the target's")
+    assert BASE._prefill.call_args.kwargs == {"mm_inputs": speculator.draft_rows.features}
+
+
+def test_passes_are_recorded_as_long_as_the_targets(
+    speculator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(
+        BASE, "init_cudagraph_manager", lambda self, _: seen.append(self.num_speculative_steps)
+    )
+    speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
+    assert (seen, speculator.num_speculative_steps) == ([COUNT], COUNT + 1)
