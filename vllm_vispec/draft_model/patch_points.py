@@ -1,9 +1,14 @@
 """What published models as drafts rely on in vLLM."""
 
-from vllm_vispec.compat.patch_point import PatchGroup, overrides, reads
+from vllm_vispec.compat.patch_point import PatchGroup, overrides, reads, wraps
 from vllm_vispec.config import drafts_with_published
 
 _V2 = "vllm.v1.worker.gpu"
+
+TOWER = wraps(
+    "vllm.model_executor.models.interfaces:SupportsMultiModal.embed_multimodal",
+    "the draft's tower runs with the target's, its features hang on the target's (one object only)",
+)
 
 PUBLISHED = PatchGroup(
     name="draft model",
@@ -12,6 +17,7 @@ PUBLISHED = PatchGroup(
     runner="v2",
     is_needed=drafts_with_published,
     points=(
+        TOWER,
         overrides(
             f"{_V2}.spec_decode.target_dependent_ar.speculator:TargetDependentARSpeculator"
             "{on_prefill_begin(num_reqs), _prefill(mm_inputs), "

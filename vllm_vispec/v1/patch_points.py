@@ -15,7 +15,7 @@ from vllm_vispec.compat.patch_point import (
 )
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import drafts_with_published, uses_vispec
-from vllm_vispec.draft_model.patch_points import PUBLISHED
+from vllm_vispec.draft_model.patch_points import PUBLISHED, TOWER
 from vllm_vispec.draft_vlm.patch_points import DRAFT_VLM
 from vllm_vispec.draft_vocab.patch_points import DRAFT_VOCAB
 from vllm_vispec.models.patch_points import UNCOMPRESSED
@@ -96,14 +96,12 @@ CHAINS = PatchGroup(
             "wide as the draft reads; plain positions for the draft of an M-RoPE target",
         ),
         overrides(
-            f"{_PROPOSER}.prepare_inputs"
-            "(common_attn_metadata, sampled_token_ids, num_draft_tokens)",
-            "which tokens stay when disable_padded_drafter_batch drops the rejected ones",
-        ),
-        overrides(
-            f"{_PROPOSER}.prepare_next_token_ids_padded"
-            "(sampled_token_ids, requests, gpu_input_batch, discard_request_mask)",
-            "right next token at the border of a prompt chunk",
+            f"{_PROPOSER}"
+            "{prepare_inputs(common_attn_metadata, sampled_token_ids, num_draft_tokens), "
+            "prepare_next_token_ids_padded"
+            "(sampled_token_ids, requests, gpu_input_batch, discard_request_mask)}",
+            "which tokens stay when disable_padded_drafter_batch drops the rejected ones; right "
+            "next token at the border of a prompt chunk",
         ),
         overrides(
             f"{_PROPOSER}"
@@ -173,6 +171,7 @@ _PUBLISHED = replace(
     PUBLISHED,
     runner="v1",
     points=(
+        TOWER,
         overrides(
             f"{_PROPOSER}"
             "{propose(num_speculative_tokens), "
