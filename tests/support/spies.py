@@ -42,7 +42,9 @@ def table_stats(llm: LLM) -> dict[str, int]:
     if not hasattr(executor, "driver_worker"):
         return {}
     rows = getattr(drafter(llm), "draft_rows", None)
-    return dict(vars(rows.table.stats)) if hasattr(rows, "table") else {}
+    if rows is None or not hasattr(rows, "table"):
+        return {}
+    return dict(vars(rows.table.stats))
 
 
 @dataclass
