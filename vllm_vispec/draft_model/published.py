@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.model_executor.models import ModelRegistry
 
@@ -12,6 +13,7 @@ from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.draft_model.fit import check_fit
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.folder import CONFIG, HeadInfo, is_vispec_head, read_json, weight_files
+from vllm_vispec.heads.formats import describe_other_draft
 from vllm_vispec.heads.location import locate, resolve_head
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.logs import get_logger
@@ -30,9 +32,7 @@ def find(model: str, settings: Mapping[str, Any], target: ModelConfig) -> HeadIn
         ViSpecError: It does not fit the target, or cannot be served.
     """
     folder = resolve_head(model, settings.get("revision"))
-    names = read_json(folder / CONFIG).get("architectures") or ()
-    # Some heads name their target's class.
-    if set(names).isdisjoint(ModelRegistry.get_supported_archs()) or is_vispec_head(folder):
+    if not _is_whole_model(folder):
         return None
     own = read_published(folder, settings.get("revision"), settings.get("quantization"), target)
     check_fit(model, own, target)
@@ -42,6 +42,22 @@ def find(model: str, settings: Mapping[str, Any], target: ModelConfig) -> HeadIn
     for name in (locate(model, folder)["model"], str(folder)):
         _FOUND[name] = info
     return info
+
+
+def _is_whole_model(folder: Path) -> bool:
+    """Whether a folder holds a model of vLLM's; heads, too, may name their target's class."""
+    config = read_json(folder / CONFIG)
+    names = config.get("architectures") or ()
+    if set(names).isdisjoint(ModelRegistry.get_supported_archs()) or is_vispec_head(folder):
+        return False
+    tensors: list[str] = []
+    for file in weight_files(folder):
+        try:
+            with safe_open(str(file), framework="numpy") as weights:
+                tensors += weights.keys()
+        except (SafetensorError, OSError):
+            return False  # What reads it as a head says what is wrong with the file.
+    return describe_other_draft(config, tensors) is None
 
 
 def read_before(model: str | Path) -> HeadInfo | None:

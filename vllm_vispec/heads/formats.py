@@ -8,7 +8,7 @@ resembles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -217,6 +217,9 @@ REFERENCE = CheckpointFormat(
     ignored=_ROPE_BUFFERS,
 )
 
+_LAYERS_OF_A_MODEL = 4
+_EAGLE3_TENSORS = frozenset({"d2t", "t2d", "midlayer.input_layernorm.weight"})
+
 # Detection asks in this order: the most explicit format first.
 FORMATS = {one.name: one for one in (CANONICAL, AUTOMODEL, REFERENCE)}
 
@@ -237,22 +240,32 @@ def detect_format(config: RawConfig, shapes: Shapes) -> CheckpointFormat | None:
     return next((one for one in FORMATS.values() if one.detect(config, shapes)), None)
 
 
-def describe_other_model(config: RawConfig, shapes: Shapes) -> str | None:
-    """Say what weights are that are no ViSpec head, and what to do with them; None if unknown."""
+def describe_other_draft(config: RawConfig, names: Collection[str]) -> str | None:
+    """Say which other kind of draft head weights are, and how to serve it; None if they are none.
+
+    Args:
+        config: The config.json.
+        names: Of the tensors.
+    """
     architectures = " ".join(str(name) for name in config.get("architectures") or ())
-    layers = {name.split(".layers.")[1].split(".")[0] for name in shapes if ".layers." in name}
-    eagle3_tensors = {"d2t", "t2d", "midlayer.input_layernorm.weight"}
-    if "Eagle3" in architectures or eagle3_tensors & shapes.keys():
+    if "Eagle3" in architectures or not _EAGLE3_TENSORS.isdisjoint(names):
         return 'an EAGLE-3 head, serve it with "method":"eagle3"'
     if "speculators_model_type" in config or "speculators_config" in config:
         return "a head in the speculators format, serve it with vLLM alone"
     if "Medusa" in architectures or "medusa_num_heads" in config:
         return 'a Medusa head, which vLLM serves with "method":"medusa"'
-    if len(layers) >= 4:
-        return "a whole model and no draft head, give the head's folder"
-    if "fc.weight" in shapes and any(name.startswith("layers.0.") for name in shapes):
+    if "fc.weight" in names and any(name.startswith("layers.0.") for name in names):
         return 'a text-only EAGLE head (no image adaptor), serve it with "method":"eagle"'
     return None
+
+
+def describe_other_model(config: RawConfig, shapes: Shapes) -> str | None:
+    """Say what weights are that are no ViSpec head, and what to do with them; None if unknown."""
+    layers = {name.split(".layers.")[1].split(".")[0] for name in shapes if ".layers." in name}
+    is_whole = len(layers) >= _LAYERS_OF_A_MODEL
+    return describe_other_draft(config, shapes) or (
+        "a whole model and no draft head, give the head's folder" if is_whole else None
+    )
 
 
 def text_fields(config: RawConfig) -> dict[str, Any]:
