@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vllm_vispec.data.encode import Encoded
 from vllm_vispec.heads.target import load_target_config
+from vllm_vispec.train.vision_attention import use_window_attention
 from vllm_vispec.utils.errors import ViSpecError, first_line
 
 # Weight files are known by their size and this many blocks of this size, spread evenly.
@@ -151,6 +152,7 @@ class TrainingTarget(TargetFacts):
         config = load_target_config(folder)
         model = _load_model(folder, dtype)
         _check_structure(model, folder)
+        use_window_attention(model)
         model.requires_grad_(False)
         model.eval().to(device)
         return cls(
