@@ -51,7 +51,8 @@ def test_llava_marks_decide_where_images_stand(folder: Path) -> None:
 def test_llava_image_without_a_mark_comes_first(folder: Path) -> None:
     system = {"from": "system", "value": "Be brief."}
     asked = {"from": "human", "value": "What is it?"}
-    (found,) = read(folder, LLAVA | {"conversations": [system, asked, REPLY]})
+    reply = REPLY | {"from": "chatgpt"}  # ShareGPT's other assistants are assistants, too
+    (found,) = read(folder, LLAVA | {"conversations": [system, asked, reply]})
     assert isinstance(found, Conversation)
     assert found.turns == (
         Turn("system", (Part("Be brief."),)),

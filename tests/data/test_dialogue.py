@@ -60,7 +60,7 @@ def test_the_request_joins_the_last_question() -> None:
 
 
 def test_own_answers_are_the_context(encoder: Encoder) -> None:
-    dialogue = Dialogue.begin(TALK, "")
+    dialogue = Dialogue.begin(TALK)
     assert dialogue.turns == (SYSTEM, LOOK)
     space = own_space(encoder)
     assert not dialogue.accept(reply(encoder, dialogue, space + "A star."), encoder.template)
@@ -77,7 +77,7 @@ def test_own_answers_are_the_context(encoder: Encoder) -> None:
 
 
 def test_an_answer_cut_off_round_trips(encoder: Encoder) -> None:
-    dialogue = Dialogue.begin(Conversation("s", (LOOK,)), "")
+    dialogue = Dialogue.begin(Conversation("s", (LOOK,)))
     whole = reply(encoder, dialogue, own_space(encoder) + "A sta", "length")
     assert whole.token_ids is not None
     assert dialogue.accept(replace(whole, token_ids=whole.token_ids[:-1]), encoder.template)
@@ -90,7 +90,7 @@ def test_tokens_that_do_not_come_back(encoder: Encoder) -> None:
     text = own_space(encoder) + "star"
     tokenizer = encoder.template.tokenizer
     letters = [tokenizer(c, add_special_tokens=False).input_ids[0] for c in text]
-    usual = reply(encoder, Dialogue.begin(Conversation("s", (LOOK,)), ""), text)
+    usual = reply(encoder, Dialogue.begin(Conversation("s", (LOOK,))), text)
     assert usual.prompt_token_ids is not None
     cases: dict[str, dict[str, Any]] = {
         "other tokens for the same text": {"token_ids": (*letters, tokenizer.eos_token_id)},
@@ -99,14 +99,14 @@ def test_tokens_that_do_not_come_back(encoder: Encoder) -> None:
         },
     }
     for reason, change in cases.items():
-        dialogue = Dialogue.begin(Conversation("s", (LOOK,)), "")
+        dialogue = Dialogue.begin(Conversation("s", (LOOK,)))
         assert dialogue.accept(replace(usual, **change), encoder.template)
         done = dialogue.finish(encoder)
         assert (done.round_trip, done.round_trip_reason) == (False, reason)
 
 
 def test_without_tokens_nothing_is_checked() -> None:
-    dialogue = Dialogue.begin(Conversation("s", (LOOK,)), "")
+    dialogue = Dialogue.begin(Conversation("s", (LOOK,)))
     assert dialogue.accept(Answer(" A star. ", "stop"), None)
     done = dialogue.finish(None)
     assert done.round_trip is None
@@ -115,6 +115,6 @@ def test_without_tokens_nothing_is_checked() -> None:
 
 @pytest.mark.parametrize("reason", ["abort", "error", "None"])
 def test_an_answer_that_the_engine_gave_up(reason: str) -> None:
-    dialogue = Dialogue.begin(TALK, "")
+    dialogue = Dialogue.begin(TALK)
     with pytest.raises(ValueError, match=f"ended with {reason}"):
         dialogue.accept(Answer("half", reason, (2,), (1,)), None)

@@ -50,14 +50,15 @@ def test_record(settings: RegenerateSettings) -> None:
         "response_token_ids": [[1, 2, 3], [1, 2, 3]],
         "finish_reason": ["stop", "stop"],
         "round_trip": None,
-        "prompt_style": "long",
+        "prompt_style": "auto",
         "temperature": 1.0,
         "top_p": 1.0,
         "seed": 0,
         "model": "some/target",
     }
     request = "\nAnswer at length, with at least 1000 words."
-    expected = [None, "What is it?" + request, "s2 says 0", "Sure?" + request, "s2 says 1"]
+    # A turn that shows no image is not asked for a thousand words.
+    expected = [None, "What is it?" + request, "s2 says 0", "Sure?", "s2 says 1"]
     assert texts == expected
 
 
@@ -167,7 +168,7 @@ def test_a_backend_that_loses_samples_is_noticed(settings: RegenerateSettings) -
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"prompt_style": "loud"}, "--prompt-style is 'loud': use one of none, long"),
+        ({"prompt_style": "loud"}, "--prompt-style is 'loud': use one of auto, none"),
         ({"target": ""}, "--target is missing"),
         ({"workers": 0}, "--workers is 0: give at least 1"),
         ({"temperature": -1.0}, "--temperature is -1.0: give at least 0"),
@@ -201,7 +202,7 @@ def test_half_a_line_is_dropped(settings: RegenerateSettings) -> None:
     [
         ({"temperature": 0.0}, "temperature 1.0, now it is 0.0"),
         ({"seed": 1}, "seed 0, now it is 1"),
-        ({"prompt_style": "none"}, "prompt_style 'long', now it is 'none'"),
+        ({"prompt_style": "none"}, "prompt_style 'auto', now it is 'none'"),
         ({"target": "other"}, "target 'some/target', now it is 'other'"),
     ],
 )

@@ -48,7 +48,7 @@ def write(folder: Path, records: list[dict[str, Any]]) -> Path:
 def vispec_eval(data: Path, *arguments: str, head: str = HEAD) -> Result:
     app = typer.Typer()
     app.command()(evaluate)
-    fixed = ["--target", TARGET, "--head", head, "--data", str(data)]
+    fixed = ["--target", TARGET, "--head", head, "--data", str(data), "--dtype", "float32"]
     return CliRunner().invoke(app, [*fixed, *arguments])
 
 
@@ -107,6 +107,11 @@ def test_a_draft_vocabulary_changes_the_simulated_acceptance(folder: Path) -> No
     assert plain == same
     assert fewer["acceptance_length"] < plain["acceptance_length"]
     refused(vispec_eval(data, "--draft-vocab", "auto"), "has no draft_vocab.safetensors")
+
+
+def test_the_dtype_is_the_targets_own(folder: Path) -> None:
+    data = write(folder, [record(folder, "text_chat", 0)])
+    assert numbers(data, "--dtype", "auto")["dtype"] == "bfloat16"
 
 
 def test_questions_are_what_stands_before_each_answer(folder: Path) -> None:

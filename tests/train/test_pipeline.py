@@ -63,7 +63,8 @@ def regenerate(target: str | Path, questions: Path, output: Path, *more: str) ->
 def evaluate(target: str | Path, head: str | Path, data: Path, depth: int) -> dict[str, Any]:
     """Simulate and measure; returns the report."""
     output, files = data.with_suffix(".eval.json"), ("--target", target, "--head", head)
-    more = ("--engine", "--check-greedy", "-k", str(depth), "--output", output)
+    exactly = ("--engine", "--check-greedy", "--dtype", "float32")
+    more = (*exactly, "-k", str(depth), "--output", output)
     vispec("eval", *files, "--data", data, *more)
     report: dict[str, Any] = json.loads(output.read_text())
     return report

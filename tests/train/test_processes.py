@@ -16,6 +16,8 @@ from tests.train.language_models import write_language_model
 from tests.train.runs import losses, recipe, run
 from vllm_vispec.train.checkpoint import Checkpoints
 from vllm_vispec.train.config import TrainConfig
+from vllm_vispec.train.ray_train import _use_gpu
+from vllm_vispec.utils.errors import ViSpecError
 
 STEPS = 4
 
@@ -83,6 +85,20 @@ def test_two_processes_equal_one(
     # Only the main process speaks.
     assert text.count("finished after 4 steps") == 1
     check_equal(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "found"), [(2, "auto", True), (0, "auto", False), (2, "cpu", False)]
+)
+def test_ray_workers_get_gpus_where_there_are_any(gpus: int, device: str, found: bool) -> None:
+    assert _use_gpu({"CPU": 4, "GPU": gpus}, device, 2) == found
+
+
+def test_ray_does_not_fall_back_to_cpus(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ViSpecError, match=r"has 1: .*run\.device=cpu"):
+        _use_gpu({"CPU": 4, "GPU": 1}, "auto", 2)
+    _use_gpu({"CPU": 4}, "auto", 2)
+    assert "no GPU: its workers train on CPUs" in capsys.readouterr().err
 
 
 @pytest.mark.slow

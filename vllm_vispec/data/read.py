@@ -19,7 +19,8 @@ from vllm_vispec.data.types import Conversation, Part, Rejected, Turn
 from vllm_vispec.utils.errors import ViSpecError
 
 IMAGE_MARK = "<image>"
-_LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
+# The rest are what ShareGPT calls other assistants.
+_LLAVA_ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")
 
 ImagePath = Annotated[str, Field(min_length=1)]
 
@@ -40,7 +41,9 @@ class _Record(BaseModel, extra="allow"):
 
 
 class _LlavaTurn(BaseModel):
-    speaker: Literal["human", "gpt", "user", "assistant", "system"] = Field(alias="from")
+    speaker: Literal["human", "gpt", "chatgpt", "bing", "bard", "user", "assistant", "system"] = (
+        Field(alias="from")
+    )
     value: str
 
 

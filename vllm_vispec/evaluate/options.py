@@ -45,8 +45,9 @@ class EvalOptions(Settings):
     check_greedy: bool = Field(
         default=False, description="Report how many answer tokens are the target's greedy choice."
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="float32 or bfloat16."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="float32, bfloat16 or float16; auto: the target's own, as in vllm serve.",
     )
     device: str | None = Field(
         default=None, description="Where to simulate; default: a GPU if there is one."

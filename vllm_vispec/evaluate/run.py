@@ -20,7 +20,7 @@ from vllm_vispec.evaluate.engine import Question, measure, questions
 from vllm_vispec.evaluate.options import EvalOptions, EvalSample, read_samples
 from vllm_vispec.evaluate.report import Report
 from vllm_vispec.heads.folder import inspect_head, load_draft
-from vllm_vispec.heads.target import check_against_target, load_target_config
+from vllm_vispec.heads.target import check_against_target, load_target_config, target_dtype
 from vllm_vispec.train.acceptance import Acceptance, Answers, by_family, simulate
 from vllm_vispec.train.target import Observed, TrainingTarget, pad_batch
 from vllm_vispec.utils.errors import ViSpecError
@@ -33,6 +33,8 @@ def evaluate(options: EvalOptions) -> Report:
         ViSpecError: target, head or data cannot be used, or do not fit each other.
     """
     encoder = Encoder(load_processor(options.target), options.max_length, options.images)
+    if options.dtype == "auto":
+        options = options.model_copy(update={"dtype": target_dtype(options.target)})
     pair = _Pair(options)
     rejected: list[Rejected] = []
     answers: list[tuple[str, Acceptance]] = []

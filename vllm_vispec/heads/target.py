@@ -77,6 +77,17 @@ def load_target_config(folder: str | Path, setting: str = "target.model") -> Any
     return config
 
 
+def target_dtype(folder: str | Path) -> str:
+    """Return the name of the dtype that a target's config.json states, else "float32".
+
+    Raises:
+        ViSpecError: see `load_target_config`.
+    """
+    config = load_target_config(folder)
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return str(found or "float32").removeprefix("torch.")
+
+
 def tensor_parallel_sizes(head: HeadConfig) -> list[int]:
     """Return the numbers of tensor-parallel ranks that a head can be spread over, ascending.
 

@@ -7,6 +7,7 @@ must see the same files: the target, the data and run.output on shared storage.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,16 +74,17 @@ def train_on_ray(
 
 
 def _use_gpu(resources: Mapping[str, float], device: str, workers: int) -> bool:
-    wanted = {"CPU": workers}
-    use_gpu = device == "cuda" or (device == "auto" and resources.get("GPU", 0) >= workers)
-    if use_gpu:
-        wanted["GPU"] = workers
-    for resource, count in wanted.items():
-        if resources.get(resource, 0) < count:
+    """Whether each worker gets a GPU; with run.device auto wherever the cluster has any."""
+    use_gpu = device == "cuda" or (device == "auto" and resources.get("GPU", 0) > 0)
+    for resource in ("CPU", "GPU") if use_gpu else ("CPU",):
+        if resources.get(resource, 0) < workers:
             raise ViSpecError(
-                f"--workers {workers} needs {count} {resource}, the Ray cluster has "
+                f"--workers {workers} needs {workers} {resource}, the Ray cluster has "
                 f"{resources.get(resource, 0):g}: use fewer workers or add nodes"
+                + (", or train on CPUs with run.device=cpu" if resource == "GPU" else "")
             )
+    if device == "auto" and not use_gpu:
+        print("the Ray cluster has no GPU: its workers train on CPUs", file=sys.stderr)
     return use_gpu
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -62,13 +62,18 @@ class Dialogue:
     round_trip_reason: str = ""
 
     @classmethod
-    def begin(cls, conversation: Conversation, request: str) -> Dialogue:
+    def begin(
+        cls, conversation: Conversation, request: Callable[[Sequence[Turn]], str] = lambda _: ""
+    ) -> Dialogue:
         """Drop the answers of a conversation and ask its first question.
+
+        Args:
+            request: returns what is added to a question, given the turns that end with it.
 
         Raises:
             ValueError: it has no question.
         """
-        groups = [ask(group, request) for group in question_groups(conversation.turns)]
+        groups = [ask(group, request(group)) for group in question_groups(conversation.turns)]
         return cls(conversation, groups[1:], groups[0])
 
     @property

@@ -13,10 +13,12 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from vllm_vispec.data.images import image_folder
+from vllm_vispec.data.types import Turn
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.settings import Settings
 
 PROMPT_STYLES: Mapping[str, str] = {
+    "auto": "",
     "none": "",
     "long": "Answer at length, with at least 1000 words.",
     "detailed": "Answer in detail and mention everything you see.",
@@ -25,7 +27,9 @@ PROMPT_STYLES: Mapping[str, str] = {
 """What is added to a question as a sentence of its own, so that the target answers at length.
 
 A draft head learns from the target's own words, and there are few of them in a one-word answer.
-ViSpec asks for at least 1000 words (arXiv 2509.15235, training data)."""
+ViSpec asks for at least 1000 words (arXiv 2509.15235, training data). The style "auto" is `long`
+for a question that shows an image and `none` for others: a dialogue of long answers to every turn
+would outgrow the training's data.max_length."""
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 DEFAULT_QUESTION = "Describe this image."
 
@@ -43,8 +47,10 @@ class RegenerateSettings(Settings):
     image_root: Path | None = Field(
         default=None, description="Where image paths start; default: the input's folder."
     )
-    prompt_style: Literal["none", "long", "detailed", "reasoning"] = Field(
-        default="long", description=f"Added to questions: {', '.join(PROMPT_STYLES)}."
+    prompt_style: Literal["auto", "none", "long", "detailed", "reasoning"] = Field(
+        default="auto",
+        description=f"Added to questions: {', '.join(PROMPT_STYLES)}; auto: long where an image is "
+        "shown, else none.",
     )
     prompt_text: str = Field(default="", description="Your own words instead of a style.")
     # Sampled answers keep the head from reading the next token out of the hidden state (ViSpec,
@@ -95,10 +101,12 @@ class RegenerateSettings(Settings):
         """Return the path of a file that belongs to the output."""
         return self.output.with_name(f"{self.output.name}.{kind}")
 
-    @property
-    def request(self) -> str:
-        """What is added to every question."""
-        return self.prompt_text or PROMPT_STYLES[self.prompt_style]
+    def request(self, turns: Sequence[Turn]) -> str:
+        """Return what is added to a question, the last of these turns."""
+        style = self.prompt_style
+        if style == "auto" and any(part.image for turn in turns for part in turn.parts):
+            style = "long"
+        return self.prompt_text or PROMPT_STYLES[style]
 
     @property
     def style_name(self) -> str:
@@ -116,7 +124,7 @@ class RegenerateSettings(Settings):
         return {
             "target": _absolute(self.target),
             "prompt_style": self.style_name,
-            "request": self.request,
+            "request": self.prompt_text or PROMPT_STYLES[self.prompt_style],
             **{name: getattr(self, name) for name in names},
         }
 
