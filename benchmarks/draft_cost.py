@@ -25,6 +25,7 @@ from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
 from vllm_vispec.bench.pages import show
 from vllm_vispec.bench.profile import ProfileSettings, run_profile
 from vllm_vispec.bench.profile_result import to_page
+from vllm_vispec.bench.profile_steps import Clock
 from vllm_vispec.utils.files import write_json
 
 FIRST_HELD_OUT = 100_000
@@ -49,7 +50,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(min=2)] = 128,
     dtype: Annotated[str, typer.Option()] = "float32",
     threads: ThreadsOption = 1,
-    clock: Annotated[str, typer.Option(help="wall, or cpu on a busy machine.")] = "wall",
+    clock: Annotated[Clock, typer.Option(help="wall, or cpu on a busy machine.")] = "wall",
     output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "draft_cost.json",
     folder: Annotated[Path, typer.Option(help="For page, picture and logs.")] = Path(
         "out/draft_cost"

@@ -19,7 +19,7 @@ from vllm_vispec.utils.errors import ViSpecError
 
 TARGET, HEAD = CHECKPOINTS / "target", CHECKPOINTS / "vispec_head"
 SETTINGS = MatrixSettings(
-    str(TARGET), "openai", head=str(HEAD), repetitions=1, warm_up=0, serve_args=("--seed", "1")
+    target=str(TARGET), head=str(HEAD), repetitions=1, warm_up=0, serve_args=("--seed", "1")
 )
 SAMPLES = tuple(
     BenchSample(f"s{number}", "words", (Turn("user", (Part(f"question {number}"),)),), 8)

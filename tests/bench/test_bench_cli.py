@@ -57,8 +57,8 @@ def test_interrupted(world: World, data: Path, tmp_path: Path) -> None:
     [
         ({"variants": "plain,medusa"}, "--variants: medusa is unknown"),
         ({"sides": "plain"}, "--sides is now --variants: use --variants plain"),
-        ({"concurrency": "1,x"}, "--concurrency 1,x: give values separated by commas"),
-        ({"image-tokens": "many"}, "--image-tokens many"),
+        ({"concurrency": "1,x"}, "--concurrency is 'x': give a whole number"),
+        ({"image-tokens": "many"}, "--image-tokens is 'many'"),
         ({"dataset": "mnist"}, "dataset mnist is unknown"),
         ({"data": "nowhere.jsonl"}, r"nowhere\.jsonl is no file"),
     ],

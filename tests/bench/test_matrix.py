@@ -22,7 +22,7 @@ RANGES = ((1, 4, 5), (5, 16, 0))
 
 
 def test_variants_follow_each_other_and_take_turns_to_be_first() -> None:
-    settings = replace(SETTINGS, concurrency=(1, 2), repetitions=2)
+    settings = SETTINGS.replace(concurrency=(1, 2), repetitions=2)
     ((_, visits),) = settings.groups()
     order = [(number, key.concurrency, key.variant) for key, number in visits]
     assert order == [
@@ -38,8 +38,7 @@ def test_variants_follow_each_other_and_take_turns_to_be_first() -> None:
 
 
 def test_a_star_varies_one_axis_at_a_time() -> None:
-    settings = replace(
-        SETTINGS,
+    settings = SETTINGS.replace(
         design="star",
         concurrency=(2, 1, 4),
         num_speculative_tokens=(5, 3),
@@ -78,25 +77,25 @@ def test_a_star_varies_one_axis_at_a_time() -> None:
         ({"variants": ()}, "--variants has no value"),
         ({"head": None}, "vispec needs --head"),
         ({"variants": ("eagle",)}, "eagle needs --eagle-head"),
-        ({"concurrency": (0,)}, "--concurrency 0: choose at least 1"),
-        ({"num_speculative_tokens": (33,)}, "--num-speculative-tokens 33: choose 0 to 32"),
-        ({"temperatures": (-1.0,)}, "--temperatures -1"),
-        ({"image_tokens": (-2,)}, "--image-tokens -2"),
-        ({"repetitions": 0}, "--repetitions 0"),
-        ({"waves": 0}, "--waves 0: choose at least 1"),
-        ({"least": 0}, "--least 0: choose at least 1"),
+        ({"concurrency": (0,)}, "--concurrency is 0: give more than 0"),
+        ({"num_speculative_tokens": (33,)}, "--num-speculative-tokens is 33: give at most 32"),
+        ({"temperatures": (-1.0,)}, "--temperatures is -1"),
+        ({"image_tokens": (-2,)}, "--image-tokens is -2"),
+        ({"repetitions": 0}, "--repetitions is 0"),
+        ({"waves": 0}, "--waves is 0: give more than 0"),
+        ({"least": 0}, "--least is 0: give more than 0"),
         ({"variants": ("vispec_tuned",)}, "vispec_tuned needs --schedule"),
         ({"schedule": ((2, 4, 1),)}, "does not begin at 1"),
-        ({"design": "spiral"}, "--design spiral is unknown: choose from full, star"),
+        ({"design": "spiral"}, "--design is 'spiral': use one of full, star"),
     ],
 )
 def test_impossible_settings(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ViSpecError, match=message):
-        replace(SETTINGS, **change)
+        SETTINGS.replace(**change)
 
 
 def test_speculative_configs(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, eagle_head="org/eagle-head", schedule=RANGES)
+    settings = SETTINGS.replace(eagle_head="org/eagle-head", schedule=RANGES)
     found = {name: one.speculative_config(settings, tmp_path, 5) for name, one in VARIANTS.items()}
     k = {"num_speculative_tokens": 5}
     tuned = {SETTING: [list(entry) for entry in RANGES]}

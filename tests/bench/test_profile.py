@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,11 @@ from vllm_vispec.utils.errors import ViSpecError
 
 CLI = CliRunner()
 SETTINGS = ProfileSettings(
-    str(TARGET), str(HEAD), "questions.jsonl", num_speculative_tokens=K, repetitions=2
+    target=str(TARGET),
+    head=str(HEAD),
+    data="questions.jsonl",
+    num_speculative_tokens=K,
+    repetitions=2,
 )
 
 
@@ -107,8 +110,7 @@ def test_from_the_command_line(
     assert result.exit_code == 0, result.output
     assert "wrote profile.json" in result.output
     found = json.loads((tmp_path / "out" / "profile.json").read_text())
-    settings = replace(
-        SETTINGS,
+    settings = SETTINGS.replace(
         data=str(file),
         limit=1,
         families=("f",),
@@ -116,21 +118,21 @@ def test_from_the_command_line(
         serve_args=("--dtype", "float32"),
         speculative_config={"draft_vocab": 5},
     )
-    assert found["settings"] == json.loads(json.dumps(asdict(settings)))
+    assert found["settings"] == json.loads(json.dumps(settings.model_dump(mode="json")))
     assert shlex.split(found["command"]) == ["vispec", *words]
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"runner": "v9"}, "--runner v9 is unknown"),
-        ({"clock": "sun"}, "--clock sun is unknown: choose from wall, cpu"),
-        ({"concurrency": "0"}, "--concurrency 0: give at least 1"),
-        ({"repetitions": "0"}, "--repetitions 0: give at least 1"),
-        ({"num-speculative-tokens": "0"}, "-k 0: give 1 to 32"),
-        ({"image-tokens": "-3"}, "--image-tokens -3: give native, 0 or more"),
-        ({"image-tokens": "many"}, "--image-tokens many: give values separated by commas"),
-        ({"image-tokens": ""}, "--image-tokens : give native, 0 or more"),
+        ({"runner": "v9"}, "--runner is 'v9': use one of v1, v2"),
+        ({"clock": "sun"}, "--clock is 'sun': use one of wall, cpu"),
+        ({"concurrency": "0"}, "--concurrency is 0: give more than 0"),
+        ({"repetitions": "0"}, "--repetitions is 0: give more than 0"),
+        ({"num-speculative-tokens": "0"}, "--num-speculative-tokens is 0: give at least 1"),
+        ({"image-tokens": "-3"}, "--image-tokens is '-3': give at least -1"),
+        ({"image-tokens": "many"}, "--image-tokens is 'many': give a whole number"),
+        ({"image-tokens": ""}, "--image-tokens is []: give at least one value"),
         ({"dataset": "none"}, "dataset none is unknown"),
         ({"serve": "--dtype 'float"}, "--serve --dtype 'float: No closing quotation"),
         ({"speculative-config": "[1"}, "--speculative-config is not JSON"),
@@ -145,7 +147,7 @@ def test_bad_options(options: dict[str, str], said: str, tmp_path: Path) -> None
 
 
 def test_jobs_make_a_head_of_equal_size(tmp_path: Path) -> None:
-    draft = replace(SETTINGS, speculative_config={"image_table_size": 8})
+    draft = SETTINGS.replace(speculative_config={"image_table_size": 8})
     found = run.jobs(draft, tmp_path)
     assert found["vispec"].speculative_config == {
         "method": "vispec",

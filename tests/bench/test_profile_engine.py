@@ -77,6 +77,8 @@ def test_v2(tmp_path: Path) -> None:
 
 
 def test_options_that_no_engine_takes(tmp_path: Path) -> None:
-    settings = ProfileSettings(str(TARGET), str(HEAD), "d", serve_args=("--nonsense", "3"))
+    settings = ProfileSettings(
+        target=str(TARGET), head=str(HEAD), data="d", serve_args=("--nonsense", "3")
+    )
     with pytest.raises(ViSpecError, match="--serve --nonsense 3: an engine of vLLM does not"):
         run_profile(settings, SAMPLES, tmp_path)

@@ -30,7 +30,7 @@ from vllm_vispec.bench.schema import (
 from vllm_vispec.bench.server import EXTENSION, option_value, serve_arguments
 from vllm_vispec.utils.errors import ViSpecError
 
-BOTH = replace(SETTINGS, concurrency=(1, 2), repetitions=2, warm_up=1)
+BOTH = SETTINGS.replace(concurrency=(1, 2), repetitions=2, warm_up=1)
 RANGES = ((1, 4, 5), (5, 16, 0))
 
 
@@ -84,7 +84,7 @@ def test_records(tmp_path: Path) -> None:
 def test_a_cell_asks_as_many_questions_as_its_load_needs(tmp_path: Path) -> None:
     world = World()
     samples = tuple(replace(SAMPLES[0], sample_id=f"s{number}") for number in range(10))
-    run(tmp_path, world, replace(SETTINGS, concurrency=(1, 3, 8), least=4, warm_up=1), samples)
+    run(tmp_path, world, SETTINGS.replace(concurrency=(1, 3, 8), least=4, warm_up=1), samples)
     plain = [event for event in world.loads() if "plain" in event]
     assert plain == [f"load plain {number}" for number in (1, 4, 6, 10)]
     for cell in BenchRun.load(tmp_path).cells:
@@ -101,7 +101,7 @@ def test_a_failed_cell_is_recorded_and_tried_again_later(tmp_path: Path) -> None
         if job.concurrency == 2 and "vispec" in job.url:
             raise ViSpecError("the load took longer than 3 s")
 
-    settings = replace(BOTH, repetitions=1)
+    settings = BOTH.replace(repetitions=1)
     assert run(tmp_path, World(on_load=fail), settings) == (3, 1, 0)
     (failed,) = [cell for cell in BenchRun.load(tmp_path).cells if cell.error]
     assert (failed.key.variant, failed.key.concurrency) == ("vispec", 2)
@@ -130,7 +130,7 @@ def test_runs_of_earlier_versions_and_packed_ones_are_continued(tmp_path: Path) 
     assert run(tmp_path, settings=BOTH) == (0, 0, 8)
     (tmp_path / PACKED_FILE).write_bytes(gzip.compress(cells.read_bytes()))
     cells.unlink()
-    more = replace(BOTH, repetitions=3)
+    more = BOTH.replace(repetitions=3)
     assert [run(tmp_path, settings=more) for _ in range(2)] == [(4, 0, 8), (0, 0, 12)]
     assert len(BenchRun.load(tmp_path).cells) == 12
 
@@ -169,7 +169,7 @@ def test_interrupted_run_stops_its_servers_and_goes_on_later(tmp_path: Path) -> 
             time.sleep(1)
 
     world = World(on_load=kill)
-    settings = replace(BOTH, warm_up=0)
+    settings = BOTH.replace(warm_up=0)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, world, settings)
@@ -180,8 +180,8 @@ def test_interrupted_run_stops_its_servers_and_goes_on_later(tmp_path: Path) -> 
 
 def test_a_run_may_be_widened(tmp_path: Path) -> None:
     run(tmp_path)
-    tuned = replace(SETTINGS, variants=("plain", "vispec", "vispec_tuned"), schedule=RANGES)
-    wider = replace(tuned, concurrency=(4,), repetitions=2)
+    tuned = SETTINGS.replace(variants=("plain", "vispec", "vispec_tuned"), schedule=RANGES)
+    wider = tuned.replace(concurrency=(4,), repetitions=2)
     assert run(tmp_path, settings=wider) == (6, 0, 0)
     # Without the schedule again: it may be left out.
     assert run(tmp_path) == (0, 0, 2)
@@ -190,12 +190,12 @@ def test_a_run_may_be_widened(tmp_path: Path) -> None:
     assert found.settings["schedule"] == [list(entry) for entry in RANGES]
     commands = [cell.command for cell in found.cells if cell.key.variant == "vispec_tuned"]
     assert all(f'"{SETTING}": {json.dumps(RANGES)}' in command for command in commands)
-    other = replace(tuned, schedule=((1, 4, 5),))
+    other = tuned.replace(schedule=((1, 4, 5),))
     with pytest.raises(ViSpecError, match="was measured with schedule "):
         run(tmp_path, settings=other)
 
 
-STAR = replace(SETTINGS, design="star", concurrency=(1, 4))
+STAR = SETTINGS.replace(design="star", concurrency=(1, 4))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_other_settings_need_another_folder(
 ) -> None:
     run(tmp_path, settings=settings)
     with pytest.raises(ViSpecError, match=f"--output .* was measured with {name} "):
-        run(tmp_path, settings=replace(settings, **change), samples=samples)
+        run(tmp_path, settings=settings.replace(**change), samples=samples)
 
 
 def test_a_cut_off_line_is_measured_again(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_nothing_is_started_without_samples_or_ports(tmp_path: Path) -> None:
 def test_missing_target_and_heads(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     world = World()
     with pytest.raises(ViSpecError, match=message):
-        run(tmp_path, world, replace(SETTINGS, **change))
+        run(tmp_path, world, SETTINGS.replace(**change))
     assert world.events == []
 
 
@@ -275,7 +275,7 @@ def test_options_of_all_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert option_value(arguments, "--gpu-memory-utilization") == "0.300"
     ngram = serve_arguments(SETTINGS, "ngram", tmp_path, 4, servers=3)
     assert option_value(ngram, "--worker-extension-cls") == EXTENSION
-    own = replace(SETTINGS, serve_args=("--gpu_memory_utilization=0.4",))
+    own = SETTINGS.replace(serve_args=("--gpu_memory_utilization=0.4",))
     arguments = serve_arguments(own, "plain", tmp_path, 4, servers=3)
     assert option_value(arguments, "--gpu-memory-utilization") == "0.4"
     assert option_value(arguments, "--speculative-config") is None

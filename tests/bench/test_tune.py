@@ -118,7 +118,12 @@ def test_verdicts_say_where_it_loses() -> None:
 def test_the_trial_keeps_all_other_settings() -> None:
     tuning = Tuning.from_run(run_with(SPEEDS))
     settings = MatrixSettings(
-        "t", "tiny", head="h", concurrency=(1, 4), num_speculative_tokens=(0, 1), repetitions=2
+        target="t",
+        dataset="tiny",
+        head="h",
+        concurrency=(1, 4),
+        num_speculative_tokens=(0, 1),
+        repetitions=2,
     )
     tried = tuning.verify_settings(settings)
     assert tried.variants == ("plain", "vispec_tuned")

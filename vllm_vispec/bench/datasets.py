@@ -9,6 +9,9 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
+from typing import Annotated
+
+from pydantic import Field
 
 from vllm_vispec.bench.public_sets import UNLABELLED, read_mmspec, read_vispec
 from vllm_vispec.bench.schema import BenchSample
@@ -17,6 +20,7 @@ from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.types import Conversation, Part, Rejected, Turn
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import writing
+from vllm_vispec.utils.settings import CommandSettings, CommaSeparated
 
 CATEGORIES = ("general_vqa", "text_vqa", "captioning", "charts", "reasoning", "multi_turn")
 """The six task categories that MMSpec and the tiny world of the examples share."""
@@ -25,34 +29,26 @@ TINY_FILE = "questions.jsonl"
 TINY_COMMAND = "python -m examples.tiny_vlm.questions --split heldout --start 100000 --count 60"
 
 
-@dataclass(frozen=True)
-class DatasetOptions:
+class DatasetOptions(CommandSettings):
     """Which part of a dataset is asked, and how.
 
-    Attributes:
-        families: Only these, separated by commas. Empty: all task families.
-        limit: Most samples; default: all. They are taken from the families in turns.
-        seed: Which samples --limit keeps. A sample's place depends on the seed and its own id
-            alone, so a smaller limit gives the beginning of what a larger one gives, and adding
-            records to a file moves none of the others.
-        max_tokens: Longest answer; default: the dataset's.
-        image_root: Where image paths start. None: the adapter's convention.
-
-    Raises:
-        ViSpecError: `limit` or `max_tokens` is below 1.
+    A sample's place depends on the seed and its own id alone. So a smaller limit gives the
+    beginning of what a larger one gives, and adding records to a file moves none of the others.
     """
 
-    families: tuple[str, ...] = ()
-    limit: int | None = None
-    seed: int = 0
-    max_tokens: int | None = None
-    image_root: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ViSpecError(f"limit {self.limit} leaves no sample: use at least 1")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ViSpecError(f"max_tokens {self.max_tokens} leaves no answer: use at least 1")
+    families: Annotated[tuple[str, ...], CommaSeparated] = Field(
+        default=(), description="Only these task families, separated by commas; default: all."
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="Most samples, from the families in turns; default: all."
+    )
+    seed: int = Field(default=0, description="Which samples --limit keeps.")
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="Longest answer; default: the dataset's."
+    )
+    image_root: Path | None = Field(
+        default=None, description="Where image paths start; default: the dataset's convention."
+    )
 
 
 @dataclass(frozen=True)
@@ -141,11 +137,7 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
 )
 
 
-def load_dataset(
-    name: str,
-    path: Path,
-    options: DatasetOptions = DatasetOptions(),
-) -> LoadedDataset:
+def load_dataset(name: str, path: Path, options: DatasetOptions | None = None) -> LoadedDataset:
     """Read a dataset and choose the samples to ask.
 
     Args:
@@ -156,6 +148,7 @@ def load_dataset(
         ViSpecError: there is no such adapter, its files are missing, a wanted family does not
             occur, or no sample can be used; the message gives the first reason.
     """
+    options = options or DatasetOptions()
     adapter = ADAPTERS.get(name)
     if adapter is None:
         raise ViSpecError(f"dataset {name} is unknown; there are {', '.join(ADAPTERS)}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -21,7 +21,7 @@ from vllm_vispec.bench.roofline import (
 )
 from vllm_vispec.bench.schedules import best_schedule
 from vllm_vispec.utils.errors import ViSpecError
-from vllm_vispec.utils.settings import Settings
+from vllm_vispec.utils.settings import CommaSeparated, Settings
 
 NOTE = "estimate: a roofline calculation, not a measurement"
 
@@ -52,18 +52,18 @@ class EstimateOptions(Settings):
     device: str | None = Field(None, description="A GPU that is known by name.")
     bandwidth_gbs: float | None = Field(None, ge=0, description="GB/s as reached.")
     tflops: float | None = Field(None, ge=0, description="TFLOP/s as reached.")
-    acceptance: tuple[float, ...] = Field(
+    acceptance: Annotated[tuple[float, ...], CommaSeparated] = Field(
         (), description="Share of steps that accept each position, e.g. 0.8,0.6,0.5."
     )
     acceptance_rate: float | None = Field(
         None, ge=0, description="Probability at every position, given the one before."
     )
-    num_speculative_tokens: tuple[int, ...] = Field(
+    num_speculative_tokens: Annotated[tuple[int, ...], CommaSeparated] = Field(
         (1, 2, 3, 4, 5),
         description="K.",
         json_schema_extra={"flags": ["--num-speculative-tokens", "-k"]},
     )
-    batch_size: tuple[int, ...] = Field(
+    batch_size: Annotated[tuple[int, ...], CommaSeparated] = Field(
         (1, 2, 4, 8, 16, 32, 64), description="Sequences decoded at once."
     )
     context: float = Field(1024.0, ge=0, description="Tokens of context per sequence.")

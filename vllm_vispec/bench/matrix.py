@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from math import inf
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from vllm_vispec.bench.heads import plain_eagle_head, zeroed_head
-from vllm_vispec.bench.schedules import K_SETTING, SETTING, Ranges, check_ranges, speculative_config
-from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, CellKey, Record
+from vllm_vispec.bench.schedules import K_SETTING, SETTING, Ranges, as_schedule, speculative_config
+from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, CellKey
 from vllm_vispec.utils.errors import ViSpecError
-from vllm_vispec.utils.settings import as_flag
+from vllm_vispec.utils.settings import CommandSettings, CommaSeparated, as_flag
 
 MAX_DRAFT_TOKENS = 32
+Temperature = Annotated[float, Field(ge=0, le=10)]
+NumDraftTokens = Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)]
+AS_THEY_ARE = "native"
+"""Stands for images of their own size in a list of numbers of image tokens."""
 AXES = ("variants", "concurrency", "num_speculative_tokens", "temperatures", "image_tokens")
 """Settings that a later call may widen; all others must stay as they were in a run's folder."""
 POINT_AXES: Mapping[str, str] = MappingProxyType(
@@ -28,95 +34,100 @@ POINT_AXES: Mapping[str, str] = MappingProxyType(
     }
 )
 """Fields of a cell's key by the setting that lists their values; the last one varies fastest."""
-DESIGNS = ("full", "star")
-_LIMITS = {
-    "concurrency": (1, inf),
-    "num_speculative_tokens": (0, MAX_DRAFT_TOKENS),
-    "temperatures": (0, 10),
-    "image_tokens": (IMAGES_AS_THEY_ARE, inf),
-    "repetitions": (1, inf),
-    "waves": (1, inf),
-    "least": (1, inf),
-    "warm_up": (0, inf),
-}
 # vLLM's lookup looks for the longest repeated n-gram between these lengths.
 NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 NO_DRAFT = {K_SETTING: 1, SETTING: [[1, 1, 0]]}
 """K = 0 as vLLM takes it: the draft is loaded and kept up, and proposes nothing."""
 
+
+def _image_tokens(given: Any) -> Any:
+    return IMAGES_AS_THEY_ARE if given == AS_THEY_ARE else given
+
+
+def _words(given: Any) -> Any:
+    if not isinstance(given, str):
+        return given
+    try:
+        return shlex.split(given)
+    except ValueError as error:
+        raise ViSpecError(f"--serve {given}: {error}; close the quote") from error
+
+
+ImageTokens = Annotated[
+    tuple[Annotated[int, BeforeValidator(_image_tokens), Field(ge=IMAGES_AS_THEY_ARE)], ...],
+    CommaSeparated,
+]
+ServeArgs = Annotated[tuple[str, ...], BeforeValidator(_words)]
+"""A command line, or its words."""
 Repetition = tuple[CellKey, int]
 """One measurement of a cell; the number counts from 0."""
 
 
-@dataclass(frozen=True)
-class MatrixSettings(Record):
-    """The matrix and what all its cells share.
+class MatrixSettings(CommandSettings):
+    """The matrix and what all its cells share."""
 
-    First sentences are the options' help.
+    target: str = Field(description="Target: a folder or hub id.")
+    dataset: str = Field(
+        default="openai", description="How to read --data: mmspec, vispec, openai or tiny."
+    )
+    head: str | None = Field(default=None, description="ViSpec head: a folder or hub id.")
+    eagle_head: str | None = Field(
+        default=None, description="Text-trained head for the variant eagle."
+    )
+    variants: Annotated[tuple[str, ...], CommaSeparated] = Field(
+        default=("plain", "vispec"),
+        description="Of plain, ngram, eagle, vispec_zeroed, vispec, vispec_tuned.",
+    )
+    concurrency: Annotated[tuple[PositiveInt, ...], CommaSeparated] = Field(
+        default=(1,), description="Requests in flight, e.g. 1,4,16. Each value is a cell."
+    )
+    num_speculative_tokens: Annotated[tuple[NumDraftTokens, ...], CommaSeparated] = Field(
+        default=(4,),
+        description="K, e.g. 3,5. Each value has servers of its own; at 0 the draft is kept up.",
+        json_schema_extra={"flags": ["--num-speculative-tokens", "-k"]},
+    )
+    schedule: Annotated[Ranges, BeforeValidator(as_schedule)] = Field(
+        default=(), description="K by batch size for vispec_tuned: JSON or a file."
+    )
+    temperatures: Annotated[tuple[Temperature, ...], CommaSeparated] = Field(
+        default=(0.0,), description="0 is greedy; e.g. 0,1."
+    )
+    image_tokens: ImageTokens = Field(
+        default=(IMAGES_AS_THEY_ARE,),
+        description="Image tokens of a request, e.g. native,0,256; 0 sends no image.",
+        json_schema_extra={"default": AS_THEY_ARE},
+    )
+    design: Literal["full", "star"] = Field(
+        default="full",
+        description="full: every combination; star: each axis alone, the others at their first.",
+    )
+    repetitions: PositiveInt = Field(default=3, description="Of every cell.")
+    waves: PositiveInt = Field(default=2, description="Questions of a cell per request in flight.")
+    least: PositiveInt = Field(
+        default=24, description="Questions of a cell, at least, or all there are."
+    )
+    warm_up: NonNegativeInt = Field(
+        default=2, description="Requests before a server's first cell; they are not recorded."
+    )
+    serve_args: ServeArgs = Field(
+        default=(),
+        description="Options of vllm serve for all variants, one string.",
+        json_schema_extra={"flags": ["--serve"]},
+    )
+    cell_timeout_s: float = Field(
+        default=7200.0,
+        description="Longest cell, in seconds.",
+        json_schema_extra={"flags": ["--cell-timeout"]},
+    )
 
-    Attributes:
-        target: Target: a folder or hub id.
-        dataset: How to read --data: mmspec, vispec, openai or tiny.
-        head: ViSpec head: a folder or hub id. None if no variant needs it.
-        eagle_head: Text-trained head for the variant eagle.
-        variants: Of plain, ngram, eagle, vispec_zeroed, vispec, vispec_tuned.
-        concurrency: Requests in flight, e.g. 1,4,16. Each value is a cell.
-        num_speculative_tokens: K, e.g. 3,5. Every value is a group of servers of its own. At 0 the
-            draft is kept up and proposes nothing.
-        schedule: K by batch size for vispec_tuned: JSON or a file.
-        temperatures: 0 is greedy; e.g. 0,1.
-        image_tokens: Image tokens of a request, e.g. native,0,256. Native is
-            `IMAGES_AS_THEY_ARE`, and 0 sends no image.
-        design: full: every combination; star: each axis by itself. The others are then at their
-            first values.
-        repetitions: Of every cell.
-        waves: Questions of a cell per request in flight. It asks at least so many.
-        least: Questions of a cell, at least. Or all there are.
-        warm_up: Requests before a server's first cell. They are not recorded.
-        serve_args: Options of vllm serve for all variants, one string.
-        cell_timeout_s: Longest cell, in seconds.
-
-    Raises:
-        ViSpecError: a value is unknown, missing or impossible.
-    """
-
-    target: str
-    dataset: str = "openai"
-    head: str | None = None
-    eagle_head: str | None = None
-    variants: tuple[str, ...] = ("plain", "vispec")
-    concurrency: tuple[int, ...] = (1,)
-    num_speculative_tokens: tuple[int, ...] = (4,)
-    schedule: Ranges = ()
-    temperatures: tuple[float, ...] = (0.0,)
-    image_tokens: tuple[int, ...] = (IMAGES_AS_THEY_ARE,)
-    design: str = "full"
-    repetitions: int = 3
-    waves: int = 2
-    least: int = 24
-    warm_up: int = 2
-    serve_args: tuple[str, ...] = ()
-    cell_timeout_s: float = 7200.0
-
-    def __post_init__(self) -> None:
-        """Check everything that needs no files."""
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         for name in AXES:
             values = getattr(self, name)
             if not values:
                 raise ViSpecError(f"{as_flag(name)} has no value: give at least one")
             if len(set(values)) < len(values):
                 raise ViSpecError(f"{as_flag(name)} names a value twice: name each once")
-        for name, (low, high) in _LIMITS.items():
-            values = getattr(self, name)
-            for value in values if isinstance(values, tuple) else (values,):
-                if not low <= value <= high:
-                    limits = f"at least {low}" if high == inf else f"{low} to {high}"
-                    raise ViSpecError(f"{as_flag(name)} {value}: choose {limits}")
-        if self.design not in DESIGNS:
-            known = ", ".join(DESIGNS)
-            raise ViSpecError(f"--design {self.design} is unknown: choose from {known}")
-        if self.schedule:
-            check_ranges(self.schedule)
         for name in self.variants:
             if name not in VARIANTS:
                 known = ", ".join(VARIANTS)
@@ -126,6 +137,7 @@ class MatrixSettings(Record):
                     raise ViSpecError(
                         f"--variants: {name} needs {as_flag(needed)}: give it, or leave {name} out"
                     )
+        return self
 
     def num_questions(self, concurrency: int) -> int:
         """Return how many questions a cell asks, if the dataset has as many."""
@@ -133,8 +145,7 @@ class MatrixSettings(Record):
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data; how long a cell may take is no setting of a run."""
-        content = super().to_json()
-        del content["cell_timeout_s"]
+        content = self.model_dump(mode="json", exclude={"cell_timeout_s"})
         return {**content, "schedule": content["schedule"] or None}
 
     def groups(self) -> Iterator[tuple[int, list[Repetition]]]:

@@ -8,18 +8,18 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
 
 from vllm_vispec.bench.heads import plain_eagle_head, write_eagle_head
 from vllm_vispec.bench.machine import describe_machine, has_gpu
-from vllm_vispec.bench.matrix import MAX_DRAFT_TOKENS
-from vllm_vispec.bench.profile_engine import RUNNERS, EngineProcess, Job, default_runner
+from vllm_vispec.bench.matrix import AS_THEY_ARE, MAX_DRAFT_TOKENS, ImageTokens, ServeArgs
+from vllm_vispec.bench.profile_engine import EngineProcess, Job, default_runner
 from vllm_vispec.bench.profile_steps import (
-    CLOCKS,
     DECODE,
     EAGLE,
     KINDS,
@@ -27,12 +27,14 @@ from vllm_vispec.bench.profile_steps import (
     SIDES,
     VISPEC,
     Block,
+    Clock,
     Steps,
 )
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, BenchSample
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import write_json, write_text
 from vllm_vispec.utils.process import interruptible
+from vllm_vispec.utils.settings import CommandSettings, CommaSeparated
 
 if TYPE_CHECKING:
     from vllm_vispec.bench.questions import AskTarget
@@ -45,61 +47,58 @@ _REMEDIES = {
 Group = Sequence[BenchSample]
 
 
-@dataclass(frozen=True)
-class ProfileSettings:
-    """What is profiled, and how. First sentences are the options' help.
+class ProfileSettings(CommandSettings):
+    """What is profiled, and how."""
 
-    Attributes:
-        target: Target: a folder or hub id.
-        head: ViSpec head: a folder or hub id.
-        data: The dataset's file or folder.
-        dataset: How to read --data: mmspec, vispec, openai or tiny.
-        eagle_head: Head for vLLM's EAGLE; default: one of --head's sizes.
-        num_speculative_tokens: K.
-        runner: vLLM's model runner, v1 or v2; default: v2 on a GPU.
-        concurrency: Requests that are asked together. Only decoding steps of so many count.
-        repetitions: Of every question, besides a warm-up.
-        limit: Most samples; default: all.
-        max_tokens: Longest answer; default: the dataset's.
-        families: Only these, separated by commas.
-        image_tokens: Image tokens of a request, e.g. native,0,256.
-        clock: wall, or cpu on a busy machine without a GPU.
-        serve_args: vLLM's options for both engines, one string.
-        speculative_config: More for ViSpec's draft, e.g. '{"draft_vocab": 4096}'.
-
-    Raises:
-        ViSpecError: a value is unknown or impossible.
-    """
-
-    target: str
-    head: str
-    data: str
-    dataset: str = "openai"
-    eagle_head: str | None = None
-    num_speculative_tokens: int = 4
-    runner: str = field(default_factory=default_runner)
-    concurrency: int = 1
-    repetitions: int = 3
-    limit: int | None = None
-    max_tokens: int | None = None
-    families: tuple[str, ...] = ()
-    image_tokens: tuple[int, ...] = (IMAGES_AS_THEY_ARE,)
-    clock: str = "wall"
-    serve_args: tuple[str, ...] = ()
-    speculative_config: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, known in (("runner", RUNNERS), ("clock", CLOCKS)):
-            if (given := getattr(self, name)) not in known:
-                raise ViSpecError(f"--{name} {given} is unknown: choose from {', '.join(known)}")
-        for name in ("concurrency", "repetitions"):
-            if getattr(self, name) < 1:
-                raise ViSpecError(f"--{name} {getattr(self, name)}: give at least 1")
-        if not 1 <= self.num_speculative_tokens <= MAX_DRAFT_TOKENS:
-            raise ViSpecError(f"-k {self.num_speculative_tokens}: give 1 to {MAX_DRAFT_TOKENS}")
-        if min(self.image_tokens, default=-2) < IMAGES_AS_THEY_ARE:
-            given = ",".join(map(str, self.image_tokens))
-            raise ViSpecError(f"--image-tokens {given}: give native, 0 or more")
+    target: str = Field(description="Target: a folder or hub id.")
+    head: str = Field(description="ViSpec head: a folder or hub id.")
+    data: str = Field(description="The dataset's file or folder.")
+    dataset: str = Field(
+        default="openai", description="How to read --data: mmspec, vispec, openai or tiny."
+    )
+    eagle_head: str | None = Field(
+        default=None, description="Head for vLLM's EAGLE; default: one of --head's sizes."
+    )
+    num_speculative_tokens: int = Field(
+        default=4,
+        ge=1,
+        le=MAX_DRAFT_TOKENS,
+        description="K.",
+        json_schema_extra={"flags": ["--num-speculative-tokens", "-k"]},
+    )
+    runner: Literal["v1", "v2"] = Field(
+        default_factory=default_runner,
+        description="vLLM's model runner; default: v2 on a GPU, else v1.",
+    )
+    concurrency: PositiveInt = Field(
+        default=1,
+        description="Requests that are asked together. Only decoding steps of so many count.",
+    )
+    repetitions: PositiveInt = Field(default=3, description="Of every question, besides a warm-up.")
+    limit: PositiveInt | None = Field(default=None, description="Most samples; default: all.")
+    max_tokens: PositiveInt | None = Field(
+        default=None, description="Longest answer; default: the dataset's."
+    )
+    families: Annotated[tuple[str, ...], CommaSeparated] = Field(
+        default=(), description="Only these task families, separated by commas; default: all."
+    )
+    image_tokens: ImageTokens = Field(
+        default=(IMAGES_AS_THEY_ARE,),
+        min_length=1,
+        description="Image tokens of a request, e.g. native,0,256; 0 sends no image.",
+        json_schema_extra={"default": AS_THEY_ARE},
+    )
+    clock: Clock = Field(
+        default="wall", description="wall, or cpu on a busy machine without a GPU."
+    )
+    serve_args: ServeArgs = Field(
+        default=(),
+        description="vLLM's options for both engines, one string.",
+        json_schema_extra={"flags": ["--serve"]},
+    )
+    speculative_config: dict[str, Any] = Field(
+        default={}, description="More for ViSpec's draft, e.g. '{\"draft_vocab\": 4096}'."
+    )
 
 
 def run_profile(
@@ -143,7 +142,7 @@ def run_profile(
     }
     profile = {
         "machine": machine,
-        "settings": asdict(settings),
+        "settings": settings.model_dump(mode="json"),
         "command": typed_command(),
         "left_out": left_out,
         **{kind: summarise(found) for kind, found in kinds.items()},

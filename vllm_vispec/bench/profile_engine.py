@@ -12,12 +12,12 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from vllm_vispec.bench import profile_steps as spans
 from vllm_vispec.bench.load import chat_messages
 from vllm_vispec.bench.machine import has_gpu, server_environment
-from vllm_vispec.bench.profile_steps import CLOCKS, Batch, Recorder, Steps, find_steps
+from vllm_vispec.bench.profile_steps import CLOCKS, Batch, Clock, Recorder, Steps, find_steps
 from vllm_vispec.bench.schema import BenchSample, Record
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.process import WorkerProcess, serve_requests
@@ -59,7 +59,7 @@ RUNNERS: Mapping[str, RunnerProbe] = {
 }
 
 
-def default_runner() -> str:
+def default_runner() -> Literal["v1", "v2"]:
     """Return the runner that vLLM takes on this machine."""
     return "v2" if has_gpu() else "v1"
 
@@ -80,7 +80,7 @@ class Job(Record):
     serve_args: tuple[str, ...]
     speculative_config: dict[str, Any]
     runner: str
-    clock: str
+    clock: Clock
     concurrency: int
 
     def environment(self) -> dict[str, str]:

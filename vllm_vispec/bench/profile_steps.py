@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vllm_vispec.bench.schema import Record
 from vllm_vispec.utils.errors import ViSpecError
@@ -152,8 +152,9 @@ def wall_time() -> float:
     return time.perf_counter()
 
 
+Clock = Literal["wall", "cpu"]
 # ``cpu`` counts what this thread used, which other programs on a busy machine hardly change.
-CLOCKS: Mapping[str, Callable[[], float]] = {"wall": wall_time, "cpu": time.thread_time}
+CLOCKS: Mapping[Clock, Callable[[], float]] = {"wall": wall_time, "cpu": time.thread_time}
 
 
 @dataclass

@@ -56,6 +56,13 @@ def read_schedule(given: str) -> Ranges:
     return check_ranges(content)
 
 
+def as_schedule(given: Any) -> Ranges:
+    """Return a schedule, given as it is or as `read_schedule` takes it; () is none."""
+    if not given:
+        return ()
+    return read_schedule(given) if isinstance(given, str) else check_ranges(given)
+
+
 def check_ranges(value: Any) -> Ranges:
     """Return a schedule if vLLM takes it and it drafts at some batch size.
 

@@ -199,8 +199,7 @@ class Tuning:
 
     def verify_settings(self, settings: MatrixSettings) -> MatrixSettings:
         """Return the matrix that tries the choice at every concurrency, all else as measured."""
-        return replace(
-            settings,
+        return settings.replace(
             variants=("plain", TUNED),
             concurrency=tuple(self.gains),
             num_speculative_tokens=(highest(self.ranges),),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,7 +79,7 @@ def quick(
     from vllm_vispec.bench.quick import SERVE_ARGS, judge
     from vllm_vispec.bench.schema import BenchRun
 
-    settings = replace(settings, serve_args=settings.serve_args or SERVE_ARGS)
+    settings = settings.replace(serve_args=settings.serve_args or SERVE_ARGS)
     with tempfile.TemporaryDirectory(prefix="vispec-bench-") as scratch:
         folder = output or Path(scratch)
         measure_matrix(settings, options, data, folder)
@@ -222,7 +221,7 @@ def tune(
         assert data is not None
         assert output is not None
         concurrency = tuple(sorted(settings.concurrency))
-        settings = replace(settings, variants=("plain", "vispec"), concurrency=concurrency)
+        settings = settings.replace(variants=("plain", "vispec"), concurrency=concurrency)
         code = measure_matrix(settings, options, data, output / MEASURED, port)
         if code == INTERRUPTED:
             return code

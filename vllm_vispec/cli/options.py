@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
 from types import MappingProxyType
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    TypeVar,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, NamedTuple, get_origin
 
 import typer
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.settings import as_flag, parse
 
-T = TypeVar("T")
 Command = Callable[..., int | None]
 INTERRUPTED = 130
 """Exit code after a key press, as shells have it."""
-AS_THEY_ARE = "native"
-"""Stands for images of their own size in a list of numbers of image tokens."""
 EXAMPLE = "'{\"gpu_memory_utilization\": 0.5}'"
 
 
@@ -44,18 +30,6 @@ def exit_on_error() -> Iterator[None]:
     except ViSpecError as error:
         typer.echo(f"vispec: {error}", err=True)
         raise typer.Exit(1) from error
-
-
-def split(flag: str, text: str, convert: Callable[[str], T]) -> tuple[T, ...]:
-    """Return the values of a list with commas.
-
-    Raises:
-        ViSpecError: a value is not what the option takes.
-    """
-    try:
-        return tuple(convert(item.strip()) for item in text.split(",") if item.strip())
-    except ValueError as error:
-        raise ViSpecError(f"{flag} {text}: give values separated by commas ({error})") from error
 
 
 def json_object(flag: str, text: str) -> dict[str, Any]:
@@ -73,61 +47,6 @@ def json_object(flag: str, text: str) -> dict[str, Any]:
     return found
 
 
-def number_of_image_tokens(text: str) -> int:
-    """Return a number, or what stands for images as they are."""
-    from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE
-
-    return IMAGES_AS_THEY_ARE if text == AS_THEY_ARE else int(text)
-
-
-def shell_words(flag: str, text: str) -> tuple[str, ...]:
-    """Return the words of an option that takes a command line.
-
-    Raises:
-        ViSpecError: a quote is not closed.
-    """
-    try:
-        return tuple(shlex.split(text))
-    except ValueError as error:
-        raise ViSpecError(f"{flag} {text}: {error}; close the quote") from error
-
-
-def _read_schedule(text: str) -> Any:
-    from vllm_vispec.bench.schedules import read_schedule
-
-    return read_schedule(text)
-
-
-class Form(NamedTuple):
-    """How an option differs from what its field's name and type say; `read` takes flag and text."""
-
-    names: tuple[str, ...] = ()
-    read: Callable[[str, str], Any] | None = None
-    default: str | None = None
-
-
-FORMS = {
-    "num_speculative_tokens": Form(("--num-speculative-tokens", "-k")),
-    "image_tokens": Form(
-        read=lambda flag, text: split(flag, text, number_of_image_tokens), default="native"
-    ),
-    "schedule": Form(read=lambda _, text: _read_schedule(text)),
-    "serve_args": Form(("--serve",), shell_words),
-    "cell_timeout_s": Form(("--cell-timeout",)),
-    "engine": Form(("--engine-args",)),
-}
-
-
-class SettingsField(NamedTuple):
-    """A field of a settings class; None as the default: the class decides itself."""
-
-    name: str
-    type: Any
-    default: Any
-    help: str | None
-    form: Form
-
-
 class SettingsOption(NamedTuple):
     """A field of a settings class as an option: its parameter, and what reads its value."""
 
@@ -136,14 +55,16 @@ class SettingsOption(NamedTuple):
 
 
 def options_of(
-    *settings: type, shown: Sequence[str] = (), defaults: Mapping[str, Any] = MappingProxyType({})
+    *settings: type[BaseModel],
+    shown: Sequence[str] = (),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[Command], Callable[..., None]]:
     """Give a command an option for each field of settings classes, before its own parameters.
 
-    The command is called with the settings first, and its result is the exit code. A class is a
-    pydantic model whose fields have descriptions, or a dataclass with an `Attributes:` section. In
-    a model's `json_schema_extra`, "flags" gives an option other names. A field of type
-    `tuple[T, ...]` takes values separated by commas, a dictionary a JSON object.
+    The command is called with the settings first, and its result is the exit code. A field's
+    description is the help; in its `json_schema_extra`, "flags" gives the option other names and
+    "default" another text. A field of type `tuple` takes one text, which the class reads; a
+    dictionary takes a JSON object.
 
     Args:
         shown: fields that get an option; all if it is empty.
@@ -155,13 +76,10 @@ def options_of(
         own = own[len(settings) - 1 :]
         options, fixed = [], []
         for kind in settings:
-            known = [
-                one._replace(default=defaults.get(one.name, one.default)) for one in _fields(kind)
-            ]
-            asked = [one for one in known if not shown or one.name in shown]
-            options.append({one.name: _option(one) for one in asked})
-            names = {one.name for one in known if one not in asked}
-            fixed.append({name: value for name, value in defaults.items() if name in names})
+            names = [name for name in kind.model_fields if not shown or name in shown]
+            options.append({n: _option(n, kind.model_fields[n], defaults) for n in names})
+            hidden = kind.model_fields.keys() & defaults.keys() - {*names}
+            fixed.append({name: defaults[name] for name in hidden})
 
         def run(**values: Any) -> None:
             with exit_on_error():
@@ -171,7 +89,7 @@ def options_of(
                     | {n: o.read(v) for n, o in group.items() if (v := values.pop(n)) is not None}
                     for preset, group in zip(fixed, options, strict=True)
                 ]
-                made = [_make(*pair) for pair in zip(settings, given, strict=True)]
+                made = [parse(*pair, as_flag) for pair in zip(settings, given, strict=True)]
                 raise typer.Exit(command(*made, **values) or 0)
 
         every = [option.parameter for group in options for option in group.values()]
@@ -184,55 +102,26 @@ def options_of(
     return decorate
 
 
-def _make(settings: type, values: dict[str, Any]) -> Any:
-    if issubclass(settings, BaseModel):
-        return parse(settings, values, as_flag)
-    return settings(**values)
-
-
-def attribute_docs(settings: type) -> dict[str, str]:
-    """Return the first sentence about each field under `Attributes:` in a class's docstring."""
-    _, _, section = inspect.cleandoc(settings.__doc__ or "").partition("Attributes:\n")
-    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section.split("\n\n")[0], re.MULTILINE)
-    texts = {name: " ".join(text.split()) for name, text in entries}
-    return {name: re.split(r"(?<=\.)\s+(?=[A-Z])", text)[0] for name, text in texts.items()}
-
-
-def _fields(settings: Any) -> Iterator[SettingsField]:
-    empty = inspect.Parameter.empty
-    if issubclass(settings, BaseModel):
-        for name, item in settings.model_fields.items():
-            default = empty if item.is_required() else item.default
-            extra: Any = item.json_schema_extra or {}
-            form = Form(tuple(extra.get("flags", ())))
-            yield SettingsField(name, item.annotation, default, item.description, form)
-        return
-    types, docs = get_type_hints(settings), attribute_docs(settings)
-    for field in fields(settings):
-        kind, default = types[field.name], empty if field.default is MISSING else field.default
-        if field.default_factory is not MISSING:
-            kind, default = (kind if get_origin(kind) is dict else kind | None), None
-        form = FORMS.get(field.name, Form())
-        yield SettingsField(field.name, kind, default, docs.get(field.name), form)
-
-
-def _option(field: SettingsField) -> SettingsOption:
-    kind, default, form = field.type, field.default, field.form
-    flag = (*form.names, as_flag(field.name))[0]
+def _option(name: str, field: FieldInfo, defaults: Mapping[str, Any]) -> SettingsOption:
+    extra: Any = field.json_schema_extra or {}
+    names = tuple(extra.get("flags", ()))
+    flag = (*names, as_flag(name))[0]
+    # The class itself refuses what is not among its values.
+    kind: Any = str if get_origin(field.annotation) is Literal else field.annotation
+    default: Any = inspect.Parameter.empty if field.is_required() else field.default
+    default = defaults.get(name, default)
     read: Callable[[Any], Any] = _as_given
+    if field.default_factory is not None:
+        kind, default = kind | None, None
     if get_origin(kind) is tuple:
-        item, default = get_args(kind)[0], form.default or ",".join(map(_as_text, default))
-        convert = form.read or (lambda flag, text: split(flag, text, item))
-        kind, read = str, lambda text: convert(flag, text) if text else ()
+        kind, default = str, extra.get("default") or ",".join(map(_as_text, default))
     elif get_origin(kind) is dict or isinstance(default, BaseModel):
         kind, default, read = str, "{}", lambda text: json_object(flag, text)
-    elif get_origin(kind) is Literal:
-        kind = str  # the class refuses other values
     parameter = inspect.Parameter(
-        field.name,
+        name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
-        annotation=Annotated[kind, typer.Option(*form.names, help=field.help)],
+        annotation=Annotated[kind, typer.Option(*names, help=field.description)],
     )
     return SettingsOption(parameter, read)
 

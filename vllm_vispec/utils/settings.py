@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from types import UnionType
-from typing import Any, TypeVar, get_args
+from typing import Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from vllm_vispec.utils.errors import ViSpecError, did_you_mean
@@ -14,6 +14,15 @@ from vllm_vispec.utils.errors import ViSpecError, did_you_mean
 M = TypeVar("M", bound=BaseModel)
 Spelling = Callable[[str], str]
 """A setting's dotted name -> how the user writes it."""
+
+
+def _split(given: Any) -> Any:
+    is_text = isinstance(given, str)
+    return [item.strip() for item in given.split(",") if item.strip()] if is_text else given
+
+
+CommaSeparated = BeforeValidator(_split)
+"""Lets a list be given as one text."""
 
 # Start of a pydantic error type -> what the setting takes.
 _WANTED: Mapping[str, str] = {
@@ -27,6 +36,7 @@ _WANTED: Mapping[str, str] = {
     "list": "a list",
     "dict": "name: value pairs",
     "mapping": "name: value pairs",
+    "too": "at least one value",  # too_short
 }
 _LIMITS: Mapping[str, tuple[str, str]] = {
     "greater_than_equal": ("ge", "at least"),
@@ -43,6 +53,18 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+
+
+class CommandSettings(Settings):
+    """Base of settings that are options of a command: `cli.options.options_of`."""
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with other values, checked.
+
+        Raises:
+            ViSpecError: See `parse`.
+        """
+        return parse(type(self), dict(self) | changes, as_flag)
 
 
 def as_flag(name: str) -> str:
@@ -94,7 +116,8 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
 
 def _describe(error: ValidationError, model: type[BaseModel], spelling: Spelling, see: str) -> str:
     first = error.errors(include_url=False)[0]
-    name, kind = ".".join(map(str, first["loc"])), first["type"]
+    # The place in a list says less than the value, which is named, too.
+    name, kind = ".".join(one for one in first["loc"] if isinstance(one, str)), first["type"]
     context = first.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])  # worded by a validator of the model
