@@ -15,7 +15,7 @@ from vllm_vispec.data.encode import Encoded, Encoder
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Conversation
-from vllm_vispec.train.target import TrainingTarget, merge_vision
+from vllm_vispec.train.target import TrainingTarget, merge_vision, takes_token_types
 from vllm_vispec.utils.errors import ViSpecError
 
 
@@ -56,7 +56,7 @@ def test_states_are_those_of_the_whole_model(kind: str, tiny: TinyStore, dialogu
     encoded = encode(folder, dialogues, 2)[1]
     observed = target.observe([encoded])[0]
     inputs = {"input_ids": encoded.token_ids[None], **encoded.vision}
-    if target.takes_token_types:
+    if takes_token_types(target.model):
         inputs["mm_token_type_ids"] = (encoded.token_ids == target.image_token_id)[None].int()
     with torch.no_grad():
         logits = target.model(**inputs).logits[0]

@@ -21,7 +21,7 @@ class EvalOptions(Settings):
     """What to evaluate, and how: the options of `vispec eval`."""
 
     target: str = Field(description="Target: a folder or hub id.")
-    head: str = Field(description="Head: a folder or hub id, any checkpoint format.")
+    head: str = Field(description="Draft: a head or a published model, folder or hub id.")
     data: Path = Field(
         description="JSONL of conversations whose answers are the target's own greedy ones, e.g. "
         "from `vispec regenerate --temperature 0`."

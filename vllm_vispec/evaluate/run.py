@@ -15,6 +15,7 @@ from torch import Tensor
 from vllm_vispec.data.encode import Encoder
 from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Rejected
+from vllm_vispec.draft_model.named import find_published
 from vllm_vispec.draft_vocab.files import find_vocab
 from vllm_vispec.evaluate.engine import Question, measure, questions
 from vllm_vispec.evaluate.options import EvalOptions, EvalSample, read_samples
@@ -22,12 +23,13 @@ from vllm_vispec.evaluate.report import Report
 from vllm_vispec.heads.folder import inspect_head, load_draft
 from vllm_vispec.heads.target import check_against_target, load_target_config, target_dtype
 from vllm_vispec.train.acceptance import Acceptance, Answers, by_family, simulate
+from vllm_vispec.train.published import PublishedModel
 from vllm_vispec.train.target import Observed, TrainingTarget, pad_batch
 from vllm_vispec.utils.errors import ViSpecError
 
 
 def evaluate(options: EvalOptions) -> Report:
-    """Simulate a head on a data set and, if asked to, measure it with the engine.
+    """Simulate a draft on a data set and, if asked to, measure it with the engine.
 
     Raises:
         ViSpecError: target, head or data cannot be used, or do not fit each other.
@@ -71,15 +73,23 @@ class _Pair:
 
     def __init__(self, options: EvalOptions) -> None:
         # Before any weights are read.
-        info, config = inspect_head(options.head), load_target_config(options.target)
-        text = config.get_text_config()
-        self.warning = check_against_target(
-            info.config, text.hidden_size, text.vocab_size, config.model_type
-        )
-        vocab = find_vocab(options.draft_vocab_setting, info.folder, info.config.vocab_size)
+        published = find_published(options.head, options.target)
+        info, config = published or inspect_head(options.head), load_target_config(options.target)
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, options.dtype)
-        self.draft = load_draft(info.folder, dtype).to(device).eval()
+        self.warning, vocab = None, None
+        if published is None:
+            text = config.get_text_config()
+            self.warning = check_against_target(
+                info.config, text.hidden_size, text.vocab_size, config.model_type
+            )
+            vocab = find_vocab(options.draft_vocab_setting, info.folder, info.config.vocab_size)
+            draft = load_draft(info.folder, dtype)
+        elif options.draft_vocab is not None:
+            raise ViSpecError("--draft-vocab does not go with a published model; leave it out")
+        else:
+            draft = PublishedModel.load(info, dtype)
+        self.draft = draft.to(device).eval()
         self.target = TrainingTarget.load(options.target, dtype, device)
         self.lm_head_VD, self.token_ids_V = self.target.lm_head_VD, None
         if vocab is not None:

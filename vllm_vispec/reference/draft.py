@@ -1,4 +1,4 @@
-"""What both kinds of drafts in PyTorch share: training, simulation and export treat them alike.
+"""What all kinds of drafts in PyTorch share: training, simulation and export treat them alike.
 
 Tensor names end in their shape: S chain entries, D hidden, V vocabulary.
 """
@@ -36,6 +36,10 @@ class Draft(nn.Module, ABC):
         """One of its parameters, which tells their device and dtype."""
         return next(self.parameters())
 
+    def blank(self) -> Draft:
+        """Return a draft of this shape; its weights are yet to be set."""
+        return type(self)(self.config)
+
     @abstractmethod
     def output_head(self, target_VD: Tensor, token_ids_V: Tensor | None = None) -> Tensor:
         """Return the matrix that turns the draft's states into logits.
@@ -45,7 +49,8 @@ class Draft(nn.Module, ABC):
             token_ids_V: the tokens that may be proposed; None: all.
 
         Returns:
-            [V, D of the draft], one row per token of `target_VD`.
+            [V, D of the draft], one row per token of `target_VD`. A table of the draft's own may
+            have fewer rows than `target_VD`, whose last ones then stand for no tokens.
         """
 
     @abstractmethod

@@ -274,7 +274,9 @@ class Objective(nn.Module):
         head_VD = self.draft.output_head(self.lm_head_VD)
         draft_NV = F.linear(state_ND.to(head_VD.dtype), head_VD)
         with torch.no_grad():
-            target_NV = F.linear(goal_ND.to(self.lm_head_VD.dtype), self.lm_head_VD)
+            # A published model's table may be padded less.
+            target_VD = self.lm_head_VD[: len(head_VD)]
+            target_NV = F.linear(goal_ND.to(target_VD.dtype), target_VD)
         inputs = LossInputs(state_ND, goal_ND, draft_NV, target_NV, gold_N)
         right = (draft_NV.detach().argmax(-1) == gold_N).sum()
         return sum_terms(inputs, self.weights) | {"right": right}

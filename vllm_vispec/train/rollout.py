@@ -11,7 +11,8 @@ own output of pass s - 1, one row earlier. Two modes:
 * "shifted": all rows of a pass see each other causally, image rows included; every pass has the
   rows of pass 0. ViSpec's multi-token prediction (arXiv 2509.15235, section 3.4 and its code).
 
-A draft VLM reads no states, so it has one pass only, over all tokens of a sample.
+A draft VLM and a published model read no states, so they have one pass only, over all tokens of a
+sample.
 
 Tensor names end in their shape: B samples, L rows of a whole sample (= tokens), N rows from the
 first counted one to the end, S earlier passes, D hidden, H query heads, G key/value heads, K
@@ -39,6 +40,7 @@ from vllm_vispec.reference import (
     masked_rows,
 )
 from vllm_vispec.reference.layers import KVCache, apply_rope
+from vllm_vispec.train.published import PublishedModel
 from vllm_vispec.train.target import DraftBatch
 
 # The reference scales its feature noise with 512 / (tokens of the sample).
@@ -101,11 +103,15 @@ def rollout(
         decision: of a head's gate; None: its first choice without noise, as in the engine. It reads
             the target's states without noise.
     """
-    if isinstance(draft, DraftVlm):
-        state_BLD = draft(batch.ids_BL, batch.embeds_BLD, batch.runs)
+    if isinstance(draft, (DraftVlm, PublishedModel)):
+        state_BLD = (
+            draft(batch)
+            if isinstance(draft, PublishedModel)
+            else draft(batch.ids_BL, batch.embeds_BLD, batch.runs)
+        )
         counts_BL = first_counts(batch, torch.ones_like(batch.answer_BL))
         return [PassOutput(state_BLD, counts_BL)] * passes
-    assert isinstance(draft, ViSpecDraft)  # there is no third class, see `draft_class`
+    assert isinstance(draft, ViSpecDraft)  # there is no other class
     if decision is None:
         decision = decide(draft.compressor, batch.hidden_BLD, batch.answer_BL, batch.runs)
     noisy = replace(batch, hidden_BLD=_with_noise(batch, noise, generator))

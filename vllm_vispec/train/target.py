@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Observed:
         runs: image runs [start, end) in token indices, one per image.
         embeds_LD: the target's input embeddings, image features scattered in.
         hidden_LD: the target's hidden states after its final norm (what lm_head reads).
+        vision: the processor's tensors of its images, for a draft with a vision tower of its own.
     """
 
     sample_id: str
@@ -49,6 +50,7 @@ class Observed:
     runs: Runs
     embeds_LD: Tensor
     hidden_LD: Tensor
+    vision: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class DraftBatch:
         runs: image runs of every sample.
         lengths: tokens of every sample.
         families: task family of every sample.
+        vision: the processor's tensors of all images, on the CPU.
     """
 
     ids_BL: Tensor
@@ -71,6 +74,7 @@ class DraftBatch:
     runs: tuple[Runs, ...]
     lengths: tuple[int, ...]
     families: tuple[str, ...]
+    vision: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> DraftBatch:
         """The batch on another device, its embeddings and states in another dtype (None: kept)."""
@@ -106,6 +110,7 @@ def pad_batch(samples: Sequence[Observed], multiple: int = 1) -> DraftBatch:
         runs=tuple(sample.runs for sample in samples),
         lengths=tuple(len(sample.token_ids) for sample in samples),
         families=tuple(sample.family for sample in samples),
+        vision=merge_vision([sample.vision for sample in samples]),
     )
 
 
@@ -133,13 +138,11 @@ class TrainingTarget(TargetFacts):
         model: the model, in evaluation mode, without gradients.
         folder: where it came from.
         image_token_id: the id of image placeholders.
-        takes_token_types: its forward wants to know which tokens are images (M-RoPE).
     """
 
     model: Any
     folder: str
     image_token_id: int
-    takes_token_types: bool
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype, device: str) -> TrainingTarget:
@@ -150,9 +153,7 @@ class TrainingTarget(TargetFacts):
                 `model.model.language_model` plus `lm_head`.
         """
         config = load_target_config(folder)
-        model = _load_model(folder, dtype)
-        _check_structure(model, folder)
-        use_window_attention(model)
+        model = load_model(folder, dtype)
         model.requires_grad_(False)
         model.eval().to(device)
         return cls(
@@ -163,8 +164,6 @@ class TrainingTarget(TargetFacts):
             model=model,
             folder=str(folder),
             image_token_id=image_token_id(config),
-            takes_token_types="mm_token_type_ids"
-            in inspect.signature(type(model.model).forward).parameters,
         )
 
     def observe(self, samples: Sequence[Encoded]) -> list[Observed]:
@@ -202,6 +201,7 @@ class TrainingTarget(TargetFacts):
                 token_ids=sample.token_ids.to(device),
                 answer=sample.answer.to(device),
                 runs=sample.runs,
+                vision=sample.vision,
                 embeds_LD=embeds_LD[: len(sample.token_ids)],
                 hidden_LD=hidden_LD[: len(sample.token_ids)],
             )
@@ -209,20 +209,36 @@ class TrainingTarget(TargetFacts):
         ]
 
     def _inputs(self, samples: Sequence[Encoded]) -> Mapping[str, Any]:
-        from transformers import BatchFeature
-
         ids = [sample.token_ids for sample in samples]
-        filler = 0 if self.image_token_id != 0 else 1
-        ids_BL = pad_sequence(ids, batch_first=True, padding_value=filler)
-        inputs = {
-            "input_ids": ids_BL,
-            "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
-            **merge_vision([sample.vision for sample in samples]),
-        }
-        if self.takes_token_types:
-            inputs["mm_token_type_ids"] = (ids_BL == self.image_token_id).to(torch.int32)
-        # The dtype is that of floats only.
-        return BatchFeature(inputs).to(self.embed_VD.device, dtype=self.embed_VD.dtype)
+        vision = merge_vision([sample.vision for sample in samples])
+        lengths = [len(one) for one in ids]
+        return model_inputs(self.model, pad_sequence(ids, batch_first=True), lengths, vision)
+
+
+def takes_token_types(model: Any) -> bool:
+    """Whether a model's forward wants to know which tokens are images (M-RoPE)."""
+    return "mm_token_type_ids" in inspect.signature(type(model.model).forward).parameters
+
+
+def model_inputs(
+    model: Any, ids_BL: Tensor, lengths: Sequence[int], vision: Mapping[str, Tensor]
+) -> Mapping[str, Any]:
+    """Return what the forward of a Hugging Face model takes for samples padded on the right.
+
+    Args:
+        vision: the processor's tensors of all images, in order.
+    """
+    from transformers import BatchFeature
+
+    image_id, like = image_token_id(model.config), model.get_input_embeddings().weight
+    is_token_BL = torch.arange(ids_BL.shape[1]) < torch.tensor(lengths)[:, None]
+    # What stands behind the end must be no image.
+    ids_BL = ids_BL.cpu().masked_fill(~is_token_BL, 0 if image_id else 1)
+    inputs = {"input_ids": ids_BL, "attention_mask": is_token_BL.long(), **vision}
+    if takes_token_types(model):
+        inputs["mm_token_type_ids"] = (ids_BL == image_id).to(torch.int32)
+    # The dtype is that of floats only.
+    return BatchFeature(inputs).to(like.device, dtype=like.dtype)
 
 
 def target_id(model: str) -> str:
@@ -277,11 +293,20 @@ def _join(tensors: Sequence[Tensor]) -> Tensor:
     return joined
 
 
-def _load_model(folder: str | Path, dtype: torch.dtype) -> Any:
+def load_model(folder: str | Path, dtype: torch.dtype, setting: str = "target.model") -> Any:
+    """Load a Hugging Face vision-language model in evaluation mode, on the CPU.
+
+    Args:
+        setting: what the user calls it, for messages.
+
+    Raises:
+        ViSpecError: it cannot be read, or is not built as `model.model.language_model` plus
+            `lm_head`.
+    """
     from transformers import AutoModelForImageTextToText
 
     try:
-        return AutoModelForImageTextToText.from_pretrained(
+        model = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=dtype,
             trust_remote_code=False,
@@ -290,21 +315,24 @@ def _load_model(folder: str | Path, dtype: torch.dtype) -> Any:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ViSpecError(
-            f"target.model {str(folder)!r} cannot be loaded ({first_line(error)}): give a "
+            f"{setting} {str(folder)!r} cannot be loaded ({first_line(error)}): give a "
             "complete vision-language model with safetensors weights"
         ) from error
+    _check_structure(model, f"{setting} {str(folder)!r}")
+    use_window_attention(model)
+    return model
 
 
-def _check_structure(model: Any, folder: str | Path) -> None:
+def _check_structure(model: Any, name: str) -> None:
     head = model.get_output_embeddings()
     inner = getattr(getattr(model, "model", None), "language_model", None)
     if inner is None or head is None:
         raise ViSpecError(
-            f"target.model {str(folder)!r} ({model.config.model_type}) has no "
+            f"{name} ({model.config.model_type}) has no "
             "model.language_model with an lm_head: this family is not supported for training"
         )
     if getattr(head, "bias", None) is not None:
         raise ViSpecError(
-            f"target.model {str(folder)!r} ({model.config.model_type}) has a bias in lm_head, "
-            "which drafts cannot share: this family is not supported for training"
+            f"{name} ({model.config.model_type}) has a bias in lm_head, "
+            "which training does not know: this family is not supported for training"
         )

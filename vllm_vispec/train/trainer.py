@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vllm_vispec.reference import Draft, draft_class
+from vllm_vispec.reference import Draft
 from vllm_vispec.train.checkpoint import Tensors
 from vllm_vispec.train.config import ScheduleConfig, TrainConfig
 from vllm_vispec.train.distributed import Processes, assign, shard, whole
@@ -198,8 +198,8 @@ class Trainer:
 
     def draft_with(self, weights: Mapping[str, Tensor]) -> Draft:
         """Return a separate draft with these weights, for validation and export."""
-        draft = draft_class(self.head_config)(self.head_config)
-        draft.load_state_dict({**self._frozen, **weights})
+        draft = self._objective.draft.blank()
+        assign(dict(draft.named_parameters()), {**self._frozen, **weights})
         return draft.to(self._group.device).eval()
 
     def state(self) -> dict[str, Tensors]:
