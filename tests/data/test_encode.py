@@ -11,7 +11,7 @@ import torch
 
 from tests.support.tiny_families import FAMILIES
 from tests.support.tiny_store import TinyStore
-from vllm_vispec.data.encode import Encoded, Encoder
+from vllm_vispec.data.encode import Encoded, Encoder, Measured
 from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Conversation, Part, Rejected, Turn
 from vllm_vispec.utils.errors import ViSpecError
@@ -65,6 +65,16 @@ def encode(encoder: Encoder, conversation: Conversation) -> Encoded:
 
 def spoken(encoder: Encoder, encoded: Encoded) -> str:
     return str(encoder.template.tokenizer.decode(encoded.token_ids[encoded.answer]))
+
+
+def test_measured_without_pixels(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = encode(encoder, two_turns())
+    tokens = Measured(len(encoded.token_ids), sum(end - start for start, end in encoded.runs))
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "_process", lambda *_: pytest.fail("pixels were processed"))
+        assert encoder.measure(two_turns()) == tokens
+    monkeypatch.delattr(type(encoder.processor), "_get_num_multimodal_tokens")
+    assert encoder.measure(two_turns()) == tokens
 
 
 def test_mask_holds_exactly_the_answers(encoder: Encoder, kind: str) -> None:

@@ -61,6 +61,7 @@ def recipe(target: str | Path, data: Path, output: Path, **changes: Any) -> Trai
         "target.dtype": "float32",
         "data.train": str(data),
         "data.validation_share": 0.2,
+        "data.workers": 0,
         "head.dtype": "float32",
         "optimizer.lr": 1e-3,
         "schedule.epochs": 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,48 +13,81 @@ import torch
 from tests.support.tiny_store import TinyStore
 from tests.train.runs import lines, losses, recipe, run, write_records
 from vllm_vispec.heads.folder import inspect_head, load_draft
-from vllm_vispec.train.data import read_corpus
 from vllm_vispec.train.distributed import processes
 from vllm_vispec.train.loop import fill_cache
 from vllm_vispec.train.target import TrainingTarget
-from vllm_vispec.train.teacher import OfflineTeacher
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import read_json
 
 
+@pytest.mark.parametrize("kind", ["vispec", "eagle_vlm"])
 def test_online_and_offline_are_the_same(
-    tiny: TinyStore, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, kind: str
 ) -> None:
     target = tiny.target("qwen2_5_vl")
-    online = run(recipe(target, dialogues, tmp_path / "online"))
+    online = run(recipe(target, dialogues, tmp_path / "online", head__kind=kind))
     assert online.finished
     assert "acceptance length 1.00 is so low" in online.message
-    cached = {"teacher__mode": "offline", "teacher__cache_dir": str(tmp_path / "cache")}
-    offline = recipe(target, dialogues, tmp_path / "offline", teacher__shard_samples=7, **cached)
+    # States of image rows are not stored unless the head reads them; others' do not suffice.
     with processes("cpu") as group:
-        assert "24 samples, 0 skipped" in fill_cache(offline, group)
-    # One shard is lost: it alone is made again, and a complete cache needs no target.
-    (tmp_path / "cache" / "chunk-00001.json").unlink()
-    kept = (tmp_path / "cache" / "shard-00002.safetensors").stat().st_mtime_ns
-    with processes("cpu") as group:
-        fill_cache(offline, group)
-    assert (tmp_path / "cache" / "shard-00002.safetensors").stat().st_mtime_ns == kept
-    monkeypatch.setattr(TrainingTarget, "load", lambda *_: pytest.fail("the target was loaded"))
-    run(offline)
+        small = recipe(target, dialogues, tmp_path / "offline", teacher__mode="offline")
+        assert "24 samples, 0 skipped" in fill_cache(small, group)
+    run(recipe(target, dialogues, tmp_path / "offline", head__kind=kind, teacher__mode="offline"))
     first, second = losses(tmp_path / "online"), losses(tmp_path / "offline")
     assert list(first) == list(second) == [1, 2, 3, 4, 5, 6]
     assert first == pytest.approx(second, abs=1e-4, rel=1e-5)
-    other = recipe(target, dialogues, tmp_path / "offline", data__max_length=99, **cached)
-    with pytest.raises(ViSpecError, match=r"another run \(chunk_samples, max_length differ\)"):
-        run(other, "data.max_length", "teacher.shard_samples")
 
 
-def test_a_new_cache_lets_the_target_go(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:
-    config = recipe(tiny.target("llava"), dialogues, tmp_path / "run", teacher__mode="offline")
-    with processes("cpu") as group:
-        teacher = OfflineTeacher(config, read_corpus(config.data), group)
-    assert not any(isinstance(one, TrainingTarget) for one in vars(teacher).values())
-    assert len(teacher.observe([1])) == 1
+def test_runs_share_a_cache_and_data_may_grow(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(dialogues.parent, tmp_path / "data"))
+    text = (folder / "data.jsonl").read_text().splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(text[:20]))
+    offline = {"teacher__mode": "offline", "teacher__shard_samples": 7}
+    target = tiny.target("qwen2_5_vl")
+
+    observe, seen = TrainingTarget.observe, []
+
+    def count(target: TrainingTarget, samples: Any) -> Any:
+        seen.extend(samples)
+        return observe(target, samples)
+
+    monkeypatch.setattr(TrainingTarget, "observe", count)
+
+    def stored(name: str, file: str, **changes: Any) -> tuple[int, str]:
+        """How many samples the target computes; what is said at the end."""
+        seen.clear()
+        config = recipe(target, folder / file, tmp_path / name, **offline | changes)
+        with processes("cpu") as group:
+            message = fill_cache(config, group)
+        return len(seen), message
+
+    assert stored("one", "few.jsonl")[0] == 20
+    # More samples, another order, another limit, another place.
+    (folder / "all.jsonl").write_text("".join(reversed(text)))
+    moved = shutil.copytree(folder, folder / "moved")
+    assert stored("two", "all.jsonl")[0] == 4
+    monkeypatch.setattr(TrainingTarget, "load", lambda *_: pytest.fail("the target was loaded"))
+    assert "24 samples, 0 skipped" in stored("three", f"{moved.name}/all.jsonl")[1]
+    assert " 0 skipped" not in stored("three", "all.jsonl", data__max_length=60)[1]
+    run(recipe(target, folder / "all.jsonl", tmp_path / "run", **offline))
+    # An image that changed is another sample.
+    (folder / "1-0.png").write_bytes((folder / "4-0.png").read_bytes())
+    with pytest.raises(pytest.fail.Exception, match="the target was loaded"):
+        stored("four", "all.jsonl")
+
+
+def test_a_full_disk_is_found_before_the_target_is_loaded(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tiny.target("qwen2_5_vl")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(TrainingTarget, "load", lambda *_: pytest.fail("the target was loaded"))
+    config = recipe(target, dialogues, tmp_path / "run", teacher__mode="offline")
+    with pytest.raises(ViSpecError, match=r"states for 24 samples.*teacher\.cache_dir"):
+        run(config)
 
 
 def test_a_step_is_the_same_however_it_is_cut(

@@ -11,12 +11,12 @@ Shapes: L tokens of one sample, image placeholders expanded.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_vispec.data.images import open_image
+from vllm_vispec.data.images import image_size, open_image
 from vllm_vispec.data.template import ChatTemplate
 from vllm_vispec.data.types import ANSWER_TOKENS_KEY, FINISH_KEY, Conversation, Rejected, Turn
 from vllm_vispec.utils.errors import first_line
@@ -46,6 +46,24 @@ class Encoded:
     answer: Tensor
     runs: tuple[tuple[int, int], ...]
     vision: Mapping[str, Tensor]
+
+    def pin_memory(self) -> Encoded:
+        """Return it in memory that a GPU reads directly, as torch's DataLoader asks for."""
+        vision = {name: value.pin_memory() for name, value in self.vision.items()}
+        return replace(
+            self,
+            token_ids=self.token_ids.pin_memory(),
+            answer=self.answer.pin_memory(),
+            vision=vision,
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How many tokens a sample has, and how many of these are its images'."""
+
+    tokens: int
+    image_tokens: int
 
 
 @dataclass(frozen=True)
@@ -92,6 +110,32 @@ class Encoder:
         except ValueError as error:
             return Rejected(conversation.sample_id, first_line(error))
 
+    def measure(self, conversation: Conversation) -> Measured | Rejected:
+        """Count a sample's tokens by the sizes of its images, whatever `max_length`.
+
+        Images must decode, but no pixels are processed where the processor knows their tokens
+        without. What a processor does to the text beside repeating image tokens is not seen.
+        """
+        if conversation.images and not hasattr(self.processor, "_get_num_multimodal_tokens"):
+            return measured(self(conversation))
+        try:
+            plain = plain_sample(self.template, conversation, self.recorded)
+            self._check_marks(plain, len(conversation.images))
+            sizes = [image_size(path, self.image_root) for path in conversation.images]
+            counts = self._image_tokens(sizes) if sizes else []
+        except ValueError as error:
+            return Rejected(conversation.sample_id, first_line(error))
+        return Measured(len(plain.token_ids) - len(counts) + sum(counts), sum(counts))
+
+    def _image_tokens(self, sizes: list[tuple[int, int]]) -> list[int]:
+        # transformers' interface for this, which vLLM uses too; without a public name.
+        return list(self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens)
+
+    def _check_marks(self, plain: PlainSample, images: int) -> None:
+        marks = plain.token_ids.count(self.image_token_id)
+        if marks != images:
+            raise ValueError(f"{images} images, but the rendered dialogue has {marks} image tokens")
+
     def prompt_ids(self, turns: Sequence[Turn]) -> list[int]:
         """Return the ids that ask for the next answer, one id per image placeholder."""
         return self.template.tokenize(self.template.render(turns, open_answer=True))
@@ -102,11 +146,7 @@ class Encoder:
         """Expand the image placeholders by the processor's rule."""
         import torch
 
-        marks = plain.token_ids.count(self.image_token_id)
-        if marks != len(images):
-            raise ValueError(
-                f"{len(images)} images, but the rendered dialogue has {marks} image tokens"
-            )
+        self._check_marks(plain, len(images))
         prompt_ids, vision = self._process(plain.prompt_text, images)
         counts = iter(self._image_counts(prompt_ids, images))
         is_image = [token == self.image_token_id for token in plain.token_ids]
@@ -152,6 +192,13 @@ class Encoder:
         # Images that touch form one stretch: ask the processor about each of them alone.
         mark = self.template.tokenizer.convert_ids_to_tokens(self.image_token_id)
         return [self._process(mark, [one])[0].count(self.image_token_id) for one in images]
+
+
+def measured(item: Encoded | Rejected) -> Measured | Rejected:
+    """Return the token counts of an encoded sample."""
+    if isinstance(item, Rejected):
+        return item
+    return Measured(len(item.token_ids), sum(end - start for start, end in item.runs))
 
 
 def _image_token_id(processor: Any) -> int:

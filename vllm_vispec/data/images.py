@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import base64
 import mimetypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +15,8 @@ from vllm_vispec.utils.errors import first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_END_BYTES = 4096
 
 
 class BadImage(ValueError):
@@ -43,12 +49,47 @@ def open_image(path: str, root: Path | None) -> Image:
     Raises:
         BadImage: it is missing, not an image, cut off, or too large to decode safely.
     """
+    with _opened(path, root) as image:
+        return image.convert("RGB")
+
+
+def image_size(path: str, root: Path | None) -> tuple[int, int]:
+    """Return height and width of an image that decodes; of a JPEG an eighth of it is decoded.
+
+    Raises:
+        BadImage: see `open_image`.
+    """
+    with _opened(path, root) as image:
+        width, height = image.size
+        image.draft(None, (1, 1))
+        image.load()
+        return height, width
+
+
+def image_fingerprint(path: str, root: Path | None) -> str:
+    """Return what tells an image's content from another's: its size, and a digest of its ends.
+
+    Formats store images compressed, so a change anywhere moves the end. "" without a file.
+    """
+    try:
+        file = image_file(path, root)
+        with file.open("rb") as source:
+            ends = source.read(_END_BYTES)
+            size = source.seek(0, os.SEEK_END)
+            source.seek(max(size - _END_BYTES, 0))
+            return f"{size} {sha256(ends + source.read()).hexdigest()}"
+    except (BadImage, OSError):
+        return ""
+
+
+@contextmanager
+def _opened(path: str, root: Path | None) -> Iterator[Image]:
     from PIL import Image as PilImage
 
     file = image_file(path, root)
     try:
         with PilImage.open(file) as image:
-            return image.convert("RGB")
+            yield image
     except (OSError, SyntaxError, ValueError, PilImage.DecompressionBombError) as error:
         raise BadImage(f"image {path} cannot be read: {first_line(error)}") from error
 

@@ -210,7 +210,7 @@ def replay(hits: Sequence[Sequence[bool]], start: int, end: int) -> list[int]:
 
 def validate(
     draft: Draft,
-    teacher: Teacher,
+    teacher: Teacher[Any],
     held_out: Mapping[int, str],
     num_draft_tokens: int,
     batch_size: int,
@@ -228,8 +228,9 @@ def validate(
     decisions_2K = torch.zeros(2, len(spec.primitives) if spec.gated else 0, dtype=torch.float64)
     mine = sorted(held_out, key=lengths.__getitem__)[group.rank :: group.world]
     answers: list[tuple[str, Acceptance]] = []
-    for first in range(0, len(mine), batch_size):
-        batch = pad_batch(teacher.observe(mine[first : first + batch_size]))
+    batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+    for ready in teacher.ready(batches):
+        batch = pad_batch(teacher.observe(ready))
         answers += simulate(draft, teacher.facts.lm_head_VD, batch, num_draft_tokens)
         decisions_2K += _decisions_of(draft, batch)
     found = by_family(answers, num_draft_tokens, held_out.values())

@@ -34,6 +34,7 @@ FORMAT = 1
 # Settings that may change when a run goes on: they do not alter what the next step computes.
 FREE_SETTINGS = (
     "data.memory_mb",
+    "data.workers",
     "head.dtype",
     "run.device",
     "run.export",
@@ -44,6 +45,7 @@ FREE_SETTINGS = (
     "run.threads",
     "run.validate_every",
     "teacher.cache_dir",
+    "teacher.shard_samples",
 )
 
 

@@ -105,7 +105,9 @@ class DataConfig(Section):
     max_samples: int = setting(0, "ours", ge=0)
     """use the first so many of train; 0: all"""
     memory_mb: int = setting(1024, "ours", ge=0)
-    """encoded samples kept in memory, MiB; the rest is encoded again"""
+    """samples kept in memory once they are ready, MiB; the rest is made ready again"""
+    workers: int = setting(4, "NeMo", ge=0)
+    """processes per process of the run that make samples ready ahead; 0: none"""
 
 
 class LossSettings(Section):
@@ -202,7 +204,8 @@ class TeacherConfig(Section):
     )
     """online: the target runs in every step; offline: its states are read from disk"""
     cache_dir: str = setting("", "ours")
-    """folder of the cache; none: <run.output>/cache"""
+    """folder that runs share, of the target's states and of samples' lengths; none: cache beside
+    run.output"""
     shard_samples: int = setting(64, "ours", ge=1)
     """samples per cache file"""
 

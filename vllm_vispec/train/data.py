@@ -7,18 +7,21 @@ same global batch, sees the same batches.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from vllm_vispec.data.encode import Encoded, Encoder
-from vllm_vispec.data.images import image_folder
+import torch
+
+from vllm_vispec.data.encode import Encoded, Encoder, Measured, measured
+from vllm_vispec.data.images import image_fingerprint, image_folder
 from vllm_vispec.data.read import read_conversations
-from vllm_vispec.data.types import Conversation, Rejected
+from vllm_vispec.data.types import ANSWER_TOKENS_KEY, FINISH_KEY, Conversation, Rejected
 from vllm_vispec.train.config import BatchConfig, DataConfig
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -133,44 +136,77 @@ def count_reasons(rejected: Iterable[Rejected]) -> dict[str, Any]:
     return {name: {"count": counts[name], "examples": examples[name]} for name in sorted(counts)}
 
 
-class EncodedSamples:
-    """Entries as the target sees them. The first ones stay in memory, others are encoded again."""
+class Samples:
+    """Entries as the target sees them; whatever their length.
 
-    def __init__(self, corpus: Corpus, processor: Any, settings: DataConfig) -> None:
-        self._entries = corpus.entries
+    Args:
+        dtype: of image tensors that are floats.
+    """
+
+    def __init__(self, corpus: Corpus, processor: Any, dtype: torch.dtype) -> None:
+        self._entries, self._dtype = corpus.entries, dtype
         roots = {entry.image_root for entry in corpus.entries}
-        self._encoders = {
-            root: Encoder(processor, settings.max_length, root) for root in sorted(roots)
-        }
-        self._kept: dict[int, Encoded] = {}
-        self._room = settings.memory_mb * 2**20
+        self._encoders = {root: Encoder(processor, image_root=root) for root in sorted(roots)}
+        # Whether image sizes alone give an entry's tokens; None: not known yet.
+        self._sizes_suffice: bool | None = None
 
-    def __call__(self, index: int) -> Encoded | Rejected:
+    def key(self, index: int) -> str:
+        """Return a digest of all that an entry is encoded from: turns, images, recorded tokens."""
+        entry = self._entries[index]
+        conversation = entry.conversation
+        recorded = [conversation.extra.get(name) for name in (ANSWER_TOKENS_KEY, FINISH_KEY)]
+        content: list[Any] = [recorded]
+        for turn in conversation.turns:
+            parts = [
+                [image_fingerprint(part.image, entry.image_root)] if part.image else part.text
+                for part in turn.parts
+            ]
+            content.append([turn.role, parts])
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+    def measure(self, index: int) -> Measured | Rejected:
+        """Count one entry's tokens, or return why it is left out.
+
+        Sizes of images suffice, once they gave for an entry what its pixels gave.
+        """
+        entry = self._entries[index]
+        encoder, conversation = self._encoders[entry.image_root], entry.conversation
+        if not conversation.images or self._sizes_suffice is False:
+            return measured(encoder(conversation))
+        found = encoder.measure(conversation)
+        if self._sizes_suffice is None:
+            by_sizes, found = found, measured(encoder(conversation))
+            self._sizes_suffice = found == by_sizes
+        return found
+
+    def encode(self, index: int) -> Encoded | Rejected:
         """Encode one entry, or return why it is left out."""
-        if index in self._kept:
-            return self._kept[index]
         entry = self._entries[index]
         item = self._encoders[entry.image_root](entry.conversation)
-        if isinstance(item, Encoded):
-            size = sum(x.nbytes for x in (item.token_ids, item.answer, *item.vision.values()))
-            if size <= self._room:
-                self._room -= size
-                self._kept[index] = item
-        return item
+        if isinstance(item, Rejected):
+            return item
+        vision = {
+            name: value.to(self._dtype) if value.is_floating_point() else value
+            for name, value in item.vision.items()
+        }
+        return replace(item, vision=vision)
 
-    def require(self, index: int) -> Encoded:
-        """Encode an entry that was usable when the run began.
 
-        Raises:
-            ViSpecError: it no longer is, e.g. an image was removed.
-        """
-        item = self(index)
+def require(items: Iterable[Encoded | Rejected]) -> list[Encoded]:
+    """Return entries that were usable when the run began.
+
+    Raises:
+        ViSpecError: one no longer is, e.g. an image was removed.
+    """
+    found = []
+    for item in items:
         if isinstance(item, Rejected):
             raise ViSpecError(
                 f"sample {item.sample_id!r} was usable when the run began and is not any more "
                 f"({item.reason}): put its image back"
             )
-        return item
+        found.append(item)
+    return found
 
 
 @dataclass(frozen=True)

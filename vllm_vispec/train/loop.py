@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vllm_vispec.heads.export import export_head
 from vllm_vispec.spec_decode.low_acceptance import low_acceptance
 from vllm_vispec.train.acceptance import OVERALL, describe_gate, validate
+from vllm_vispec.train.cache import OfflineTeacher, open_teacher
 from vllm_vispec.train.checkpoint import Checkpoint, Checkpoints, Progress, check_same_settings
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import BatchOrder, Corpus, read_corpus
@@ -18,7 +21,6 @@ from vllm_vispec.train.distributed import Processes, stop_on_signals
 from vllm_vispec.train.head_types import get_head_type, resolve
 from vllm_vispec.train.init import make_draft
 from vllm_vispec.train.run_log import RunLog, describe_run, now
-from vllm_vispec.train.teacher import OfflineTeacher, cache_folder, open_teacher
 from vllm_vispec.train.trainer import Trainer, rate_factor
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import read_json, sweep, write_json
@@ -50,7 +52,7 @@ def fill_cache(config: TrainConfig, group: Processes) -> str:
     corpus = _corpus(config)
     teacher = OfflineTeacher(config, corpus, group)
     skipped = len(corpus.rejected) + len(teacher.rejected)
-    return f"cache {cache_folder(config)}: {len(teacher.lengths)} samples, {skipped} skipped"
+    return f"cache {teacher.folder}: {len(teacher.lengths)} samples, {skipped} skipped"
 
 
 def train(
@@ -153,8 +155,11 @@ class Run:
     def go(self, signals: list[str]) -> Outcome:
         """Train to the end, or to a request to stop."""
         settings, saved_at = self.config.run, self.progress.step
-        for passes in self._steps():
-            self._step(passes)
+        ready = self.teacher.ready(self._requests())
+        while self._share() < 1:
+            begin = time.perf_counter()
+            passes = [next(ready) for _ in range(self.config.batch.accumulate)]
+            self._step(passes, waited=time.perf_counter() - begin)
             step = self.progress.step
             improved = False
             if settings.validate_every and step % settings.validate_every == 0:
@@ -184,28 +189,29 @@ class Run:
         by_steps = (progress.step + more_steps) / total if total is not None else 0.0
         return min(max(by_steps, by_time), 1.0)
 
-    def _steps(self) -> Iterator[list[list[int]]]:
-        """The samples of every step still to come; the order depends on the seed and epoch."""
-        while self._share() < 1:
-            epoch, position = divmod(self.progress.step, self.order.steps_per_epoch)
+    def _requests(self) -> Iterator[list[int]]:
+        """This process's samples of every forward pass to come; the epochs go on without end."""
+        step = self.progress.step
+        while True:
+            epoch, position = divmod(step, self.order.steps_per_epoch)
             for passes in self.order.epoch(epoch)[position:]:
-                if self._share() >= 1:
-                    return
-                yield [self.order.mine(samples, self.group.rank) for samples in passes]
+                yield from (self.order.mine(samples, self.group.rank) for samples in passes)
+                step += 1
 
-    def _step(self, passes: Sequence[Sequence[int]]) -> None:
+    def _step(self, passes: Sequence[Sequence[Any]], waited: float) -> None:
         before, share = self.progress, self._share(more_steps=1)
         lr = self.config.optimizer.lr * rate_factor(self.config.schedule, share)
         result = self.trainer.step(passes, before.step, lr, share)
         step = before.step + 1
         # One process's clock for all, or they would end at different steps.
-        seconds = self.group.same(before.seconds + result.seconds)
+        seconds = self.group.same(before.seconds + waited + result.seconds)
         self.progress = before.model_copy(update={"step": step, "seconds": seconds})
         self.log.advance(result.loss)
         self.decisions_2K = self.decisions_2K + result.decisions_2K
         if step % self.config.run.log_every == 0:
             gate = describe_gate(self.decisions_2K, self.compressor)
-            self.log.step(self.progress, step // self.order.steps_per_epoch, result, lr, gate)
+            epoch = step // self.order.steps_per_epoch
+            self.log.step(self.progress, epoch, result, waited, lr, gate)
             self.decisions_2K = torch.zeros(())
 
     def _validate(self) -> bool:

@@ -57,9 +57,19 @@ class RunLog:
         self._bar.update()
 
     def step(
-        self, progress: Progress, epoch: int, result: StepResult, lr: float, gate: dict[str, Any]
+        self,
+        progress: Progress,
+        epoch: int,
+        result: StepResult,
+        waited: float,
+        lr: float,
+        gate: dict[str, Any],
     ) -> None:
-        """Log a finished step, the epoch of the next one, and the gate since the last line."""
+        """Log a finished step, the epoch of the next one, and the gate since the last line.
+
+        Args:
+            waited: seconds until its samples were ready.
+        """
         self._write(
             "train",
             {
@@ -71,7 +81,8 @@ class RunLog:
                 "lr": lr,
                 "gradient_norm": result.gradient_norm,
                 "rows": result.rows,
-                "tokens_per_second": round(result.tokens / result.seconds, 1),
+                "tokens_per_second": round(result.tokens / (waited + result.seconds), 1),
+                "waited_for_samples": round(waited / (waited + result.seconds), 5),
                 "seconds": round(progress.seconds, 3),
             },
             gate,

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ class Trainer:
     """A draft in training on one process of the run."""
 
     def __init__(
-        self, config: TrainConfig, draft: Draft, teacher: Teacher, group: Processes
+        self, config: TrainConfig, draft: Draft, teacher: Teacher[Any], group: Processes
     ) -> None:
         self._config, self._teacher, self._group = config, teacher, group
         self.head_config = draft.config
@@ -111,12 +112,12 @@ class Trainer:
         self._autocast = on_gpu if autocast == "auto" else autocast == "bfloat16"
 
     def step(
-        self, passes: Sequence[Sequence[int]], number: int, lr: float, progress: float = 0.0
+        self, passes: Sequence[Sequence[Any]], number: int, lr: float, progress: float = 0.0
     ) -> StepResult:
         """Train on this process's samples of a step.
 
         Args:
-            passes: samples of each forward pass, by index in the corpus.
+            passes: samples of each forward pass, as `Teacher.ready` gives them.
             number: finished steps before this one.
             lr: learning rate.
             progress: share of the run that is over when the step is done, 0 to 1.

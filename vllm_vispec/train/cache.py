@@ -1,0 +1,219 @@
+"""The offline teacher: the target's states on disk, computed once and shared by runs.
+
+A folder holds for a target, in one dtype (floats are as the target computed them, so offline
+equals online):
+
+* tables.safetensors: `embed_tokens` [V, D] and `lm_head` [V, D];
+* target/config.json: the target's configuration;
+* shard-*.safetensors: of sample number i its `i.token_ids` int32 [L], `i.answer` bool [L],
+  `i.hidden` [S, D] and, of the input embeddings, only the rows that are not simply the token's row
+  of the embedding table (images): `i.rows` int32 [N] and `i.embeds` [N, D];
+* shard-*.json: which samples these are. It is written last.
+
+S is L, or the tokens that are in no image, with the last one of each image: compressing heads and
+draft VLMs read no other states. Tensor names end in their shape.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from vllm_vispec.heads.target import load_target_config
+from vllm_vispec.train.config import TrainConfig
+from vllm_vispec.train.data import Corpus, require
+from vllm_vispec.train.distributed import Processes
+from vllm_vispec.train.head_types import get_head_type
+from vllm_vispec.train.loader import Loader
+from vllm_vispec.train.target import Observed, Runs, TargetFacts, TrainingTarget
+from vllm_vispec.train.teacher import OnlineTeacher, Teacher, bar, cut, name_of
+from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import read_json, read_tensors, write_json, write_tensors
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a sample's states are: number `number` of a shard; `whole`: those of image rows too."""
+
+    shard: Path
+    number: int
+    runs: Runs
+    whole: bool
+
+
+class OfflineTeacher(Teacher[dict[str, Tensor]]):
+    """Reads the target's states from the cache, which it completes first."""
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, group: Processes) -> None:
+        super().__init__(config, corpus, group)
+        kind = get_head_type(config.head.kind)
+        self._whole = not (kind.compress or kind.draft_vlm)
+        self._families = {i: corpus.entries[i].conversation for i in self.lengths}
+        self._states = self.folder / str(self._dtype).removeprefix("torch.")
+        self._places = self._complete()
+        found = read_tensors(self._states / "tables.safetensors")
+        tables = {name: one.to(group.device) for name, one in found.items()}
+        target = load_target_config(self._states / "target")
+        self.facts = TargetFacts(
+            target.model_type,
+            target.get_text_config(),
+            tables["embed_tokens"],
+            tables["lm_head"],
+        )
+
+    def _make(self, index: int) -> dict[str, Tensor]:
+        """Read a sample."""
+        place = self._places[self._keys[index]]
+        names = ("token_ids", "answer", "hidden", "rows", "embeds")
+        with safe_open(str(place.shard), framework="pt") as file:
+            found = {name: file.get_tensor(f"{place.number}.{name}") for name in names}
+        return found | {
+            "index": torch.tensor(index),
+            "states": stored_rows(len(found["token_ids"]), place.runs, place.whole),
+        }
+
+    def observe(self, ready: Sequence[Mapping[str, Tensor]]) -> list[Observed]:
+        """Put samples together on the device; states that are not stored are zeros."""
+        return [self._observe(one) for one in ready]
+
+    def _observe(self, ready: Mapping[str, Tensor]) -> Observed:
+        index = int(ready["index"])
+        on_device = {
+            name: tensor.to(self._group.device, non_blocking=True) for name, tensor in ready.items()
+        }
+        token_ids = on_device["token_ids"].long()
+        embeds_LD = self.facts.embed_VD[token_ids]
+        embeds_LD[on_device["rows"].long()] = on_device["embeds"]
+        hidden_LD = torch.zeros_like(embeds_LD)
+        hidden_LD[on_device["states"]] = on_device["hidden"]
+        conversation = self._families[index]
+        return Observed(
+            sample_id=conversation.sample_id,
+            family=conversation.family,
+            token_ids=token_ids,
+            answer=on_device["answer"],
+            runs=self._places[self._keys[index]].runs,
+            embeds_LD=embeds_LD,
+            hidden_LD=hidden_LD,
+        )
+
+    def _complete(self) -> dict[str, _Place]:
+        """Let the target compute what is missing; return where every sample is."""
+        config, group = self._config, self._group
+        known = self._known_places()
+        missing = {
+            key: i for i, key in self._keys.items() if i in self.lengths and key not in known
+        }
+        has_tables = (self._states / "tables.safetensors").is_file()
+        group.wait()  # every process has looked before one writes
+        chunks = cut(list(missing.values()), config.teacher.shard_samples)
+        mine = [
+            cut(sorted(chunk, key=self.lengths.__getitem__), config.batch.size)  # against padding
+            for chunk in chunks[group.rank :: group.world]
+        ]
+        if missing and group.is_main:
+            self._check_disk(list(missing.values()))
+        if mine or (group.is_main and not has_tables):
+            target = TrainingTarget.load(config.target.model, self._dtype, str(group.device))
+            if group.is_main and not has_tables:
+                _write_tables(self._states, target)
+            self._fill(mine, target)
+        group.wait()
+        return self._known_places()
+
+    def _fill(self, chunks: Sequence[Sequence[Sequence[int]]], target: TrainingTarget) -> None:
+        """Write one shard per chunk; a chunk is a list of batches."""
+        batches = [batch for chunk in chunks for batch in chunk]
+        pin = self._group.device.type == "cuda"
+        ready = Loader(self._samples.encode, self._config.data.workers, pin)(batches)
+        with bar("store states", sum(map(len, batches)), self._group) as progress:
+            for chunk in chunks:
+                tensors: dict[str, Tensor] = {}
+                records: list[dict[str, Any]] = []
+                for batch in chunk:
+                    observed = target.observe(require(next(ready)))
+                    for index, one in zip(batch, observed, strict=True):
+                        packed = _pack(one, self._whole, target.embed_VD)
+                        tensors |= {f"{len(records)}.{name}": x for name, x in packed.items()}
+                        key = self._keys[index]
+                        records.append({"key": key, "runs": one.runs, "whole": self._whole})
+                    progress.update(len(batch))
+                content = [str(self._whole), *(one["key"] for one in records)]
+                shard = self._states / f"shard-{name_of(content)}"
+                write_tensors(shard.with_suffix(".safetensors"), tensors)
+                write_json(shard.with_suffix(".json"), records)
+
+    def _known_places(self) -> dict[str, _Place]:
+        """Where every sample is whose states suffice for this run's head."""
+        found = {}
+        for file in sorted(self._states.glob("shard-*.json")):
+            for number, record in enumerate(read_json(file)):
+                runs = tuple((start, end) for start, end in record["runs"])
+                place = _Place(file.with_suffix(".safetensors"), number, runs, record["whole"])
+                if place.whole or not self._whole:
+                    found[record["key"]] = place
+        return found
+
+    def _check_disk(self, indices: Sequence[int]) -> None:
+        """Say how much will be written, before it begins.
+
+        Raises:
+            ViSpecError: the disk has no room for it.
+        """
+        text = load_target_config(self._config.target.model).get_text_config()
+        row = text.hidden_size * self._dtype.itemsize
+        counts = [self._counts[index] for index in indices]
+        rows = sum(one.tokens + self._whole * one.image_tokens for one in counts)
+        needed, free = rows * row, shutil.disk_usage(self.folder).free
+        where = (
+            f"{needed / 1e9:.3g} GB of hidden states for {len(indices)} samples in {self._states}"
+        )
+        if needed > free:
+            raise ViSpecError(
+                f"the offline teacher would write {where}, {free / 1e9:.3g} GB are free: free "
+                "space, set teacher.cache_dir to a larger disk, or teacher.mode to online"
+            )
+        tqdm.write(f"write {where} ({free / 1e9:.3g} GB free)")
+
+
+def stored_rows(length: int, runs: Runs, whole: bool) -> Tensor:
+    """Return the tokens whose states are stored: int64, ascending."""
+    kept_L = torch.ones(length, dtype=torch.bool)
+    for start, end in () if whole else runs:
+        kept_L[start : end - 1] = False
+    return kept_L.nonzero()[:, 0]
+
+
+def _pack(observed: Observed, whole: bool, embed_VD: Tensor) -> dict[str, Tensor]:
+    rows_N = (observed.embeds_LD != embed_VD[observed.token_ids]).any(dim=1).nonzero()[:, 0]
+    stored = stored_rows(len(observed.token_ids), observed.runs, whole)
+    found = {
+        "token_ids": observed.token_ids.to(torch.int32),
+        "answer": observed.answer,
+        "hidden": observed.hidden_LD[stored.to(rows_N.device)],
+        "rows": rows_N.to(torch.int32),
+        "embeds": observed.embeds_LD[rows_N],
+    }
+    return {name: tensor.cpu() for name, tensor in found.items()}
+
+
+def _write_tables(folder: Path, target: TrainingTarget) -> None:
+    target.model.config.save_pretrained(folder / "target")
+    lm_head_VD = target.lm_head_VD.clone()  # perhaps the same tensor
+    write_tensors(
+        folder / "tables.safetensors", {"embed_tokens": target.embed_VD, "lm_head": lm_head_VD}
+    )
+
+
+def open_teacher(config: TrainConfig, corpus: Corpus, group: Processes) -> Teacher[Any]:
+    """Return the teacher that `teacher.mode` names."""
+    chosen = OnlineTeacher if config.teacher.mode == "online" else OfflineTeacher
+    return chosen(config, corpus, group)
