@@ -174,7 +174,6 @@ def test_engines_that_do_not_go_with_it_are_refused(
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("tree", {"tree": {"policy": "eagle2", "depth": 3, "top_k": 3}}),
         ("draft_vocab", {"draft_vocab": 100}),
         ("disable_padded_drafter_batch", {"disable_padded_drafter_batch": True}),
         ("enable_adaptive_verification", {"enable_adaptive_verification": True}),

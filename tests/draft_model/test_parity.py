@@ -6,8 +6,9 @@ so far, computed by transformers alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -56,11 +57,15 @@ class Continuation:
         images = prompt.get("multi_modal_data", {}).get("image")
         self._inputs = dict(processor(text=prompt["prompt"], images=images, return_tensors="pt"))
 
-    @torch.inference_mode()
     def __call__(self, answered: list[int], count: int) -> list[int]:
         """Return the model's next ``count`` tokens, greedily."""
+        return [token for token, _ in islice(self.tokens(answered), count)]
+
+    @torch.inference_mode()
+    def tokens(self, answered: list[int]) -> Iterator[tuple[int, float]]:
+        """Yield the model's next tokens, greedily, and their probabilities."""
         inputs, said = dict(self._inputs), list(answered)
-        for _ in range(count):
+        while True:
             ids = torch.tensor([said], dtype=torch.long)
             extra = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             if "mm_token_type_ids" in inputs:
@@ -68,7 +73,7 @@ class Continuation:
             joined = {k: torch.cat([self._inputs[k], v], dim=1) for k, v in extra.items()}
             logits = self._model(**inputs | joined, use_cache=False).logits
             said.append(int(logits[0, -1].argmax()))
-        return said[len(answered) :]
+            yield said[-1], float(logits[0, -1].softmax(-1).max())
 
 
 def explains(found: Completion, says: Callable[[list[int], int], list[int]], lone: int) -> bool:

@@ -26,10 +26,16 @@ NODES, REQUESTS, TOKENS = 12, 6, 64
 TREES = [name for name in POLICIES if name != "chain"]
 
 
-def _speculator(policy: Policy = "eagle2", **changes: Any) -> SmallTreeSpeculator:
+def _speculator(
+    policy: Policy = "eagle2", *, has_roots: bool = False, **changes: Any
+) -> SmallTreeSpeculator:
+    """Return a speculator; with roots behind the first pass, as published models have."""
     settings = TreeSettings(policy=policy, depth=3, top_k=4)
     sizes = {"nodes": NODES, "max_num_reqs": REQUESTS, "max_num_tokens": TOKENS} | changes
-    return SmallTreeSpeculator(settings, **sizes)
+    speculator = SmallTreeSpeculator(settings, **sizes)
+    if has_roots:
+        speculator.root_tokens = torch.zeros(REQUESTS, dtype=torch.int64)
+    return speculator
 
 
 def _fill(speculator: SmallTreeSpeculator, seed: int, slots: list[int]) -> None:
@@ -37,6 +43,8 @@ def _fill(speculator: SmallTreeSpeculator, seed: int, slots: list[int]) -> None:
     generator = torch.Generator().manual_seed(seed)
     count, width = len(slots), speculator._width
     speculator._root_hidden.normal_(generator=generator)
+    if speculator.root_tokens is not None:
+        speculator.root_tokens.random_(VOCAB, generator=generator)
     positions = torch.randint(0, 60, (REQUESTS,), generator=generator)
     speculator.input_buffers.positions[:REQUESTS] = positions
     speculator.cache.normal_(generator=generator)
@@ -60,10 +68,12 @@ def _static(speculator: SmallTreeSpeculator, num_rows: int) -> Any:
     return {LAYER: speculator.input_buffers}, slots
 
 
-@pytest.mark.parametrize("policy", TREES)
-def test_replays_grow_what_the_eager_passes_grow(policy: Policy) -> None:
+@pytest.mark.parametrize(
+    ("policy", "has_roots"), [*((policy, False) for policy in TREES), ("eagle2", True)]
+)
+def test_replays_grow_what_the_eager_passes_grow(policy: Policy, has_roots: bool) -> None:
     """One recording of four requests serves batches of four and of three, at other places."""
-    speculator = _speculator(policy)
+    speculator = _speculator(policy, has_roots=has_roots)
     speculator.place_keys()
     padded = 4
     num_rows = padded * speculator._width
@@ -139,27 +149,65 @@ def _propose(speculator: SmallTreeSpeculator, batch: Any, **kwargs: Any) -> torc
     return speculator.propose(batch, None, {}, hidden, dummy_run=True, **kwargs)
 
 
-def test_the_memory_profile_grows_the_largest_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_roots", [False, True])
+def test_the_memory_profile_grows_the_largest_trees(
+    monkeypatch: pytest.MonkeyPatch, has_roots: bool
+) -> None:
     """vLLM profiles before `set_attn`: no keys, no slots, no trees, but every pass and buffer."""
 
     def first_pass(self: Any, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.draft_tokens[: batch.num_reqs]
 
     monkeypatch.setattr(ViSpecSpeculator, "propose", first_pass)
-    speculator = _speculator()
+    speculator = _speculator(has_roots=has_roots)
     drafts = _propose(speculator, _dummy_batch(REQUESTS), is_profile=True)
-    num_rows = REQUESTS * speculator._width
-    assert speculator.passes == [(num_rows, False, False)] * 3
+    num_rows, num_passes = REQUESTS * speculator._width, 3 + has_roots
+    assert speculator.passes == [(num_rows, False, False)] * num_passes
     assert drafts.shape == (REQUESTS, NODES)
     assert 0 <= int(drafts.min()) <= int(drafts.max()) < VOCAB
     # As many requests as a pass takes, where that is less than the largest batch.
-    small = _speculator(max_num_tokens=TOKENS // 4)
+    small = _speculator(max_num_tokens=TOKENS // 4, has_roots=has_roots)
     _propose(small, _dummy_batch(REQUESTS), is_profile=True)
-    assert small.passes == [(TOKENS // 4, False, False)] * 3
+    assert small.passes == [(TOKENS // 4, False, False)] * num_passes
     # Other dummy batches drafted nothing, and do not now.
     speculator.passes.clear()
     _propose(speculator, _dummy_batch(2))
     assert speculator.passes == []
+
+
+def test_a_root_behind_the_first_pass_is_the_next_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pass has its token at its position and slot, and sees no more than that."""
+    speculator = _speculator(has_roots=True)
+    speculator.place_keys()
+    seen: list[Any] = []
+    run_model, batch = speculator._run_model, [2, 5]
+
+    def spy(*args: Any) -> Any:
+        buffers, width = speculator.input_buffers, speculator._width
+        slots = speculator.block_tables.slot_mappings[0, : 2 * width]
+        rows = buffers.input_ids, buffers.positions, slots
+        seen.append([row[: 2 * width : width].tolist() for row in rows])
+        seen[-1].append(buffers.seq_lens[:2].tolist())
+        return run_model(*args)
+
+    monkeypatch.setattr(speculator, "_run_model", spy)
+    _fill(speculator, 0, batch)
+    last_R = speculator.input_buffers.positions[:2].clone()
+    num_rows, eager = 2 * speculator._width, torch.full((2,), 64, dtype=torch.int32)
+    assert speculator.root_tokens is not None
+    desc: Any = None
+    speculator._grow(2, num_rows, None, _static(speculator, num_rows)[1], eager=(desc, eager))
+    (tokens, positions, slots, lens), first = seen[0], seen[1]
+    assert tokens == speculator.root_tokens[:2].tolist()
+    assert positions == (last_R + 1).tolist()
+    tables = speculator.block_tables.tables[batch]
+    places = (last_R + 1) // 4, (last_R + 1) % 4
+    assert slots == (tables[torch.arange(2), places[0]] * 4 + places[1]).tolist()
+    # The copies behind the root lie in the next level's slots.
+    assert lens == (last_R + 1 + speculator._width).tolist()
+    assert first[1] == (last_R + 2).tolist()
+    assert first[3] == (last_R + 2 + speculator._width).tolist()
+    assert len(seen) == 4
 
 
 @pytest.fixture

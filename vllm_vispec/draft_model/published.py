@@ -76,9 +76,9 @@ def check_settings(config: ViSpecConfig, settings: Mapping[str, Any]) -> None:
     Raises:
         ViSpecError: Names the setting and the remedy.
     """
-    given = {"tree": config.tree, "draft_vocab": config.draft_vocab}
-    for name in (*given, *_REFUSED.split()):
-        if given.get(name) is not None or settings.get(name):
+    given = {**settings, "draft_vocab": config.draft_vocab}
+    for name in ("draft_vocab", *_REFUSED.split()):
+        if given.get(name):
             raise ViSpecError(
                 f"speculative config: {name} does not go with a published model as the draft; "
                 "leave it out"

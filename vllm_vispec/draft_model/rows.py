@@ -102,6 +102,10 @@ class PublishedRows:
         if self._positions is not None:
             self._positions.begin_steps(token_indices)
 
+    def select_rows(self, index: torch.Tensor) -> None:
+        """Let row ``i`` be of the request of row ``index[i]``, behind `begin_steps`."""
+        self.begin_steps(index)
+
     def reset_encoder_cache(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call vLLM's method: the draft's features go with the target's."""
         return original(*args, **kwargs)

@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_vispec.draft_model.rows import PublishedRows
 from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
+from vllm_vispec.trees.speculator import TreeSpeculator
 
 # Where `_generate_draft` takes the number of steps; vLLM gives it by name or by place.
 _NUM_STEPS_PLACE = 6
@@ -122,3 +123,15 @@ class PublishedSpeculator(ViSpecSpeculator):
         """Prepare the next step behind all but the very last, whatever this batch's number."""
         kwargs["num_speculative_steps"] = self.num_speculative_steps
         super()._generate_draft(*args[:_NUM_STEPS_PLACE], **kwargs)
+
+
+class PublishedTreeSpeculator(TreeSpeculator, PublishedSpeculator):  # type: ignore[misc]
+    """Grows trees from the tokens that the target sampled last, which open a pass of their own."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.root_tokens = self._next_tokens
+
+    def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the target's token in the first pass, a chain's behind it."""
+        return PublishedSpeculator.sample_draft(self, hidden_states, *args, **kwargs)

@@ -69,9 +69,10 @@ def _new_speculator(
 def speculator_class(vllm_config: Any) -> type:
     """Return the class of what drafts in an engine with a ViSpec head."""
     if drafts_with_published(vllm_config):
-        from vllm_vispec.draft_model.speculator import PublishedSpeculator
+        from vllm_vispec.draft_model import speculator
 
-        return PublishedSpeculator
+        trees = has_branches(vllm_config)
+        return speculator.PublishedTreeSpeculator if trees else speculator.PublishedSpeculator
     if has_branches(vllm_config):
         from vllm_vispec.trees.speculator import TreeSpeculator
 

@@ -40,6 +40,13 @@ class Frontier(NamedTuple):
     candidate: torch.Tensor
     path: torch.Tensor
 
+    @classmethod
+    def of_roots(cls, token_RW: torch.Tensor, levels: int) -> "Frontier":
+        """Return roots ``[R, W]``, from which all paths begin."""
+        zeros_RW = torch.zeros_like(token_RW)
+        path_RWL = torch.full((*token_RW.shape, levels), UNUSED, device=token_RW.device)
+        return cls(token_RW, zeros_RW, zeros_RW.float(), zeros_RW - 1, path_RWL)
+
     def write_level(
         self,
         level: int,
@@ -51,7 +58,7 @@ class Frontier(NamedTuple):
         """Fill the draft's input with the nodes, row by row.
 
         Args:
-            level: Theirs, from 1.
+            level: Theirs, from 1; the roots' is 0.
             root_R: The roots' positions.
             hidden_RXD: The draft's states of the last level.
             longest: Tokens of the longest sequence.
@@ -148,8 +155,7 @@ class TreeGrower:
         """Take the draft's logits ``[R, V]`` behind the root; return what to expand."""
         num_requests, device = logits.shape[0], logits.device
         zeros_R1 = torch.zeros(num_requests, 1, dtype=torch.int64, device=device)
-        path_R1L = torch.full((num_requests, 1, self._levels), UNUSED, device=device)
-        root = Frontier(zeros_R1, zeros_R1, zeros_R1.float(), zeros_R1 - 1, path_R1L)
+        root = Frontier.of_roots(zeros_R1, self._levels)
         self._grown.clear()
         num_observed = min(self._policy.num_observed, logits.shape[-1])
         logp_R1C, token_R1C = likeliest(logits.unsqueeze(1), max(self.width, num_observed))

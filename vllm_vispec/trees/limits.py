@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from vllm_vispec.config import ViSpecConfig
+from vllm_vispec.config import ViSpecConfig, drafts_with_published
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.logs import get_logger
@@ -77,6 +77,14 @@ def has_branches(vllm_config: Any) -> bool:
     if settings is None or settings.width == 1:
         return False
     return any(count > settings.levels for _, _, count in draft_loads(vllm_config))
+
+
+def draft_slots(vllm_config: Any, settings: TreeSettings) -> int:
+    """Return how many KV slots behind a request's last token its draft passes write.
+
+    A published model's root has one, too.
+    """
+    return settings.draft_slots + drafts_with_published(vllm_config)
 
 
 def num_code_channels(vllm_config: Any) -> int:
@@ -239,7 +247,7 @@ def num_lookahead_tokens(original: Callable[[Any], int], config: Any) -> int:
     """
     tree = read_tree(config)
     reserved = int(original(config))
-    return reserved if tree is None else max(reserved, tree.draft_slots)
+    return reserved if tree is None else max(reserved, draft_slots(config, tree))
 
 
 def requires_linear_draft(params: Any) -> bool:

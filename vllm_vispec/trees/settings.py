@@ -75,7 +75,7 @@ class TreeSettings(Settings):
 
     @property
     def draft_slots(self) -> int:
-        """KV slots behind a request's last token that its draft passes write."""
+        """KV slots that the draft passes behind the root write."""
         return self.depth * self.top_k
 
     @property

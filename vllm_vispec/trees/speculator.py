@@ -29,7 +29,12 @@ from vllm_vispec.trees.cudagraph import (
     why_eager,
 )
 from vllm_vispec.trees.grow import Frontier, TreeGrower
-from vllm_vispec.trees.limits import note_requests_without_tree, schedules_chains, settings_of
+from vllm_vispec.trees.limits import (
+    draft_slots,
+    note_requests_without_tree,
+    schedules_chains,
+    settings_of,
+)
 from vllm_vispec.trees.verify import NO_REQUEST, EngineTrees
 
 _NO_SLOT = -1
@@ -38,6 +43,8 @@ _NO_SLOT = -1
 class TreeSpeculator(ViSpecSpeculator):
     """Runs vLLM's first pass for one draft, then one pass for each level of the trees."""
 
+    # The roots' tokens, where the first pass ends before them: they have a pass of their own.
+    root_tokens: torch.Tensor | None = None
     decode_cudagraph_manager: SpeculatorCudaGraphManager | None
     # None until vLLM has told where keys and values lie: while it profiles its memory.
     trees: EngineTrees | None = None
@@ -54,6 +61,7 @@ class TreeSpeculator(ViSpecSpeculator):
     def _allocate(self, codes: CodeBuffers) -> None:
         """Make what every step reads and writes; recorded graphs know its addresses."""
         self._codes, self._width = codes, self._settings.width
+        self._num_nodes = self.vllm_config.num_speculative_tokens
         # Of the drafts' own width, whatever the next pass reads of it.
         shape = self.max_num_reqs, self.hidden_size
         self._root_hidden = torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -124,9 +132,7 @@ class TreeSpeculator(ViSpecSpeculator):
         """
         if self.trees is not None:
             self.trees.move_accepted(input_batch.input_ids, last_hidden_states, slot_mappings)
-        count = (
-            self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
-        )
+        count = self._num_nodes if num_speculative_tokens is None else num_speculative_tokens
         is_chain = count <= self._settings.levels
         drafts = super().propose(
             input_batch,
@@ -134,7 +140,7 @@ class TreeSpeculator(ViSpecSpeculator):
             slot_mappings,
             last_hidden_states,
             *args,
-            num_speculative_tokens=count if is_chain else 1,
+            num_speculative_tokens=count if is_chain else int(self.root_tokens is None),
             dummy_run=dummy_run,
             is_profile=is_profile,
             **kwargs,
@@ -170,7 +176,7 @@ class TreeSpeculator(ViSpecSpeculator):
         num_requests = input_batch.num_reqs
         count = min(num_requests, self.max_num_tokens // self._width)
         bound_R = input_batch.seq_lens_cpu_upper_bound[:num_requests]
-        longest = int(bound_R.max()) + self._settings.draft_slots
+        longest = int(bound_R.max()) + draft_slots(self.vllm_config, self._settings)
         self.draft_max_seq_len = min(longest, self.max_model_len)
         rows_R = torch.arange(count, device=self.device)
         self.draft_rows.select_rows(rows_R.repeat_interleave(self._width))
@@ -232,25 +238,35 @@ class TreeSpeculator(ViSpecSpeculator):
             eager: Only where metadata are made: vLLM's description of the pass, and its upper bound
                 of the sequences' lengths, int32 ``[R]`` on the host.
         """
-        root_R = self.input_buffers.positions[:num_requests].clone()
+        root_R = self.input_buffers.positions[:num_requests] + (self.root_tokens is not None)
         hidden_RXD = self._root_hidden[:num_requests].unsqueeze(1)
+
+        def run_level(level: int, frontier: Frontier) -> torch.Tensor:
+            """Run the draft over one level's nodes; return their hidden states ``[R, W, D]``."""
+            self._write_level(level, frontier, hidden_RXD, root_R)
+            metadata = attn_metadata
+            if slot_mappings is not None:
+                self._write_slots(level, root_R)
+                metadata = self._level_metadata(level, num_requests, attn_metadata, eager)
+            hidden_BD, _ = self._run_model(
+                num_rows, metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode
+            )
+            return hidden_BD[:num_rows].view(num_requests, self._width, -1)
+
+        if self.root_tokens is not None:
+            # A pass has W rows: the root, and copies that nothing reads, in the next level's slots.
+            token_RW = self.root_tokens[:num_requests, None].expand(-1, self._width)
+            hidden_RXD = run_level(0, Frontier.of_roots(token_RW, self._settings.levels))
         grower = TreeGrower(self._settings)
         frontier = grower.start_trees(self.model.compute_logits(hidden_RXD[:, 0]))
         for level in range(1, self._settings.depth + 1):
-            self._write_level(level, frontier, hidden_RXD, root_R)
-            if slot_mappings is not None:
-                self._write_slots(level, root_R)
-                attn_metadata = self._level_metadata(level, num_requests, attn_metadata, eager)
-            hidden_BD, _ = self._run_model(
-                num_rows, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode
-            )
-            hidden_RXD = hidden_BD[:num_rows].view(num_requests, self._width, -1)
-            logits_BV = self.model.compute_logits(hidden_BD[:num_rows])
+            hidden_RXD = run_level(level, frontier)
+            logits_BV = self.model.compute_logits(hidden_RXD.flatten(0, 1))
             frontier = grower.grow_level(logits_BV.view(num_requests, self._width, -1))
         self._codes.clear_codes()
-        tree = grower.finish_trees(self.num_speculative_steps)
+        tree = grower.finish_trees(self._num_nodes)
         # Drafts are embedded as they are: the table knows which places are empty.
-        self.draft_tokens[:num_requests] = tree.token.clamp(min=0)
+        self.draft_tokens[:num_requests, -self._num_nodes :] = tree.token.clamp(min=0)
         if self.trees is not None:
             self.trees.table.write_trees(self.idx_mapping[:num_requests], tree)
 
@@ -261,15 +277,20 @@ class TreeSpeculator(ViSpecSpeculator):
         num_requests, buffers, longest = root_R.shape[0], self.input_buffers, self.max_model_len
         rows = buffers.input_ids, buffers.positions, self.hidden_states
         frontier.write_level(level, root_R, hidden_RXD, longest, rows)
-        seq_len_R = (root_R + 1 + level * self._width).clamp_(max=longest)
+        behind_root = self._first_place(level) + self._width
+        seq_len_R = (root_R + behind_root).clamp_(max=longest)
         # Requests that pad a recorded batch have no keys.
         buffers.seq_lens[:num_requests] = seq_len_R * (self.idx_mapping[:num_requests] >= 0)
         self._codes.write_draft_codes(frontier.path.flatten(0, 1))
 
+    def _first_place(self, level: int) -> int:
+        """Return how far behind the root's slot the first of a level's is; level 0 has the root."""
+        return 1 + (level - 1) * self._width if level else 0
+
     def _write_slots(self, level: int, root_R: torch.Tensor) -> None:
         """Find the KV slots of one level's nodes; none beyond the longest sequence."""
         num_requests = root_R.shape[0]
-        places_W = torch.arange(self._width, device=root_R.device) + 1 + (level - 1) * self._width
+        places_W = torch.arange(self._width, device=root_R.device) + self._first_place(level)
         place_B = (root_R.unsqueeze(1) + places_W).flatten()
         slots_GB = self.block_tables.compute_slot_mappings(
             self.idx_mapping[:num_requests],
@@ -297,5 +318,5 @@ class TreeSpeculator(ViSpecSpeculator):
             num_reqs=num_requests,
             num_query_per_req=self._width,
             seq_lens_cpu_upper_bound=bound_R,
-            step=level * self._width,
+            step=self._first_place(level) + self._width,
         )

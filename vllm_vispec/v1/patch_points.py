@@ -61,9 +61,9 @@ def _new_proposer(
 def proposer_class(vllm_config: Any) -> type:
     """Return the class of what drafts in an engine with a ViSpec head."""
     if drafts_with_published(vllm_config):
-        from vllm_vispec.v1.published_proposer import PublishedProposer
+        from vllm_vispec.v1.published_proposer import PublishedProposer, PublishedTreeProposer
 
-        return PublishedProposer
+        return PublishedTreeProposer if has_tree(vllm_config) else PublishedProposer
     if has_tree(vllm_config):
         from vllm_vispec.v1.tree_proposer import TreeProposer
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from vllm_vispec.draft_model.rows import PublishedRows
 from vllm_vispec.v1.proposer import ViSpecProposer
+from vllm_vispec.v1.tree_proposer import TreeProposer
 
 
 class PublishedProposer(ViSpecProposer):
@@ -51,9 +52,10 @@ class PublishedProposer(ViSpecProposer):
     def build_model_inputs_first_pass(
         self, num_tokens: int, num_input_tokens: int, mm_embed_inputs: Any
     ) -> Any:
-        """Give the first pass the draft's own image features."""
+        """Give the first pass the draft's own image features; levels of trees have none."""
+        is_first_pass = self._next_tokens is not None
         return super().build_model_inputs_first_pass(
-            num_tokens, num_input_tokens, self.draft_rows.features
+            num_tokens, num_input_tokens, self.draft_rows.features if is_first_pass else None
         )
 
     def _sample_draft_tokens(
@@ -71,3 +73,15 @@ class PublishedProposer(ViSpecProposer):
 
     def _maybe_share_lm_head(self, target_language_model: nn.Module) -> None:
         """Share nothing: the draft has an lm_head of its own."""
+
+
+class PublishedTreeProposer(TreeProposer, PublishedProposer):
+    """Grows trees from the tokens that the target sampled last, behind a one-token step."""
+
+    def _sample_draft_tokens(
+        self, hidden_states: torch.Tensor, sampling_metadata: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the target's token behind the first pass; the root is the next one's."""
+        is_first_pass = self._next_tokens is not None
+        sampling = PublishedProposer if is_first_pass else TreeProposer
+        return sampling._sample_draft_tokens(self, hidden_states, sampling_metadata)

@@ -121,7 +121,9 @@ class TreeProposer(ViSpecProposer):
         """
         hidden_RD, rows_R = self._root_hidden, self._first_draft_rows
         assert hidden_RD is not None
-        assert rows_R is not None
+        if rows_R is None:
+            # One-token steps lie behind.
+            rows_R = torch.arange(len(hidden_RD), device=hidden_RD.device)
         self._root_hidden = self._first_draft_rows = None
         width, all_requests = grower.width, len(rows_R)
         num_requests = min(all_requests, self.max_num_tokens // width)
