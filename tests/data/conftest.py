@@ -23,6 +23,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _no_such_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for an engine answer for a target that does not exist."""
+    whole = RegenerateSettings.with_image_bounds
+    monkeypatch.setattr(
+        RegenerateSettings,
+        "with_image_bounds",
+        lambda self: self if self.target == "some/target" else whole(self),
+    )
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> RegenerateSettings:
     """Six good samples, and a missing image, a broken line and an id that was there before."""

@@ -20,6 +20,7 @@ class Shared:
 
     def __init__(self, settings: RegenerateSettings) -> None:
         self.backend = OfflineBackend(settings)
+        self.prompts: dict[str, tuple[int, ...] | None] = {}
 
     def make(self, name: BackendName, settings: RegenerateSettings) -> Shared:
         """Stand in for `make_backend`."""
@@ -28,7 +29,11 @@ class Shared:
 
     def answer(self, conversations: Iterable[Conversation]) -> Iterator[Regenerated | Rejected]:
         """Answer with the engine."""
-        return self.backend.answer(conversations)
+        for result in self.backend.answer(conversations):
+            if isinstance(result, Regenerated):
+                prompt = result.answers[-1].prompt_token_ids
+                self.prompts[result.conversation.sample_id] = prompt
+            yield result
 
     def close(self) -> None:
         """Keep the engine for the next job."""
@@ -50,12 +55,13 @@ def to_settings(model: str, source: str, output: str, **changes: Any) -> Regener
     )
 
 
-def run_twice(model: str, source: str, folder: str) -> Iterator[dict[str, Any]]:
+def run_twice(model: str, source: str, folder: str, **changes: Any) -> Iterator[dict[str, Any]]:
     """Run a job, cut its output in the middle of a line, and run it again with the same engine."""
-    first = to_settings(model, source, f"{folder}/one.jsonl")
+    first = to_settings(model, source, f"{folder}/one.jsonl", **changes)
     shared = Shared(first)
-    yield vars(regenerate_all(first, make=shared.make)) | {"records": records(first.output)}
-    again = to_settings(model, source, f"{folder}/two.jsonl")
+    found = vars(regenerate_all(first, make=shared.make))
+    yield found | {"records": records(first.output), "prompts": shared.prompts}
+    again = to_settings(model, source, f"{folder}/two.jsonl", **changes)
     regenerate_all(again, make=shared.make)
     content = again.output.read_bytes()
     again.output.write_bytes(content[: len(content) // 2])

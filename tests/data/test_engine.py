@@ -19,6 +19,7 @@ from tests.support.child import REPOSITORY, run_in_subprocess
 from tests.support.engine import IN_PROCESS_ENV
 from tests.support.tiny_store import TinyStore
 from vllm_vispec.data.encode import Encoded, Encoder
+from vllm_vispec.data.image_bounds import bounds_in
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Conversation
@@ -67,7 +68,9 @@ def runs(
     folder = tmp_path_factory.mktemp("regenerate")
     target = str(tiny.target(request.param))
     source = str(write_input(folder, pictures))
-    arguments = {"model": target, "source": source, "folder": str(folder)}
+    arguments: dict[str, Any] = {"model": target, "source": source, "folder": str(folder)}
+    if request.param == "qwen2_5_vl":
+        arguments |= {"min_pixels": 4 * 28 * 28, "max_pixels": 6 * 28 * 28}
     first, second = run_in_subprocess("tests.data.jobs:run_twice", arguments, IN_PROCESS_ENV)
     return {"first": first, "second": second, "folder": folder, "target": target}
 
@@ -105,13 +108,16 @@ def test_the_encoder_returns_the_engines_tokens(runs: dict[str, Any]) -> None:
     first = runs["first"]
     failed = [item for item in first["records"].values() if not item["round_trip"]]
     assert (first["round_trip_failed"], first["round_trip_unchecked"]) == (len(failed), 0)
-    encoder = Encoder(load_processor(runs["target"]), 400, runs["folder"])
+    bounds = bounds_in(next(iter(first["records"].values())))
+    assert bounds == ({} if "llava" in runs["target"] else bounds | {"max_pixels": 6 * 28 * 28})
+    encoder = Encoder(load_processor(runs["target"], bounds), 400, runs["folder"])
     for item in read_conversations(runs["folder"] / "one.jsonl"):
         assert isinstance(item, Conversation)
         encoded = encoder(item)
         assert isinstance(encoded, Encoded), encoded
         last = item.extra["response_token_ids"][-1]
-        assert encoded.token_ids[-len(last) :].tolist() == last
+        # Images of the same sizes, so the prompts are the same.
+        assert encoded.token_ids.tolist() == [*first["prompts"][item.sample_id], *last]
         assert encoded.answer[-len(last) :].all()
         assert len(encoded.runs) == len(item.images)
 

@@ -79,7 +79,7 @@ def convert(
     dialect: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Write a head of any checkpoint format in the canonical one (or back, with --format)."""
-    from vllm_vispec.heads.card import guess_target, serve_command
+    from vllm_vispec.heads.card import guess_target, serve_command, trained_bounds
     from vllm_vispec.heads.export import convert_head
     from vllm_vispec.heads.speculators import Serving
 
@@ -98,7 +98,7 @@ def convert(
     queries = info.config.num_query_tokens
     typer.echo(f"wrote {info.folder} ({info.dtype}, {queries} query tokens)")
     serving = Serving(target or guess_target(info.config))
-    typer.echo(f"serve it with: {serve_command(info.folder, serving)}")
+    typer.echo(f"serve it with: {serve_command(info.folder, serving, trained_bounds(info.folder))}")
 
 
 @app.command()

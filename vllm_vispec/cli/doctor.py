@@ -110,7 +110,13 @@ def head_lines(head: str) -> list[str]:
     Raises:
         ViSpecError: it is no usable head.
     """
-    from vllm_vispec.heads.card import guess_target, head_facts, serve_command
+    from vllm_vispec.heads.card import (
+        guess_target,
+        head_facts,
+        serve_command,
+        trained_bounds,
+        with_bounds,
+    )
     from vllm_vispec.heads.folder import inspect_head
     from vllm_vispec.heads.formats import FORMATS
     from vllm_vispec.heads.speculators import Serving, serving_of_folder
@@ -118,6 +124,7 @@ def head_lines(head: str) -> list[str]:
     info = inspect_head(head)
     serving = serving_of_folder(info.folder)
     guessed = Serving(guess_target(info.config))
+    bounds = trained_bounds(info.folder)
     size = sum(file.stat().st_size for file in info.files) / (1 << 20)
     return _table(
         {
@@ -125,9 +132,9 @@ def head_lines(head: str) -> list[str]:
             "format": f"{info.checkpoint_format}: {FORMATS[info.checkpoint_format].summary}",
             **head_facts(info.config),
             "weights": f"{size:.1f} MiB as {info.dtype} in {len(info.files)} file(s)",
-            "serve with": f"vllm serve {head} (target: {serving.target})"
+            "serve with": f"{with_bounds(f'vllm serve {head}', bounds)} (target: {serving.target})"
             if serving
-            else serve_command(head, guessed),
+            else serve_command(head, guessed, bounds),
         }
     )
 

@@ -154,7 +154,8 @@ class Encoder:
         ends = list(accumulate(repeats))
         length = ends[-1]
         if length > self.max_length:
-            raise ValueError(f"longer than max_length: {length} tokens, {self.max_length} allowed")
+            of_images = sum(n for image, n in zip(is_image, repeats, strict=True) if image)
+            raise ValueError(too_long(Measured(length, of_images), self.max_length))
         times = torch.tensor(repeats)
         token_ids = torch.tensor(plain.token_ids).repeat_interleave(times)
         if token_ids[: len(prompt_ids)].tolist() != prompt_ids:
@@ -199,6 +200,14 @@ def measured(item: Encoded | Rejected) -> Measured | Rejected:
     if isinstance(item, Rejected):
         return item
     return Measured(len(item.token_ids), sum(end - start for start, end in item.runs))
+
+
+def too_long(found: Measured, limit: int) -> str:
+    """Return why a sample with more tokens than this is left out."""
+    of_images = f", {found.image_tokens} of its images alone"
+    return f"longer than max_length: {found.tokens} tokens, {limit} allowed" + (
+        of_images if found.image_tokens > limit else ""
+    )
 
 
 def _image_token_id(processor: Any) -> int:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_vispec.data.image_bounds import set_bounds
 from vllm_vispec.data.images import data_url
 from vllm_vispec.data.types import Turn, to_messages
 from vllm_vispec.utils.errors import ViSpecError, first_line
 
 
-def load_processor(target: str | Path) -> Any:
+def load_processor(target: str | Path, bounds: Mapping[str, int] | None = None) -> Any:
     """Return the Hugging Face processor of a target (folder or hub id); runs no remote code.
+
+    Args:
+        bounds: of images, see `image_bounds.set_bounds`; None: the processor's own.
 
     Raises:
         ViSpecError: it has none, none that reads images, or no chat template.
@@ -34,6 +38,8 @@ def load_processor(target: str | Path) -> Any:
         raise ViSpecError(
             f"target {target} has no chat template; add chat_template.jinja to its folder"
         )
+    if bounds is not None:
+        set_bounds(processor, bounds)
     return processor
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_vispec.data.encode import Encoder
+from vllm_vispec.data.image_bounds import bounds_in
 from vllm_vispec.data.images import open_image
 from vllm_vispec.evaluate.options import EvalOptions, EvalSample
 from vllm_vispec.train.acceptance import Acceptance, Families, answer_spans, by_family
@@ -101,8 +102,10 @@ def _open_engine(options: EvalOptions, max_model_len: int) -> Iterator[LLM]:
     }
     if options.draft_vocab is not None:
         speculative["draft_vocab"] = options.draft_vocab_setting
+    bounds = bounds_in(vars(options))
     settings: dict[str, Any] = {
         "model": options.target,
+        **({"mm_processor_kwargs": bounds} if bounds else {}),
         "dtype": options.dtype,
         "seed": 0,
         "max_model_len": max_model_len,

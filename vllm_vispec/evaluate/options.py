@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from vllm_vispec.data.encode import Encoded, Encoder
+from vllm_vispec.data.image_bounds import bounds_in
 from vllm_vispec.data.images import image_folder
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.types import Conversation, Rejected
@@ -56,6 +57,12 @@ class EvalOptions(Settings):
     max_length: int = Field(
         default=4096, ge=1, description="Longest conversation in tokens; longer ones are left out."
     )
+    min_pixels: int = Field(
+        default=0, ge=0, description="Of images; 0: as the head was trained, else as --data is."
+    )
+    max_pixels: int = Field(
+        default=0, ge=0, description="Of images; 0: as the head was trained, else as --data is."
+    )
     draft_vocab: str | None = Field(
         default=None,
         description="Tokens that may be drafted: a list, auto, or how many; default: all.",
@@ -84,7 +91,8 @@ class EvalOptions(Settings):
         names = ("target", "head", "data", "dtype", "num_speculative_tokens")
         found = self.model_dump(mode="json", include={*names})
         vocab = self.draft_vocab_setting
-        return {name: found[name] for name in names} | ({"draft_vocab": vocab} if vocab else {})
+        more = {"draft_vocab": vocab} if vocab else {}
+        return {name: found[name] for name in names} | bounds_in(vars(self)) | more
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,24 @@ import torch
 from torch import Tensor
 
 from vllm_vispec.data.encode import Encoder
+from vllm_vispec.data.image_bounds import (
+    Bounds,
+    bounds_in,
+    recorded_bounds,
+    same_bounds,
+    set_bounds,
+)
+from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.template import load_processor
-from vllm_vispec.data.types import Rejected
+from vllm_vispec.data.types import Conversation, Rejected
 from vllm_vispec.draft_model.named import find_published
 from vllm_vispec.draft_vocab.files import find_vocab
 from vllm_vispec.evaluate.engine import Question, measure, questions
 from vllm_vispec.evaluate.options import EvalOptions, EvalSample, read_samples
 from vllm_vispec.evaluate.report import Report
+from vllm_vispec.heads.card import trained_bounds
 from vllm_vispec.heads.folder import inspect_head, load_draft
+from vllm_vispec.heads.location import resolve_head
 from vllm_vispec.heads.target import check_against_target, load_target_config, target_dtype
 from vllm_vispec.train.acceptance import Acceptance, Answers, by_family, simulate
 from vllm_vispec.train.published import PublishedModel
@@ -34,9 +44,11 @@ def evaluate(options: EvalOptions) -> Report:
     Raises:
         ViSpecError: target, head or data cannot be used, or do not fit each other.
     """
-    encoder = Encoder(load_processor(options.target), options.max_length, options.images)
     if options.dtype == "auto":
         options = options.model_copy(update={"dtype": target_dtype(options.target)})
+    processor = load_processor(options.target)
+    options = options.model_copy(update=set_bounds(processor, image_bounds(options)))
+    encoder = Encoder(processor, options.max_length, options.images)
     pair = _Pair(options)
     rejected: list[Rejected] = []
     answers: list[tuple[str, Acceptance]] = []
@@ -66,6 +78,21 @@ def evaluate(options: EvalOptions) -> Report:
         measure(options, asked, room) if options.engine else None,
         warning,
     )
+
+
+def image_bounds(options: EvalOptions) -> Bounds:
+    """Return the bounds to read images with: those given, else the head's, else the data's.
+
+    Raises:
+        ViSpecError: the answers were made with others.
+    """
+    given, where = bounds_in(vars(options)), f"--data {options.data}"
+    of_head = trained_bounds(resolve_head(options.head))
+    read = islice(read_conversations(options.data, options.images), options.limit)
+    recorded = recorded_bounds((one for one in read if isinstance(one, Conversation)), where)
+    if given:
+        return same_bounds(given, recorded, where)
+    return same_bounds(of_head, recorded, where, f"--head {options.head} was trained with")
 
 
 class _Pair:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vllm_vispec import __version__
 from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.folder import PROVENANCE
 from vllm_vispec.heads.speculators import Serving
 
 CARD_TITLE = "# ViSpec head"
@@ -31,15 +33,39 @@ def guess_target(config: HeadConfig) -> str:
     return _KNOWN_TARGETS.get((config.target_model_type, width), "TARGET")
 
 
-def serve_command(head: str | Path, serving: Serving) -> str:
-    """Return the command that serves a target with a head."""
+def trained_bounds(head: Path) -> dict[str, int]:
+    """Return the bounds of images that a local head was trained with; none if it does not say."""
+    file = head / PROVENANCE
+    return _bounds(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None)
+
+
+def _bounds(provenance: Mapping[str, Any] | None) -> dict[str, int]:
+    data = ((provenance or {}).get("config") or {}).get("data") or {}
+    return {name: data[name] for name in ("min_pixels", "max_pixels") if data.get(name)}
+
+
+def with_bounds(command: str, bounds: Mapping[str, int]) -> str:
+    """Return a command of vLLM with the bounds of images, by names of Hugging Face processors."""
+    if not bounds:
+        return command
+    return f"{command} --mm-processor-kwargs '{json.dumps(bounds, separators=(',', ':'))}'"
+
+
+def serve_command(
+    head: str | Path, serving: Serving, bounds: Mapping[str, int] = MappingProxyType({})
+) -> str:
+    """Return the command that serves a target with a head.
+
+    Args:
+        bounds: of images, `min_pixels` and `max_pixels`, as in training.
+    """
     speculative = {
         "method": "vispec",
         "model": str(head),
         "num_speculative_tokens": serving.num_tokens,
     }
     text = json.dumps(speculative, separators=(",", ":"))
-    return f"vllm serve {serving.target} --speculative-config '{text}'"
+    return with_bounds(f"vllm serve {serving.target} --speculative-config '{text}'", bounds)
 
 
 def head_facts(config: HeadConfig) -> dict[str, str]:
@@ -86,9 +112,10 @@ def model_card(
         provenance: how the head was trained; None if that is unknown.
         names_target: the head's config.json names its target, so that the folder serves itself.
     """
-    commands = [serve_command(folder, serving)]
+    bounds = _bounds(provenance)
+    commands = [serve_command(folder, serving, bounds)]
     if names_target:
-        commands.insert(0, f"vllm serve {folder}")
+        commands.insert(0, with_bounds(f"vllm serve {folder}", bounds))
     made_by = f"vllm-vispec {__version__}, {origin}"
     facts = head_facts(config) | {"dtype": dtype, "made by": made_by}
     sections = [

@@ -102,8 +102,12 @@ class DataConfig(Section):
     """folder that image paths start from; none: the file's"""
     max_length: int = setting(4096, "ViSpec code, NeMo", ge=4)
     """longer samples are left out and counted"""
+    min_pixels: int = setting(0, "ViSpec code (256 tokens)", ge=0)
+    """smaller images are enlarged to this; 0: as the answers were made, else by the target"""
+    max_pixels: int = setting(0, "ViSpec code (1280 tokens)", ge=0)
+    """larger images are reduced to this; 0: as the answers were made, else by the target"""
     max_samples: int = setting(0, "ours", ge=0)
-    """use the first so many of train; 0: all"""
+    """use so many of train, drawn at random; 0: all"""
     memory_mb: int = setting(1024, "ours", ge=0)
     """samples kept in memory once they are ready, MiB; the rest is made ready again"""
     workers: int = setting(4, "NeMo", ge=0)

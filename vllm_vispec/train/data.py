@@ -29,6 +29,8 @@ from vllm_vispec.utils.errors import ViSpecError
 SKIP_NAMES: Mapping[str, str] = {
     r"image .* (does not exist|is not a path)": "missing image",
     r"image .* cannot be read": "unreadable image",
+    r"absolute aspect ratio": "image too narrow",
+    r"longer than max_length: .* images": "images longer than data.max_length: lower max_pixels",
     r"longer than max_length": "longer than data.max_length",
     r"": "unusable record",
 }
@@ -72,7 +74,8 @@ def read_corpus(settings: DataConfig, text_only: bool = False) -> Corpus:
     """
     train, rejected = _read_files(settings.train, settings.image_root)
     if settings.max_samples:
-        train = train[: settings.max_samples]
+        # Drawn, as files are in the order in which answers were finished: short ones first.
+        train = [train[n] for n in _draw(range(len(train)), settings.max_samples)]
     held_out, rejected_too = _read_files(settings.validation, settings.image_root)
     numbers = list(range(len(train)))
     if settings.validation:

@@ -16,10 +16,11 @@ from vllm_vispec.train.acceptance import OVERALL, describe_gate, validate
 from vllm_vispec.train.cache import OfflineTeacher, open_teacher
 from vllm_vispec.train.checkpoint import Checkpoint, Checkpoints, Progress, check_same_settings
 from vllm_vispec.train.config import TrainConfig
-from vllm_vispec.train.data import BatchOrder, Corpus, read_corpus
+from vllm_vispec.train.data import BatchOrder
 from vllm_vispec.train.distributed import Processes, stop_on_signals
-from vllm_vispec.train.head_types import get_head_type, resolve
+from vllm_vispec.train.head_types import resolve
 from vllm_vispec.train.init import make_draft
+from vllm_vispec.train.preflight import prepare
 from vllm_vispec.train.run_log import RunLog, describe_run, now
 from vllm_vispec.train.trainer import Trainer, rate_factor
 from vllm_vispec.utils.errors import ViSpecError
@@ -49,7 +50,7 @@ def fill_cache(config: TrainConfig, group: Processes) -> str:
     Raises:
         ViSpecError: see `Teacher`.
     """
-    corpus = _corpus(config)
+    config, corpus = prepare(config)
     teacher = OfflineTeacher(config, corpus, group)
     skipped = len(corpus.rejected) + len(teacher.rejected)
     return f"cache {teacher.folder}: {len(teacher.lengths)} samples, {skipped} skipped"
@@ -78,16 +79,13 @@ def train(
         run.log.close()
 
 
-def _corpus(config: TrainConfig) -> Corpus:
-    return read_corpus(config.data, get_head_type(config.head.kind).text_only)
-
-
 class Run:
     """One attempt at a recipe on one process."""
 
     def __init__(
         self, config: TrainConfig, group: Processes, override: tuple[str, ...], command: str
     ) -> None:
+        config, corpus = prepare(config)
         self.config, self.group = config, group
         self.output = Path(config.run.output)
         sweep(self.output)
@@ -95,7 +93,6 @@ class Run:
         self.settings = config.flat() | {"processes": group.world}
         saved = self.checkpoints.latest()
         overridden = check_same_settings(saved.settings, self.settings, override) if saved else []
-        corpus = _corpus(config)
         self.teacher = open_teacher(config, corpus, group)
         usable = self.teacher.lengths
         self.held_out = {

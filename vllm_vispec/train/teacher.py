@@ -23,7 +23,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from vllm_vispec.data.encode import Encoded, Measured
+from vllm_vispec.data.encode import Encoded, Measured, too_long
+from vllm_vispec.data.image_bounds import bounds_in
 from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Rejected
 from vllm_vispec.train.config import TrainConfig
@@ -57,7 +58,7 @@ class Teacher(ABC, Generic[T]):
     def __init__(self, config: TrainConfig, corpus: Corpus, group: Processes) -> None:
         self._config, self._group = config, group
         self._dtype = _target_dtype(config, group)
-        processor = load_processor(config.target.model)
+        processor = load_processor(config.target.model, bounds_in(vars(config.data)))
         self._samples = Samples(corpus, processor, self._dtype)
         self.folder = _claim(config, processor, group)
         used = sorted({*corpus.train, *corpus.validation})
@@ -68,7 +69,7 @@ class Teacher(ABC, Generic[T]):
             if "rejected" in found:
                 reason = found["rejected"]
             elif found["tokens"] > limit:
-                reason = f"longer than max_length: {found['tokens']} tokens, {limit} allowed"
+                reason = too_long(Measured(**found), limit)
             else:
                 self._counts[index] = Measured(**found)
                 continue

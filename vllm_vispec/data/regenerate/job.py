@@ -104,6 +104,7 @@ def regenerate_all(
     """
     if settings.output.resolve() == settings.input.resolve():
         raise ViSpecError(f"--output {settings.output} is the input; choose another file")
+    settings = settings.with_image_bounds()
     with _Job(settings) as job:
         todo = job.read_input()
         if todo:
@@ -302,5 +303,6 @@ def _to_record(done: Regenerated, settings: RegenerateSettings) -> dict[str, Any
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "seed": settings.seed,
+        **settings.image_bounds,
         "model": settings.target,
     }

@@ -28,7 +28,7 @@ class OfflineBackend:
 
     def __init__(self, settings: RegenerateSettings) -> None:
         self.settings = settings
-        processor = load_processor(settings.target)
+        processor = load_processor(settings.target, settings.image_bounds)
         self.encoder = Encoder(processor, image_root=settings.images_from, recorded=False)
         self.llm = start_engine(settings)
         self.limit = QUEUE_FACTOR * self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
@@ -101,10 +101,14 @@ def start_engine(settings: RegenerateSettings) -> LLM:
     arguments: dict[str, Any] = {"dtype": settings.dtype, "seed": settings.seed}
     if settings.max_model_len is not None:
         arguments["max_model_len"] = settings.max_model_len
+    engine = dict(settings.engine)
+    if settings.image_bounds:
+        more = engine.pop("mm_processor_kwargs", {})
+        arguments["mm_processor_kwargs"] = {**more, **settings.image_bounds}
     with starting_engine(settings.target, spelled_as_json("--engine")):
         if current_platform.is_cpu():
             arguments |= cpu_arguments(settings)
-        return LLM(**({"model": settings.target} | arguments | settings.engine))
+        return LLM(**({"model": settings.target} | arguments | engine))
 
 
 def cpu_arguments(settings: RegenerateSettings) -> dict[str, Any]:

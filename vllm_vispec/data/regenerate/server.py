@@ -34,7 +34,7 @@ class ServerBackend:
         self.model = self.runner.run(self._served_model())
         self.encoder: Encoder | None = None
         if settings.target:
-            processor = load_processor(settings.target)
+            processor = load_processor(settings.target, settings.image_bounds)
             self.encoder = Encoder(processor, image_root=settings.images_from, recorded=False)
 
     def answer(self, conversations: Iterable[Conversation]) -> Iterator[Result]:
@@ -130,6 +130,8 @@ class ServerBackend:
             "min_p": 0.0,
             "repetition_penalty": 1.0,
         }
+        if settings.image_bounds:
+            extra["mm_processor_kwargs"] = settings.image_bounds
         if self.encoder is not None:
             text = self.encoder.template.render(dialogue.turns, open_answer=True)
             extra["add_special_tokens"] = self.encoder.template.adds_special_tokens(text)

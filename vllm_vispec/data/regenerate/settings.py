@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from vllm_vispec.data.image_bounds import NAMES, Bounds, bounds_in, set_bounds
 from vllm_vispec.data.images import image_folder
+from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Turn
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.settings import Settings
@@ -61,6 +63,15 @@ class RegenerateSettings(Settings):
     seed: int = Field(
         default=0, description="With a sample's id and the turn it gives the answer's seed."
     )
+    min_pixels: int = Field(
+        default=0, ge=0, description="Smaller images are enlarged to this; 0: by the target."
+    )
+    max_pixels: int = Field(
+        default=0,
+        ge=0,
+        description="Larger images are reduced to this; 0: by the target, 1280 tokens where it "
+        "takes 16384.",
+    )
     strict: bool = Field(
         default=False, description="Reject answers whose text has other tokens in the template."
     )
@@ -91,6 +102,28 @@ class RegenerateSettings(Settings):
                 "image_root": self.image_root and self.image_root.absolute(),
             }
         )
+
+    def with_image_bounds(self) -> RegenerateSettings:
+        """Return the settings with the bounds that images are read with, which the target decides.
+
+        Raises:
+            ViSpecError: the target has no processor, or cannot have such bounds.
+        """
+        if not self.target:
+            return self
+        bounds = set_bounds(load_processor(self.target), self.image_bounds)
+        sized = {*NAMES} & {*self.engine.get("mm_processor_kwargs", {})}
+        if sized:
+            raise ViSpecError(
+                f"--engine sets {', '.join(sorted(sized))} of mm_processor_kwargs: give it as "
+                "--min-pixels and --max-pixels, which training reads from the answers"
+            )
+        return self.model_copy(update=bounds)
+
+    @property
+    def image_bounds(self) -> Bounds:
+        """The bounds that are set."""
+        return bounds_in(vars(self))
 
     @property
     def images_from(self) -> Path:
@@ -126,6 +159,7 @@ class RegenerateSettings(Settings):
             "prompt_style": self.style_name,
             "request": self.prompt_text or PROMPT_STYLES[self.prompt_style],
             **{name: getattr(self, name) for name in names},
+            **self.image_bounds,
         }
 
 
