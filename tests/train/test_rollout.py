@@ -189,3 +189,28 @@ def test_padding_keeps_every_sample_and_adds_nothing_else() -> None:
         assert torch.equal(batch.hidden_BLD[b, :n], sample.hidden_LD)
         assert not batch.answer_BL[b, n:].any()
         assert not batch.hidden_BLD[b, n:].any()
+
+
+@pytest.mark.parametrize("name", ["reference", "select"])
+def test_passes_computed_again_in_the_backward_pass(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = pad_batch([random_sample(200, ((3, 9),)), random_sample(150)])
+
+    def gradients(most: int) -> tuple[int, list[torch.Tensor]]:
+        """Bytes that the forward pass leaves, and gradients."""
+        monkeypatch.setattr("vllm_vispec.train.rollout.MOST_WEIGHT_BYTES", most)
+        draft, held = random_draft(HEADS[name]), dict[int, int]()
+
+        def hold(tensor: torch.Tensor) -> torch.Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            outputs = rollout(draft, batch, PASSES)
+        torch.stack([one.state_BLD[one.counts_BL].sum() for one in outputs]).sum().backward()
+        return sum(held.values()), [w.grad for w in draft.parameters() if w.grad is not None]
+
+    (whole, expected), (less, found) = gradients(2**40), gradients(0)
+    assert less < 0.6 * whole
+    assert all(map(torch.equal, found, expected))

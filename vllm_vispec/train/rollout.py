@@ -21,12 +21,13 @@ head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vllm_vispec.reference import (
     Decision,
@@ -48,6 +49,9 @@ NOISE_REFERENCE_LENGTH = 512
 # Numbers of rows are multiples of this where that costs nothing but a few rows: kernels are
 # prepared per shape (21 ms for one bfloat16 attention backward on a CPU), so shapes must repeat.
 ROW_MULTIPLE = 32
+# Attention weights of all chain passes that may be held for the backward pass. Above it, each pass
+# is computed again there, and the weights of one are held at a time.
+MOST_WEIGHT_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class _Rows(MaskedRows):
         return attention_mask(self.visible_BL, self.bias)
 
 
-Past = list[KVCache]
+Past = Sequence[KVCache]
 """Keys (after RoPE) and values of each pass: the first [B, G, L, K], later ones [B, G, N, K]."""
 
 
@@ -151,9 +155,21 @@ def _exact(draft: ViSpecDraft, batch: DraftBatch, rows: _Rows, passes: int) -> l
     state_BLD, cache = draft.run_layer(rows.layer_in_BLD, rows.positions_BL, rows.mask_BLL)
     outputs, past = [PassOutput(state_BLD, first_BL)], [cache]
     start = _first_needed(_next_counts(first_BL, first_BL)) if passes > 1 else 0
+    count, total = first_BL.shape
+    # Weights in float32 and in the values' dtype.
+    weight_bytes = (
+        6 * (passes - 1) * count * draft.config.num_attention_heads * (total - start) * total
+    )
+    once = weight_bytes <= MOST_WEIGHT_BYTES or not torch.is_grad_enabled()
     for _ in range(1, passes):
         last = outputs[-1]
-        state_BND = _chain_pass(draft, rows, past, last.state_BLD, start)
+        arguments = (draft, rows, tuple(past), last.state_BLD, start)
+        state_BND, own = (
+            _chain_pass(*arguments)
+            if once
+            else checkpoint(_chain_pass, *arguments, use_reentrant=False)
+        )
+        past.append(own)
         counts_BL = _next_counts(last.counts_BL, first_BL)
         outputs.append(PassOutput(F.pad(state_BND, (0, 0, start, 0)), counts_BL))
     return outputs
@@ -173,8 +189,8 @@ def _first_needed(counts_BL: Tensor) -> int:
 
 def _chain_pass(
     draft: ViSpecDraft, rows: _Rows, past: Past, last_BLD: Tensor, start: int
-) -> Tensor:
-    """One pass after the first for rows `start`..L-1; appends its keys and values to `past`."""
+) -> tuple[Tensor, KVCache]:
+    """One pass after the first for rows `start`..L-1; returns its states, keys and values."""
     positions_BN = rows.positions_BL[:, start:]
     # Row 0 has no row before it; it never counts here, any state will do.
     before_BND = F.pad(last_BLD, (0, 0, 1, 0))[:, start:-1]
@@ -189,11 +205,11 @@ def _chain_pass(
 
     q_BHNK = apply_rope(heads(attention.q_proj(normed_BND)), positions_BN, attention.theta)
     k_BGNK = apply_rope(heads(attention.k_proj(normed_BND)), positions_BN, attention.theta)
-    past.append((k_BGNK, heads(attention.v_proj(normed_BND))))
-    attended_BHNK = _attend(q_BHNK, past, rows, start)
+    own = (k_BGNK, heads(attention.v_proj(normed_BND)))
+    attended_BHNK = _attend(q_BHNK, (*past, own), rows, start)
     x_BND = x_BND + attention.o_proj(attended_BHNK.transpose(1, 2).flatten(2))
     x_BND = x_BND + layer.mlp(layer.post_attention_layernorm(x_BND))
-    return x_BND if draft.norm is None else draft.norm(x_BND)
+    return (x_BND if draft.norm is None else draft.norm(x_BND)), own
 
 
 def _attend(q_BHNK: Tensor, past: Past, rows: _Rows, start: int) -> Tensor:
