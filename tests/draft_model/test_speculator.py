@@ -15,6 +15,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import speculator as vllm_speculator
 
 from vllm_vispec.draft_model.speculator import PublishedSpeculator
+from vllm_vispec.trees import cudagraph
 
 COUNT, HIDDEN_RD = 4, torch.zeros(2, 8)
 BASE = vllm_speculator.TargetDependentARSpeculator
@@ -25,39 +26,18 @@ def speculator(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a speculator of 4 draft tokens whose calls of vLLM's methods are recorded."""
     found = object.__new__(PublishedSpeculator)
     found.num_speculative_steps = COUNT + 1
-    found.speculative_config = Mock()
-    found.speculative_config.uses_dynamic_speculative_decoding.return_value = False
     found.draft_rows = Mock()
     found.last_token_indices = torch.tensor([1, 3, 0])
     found.input_buffers = SimpleNamespace(input_ids=torch.tensor([11, 12, 21, 22, 0]))
     found._next_tokens = torch.zeros(3, dtype=torch.int64)
     found._is_first_pass, found._batch = False, None
-    for name in ("_generate_fused_drafts", "_generate_draft", "sample_draft", "_prefill"):
+    for name in ("_generate_draft", "sample_draft", "_prefill"):
         monkeypatch.setattr(BASE, name, Mock())
     return found
 
 
 def _batch() -> Any:
     return SimpleNamespace(input_ids=torch.tensor([10, 11, 20, 21, 7]), num_tokens=4)
-
-
-@pytest.mark.parametrize(
-    ("is_recording", "by_number", "given", "asked"),
-    [(True, False, 4, 5), (True, True, 4, 4), (False, False, 5, 5)],
-)
-def test_a_recorded_graph_has_one_step_more(
-    speculator: Any, is_recording: bool, by_number: bool, given: int, asked: int
-) -> None:
-    dynamic = speculator.speculative_config.uses_dynamic_speculative_decoding
-    dynamic.return_value = by_number
-    speculator._batch = None if is_recording else _batch()
-    # vLLM gives the number by name when it records.
-    if is_recording:
-        speculator._generate_fused_drafts(*"abcdef", num_speculative_steps=given)
-        assert BASE._generate_fused_drafts.call_args.kwargs == {"num_speculative_steps": asked}
-    else:
-        speculator._generate_fused_drafts(*"abcdef", given)
-        assert BASE._generate_fused_drafts.call_args.args == (*"abcdef", asked)
 
 
 def test_every_step_but_the_last_prepares_the_next(speculator: Any) -> None:
@@ -87,12 +67,34 @@ def test_the_first_pass_reads_the_drafts_own_features(speculator: Any) -> None:
     assert BASE._prefill.call_args.kwargs == {"mm_inputs": speculator.draft_rows.features}
 
 
-def test_passes_are_recorded_as_long_as_the_targets(
-    speculator: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("schedule", [None, [(1, 2, COUNT), (3, 4, 1), (5, 6, 0)]])
+def test_first_passes_are_recorded_as_the_targets_and_steps_one_longer(
+    speculator: Any, monkeypatch: pytest.MonkeyPatch, schedule: list[tuple[int, int, int]] | None
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(
-        BASE, "init_cudagraph_manager", lambda self, _: seen.append(self.num_speculative_steps)
+    mode = CUDAGraphMode.NONE
+    own = SimpleNamespace(
+        num_speculative_tokens=COUNT, num_speculative_tokens_per_batch_size=schedule
     )
-    speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
+    config = SimpleNamespace(speculative_config=own)
+
+    def init(self: Any, _: CUDAGraphMode) -> None:
+        seen.append(self.num_speculative_steps)
+        self.decode_cudagraph_manager = SimpleNamespace(
+            vllm_config=config, device="cpu", cudagraph_mode=mode, decode_query_len=1
+        )
+
+    monkeypatch.setattr(BASE, "init_cudagraph_manager", init)
+    monkeypatch.setattr(
+        cudagraph,
+        "SpeculatorCudaGraphManager",
+        lambda config, *_: SimpleNamespace(vllm_config=config),
+    )
+    speculator.speculative_config = own
+    speculator.init_cudagraph_manager(mode)
     assert (seen, speculator.num_speculative_steps) == ([COUNT], COUNT + 1)
+    steps = speculator.decode_cudagraph_manager.vllm_config.speculative_config
+    longer = schedule and [(1, 2, COUNT + 1), (3, 4, 2), (5, 6, 0)]
+    assert steps.num_speculative_tokens_per_batch_size == longer
+    # The engine's own stays.
+    assert (steps.num_speculative_tokens, own.num_speculative_tokens) == (COUNT + 1, COUNT)

@@ -94,6 +94,7 @@ ALL_DRAFTS: Mapping[str, Draft] = {
     "draft_vlm-tree": Draft(options=tree(19, top_k=3), is_vlm=True),
     "draft_model": Draft(options=FOUR, is_sibling=True),
     "draft_model-tree": Draft(options=tree(19, top_k=3), is_sibling=True),
+    "draft_model-load": Draft(options=tree(19, LOAD, top_k=3), is_sibling=True),
     "draft_model-path": Draft(
         options=tree(6, depth=5, policy="spec_llava", top_k=1, threshold=0.1), is_sibling=True
     ),
@@ -170,11 +171,12 @@ ROWS = [
     *_rows("v1", "small", "tree-few tree-load tree-path", {"edge": {}}, slow=True),
     *_rows("v1", "small", "tree-path", {**PREFIX, "features": {}}, slow=True),
     *_rows("v1", "small", "draft_model draft_model-tree", {**_mixed(64), **PREFIX}),
-    *_rows("v1", "small", "draft_model-path", _mixed(32), slow=True),
+    *_rows("v1", "small", "draft_model-path draft_model-load", _mixed(32), slow=True),
     *_rows("v1", "small", "draft_model~", {**_mixed(64), **PREFIX}, slow=True),
-    *_rows("v1", "blocks", "draft_model", _mixed(16, 40), slow=True),
+    *_rows("v1", "blocks", "draft_model draft_model-tree", _mixed(16, 40), slow=True),
     *_rows("v1", "compiled", "draft_model", _mixed(16), slow=True),
     *_rows("v2", "small", "draft_model draft_model-tree", {**_mixed(12, 6), **PREFIX}, slow=True),
+    *_rows("v2", "small", "draft_model-load", _mixed(12, 6), slow=True),
     *_rows("v2", "blocks", "draft_model", _mixed(8, 40), slow=True),
     *_rows("v1-overlay", "small", "draft_model draft_model-tree", {**_mixed(16), **PREFIX}),
     *_rows("v2-overlay", "small", "draft_model~ draft_model-tree~", {**_mixed(12, 6), **PREFIX}),

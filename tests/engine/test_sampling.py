@@ -91,8 +91,11 @@ SEEDED = [
 ]
 
 
+@pytest.mark.parametrize("is_sibling", [False, True], ids=["head", "published model"])
 @pytest.mark.parametrize("runner", runners("v2"))
-def test_same_seeds_same_tokens(engine: StartEngine, tiny: TinyStore, runner: str) -> None:
+def test_same_seeds_same_tokens(
+    engine: StartEngine, tiny: TinyStore, runner: str, is_sibling: bool
+) -> None:
     """V2 with trees draws what plain decoding draws.
 
     V2 keys a draw by a request's seed and the position of the token, so that a tree whose nodes
@@ -100,7 +103,8 @@ def test_same_seeds_same_tokens(engine: StartEngine, tiny: TinyStore, runner: st
     """
     options = {"max_num_batched_tokens": 128}
     plain = engine(runner, **options).run(serve_requests, SEEDED)
-    drafting = engine(runner, **options, draft=tiny.head(), **tree(29, top_k=8))
+    draft = tiny.sibling() if is_sibling else tiny.head()
+    drafting = engine(runner, **options, draft=draft, **tree(29, top_k=8))
     found = drafting.run(serve_requests, SEEDED)
     assert found.outputs() == plain.outputs()
     assert len({str(tokens) for tokens in plain.outputs().values()}) == len(SEEDED)

@@ -9,6 +9,7 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
+from vllm_vispec.draft_model.speculator import PublishedTreeSpeculator
 from vllm_vispec.trees.codes import CodeBuffers
 from vllm_vispec.trees.cudagraph import RecordedVerification
 from vllm_vispec.trees.settings import TreeSettings
@@ -195,3 +196,17 @@ class SmallTreeSpeculator(TreeSpeculator):
             mixed = mixed + self.cache[table * BLOCK] + length[:, None] / 11
         hidden = torch.tanh(mixed)
         return hidden, hidden
+
+
+class SmallPublishedTreeSpeculator(  # type: ignore[misc]
+    SmallTreeSpeculator, PublishedTreeSpeculator
+):
+    """The same with roots behind the first pass."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.num_speculative_steps += 1
+        shape = self.max_num_reqs, self.num_speculative_steps
+        self.draft_tokens = torch.zeros(shape, dtype=torch.int64)
+        self.root_tokens = torch.zeros(self.max_num_reqs, dtype=torch.int64)
+        self._rotary_AT = self._batch = None

@@ -13,7 +13,13 @@ from vllm.v1.worker.gpu import cudagraph_utils
 
 from tests.support.operators import RecordedGraph
 from tests.support.tree_models import grow, random_model
-from tests.support.tree_speculators import LAYER, VOCAB, WIDTH, SmallTreeSpeculator
+from tests.support.tree_speculators import (
+    LAYER,
+    VOCAB,
+    WIDTH,
+    SmallPublishedTreeSpeculator,
+    SmallTreeSpeculator,
+)
 from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
 from vllm_vispec.trees import limits
 from vllm_vispec.trees.cudagraph import log_growth, why_eager
@@ -32,10 +38,8 @@ def _speculator(
     """Return a speculator; with roots behind the first pass, as published models have."""
     settings = TreeSettings(policy=policy, depth=3, top_k=4)
     sizes = {"nodes": NODES, "max_num_reqs": REQUESTS, "max_num_tokens": TOKENS} | changes
-    speculator = SmallTreeSpeculator(settings, **sizes)
-    if has_roots:
-        speculator.root_tokens = torch.zeros(REQUESTS, dtype=torch.int64)
-    return speculator
+    make = SmallPublishedTreeSpeculator if has_roots else SmallTreeSpeculator
+    return make(settings, *sizes.values())
 
 
 def _fill(speculator: SmallTreeSpeculator, seed: int, slots: list[int]) -> None:
@@ -58,7 +62,7 @@ def _fill(speculator: SmallTreeSpeculator, seed: int, slots: list[int]) -> None:
 
 def _outcome(speculator: SmallTreeSpeculator, count: int) -> tuple[DraftTree, torch.Tensor]:
     slots = speculator.idx_mapping[:count]
-    tree = speculator.table.read_trees(slots, speculator.draft_tokens[:count])
+    tree = speculator.table.read_trees(slots, speculator.draft_tokens[:count, -NODES:])
     rows = (rows.clone() for rows in tree)
     return DraftTree(*rows), speculator.cache.clone()
 
@@ -321,10 +325,16 @@ def test_requests_for_which_a_pass_has_no_room_get_no_tree(
 
 
 @pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("has_roots", [False, True])
 @pytest.mark.parametrize("schedule", [None, [[1, 2, 12], [3, 4, 3], [5, 6, 1]]])
-def test_chains_as_long_as_trees_are_not_recorded(schedule: list[list[int]] | None) -> None:
-    """Of 12 draft tokens vLLM would record chains, which are never drafted; of 3 they are."""
-    speculator = _speculator()
+def test_chains_as_long_as_trees_are_not_recorded(
+    schedule: list[list[int]] | None, has_roots: bool
+) -> None:
+    """Of 12 draft tokens vLLM would record chains, which are never drafted; of 3 they are.
+
+    With a root behind the first pass a chain has one step more: of 4 steps, and of 2.
+    """
+    speculator = _speculator(has_roots=has_roots)
     speculator.place_keys()
     speculator._schedules_chains = schedule is not None
     speculator.speculative_config.num_speculative_tokens_per_batch_size = schedule
@@ -340,7 +350,8 @@ def test_chains_as_long_as_trees_are_not_recorded(schedule: list[list[int]] | No
     assert manager is not None
     assert trees is not None
     recorded = {desc.num_speculative_tokens for desc in manager.graphs}
-    assert recorded == set(steps) == (set() if schedule is None else {3})
+    wanted = {4, 2} if has_roots else {3}
+    assert recorded == set(steps) == (set() if schedule is None else wanted)
     assert {desc.uniform_token_count for desc in trees.graphs} == {speculator._width}
 
 

@@ -21,7 +21,7 @@ PUBLISHED = PatchGroup(
         overrides(
             f"{_V2}.spec_decode.target_dependent_ar.speculator:TargetDependentARSpeculator"
             "{on_prefill_begin(num_reqs), _prefill(mm_inputs), "
-            "_generate_fused_drafts(num_reqs, num_speculative_steps), "
+            "init_cudagraph_manager(cudagraph_mode), self.decode_cudagraph_manager, "
             "_generate_draft(num_reqs, num_tokens_padded, attn_metadata, slot_mappings, "
             "num_tokens_across_dp, cudagraph_runtime_mode, num_speculative_steps)}",
             "a first pass over the target's own rows, and one step more than drafts",

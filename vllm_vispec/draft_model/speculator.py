@@ -12,9 +12,13 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+    SpeculatorCudaGraphManager,
+)
 
 from vllm_vispec.draft_model.rows import PublishedRows
 from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
+from vllm_vispec.trees.cudagraph import manager_for
 from vllm_vispec.trees.speculator import TreeSpeculator
 
 # Where `_generate_draft` takes the number of steps; vLLM gives it by name or by place.
@@ -25,6 +29,7 @@ class PublishedSpeculator(ViSpecSpeculator):
     """vLLM's EAGLE speculator with one step more, whose first pass samples nothing."""
 
     draft_rows: PublishedRows  # type: ignore[assignment]
+    decode_cudagraph_manager: SpeculatorCudaGraphManager | None
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
@@ -55,10 +60,19 @@ class PublishedSpeculator(ViSpecSpeculator):
         self._rotary_AT = inputs.get("positions")
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Record passes as long as the target's: the first pass has no row more."""
+        """Record first passes as long as the target's, and one step more than drafts."""
         self.num_speculative_steps -= 1
         super().init_cudagraph_manager(cudagraph_mode)
         self.num_speculative_steps += 1
+        drafts = self.decode_cudagraph_manager
+        assert drafts is not None
+        schedule = self.speculative_config.num_speculative_tokens_per_batch_size
+        if schedule is not None:
+            schedule = [(first, last, count + 1 if count else 0) for first, last, count in schedule]
+        steps = manager_for(drafts, schedule, drafts.cudagraph_mode, drafts.decode_query_len)
+        # Of the manager's own copy.
+        steps.vllm_config.speculative_config.num_speculative_tokens += 1
+        self.decode_cudagraph_manager = steps
 
     def propose(
         self,
@@ -108,16 +122,6 @@ class PublishedSpeculator(ViSpecSpeculator):
         position_R, idx_mapping, temperature, seeds, step, *others = args
         args = (position_R - 1, idx_mapping, temperature, seeds, step - 1, *others)
         return super().sample_draft(hidden_states, *args, **kwargs)
-
-    def _generate_fused_drafts(self, *args: Any, **kwargs: Any) -> None:
-        """Record one step more than vLLM counts; it gives the number by name when it records.
-
-        Not so where graphs are chosen by number: our passes ask for one more than drafts.
-        """
-        is_chosen = self.speculative_config.uses_dynamic_speculative_decoding()
-        if self._batch is None and not is_chosen:
-            kwargs["num_speculative_steps"] += 1
-        super()._generate_fused_drafts(*args, **kwargs)
 
     def _generate_draft(self, *args: Any, **kwargs: Any) -> None:
         """Prepare the next step behind all but the very last, whatever this batch's number."""

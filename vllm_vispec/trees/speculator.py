@@ -76,8 +76,10 @@ class TreeSpeculator(ViSpecSpeculator):
         super().init_cudagraph_manager(cudagraph_mode)
         chains = self.decode_cudagraph_manager
         assert chains is not None
-        levels = self._settings.levels if self._schedules_chains else 0
-        self.decode_cudagraph_manager = chain_manager(chains, levels)
+        # A root with a pass of its own is a step, too.
+        steps = self._settings.levels + (self.root_tokens is not None)
+        longest = steps if self._schedules_chains else 0
+        self.decode_cudagraph_manager = chain_manager(chains, longest)
         reason = why_eager(self, self._width, cudagraph_mode)
         if reason is not None:
             log_growth(f"{EAGERLY}: %s", reason)
