@@ -154,7 +154,7 @@ def test_a_local_folder_comes_first_and_no_pickles_are_fetched(
     write_head(tmp_path / "org" / "name")
     assert resolve_head("org/name") == Path("org/name")
     assert resolve_head("org/head", revision="v1") == tmp_path
-    patterns = ["*.json", "*.safetensors"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
     assert calls == [("org/head", {"revision": "v1", "allow_patterns": patterns})]
 
 

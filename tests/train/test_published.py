@@ -1,23 +1,28 @@
-"""A published model as a draft outside the engine: its acceptance as it is."""
+"""A published model as a draft outside the engine: its acceptance as it is, and trained."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.engine import StartProcess
 from tests.support.runners import marks
+from tests.support.tiny_families import FAMILIES
 from tests.support.tiny_store import TinyStore
+from tests.train.runs import recipe, run
 from vllm_vispec.data.encode import Encoded, Encoder
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Conversation
 from vllm_vispec.evaluate.options import EvalOptions
 from vllm_vispec.evaluate.run import evaluate
+from vllm_vispec.heads.export import export_model
 from vllm_vispec.train.target import load_model, model_inputs
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -51,23 +56,32 @@ def _evaluate(options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("runner", "kind"),
+    ("runner", "kind", "trained"),
     [
-        pytest.param(runner, kind, marks=marks(runner, slow))
-        for runner, kind, slow in (
-            ("v1", "qwen2_5_vl", False),
-            ("v1", "llava_next", True),
-            ("v2", "qwen3_vl", True),
+        pytest.param(runner, kind, trained, marks=marks(runner, slow))
+        for runner, kind, trained, slow in (
+            ("v1", "qwen2_5_vl", False, False),
+            ("v1", "qwen2_5_vl", True, False),
+            ("v1", "llava_next", False, True),
+            ("v2", "qwen3_vl", False, True),
         )
     ],
 )
 def test_the_simulation_is_what_the_engine_does(
-    child: StartProcess, tiny: TinyStore, dialogues: Path, runner: str, kind: str
+    child: StartProcess,
+    tiny: TinyStore,
+    dialogues: Path,
+    tmp_path: Path,
+    runner: str,
+    kind: str,
+    trained: bool,
 ) -> None:
-    target, sibling = tiny.target(kind), tiny.sibling(kind)
+    target, draft = tiny.target(kind), tiny.sibling(kind)
+    if trained:
+        draft = str(run(distil(tiny, dialogues, tmp_path, kind)).head)
     options = {
         "target": str(target),
-        "head": sibling,
+        "head": draft,
         "data": greedy_answers(target, dialogues),
         "num_speculative_tokens": 3,
         "dtype": "float32",
@@ -92,3 +106,97 @@ def test_what_a_published_model_does_not_have_is_refused(tiny: TinyStore, dialog
         evaluate(EvalOptions(**options, draft_vocab="100"))
     with pytest.raises(ViSpecError, match="family llava, the target of qwen2_5_vl"):
         evaluate(EvalOptions(**options | {"head": tiny.sibling("llava")}))
+
+
+def distil(tiny: TinyStore, dialogues: Path, output: Path, kind: str, **changes: Any) -> Any:
+    """A recipe that trains the sibling on the target's answers."""
+    target = tiny.target(kind)
+    return recipe(
+        target,
+        greedy_answers(target, dialogues),
+        output,
+        **{
+            "head__kind": "draft_vlm",
+            "head__init_from": tiny.sibling(kind),
+            "head__trained": "language_model",
+            "schedule__max_steps": 12,
+            "data__validation_share": 0,
+            **changes,
+        },
+    )
+
+
+def accepted(tiny: TinyStore, dialogues: Path, kind: str, draft: str) -> float:
+    """Mean accepted tokens of a draft on the answers that `distil` trains on."""
+    target = tiny.target(kind)
+    options = EvalOptions(
+        target=str(target),
+        head=draft,
+        data=greedy_answers(target, dialogues),
+        num_speculative_tokens=3,
+        device="cpu",
+    )
+    return evaluate(options).simulated["overall"].mean_accepted_tokens
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [("qwen2_5_vl", "language_model"), ("llava_next", "all")]
+)
+def test_trained_on_the_targets_answers_it_is_an_ordinary_model_again(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, kind: str, part: str
+) -> None:
+    sibling = Path(tiny.sibling(kind))
+    outcome = run(distil(tiny, dialogues, tmp_path, kind, head__trained=part))
+    assert outcome.head is not None
+    before = accepted(tiny, dialogues, kind, str(sibling))
+    after = accepted(tiny, dialogues, kind, str(outcome.head))
+    assert after > 1.2 * before > 0
+    published, trained = (load_file(one / "model.safetensors") for one in (sibling, outcome.head))
+    assert trained.keys() == published.keys()
+    same = {name for name in trained if torch.equal(trained[name], published[name])}
+    reads_images = {name for name in trained if re.search("vis|projector|image", name)}
+    assert same == reads_images if part == "language_model" else same < reads_images
+    copied = {file.name for file in sibling.iterdir()} - {"model.safetensors"}
+    for name in copied:
+        assert (outcome.head / name).read_bytes() == (sibling / name).read_bytes(), name
+    assert {file.name for file in outcome.head.iterdir()} - copied == {
+        "model.safetensors",
+        "provenance.json",
+        "README.md",
+    }
+    card = (outcome.head / "README.md").read_text()
+    assert f"vllm serve {tiny.target(kind)} --speculative-config" in card
+    # Exported again over itself.
+    assert run(distil(tiny, dialogues, tmp_path, kind, head__trained=part)).head == outcome.head
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_every_family_is_saved_under_its_published_names(
+    tiny: TinyStore, tmp_path: Path, kind: str
+) -> None:
+    sibling = Path(tiny.sibling(kind))
+    options: dict[str, Any] = {"dtype": "bfloat16", "num_speculative_tokens": 3, "provenance": {}}
+    model = load_model(sibling, torch.float32)
+    export_model(model, sibling, tmp_path / "new", target="org/target", **options)
+    published, saved = (load_file(one / "model.safetensors") for one in (sibling, tmp_path / "new"))
+    assert saved.keys() == published.keys()
+    assert all(saved[name].equal(published[name].bfloat16()) for name in saved)
+    again = load_model(tmp_path / "new", torch.float32)
+    assert str(again.config.dtype) == "torch.float32"
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss__name": "specvlm"}, "compares hidden states"),
+        ({"head__trained": "projector"}, "set head.trained language_model"),
+        ({"teacher__mode": "offline"}, "set teacher.mode online"),
+        ({"head__num_layers": 3}, "head.num_layers is 3"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ViSpecError, match=message):
+        run(distil(tiny, dialogues, tmp_path, "qwen2_5_vl", **changes))

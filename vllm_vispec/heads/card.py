@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,7 @@ from vllm_vispec.heads.folder import PROVENANCE
 from vllm_vispec.heads.speculators import Serving
 
 CARD_TITLE = "# ViSpec head"
+MODEL_TITLE = "# Draft model"
 _MAX_VALUE = 200
 
 # (model_type, hidden_size) -> the public target of that shape.
@@ -116,15 +117,40 @@ def model_card(
     commands = [serve_command(folder, serving, bounds)]
     if names_target:
         commands.insert(0, with_bounds(f"vllm serve {folder}", bounds))
-    made_by = f"vllm-vispec {__version__}, {origin}"
-    facts = head_facts(config) | {"dtype": dtype, "made by": made_by}
-    sections = [
-        CARD_TITLE,
+    what = (
         "A draft head for speculative decoding of a vision-language model in vLLM (needs "
-        "`vllm-vispec`).",
-        "\n\nor\n\n".join(f"    {command}" for command in commands),
-        _table({"target": serving.target} | facts),
-    ]
+        "`vllm-vispec`)."
+    )
+    facts = {"target": serving.target} | head_facts(config) | _made(dtype, origin)
+    return _card(CARD_TITLE, what, commands, facts, provenance)
+
+
+def published_card(
+    dtype: str, serving: Serving, folder: str | Path, provenance: Mapping[str, Any]
+) -> str:
+    """Return the card of a published model that was trained as a draft."""
+    what = (
+        "A vision-language model that was trained to draft for a larger one in vLLM (needs "
+        "`vllm-vispec`). Without a target it is served as what it was trained from."
+    )
+    facts = {"target": serving.target} | _made(dtype, "trained")
+    command = serve_command(folder, serving, _bounds(provenance))
+    return _card(MODEL_TITLE, what, [command], facts, provenance)
+
+
+def _made(dtype: str, origin: str) -> dict[str, str]:
+    return {"dtype": dtype, "made by": f"vllm-vispec {__version__}, {origin}"}
+
+
+def _card(
+    title: str,
+    what: str,
+    commands: Iterable[str],
+    facts: Mapping[str, str],
+    provenance: Mapping[str, Any] | None,
+) -> str:
+    shown = "\n\nor\n\n".join(f"    {command}" for command in commands)
+    sections = [title, what, shown, _table(facts)]
     if provenance is not None:
         sections += ["## Training", _table(dict(_flat(provenance)))]
     return "\n\n".join(sections) + "\n"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_vispec.heads.card import CARD_TITLE, guess_target, model_card
+from vllm_vispec.heads.card import CARD_TITLE, MODEL_TITLE, guess_target, model_card, published_card
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.folder import (
     CARD,
@@ -23,6 +23,8 @@ from vllm_vispec.heads.folder import (
     HeadInfo,
     inspect_head,
     iter_canonical_tensors,
+    read_json,
+    weight_files,
 )
 from vllm_vispec.heads.formats import CANONICAL, CheckpointFormat, get_format
 from vllm_vispec.heads.speculators import (
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from vllm_vispec.reference.draft import Draft
 
 _COPIED = (PROVENANCE, DRAFT_VOCAB, DRAFT_VOCAB_FACTS)
+_TEXTS = {".json", ".jinja", ".txt", ".model"}
+"""Suffixes of what a published model's folder holds beside weights."""
 _OURS = {CONFIG, CARD, WEIGHTS, *_COPIED}
 
 
@@ -84,6 +88,58 @@ def export_head(
         )
         _write_head(scratch, draft.state_dict().items(), dtype, content, card)
     return inspect_head(destination)
+
+
+def export_model(
+    model: Any,
+    source: Path,
+    folder: Path,
+    *,
+    target: str,
+    dtype: str,
+    num_speculative_tokens: int,
+    provenance: Mapping[str, Any],
+    overwrite: bool = False,
+) -> None:
+    """Write a trained model of Hugging Face's as an ordinary folder of its kind.
+
+    Its weights have the names they were published under. Configuration, tokenizer and processor are
+    the published files; only the dtype in config.json is the new one.
+
+    Args:
+        model: as it was loaded from `source`, in a dtype that is changed here.
+        source: the published folder.
+        target, dtype, num_speculative_tokens, provenance, overwrite: see `export_head`.
+
+    Raises:
+        ViSpecError: the folder is taken or cannot be written.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    destination = Path(folder).expanduser().absolute()
+    model.to(getattr(torch, dtype))
+    # The published one is copied. This one passes every check of transformers.
+    model.generation_config = GenerationConfig()
+    with new_head_folder(destination, overwrite=overwrite, check=weight_files) as scratch:
+        model.save_pretrained(scratch)
+        for file in sorted(source.iterdir()):
+            if file.suffix in _TEXTS and not file.name.endswith(".safetensors.index.json"):
+                shutil.copyfile(file, scratch / file.name)
+        write_json(scratch / CONFIG, _with_dtype(read_json(source / CONFIG), dtype))
+        write_json(scratch / PROVENANCE, provenance)
+        card = published_card(dtype, Serving(target, num_speculative_tokens), folder, provenance)
+        (scratch / CARD).write_text(card, encoding="utf-8")
+
+
+def _with_dtype(content: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return a model's config.json with another dtype wherever it states one."""
+    found = {}
+    for name, value in content.items():
+        is_dtype = name in ("dtype", "torch_dtype") and isinstance(value, str)
+        value = _with_dtype(value, dtype) if isinstance(value, dict) else value
+        found[name] = dtype if is_dtype else value
+    return found
 
 
 def convert_head(
@@ -154,7 +210,11 @@ def convert_head(
 
 @contextmanager
 def new_head_folder(
-    destination: Path, *, overwrite: bool, source: Path | None = None
+    destination: Path,
+    *,
+    overwrite: bool,
+    source: Path | None = None,
+    check: Callable[[Path], Any] = inspect_head,
 ) -> Iterator[Path]:
     """Yield an empty folder beside `destination`; put it in place if the body succeeds.
 
@@ -164,6 +224,7 @@ def new_head_folder(
         destination: absolute path of the folder to appear.
         overwrite: replace an empty folder or one that this module wrote.
         source: a folder that must not be the destination.
+        check: raises if what was written would not load.
 
     Raises:
         ViSpecError: the destination is taken, cannot be written, or what was written is no head.
@@ -174,7 +235,7 @@ def new_head_folder(
         with writing(destination) as scratch:
             scratch.mkdir()
             yield scratch
-            inspect_head(scratch)  # never put a folder in place that would not load
+            check(scratch)  # never put a folder in place that would not load
             if destination.exists():
                 # Moved aside first, so that a crash loses nothing.
                 shutil.rmtree(old, ignore_errors=True)
@@ -241,6 +302,8 @@ def _is_ours(folder: Path) -> bool:
             return True
         names = {path.name for path in folder.iterdir()}
         card = (folder / CARD).read_text(encoding="utf-8")
+        if card.startswith(MODEL_TITLE):
+            return {Path(name).suffix for name in names} <= {*_TEXTS, ".md", ".safetensors"}
         return names <= _OURS and card.startswith(CARD_TITLE)
     except (OSError, ValueError, TypeError):
         return False

@@ -12,13 +12,15 @@ from typing import Any
 
 from vllm_vispec.utils.errors import ViSpecError
 
+FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+"""What is fetched of a hub's repository."""
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
 def resolve_head(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     """Return the local folder of a head, downloaded if it is a hub id.
 
-    Only `*.json` and `*.safetensors` are fetched: pickles never reach this machine.
+    Weights as safetensors and texts are fetched: pickles never reach this machine.
 
     Raises:
         ViSpecError: the folder does not exist, or the hub cannot deliver the repository.
@@ -40,9 +42,7 @@ def resolve_head(path_or_hub_id: str | Path, revision: str | None = None) -> Pat
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(
-            name, revision=revision, allow_patterns=["*.json", "*.safetensors"]
-        )
+        folder = snapshot_download(name, revision=revision, allow_patterns=[*FILES])
     # The hub client raises errors of several families (its own, its HTTP library's), which differ
     # between versions; all mean the same to the user.
     except Exception as error:

@@ -74,15 +74,19 @@ class HeadSettings(Section):
     input_norm: Literal["auto", "on", "off"] = setting("auto", "SpecVLM (on), ViSpec code (off)")
     """norm of the draft's input; auto: as the head type, or as head.init_from"""
     init_from: str = setting("", "ours; MASSV")
-    """head folder to start from; for a draft VLM also a small language model's"""
+    """head folder to start from; for a draft VLM also a small language model, or a published VLM,
+    which stays one"""
     num_layers: int = setting(0, "ours", ge=0)
     """decoder layers of a draft VLM; 0: those of head.init_from, else 4"""
     hidden_size: int = setting(0, "ours", ge=0)
     """width of a draft VLM; 0: that of head.init_from, else the target's"""
     num_heads: int = setting(0, "ours", ge=0)
     """heads of a draft VLM; 0: those of head.init_from, else as wide as the target's"""
-    trained: Literal["all", "projector"] = setting("all", "MASSV (stage 1: projector)")
-    """which weights of a draft VLM are trained; projector: stage 1"""
+    trained: Literal["all", "language_model", "projector"] = setting(
+        "all", "MASSV (stage 1: projector)"
+    )
+    """which weights of a draft VLM are trained; projector: stage 1; language_model: all but what
+    reads images"""
     dtype: Dtype = setting("bfloat16", "ViSpec code")
     """dtype of the exported weights"""
 

@@ -117,10 +117,10 @@ def _check_draft_vlm(config: TrainConfig) -> None:
         )
     if config.head.input_norm == "off":
         raise ViSpecError("head.input_norm off does not go with a draft VLM: leave it at auto")
-    if config.head.trained == "projector" and not config.head.init_from:
+    if config.head.trained != "all" and not config.head.init_from:
         raise ViSpecError(
-            "head.trained projector would freeze a new draft VLM's random weights: set "
-            "head.init_from to a language model's folder, or train all"
+            f"head.trained {config.head.trained} would freeze a new draft VLM's random weights: "
+            "set head.init_from to a language model's folder, or train all"
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vllm_vispec.compressors.spec import QUERY
 from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.heads.folder import load_draft
+from vllm_vispec.heads.folder import HeadInfo, load_draft
 from vllm_vispec.heads.target import check_against_target
 from vllm_vispec.reference import Draft, DraftVlm, ViSpecDraft
 from vllm_vispec.reference.modeling_draft_vlm import PROJECTOR_PREFIX
@@ -24,6 +24,7 @@ from vllm_vispec.train.language_model import (
     load_language_model,
     read_language_model,
 )
+from vllm_vispec.train.published import LANGUAGE_PREFIXES, PublishedModel
 from vllm_vispec.train.target import TargetFacts
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -129,19 +130,26 @@ def _rope_theta(text: Any) -> float:
     return float(theta)
 
 
-def make_draft(settings: HeadSettings, facts: TargetFacts, seed: int) -> Draft:
+def make_draft(
+    settings: HeadSettings, facts: TargetFacts, seed: int, published: HeadInfo | None = None
+) -> Draft:
     """Return a float32 draft on the CPU, the same on every process.
 
     With `head.init_from`, every tensor that the head type has is taken over. Image parts that the
     other head lacks (a text draft from stage 1, a compressor) are initialised. A draft VLM may
     start from a language model; see `head.trained`.
 
+    Args:
+        published: what `published.find_start` says of `head.init_from`.
+
     Raises:
         ViSpecError: sizes are impossible, or `head.init_from` does not fit target or recipe.
     """
     is_vlm = get_head_type(settings.kind).draft_vlm
-    if is_vlm and settings.init_from and is_language_model(settings.init_from):
-        draft: Draft = _from_language_model(settings, facts, seed)
+    if published is not None:
+        draft: Draft = PublishedModel.load(published, setting="head.init_from")
+    elif is_vlm and settings.init_from and is_language_model(settings.init_from):
+        draft = _from_language_model(settings, facts, seed)
     elif settings.init_from:
         other = _load_other(settings, facts)
         draft = other if is_vlm else _from_head(other, settings, facts, seed)
@@ -151,9 +159,11 @@ def make_draft(settings: HeadSettings, facts: TargetFacts, seed: int) -> Draft:
         draft = new_draft(config, facts.embed_VD.cpu(), seed, facts.lm_head_VD.cpu())
     if is_vlm:
         _check_sizes(settings, draft.config)
-    if settings.trained == "projector":
-        for name, parameter in draft.named_parameters():
-            parameter.requires_grad_(name.startswith(PROJECTOR_PREFIX))
+    for name, parameter in draft.named_parameters() if settings.trained != "all" else ():
+        is_language = not name.startswith(PROJECTOR_PREFIX)
+        if published is not None:
+            is_language = name.startswith(LANGUAGE_PREFIXES)
+        parameter.requires_grad_(is_language == (settings.trained == "language_model"))
     return draft
 
 
@@ -220,6 +230,11 @@ def _from_head(other: Draft, settings: HeadSettings, facts: TargetFacts, seed: i
 
 
 def _from_language_model(settings: HeadSettings, facts: TargetFacts, seed: int) -> Draft:
+    if settings.trained == "language_model":
+        raise ViSpecError(
+            f"head.trained language_model would freeze a new projector: {settings.init_from!r} has "
+            "none; train all, or the projector first"
+        )
     embed_VD = facts.embed_VD.cpu()
     fields, tensors = read_language_model(settings.init_from, len(embed_VD))
     draft = new_draft(_new_config(settings, facts, fields), embed_VD, seed)

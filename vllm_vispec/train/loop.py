@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_vispec.heads.export import export_head
+from vllm_vispec.heads.export import export_head, export_model
 from vllm_vispec.spec_decode.low_acceptance import low_acceptance
 from vllm_vispec.train.acceptance import OVERALL, describe_gate, validate
 from vllm_vispec.train.cache import OfflineTeacher, open_teacher
@@ -21,6 +21,7 @@ from vllm_vispec.train.distributed import Processes, stop_on_signals
 from vllm_vispec.train.head_types import resolve
 from vllm_vispec.train.init import make_draft
 from vllm_vispec.train.preflight import prepare
+from vllm_vispec.train.published import PublishedModel, find_start
 from vllm_vispec.train.run_log import RunLog, describe_run, now
 from vllm_vispec.train.trainer import Trainer, rate_factor
 from vllm_vispec.utils.errors import ViSpecError
@@ -85,6 +86,7 @@ class Run:
     def __init__(
         self, config: TrainConfig, group: Processes, override: tuple[str, ...], command: str
     ) -> None:
+        published = find_start(config)
         config, corpus = prepare(config)
         self.config, self.group = config, group
         self.output = Path(config.run.output)
@@ -108,7 +110,7 @@ class Run:
             )
         self.order = BatchOrder(chosen, usable, config.batch, group.world, config.run.seed)
         self.total_steps = config.schedule.total_steps(self.order.steps_per_epoch)
-        draft = make_draft(config.head, self.teacher.facts, config.run.seed)
+        draft = make_draft(config.head, self.teacher.facts, config.run.seed, published)
         self.compressor = draft.config.compressor_spec
         self.trainer = Trainer(config, draft, self.teacher, group)
         self.progress = Progress()
@@ -267,12 +269,14 @@ class Run:
             step = self.progress.best_step
         groups = self.checkpoints.load(step).groups
         draft = self.trainer.draft_with(groups.get("average") or groups["weights"])
-        export_head(
-            draft.cpu(),
-            folder,
-            target=config.target.model,
-            dtype=config.head.dtype,
-            num_speculative_tokens=config.run.num_draft_tokens,
-            provenance={**self.description, "exported_step": step},
-            overwrite=True,
-        )
+        options: Any = {
+            "target": config.target.model,
+            "dtype": config.head.dtype,
+            "num_speculative_tokens": config.run.num_draft_tokens,
+            "provenance": {**self.description, "exported_step": step},
+            "overwrite": True,
+        }
+        if isinstance(draft, PublishedModel):
+            export_model(draft.model, draft.folder, folder, **options)
+        else:
+            export_head(draft.cpu(), folder, **options)

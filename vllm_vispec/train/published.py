@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_vispec.draft_model.named import find_published
 from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.heads.folder import HeadInfo
+from vllm_vispec.heads.folder import CONFIG, HeadInfo, read_json
 from vllm_vispec.reference import Draft
+from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.target import DraftBatch, load_model, model_inputs
+from vllm_vispec.utils.errors import ViSpecError
 
 LANGUAGE_PREFIXES = ("model.model.language_model.", "model.lm_head.")
 """Of the names of all weights but the vision tower's and its projector's."""
@@ -68,3 +71,27 @@ class PublishedModel(Draft):
         inputs = model_inputs(model, batch.ids_BL, batch.lengths, batch.vision)
         hidden_BLD: Tensor = model.model(**inputs, use_cache=False).last_hidden_state
         return F.pad(hidden_BLD[:, 1:], (0, 0, 0, 1))
+
+
+def find_start(config: TrainConfig) -> HeadInfo | None:
+    """Return the published model that `head.init_from` of a draft VLM names, None if it names none.
+
+    Raises:
+        ViSpecError: it does not fit the target, or a setting does not go with it.
+    """
+    head = config.head
+    if head.kind != "draft_vlm" or not head.init_from:
+        return None
+    info = find_published(head.init_from, config.target.model)
+    if info is None:
+        return None
+    where = f"head.init_from {head.init_from!r} is a published model"
+    if read_json(info.folder / CONFIG).get("quantization_config"):
+        raise ViSpecError(f"{where} with quantised weights: start from the unquantised one")
+    if head.trained == "projector":
+        raise ViSpecError(f"{where}, whose projector is trained: set head.trained language_model")
+    if config.teacher.mode == "offline":
+        raise ViSpecError(
+            f"{where}, which reads pixels, and the cache holds none: set teacher.mode online"
+        )
+    return info
