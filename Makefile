@@ -1,5 +1,5 @@
 # `make demo` and `make test` work on a bare machine with Python 3.11; both can be repeated.
-# Variables: PYTHON (interpreter to build with), VENV, VISPEC_STACK=cpu|gpu, PYTEST_ARGS.
+# Variables: PYTHON (interpreter to build with), VENV, VISPEC_STACK=cpu|gpu, PYTEST_ARGS, DRAFT.
 PYTHON ?= python3.11
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -7,6 +7,7 @@ PY := $(VENV)/bin/python
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadfile
 PYTEST_ARGS ?=
+DRAFT ?= head
 MAKEFLAGS += --no-print-directory
 export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
@@ -20,8 +21,8 @@ help: ## show this list
 setup: ## create .venv and install everything (a no-op when nothing changed)
 	@PYTHON="$(PYTHON)" VENV="$(abspath $(VENV))" bash tests/cpu_stack/setup_env.sh
 
-demo: setup ## serve the tiny VLM with and without ViSpec on real images
-	@$(PY) -m examples.demo
+demo: setup ## serve the tiny VLM with and without ViSpec on real images (DRAFT=head|draft_vlm|sibling)
+	@$(PY) -m examples.demo --draft $(DRAFT)
 
 test: setup lint ## lint and the default tests (about 8 minutes on 2 cores)
 	@$(PYTEST) $(PYTEST_ARGS)

@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 import typer
 
-from benchmarks import DraftOption, FamilyOption, ModelOption, ThreadsOption, calls, turns
+from benchmarks import FamilyOption, ThreadsOption, calls, turns
 from benchmarks.calls import Calls
 from benchmarks.report import RESULTS, write_report
 from benchmarks.turns import Job
+from examples.pair import DraftOption, ModelOption
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.shipped import HEAD, TARGET
 from vllm_vispec.bench.bootstrap import bootstrap

@@ -16,8 +16,9 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import DraftOption, DraftTokensOption, FamilyOption, ModelOption, ThreadsOption
+from benchmarks import FamilyOption, ThreadsOption
 from benchmarks.report import RESULTS
+from examples.pair import DraftOption, DraftTokensOption, ModelOption
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import write_questions
 from examples.tiny_vlm.shipped import DRAFT_TOKENS, HEAD, MAX_MODEL_LEN, TARGET

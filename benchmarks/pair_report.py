@@ -32,6 +32,7 @@ TUNED = RESULTS / "tune.json"
 FIRST_SAMPLE = 700_000
 """Of the held-out split; not used for anything else."""
 SAMPLES, MAX_TOKENS, LEAST, REPETITIONS = 96, 32, 4, 3
+SIBLINGS = ("sibling", "sibling_prune", "sibling_none")
 THREADS = "1"
 """Of each server: the other core is for the load generator."""
 SERVE_ARGS = (
@@ -56,7 +57,8 @@ def pair_settings(
         dataset="tiny",
         head=f"{PAIR}/vispec_head",
         eagle_head=f"{PAIR}/eagle_text_head",
-        variants=("plain", "ngram", "eagle", "vispec_zeroed", "vispec", *tuned),
+        sibling=f"{PAIR}/sibling",
+        variants=("plain", "ngram", "eagle", "vispec_zeroed", "vispec", *tuned, *SIBLINGS),
         schedule=schedule,
         design="star",
         concurrency=(1, 2, 4, 8, 16, 32, 64),

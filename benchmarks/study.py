@@ -19,8 +19,9 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import ModelOption, ThreadsOption
+from benchmarks import ThreadsOption
 from benchmarks.report import PAGES, RESULTS, publish
+from examples.pair import ModelOption
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import TEXT_FAMILY, write_questions
 from examples.tiny_vlm.shipped import MAX_MODEL_LEN, TARGET

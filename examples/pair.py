@@ -9,14 +9,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from examples.tiny_vlm.shipped import CHECKPOINTS, DRAFT_TOKENS, HEAD, MAX_MODEL_LEN, TARGET
+from examples.tiny_vlm.shipped import (
+    CHECKPOINTS,
+    DRAFT_TOKENS,
+    DRAFTS,
+    HEAD,
+    MAX_MODEL_LEN,
+    TARGET,
+)
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 
 ModelOption = Annotated[str, typer.Option("--model", help="Target: a folder or hub id.")]
-DraftOption = Annotated[str, typer.Option("--draft-model", help="ViSpec head: a folder or hub id.")]
+DraftOption = Annotated[
+    str,
+    typer.Option(
+        "--draft-model",
+        "--draft",
+        help=f"{', '.join(DRAFTS)}, or another folder or hub id.",
+        callback=lambda given: DRAFTS.get(given, given),
+    ),
+]
 DraftTokensOption = Annotated[
     int, typer.Option("--num-speculative-tokens", min=1, help="Draft tokens per step (K).")
 ]
@@ -45,7 +60,7 @@ class PairError(SystemExit):
 
 @dataclass(frozen=True)
 class Pair:
-    """A target and its ViSpec head.
+    """A target and its draft.
 
     Raises:
         PairError: A local folder does not exist.

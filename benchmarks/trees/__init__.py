@@ -17,7 +17,8 @@ from vllm_vispec.bench.schedules import SETTING as LOAD_SETTING
 from vllm_vispec.bench.schedules import Ranges
 from vllm_vispec.trees.settings import TreeSettings
 
-VISPEC, DRAFT_VLM = "vispec", "draft_vlm"
+VISPEC, DRAFT_VLM, SIBLING = "vispec", "draft_vlm", "sibling"
+_CALLED = {DRAFT_VLM: "draft VLM: ", SIBLING: "sibling: "}
 NODES = 29  # and the root: 30, as ViSpec's and EAGLE-2's published settings
 BATCHES = (1, 2, 4, 8, 16)
 
@@ -30,7 +31,8 @@ class Draft:
         nodes: vLLM's ``num_speculative_tokens``: K of a chain, or a tree's nodes without its root.
         tree: None for a chain.
         schedule: ``num_speculative_tokens_per_batch_size``, empty for none.
-        head: Which of the heads drafts, `VISPEC` or `DRAFT_VLM`.
+        head: Which model drafts: `VISPEC`, `DRAFT_VLM` or `SIBLING`.
+        images: What a sibling sees of images; None is its default.
 
     Raises:
         ViSpecError: The tree cannot have so many nodes.
@@ -40,6 +42,7 @@ class Draft:
     tree: TreeSettings | None = None
     schedule: Ranges = ()
     head: str = VISPEC
+    images: str | None = None
 
     def __post_init__(self) -> None:
         if self.tree is not None:
@@ -60,6 +63,7 @@ class Draft:
             tree = self.tree
             parts += [tree.policy, f"d{tree.depth}", f"k{tree.top_k}", f"n{self.nodes}"]
             parts += [] if tree.threshold is None else [f"p{tree.threshold:g}"]
+        parts += [self.images.replace(":", "")] if self.images else []
         return "-".join([*parts, "load"] if self.schedule else parts)
 
     @property
@@ -71,14 +75,17 @@ class Draft:
             words = f"{self.tree.policy}, depth {self.tree.depth}, top_k {self.tree.top_k}"
             words += f", {self.nodes} nodes"
             words += "" if self.tree.threshold is None else f", p >= {self.tree.threshold:g}"
+        words += f", images {self.images}" if self.images else ""
         words += ", load schedule" if self.schedule else ""
-        return f"draft VLM: {words}" if self.head == DRAFT_VLM else words
+        return _CALLED.get(self.head, "") + words
 
     def speculative(self) -> dict[str, Any]:
         """Keys of the speculative config besides method and model."""
         found: dict[str, Any] = {"num_speculative_tokens": self.nodes}
         if self.tree is not None:
             found["tree"] = self.tree.model_dump(exclude_none=True)
+        if self.images:
+            found["images"] = self.images
         if self.schedule:
             found[LOAD_SETTING] = [list(entry) for entry in self.schedule]
         return found
@@ -112,6 +119,7 @@ class Part(StrEnum):
     TEMPERATURE = "temperature"
     DRAFT_VLM = "draft_vlm"
     DRAFT_VLM_BATCH = "draft_vlm_batch"
+    SIBLING = "sibling"
 
 
 def eagle2(depth: int, top_k: int = 8, nodes: int = NODES, **others: Any) -> Draft:
@@ -158,8 +166,17 @@ _VLM = (
     confident(5, 3, 15, 0.1, head=DRAFT_VLM),
     replace(VLM_LOADED_PATH, schedule=()),
 )
+# The head's chain beside a published model of the target's family, drafting as it is.
+_SIBLINGS = (
+    CHAIN,
+    *(Draft(5, head=SIBLING, images=images) for images in (None, "prune:4", "none")),
+    confident(11, 1, 12, 0.3, head=SIBLING),
+    *(Draft(count, head=SIBLING) for count in (3, 7, 10)),
+)
 _GREEDY, _SAMPLED = Condition("greedy"), Condition("sampled", temperature=1.0)
 _BATCHED = Condition("batched", has_batches=True)
+# The same as greedy, in a run of its own: the head's chain takes turns with the sibling's.
+_BESIDE = Condition("sibling")
 PARTS: Mapping[Part, tuple[Condition, tuple[Draft, ...]]] = MappingProxyType(
     {
         Part.POLICIES: (_GREEDY, _POLICIES),
@@ -168,5 +185,6 @@ PARTS: Mapping[Part, tuple[Condition, tuple[Draft, ...]]] = MappingProxyType(
         Part.TEMPERATURE: (_SAMPLED, (CHAIN, TREE, LONG, PATH)),
         Part.DRAFT_VLM: (_GREEDY, _VLM),
         Part.DRAFT_VLM_BATCH: (_BATCHED, (*_VLM_CHAINS[1:], VLM_LOADED, VLM_LOADED_PATH)),
+        Part.SIBLING: (_BESIDE, _SIBLINGS),
     }
 )

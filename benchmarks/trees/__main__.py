@@ -14,15 +14,15 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import DraftOption, FamilyOption, ModelOption, ThreadsOption, turns
+from benchmarks import FamilyOption, ThreadsOption, turns
 from benchmarks.report import PAGES, RESULTS, publish
 from benchmarks.study import choose
-from benchmarks.trees import BATCHES, DRAFT_VLM, PARTS, VISPEC, Condition, Draft, Part
+from benchmarks.trees import BATCHES, DRAFT_VLM, PARTS, SIBLING, VISPEC, Condition, Draft, Part
 from benchmarks.trees.results import Row, draw, make_row, to_markdown
 from benchmarks.turns import Job, Plan, read_measured
+from examples.pair import DraftOption, ModelOption
 from examples.tiny_vlm.families import FAMILIES
-from examples.tiny_vlm.shipped import DRAFT_VLM as DRAFT_VLM_FOLDER
-from examples.tiny_vlm.shipped import HEAD, TARGET
+from examples.tiny_vlm.shipped import DRAFTS, HEAD, TARGET
 from vllm_vispec.bench.profile_engine import default_runner
 
 
@@ -159,9 +159,12 @@ class Bench:
 def main(
     model: ModelOption = TARGET,
     draft_model: DraftOption = HEAD,
-    draft_vlm: Annotated[
-        str, typer.Option(help="Draft VLM: a folder or hub id.")
-    ] = DRAFT_VLM_FOLDER,
+    draft_vlm: Annotated[str, typer.Option(help="Draft VLM: a folder or hub id.")] = DRAFTS[
+        DRAFT_VLM
+    ],
+    sibling: Annotated[
+        str, typer.Option(help="Model of the target's family: a folder or hub id.")
+    ] = DRAFTS[SIBLING],
     work_dir: Annotated[Path, typer.Option(help="Results so far, and logs.")] = Path("out/trees"),
     step: Annotated[list[Step] | None, typer.Option(help="Only these; repeat.")] = None,
     part: Annotated[list[Part] | None, typer.Option(help="Only these; repeat.")] = None,
@@ -182,7 +185,7 @@ def main(
     bench = Bench(
         work_dir.resolve(),
         model,
-        {VISPEC: draft_model, DRAFT_VLM: draft_vlm},
+        {VISPEC: draft_model, DRAFT_VLM: draft_vlm, SIBLING: sibling},
         tuple(family or FAMILIES),
         per_family,
         tuple(batch or BATCHES),

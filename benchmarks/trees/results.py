@@ -41,6 +41,7 @@ TITLES: Mapping[str, str] = {
     Part.TEMPERATURE: "temperature 1, batch 1",
     Part.DRAFT_VLM: "draft VLM, batch 1, greedy",
     Part.DRAFT_VLM_BATCH: "draft VLM, batches, greedy",
+    Part.SIBLING: "untrained sibling beside the head, batch 1, greedy",
 }
 COST = "step_cost_over_plain_pass"
 HEADING = (

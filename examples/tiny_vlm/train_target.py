@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,21 @@ from .dataset import FAMILY_WEIGHTS, HARD_WEIGHTS
 from .model import Target, TargetConfig, grow
 from .tokenizer import build_tokenizer, load_tokenizer, save_processor
 from .vision_stage import train_vision
+
+# The sibling is half as wide, its vision tower too. Heads stay 64 wide, as M-RoPE's sections are.
+SIZES = {
+    "target": TargetConfig(),
+    "sibling": TargetConfig(
+        hidden=128,
+        heads=2,
+        kv_heads=1,
+        mlp=352,
+        vision_depth=2,
+        vision_hidden=64,
+        vision_heads=2,
+        vision_mlp=128,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -185,7 +200,7 @@ def load_run(path: Path) -> Run:
 def vision_stage(args: argparse.Namespace) -> Target:
     """Stage 1, or its saved result."""
     torch.manual_seed(args.seed)
-    target = Target(TargetConfig(layers=args.shallow_layers))
+    target = Target(replace(SIZES[args.size], layers=args.shallow_layers))
     path = args.work_dir / "vision.pt"
     if path.exists():
         target.visual.load_state_dict(torch.load(path, weights_only=True))
@@ -228,6 +243,7 @@ def deep_stage(args: argparse.Namespace) -> Run:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work-dir", type=Path, default=Path("out/tiny_vlm"))
+    parser.add_argument("--size", choices=list(SIZES), default="target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=16)

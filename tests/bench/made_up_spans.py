@@ -48,6 +48,7 @@ class Tape:
         batch: Batch,
         *,
         drafts: int = K,
+        fills: Sequence[float] = (),
         first_pass: float = 20.0,
         vision: float = 0.0,
         ours: Sequence[tuple[str, float]] = (),
@@ -68,6 +69,8 @@ class Tape:
                 self.wait(6)
                 for name, seconds in ours:
                     self.leaf(name, seconds)
+                for seconds in fills:
+                    self.leaf(parts.DRAFT_MODEL, seconds)
                 for number in range(drafts):
                     self.leaf(parts.DRAFT_MODEL, 10 + number if number else first_pass)
                     with span(parts.DRAFT_SAMPLE):

@@ -95,10 +95,11 @@ def test_impossible_settings(change: dict[str, Any], message: str) -> None:
 
 
 def test_speculative_configs(tmp_path: Path) -> None:
-    settings = SETTINGS.replace(eagle_head="org/eagle-head", schedule=RANGES)
+    settings = SETTINGS.replace(eagle_head="org/eagle-head", schedule=RANGES, sibling="org/sibling")
     found = {name: one.speculative_config(settings, tmp_path, 5) for name, one in VARIANTS.items()}
     k = {"num_speculative_tokens": 5}
     tuned = {SETTING: [list(entry) for entry in RANGES]}
+    sibling = {"method": "vispec", "model": "org/sibling", **k}
     assert found == {
         "plain": None,
         "ngram": NGRAM | k,
@@ -106,6 +107,9 @@ def test_speculative_configs(tmp_path: Path) -> None:
         "vispec_zeroed": {"method": "vispec", "model": str(tmp_path / "vispec_zeroed"), **k},
         "vispec": {"method": "vispec", "model": str(HEAD), **k},
         "vispec_tuned": {"method": "vispec", "model": str(HEAD), **k, **tuned},
+        "sibling": sibling,
+        "sibling_prune": {**sibling, "images": "prune:4"},
+        "sibling_none": {**sibling, "images": "none"},
     }
 
 

@@ -34,6 +34,7 @@ def test_a_decoding_step() -> None:
         "verification": 4,
         "adaptor": 0,
         "row_ids": 3,
+        "draft_embedding": 0,
         "draft_first_pass": 20,
         "draft_step_1": 11,
         "draft_step_2": 12,
@@ -46,6 +47,17 @@ def test_a_decoding_step() -> None:
     assert found.wholes["first_pass"] == 6 + 3 + 20 + 1 + 12
     assert found.wholes["draft_step"] == ((11 + 13) + (12 + 13)) / 2
     assert found.wholes["propose"] == 91
+
+
+def test_a_pass_that_drafts_nothing_is_part_of_the_first() -> None:
+    tape = Tape()
+    tape.step(DECODE, fills=(30.0,))
+    (found,) = tape.found().steps
+    assert found.seconds["draft_first_pass"] == 30 + 20
+    assert (found.seconds["draft_step_1"], found.seconds["draft_step_2"]) == (11, 12)
+    assert found.wholes["first_pass"] == 6 + 30 + 20 + 1 + 12
+    tape.step(DECODE, fills=(30.0, 30.0))
+    assert tape.found().left_out == {INCOMPLETE: 1}
 
 
 def test_a_prefill_is_apart() -> None:

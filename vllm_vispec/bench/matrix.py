@@ -74,9 +74,13 @@ class MatrixSettings(CommandSettings):
     eagle_head: str | None = Field(
         default=None, description="Text-trained head for the variant eagle."
     )
+    sibling: str | None = Field(
+        default=None, description="Published model of the target's family for sibling variants."
+    )
     variants: Annotated[tuple[str, ...], CommaSeparated] = Field(
         default=("plain", "vispec"),
-        description="Of plain, ngram, eagle, vispec_zeroed, vispec, vispec_tuned.",
+        description="Of plain, ngram, eagle, vispec_zeroed, vispec, vispec_tuned, sibling, "
+        "sibling_prune, sibling_none.",
     )
     concurrency: Annotated[tuple[PositiveInt, ...], CommaSeparated] = Field(
         default=(1,), description="Requests in flight, e.g. 1,4,16. Each value is a cell."
@@ -237,6 +241,10 @@ def _vispec_tuned(settings: MatrixSettings, folder: Path) -> Mapping[str, Any]:
     return speculative_config(_vispec(settings, folder), settings.schedule) or {}
 
 
+def _sibling(settings: MatrixSettings, _: Path) -> Mapping[str, Any]:
+    return {"method": "vispec", "model": settings.sibling}
+
+
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {
         "plain": Variant("vLLM without speculation", None),
@@ -252,6 +260,17 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         "vispec": Variant("ViSpec", _vispec, ("head",)),
         "vispec_tuned": Variant(
             "ViSpec with K by the number of running requests", _vispec_tuned, ("head", "schedule")
+        ),
+        "sibling": Variant("a published model of the family drafts", _sibling, ("sibling",)),
+        "sibling_prune": Variant(
+            "the same, and sees a quarter of an image's tokens",
+            lambda *given: {**_sibling(*given), "images": "prune:4"},
+            ("sibling",),
+        ),
+        "sibling_none": Variant(
+            "the same, and sees no images",
+            lambda *given: {**_sibling(*given), "images": "none"},
+            ("sibling",),
         ),
     }
 )

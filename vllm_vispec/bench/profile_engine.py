@@ -228,6 +228,7 @@ def install(recorder: Recorder, llm: Any, runner_name: str) -> None:
         (target, "compute_logits", spans.TARGET_LOGITS),
         (drafter, "propose", spans.PROPOSE),
         (drafter, probe.draft_sample, spans.DRAFT_SAMPLE),
+        (draft, "embed_input_ids", spans.DRAFT_EMBED),
         (draft, "forward", spans.DRAFT_MODEL),
         (draft, "compute_logits", spans.DRAFT_LOGITS),
     ]

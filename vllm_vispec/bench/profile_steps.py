@@ -22,6 +22,7 @@ STEP, EXECUTE, DRAFT_MODEL = "step", "execute", "draft_model"
 VISION, TARGET_MODEL, TARGET_LOGITS = "vision_tower", "target_pass", "target_lm_head"
 SAMPLE, ADAPTOR, ROWS = "verification", "adaptor", "row_ids"
 PROPOSE, DRAFT_LOGITS, DRAFT_SAMPLE = "draft_host", "draft_lm_head", "draft_sampling"
+DRAFT_EMBED = "draft_embedding"
 ONCE = (EXECUTE, TARGET_MODEL, TARGET_LOGITS, SAMPLE, PROPOSE)
 # Parts that no span is named after.
 FIRST_PASS, DRAFT_STEP, HOST = "draft_first_pass", "draft_step", "host"
@@ -41,6 +42,7 @@ PARTS = {
     SAMPLE: Part("verification and sampling", "#8c6d00"),
     ADAPTOR: Part("vision adaptor", "#009e73"),
     ROWS: Part("row ids", "#117733"),
+    DRAFT_EMBED: Part("draft embeddings", "#aa4499"),
     FIRST_PASS: Part("draft first pass", "#d55e00"),
     DRAFT_STEP: Part("draft step", "#e69f00"),
     DRAFT_LOGITS: Part("draft lm_head", "#cc79a7"),
@@ -292,7 +294,9 @@ def _split(
     passes, logits = named[DRAFT_MODEL], named[DRAFT_LOGITS]
     if any(len(named[name]) != 1 for name in ONCE):
         return None
-    if not len(passes) == len(logits) == num_draft_tokens:
+    # A published model's first pass drafts nothing; with the next one it opens the step.
+    opening = len(passes) - num_draft_tokens + 1
+    if len(logits) != num_draft_tokens or opening not in (1, 2):
         return None
     (step,), (propose,) = named[STEP], named[PROPOSE]
     wholes = {"first_pass": logits[0].end - propose.begin}
@@ -301,8 +305,8 @@ def _split(
     wholes |= {"propose": propose.seconds, "step": step.seconds}
     parts = columns(num_draft_tokens)
     seconds = {name: sum((span.own for span in named[name]), 0.0) for name in parts}
-    seconds[FIRST_PASS] = passes[0].own
-    for number, later in enumerate(passes[1:], start=1):
+    seconds[FIRST_PASS] = sum(one.own for one in passes[:opening])
+    for number, later in enumerate(passes[opening:], start=1):
         seconds[f"{DRAFT_STEP}_{number}"] = later.own
     seconds[HOST] = step.seconds - sum(seconds.values())
     return seconds, wholes

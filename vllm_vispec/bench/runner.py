@@ -32,8 +32,9 @@ from vllm_vispec.heads.folder import inspect_head
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import write_json
 from vllm_vispec.utils.process import interruptible
+from vllm_vispec.utils.settings import as_flag
 
-LATE = ("schedule",)
+LATE = ("schedule", "sibling")
 """Settings that a later call may add or leave out, but not change."""
 NOTHING_DRAFTED = SpecCounters(0, 0, 0, ())
 
@@ -101,8 +102,8 @@ def check_inputs(settings: MatrixSettings) -> None:
         inspect_head(settings.head or "")
     if "vispec_zeroed" in settings.variants:
         check_has_adaptor(settings.head or "")
-    if "eagle_head" in needed:
-        _check_folder("--eagle-head", settings.eagle_head or "")
+    for name in needed & {"eagle_head", "sibling"}:
+        _check_folder(as_flag(name), getattr(settings, name))
 
 
 def _check_folder(flag: str, name: str) -> None:
