@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -71,7 +72,9 @@ def test_states_are_those_of_the_whole_model(kind: str, tiny: TinyStore, dialogu
     assert torch.equal(same, is_text)
 
 
-def test_targets_that_cannot_be_used(tiny: TinyStore, tmp_path: Path) -> None:
+def test_targets_that_cannot_be_used(
+    tiny: TinyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ViSpecError, match=r"target\.model .* cannot be read"):
         load(tmp_path / "missing")
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -79,6 +82,11 @@ def test_targets_that_cannot_be_used(tiny: TinyStore, tmp_path: Path) -> None:
     with pytest.raises(ViSpecError, match="has no vision part"):
         load(tmp_path)
     folder = Path(shutil.copytree(tiny.target("llava"), tmp_path / "llava"))
+    memory = psutil.virtual_memory()
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=1e6))
+        with pytest.raises(ViSpecError, match=r"takes 0\.00\d+ GB in torch.float32, 0\.001 GB are"):
+            load(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ViSpecError, match="cannot be loaded"):
         load(folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vispec.train.config import TrainConfig, config_from_flat
+from vllm_vispec.train.distributed import TIMEOUT
 from vllm_vispec.train.run_log import command_line
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -62,7 +63,9 @@ def train_on_ray(
         _worker,
         train_loop_config=job,
         scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-        torch_config=torch_train.TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=torch_train.TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=int(TIMEOUT.total_seconds())
+        ),
         run_config=train.RunConfig(name="ray", storage_path=str(output)),
     )
     try:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -149,10 +152,11 @@ class TrainingTarget(TargetFacts):
         """Load a target from a local folder (nothing is fetched then) or a hub id.
 
         Raises:
-            ViSpecError: it cannot be read, has no vision part, or is not built as
-                `model.model.language_model` plus `lm_head`.
+            ViSpecError: it cannot be read, has no vision part, does not fit the device, or is not
+                built as `model.model.language_model` plus `lm_head`.
         """
         config = load_target_config(folder)
+        _check_room(folder, dtype, device)
         model = load_model(folder, dtype)
         model.requires_grad_(False)
         model.eval().to(device)
@@ -321,6 +325,25 @@ def load_model(folder: str | Path, dtype: torch.dtype, setting: str = "target.mo
     _check_structure(model, f"{setting} {str(folder)!r}")
     use_window_attention(model)
     return model
+
+
+def _check_room(folder: str | Path, dtype: torch.dtype, device: str) -> None:
+    """Compare the weights of a local folder, by their headers, with the device's free memory."""
+    import psutil
+
+    needed = 0
+    for file in Path(folder).glob("*.safetensors"):  # none for a hub id
+        with suppress(SafetensorError), safe_open(str(file), framework="pt") as weights:
+            shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+            needed += sum(map(math.prod, shapes)) * dtype.itemsize
+    on_gpu = device.startswith("cuda")
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    if needed > free:
+        raise ViSpecError(
+            f"target.model {str(folder)!r} takes {needed / 1e9:.3g} GB in {dtype}, "
+            f"{free / 1e9:.3g} GB are free on {device}: make its states where it fits, with "
+            "teacher.mode=offline and --cache-only, and train from teacher.cache_dir"
+        )
 
 
 def _check_structure(model: Any, name: str) -> None:
