@@ -20,11 +20,36 @@ SETTINGS = RegenerateSettings(
 )
 
 
-@pytest.mark.parametrize(
-    ("count", "workers", "blocks"), [(1, 4, 1), (7, 2, 2), (130, 1, 3), (300, 2, 5)]
-)
-def test_blocks(count: int, workers: int, blocks: int) -> None:
-    assert ray_data.num_blocks(count, workers) == blocks
+class Numbers(queue.Queue[int]):
+    """A queue as Ray's."""
+
+    def put_nowait_batch(self, numbers: list[int]) -> None:
+        for number in numbers:
+            self.put(number)
+
+
+def test_a_worker_takes_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine is handed the next dialogue when it asks; what a dead worker took is done again."""
+    todo = [
+        to_conversation({"messages": [{"role": "user", "content": "Why?"}]}, i) for i in "abcde"
+    ]
+    numbers, results = Numbers(), queue.Queue[Rejected]()
+    backend, attempts, seen = object.__new__(ray_data.RayBackend), [], set[str]()
+
+    def answer(*_: object) -> None:
+        attempts.append(numbers.qsize())
+        pulled = ray_data.taken(numbers)
+        if len(attempts) == 1:
+            next(pulled)  # taken by a worker that dies
+        for number in pulled:
+            results.put(Rejected(todo[number].sample_id, "bad"))
+
+    monkeypatch.setattr(backend, "_answer", answer)
+    drained = ray_data.drain(
+        results, lambda: backend._run(todo, numbers, results, seen), seen, 0.05
+    )
+    found = [one.sample_id for one in drained if isinstance(one, Rejected)]
+    assert (sorted(found), attempts) == (list("abcde"), [5, 1])
 
 
 def test_every_result_once_and_then_the_failure() -> None:
@@ -35,7 +60,7 @@ def test_every_result_once_and_then_the_failure() -> None:
             results.put(Rejected(name, "bad"))
         raise RuntimeError("Traceback\n  lines\nViSpecError: no such target\n")
 
-    taken = ray_data.drain(results, work, poll_s=0.05)
+    taken = ray_data.drain(results, work, set(), poll_s=0.05)
     assert [next(taken), next(taken)] == [Rejected("a", "bad"), Rejected("b", "bad")]
     with pytest.raises(ViSpecError, match="the Ray job failed: no such target"):
         next(taken)

@@ -14,6 +14,7 @@ from tests.data.fakes import FakeBackend, changed
 from vllm_vispec.cli.regenerate import regenerate
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.regenerate import job
+from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue
 from vllm_vispec.data.regenerate.settings import RegenerateSettings, write_questions
 from vllm_vispec.data.types import Conversation
 from vllm_vispec.utils.errors import ViSpecError
@@ -51,6 +52,21 @@ def test_summary(app: typer.Typer, backend: FakeBackend, settings: RegenerateSet
     assert (meta["temperature"], meta["seed"], meta["max_tokens"]) == (0.0, 5, 1024)
     again = RUNNER.invoke(app, arguments(settings, "--temperature", "0", "--seed", "5"))
     assert "9 samples: 0 regenerated, 6 there before, 3 rejected" in again.output
+
+
+def test_answers_that_repeat_themselves(
+    app: typer.Typer, backend: FakeBackend, settings: RegenerateSettings
+) -> None:
+    prose = Path(job.__file__).read_text()[:1000]  # anything that a person wrote
+
+    def speak(dialogue: Dialogue) -> Answer:
+        is_stuck = dialogue.source.sample_id == "s2" and not dialogue.answers
+        return Answer(prose + "a red ball and " * 80 * is_stuck, "stop")
+
+    backend.speak = speak
+    result = RUNNER.invoke(app, arguments(settings))
+    assert "warning: 1 answers repeat themselves" in result.output
+    assert "  s2: ...a red ball and" in result.output
 
 
 @pytest.mark.parametrize(

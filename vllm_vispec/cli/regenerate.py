@@ -52,6 +52,12 @@ def summary_lines(summary: Summary, output: Path) -> list[str]:
     lines += [f"  rejected: {count} x {reason}" for reason, count in summary.reasons.most_common()]
     if summary.error:
         lines.append(f"  ids and reasons: {output}.rejected.jsonl")
+    if summary.degenerate:
+        lines.append(
+            f"warning: {summary.degenerate} answers repeat themselves: look at them before you "
+            "train; --prompt-style and --max-tokens decide how long the target has to talk"
+        )
+        lines += [f"  {example}" for example in summary.degenerate_examples]
     if summary.round_trip_failed:
         lines.append(
             f"warning: {summary.round_trip_failed} samples have other tokens in the chat template "

@@ -116,20 +116,36 @@ class Encoder:
         Images must decode, but no pixels are processed where the processor knows their tokens
         without. What a processor does to the text beside repeating image tokens is not seen.
         """
-        if conversation.images and not hasattr(self.processor, "_get_num_multimodal_tokens"):
+        if conversation.images and not self.counts_by_size:
             return measured(self(conversation))
         try:
-            plain = plain_sample(self.template, conversation, self.recorded)
-            self._check_marks(plain, len(conversation.images))
-            sizes = [image_size(path, self.image_root) for path in conversation.images]
-            counts = self._image_tokens(sizes) if sizes else []
+            token_ids = self.ids_by_size(conversation)
         except ValueError as error:
             return Rejected(conversation.sample_id, first_line(error))
-        return Measured(len(plain.token_ids) - len(counts) + sum(counts), sum(counts))
+        return Measured(len(token_ids), token_ids.count(self.image_token_id))
 
-    def _image_tokens(self, sizes: list[tuple[int, int]]) -> list[int]:
+    @property
+    def counts_by_size(self) -> bool:
+        """Whether the processor knows an image's tokens by its size."""
+        return hasattr(self.processor, "_get_num_multimodal_tokens")
+
+    def ids_by_size(self, conversation: Conversation) -> list[int]:
+        """Return a sample's ids by the sizes of its images, as `measure` counts them.
+
+        Raises:
+            ValueError: it cannot be encoded.
+        """
+        plain = plain_sample(self.template, conversation, self.recorded)
+        self._check_marks(plain, len(conversation.images))
+        sizes = [image_size(path, self.image_root) for path in conversation.images]
         # transformers' interface for this, which vLLM uses too; without a public name.
-        return list(self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens)
+        ask = self.processor._get_num_multimodal_tokens
+        counts = iter(ask(image_sizes=sizes).num_image_tokens if sizes else ())
+        return [
+            token
+            for token in plain.token_ids
+            for _ in range(next(counts) if token == self.image_token_id else 1)
+        ]
 
     def _check_marks(self, plain: PlainSample, images: int) -> None:
         marks = plain.token_ids.count(self.image_token_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -150,12 +151,19 @@ def _without_hidden_end(
 
 def _compare(encoder: Encoder, conversation: Conversation, last: Answer) -> str:
     """Return why encoding the finished dialogue does not give the engine's tokens ("" if so)."""
+
+    def is_same(found: list[int]) -> bool:
+        answer = _without_hidden_end(encoder.template, found, last.token_ids or ())
+        return found == [*(last.prompt_token_ids or ()), *answer]
+
+    # The engine has processed the images; where their sizes explain its tokens, once is enough.
+    with suppress(ValueError):
+        if encoder.counts_by_size and is_same(encoder.ids_by_size(conversation)):
+            return ""
     encoded = encoder(conversation)
     if isinstance(encoded, Rejected):
         return encoded.reason
-    found = encoded.token_ids.tolist()
-    answer = _without_hidden_end(encoder.template, found, last.token_ids or ())
-    if found == [*(last.prompt_token_ids or ()), *answer]:
+    if is_same(encoded.token_ids.tolist()):
         return ""
     return "the engine's prompt has other tokens than the encoder's"
 

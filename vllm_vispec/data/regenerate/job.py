@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -56,6 +57,11 @@ REASON_CLASSES = (
 """Reasons without what is particular to a sample, for the summary."""
 
 
+DEGENERATE_RATIO = 5.0
+"""Bytes per compressed byte of an answer's end; English prose has about 2."""
+EXAMPLES = 3
+
+
 @dataclass
 class Summary:
     """Counts of a job: ``success + error + skipped == total``.
@@ -63,6 +69,7 @@ class Summary:
     ``skipped`` were in the output already. ``length`` counts answers that the token limit ended,
     ``round_trip_failed`` samples whose text has other tokens than the target generated (they are
     kept unless the job is strict), ``round_trip_unchecked`` those of a server that tells no tokens.
+    ``degenerate`` counts answers that repeat themselves, with a few examples.
     """
 
     total: int = 0
@@ -74,6 +81,8 @@ class Summary:
     length: int = 0
     round_trip_failed: int = 0
     round_trip_unchecked: int = 0
+    degenerate: int = 0
+    degenerate_examples: list[str] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
 
 
@@ -202,6 +211,12 @@ class _Job:
         summary.round_trip_unchecked += result.round_trip is None
         summary.answers += len(result.answers)
         summary.answer_tokens += sum(len(answer.token_ids or ()) for answer in result.answers)
+        for answer in result.answers:
+            if repeats_itself(answer.text):
+                summary.degenerate += 1
+                if len(summary.degenerate_examples) < EXAMPLES:
+                    end = " ".join(answer.text[-60:].split())
+                    summary.degenerate_examples.append(f"{result.conversation.sample_id}: ...{end}")
         summary.length += sum(answer.finish_reason == "length" for answer in result.answers)
 
     def _reject(self, item: Rejected) -> None:
@@ -236,6 +251,12 @@ class _Job:
                 f"--output {self.output} cannot be written ({error.strerror or error}): {kept} "
                 "finished samples are kept; make room and run the same command again"
             ) from error
+
+
+def repeats_itself(text: str) -> bool:
+    """Whether an answer ends in repetition: its end compresses much better than prose does."""
+    end = text[-1000:].encode()
+    return len(end) > 200 and len(end) > DEGENERATE_RATIO * len(zlib.compress(end))
 
 
 def _check_meta(

@@ -1,8 +1,7 @@
-"""A Ray Data job: engines in actors that answer blocks of dialogues.
+"""A Ray Data job: engines in actors, each kept full with dialogues that it takes one by one.
 
-Ray Data hands over a block's results when the block is finished. To lose nothing when a job is
-killed, workers also put every finished dialogue into a queue, and the job takes them from there.
-A block that Ray runs again after a worker died may come twice: the second time is dropped.
+Finished dialogues come back through a queue, so nothing is lost when the job is killed. What a
+worker had taken that died is done again; a dialogue that came twice counts once.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from queue import Empty
 from threading import Thread
+from time import sleep
 from typing import Any
 
 from vllm_vispec.data.regenerate.dialogue import Result
@@ -19,24 +19,32 @@ from vllm_vispec.data.types import Conversation, Rejected
 from vllm_vispec.utils.engine_start import find_cause
 from vllm_vispec.utils.errors import ViSpecError
 
-BLOCK = 64
-"""Most dialogues of one block. Small blocks keep the workers equally busy, an engine needs many."""
 
+class PullingWorker:
+    """Lives in an actor: one engine, kept full with dialogues that are still to do."""
 
-class BlockWorker:
-    """Lives in an actor: one engine that answers blocks of dialogues, given by their numbers."""
-
-    def __init__(self, settings: RegenerateSettings, conversations: Any, queue: Any) -> None:
+    def __init__(
+        self, settings: RegenerateSettings, conversations: Any, todo: Any, results: Any
+    ) -> None:
         import ray
 
         self.conversations: Sequence[Conversation] = ray.get(conversations)
-        self.queue, self.backend = queue, OfflineBackend(settings)
+        self.todo, self.results, self.backend = todo, results, OfflineBackend(settings)
 
     def __call__(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Answer a block; what is returned only says that it is done."""
-        for result in self.backend.answer([self.conversations[number] for number in batch["id"]]):
-            self.queue.put(result)
+        """Answer dialogues until none is left to do; what is returned means nothing."""
+        for result in self.backend.answer(map(self.conversations.__getitem__, taken(self.todo))):
+            self.results.put(result)
         return batch
+
+
+def taken(todo: Any) -> Iterator[int]:
+    """Take numbers out of a queue until it is empty."""
+    while True:
+        try:
+            yield todo.get_nowait()
+        except Empty:  # Ray's is a subclass
+            return
 
 
 class RayBackend:
@@ -59,11 +67,13 @@ class RayBackend:
         """See `Backend.answer`."""
         from ray.util.queue import Queue
 
-        queue, todo = Queue(), list(conversations)
+        numbers, results, todo = Queue(), Queue(), list(conversations)
+        seen: set[str] = set()
         try:
-            yield from drain(queue, lambda: self._run(todo, queue))
+            yield from drain(results, lambda: self._run(todo, numbers, results, seen), seen)
         finally:
-            queue.shutdown()
+            for queue in (numbers, results):
+                queue.shutdown()
 
     def close(self) -> None:
         """Stop the local cluster if this job started it."""
@@ -72,18 +82,30 @@ class RayBackend:
         if self.started:
             ray.shutdown()
 
-    def _run(self, todo: list[Conversation], queue: Any) -> None:
-        """Have all blocks answered; Ray starts a worker again that died."""
+    def _run(self, todo: list[Conversation], numbers: Any, results: Any, seen: set[str]) -> None:
+        """Have everything answered; what a worker that died had taken is done again."""
+        left = list(range(len(todo)))
+        while left:
+            numbers.put_nowait_batch(left)
+            self._answer(todo, numbers, results)
+            while not results.empty():
+                sleep(0.1)
+            before, left = left, [n for n in left if todo[n].sample_id not in seen]
+            if len(left) == len(before):
+                return  # the job says what is missing
+
+    def _answer(self, todo: list[Conversation], numbers: Any, results: Any) -> None:
         import ray
 
-        blocks = num_blocks(len(todo), self.settings.workers)
+        workers = min(self.settings.workers, len(todo))
         has_gpu = ray.cluster_resources().get("GPU", 0)
         gpus = int(self.settings.engine.get("tensor_parallel_size", 1)) if has_gpu else None
-        answered = ray.data.range(len(todo), override_num_blocks=blocks).map_batches(
-            BlockWorker,
-            fn_constructor_args=(self.settings, ray.put(todo), queue),
+        # One block a worker, and none waits at a worker that is busy.
+        answered = ray.data.range(workers, override_num_blocks=workers).map_batches(
+            PullingWorker,
+            fn_constructor_args=(self.settings, ray.put(todo), numbers, results),
             batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=min(self.settings.workers, blocks)),
+            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
             num_cpus=1,
             num_gpus=gpus,
         )
@@ -91,8 +113,13 @@ class RayBackend:
             pass
 
 
-def drain(queue: Any, work: Callable[[], None], poll_s: float = 1.0) -> Iterator[Result]:
+def drain(
+    queue: Any, work: Callable[[], None], seen: set[str], poll_s: float = 1.0
+) -> Iterator[Result]:
     """Run `work` in a thread; meanwhile yield what it has put into the queue, each dialogue once.
+
+    Args:
+        seen: ids of what came; they are added to it.
 
     Raises:
         ViSpecError: it failed; everything that had been put into the queue comes first.
@@ -107,7 +134,6 @@ def drain(queue: Any, work: Callable[[], None], poll_s: float = 1.0) -> Iterator
 
     thread = Thread(target=run, daemon=True)
     thread.start()
-    seen: set[str] = set()
     while True:
         alive = thread.is_alive()
         try:
@@ -125,8 +151,3 @@ def drain(queue: Any, work: Callable[[], None], poll_s: float = 1.0) -> Iterator
         text = str(error).strip()
         reason = find_cause(text) if text else type(error).__name__
         raise ViSpecError(f"the Ray job failed: {reason}") from error
-
-
-def num_blocks(count: int, workers: int) -> int:
-    """Return a number of blocks: one per worker if there is enough, none longer than `BLOCK`."""
-    return max(min(count, workers), -(-count // BLOCK))

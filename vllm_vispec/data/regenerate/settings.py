@@ -83,7 +83,11 @@ class RegenerateSettings(Settings):
         default={}, description="JSON object of further vllm.LLM settings."
     )
     server: str = Field(default="", description="URL of a running vllm serve instead.")
-    concurrency: int = Field(default=32, ge=1, description="Open requests to the server.")
+    concurrency: int = Field(
+        default=256,
+        ge=1,
+        description="Open requests to the server; about 256 for each of its GPUs.",
+    )
     workers: int = Field(default=1, ge=1, description="Engines of the Ray job.")
 
     @model_validator(mode="after")
