@@ -170,8 +170,8 @@ _VLM = (
 _SIBLINGS = (
     CHAIN,
     *(Draft(5, head=SIBLING, images=images) for images in (None, "prune:4", "none")),
+    Draft(7, head=SIBLING),
     confident(11, 1, 12, 0.3, head=SIBLING),
-    *(Draft(count, head=SIBLING) for count in (3, 7, 10)),
 )
 _GREEDY, _SAMPLED = Condition("greedy"), Condition("sampled", temperature=1.0)
 _BATCHED = Condition("batched", has_batches=True)

@@ -24,6 +24,7 @@ from examples.pair import DraftOption, ModelOption
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.shipped import DRAFTS, HEAD, TARGET
 from vllm_vispec.bench.profile_engine import default_runner
+from vllm_vispec.utils.files import read_json
 
 
 class Step(StrEnum):
@@ -197,8 +198,15 @@ def main(
     if Step.MEASURE in (step or Step):
         measure_parts(bench, part or tuple(PARTS), draft)
     if Step.REPORT in (step or Step):
-        content = {"settings": bench.settings(), "results": bench.rows()}
+        content = {"settings": bench.settings(), "results": with_earlier(output, bench.rows())}
         publish(output, page, content, to_markdown, draw)
+
+
+def with_earlier(file: Path, rows: Sequence[Row]) -> list[Row]:
+    """Return rows, and in front of them what a result file has of other parts."""
+    measured = {row["part"] for row in rows}
+    earlier = read_json(file)["results"] if file.is_file() else []
+    return [*(row for row in earlier if row["part"] not in measured), *rows]
 
 
 def measure_parts(bench: Bench, parts: Sequence[Part], names: Sequence[str] | None) -> None:

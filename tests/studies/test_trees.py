@@ -27,7 +27,7 @@ from benchmarks.trees import (
     Part,
     eagle2,
 )
-from benchmarks.trees.__main__ import Bench, measure_parts
+from benchmarks.trees.__main__ import Bench, measure_parts, with_earlier
 from benchmarks.trees.results import Row, draw, find_losses, make_row, to_markdown
 from benchmarks.turns import Job, memory_of, read_measured
 from examples.tiny_vlm.families import FAMILIES
@@ -203,6 +203,12 @@ def test_report(bench: Bench, groups: list[list[str]], tmp_path: Path) -> None:
         assert words in text
     vlm = {Part.DRAFT_VLM, Part.DRAFT_VLM_BATCH}
     assert {row["part"] for row in content["results"]} == set(Part) - vlm
+    # Another run measures one part; the others stay.
+    other = replace(bench, root=tmp_path / "other")
+    measure_parts(other, [Part.SIBLING], None)
+    kept = with_earlier(output, other.rows())
+    assert sorted(row["part"] for row in kept) == sorted(r["part"] for r in content["results"])
+    assert kept[-1]["part"] == Part.SIBLING
     assert content["results"][0]["acceptance_length"]["mean"] == 5
     # Samples in one call have no family of their own.
     both = make_row(Part.BATCH, TREE, [made_up_call(5, 4.0, ("charts", "captioning"))], None)
