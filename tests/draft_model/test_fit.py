@@ -6,14 +6,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from tests.engine.test_bad_start import write_text_target
 from tests.support.tiny_store import TinyStore
 from vllm_vispec.cli import doctor
 from vllm_vispec.cli.app import app
+from vllm_vispec.heads.location import loaded_from_folder
 from vllm_vispec.utils.errors import ViSpecError
 
 
@@ -27,17 +31,15 @@ def configure(tiny: TinyStore) -> Callable[..., Any]:
     register()
 
     def make(draft: str, engine: dict[str, Any] | None = None, **settings: Any) -> Any:
+        options: dict[str, Any] = {"model": str(tiny.target()), "max_model_len": 256}
         args = EngineArgs(
-            model=str(tiny.target()),
-            max_model_len=256,
-            enforce_eager=True,
+            **options | {"enforce_eager": True} | (engine or {}),
             speculative_config={
                 "method": "vispec",
                 "model": draft,
                 "num_speculative_tokens": 4,
                 **settings,
             },
-            **(engine or {}),
         )
         return args.create_engine_config()
 
@@ -138,8 +140,107 @@ def test_a_draft_that_does_not_fit_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_longer_tables_fit(configure: Callable[..., Any], changed: Callable[..., str]) -> None:
-    assert configure(changed("config.json", _set(text_config__vocab_size=4096)))
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("config.json", _set(text_config__vocab_size=4096)),
+        # Which layers of a tower see a window, and how wide it is, is the tower's own business.
+        (
+            "config.json",
+            _set(vision_config__window_size=28, vision_config__fullatt_block_indexes=[]),
+        ),
+        # Older libraries leave out what is as usual.
+        (
+            "processor_config.json",
+            lambda content: [
+                content["image_processor"].pop(f"do_{do}") for do in ("rescale", "normalize")
+            ],
+        ),
+    ],
+    ids=["longer table", "other windows", "older processor"],
+)
+def test_what_siblings_may_differ_in(
+    configure: Callable[..., Any],
+    changed: Callable[..., str],
+    name: str,
+    edit: Callable[[dict[str, Any]], None],
+) -> None:
+    assert configure(changed(name, edit))
+
+
+def _rename(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").rename(folder / name)
+
+
+def _shard(folder: Path) -> None:
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    _rename(folder, weight_map["a"])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: _rename(folder, "pytorch_model.bin"), "holds only pickle weights"),
+        (_shard, "lacks model-00002-of-00002.safetensors, which model.safetensors.index.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"no \*.safetensors in"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+    ],
+    ids=["pickles", "a shard is missing", "no weights", "an adapter of LoRA"],
+)
+def test_incomplete_folders_are_refused(
+    configure: Callable[..., Any],
+    tiny: TinyStore,
+    tmp_path: Path,
+    spoil: Callable[[Path], None],
+    message: str,
+) -> None:
+    folder = shutil.copytree(tiny.sibling(), tmp_path / "spoilt")
+    spoil(folder)
+    with pytest.raises(ViSpecError, match=message) as caught:
+        configure(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_models_that_cannot_be_fetched_are_refused(
+    configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("401 Client Error: the repository is gated")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(ViSpecError, match=r"could not be fetched .* check the name, your network"):
+        configure("Qwen/Qwen2.5-VL-3B-Instruct")
+
+
+def test_too_little_memory_is_one_line(tiny: TinyStore) -> None:
+    draft = SimpleNamespace(model=tiny.sibling(), revision=None)
+    message = (
+        r"sibling\S+ does not fit into the memory that the target left \(CUDA out of memory.\)"
+    )
+    with pytest.raises(ViSpecError, match=message) as caught, loaded_from_folder(draft):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it.")
+    assert "\n" not in str(caught.value)
+    assert draft.model == tiny.sibling()
+
+
+def test_text_targets_are_refused(
+    configure: Callable[..., Any], tiny: TinyStore, tmp_path: Path
+) -> None:
+    write_text_target(tmp_path / "text", tiny.target())
+    with pytest.raises(
+        ViSpecError, match=r"takes no images; use vLLM.s own .method.: .draft_model."
+    ):
+        configure(tiny.sibling(), {"model": str(tmp_path / "text")})
+
+
+def test_a_quantised_draft_needs_a_dtype_that_its_method_has(
+    configure: Callable[..., Any], changed: Callable[..., str]
+) -> None:
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
+    draft = changed("config.json", _set(quantization_config=awq))
+    with pytest.raises(ViSpecError, match=r"torch.float32 is not supported for .* awq"):
+        configure(draft, {"dtype": "float32"})
 
 
 def test_a_larger_draft_is_a_warning(
@@ -160,6 +261,8 @@ def test_heads_must_divide_among_ranks(configure: Callable[..., Any], tiny: Tiny
     ("name", "engine"),
     [
         ("prompts with embeddings", {"enable_mm_embeds": True}),
+        ("prompts with embeddings", {"enable_prompt_embeds": True}),
+        ("mm_encoder_only", {"mm_encoder_only": True}),
         ("video_pruning_rate", {"video_pruning_rate": 0.5}),
         ("pipeline_parallel_size", {"pipeline_parallel_size": 2}),
     ],
@@ -197,7 +300,21 @@ def test_doctor_says_whether_a_draft_fits(
     assert "yes, draft and target go together" in fits.stdout
     # 2 layers of one head, keys and values; features as wide as the model; in bfloat16.
     assert "256 bytes of KV cache for a token, and 192 bytes for a token of" in fits.stdout
+    assert "tensor parallel up to 1 (1)" in fits.stdout
+    assert fits.exit_code == 0
     other = changed("config.json", _set(vision_config__patch_size=16))
     refused = CliRunner().invoke(app, [*target, other])
     assert refused.exit_code == 1
     assert "patch_size in vision_config is 16" in refused.stderr
+    alone = CliRunner().invoke(app, ["doctor", "--draft", tiny.sibling()])
+    assert (alone.exit_code, "give --target, too" in alone.stderr) == (1, True)
+    head = CliRunner().invoke(app, [*target, tiny.head()])
+    assert (head.exit_code, "is it a --head?" in head.stderr) == (1, True)
+
+
+def test_deepstack_keeps_more_of_an_image(tiny: TinyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "run_checks", lambda **_: doctor.Report((), ok=True))
+    kind = "qwen3_vl"
+    asked = ["doctor", "--target", str(tiny.target(kind)), "--draft", tiny.sibling(kind)]
+    # The features of two layers beside the last; in bfloat16.
+    assert "576 bytes for a token of a cached image" in CliRunner().invoke(app, asked).stdout

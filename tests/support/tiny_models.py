@@ -35,13 +35,17 @@ OUTPUT_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
 
 
 def build_target(
-    kind: str, folder: Path, seed: int = 0, text: Mapping[str, Any] | None = None
+    kind: str,
+    folder: Path,
+    seed: int = 0,
+    text: Mapping[str, Any] | None = None,
+    vision: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a tiny random target of family ``kind`` with tokenizer and processor to ``folder``.
 
     The weights are fp32 and depend on ``seed`` and sizes only. ``text`` changes its language
-    model; such a model votes for the successors of seed 0. Returns
-    ``folder``; an existing build of it is kept as it is.
+    model; such a model votes for the successors of seed 0. ``vision`` changes its tower, too.
+    Returns ``folder``; an existing build of it is kept as it is.
     """
     if (folder / "model.safetensors").exists():
         return folder
@@ -51,7 +55,7 @@ def build_target(
     family = FAMILIES[kind]
     config = family.config()
     if text is not None:
-        config = _resized(config, text)
+        config = _resized(config, text, vision or {})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config).float().eval()
@@ -65,9 +69,13 @@ def build_target(
     return folder
 
 
-def _resized(config: PretrainedConfig, text: Mapping[str, Any]) -> PretrainedConfig:
+def _resized(
+    config: PretrainedConfig, text: Mapping[str, Any], vision: Mapping[str, Any]
+) -> PretrainedConfig:
     content = config.to_dict()
     content["text_config"] |= text
+    content["vision_config"] |= vision
+    content["tie_word_embeddings"] = text.get("tie_word_embeddings", False)
     content["text_config"].pop("layer_types", None)
     if "out_hidden_size" in content["vision_config"]:
         content["vision_config"]["out_hidden_size"] = content["text_config"]["hidden_size"]

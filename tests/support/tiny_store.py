@@ -62,8 +62,13 @@ class TinyStore:
         """Return the folder of the tiny target of family ``kind``."""
         return build_target(kind, self.root / f"{kind}-{seed}", seed)
 
-    def sibling(self, kind: str = KIND, seed: int = 5, **text: Any) -> str:
-        """Return the folder of a smaller model of the family; ``text`` changes its sizes."""
+    def sibling(
+        self, kind: str = KIND, seed: int = 5, vision: dict[str, Any] | None = None, **text: Any
+    ) -> str:
+        """Return the folder of a smaller model of the family.
+
+        ``text`` changes the sizes of its language model, ``vision`` those of its tower.
+        """
         sizes = {
             "hidden_size": 96,
             "num_attention_heads": 3,
@@ -71,8 +76,10 @@ class TinyStore:
             "intermediate_size": 128,
             "num_hidden_layers": 2,
         } | text
-        name = re.sub(r"\W+", "_", "-".join(["sibling", kind, str(seed), *map(str, sizes.items())]))
-        return str(build_target(kind, self.root / name, seed, sizes))
+        parts = *sizes.items(), *(vision or {}).items()
+        name = "-".join(["sibling", kind, str(seed), *map(str, parts)])
+        folder = self.root / re.sub(r"\W+", "_", name)
+        return str(build_target(kind, folder, seed, sizes, vision))
 
     def head(self, kind: str = KIND, checkpoint_format: str = "reference", **changes: Any) -> str:
         """Return the folder of a head for that target.

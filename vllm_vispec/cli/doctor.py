@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from vllm_vispec import __version__
 from vllm_vispec.compat import check as versions
@@ -169,12 +170,7 @@ def target_lines(target: str, head: str | None) -> list[str]:
         warning = check_against_target(
             found, text_config.hidden_size, text_config.vocab_size, config.model_type
         )
-        sizes = [
-            size
-            for size in tensor_parallel_sizes(found)
-            if text_config.num_attention_heads % size == 0
-        ]
-        facts["tensor parallel"] = f"up to {sizes[-1]} ({', '.join(map(str, sizes))})"
+        facts["tensor parallel"] = _ranks(tensor_parallel_sizes(found), text_config)
         facts["fit"] = f"yes, but {warning}" if warning else "yes, head and target go together"
     return _table(facts)
 
@@ -191,13 +187,25 @@ def draft_lines(target: str | None, draft: str) -> list[str]:
         from vllm.config import ModelConfig
 
         from vllm_vispec.draft_model import published
+        from vllm_vispec.heads.target import tensor_parallel_sizes
 
         config = ModelConfig(model=target)
         found = published.find(draft, {}, config)
     if found is None:
         raise ViSpecError(f"--draft {draft} is no model that this vLLM serves: is it a --head?")
-    adds = published.added_memory(found, config)
-    return _table({"draft": draft, "adds": adds, "fit": "yes, draft and target go together"})
+    facts = {
+        "draft": draft,
+        "adds": published.added_memory(found, config),
+        "tensor parallel": _ranks(tensor_parallel_sizes(found.config), config.hf_text_config),
+        "fit": "yes, draft and target go together",
+    }
+    return _table(facts)
+
+
+def _ranks(sizes: list[int], target: Any) -> str:
+    """Say which of a draft's numbers of ranks its target's attention heads divide among, too."""
+    found = [size for size in sizes if target.num_attention_heads % size == 0]
+    return f"up to {found[-1]} ({', '.join(map(str, found))})"
 
 
 def _table(facts: Mapping[str, object]) -> list[str]:

@@ -15,7 +15,10 @@ logger = get_logger(__name__)
 # What decides how many tokens an image has, where they lie, and what a tower's tensors hold. Limits
 # of pixels do not: the target's processor makes the tensors.
 _VISION = "patch_size image_size spatial_merge_size temporal_patch_size tokens_per_second"
-_MODEL = "image_seq_length image_grid_pinpoints vision_feature_select_strategy downsample_ratio"
+_MODEL = (
+    "image_seq_length image_grid_pinpoints vision_feature_select_strategy vision_aspect_ratio "
+    "downsample_ratio scale_factor spatial_merge_size mm_tokens_per_image query_num"
+)
 _PROCESSOR = (
     "patch_size merge_size temporal_patch_size crop_size image_mean image_std do_rescale "
     "rescale_factor do_normalize"
@@ -60,6 +63,8 @@ def _kind(own: ModelConfig, target: ModelConfig) -> Iterator[str]:
     has_other_layers = own.is_hybrid or own.is_attention_free or own.use_mla
     if has_other_layers or own.get_sliding_window() is not None:
         yield "it has layers other than full attention"
+    if own.is_mm_prefix_lm:
+        yield "tokens of an image look at those behind them, which drafts cannot"
     if own.max_model_len < target.max_model_len:
         yield (
             f"it reads {own.max_model_len} tokens at most; set --max-model-len to that, the "
@@ -86,8 +91,10 @@ def _geometry(own: ModelConfig, target: ModelConfig) -> Iterator[str]:
         ("the image processor", _PROCESSOR, processors),
     ):
         for name in names.split() if ours and theirs else ():
-            if ours.get(name) != theirs.get(name):
-                yield f"{name} in {where} is {ours.get(name)}, the target's {theirs.get(name)}"
+            mine, other = ours.get(name), theirs.get(name)
+            # Files written by older libraries leave out what is as usual.
+            if mine is not None and other is not None and mine != other:
+                yield f"{name} in {where} is {mine}, the target's {other}"
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
+from vllm.config import LoadConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.model_executor.models import ModelRegistry
 
 from vllm_vispec.config import ViSpecConfig
@@ -95,6 +95,7 @@ def check_engine(vllm_config: Any) -> None:
         "kv_transfer_config": vllm_config.kv_transfer_config,
         "ec_transfer_config": vllm_config.ec_transfer_config,
         "cudagraph_mm_encoder": vllm_config.compilation_config.cudagraph_mm_encoder,
+        "mm_encoder_only": vllm_config.is_mm_encoder_only,
     }
     for name, value in settings.items():
         if value:
@@ -127,9 +128,15 @@ def _describe(folder: Path, own: ModelConfig, vocab_size: int) -> HeadInfo:
         compress=False,
         num_hidden_layers=text.num_hidden_layers,
         # Like a draft VLM of ours it reads image features, and no states of the target's.
-        vision_size=own.get_inputs_embeds_size(),
+        vision_size=own.get_inputs_embeds_size() * _num_levels(own),
     )
     return HeadInfo(CHECKPOINT_FORMAT, head, folder, tuple(weight_files(folder)), {})
+
+
+def _num_levels(own: ModelConfig) -> int:
+    """Return how many features a tower makes of a token; DeepStack keeps some of its layers'."""
+    vision = getattr(own.hf_config, "vision_config", None)
+    return 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
 
 def added_memory(info: HeadInfo, target: ModelConfig) -> str:
@@ -137,9 +144,10 @@ def added_memory(info: HeadInfo, target: ModelConfig) -> str:
     head, size = info.config, target.dtype.itemsize
     weights = sum(file.stat().st_size for file in info.files) / 2**30
     values = 2 * head.num_hidden_layers * head.num_key_value_heads * head.head_dim
+    features = head.vision_size * size
     return (
         f"{weights:.2f} GiB of weights, {values * size} bytes of KV cache for a token, and "
-        f"{head.vision_size * size} bytes for a token of a cached image"
+        f"{features} bytes for a token of a cached image ({features / 1024:.1f} MiB for 1,024)"
     )
 
 
@@ -163,6 +171,8 @@ def read_published(
             quantization=quantization,
             enforce_eager=target.enforce_eager,
         )
+        # Asked here so that a method which this machine lacks is refused before a worker starts.
+        VllmConfig.get_quantization_config(own, LoadConfig())
     except (ValueError, OSError, ImportError) as error:
         # pydantic puts lines of its own around what vLLM says.
         text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)

@@ -108,10 +108,20 @@ def loaded_from_folder(draft_model_config: Any) -> Iterator[Path]:
     """Let vLLM load the draft's weights from `head_folder`, which this yields.
 
     Outside, the configuration names the head as on every other machine.
+
+    Raises:
+        ViSpecError: the device has too little memory for it; names the draft.
     """
+    from torch import OutOfMemoryError
+
     named, folder = draft_model_config.model, head_folder(draft_model_config)
     draft_model_config.model = str(folder)
     try:
         yield folder
+    except OutOfMemoryError as error:
+        raise ViSpecError(
+            f"draft {named} does not fit into the memory that the target left "
+            f"({str(error).splitlines()[0]}): use a smaller or quantised draft, or more ranks"
+        ) from error
     finally:
         draft_model_config.model = named
