@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -90,6 +90,18 @@ def test_sizes_of_a_published_target_and_its_head(tmp_path: Path) -> None:
     assert drafts.kv_bytes_per_token == 2 * 2 * 3584
     small = draft_shape(head, target, draft_vocab=32_000)
     assert small.row_parameters == 3584 * 32_000
+
+
+def test_a_published_model_has_a_pass_more(tmp_path: Path) -> None:
+    target = folder(tmp_path / "target", QWEN_7B)
+    small = {**QWEN_7B, "num_hidden_layers": 2}
+    draft = draft_shape(folder(tmp_path / "draft", {**small, "vision_config": {}}), target)
+    assert draft == replace(target_shape(folder(tmp_path / "text", small)), passes_more=1)
+    steps = [
+        predict(TARGET, replace(DRAFT, passes_more=more), HARDWARE, TYPICAL, 3, 1, 500)
+        for more in (0, 1)
+    ]
+    assert steps[1].step_s == pytest.approx(steps[0].step_s + steps[0].draft_step_s)
 
 
 def test_sizes_under_text_config_and_fp8(tmp_path: Path) -> None:

@@ -95,7 +95,13 @@ def test_impossible_settings(change: dict[str, Any], message: str) -> None:
 
 
 def test_speculative_configs(tmp_path: Path) -> None:
-    settings = SETTINGS.replace(eagle_head="org/eagle-head", schedule=RANGES, sibling="org/sibling")
+    more = {"draft_vocab": 5}
+    settings = SETTINGS.replace(
+        eagle_head="org/eagle-head",
+        schedule=RANGES,
+        sibling="org/sibling",
+        speculative_config=more,
+    )
     found = {name: one.speculative_config(settings, tmp_path, 5) for name, one in VARIANTS.items()}
     k = {"num_speculative_tokens": 5}
     tuned = {SETTING: [list(entry) for entry in RANGES]}
@@ -105,8 +111,8 @@ def test_speculative_configs(tmp_path: Path) -> None:
         "ngram": NGRAM | k,
         "eagle": {"method": "eagle", "model": "org/eagle-head", **k},
         "vispec_zeroed": {"method": "vispec", "model": str(tmp_path / "vispec_zeroed"), **k},
-        "vispec": {"method": "vispec", "model": str(HEAD), **k},
-        "vispec_tuned": {"method": "vispec", "model": str(HEAD), **k, **tuned},
+        "vispec": {"method": "vispec", "model": str(HEAD), **k, **more},
+        "vispec_tuned": {"method": "vispec", "model": str(HEAD), **k, **tuned, **more},
         "sibling": sibling,
         "sibling_prune": {**sibling, "images": "prune:4"},
         "sibling_none": {**sibling, "images": "none"},

@@ -11,10 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from tests.bench.fakes import HEAD, SAMPLES, TARGET
 from tests.bench.made_up_spans import DECODE, FakeEngine, K, Tape, prefill
+from tests.support.tiny_store import TinyStore
 from vllm_vispec.bench import profile as run
 from vllm_vispec.bench.profile import ProfileSettings, measure, pair
 from vllm_vispec.bench.profile_engine import EngineProcess
@@ -162,6 +164,17 @@ def test_jobs_make_a_head_of_equal_size(tmp_path: Path) -> None:
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
         assert made[name] == ours[name]
     assert found["eagle"].environment()["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+
+
+def test_beside_a_published_model_stands_a_head_of_the_targets_width(
+    tiny: TinyStore, tmp_path: Path
+) -> None:
+    found = run.jobs(SETTINGS.replace(target=str(tiny.target()), head=tiny.sibling()), tmp_path)
+    assert found["vispec"].speculative_config["model"] == tiny.sibling()
+    made = Path(found["eagle"].speculative_config["model"])
+    target = json.loads((tiny.target() / "config.json").read_text())["text_config"]
+    assert json.loads((made / "config.json").read_text())["hidden_size"] == target["hidden_size"]
+    assert {"fc.weight", "layers.0.mlp.up_proj.weight"} <= {*load_file(made / "model.safetensors")}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.bench.fakes import SAMPLES, SETTINGS, TARGET, World, answer, lines
+from tests.support.tiny_store import TinyStore
 from vllm_vispec.bench.load import LoadJob
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.runner import run_matrix
@@ -266,6 +267,18 @@ def test_missing_target_and_heads(change: dict[str, Any], message: str, tmp_path
     with pytest.raises(ViSpecError, match=message):
         run(tmp_path, world, SETTINGS.replace(**change))
     assert world.events == []
+
+
+def test_a_published_model_is_a_draft_if_it_fits(tiny: TinyStore, tmp_path: Path) -> None:
+    settings, world = SETTINGS.replace(target=str(tiny.target())), World()
+    other = settings.replace(head=tiny.sibling("qwen3_vl"))
+    with pytest.raises(ViSpecError, match="is of family qwen3_vl, the target of qwen2_5_vl"):
+        run(tmp_path, world, other)
+    zeroed = settings.replace(head=tiny.sibling(), variants=("plain", "vispec_zeroed"))
+    with pytest.raises(ViSpecError, match="leave vispec_zeroed out"):
+        run(tmp_path, world, zeroed)
+    assert world.events == []
+    assert run(tmp_path, world, settings.replace(head=tiny.sibling()))[0] > 0
 
 
 def test_options_of_all_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_page_is_escaped_and_self_contained() -> None:
 
 def test_eagle_head_fuses_like_vispec_without_image(tmp_path: Path) -> None:
     write_head(tmp_path / "vispec")
-    folder = write_eagle_head(str(tmp_path / "vispec"), tmp_path / "eagle")
+    folder = write_eagle_head(str(tmp_path / "vispec"), "unread", tmp_path / "eagle")
     assert Path(folder, "config.json").is_file()
     torch.manual_seed(0)
     embedding, hidden = torch.randn(2, 8)

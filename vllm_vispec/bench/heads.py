@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from vllm_vispec.draft_model.named import is_published
+from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.export import write_json, write_weights
 from vllm_vispec.heads.folder import (
     CONFIG,
@@ -22,6 +24,7 @@ from vllm_vispec.heads.folder import (
     weight_files,
 )
 from vllm_vispec.heads.location import resolve_head
+from vllm_vispec.heads.target import load_target_config
 from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
@@ -44,7 +47,8 @@ def zeroed_head(head: str, folder: Path) -> str:
     info, tensors = _read(head)
     check_has_adaptor(head)
     tensors["img_adaptor.o_proj.weight"].zero_()
-    return _write(folder, info, info.config.to_config_json(DTYPES[info.dtype]), tensors)
+    dtype = DTYPES[info.dtype]
+    return _write(folder, dtype, info.config.to_config_json(dtype), tensors)
 
 
 def check_has_adaptor(head: str) -> None:
@@ -53,7 +57,7 @@ def check_has_adaptor(head: str) -> None:
     Raises:
         ViSpecError: it is no usable head, or has no adaptor.
     """
-    if not inspect_head(head).config.has_adaptor:
+    if is_published(head) or not inspect_head(head).config.has_adaptor:
         raise ViSpecError(
             f"--head {head} has no vision adaptor to be zeroed: leave vispec_zeroed out of "
             "--variants"
@@ -88,19 +92,22 @@ def plain_eagle_head(head: str, target: str, folder: Path) -> str:
         if embedding_VD is None:
             embedding_VD = target_embedding(target, (config.vocab_size, config.hidden_size))
         tensors[_EMBEDDING] = with_bias(embedding_VD, tensors["fc.weight"], bias_D)
-    return _write_eagle(folder, info, tensors)
+    return _write_eagle(folder, config, DTYPES[info.dtype], tensors)
 
 
-def write_eagle_head(head: str, folder: Path) -> str:
+def write_eagle_head(head: str, target: str, folder: Path) -> str:
     """Write an EAGLE head with the sizes and weights of any ViSpec head; returns its folder.
 
     Without an image a ViSpec head is an EAGLE head: its two fusions multiply to one. vLLM serves
     the result with its own proposer, so that both can be timed on the same target. What it drafts
-    behind an image is worth less; a profile compares steps, not how many there are.
+    behind an image is worth less; a profile compares steps, not how many there are. So beside a
+    draft that is a model of its own stands a random head of the target's width.
 
     Raises:
         ViSpecError: it is no usable head.
     """
+    if is_published(head) or inspect_head(head).config.is_draft_vlm:
+        return _write_random_eagle(target, folder)
     info, source = _read(head)
     tensors = {
         name: tensor
@@ -109,7 +116,18 @@ def write_eagle_head(head: str, folder: Path) -> str:
         if name.startswith("layer.") and "input_layernorm" not in name
     }
     tensors["fc.weight"] = fused_fc(source)
-    return _write_eagle(folder, info, tensors)
+    return _write_eagle(folder, info.config, DTYPES[info.dtype], tensors)
+
+
+def _write_random_eagle(target: str, folder: Path) -> str:
+    import torch
+
+    from vllm_vispec.train.init import new_draft, new_head_config
+
+    text = load_target_config(target, "--target").get_text_config()
+    config = new_head_config("eagle_text", text, qkv_bias=False, fc_bias=False)
+    tensors = new_draft(config, torch.empty(0), 0).state_dict()
+    return _write_eagle(folder, config, "bfloat16", tensors)
 
 
 def fused_fc(source: Tensors) -> Tensor:
@@ -155,17 +173,17 @@ def _read(head: str) -> tuple[HeadInfo, Tensors]:
     return info, dict(iter_canonical_tensors(info.folder))
 
 
-def _write_eagle(folder: Path, info: HeadInfo, tensors: Tensors) -> str:
+def _write_eagle(folder: Path, config: HeadConfig, dtype: str, tensors: Tensors) -> str:
     """Write a head in EAGLE's layout, which is no checkpoint format of ours."""
-    content = info.config.to_config_json(DTYPES[info.dtype])
+    content = config.to_config_json(dtype)
     del content["vispec"]
-    content |= {"architectures": ["LlamaForCausalLM"], "qkv_bias": info.config.qkv_bias}
+    content |= {"architectures": ["LlamaForCausalLM"], "qkv_bias": config.qkv_bias}
     renamed = {name.replace("layer.", "layers.0.", 1): one for name, one in tensors.items()}
-    return _write(folder, info, content, renamed)
+    return _write(folder, dtype, content, renamed)
 
 
-def _write(folder: Path, info: HeadInfo, config: dict[str, Any], tensors: Tensors) -> str:
+def _write(folder: Path, dtype: str, config: dict[str, Any], tensors: Tensors) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder, tensors.items(), DTYPES[info.dtype])
+    write_weights(folder, tensors.items(), dtype)
     write_json(folder / CONFIG, config)
     return str(folder)

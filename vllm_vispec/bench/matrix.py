@@ -70,12 +70,18 @@ class MatrixSettings(CommandSettings):
     dataset: str = Field(
         default="openai", description="How to read --data: mmspec, vispec, openai or tiny."
     )
-    head: str | None = Field(default=None, description="ViSpec head: a folder or hub id.")
+    head: str | None = Field(
+        default=None, description="Draft: a head or a published model, folder or hub id."
+    )
     eagle_head: str | None = Field(
         default=None, description="Text-trained head for the variant eagle."
     )
     sibling: str | None = Field(
         default=None, description="Published model of the target's family for sibling variants."
+    )
+    speculative_config: dict[str, Any] = Field(
+        default={},
+        description='More for ViSpec\'s draft, e.g. \'{"tree": {"depth": 5}}\'.',
     )
     variants: Annotated[tuple[str, ...], CommaSeparated] = Field(
         default=("plain", "vispec"),
@@ -150,7 +156,10 @@ class MatrixSettings(CommandSettings):
     def to_json(self) -> dict[str, Any]:
         """Return plain data; how long a cell may take is no setting of a run."""
         content = self.model_dump(mode="json", exclude={"cell_timeout_s"})
-        return {**content, "schedule": content["schedule"] or None}
+        # None as in runs from before there was such a setting.
+        return content | {
+            name: content[name] or None for name in ("schedule", "speculative_config")
+        }
 
     def groups(self) -> Iterator[tuple[int, list[Repetition]]]:
         """Yield, for every K, what is measured while its servers are up, in order.
@@ -234,7 +243,7 @@ def _vispec_zeroed(settings: MatrixSettings, folder: Path) -> Mapping[str, Any]:
 
 
 def _vispec(settings: MatrixSettings, folder: Path) -> Mapping[str, Any]:
-    return {"method": "vispec", "model": settings.head}
+    return {**settings.speculative_config, "method": "vispec", "model": settings.head}
 
 
 def _vispec_tuned(settings: MatrixSettings, folder: Path) -> Mapping[str, Any]:

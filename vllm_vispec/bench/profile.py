@@ -51,7 +51,7 @@ class ProfileSettings(CommandSettings):
     """What is profiled, and how."""
 
     target: str = Field(description="Target: a folder or hub id.")
-    head: str = Field(description="ViSpec head: a folder or hub id.")
+    head: str = Field(description="Draft: a head or a published model, folder or hub id.")
     data: str = Field(description="The dataset's file or folder.")
     dataset: str = Field(
         default="openai", description="How to read --data: mmspec, vispec, openai or tiny."
@@ -170,17 +170,19 @@ def jobs(settings: ProfileSettings, folder: Path) -> dict[str, Job]:
         folder: for a head that is made.
 
     Raises:
-        ViSpecError: a head cannot be used.
+        ViSpecError: a draft cannot be used.
     """
     from vllm_vispec.bench.server import GPU_SHARE
+    from vllm_vispec.draft_model.named import check_draft
 
     serve_args = settings.serve_args
     if has_gpu():
         # In front: what the user gives wins.
         serve_args = (f"--gpu-memory-utilization={GPU_SHARE / len(SIDES):.3f}", *serve_args)
+    check_draft(settings.head, settings.target)
     given = settings.eagle_head
     eagle_head = (
-        write_eagle_head(settings.head, folder / EAGLE)
+        write_eagle_head(settings.head, settings.target, folder / EAGLE)
         if given is None
         else plain_eagle_head(given, settings.target, folder / EAGLE)
     )

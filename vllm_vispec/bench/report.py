@@ -253,7 +253,9 @@ def _config(facts: Facts, row: Any) -> str | None:
             for load, group in rows.groupby("concurrency")
         }
     )
-    head = {"model": facts.run.settings.get("head") or "HEAD"} if facts.variant == OURS else {}
+    settings = facts.run.settings
+    head = {"model": settings.get("head") or "HEAD"} if facts.variant == OURS else {}
+    head |= settings.get("speculative_config") or {} if head else {}
     config = speculative_config({"method": facts.variant, **head}, schedule)
     return f"--speculative-config '{json.dumps(config)}'" if config else None
 

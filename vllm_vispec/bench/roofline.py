@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +34,7 @@ class PassShape:
         row_parameters: lm_head weights, multiplied with every token whose logits are wanted.
         kv_bytes_per_token: keys and values of one token of context, all layers.
         attention_flops_per_token: FLOPs of one token that attends to one token of context.
+        passes_more: passes of a draft's step over the K that others have.
     """
 
     weight_bytes: float
@@ -41,6 +42,7 @@ class PassShape:
     row_parameters: float
     kv_bytes_per_token: float = 0.0
     attention_flops_per_token: float = 0.0
+    passes_more: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def predict(
 
     Such a step is a target pass that verifies K + 1 tokens per sequence, the draft's first pass
     over the tokens of the step before (as many), and K - 1 draft passes over one token per
-    sequence.
+    sequence. A published model drafts nothing in its first pass and has one pass more.
 
     Args:
         acceptance: see `acceptance_length`.
@@ -139,7 +141,7 @@ def predict(
     first, _ = hardware.run(draft, batch, context, wide, batch)
     later, draft_bound = hardware.run(draft, batch, context, batch, batch)
     tokens = acceptance_length(acceptance, k)
-    step_s = verify + (first + (k - 1) * later if k else 0.0)
+    step_s = verify + (first + (k - 1 + draft.passes_more) * later if k else 0.0)
     times, bounds = (plain, verify, first, later), (plain_bound, verify_bound, draft_bound)
     return Prediction(
         k, batch, tokens, *times, *bounds, step_s, step_s / tokens, plain * tokens / step_s
@@ -158,6 +160,7 @@ class DecoderSizes(BaseModel):
     vocab_size: PositiveInt
     dtype: str
     is_draft_vlm: bool
+    is_published: bool
 
     @classmethod
     def read(cls, folder: Path, name: str, dtype: str | None = None) -> Self:
@@ -194,6 +197,7 @@ class DecoderSizes(BaseModel):
         if dtype not in DTYPE_BYTES:
             raise ViSpecError(f"dtype {dtype} is unknown: use one of {', '.join(DTYPE_BYTES)}")
         values = {**fields, "dtype": dtype, "is_draft_vlm": is_draft_vlm(config)}
+        values["is_published"] = "vision_config" in config and "vispec" not in config
         return parse(cls, values, lambda field: f"{field} in {file}")
 
     def pass_shape(self, lm_head_rows: int, layers: int, extra_parameters: int = 0) -> PassShape:
@@ -233,13 +237,13 @@ def target_shape(folder: Path, dtype: str | None = None) -> PassShape:
 def draft_shape(
     folder: Path, target: Path, dtype: str | None = None, draft_vocab: int | None = None
 ) -> PassShape:
-    """Shape of a head's pass: one layer, `fc`, and the target's lm_head; of a draft VLM's: its own.
+    """Shape of a head's pass: one layer, `fc`, and the target's lm_head; of a model's: its own.
 
     `fc` is hidden x 2 hidden. `img_fc` is a constant per image by then and the adaptor runs only in
     prefills, so neither counts.
 
     Args:
-        folder: the head, in any checkpoint format.
+        folder: the head, in any checkpoint format, or the published model.
         target: whose lm_head it uses.
         dtype: overrides both config.json files.
         draft_vocab: rows of a smaller lm_head for the draft; None: the target's.
@@ -255,6 +259,8 @@ def draft_shape(
         raise ViSpecError(
             f"--draft-vocab {rows} is outside 1 to {owner.vocab_size}, the target's vocabulary"
         )
+    if sizes.is_published:
+        return replace(sizes.pass_shape(rows, sizes.num_hidden_layers), passes_more=1)
     if sizes.is_draft_vlm:
         return sizes.pass_shape(rows, sizes.num_hidden_layers)
     if sizes.hidden_size != owner.hidden_size:

@@ -28,11 +28,10 @@ from vllm_vispec.bench.schema import (
     SpecCounters,
 )
 from vllm_vispec.bench.server import BenchServer, ServerGroup, choose_ports, serve_arguments
-from vllm_vispec.heads.folder import inspect_head
+from vllm_vispec.draft_model.named import check_draft
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import write_json
 from vllm_vispec.utils.process import interruptible
-from vllm_vispec.utils.settings import as_flag
 
 LATE = ("schedule", "sibling")
 """Settings that a later call may add or leave out, but not change."""
@@ -98,12 +97,12 @@ def check_inputs(settings: MatrixSettings) -> None:
         raise ViSpecError("vllm bench serve needs pandas: pip install 'vllm-vispec[bench]'")
     needed = {name for variant in settings.variants for name in VARIANTS[variant].needs}
     _check_folder("--target", settings.target)
-    if "head" in needed:
-        inspect_head(settings.head or "")
+    for name in needed & {"head", "sibling"}:
+        check_draft(getattr(settings, name), settings.target)
     if "vispec_zeroed" in settings.variants:
         check_has_adaptor(settings.head or "")
-    for name in needed & {"eagle_head", "sibling"}:
-        _check_folder(as_flag(name), getattr(settings, name))
+    if "eagle_head" in needed:
+        _check_folder("--eagle-head", settings.eagle_head or "")
 
 
 def _check_folder(flag: str, name: str) -> None:

@@ -188,7 +188,9 @@ class Tuning:
     @property
     def config(self) -> dict[str, Any] | None:
         """vLLM's speculative config; None if drafting gains at no load."""
-        draft = {"method": VARIANT, "model": self.run.settings.get("head") or "HEAD"}
+        settings = self.run.settings
+        draft = {"method": VARIANT, "model": settings.get("head") or "HEAD"}
+        draft |= settings.get("speculative_config") or {}
         return speculative_config(draft, self.ranges)
 
     @property

@@ -29,10 +29,10 @@ def verify(
     Plain vLLM, chains and trees are started one after another with the options given. Exits with 1
     if a verdict is "failed".
     """
-    from vllm_vispec.heads.folder import inspect_head
+    from vllm_vispec.draft_model.named import check_draft
 
-    # A head that cannot be read is known before an engine has started.
-    inspect_head(settings.head)
+    # A draft that cannot be used is known before an engine has started.
+    check_draft(settings.head, settings.target)
     args = settings.engine | engine.model_dump(exclude_none=True)
     return run(settings.model_copy(update={"engine": args}), output).exit_status
 
