@@ -23,13 +23,16 @@ REQUESTS = mixed_requests(KIND, 12, 6)
 WIDTH = 4
 
 
+@pytest.mark.parametrize("is_sibling", [False, True], ids=["head", "published model"])
 @pytest.mark.parametrize("runner", runners("v2", "v2-overlay"))
-def test_recorded_trees(engine: StartEngine, tiny: TinyStore, runner: str) -> None:
-    """The same trees, in batches that vLLM pads."""
+def test_recorded_trees(
+    engine: StartEngine, tiny: TinyStore, runner: str, is_sibling: bool
+) -> None:
+    """The same trees, in batches that vLLM pads; a published model's with their roots."""
     ours = engine(
         runner,
-        process="recorded trees",
-        draft=tiny.head(),
+        process=f"recorded trees {is_sibling}",
+        draft=tiny.sibling() if is_sibling else tiny.head(),
         num_draft_tokens=19,
         tree={"policy": "eagle2", "top_k": WIDTH},
         max_num_seqs=12,

@@ -21,12 +21,14 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 64}
 TWO_WORKERS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 REQUESTS = mixed_requests(KIND, 10)
+SIBLING = {"hidden_size": 128, "num_attention_heads": 4}
 DRAFTS = {
     "chain": Draft(),
     "gated": Draft(GATED),
     "tree": Draft(options=tree(29, top_k=8)),
     "vlm": Draft({"num_key_value_heads": 2}, is_vlm=True),
-    "sibling": Draft({"hidden_size": 128, "num_attention_heads": 4}, is_sibling=True),
+    "sibling": Draft(SIBLING, is_sibling=True),
+    "sibling, tree": Draft(SIBLING, tree(19, top_k=3), is_sibling=True),
     # Each of them has half of the draft's lm_head.
     "few tokens": Draft(few_tokens=True),
     "one kv head": Draft({"num_key_value_heads": 1}),
