@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from vllm_vispec.compressors.places import place_tokens
 from vllm_vispec.compressors.spec import QUERY, CompressorSpec
@@ -116,36 +116,42 @@ def plan_rows(
     else:
         images = _behind_row_zero(given)
     images = images if compress else []
-    rows: list[_Row] = []
+    pieces: list[_Rows] = []
     done = 0
     for run, (start, end) in enumerate(merged):
-        rows += _text_rows(done, start - 1 if compress else end - 1, run - 1)
+        pieces.append(_text_rows(done, start - 1 if compress else end - 1, run - 1))
         for number, (first, last) in enumerate(images):
             if start <= first < end:
-                rows += _image_rows(first - 1, last - first, run, number, spec)
+                pieces.append(_image_rows(first - 1, last - first, run, number, spec))
         done = end - 1
-    rows += _text_rows(done, length, len(merged) - 1)
-    columns = (tuple(row[index] for row in rows) for index in range(5))
+    pieces.append(_text_rows(done, length, len(merged) - 1))
+    columns = (tuple(chain.from_iterable(column)) for column in zip(*pieces, strict=True))
     return RowPlan(tuple(merged), tuple(images), length, *columns)
 
 
-_Row = tuple[int, int, int, int, int]
-"""A kept row: position, run, image, token, branch."""
+_Rows = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
+"""Kept rows that follow each other: positions, runs, images, tokens, branches."""
 
 
 def _behind_row_zero(runs: Iterable[Run]) -> list[Run]:
     return [(max(start, 1), end) for start, end in runs if end > 1]
 
 
-def _text_rows(first: int, last: int, run: int) -> list[_Row]:
-    return [(position, run, -1, -1, -1) for position in range(first, last)]
+def _text_rows(first: int, last: int, run: int) -> _Rows:
+    positions = range(first, last)
+    none = [-1] * len(positions)
+    return positions, [run] * len(positions), none, none, none
 
 
-def _image_rows(first: int, size: int, run: int, image: int, spec: CompressorSpec) -> list[_Row]:
+def _image_rows(first: int, size: int, run: int, image: int, spec: CompressorSpec) -> _Rows:
     """The kept ones among the `size` rows of an image, which begins at row `first`."""
     places = place_tokens(spec, size)
-    columns = (column.tolist() for column in (places.rows, places.tokens, places.branches))
-    return [
-        (first + row, run, image, token, branch)
-        for row, token, branch in zip(*columns, strict=True)
-    ]
+    positions = (first + places.rows).tolist()
+    count = len(positions)
+    return (
+        positions,
+        [run] * count,
+        [image] * count,
+        places.tokens.tolist(),
+        places.branches.tolist(),
+    )
