@@ -85,6 +85,7 @@ def test_a_full_disk_is_found_before_the_target_is_loaded(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(TrainingTarget, "load", lambda *_: pytest.fail("the target was loaded"))
+    monkeypatch.setattr("vllm_vispec.train.preflight.check_disk", lambda *_: None)
     config = recipe(target, dialogues, tmp_path / "run", teacher__mode="offline")
     with pytest.raises(ViSpecError, match=r"states for 24 samples.*teacher\.cache_dir"):
         run(config)

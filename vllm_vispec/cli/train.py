@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vllm_vispec.cli.options import exit_on_error
+from vllm_vispec.utils.errors import ViSpecError
 
 
 def train(
@@ -27,6 +28,12 @@ def train(
     cache_only: Annotated[
         bool, typer.Option(help="Only complete the offline cache of hidden states.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Only check everything and say what the run will cost.")
+    ] = False,
+    time: Annotated[
+        bool, typer.Option("--time", help="With --dry-run: take 20 steps and say how long.")
+    ] = False,
     explain: Annotated[
         bool, typer.Option(help="Print every setting, its default and its source.")
     ] = False,
@@ -43,7 +50,10 @@ def train(
         typer.echo(explain_settings())
         return
     with exit_on_error():
-        message = _train(recipe, settings or [], override, cache_only, workers if ray else 0)
+        if time and not dry_run:
+            raise ViSpecError("--time belongs to --dry-run: add it")
+        only = "cache" if cache_only else "time" if time else "costs" if dry_run else ""
+        message = _train(recipe, settings or [], override, only, workers if ray else 0)
     if message:
         typer.echo(message)
 
@@ -52,23 +62,29 @@ def _train(
     recipe: Path | None,
     settings: list[str],
     names: str,
-    cache_only: bool,
+    only: str,
     ray_workers: int,
 ) -> str:
     from vllm_vispec.train.config import full_name, load_config
 
     override = tuple(full_name(name.strip()) for name in names.split(",") if name.strip())
     config = load_config(recipe, settings).require_complete()
-    if ray_workers:
+    if ray_workers and only in ("", "cache"):
+        from vllm_vispec.train.preflight import prepare
         from vllm_vispec.train.ray_train import train_on_ray
 
-        return train_on_ray(config, ray_workers, override, cache_only)
+        prepare(config, ray_workers)
+        return train_on_ray(config, ray_workers, override, only == "cache")
     from vllm_vispec.train.distributed import processes
     from vllm_vispec.train.loop import fill_cache, train
 
     with processes(config.run.device) as group:
-        if cache_only:
+        if only == "cache":
             message = fill_cache(config, group)
+        elif only:
+            from vllm_vispec.train.dry_run import dry_run
+
+            message = dry_run(config, group, only == "time")
         else:
             message = train(config, group, override).message
         return message if group.is_main else ""

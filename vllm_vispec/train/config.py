@@ -200,6 +200,9 @@ class BatchConfig(Section):
     """samples per process and forward pass"""
     accumulate: int = setting(1, "NeMo: 8 of size 1", ge=1)
     """forward passes per step"""
+    global_size: int = setting(0, "NeMo, ViSpec (8)", ge=0)
+    """samples per step over all processes, which decides batch.accumulate; 0: size x accumulate x
+    processes"""
     pool: int = setting(16, "ours", ge=1)
     """batches that are sorted by length together, against padding"""
 

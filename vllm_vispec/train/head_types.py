@@ -97,6 +97,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         of_head = OTHER_LOSS if made_by == QUERY else COMPRESSOR_LOSS
         loss = config.loss.model_copy(update={"name": DRAFT_VLM_LOSS if is_vlm else of_head})
         config = config.model_copy(update={"loss": loss})
+    term_weights(config.loss.name, config.loss.weights)
     (_check_draft_vlm if is_vlm else _check_head)(config)
     return config
 

@@ -18,7 +18,6 @@ from vllm_vispec.train.checkpoint import Checkpoint, Checkpoints, Progress, chec
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import BatchOrder
 from vllm_vispec.train.distributed import Processes, stop_on_signals
-from vllm_vispec.train.head_types import resolve
 from vllm_vispec.train.init import make_draft
 from vllm_vispec.train.preflight import prepare
 from vllm_vispec.train.published import PublishedModel, find_start
@@ -51,7 +50,7 @@ def fill_cache(config: TrainConfig, group: Processes) -> str:
     Raises:
         ViSpecError: see `Teacher`.
     """
-    config, corpus = prepare(config)
+    config, corpus = prepare(config, group.world)
     teacher = OfflineTeacher(config, corpus, group)
     skipped = len(corpus.rejected) + len(teacher.rejected)
     return f"cache {teacher.folder}: {len(teacher.lengths)} samples, {skipped} skipped"
@@ -69,7 +68,6 @@ def train(
     Raises:
         ViSpecError: settings, data, target or disk do not allow it; one line says what to do.
     """
-    config = resolve(config.require_complete())
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     run = Run(config, group, tuple(override), command)
@@ -86,8 +84,8 @@ class Run:
     def __init__(
         self, config: TrainConfig, group: Processes, override: tuple[str, ...], command: str
     ) -> None:
+        config, corpus = prepare(config, group.world)
         published = find_start(config)
-        config, corpus = prepare(config)
         self.config, self.group = config, group
         self.output = Path(config.run.output)
         sweep(self.output)
@@ -179,6 +177,18 @@ class Run:
         if saved_at != self.progress.step:
             self._save()
         return self._finish()
+
+    def time(self, warm: int, steps: int) -> float:
+        """Take steps; return the seconds of one, those of the first `warm` steps left out."""
+        ready = self.teacher.ready(self._requests())
+        begin = 0.0
+        for number in range(warm + steps):
+            if number == warm:
+                begin = self.progress.seconds
+            start = time.perf_counter()
+            passes = [next(ready) for _ in range(self.config.batch.accumulate)]
+            self._step(passes, waited=time.perf_counter() - start)
+        return (self.progress.seconds - begin) / steps
 
     def _share(self, more_steps: int = 0) -> float:
         """The share of the run that is over, some steps from now; 1 at its end."""

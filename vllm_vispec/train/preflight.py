@@ -1,20 +1,44 @@
-"""What is known of a run before it costs anything: its data, and whether its settings can work."""
+"""What is checked of a run before anything is encoded or loaded.
+
+Everything that can be wrong is looked at in the order of its cost: settings, then configurations
+and headers, then the data files.
+"""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
 from vllm_vispec.data.image_bounds import bounds_in, recorded_bounds, same_bounds, set_bounds
 from vllm_vispec.data.template import load_processor
+from vllm_vispec.heads.target import load_target_config
+from vllm_vispec.reference import Draft
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import Corpus, read_corpus
-from vllm_vispec.train.head_types import get_head_type
+from vllm_vispec.train.head_types import get_head_type, resolve
+from vllm_vispec.train.init import make_draft
+from vllm_vispec.train.published import PublishedModel, find_start
+from vllm_vispec.train.target import TargetFacts, check_structure, image_token_id
+from vllm_vispec.utils.errors import ViSpecError, first_line
+
+BYTES_PER_WEIGHT = 12
+"""Of a draft weight in a checkpoint: float32 and the two moments of AdamW."""
 
 
-def prepare(config: TrainConfig) -> tuple[TrainConfig, Corpus]:
-    """Read the data of a run; return the recipe with the image bounds that the data decide.
+def prepare(config: TrainConfig, world: int) -> tuple[TrainConfig, Corpus]:
+    """Check a recipe; return it with all that its data and processes decide, and the data.
+
+    Args:
+        world: number of processes.
 
     Raises:
-        ViSpecError: files or the target's processor cannot be used, or bounds do not agree.
+        ViSpecError: settings, head, target, files or disk do not allow the run.
     """
+    config = with_batch(resolve(config.require_complete()), world)
+    check_disk(config, starting_draft(config))
     corpus = read_corpus(config.data, get_head_type(config.head.kind).text_only)
     where = "data.train"
     recorded = recorded_bounds((entry.conversation for entry in corpus.entries), where)
@@ -22,3 +46,110 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, Corpus]:
     bounds = set_bounds(load_processor(config.target.model), wanted)
     data = config.data.model_copy(update=bounds)
     return config.model_copy(update={"data": data}), corpus
+
+
+def with_batch(config: TrainConfig, world: int) -> TrainConfig:
+    """Return the recipe with as many forward passes per step as `batch.global_size` needs.
+
+    Raises:
+        ViSpecError: the processes cannot share it evenly.
+    """
+    batch = config.batch
+    if not batch.global_size:
+        return config
+    together = batch.size * world
+    passes, rest = divmod(batch.global_size, together)
+    if rest or not passes:
+        raise ViSpecError(
+            f"batch.global_size {batch.global_size} is no multiple of batch.size {batch.size} x "
+            f"{world} processes: set batch.global_size to {together * max(passes, 1)} (and scale "
+            "optimizer.lr with it), lower batch.size, or start fewer processes"
+        )
+    if batch.accumulate not in (1, passes):
+        raise ViSpecError(
+            f"batch.accumulate {batch.accumulate} contradicts batch.global_size "
+            f"{batch.global_size}, which needs {passes}: leave batch.accumulate out"
+        )
+    return config.model_copy(update={"batch": batch.model_copy(update={"accumulate": passes})})
+
+
+def skeleton(name: str, setting: str = "target.model") -> Any:
+    """Return a vision-language model without its weights, on the meta device.
+
+    Args:
+        name: folder or hub id.
+        setting: what the user calls it, for messages.
+
+    Raises:
+        ViSpecError: it is none that training knows, or its folder holds no weights.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    found = load_target_config(name, setting)
+    image_token_id(found)
+    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
+        raise ViSpecError(
+            f"{setting} {name!r} holds no *.safetensors: give the folder of a complete model"
+        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(found)
+    except (ValueError, RuntimeError) as error:
+        raise ViSpecError(
+            f"{setting} {name!r} cannot be built ({first_line(error)}): give a vision-language "
+            "model that transformers knows"
+        ) from error
+    check_structure(model, f"{setting} {name!r}")
+    return model
+
+
+def starting_draft(config: TrainConfig) -> Draft:
+    """Return what the run would start from, but the target's tables are zeros.
+
+    A published model, which may be large, has no weights.
+
+    Raises:
+        ViSpecError: the target cannot be used, or `head.init_from` does not fit target or recipe.
+    """
+    head, model = config.head, skeleton(config.target.model)
+    is_path = head.init_from.count("/") != 1 or head.init_from.startswith((".", "/", "~"))
+    if head.init_from and is_path and not Path(head.init_from).expanduser().exists():
+        raise ViSpecError(
+            f"head.init_from {head.init_from!r} does not exist: train that head first, or start "
+            "fresh with --set head.init_from= and the rate of a fresh head, --set lr=3e-5"
+        )
+    published = find_start(config)
+    if published is not None:
+        folder = published.folder
+        return PublishedModel(folder, skeleton(str(folder), "head.init_from"), published.config)
+    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    # One number that looks like a whole table.
+    embed_VD, lm_head_VD = (torch.zeros(()).expand(one.shape) for one in tables)
+    text = model.config.get_text_config()
+    facts = TargetFacts(str(model.config.model_type), text, embed_VD, lm_head_VD)
+    return make_draft(head, facts, config.run.seed)
+
+
+def checkpoint_bytes(config: TrainConfig, draft: Draft) -> int:
+    """Return the size of the checkpoints that a run keeps, one being written included."""
+    trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
+    each = trained * (BYTES_PER_WEIGHT + (4 if config.optimizer.ema else 0))
+    return each * (config.run.keep + 2)
+
+
+def check_disk(config: TrainConfig, draft: Draft) -> None:
+    """Refuse a disk without room for the checkpoints; the offline teacher checks its cache itself.
+
+    Raises:
+        ViSpecError: it has none, or run.output cannot be a folder.
+    """
+    output = Path(config.run.output).absolute()
+    place = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not place.is_dir():
+        raise ViSpecError(f"run.output {output}: {place} is a file; choose another folder")
+    needed, free = checkpoint_bytes(config, draft), shutil.disk_usage(place).free
+    if needed > free:
+        raise ViSpecError(
+            f"run.output {output} needs {needed / 1e9:.3g} GB for checkpoints, {free / 1e9:.3g} GB "
+            "are free: free space, lower run.keep, or choose another disk"
+        )

@@ -322,7 +322,7 @@ def load_model(folder: str | Path, dtype: torch.dtype, setting: str = "target.mo
             f"{setting} {str(folder)!r} cannot be loaded ({first_line(error)}): give a "
             "complete vision-language model with safetensors weights"
         ) from error
-    _check_structure(model, f"{setting} {str(folder)!r}")
+    check_structure(model, f"{setting} {str(folder)!r}")
     use_window_attention(model)
     return model
 
@@ -346,7 +346,12 @@ def _check_room(folder: str | Path, dtype: torch.dtype, device: str) -> None:
         )
 
 
-def _check_structure(model: Any, name: str) -> None:
+def check_structure(model: Any, name: str) -> None:
+    """Refuse a target that is not built as `model.model.language_model` plus `lm_head`.
+
+    Raises:
+        ViSpecError: says what is missing.
+    """
     head = model.get_output_embeddings()
     inner = getattr(getattr(model, "model", None), "language_model", None)
     if inner is None or head is None:

@@ -57,7 +57,7 @@ class Teacher(ABC, Generic[T]):
 
     def __init__(self, config: TrainConfig, corpus: Corpus, group: Processes) -> None:
         self._config, self._group = config, group
-        self._dtype = _target_dtype(config, group)
+        self._dtype = target_dtype(config, group)
         processor = load_processor(config.target.model, bounds_in(vars(config.data)))
         self._samples = Samples(corpus, processor, self._dtype)
         self.folder = _claim(config, processor, group)
@@ -183,7 +183,8 @@ def _claim(config: TrainConfig, processor: Any, group: Processes) -> Path:
     return folder
 
 
-def _target_dtype(config: TrainConfig, group: Processes) -> torch.dtype:
+def target_dtype(config: TrainConfig, group: Processes) -> torch.dtype:
+    """Return what `target.dtype` means on this device."""
     name = config.target.dtype
     if name == "auto":
         name = "bfloat16" if group.device.type == "cuda" else "float32"
