@@ -33,6 +33,7 @@ FORMAT = 1
 
 # Settings that may change when a run goes on: they do not alter what the next step computes.
 FREE_SETTINGS = (
+    "batch.global_size",  # it decides batch.accumulate, which is compared
     "data.memory_mb",
     "data.workers",
     "head.dtype",

@@ -37,7 +37,7 @@ class Cost:
     """Bytes in a process's memory at the worst moment of a step, estimated.
 
     Attributes:
-        target: the frozen weights.
+        target: what stays of the frozen target.
         draft: float32 weights and gradients, AdamW's moments, the average, copies in bfloat16.
         step: what the forward pass keeps for the backward pass.
     """
@@ -72,7 +72,11 @@ def dry_run(config: TrainConfig, group: Processes, timed: bool) -> str:
     steps = config.schedule.total_steps(order.steps_per_epoch)
     longest = max(one.tokens for one in counts)
     target = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    cost = memory(config, draft, target, longest, answers)
+    resident = target
+    if config.teacher.mode == "offline":  # its embedding table and lm_head
+        tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        resident = sum(one.numel() for one in tables) * dtype.itemsize
+    cost = memory(config, draft, resident, longest, answers)
     lines = [
         ("target", f"{config.target.model}, {target / GIB:.3g} GiB as {dtype}"),
         ("head", _head(config, draft)),
@@ -80,11 +84,7 @@ def dry_run(config: TrainConfig, group: Processes, timed: bool) -> str:
         ("samples", _samples(corpus, number, rejected, len(counts) + len(rejected))),
         ("tokens", _tokens(counts, number)),
         ("steps", _steps(config, order, steps, group)),
-        (
-            "memory",
-            f"{cost.total / GIB:.3g} GiB a process at its peak, estimated: target "
-            f"{cost.target / GIB:.3g}, draft {cost.draft / GIB:.3g}, step {cost.step / GIB:.3g}",
-        ),
+        ("memory", _memory(config, cost, target)),
         ("disk", _disk(config, draft, counts, number, dtype)),
     ]
     if timed:
@@ -98,10 +98,10 @@ def memory(config: TrainConfig, draft: Draft, target: int, tokens: int, answers:
     Per draft weight 18 bytes (22 with an average), per token what one decoder layer keeps in
     bfloat16, per logit 16 bytes in at most `loss.chunk_rows` rows at once, per later pass the
     attention of the answer's rows over all tokens in float32, twice. Within a fifth of what
-    FakeTensor counted for seven cases of Qwen2.5-VL-7B; see docs/evidence/training.md.
+    FakeTensor counted for seven cases of Qwen2.5-VL-7B.
 
     Args:
-        target: bytes of the target's weights.
+        target: bytes of the target's weights that stay.
         tokens, answers: of the longest sample.
     """
     head, batch, loss = draft.config, config.batch.size, config.loss
@@ -114,6 +114,16 @@ def memory(config: TrainConfig, draft: Draft, target: int, tokens: int, answers:
     attention = later * tokens * head.num_attention_heads * 8
     step = logits + (batch * tokens + later) * layer + attention
     return Cost(target, weights * (22 if config.optimizer.ema else 18), step)
+
+
+def _memory(config: TrainConfig, cost: Cost, target: int) -> str:
+    text = (
+        f"{cost.total / GIB:.3g} GiB a process at its peak, estimated: target "
+        f"{cost.target / GIB:.3g}, draft {cost.draft / GIB:.3g}, step {cost.step / GIB:.3g}"
+    )
+    if config.teacher.mode == "offline":
+        text += f"; before that {target / GIB:.3g} for the target alone, which stores its states"
+    return text
 
 
 def _look(

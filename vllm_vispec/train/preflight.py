@@ -116,7 +116,7 @@ def starting_draft(config: TrainConfig) -> Draft:
     if head.init_from and is_path and not Path(head.init_from).expanduser().exists():
         raise ViSpecError(
             f"head.init_from {head.init_from!r} does not exist: train that head first, or start "
-            "fresh with --set head.init_from= and the rate of a fresh head, --set lr=3e-5"
+            "fresh with examples/recipes/vision.yaml (head.init_from empty, optimizer.lr 3e-5)"
         )
     published = find_start(config)
     if published is not None:
