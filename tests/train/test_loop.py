@@ -72,10 +72,30 @@ def test_runs_share_a_cache_and_data_may_grow(
     assert "24 samples, 0 skipped" in stored("three", f"{moved.name}/all.jsonl")[1]
     assert " 0 skipped" not in stored("three", "all.jsonl", data__max_length=60)[1]
     run(recipe(target, folder / "all.jsonl", tmp_path / "run", **offline))
+    # A damaged shard is named, without a traceback out of another process.
+    shard = next(tmp_path.glob("cache/*/float32/shard-*.safetensors"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    config = recipe(target, folder / "all.jsonl", tmp_path / "two", data__workers=1, **offline)
+    with pytest.raises(
+        ViSpecError, match=r"shard-\w+.safetensors cannot be read .*delete it"
+    ) as bad:
+        run(config)
+    assert "\n" not in str(bad.value)
+    shard.write_bytes(whole)
     # An image that changed is another sample.
     (folder / "1-0.png").write_bytes((folder / "4-0.png").read_bytes())
     with pytest.raises(pytest.fail.Exception, match="the target was loaded"):
         stored("four", "all.jsonl")
+
+
+def test_offline_is_recommended_for_more_epochs(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe(tiny.target("qwen2_5_vl"), dialogues, tmp_path / "run", schedule__epochs=3,
+                    schedule__max_steps=1)  # fmt: skip
+    run(config)
+    assert "in each of 3 epochs: teacher.mode=offline runs it once" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_found_before_the_target_is_loaded(

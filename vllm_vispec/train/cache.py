@@ -17,16 +17,17 @@ draft VLMs read no other states. Tensor names end in their shape.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from vllm_vispec.data.encode import Measured
 from vllm_vispec.heads.target import load_target_config
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import Corpus, require
@@ -54,10 +55,9 @@ class OfflineTeacher(Teacher[dict[str, Tensor]]):
 
     def __init__(self, config: TrainConfig, corpus: Corpus, group: Processes) -> None:
         super().__init__(config, corpus, group)
-        kind = get_head_type(config.head.kind)
-        self._whole = not (kind.compress or kind.draft_vlm)
+        self._whole = _reads_image_states(config)
         self._families = {i: corpus.entries[i].conversation for i in self.lengths}
-        self._states = self.folder / str(self._dtype).removeprefix("torch.")
+        self._states = self.folder / str(self.dtype).removeprefix("torch.")
         self._places = self._complete()
         found = read_tensors(self._states / "tables.safetensors")
         tables = {name: one.to(group.device) for name, one in found.items()}
@@ -73,8 +73,13 @@ class OfflineTeacher(Teacher[dict[str, Tensor]]):
         """Read a sample."""
         place = self._places[self._keys[index]]
         names = ("token_ids", "answer", "hidden", "rows", "embeds")
-        with safe_open(str(place.shard), framework="pt") as file:
-            found = {name: file.get_tensor(f"{place.number}.{name}") for name in names}
+        try:
+            with safe_open(str(place.shard), framework="pt") as file:
+                found = {name: file.get_tensor(f"{place.number}.{name}") for name in names}
+        except (OSError, SafetensorError) as error:
+            raise ViSpecError(
+                f"{place.shard} cannot be read ({error}): delete it and run the same command again"
+            ) from error
         return found | {
             "index": torch.tensor(index),
             "states": stored_rows(len(found["token_ids"]), place.runs, place.whole),
@@ -122,7 +127,7 @@ class OfflineTeacher(Teacher[dict[str, Tensor]]):
         if missing and group.is_main:
             self._check_disk(list(missing.values()))
         if mine or (group.is_main and not has_tables):
-            target = TrainingTarget.load(config.target.model, self._dtype, str(group.device))
+            target = TrainingTarget.load(config.target.model, self.dtype, str(group.device))
             if group.is_main and not has_tables:
                 _write_tables(self._states, target)
             self._fill(mine, target)
@@ -155,6 +160,8 @@ class OfflineTeacher(Teacher[dict[str, Tensor]]):
         """Where every sample is whose states suffice for this run's head."""
         found = {}
         for file in sorted(self._states.glob("shard-*.json")):
+            if not file.with_suffix(".safetensors").is_file():
+                continue  # deleted, so it is made again
             for number, record in enumerate(read_json(file)):
                 runs = tuple((start, end) for start, end in record["runs"])
                 place = _Place(file.with_suffix(".safetensors"), number, runs, record["whole"])
@@ -168,11 +175,8 @@ class OfflineTeacher(Teacher[dict[str, Tensor]]):
         Raises:
             ViSpecError: the disk has no room for it.
         """
-        text = load_target_config(self._config.target.model).get_text_config()
-        row = text.hidden_size * self._dtype.itemsize
-        counts = [self._counts[index] for index in indices]
-        rows = sum(one.tokens + self._whole * one.image_tokens for one in counts)
-        needed, free = rows * row, shutil.disk_usage(self.folder).free
+        needed = _bytes_of(self._config, (self.counts[index] for index in indices), self.dtype)
+        free = shutil.disk_usage(self.folder).free
         where = (
             f"{needed / 1e9:.3g} GB of hidden states for {len(indices)} samples in {self._states}"
         )
@@ -182,6 +186,21 @@ class OfflineTeacher(Teacher[dict[str, Tensor]]):
                 "space, set teacher.cache_dir to a larger disk, or teacher.mode to online"
             )
         tqdm.write(f"write {where} ({free / 1e9:.3g} GB free)")
+
+
+def _reads_image_states(config: TrainConfig) -> bool:
+    kind = get_head_type(config.head.kind)
+    return not (kind.compress or kind.draft_vlm)
+
+
+def _bytes_of(config: TrainConfig, counts: Iterable[Measured], dtype: torch.dtype) -> int:
+    """Return what the states of samples take."""
+    text, whole = (
+        load_target_config(config.target.model).get_text_config(),
+        _reads_image_states(config),
+    )
+    rows = sum(one.tokens + whole * one.image_tokens for one in counts)
+    return int(rows * text.hidden_size * dtype.itemsize)
 
 
 def stored_rows(length: int, runs: Runs, whole: bool) -> Tensor:
@@ -215,5 +234,13 @@ def _write_tables(folder: Path, target: TrainingTarget) -> None:
 
 def open_teacher(config: TrainConfig, corpus: Corpus, group: Processes) -> Teacher[Any]:
     """Return the teacher that `teacher.mode` names."""
-    chosen = OnlineTeacher if config.teacher.mode == "online" else OfflineTeacher
-    return chosen(config, corpus, group)
+    if config.teacher.mode == "offline":
+        return OfflineTeacher(config, corpus, group)
+    teacher, epochs = OnlineTeacher(config, corpus, group), config.schedule.epochs
+    if group.is_main and epochs > 2:
+        size = _bytes_of(config, teacher.counts.values(), teacher.dtype)
+        tqdm.write(
+            f"the target runs in each of {epochs:g} epochs: teacher.mode=offline runs it once and "
+            f"stores its states, {size / 1e9:.3g} GB"
+        )
+    return teacher

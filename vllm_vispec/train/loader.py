@@ -72,6 +72,9 @@ class Loader(Generic[T]):
                 found = dict(next(loaded))
             except StopIteration:
                 return
+            except ViSpecError as error:
+                # Out of another process it comes with a traceback, its own line at the end.
+                raise ViSpecError(str(error).rpartition("ViSpecError: ")[2].strip()) from error
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise

@@ -45,7 +45,9 @@ class Teacher(ABC, Generic[T]):
     Attributes:
         facts: what training needs to know of the target.
         lengths: tokens of every usable sample, by its index in the corpus.
+        counts: its tokens, and those of its images.
         rejected: samples of the run that cannot be used.
+        dtype: in which the target computes.
         folder: see above.
 
     Raises:
@@ -57,13 +59,13 @@ class Teacher(ABC, Generic[T]):
 
     def __init__(self, config: TrainConfig, corpus: Corpus, group: Processes) -> None:
         self._config, self._group = config, group
-        self._dtype = target_dtype(config, group)
+        self.dtype = target_dtype(config, group)
         processor = load_processor(config.target.model, bounds_in(vars(config.data)))
-        self._samples = Samples(corpus, processor, self._dtype)
+        self._samples = Samples(corpus, processor, self.dtype)
         self.folder = _claim(config, processor, group)
         used = sorted({*corpus.train, *corpus.validation})
         self._keys = {index: self._samples.key(index) for index in used}
-        self._counts: dict[int, Measured] = {}
+        self.counts: dict[int, Measured] = {}
         rejected, limit = [], config.data.max_length
         for index, found in self._measured().items():
             if "rejected" in found:
@@ -71,10 +73,10 @@ class Teacher(ABC, Generic[T]):
             elif found["tokens"] > limit:
                 reason = too_long(Measured(**found), limit)
             else:
-                self._counts[index] = Measured(**found)
+                self.counts[index] = Measured(**found)
                 continue
             rejected.append(Rejected(corpus.entries[index].conversation.sample_id, reason))
-        self.lengths = {index: one.tokens for index, one in self._counts.items()}
+        self.lengths = {index: one.tokens for index, one in self.counts.items()}
         self.rejected = tuple(rejected)
         if not self.lengths:
             first = "".join(f" (first: {x.sample_id}: {x.reason})" for x in self.rejected[:1])
@@ -129,7 +131,7 @@ class OnlineTeacher(Teacher[Encoded | Rejected]):
 
     def __init__(self, config: TrainConfig, corpus: Corpus, group: Processes) -> None:
         super().__init__(config, corpus, group)
-        self._target = TrainingTarget.load(config.target.model, self._dtype, str(group.device))
+        self._target = TrainingTarget.load(config.target.model, self.dtype, str(group.device))
         self.facts = self._target
 
     def _make(self, index: int) -> Encoded | Rejected:
