@@ -65,8 +65,13 @@ HEAD = {"head__kind": "specvlm_global", "head__compressor": "weighted(prune:2,co
 DRAFT_VLM = {"head__kind": "draft_vlm", "head__trained": "projector"}
 
 
+PUBLISHED = {"head__kind": "draft_vlm", "head__trained": "language_model"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("head", [HEAD, DRAFT_VLM], ids=["head", "draft VLM"])
+@pytest.mark.parametrize(
+    "head", [HEAD, DRAFT_VLM, PUBLISHED], ids=["head", "draft VLM", "published model"]
+)
 def test_two_processes_equal_one(
     tiny: TinyStore, dialogues: Path, tmp_path: Path, head: dict[str, str]
 ) -> None:
@@ -74,6 +79,8 @@ def test_two_processes_equal_one(
     if head is DRAFT_VLM:
         write_language_model(tmp_path / "lm", vocab_size=1024)
         head = {**head, "head__init_from": str(tmp_path / "lm")}
+    elif head is PUBLISHED:
+        head = {**head, "head__init_from": tiny.sibling("qwen2_5_vl")}
     run(settings(target, dialogues, tmp_path / "one", 4, **head))
     two = settings(target, dialogues, tmp_path / "two", 2, **head)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,10 +20,13 @@ from vllm_vispec.data.encode import Encoded, Encoder
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Conversation
+from vllm_vispec.draft_model.named import find_published
 from vllm_vispec.evaluate.options import EvalOptions
 from vllm_vispec.evaluate.run import evaluate
 from vllm_vispec.heads.export import export_model
-from vllm_vispec.train.target import load_model, model_inputs
+from vllm_vispec.reference import image_mask
+from vllm_vispec.train.published import PublishedModel
+from vllm_vispec.train.target import TrainingTarget, load_model, model_inputs, pad_batch
 from vllm_vispec.utils.errors import ViSpecError
 
 
@@ -106,6 +109,33 @@ def test_what_a_published_model_does_not_have_is_refused(tiny: TinyStore, dialog
         evaluate(EvalOptions(**options, draft_vocab="100"))
     with pytest.raises(ViSpecError, match="family llava, the target of qwen2_5_vl"):
         evaluate(EvalOptions(**options | {"head": tiny.sibling("llava")}))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava_next"])
+def test_without_images_it_reads_the_text_alone(
+    tiny: TinyStore, dialogues: Path, kind: str
+) -> None:
+    target = tiny.target(kind)
+    info = find_published(tiny.sibling(kind), str(target))
+    assert info is not None
+    draft = PublishedModel.load(info, images=False)
+    encoder = Encoder(load_processor(target), image_root=dialogues.parent)
+    samples = [
+        one
+        for item in list(read_conversations(dialogues))[:3]
+        if isinstance(one := encoder(cast(Conversation, item)), Encoded)
+    ]
+    assert [len(one.runs) for one in samples] == [0, 1, 2]
+    batch = pad_batch(TrainingTarget.load(target, torch.float32, "cpu").observe(samples), 16)
+    with torch.inference_mode():
+        state_BLD = draft(batch)
+        for sample, state_LD in zip(samples, state_BLD, strict=True):
+            is_text_L = ~image_mask([sample.runs], len(sample.token_ids))[0]
+            ids_1N = sample.token_ids[is_text_L][None]
+            alone_ND = draft.model.model(input_ids=ids_1N, use_cache=False).last_hidden_state[0]
+            # Row p is token p + 1's.
+            rows_N = is_text_L.nonzero()[:, 0] - 1
+            torch.testing.assert_close(state_LD[rows_N[1:]], alone_ND[1:], atol=1e-4, rtol=1e-4)
 
 
 def distil(tiny: TinyStore, dialogues: Path, output: Path, kind: str, **changes: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from vllm_vispec.draft_model.named import is_published
+from vllm_vispec.draft_model.named import is_head
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.export import write_json, write_weights
 from vllm_vispec.heads.folder import (
@@ -57,7 +57,7 @@ def check_has_adaptor(head: str) -> None:
     Raises:
         ViSpecError: it is no usable head, or has no adaptor.
     """
-    if is_published(head) or not inspect_head(head).config.has_adaptor:
+    if not is_head(head) or not inspect_head(head).config.has_adaptor:
         raise ViSpecError(
             f"--head {head} has no vision adaptor to be zeroed: leave vispec_zeroed out of "
             "--variants"
@@ -106,7 +106,7 @@ def write_eagle_head(head: str, target: str, folder: Path) -> str:
     Raises:
         ViSpecError: it is no usable head.
     """
-    if is_published(head) or inspect_head(head).config.is_draft_vlm:
+    if not is_head(head) or inspect_head(head).config.is_draft_vlm:
         return _write_random_eagle(target, folder)
     info, source = _read(head)
     tensors = {

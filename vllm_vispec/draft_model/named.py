@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-from vllm_vispec.heads.folder import CONFIG, HeadInfo, inspect_head, read_json
+from vllm_vispec.heads.folder import CONFIG, HeadInfo, inspect_head, is_vispec_head, read_json
 from vllm_vispec.heads.location import resolve_head
 
 
-def is_published(draft: str | Path) -> bool:
-    """Whether a config.json is that of a vision-language model, and not of a head.
+def is_head(draft: str | Path) -> bool:
+    """Whether a folder or hub id is a head, be it complete or not."""
+    return is_vispec_head(resolve_head(draft))
 
-    Raises:
-        ViSpecError: there is none.
-    """
-    config = read_json(resolve_head(draft) / CONFIG)
-    return "vision_config" in config and "vispec" not in config
+
+def sees_images(draft: str | Path) -> bool:
+    """Whether a published model is a vision-language model, going by its config.json."""
+    return "vision_config" in read_json(resolve_head(draft) / CONFIG)
 
 
 def find_published(draft: str, target: str) -> HeadInfo | None:
@@ -22,7 +22,7 @@ def find_published(draft: str, target: str) -> HeadInfo | None:
     Raises:
         ViSpecError: it does not fit the target.
     """
-    if not is_published(draft):
+    if is_head(draft):
         return None
     from vllm.config import ModelConfig
 

@@ -157,12 +157,23 @@ def make_draft(
         changes = default_sizes(settings, facts.text_config) if is_vlm else _norm(settings)
         config = _new_config(settings, facts, changes)
         draft = new_draft(config, facts.embed_VD.cpu(), seed, facts.lm_head_VD.cpu())
-    if is_vlm:
+    return as_asked(draft, settings)
+
+
+def as_asked(draft: Draft, settings: HeadSettings) -> Draft:
+    """Freeze what `head.trained` leaves out; returns the draft.
+
+    Raises:
+        ViSpecError: sizes of a draft VLM differ from those of `head.init_from`.
+    """
+    if draft.config.is_draft_vlm:
         _check_sizes(settings, draft.config)
     for name, parameter in draft.named_parameters() if settings.trained != "all" else ():
-        is_language = not name.startswith(PROJECTOR_PREFIX)
-        if published is not None:
-            is_language = name.startswith(LANGUAGE_PREFIXES)
+        is_language = (
+            name.startswith(LANGUAGE_PREFIXES)
+            if isinstance(draft, PublishedModel)
+            else not name.startswith(PROJECTOR_PREFIX)
+        )
         parameter.requires_grad_(is_language == (settings.trained == "language_model"))
     return draft
 

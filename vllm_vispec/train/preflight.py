@@ -19,7 +19,7 @@ from vllm_vispec.reference import Draft
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import Corpus, read_corpus
 from vllm_vispec.train.head_types import get_head_type, resolve
-from vllm_vispec.train.init import make_draft
+from vllm_vispec.train.init import as_asked, make_draft
 from vllm_vispec.train.published import PublishedModel, find_start
 from vllm_vispec.train.target import TargetFacts, check_structure, image_token_id
 from vllm_vispec.utils.errors import ViSpecError, first_line
@@ -121,7 +121,8 @@ def starting_draft(config: TrainConfig) -> Draft:
     published = find_start(config)
     if published is not None:
         folder = published.folder
-        return PublishedModel(folder, skeleton(str(folder), "head.init_from"), published.config)
+        draft = PublishedModel(folder, skeleton(str(folder), "head.init_from"), published.config)
+        return as_asked(draft, head)
     tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     # One number that looks like a whole table.
     embed_VD, lm_head_VD = (torch.zeros(()).expand(one.shape) for one in tables)

@@ -297,20 +297,27 @@ def _join(tensors: Sequence[Tensor]) -> Tensor:
     return joined
 
 
-def load_model(folder: str | Path, dtype: torch.dtype, setting: str = "target.model") -> Any:
+def load_model(
+    folder: str | Path,
+    dtype: torch.dtype,
+    setting: str = "target.model",
+    takes_images: bool = True,
+) -> Any:
     """Load a Hugging Face vision-language model in evaluation mode, on the CPU.
 
     Args:
         setting: what the user calls it, for messages.
+        takes_images: False: it is a text model.
 
     Raises:
         ViSpecError: it cannot be read, or is not built as `model.model.language_model` plus
             `lm_head`.
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    kind = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        model = kind.from_pretrained(
             folder,
             dtype=dtype,
             trust_remote_code=False,
@@ -322,8 +329,9 @@ def load_model(folder: str | Path, dtype: torch.dtype, setting: str = "target.mo
             f"{setting} {str(folder)!r} cannot be loaded ({first_line(error)}): give a "
             "complete vision-language model with safetensors weights"
         ) from error
-    check_structure(model, f"{setting} {str(folder)!r}")
-    use_window_attention(model)
+    if takes_images:
+        check_structure(model, f"{setting} {str(folder)!r}")
+        use_window_attention(model)
     return model
 
 
