@@ -225,7 +225,8 @@ def _time(config: TrainConfig, group: Processes, steps: int | None) -> str:
             run.log.close()
     text = f"{seconds:.3g} s a step ({TIMED_STEPS} steps timed)"
     if steps is not None:
-        text += f", {seconds * steps / 3600:.3g} hours in all, validation and start excluded"
+        before = "storing states, " if config.teacher.mode == "offline" else ""
+        text += f", {seconds * steps / 3600:.3g} hours in all beside {before}start and validation"
     if group.device.type == "cuda":
         text += f"; peak memory {torch.cuda.max_memory_allocated() / GIB:.3g} GiB"
     return text

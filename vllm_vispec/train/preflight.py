@@ -40,7 +40,7 @@ def prepare(config: TrainConfig, world: int) -> tuple[TrainConfig, Corpus]:
     config = with_batch(resolve(config.require_complete()), world)
     check_disk(config, starting_draft(config))
     corpus = read_corpus(config.data, get_head_type(config.head.kind).text_only)
-    where = "data.train"
+    where = "the run's data (data.train, data.validation)"
     recorded = recorded_bounds((entry.conversation for entry in corpus.entries), where)
     wanted = same_bounds(bounds_in(vars(config.data)), recorded, where)
     bounds = set_bounds(load_processor(config.target.model), wanted)
