@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import resource
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.tiny_store import TinyStore
 from tests.train.runs import write_dialogues, write_records
+from vllm_vispec.data.encode import Encoded
+from vllm_vispec.data.template import load_processor
 from vllm_vispec.train.checkpoint import Checkpoint, Checkpoints, Progress
 from vllm_vispec.train.config import BatchConfig, DataConfig, ScheduleConfig
-from vllm_vispec.train.data import BatchOrder, count_reasons, read_corpus
+from vllm_vispec.train.data import BatchOrder, Samples, count_reasons, read_corpus
 from vllm_vispec.train.trainer import rate_factor
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -82,6 +86,22 @@ def test_unreadable_records_are_counted(tmp_path: Path) -> None:
         "unusable record": 1,
     }
     assert "lost: image gone.png does not exist" in counted["missing image"]["examples"]
+
+
+def test_recorded_tokens_take_little_memory(tiny: TinyStore, tmp_path: Path) -> None:
+    records = [json.loads(line) for line in write_dialogues(tmp_path, 200).read_text().splitlines()]
+    for number, one in enumerate(records):
+        one["response_token_ids"] = [[300 + (number * 7 + n) % 700 for n in range(1000)]]
+    data = write_records(tmp_path / "answers.jsonl", records)
+    tracemalloc.start()
+    corpus = read_corpus(DataConfig(train=(str(data),)))
+    assert tracemalloc.get_traced_memory()[0] < 2e6  # 7 MB as lists
+    tracemalloc.stop()
+    samples = Samples(corpus, load_processor(tiny.target("llava")), torch.float32)
+    found = samples.encode(3)
+    assert isinstance(found, Encoded)
+    assert found.token_ids[found.answer].tolist() == records[3]["response_token_ids"][0]
+    assert len({samples.key(index) for index in range(9)}) == 9
 
 
 def test_learning_rate() -> None:

@@ -10,6 +10,7 @@ Shapes: L tokens of one sample, image placeholders expanded.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, takewhile
@@ -270,9 +271,10 @@ def _recorded_answer(conversation: Conversation, answers: int) -> list[int] | No
     last = found[-1]
     if last is None:
         return None
-    if not isinstance(last, list) or not last or any(type(one) is not int for one in last):
+    is_ids = isinstance(last, list | array) and all(type(one) is int for one in last)
+    if not is_ids or not last:
         raise ValueError(f"{ANSWER_TOKENS_KEY} holds no token ids for the last answer")
-    return last
+    return list(last)
 
 
 def _until_last_answer(conversation: Conversation) -> tuple[Turn, ...]:
