@@ -6,11 +6,13 @@ Users give them beside vLLM's keys in ``--speculative-config``.  Workers find th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, field_validator
 
+from vllm_vispec.compressors.spec import MAX_AMOUNT, CompressorSpec, parse_compressor
 from vllm_vispec.heads.config import (
     ARCHITECTURES,
     DRAFT_MODEL_ARCHITECTURE,
@@ -31,7 +33,7 @@ SETTING_FLAGS = {
     "spec_tokens": "num_speculative_tokens",
 }
 """vLLM's flags for single keys of the speculative config."""
-SETTING_KEYS = frozenset({"image_table_size", "draft_vocab", "tree"})
+SETTING_KEYS = frozenset({"image_table_size", "draft_vocab", "tree", "images"})
 """Our keys of the speculative config; the other fields of `ViSpecConfig` are found, not set."""
 _MAX_IMAGES = 1_000_000
 
@@ -53,6 +55,12 @@ class ViSpecConfig(Settings):
     tree: TreeSettings | None = Field(
         default=None, description="How draft trees are grown. Default: chains are drafted."
     )
+    images: str | None = Field(
+        default=None,
+        description='What a published model as the draft sees of images: "all", "none", or of N '
+        'rows one that stays ("prune:N") or their mean ("pool:N"). Default: all, of text models '
+        "none.",
+    )
     checkpoint_format: str = Field(
         default="canonical",
         description="Whose tensor names the head's files use; found by inspection.",
@@ -68,6 +76,26 @@ class ViSpecConfig(Settings):
                 f"{_MAX_IMAGES}; leave it out for the default of 1024"
             )
         return size
+
+    @field_validator("images", mode="before")
+    @classmethod
+    def _check_images(cls, given: Any) -> Any:
+        amount = re.fullmatch(r"(?:prune|pool):(\d{1,4})", str(given))
+        is_share = amount is not None and 1 <= int(amount[1]) <= MAX_AMOUNT
+        if given not in (None, "all", "none") and not is_share:
+            raise ViSpecError(
+                f'speculative config: images={given!r} must be "all", "none", "prune:N" or '
+                f'"pool:N" with N from 1 to {MAX_AMOUNT}; leave it out for all that the draft can '
+                "see"
+            )
+        return given
+
+    @property
+    def image_share(self) -> CompressorSpec | None:
+        """Which rows of an image a published model sees; None: all of them."""
+        if self.images in (None, "all"):
+            return None
+        return parse_compressor("text_only" if self.images == "none" else self.images)
 
     @field_validator("draft_vocab", mode="before")
     @classmethod
@@ -145,6 +173,11 @@ def reads_target_states(vllm_config: Any) -> bool:
 def drafts_with_published(vllm_config: Any) -> bool:
     """Whether the draft is a published model, as it is."""
     return DRAFT_MODEL_ARCHITECTURE in _draft_architectures(vllm_config)
+
+
+def hides_images(vllm_config: Any) -> bool:
+    """Whether the draft is a published model that sees no images, or a share of their rows."""
+    return ViSpecConfig.from_vllm(vllm_config).image_share is not None
 
 
 def trims_drafts(vllm_config: Any) -> bool:

@@ -69,6 +69,46 @@ def test_a_sibling_is_a_draft(configure: Callable[..., Any], tiny: TinyStore) ->
     assert draft.get_hidden_size() == 96
 
 
+def test_a_text_model_sees_no_images(configure: Callable[..., Any], tiny: TinyStore) -> None:
+    config = configure(tiny.text_model())
+    assert config.additional_config["vispec"]["images"] == "none"
+    with pytest.raises(ViSpecError, match='images="all" does not go with a text model'):
+        configure(tiny.text_model(), images="all")
+
+
+@pytest.mark.parametrize("images", ["prune", "prune:0", "pool:4097", "conv:3", 4])
+def test_unknown_shares_of_images_are_refused(
+    configure: Callable[..., Any], tiny: TinyStore, images: Any
+) -> None:
+    with pytest.raises(ViSpecError, match=f'images={images!r} must be "all", "none", "prune:N"'):
+        configure(tiny.sibling(), images=images)
+
+
+@pytest.mark.parametrize(
+    ("images", "seen"),
+    [
+        ("none", "the draft sees no images"),
+        ("prune:4", "the draft sees 1 of 4 image rows"),
+        ("pool:3", "the draft sees 1 of 3 image rows, their mean"),
+    ],
+)
+def test_the_log_says_what_the_draft_sees(
+    configure: Callable[..., Any],
+    tiny: TinyStore,
+    caplog: pytest.LogCaptureFixture,
+    images: str,
+    seen: str,
+) -> None:
+    caplog.set_level("INFO")
+    configure(tiny.sibling(), images=images)
+    assert seen in caplog.text
+
+
+def test_heads_have_no_setting_of_images(configure: Callable[..., Any], tiny: TinyStore) -> None:
+    with pytest.raises(ViSpecError, match="images goes with a published model"):
+        configure(tiny.head(), images="none")
+
+
 def test_other_families_are_refused(configure: Callable[..., Any], tiny: TinyStore) -> None:
     with pytest.raises(ViSpecError, match="family qwen3_vl, the target of qwen2_5_vl"):
         configure(tiny.sibling("qwen3_vl"))
@@ -78,12 +118,6 @@ def _swap_tokens(content: dict[str, Any]) -> None:
     vocabulary = content["model"]["vocab"]
     first, second = sorted(vocabulary, key=vocabulary.get)[300:302]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-
-
-def _make_text_model(content: dict[str, Any]) -> None:
-    text = content["text_config"]
-    content.clear()
-    content.update(text, model_type="qwen2", architectures=["Qwen2ForCausalLM"])
 
 
 def _set(**changes: Any) -> Callable[[dict[str, Any]], None]:
@@ -109,7 +143,6 @@ def _set(**changes: Any) -> Callable[[dict[str, Any]], None]:
             "patch_size in vision_config is 16, the target's 14",
         ),
         ("config.json", _set(text_config__max_position_embeddings=128), "reads 128 tokens at most"),
-        ("config.json", _make_text_model, "it is a text model"),
         (
             "config.json",
             _set(quantization_config={"quant_method": "unheard_of"}),
@@ -281,7 +314,6 @@ def test_engines_that_do_not_go_with_it_are_refused(
         ("disable_padded_drafter_batch", {"disable_padded_drafter_batch": True}),
         ("enable_adaptive_verification", {"enable_adaptive_verification": True}),
         ("use_local_argmax_reduction", {"use_local_argmax_reduction": True}),
-        ("images", {"images": "none"}),
     ],
 )
 def test_settings_that_do_not_go_with_it_are_refused(
@@ -302,6 +334,10 @@ def test_doctor_says_whether_a_draft_fits(
     assert "256 bytes of KV cache for a token, and 192 bytes for a token of" in fits.stdout
     assert "tensor parallel up to 1 (1)" in fits.stdout
     assert fits.exit_code == 0
+    assert (
+        "a token, and sees no images"
+        in CliRunner().invoke(app, [*target, tiny.text_model()]).stdout
+    )
     other = changed("config.json", _set(vision_config__patch_size=16))
     refused = CliRunner().invoke(app, [*target, other])
     assert refused.exit_code == 1

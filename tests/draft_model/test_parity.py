@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby, islice, pairwise
 from typing import Any
 
 import pytest
@@ -29,6 +29,10 @@ ROWS = [
     for row, slow in (
         (("v1", "qwen2_5_vl", "small", 16, 14), False),
         (("v1", "qwen2_5_vl", "blocks", 16, 40), False),
+        (("v1", "qwen2_5_vl", "none", 8, 14), False),
+        (("v1", "qwen2_5_vl", "text", 8, 14), False),
+        (("v2", "qwen2_5_vl", "none", 6, 6), True),
+        (("v2", "qwen2_5_vl", "text", 8, 8), True),
         (("v1", "qwen3_vl", "small", 8, 14), False),
         (("v1", "llava_next", "small", 8, 14), False),
         (("v2", "qwen2_5_vl", "small", 8, 8), True),
@@ -41,21 +45,34 @@ ROWS = [
 
 
 @lru_cache
-def _model(folder: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+def _model(folder: str) -> Any:
+    import transformers
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoProcessor.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model_class = getattr(transformers, config.architectures[0])
+    return model_class.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 class Continuation:
-    """What a published model says next, after a request's prompt and a part of an answer."""
+    """What a published model says next, after a request's prompt and a part of an answer.
 
-    def __init__(self, folder: str, request: Request) -> None:
-        self._model, processor = _model(folder)
-        prompt = request.prompt()
-        images = prompt.get("multi_modal_data", {}).get("image")
-        self._inputs = dict(processor(text=prompt["prompt"], images=images, return_tensors="pt"))
+    Of images it sees what ``images`` says, like the setting of this name. With "none" it reads the
+    prompt without their tokens, as a text model does, whose prompts ``processor`` writes.
+    """
+
+    def __init__(
+        self, folder: str, request: Request, images: str = "all", processor: str = ""
+    ) -> None:
+        from transformers import AutoProcessor
+
+        self._model, self._images = _model(folder), images
+        found, prompt = AutoProcessor.from_pretrained(processor or folder), request.prompt()
+        pictures = prompt.get("multi_modal_data", {}).get("image")
+        self._inputs = dict(found(text=prompt["prompt"], images=pictures, return_tensors="pt"))
+        self._image_id = found.tokenizer.convert_tokens_to_ids(found.image_token)
+        if images == "none":
+            ids = self._inputs["input_ids"]
+            self._inputs = {"input_ids": ids[ids != self._image_id].unsqueeze(0)}
 
     def __call__(self, answered: list[int], count: int) -> list[int]:
         """Return the model's next ``count`` tokens, greedily."""
@@ -67,13 +84,62 @@ class Continuation:
         inputs, said = dict(self._inputs), list(answered)
         while True:
             ids = torch.tensor([said], dtype=torch.long)
-            extra = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            extra = {"input_ids": ids}
+            if "attention_mask" in inputs:
+                extra["attention_mask"] = torch.ones_like(ids)
             if "mm_token_type_ids" in inputs:
                 extra["mm_token_type_ids"] = torch.zeros_like(ids)
             joined = {k: torch.cat([self._inputs[k], v], dim=1) for k, v in extra.items()}
-            logits = self._model(**inputs | joined, use_cache=False).logits
+            logits = self._logits(inputs | joined)
             said.append(int(logits[0, -1].argmax()))
             yield said[-1], float(logits[0, -1].softmax(-1).max())
+
+    def _logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if ":" not in self._images:
+            return self._model(**inputs, use_cache=False).logits
+        is_image_S = inputs["input_ids"][0] == self._image_id
+
+        def see_fewer(_: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, given | _fewer_rows(given, is_image_S, self._images)
+
+        handle = self._model.model.language_model.register_forward_pre_hook(
+            see_fewer, with_kwargs=True
+        )
+        with handle:
+            return self._model(**inputs, use_cache=False).logits
+
+
+def _fewer_rows(given: dict[str, Any], is_image_S: torch.Tensor, images: str) -> dict[str, Any]:
+    """Return what a language model reads, of S rows only those that are seen.
+
+    An image of N rows has ``max(1, N // amount)`` stretches, of each the middle row is seen.
+    """
+    name, amount = images.split(":")
+    source_S: list[range] = []
+    for is_image, group in groupby(range(len(is_image_S)), lambda row: bool(is_image_S[row])):
+        rows = list(group)
+        count = max(1, len(rows) // int(amount)) if is_image else len(rows)
+        borders = [rows[0] + i * len(rows) // count for i in range(count + 1)]
+        source_S += [range(*two) for two in pairwise(borders)]
+    seen = torch.tensor([(one.start + one.stop - 1) // 2 for one in source_S])
+
+    def take(rows_SD: torch.Tensor) -> torch.Tensor:
+        parts = source_S if name == "pool" else [range(row, row + 1) for row in seen.tolist()]
+        return torch.stack([rows_SD[one.start : one.stop].mean(0) for one in parts])
+
+    found = {
+        name: given[name][..., seen]
+        for name in ("attention_mask", "position_ids")
+        if given.get(name) is not None
+    }
+    found.setdefault("position_ids", seen.unsqueeze(0))
+    found["inputs_embeds"] = take(given["inputs_embeds"][0]).unsqueeze(0)
+    if given.get("deepstack_visual_embeds") is not None:
+        all_S = torch.zeros_like(given["inputs_embeds"][0])
+        levels = [all_S.index_put((is_image_S,), one) for one in given["deepstack_visual_embeds"]]
+        found["visual_pos_masks"] = is_image_S[seen].unsqueeze(0)
+        found["deepstack_visual_embeds"] = [take(level)[is_image_S[seen]] for level in levels]
+    return found
 
 
 def explains(found: Completion, says: Callable[[list[int], int], list[int]], lone: int) -> bool:
@@ -107,28 +173,35 @@ def explains(found: Completion, says: Callable[[list[int], int], list[int]], lon
     return fits(1, 0, lone)
 
 
-@pytest.mark.parametrize(("runner", "kind", "base", "count", "max_tokens"), ROWS)
+@pytest.mark.parametrize(("runner", "kind", "base", "images", "count", "max_tokens"), ROWS)
 def test_drafts_are_those_of_transformers(
     engine: Callable[..., Engine],
     tiny: TinyStore,
     runner: str,
     kind: str,
     base: str,
+    images: str,
     count: int,
     max_tokens: int,
 ) -> None:
-    sibling = tiny.sibling(kind)
+    draft = tiny.text_model(kind) if images == "text" else tiny.sibling(kind)
     options = {"small": SMALL, "blocks": BLOCKS}[base]
-    drafting = engine(runner, kind=kind, draft=sibling, num_draft_tokens=COUNT, **options)
+    config = {} if images in ("all", "text") else {"images": images}
+    seen = "none" if images == "text" else images
+    drafting = engine(
+        runner, kind=kind, draft=draft, num_draft_tokens=COUNT, config=config, **options
+    )
     found = drafting.serve("mixed", count=count, max_tokens=max_tokens)
     requests = mixed_requests(kind, count, max_tokens)
     assert {request.name for request in requests} == set(found.results)
     for request in requests:
-        if request.name.startswith("touching") and kind.startswith("qwen"):
+        is_touching = request.name.startswith("touching")
+        if is_touching and seen != "none" and (kind.startswith("qwen") or seen != "all"):
             continue  # transformers takes images without anything between them for one
         (one,) = found.results[request.name]
         lone = found.spy.preempted.count(request.name)
-        assert explains(one, Continuation(sibling, request), lone), request.name
+        says = Continuation(draft, request, seen, str(tiny.target(kind)))
+        assert explains(one, says, lone), request.name
     assert found.acceptance() > 0.1
     if base == "blocks":
         assert found.spy.preempted

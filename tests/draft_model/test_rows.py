@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
+from vllm_vispec.compressors.spec import CompressorSpec
 from vllm_vispec.draft_model.rows import FEATURES, DraftPositions, PublishedRows
 from vllm_vispec.spec_decode.step import RequestRows
 from vllm_vispec.utils.errors import ViSpecError
@@ -70,6 +73,12 @@ def test_steps_go_on_behind_each_requests_last_row() -> None:
         assert found.tolist() == [[5 + step, 5 + step, 4 + step]] * 3
 
 
+def test_rows_that_nobody_reads_have_positions_of_the_table() -> None:
+    positions = _positions()
+    positions.hide_images(np.full(4, -9))
+    assert positions(torch.tensor([12, 1, 2, 0])).tolist() == [[3, 0, 0, 0]] * 3
+
+
 def test_buffers_stay_where_they_are() -> None:
     positions = _positions()
     first = positions(torch.arange(4))
@@ -101,6 +110,50 @@ def test_rows_beside_images_need_no_features(first: int, count: int) -> None:
     rows = PublishedRows(None)
     rows.set_step([_request(first, count, IMAGE)], {})
     assert rows.features is None
+
+
+@pytest.mark.parametrize(
+    ("first", "hidden", "position"),
+    [
+        (0, [0, 0, 1, 1, 1, 1, 0, 0], [0, 1, 2, 3]),
+        (4, [1, 1, 0, 0, 0, 0, 0, 0], [2, 3, 4, 5, 6, 7]),
+        (9, [0] * 8, [5, 6, 7, 8, 9, 10, 11, 12]),
+    ],
+)
+def test_text_counts_without_hidden_images(
+    first: int, hidden: list[int], position: list[int]
+) -> None:
+    positions, masks = _positions(), Mock()
+    rows = PublishedRows(positions, masks, CompressorSpec("text_only"))
+    rows.set_step([_request(first, 8, IMAGE)], {})
+    (written_T,) = masks.write_masks.call_args.args
+    assert written_T.tolist() == hidden
+    found = positions(torch.arange(first, first + 8))[:, ~written_T]
+    assert found.tolist() == [position] * 3
+    rows.begin_steps(torch.tensor([7]))
+    assert masks.clear_masks.called
+    assert positions(torch.tensor([first + 8])).tolist() == [[position[-1] + 1]] * 3
+
+
+@pytest.mark.parametrize(
+    ("first", "count", "hidden", "features"),
+    [
+        (0, 8, [0, 0, 0, 1, 0, 1, 0, 0], [0, 1]),
+        (3, 2, [1, 0], [1]),
+        (5, 2, [1, 0], []),
+    ],
+)
+@pytest.mark.parametrize("name", ["prune", "pool"])
+def test_a_share_of_an_images_rows_is_seen(
+    name: str, first: int, count: int, hidden: list[int], features: list[int]
+) -> None:
+    masks = Mock()
+    rows = PublishedRows(None, masks, CompressorSpec(name, 2))
+    rows.set_step([_request(first, count, IMAGE)], _outputs())
+    (written_T,) = masks.write_masks.call_args.args
+    assert written_T.tolist() == hidden
+    found = [] if rows.features is None else rows.features[0]
+    assert [int(one) for part_ND in found for one in part_ND] == features
 
 
 def test_features_from_elsewhere_are_refused() -> None:

@@ -93,8 +93,18 @@ ALL_DRAFTS: Mapping[str, Draft] = {
     "draft_vlm": Draft(options=FOUR, is_vlm=True),
     "draft_vlm-tree": Draft(options=tree(19, top_k=3), is_vlm=True),
     "draft_model": Draft(options=FOUR, is_sibling=True),
+    "draft_model-text": Draft(options=FOUR, is_text_model=True),
+    **{
+        f"draft_model-{images.partition(':')[0]}": Draft(
+            options={**FOUR, "config": {"images": images}}, is_sibling=True
+        )
+        for images in ("none", "prune:4", "pool:4")
+    },
     "draft_model-tree": Draft(options=tree(19, top_k=3), is_sibling=True),
     "draft_model-load": Draft(options=tree(19, LOAD, top_k=3), is_sibling=True),
+    "draft_model-prune-tree": Draft(
+        options=tree(19, top_k=3, config={"images": "prune:4"}), is_sibling=True
+    ),
     "draft_model-path": Draft(
         options=tree(6, depth=5, policy="spec_llava", top_k=1, threshold=0.1), is_sibling=True
     ),
@@ -172,6 +182,10 @@ ROWS = [
     *_rows("v1", "small", "tree-path", {**PREFIX, "features": {}}, slow=True),
     *_rows("v1", "small", "draft_model draft_model-tree", {**_mixed(64), **PREFIX}),
     *_rows("v1", "small", "draft_model-path draft_model-load", _mixed(32), slow=True),
+    *_rows("v1", "small", "draft_model-text draft_model-prune-tree", {**_mixed(32), **PREFIX}),
+    *_rows("v1", "small", "draft_model-none draft_model-prune draft_model-pool", PREFIX, slow=True),
+    *_rows("v2", "small", "draft_model-text draft_model-none", _mixed(12, 6), slow=True),
+    *_rows("v2", "small", "draft_model-pool draft_model-prune-tree", PREFIX, slow=True),
     *_rows("v1", "small", "draft_model~", {**_mixed(64), **PREFIX}, slow=True),
     *_rows("v1", "blocks", "draft_model draft_model-tree", _mixed(16, 40), slow=True),
     *_rows("v1", "compiled", "draft_model", _mixed(16), slow=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,13 +28,16 @@ class Draft:
     options: Mapping[str, Any] = field(default_factory=dict)
     is_vlm: bool = False
     is_sibling: bool = False
+    is_text_model: bool = False
     few_tokens: bool = False
 
     def of(self, tiny: TinyStore, kind: str = KIND) -> dict[str, Any]:
         """Return the options of an engine with this draft for the target of family ``kind``."""
-        make = tiny.draft_vlm if self.is_vlm else tiny.head
+        make: Callable[..., str] = tiny.draft_vlm if self.is_vlm else tiny.head
         if self.is_sibling:
             make = tiny.sibling
+        if self.is_text_model:
+            make = tiny.text_model
         found = {"draft": make(kind, **self.head), **self.options}
         if self.few_tokens:
             file = tiny.root / "two_thirds.json"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.support.tiny_families import (
     FAMILIES,
+    VOCAB,
     Family,
     byte_bpe_tokenizer,
     make_processor,
@@ -66,6 +67,33 @@ def build_target(
     make_processor(config, byte_bpe_tokenizer(family)).save_pretrained(folder)
     ends = {"eos_token_id": config.get_text_config().eos_token_id}
     (folder / "generation_config.json").write_text(json.dumps(ends) + "\n")
+    return folder
+
+
+def build_text_model(kind: str, folder: Path, seed: int = 5) -> Path:
+    """Write a tiny language model with the tokenizer of family ``kind`` to ``folder``."""
+    if (folder / "model.safetensors").exists():
+        return folder
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    family = FAMILIES[kind]
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config).float().eval()
+    _randomise_all(model, seed)
+    vote_for_successors(model, family, 0)
+    model.save_pretrained(folder)
+    make_processor(family.config(), byte_bpe_tokenizer(family)).tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -128,7 +156,8 @@ def _randomise(name: str, weight: torch.Tensor, generator: torch.Generator) -> N
 
 
 def _gain(name: str) -> float:
-    if "language_model" in name and name.endswith(OUTPUT_PROJECTIONS):
+    is_text = "language_model" in name or name.startswith("model.layers.")
+    if is_text and name.endswith(OUTPUT_PROJECTIONS):
         return CONTEXT_SCALE
     # CLIP's features are not normed: without this LLaVA's image rows are 5 times as long as text.
     return 0.45 if name.endswith("multi_modal_projector.linear_2.weight") else 1.5

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.support.tiny_families import DRAFT_VLM_KIND, FAMILIES, HEAD_DIM, HIDDEN, TEXT, VOCAB
-from tests.support.tiny_models import build_target
+from tests.support.tiny_models import build_target, build_text_model
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +80,10 @@ class TinyStore:
         name = "-".join(["sibling", kind, str(seed), *map(str, parts)])
         folder = self.root / re.sub(r"\W+", "_", name)
         return str(build_target(kind, folder, seed, sizes, vision))
+
+    def text_model(self, kind: str = KIND) -> str:
+        """Return the folder of a language model with the family's tokenizer."""
+        return str(build_text_model(kind, self.root / f"text-{kind}"))
 
     def head(self, kind: str = KIND, checkpoint_format: str = "reference", **changes: Any) -> str:
         """Return the folder of a head for that target.

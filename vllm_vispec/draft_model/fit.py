@@ -31,7 +31,9 @@ def check_fit(name: str, own: ModelConfig, target: ModelConfig) -> None:
     Raises:
         ViSpecError: Names the first difference.
     """
-    for problem in chain(_kind(own, target), _geometry(own, target), _tokenizer(own, target)):
+    of_images = (_family, _geometry) if own.is_multimodal_model else ()
+    checks = (check(own, target) for check in (_kind, *of_images, _tokenizer))
+    for problem in chain.from_iterable(checks):
         raise ViSpecError(f"draft {name} does not fit target {target.model}: {problem}")
     ours, theirs = (
         (int(config.hf_text_config.num_hidden_layers), config.get_hidden_size())
@@ -50,16 +52,6 @@ def check_fit(name: str, own: ModelConfig, target: ModelConfig) -> None:
 def _kind(own: ModelConfig, target: ModelConfig) -> Iterator[str]:
     if not target.is_multimodal_model:
         yield 'the target takes no images; use vLLM\'s own "method": "draft_model"'
-    if not own.is_multimodal_model:
-        yield "it is a text model, whose image rows cannot be masked yet; give a VLM of the family"
-    ours, theirs = (_family(config) for config in (own, target))
-    if ours != theirs:
-        yield f"it is of family {ours}, the target of {theirs}"
-    axes, target_axes = (
-        config.mrope_num_dims if config.uses_mrope else 1 for config in (own, target)
-    )
-    if axes != target_axes:
-        yield f"its positions have {axes} axes, the target's {target_axes}"
     has_other_layers = own.is_hybrid or own.is_attention_free or own.use_mla
     if has_other_layers or own.get_sliding_window() is not None:
         yield "it has layers other than full attention"
@@ -77,8 +69,14 @@ def _kind(own: ModelConfig, target: ModelConfig) -> Iterator[str]:
         yield "prompts with embeddings hold the target's, not the draft's; do not enable them"
 
 
-def _family(config: ModelConfig) -> str:
-    return str(config.hf_config.model_type).removesuffix("_moe")
+def _family(own: ModelConfig, target: ModelConfig) -> Iterator[str]:
+    both = own, target
+    ours, theirs = (str(one.hf_config.model_type).removesuffix("_moe") for one in both)
+    if ours != theirs:
+        yield f"it is of family {ours}, the target of {theirs}"
+    axes, target_axes = (one.mrope_num_dims if one.uses_mrope else 1 for one in both)
+    if axes != target_axes:
+        yield f"its positions have {axes} axes, the target's {target_axes}"
 
 
 def _geometry(own: ModelConfig, target: ModelConfig) -> Iterator[str]:
@@ -102,22 +100,25 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def _tokenizer(own: ModelConfig, target: ModelConfig) -> Iterator[str]:
-    ours = {number: token for token, number in _vocabulary(own.model, own.revision).items()}
-    theirs = _vocabulary(target.tokenizer, target.tokenizer_revision)
+    mine = _load_tokenizer(own.model, own.revision).get_vocab()
+    ours = {number: token for token, number in mine.items()}
+    tokenizer = _load_tokenizer(target.tokenizer, target.tokenizer_revision)
+    theirs = tokenizer.get_vocab()
+    # A text model need not know the tokens of images.
+    unneeded = set() if own.is_multimodal_model else tokenizer.get_added_vocab().keys()
     for token, number in sorted(theirs.items(), key=lambda item: item[1]):
-        if ours.get(number) != token:
+        if ours.get(number) != token and (number in ours or token not in unneeded):
             yield f"token {number} is {ours.get(number)!r}, the target's is {token!r}"
-    if max(theirs.values()) >= own.get_vocab_size():
+    if own.is_multimodal_model and max(theirs.values()) >= own.get_vocab_size():
         yield f"its table has {own.get_vocab_size()} rows, fewer than the target has tokens"
 
 
-def _vocabulary(name: str, revision: str | None) -> dict[str, int]:
+def _load_tokenizer(name: str, revision: str | None) -> Any:
     try:
-        tokenizer = get_tokenizer(name, trust_remote_code=False, revision=revision)
+        return get_tokenizer(name, trust_remote_code=False, revision=revision)
     # What a broken file raises is the tokenizer library's secret.
     except Exception as error:
         raise ViSpecError(
             f"the tokenizer of {name} cannot be read, so nobody knows whether draft and target "
             "have the same: download it again"
         ) from error
-    return dict(tokenizer.get_vocab())

@@ -13,10 +13,13 @@ from vllm.config import VllmConfig, replace
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 
 from vllm_vispec.compat.patching import patch
+from vllm_vispec.compressors.compressor import COMPRESSORS
 from vllm_vispec.config import ViSpecConfig
+from vllm_vispec.draft_model.masking import MaskBuffers
 from vllm_vispec.draft_model.published import published_model_config
 from vllm_vispec.draft_model.rows import FEATURES, DraftPositions
 from vllm_vispec.models.vispec import draft_hf_config
+from vllm_vispec.trees.attention import layers_with
 from vllm_vispec.utils.errors import ViSpecError
 
 
@@ -37,14 +40,23 @@ class EagleDraftModelForCausalLM(nn.Module):
         self.vispec_config = ViSpecConfig.from_vllm(vllm_config)
         own = published_model_config(vllm_config)
         own_config = replace(vllm_config, model_config=own, quant_config=None)
-        self.model = init_vllm_registered_model(
-            own_config, prefix=maybe_prefix(prefix, "draft_model")
-        )
+        self.image_share = self.vispec_config.image_share
+        self.sees_images = self.vispec_config.images != "none"
+        self.masks = MaskBuffers(vllm_config) if self.image_share is not None else None
+        with layers_with(self.masks):
+            self.model = init_vllm_registered_model(
+                own_config, prefix=maybe_prefix(prefix, "draft_model")
+            )
         self.own_vocab_size = own.get_vocab_size()
         self.positions: DraftPositions | None = None
-        if own.uses_mrope:
+        if own.uses_mrope or not self.sees_images:
             max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-            self.positions = DraftPositions(own.mrope_num_dims, max_num_tokens)
+            num_axes = own.mrope_num_dims if own.uses_mrope else 1
+            self.positions = DraftPositions(num_axes, max_num_tokens)
+        self._compress = None
+        if self.image_share is not None:
+            kind = COMPRESSORS[self.image_share.name]
+            self._compress = kind(self.image_share, self.config.hidden_size, 1, bias=False)
 
     def embed_input_ids(
         self,
@@ -56,8 +68,11 @@ class EagleDraftModelForCausalLM(nn.Module):
         """Embed tokens ``[T]`` with the draft's own image features ``[N, ...]`` in: ``[T, D]``."""
         # A longer table of the target's has rows that are no tokens.
         input_ids = input_ids.clamp(max=self.own_vocab_size - 1)
-        given = (multimodal_embeddings,) if multimodal_embeddings else ()
-        return self.model.embed_input_ids(input_ids, *given, is_multimodal=is_multimodal)
+        if not multimodal_embeddings:
+            return self.model.embed_input_ids(input_ids)
+        return self.model.embed_input_ids(
+            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
+        )
 
     def forward(
         self,
@@ -98,7 +113,8 @@ class EagleDraftModelForCausalLM(nn.Module):
 
         Its features hang on the target's: both are kept by image hash, and dropped together.
         """
-        patch(target, "embed_multimodal", self._embed_both)
+        if self.sees_images:
+            patch(target, "embed_multimodal", self._embed_both)
 
     def _embed_both(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         theirs = list(original(*args, **kwargs))
@@ -109,5 +125,6 @@ class EagleDraftModelForCausalLM(nn.Module):
                     f"the draft makes {len(our_ND)} tokens of an image, the target "
                     f"{len(their_ND)}: use a draft with the target's image geometry"
                 )
-            setattr(their_ND, FEATURES, our_ND)
+            kept_ND = our_ND if self._compress is None else self._compress([our_ND])
+            setattr(their_ND, FEATURES, kept_ND)
         return theirs

@@ -20,7 +20,8 @@ from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
 
-CHECKPOINT_FORMAT = "published model"
+VLM, TEXT_MODEL = "published model", "published text model"
+"""What stands for a checkpoint format."""
 _REFUSED = "disable_padded_drafter_batch enable_adaptive_verification use_local_argmax_reduction"
 _FOUND: dict[str, HeadInfo] = {}
 
@@ -67,11 +68,13 @@ def read_before(model: str | Path) -> HeadInfo | None:
 
 def describes(info: HeadInfo) -> bool:
     """Whether a description is that of a published model."""
-    return info.checkpoint_format == CHECKPOINT_FORMAT
+    return info.checkpoint_format in (VLM, TEXT_MODEL)
 
 
-def check_settings(config: ViSpecConfig, settings: Mapping[str, Any]) -> None:
-    """Refuse settings that do not go with a published model.
+def check_settings(
+    info: HeadInfo, config: ViSpecConfig, settings: Mapping[str, Any]
+) -> ViSpecConfig:
+    """Refuse settings that do not go with a published model; say what it sees of images.
 
     Raises:
         ViSpecError: Names the setting and the remedy.
@@ -83,6 +86,32 @@ def check_settings(config: ViSpecConfig, settings: Mapping[str, Any]) -> None:
                 f"speculative config: {name} does not go with a published model as the draft; "
                 "leave it out"
             )
+    if info.checkpoint_format == TEXT_MODEL:
+        if config.images not in (None, "none"):
+            raise ViSpecError(
+                f'speculative config: images="{config.images}" does not go with a text model; '
+                "leave it out"
+            )
+        logger.info("ViSpec: the draft is a text model and sees no images")
+        return config.replace(images="none")
+    share = config.image_share
+    if share is not None:
+        seen = "no images" if not share.amount else f"1 of {share.amount} image rows"
+        is_mean = ", their mean" if share.name == "pool" else ""
+        logger.info("ViSpec: the draft sees %s%s", seen, is_mean)
+    return config
+
+
+def refuse_images(config: ViSpecConfig) -> None:
+    """Refuse the setting that only published models have.
+
+    Raises:
+        ViSpecError: It is set.
+    """
+    if config.images is not None:
+        raise ViSpecError(
+            "speculative config: images goes with a published model as the draft; leave it out"
+        )
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -130,7 +159,8 @@ def _describe(folder: Path, own: ModelConfig, vocab_size: int) -> HeadInfo:
         # Like a draft VLM of ours it reads image features, and no states of the target's.
         vision_size=own.get_inputs_embeds_size() * _num_levels(own),
     )
-    return HeadInfo(CHECKPOINT_FORMAT, head, folder, tuple(weight_files(folder)), {})
+    kind = VLM if own.is_multimodal_model else TEXT_MODEL
+    return HeadInfo(kind, head, folder, tuple(weight_files(folder)), {})
 
 
 def _num_levels(own: ModelConfig) -> int:
@@ -144,10 +174,13 @@ def added_memory(info: HeadInfo, target: ModelConfig) -> str:
     head, size = info.config, target.dtype.itemsize
     weights = sum(file.stat().st_size for file in info.files) / 2**30
     values = 2 * head.num_hidden_layers * head.num_key_value_heads * head.head_dim
+    found = f"{weights:.2f} GiB of weights, {values * size} bytes of KV cache for a token"
+    if info.checkpoint_format == TEXT_MODEL:
+        return f"{found}, and sees no images"
     features = head.vision_size * size
     return (
-        f"{weights:.2f} GiB of weights, {values * size} bytes of KV cache for a token, and "
-        f"{features} bytes for a token of a cached image ({features / 1024:.1f} MiB for 1,024)"
+        f"{found}, and {features} bytes for a token of a cached image ({features / 1024:.1f} MiB "
+        "for 1,024)"
     )
 
 

@@ -8,12 +8,17 @@ Shapes: T tokens in the batch, R requests, A rotary axes, N image tokens, D the 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
-from vllm.utils.torch_utils import PIN_MEMORY
+from vllm.utils.torch_utils import PIN_MEMORY, np_to_pinned_tensor
 
+from vllm_vispec.compressors.places import num_tokens, wanted_rows
+from vllm_vispec.compressors.spec import CompressorSpec
+from vllm_vispec.draft_model.masking import MaskBuffers
 from vllm_vispec.spec_decode.step import RequestRows
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -29,6 +34,7 @@ class DraftPositions(nn.Module):
 
     def __init__(self, num_axes: int, max_num_tokens: int) -> None:
         super().__init__()
+        self._num_axes = num_axes
         # One column more keeps slices apart from whole tensors, as vLLM's own M-RoPE buffers do.
         for name in ("offset_AT", "position_AT"):
             zeros = torch.zeros(num_axes, max_num_tokens + 1, dtype=torch.int64)
@@ -37,6 +43,12 @@ class DraftPositions(nn.Module):
     def set_step(self, rotary_AT: torch.Tensor, position_T: torch.Tensor) -> None:
         """Take the target's rotary and plain positions of a batch."""
         torch.sub(rotary_AT, position_T, out=self.offset_AT[:, : position_T.shape[0]])
+
+    def hide_images(self, offset_T: np.ndarray) -> None:
+        """Take a batch's offsets of text that does not count images."""
+        pinned = np_to_pinned_tensor(offset_T)
+        device_T = pinned.to(self.offset_AT.device, non_blocking=True)
+        self.offset_AT[:, : device_T.shape[0]] = device_T
 
     def begin_steps(self, token_indices_R: torch.Tensor) -> None:
         """Let row ``i`` be the next token of request ``i``, whose last row was given.
@@ -47,26 +59,38 @@ class DraftPositions(nn.Module):
         self.offset_AT[:, : last_R.shape[0]] = last_R
 
     def forward(self, position_T: torch.Tensor) -> torch.Tensor:
-        """Return rotary positions ``[A, T]``."""
+        """Return rotary positions ``[A, T]``, without A if the draft's are plain."""
         count = position_T.shape[0]
         out_AT = self.position_AT[:, :count]
         torch.add(self.offset_AT[:, :count], position_T, out=out_AT)
-        return out_AT
+        # Rows of rejected tokens and those that pad a batch are read by none, but a rotary table
+        # is: on V2 they have the plain positions of other rows.
+        out_AT.clamp_(min=0)
+        return out_AT if self._num_axes > 1 else out_AT[0]
 
 
 class PublishedRows:
     """Stands where `spec_decode.draft_rows.DraftRows` stands for heads.
 
-    Drafts with plain positions have no ``positions``.
+    Args:
+        positions: None: the draft's are plain, and images count.
+        masks: Hide rows of images; None: none is hidden.
+        share: Which rows are seen; None: all.
     """
 
     gate = None
 
-    def __init__(self, positions: DraftPositions | None) -> None:
-        self._positions = positions
+    def __init__(
+        self,
+        positions: DraftPositions | None,
+        masks: MaskBuffers | None = None,
+        share: CompressorSpec | None = None,
+    ) -> None:
+        self._positions, self._masks, self._share = positions, masks, share
+        self._counts_images = share is None or num_tokens(share, 1) > 0
         self.features: tuple[list[torch.Tensor], torch.Tensor] | None = None
-        """Features ``[N, D]`` of the batch's image rows, and where they are, bool ``[T]`` on the
-        host; None: no row is an image's."""
+        """Features ``[N, D]`` of the batch's image rows that are seen, and where they are, bool
+        ``[T]`` on the host; None: there are none."""
 
     def serves_step(self, request_ids: list[str], first_rows: list[int], num_rows: int) -> bool:
         """Return False: every step is laid out."""
@@ -87,18 +111,29 @@ class PublishedRows:
         """
         parts_ND: list[torch.Tensor] = []
         num_rows = sum(request.num_rows for request in requests)
-        is_image_T = torch.zeros(num_rows, dtype=torch.bool, pin_memory=PIN_MEMORY)
+        is_seen_T = torch.zeros(num_rows, dtype=torch.bool, pin_memory=PIN_MEMORY)
+        is_hidden_T = torch.zeros_like(is_seen_T)
         begin = 0
         for request in requests:
-            for first, features_ND in _image_rows(request, outputs):
-                row = begin + first - request.first_row
-                is_image_T[row : row + features_ND.shape[0]] = True
-                parts_ND.append(features_ND)
+            for part in _image_parts(request):
+                row = begin + part.low - request.first_row
+                seen_N = seen_rows(self._share, part.size)
+                low, high = np.searchsorted(seen_N, (part.start, part.start + part.length))
+                is_hidden_T[row : row + part.length] = True
+                if low < high:
+                    is_seen_T[row + seen_N[low:high] - part.start] = True
+                    parts_ND.append(_features_of(part.name, outputs)[low:high])
             begin += request.num_rows
-        self.features = (parts_ND, is_image_T) if parts_ND else None
+        self.features = (parts_ND, is_seen_T) if parts_ND else None
+        if self._masks is not None:
+            self._masks.write_masks(is_hidden_T & ~is_seen_T)
+        if not self._counts_images and self._positions is not None:
+            self._positions.hide_images(_uncounted(requests, is_hidden_T))
 
     def begin_steps(self, token_indices: torch.Tensor) -> None:
         """Let row ``i`` be the next token of request ``i``, whose last row was given."""
+        if self._masks is not None:
+            self._masks.clear_masks()
         if self._positions is not None:
             self._positions.begin_steps(token_indices)
 
@@ -111,22 +146,56 @@ class PublishedRows:
         return original(*args, **kwargs)
 
 
-def _image_rows(
-    request: RequestRows, outputs: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield stretches of image tokens among a request's rows: where they begin, their features."""
+@lru_cache(maxsize=1024)
+def seen_rows(share: CompressorSpec | None, size: int) -> np.ndarray:
+    """Return which rows of an image of ``size`` are seen, int64, ascending; see `compressors`."""
+    return np.arange(size) if share is None else wanted_rows(share, size)
+
+
+class _ImagePart(NamedTuple):
+    """A stretch of image tokens among a request's rows.
+
+    Attributes:
+        name: The item's identifier.
+        size: Image tokens of the whole item.
+        low: Absolute position of the first of these.
+        start: Which of the item's tokens that is.
+        length: How many there are.
+    """
+
+    name: str
+    size: int
+    low: int
+    start: int
+    length: int
+
+
+def _image_parts(request: RequestRows) -> Iterator[_ImagePart]:
     begin, end = request.first_row, request.first_row + request.num_rows
     for feature in request.features:
         place: Any = feature.mm_position
         if place.offset >= end or place.offset + place.length <= begin:
             continue
-        taken = 0
-        for first, last in place.extract_embeds_range():
+        stretches, taken = place.extract_embeds_range(), 0
+        size = sum(last + 1 - first for first, last in stretches)
+        for first, last in stretches:
             low, high = max(first, begin), min(last + 1, end)
             if low < high:
-                of_image_ND = _features_of(feature.identifier, outputs)
-                yield low, of_image_ND[taken + low - first : taken + high - first]
+                yield _ImagePart(feature.identifier, size, low, taken + low - first, high - low)
             taken += last + 1 - first
+
+
+def _uncounted(requests: Sequence[RequestRows], is_hidden_T: torch.Tensor) -> np.ndarray:
+    """Return the offsets ``[T]`` of rows whose positions do not count images."""
+    hidden_T, offset_T = is_hidden_T.numpy(), np.empty(len(is_hidden_T), dtype=np.int64)
+    begin = 0
+    for request in requests:
+        end = begin + request.num_rows
+        earlier = request._replace(first_row=0, num_rows=request.first_row)
+        unseen = sum(part.length for part in _image_parts(earlier))
+        offset_T[begin:end] = -(unseen + np.cumsum(hidden_T[begin:end]))
+        begin = end
+    return offset_T
 
 
 def _features_of(identifier: str, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -51,13 +51,14 @@ class PublishedSpeculator(ViSpecSpeculator):
 
     def make_draft_rows(self) -> PublishedRows:
         """Return what lays the batch out."""
-        return PublishedRows(self.model.positions)
+        model = self.model
+        return PublishedRows(model.positions, model.masks, model.image_share)
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
         """Learn where the target's M-RoPE positions are kept, if it has any."""
         super().set_attn(model_state, *args, **kwargs)
         inputs = model_state.prepare_dummy_inputs(self.max_num_reqs, self.max_num_tokens)
-        self._rotary_AT = inputs.get("positions")
+        self._rotary_AT = inputs.get("positions") if self.model.sees_images else None
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Record first passes as long as the target's, and one step more than drafts."""

@@ -7,7 +7,7 @@ from vllm.config import set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from vllm_vispec.config import head_of
+from vllm_vispec.config import head_of, hides_images
 from vllm_vispec.heads.config import ARCHITECTURE, HeadConfig
 from vllm_vispec.trees.limits import num_code_channels
 
@@ -24,7 +24,8 @@ def check_padded_heads(vllm_config: Any) -> None:
     """
     draft_config = _draft_config(vllm_config)
     head = head_of(vllm_config)
-    if head.architecture == ARCHITECTURE and _can_select_here(draft_config):
+    is_masked = head.architecture == ARCHITECTURE or hides_images(vllm_config)
+    if is_masked and _can_select_here(draft_config):
         _check_draft(draft_config, head)
     num_codes = num_code_channels(vllm_config)
     if num_codes and _can_select_here(vllm_config):

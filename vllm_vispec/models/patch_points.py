@@ -4,7 +4,7 @@ from typing import Any
 
 from vllm_vispec.compat.patch_point import PatchGroup, calls, reads, wraps
 from vllm_vispec.compat.patching import patch
-from vllm_vispec.config import head_of, reads_embeddings
+from vllm_vispec.config import head_of, hides_images, reads_embeddings
 from vllm_vispec.heads.config import ARCHITECTURE
 from vllm_vispec.trees.limits import has_branches
 
@@ -13,7 +13,8 @@ _REMEDY = "use a head without image compression, and no tree"
 
 
 def _has_padded_heads(vllm_config: Any) -> bool:
-    return head_of(vllm_config).architecture == ARCHITECTURE or has_branches(vllm_config)
+    is_masked = head_of(vllm_config).architecture == ARCHITECTURE or hides_images(vllm_config)
+    return is_masked or has_branches(vllm_config)
 
 
 def _needs_scratch(vllm_config: Any) -> bool:

@@ -139,14 +139,16 @@ def create_speculative_config(
     )
     check_settings(settings, parallel, has_tree=config.tree is not None)
     if published.describes(info):
-        published.check_settings(config, settings)
+        config = published.check_settings(info, config, settings)
         check_parallel(info.config, parallel)
     else:
         check_target(info.config, target, parallel)
+        published.refuse_images(config)
     if may_branch:
         limits.check_target(target)
         limits.check_connector(args.kv_transfer_config)
-        limits.check_cache_dtype(args.kv_cache_dtype)
+    if may_branch or config.image_share is not None:
+        limits.check_cache_dtype(args.kv_cache_dtype, "tree" if may_branch else "images")
     config = resolve_draft_vocab(config, settings, info.folder, info.config.vocab_size)
     if not info.config.is_draft_vlm:
         check_lm_head(config, target)

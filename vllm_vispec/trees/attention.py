@@ -1,4 +1,4 @@
-"""Attention layers whose heads are wider than their model knows, with channels for node codes.
+"""Attention layers whose heads are wider than their model knows, for node codes or masks.
 
 Each layer is built with a backend that subclasses the one it would get.  The subclass asks vLLM for
 a KV cache of the padded head size, and its implementation is built for that size: it pads queries,
@@ -9,7 +9,9 @@ not change.
 Shapes: T tokens, H heads, K key/value heads, h head size, P padded head size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
 from inspect import BoundArguments, signature
@@ -20,7 +22,13 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 
-from vllm_vispec.models.padded_heads import BackendFinder, PaddedHead, choose_padded_head, remedy
+from vllm_vispec.models.padded_heads import (
+    BackendFinder,
+    PaddedHead,
+    choose_padded_head,
+    padded_draft_head,
+    remedy,
+)
 from vllm_vispec.models.patch_points import apply_workspace
 from vllm_vispec.trees.codes import MIN_LOGIT, CodeBuffers, mask_logit
 from vllm_vispec.trees.limits import check_cache_dtype, has_branches, settings_of
@@ -149,18 +157,51 @@ def padded_backend(base: Any, padded_size: int) -> Any:
     return type(f"{base.__name__}Padded{padded_size}", (base,), members)
 
 
+# Buffers of the model that is being built, where they are its own.
+_OWN: ContextVar[CodeBuffers | None] = ContextVar("_OWN", default=None)
+
+
+@contextmanager
+def layers_with(codes: CodeBuffers | None) -> Iterator[None]:
+    """Build layers with these buffers; None: with those that the engine's layers share, if any."""
+    token = _OWN.set(codes)
+    try:
+        yield
+    finally:
+        _OWN.reset(token)
+
+
 def init_padded(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) -> None:
-    """Stands for ``Attention.__init__``; engines without trees get vLLM's own layers."""
-    config = get_current_vllm_config()
+    """Stands for ``Attention.__init__``; vLLM's own layers where nothing needs wider heads."""
+    config, own = get_current_vllm_config(), _OWN.get()
     given = signature(original).bind(layer, *args, **kwargs)
     given.apply_defaults()
-    values = given.arguments
-    if not has_branches(config) or values["attn_type"] != AttentionType.DECODER:
+    values, is_padded = given.arguments, own is not None or has_branches(config)
+    if not is_padded or values["attn_type"] != AttentionType.DECODER:
         original(layer, *args, **kwargs)
         return
-    _check_layer(type(layer), values)
-    known, settings = _find_code_buffers(config), settings_of(config)
-    codes = known or CodeBuffers(
+    known = own or _find_code_buffers(config)
+    codes = known or _make_code_buffers(config)
+    _check_layer(type(layer), values, codes.setting)
+    finder = _finder_of(given)
+    head = PaddedHead(values["head_size"], None)
+    if codes.has_masks:
+        head = padded_draft_head(finder, head.size)
+    if codes.num_channels:
+        head = padded_head(finder, head.size, codes.num_channels)
+    apply_workspace(head.backend)
+    values["attn_backend"] = padded_backend(head.backend, head.size)
+    original(*given.args, **given.kwargs)
+    _check_backend(layer, codes.setting)
+    layer.impl.tree_padding = LayerPadding(layer, head.size, codes)
+    if known is None:
+        # A module of the target: when an engine sleeps, vLLM keeps buffers of its models alone.
+        layer.tree_codes = codes
+
+
+def _make_code_buffers(config: Any) -> CodeBuffers:
+    settings = settings_of(config)
+    return CodeBuffers(
         settings.levels,
         settings.top_k,
         config.scheduler_config.max_num_batched_tokens,
@@ -168,15 +209,6 @@ def init_padded(original: Callable[..., None], layer: Any, *args: Any, **kwargs:
         torch.get_default_dtype(),
         torch.get_default_device(),
     )
-    head = padded_head(_finder_of(given), values["head_size"], codes.num_channels)
-    apply_workspace(head.backend)
-    values["attn_backend"] = padded_backend(head.backend, head.size)
-    original(*given.args, **given.kwargs)
-    _check_backend(layer)
-    layer.impl.tree_padding = LayerPadding(layer, head.size, codes)
-    if known is None:
-        # A module of the target: when an engine sleeps, vLLM keeps buffers of its models alone.
-        layer.tree_codes = codes
 
 
 def code_buffers(vllm_config: Any) -> CodeBuffers:
@@ -192,6 +224,11 @@ def code_buffers(vllm_config: Any) -> CodeBuffers:
             'this one has none; leave "tree" out'
         )
     return codes
+
+
+def draft_code_buffers(vllm_config: Any) -> CodeBuffers:
+    """Return the buffers that the draft's layers read: they are built last."""
+    return padded_layers(vllm_config)[-1].impl.tree_padding.codes
 
 
 def padded_head(finder: BackendFinder, head_size: int, num_channels: int) -> PaddedHead:
@@ -224,8 +261,8 @@ def _finder_of(given: BoundArguments) -> BackendFinder:
     return BackendFinder.of_layer(*given.args[1:], **given.kwargs)
 
 
-def _check_layer(layer_class: Any, values: dict[str, Any]) -> None:
-    """Refuse layers that a tree cannot pass through, by the arguments of ``Attention.__init__``."""
+def _check_layer(layer_class: Any, values: dict[str, Any], setting: str = "tree") -> None:
+    """Refuse layers that codes or masks cannot pass, by arguments of ``Attention.__init__``."""
     found = [f"{name} ({reason})" for name, reason in _REFUSED.items() if values[name]]
     cache_config, problem = values["cache_config"], ""
     if not found and cache_config is not None and cache_config.sliding_window:
@@ -242,18 +279,18 @@ def _check_layer(layer_class: Any, values: dict[str, Any]) -> None:
         problem = f"this model, whose {name} layers have a KV cache of their own kind"
     if problem:
         raise ViSpecError(
-            f'speculative config: tree does not work with {problem}; leave "tree" out'
+            f'speculative config: {setting} does not work with {problem}; leave "{setting}" out'
         )
 
 
-def _check_backend(layer: Any) -> None:
+def _check_backend(layer: Any, setting: str = "tree") -> None:
     name = layer.attn_backend.get_name()
     if layer.attn_backend.forward_includes_kv_cache_update:
         raise ViSpecError(
-            f"speculative config: tree does not work with attention backend {name}, which stores "
-            'keys while it attends; leave --attention-backend or "tree" out'
+            f"speculative config: {setting} does not work with attention backend {name}, which "
+            f'stores keys while it attends; leave --attention-backend or "{setting}" out'
         )
-    check_cache_dtype(layer.kv_cache_dtype)
+    check_cache_dtype(layer.kv_cache_dtype, setting)
 
 
 class TreeMemory(NamedTuple):

@@ -114,9 +114,10 @@ class PaddedBuffer(nn.Module):
         else:
             channels_THX.index_copy_(0, index, codes_S1X.expand(-1, channels_THX.shape[1], -1))
 
-    def clear_codes(self, num_tokens: int) -> None:
+    def clear_codes(self, num_tokens: int, num_channels: int) -> None:
         """Zero the codes of the first tokens."""
-        self.rows[:num_tokens, :, self._head_size :].zero_()
+        first = self._head_size
+        self.rows[:num_tokens, :, first : first + num_channels].zero_()
 
 
 class CodeBuffers(nn.Module):
@@ -130,8 +131,14 @@ class CodeBuffers(nn.Module):
         max_num_tokens: Longest batch.
         dtype: Of queries and keys.
         device: Where they lie.
+
+    Attributes:
+        setting: What asks for them, for errors.
+        has_masks: Whether channels behind the codes mask rows, see `draft_model.masking`.
     """
 
+    setting = "tree"
+    has_masks = False
     query_table: torch.Tensor
     key_table: torch.Tensor
 
@@ -174,7 +181,7 @@ class CodeBuffers(nn.Module):
         """Zero all codes: attention is plain again."""
         if self._num_written:
             for buffer in (*self._queries, *self._keys):
-                buffer.clear_codes(self._num_written)
+                buffer.clear_codes(self._num_written, self.num_channels)
         self._num_written = 0
 
     def write_target_codes(self, index: torch.Tensor, path: torch.Tensor, num_tokens: int) -> None:

@@ -161,11 +161,12 @@ def check_connector(kv_transfer: Any) -> None:
         )
 
 
-def check_cache_dtype(cache_dtype: str) -> None:
+def check_cache_dtype(cache_dtype: str, setting: str = "tree") -> None:
     """Check how keys are stored; ``auto`` may still turn out to be quantized.
 
     Args:
         cache_dtype: vLLM's ``kv_cache_dtype``.
+        setting: What needs channels in the keys.
 
     Raises:
         ViSpecError: Names the setting and the remedy.
@@ -175,8 +176,8 @@ def check_cache_dtype(cache_dtype: str) -> None:
 
     if get_kv_quant_mode(cache_dtype) != KVQuantMode.NONE:
         raise ViSpecError(
-            f"kv_cache_dtype={cache_dtype} does not work with tree, whose codes are exact in 16 "
-            "bits; leave one of them out"
+            f"kv_cache_dtype={cache_dtype} does not work with {setting}, whose codes are exact in "
+            "16 bits; leave one of them out"
         )
 
 

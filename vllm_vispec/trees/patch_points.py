@@ -1,9 +1,11 @@
 """What draft trees rely on in vLLM."""
 
 from functools import partial
+from typing import Any
 
 from vllm_vispec.compat.patch_point import PatchGroup, calls, reads, subclasses, wraps
 from vllm_vispec.compat.patching import patch
+from vllm_vispec.config import hides_images
 from vllm_vispec.trees.limits import has_branches, has_tree
 
 _BACKEND = "vllm.v1.attention.backend"
@@ -25,8 +27,12 @@ def _apply_slots() -> None:
     patch(VllmConfig, "num_lookahead_tokens", limits.num_lookahead_tokens)
 
 
+def _has_wide_layers(vllm_config: Any) -> bool:
+    return has_branches(vllm_config) or hides_images(vllm_config)
+
+
 def apply_attention() -> None:
-    """Let attention heads have room for node codes."""
+    """Let attention heads have room for node codes and for masks of image rows."""
     from vllm.model_executor.layers.attention import Attention
 
     from vllm_vispec.trees import attention
@@ -57,7 +63,9 @@ TREE_SLOTS = _group(
 
 TREES = _group(
     name="trees",
-    is_needed=has_branches,
+    feature="draft trees, and published models that see a share of images",
+    remedy='leave "tree" and "images" out of the speculative config',
+    is_needed=_has_wide_layers,
     apply=apply_attention,
     points=(
         subclasses(

@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 )
 
 from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
-from vllm_vispec.trees.attention import code_buffers
+from vllm_vispec.trees.attention import draft_code_buffers
 from vllm_vispec.trees.codes import CodeBuffers
 from vllm_vispec.trees.cudagraph import (
     EAGERLY,
@@ -56,7 +56,7 @@ class TreeSpeculator(ViSpecSpeculator):
         super().load_model(target_model)
         self._settings = settings_of(self.vllm_config)
         self._schedules_chains = schedules_chains(self.vllm_config, self._settings)
-        self._allocate(code_buffers(self.vllm_config))
+        self._allocate(draft_code_buffers(self.vllm_config))
 
     def _allocate(self, codes: CodeBuffers) -> None:
         """Make what every step reads and writes; recorded graphs know its addresses."""

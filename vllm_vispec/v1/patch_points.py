@@ -20,7 +20,7 @@ from vllm_vispec.draft_vlm.patch_points import DRAFT_VLM
 from vllm_vispec.draft_vocab.patch_points import DRAFT_VOCAB
 from vllm_vispec.models.patch_points import UNCOMPRESSED
 from vllm_vispec.trees.limits import has_tree
-from vllm_vispec.trees.patch_points import TREES
+from vllm_vispec.trees.patch_points import V2_TREES
 
 _V1_PROPOSER = "vllm.v1.spec_decode.llm_base_proposer"
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
@@ -195,7 +195,7 @@ _DRAFT_VOCAB = replace(
 )
 
 _TREES = replace(
-    TREES,
+    V2_TREES,
     runner="v1",
     is_needed=has_tree,
     apply=no_patches,

@@ -25,7 +25,8 @@ class PublishedProposer(ViSpecProposer):
 
     def make_draft_rows(self) -> PublishedRows:
         """Return what lays a batch's rows out."""
-        return PublishedRows(self.model.positions)
+        model = self.model
+        return PublishedRows(model.positions, model.masks, model.image_share)
 
     def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return drafts ``[R, K]``."""
@@ -46,7 +47,7 @@ class PublishedProposer(ViSpecProposer):
     def _set_positions(self, num_tokens: int, positions: torch.Tensor) -> None:
         """Take plain positions, and the target's M-RoPE positions ``[A, T]`` if it has any."""
         super()._set_positions(num_tokens, positions)
-        if self.model.positions is not None:
+        if self.model.positions is not None and self.model.sees_images:
             self.model.positions.set_step(positions, self.positions[:num_tokens])
 
     def build_model_inputs_first_pass(

@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_vispec.compat.patching import patch
-from vllm_vispec.trees.attention import make_engine_trees, target_layers
+from vllm_vispec.trees.attention import draft_code_buffers, make_engine_trees, target_layers
 from vllm_vispec.trees.grow import NO_TOKEN, PathGrower, TreeGrower, best_path, replace_rows
 from vllm_vispec.trees.limits import (
     has_branches,
@@ -56,6 +56,7 @@ class TreeProposer(ViSpecProposer):
         if has_branches(self.vllm_config):
             trees = make_engine_trees(self.vllm_config, layers, runner.max_num_reqs, runner.device)
             self.trees = RunnerTrees(runner, trees)
+            self._codes = draft_code_buffers(self.vllm_config)
             runner.rejection_sampler = TreeRejectionSampler(
                 runner.sampler, runner.speculative_config, runner.device, self.trees
             )
@@ -77,7 +78,7 @@ class TreeProposer(ViSpecProposer):
         is_tree = count > self._settings.levels
         grower = self._tree_grower if is_tree else self._path_grower
         if self.trees is not None:
-            self.trees.codes.clear_codes()
+            self._codes.clear_codes()
             self.trees.forget_trees()
         self._grows = grower is not None and count > 0
         if grower is None or not self._grows:
@@ -141,8 +142,7 @@ class TreeProposer(ViSpecProposer):
             rows = self.input_ids, self.positions, self.hidden_states
             frontier.write_level(level, root_R, hidden_RXD, self.max_model_len, rows)
             if width > 1:
-                assert self.trees is not None
-                self.trees.codes.write_draft_codes(frontier.path.flatten(0, 1))
+                self._codes.write_draft_codes(frontier.path.flatten(0, 1))
             slots_B = slots_RX[:, (level - 1) * width : level * width].flatten()
             metadata = self._level_metadata(level, root_R, width, slots_B, batch)
             hidden_BD = self._run_level(level, num_requests * width, metadata)
@@ -150,7 +150,7 @@ class TreeProposer(ViSpecProposer):
             logits_BV = self.model.compute_logits(hidden_BD)
             frontier = grower.grow_level(logits_BV.view(num_requests, width, -1))
         if self.trees is not None:
-            self.trees.codes.clear_codes()
+            self._codes.clear_codes()
         return all_requests
 
     def _run_level(self, level: int, num_rows: int, metadata: Any) -> torch.Tensor:
