@@ -42,6 +42,7 @@ setup(
     extras_require={
         "train": ["matplotlib", "pillow", "pyyaml", "tqdm"],
         "bench": BENCH,
+        "data": ["datasets"],
         "ray": ["ray[data,train]"],
         "dev": [*BENCH, "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },

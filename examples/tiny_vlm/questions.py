@@ -26,29 +26,37 @@ def short_answer(marked: str) -> str:
     return " ".join(words) if words else strip_marks(marked).split(". ")[0]
 
 
-def record(sample: Sample, name: str, image: str | None) -> dict[str, Any]:
+def record(sample: Sample, name: str, image: str | None, whole: bool = False) -> dict[str, Any]:
     """One dialogue in OpenAI style.
 
     Args:
         image: path of its picture in the file, None if it has none.
+        whole: With the whole answers, not the short ones.
     """
+    answered = strip_marks if whole else short_answer
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(sample.dialogue.turns):
         content: list[dict[str, str]] = [{"type": "text", "text": turn.question}]
         if number == 0 and image:
             content.insert(0, {"type": "image", "image": image})
         messages.append({"role": "user", "content": content})
-        messages.append({"role": "assistant", "content": short_answer(turn.answer)})
+        messages.append({"role": "assistant", "content": answered(turn.answer)})
     return {"id": name, "family": sample.family, "messages": messages}
 
 
 def write_questions(
-    folder: Path, split: str, start: int, count: int, families: Sequence[str]
+    folder: Path,
+    split: str,
+    start: int,
+    count: int,
+    families: Sequence[str],
+    whole: bool = False,
 ) -> Path:
     """Write `count` samples, the families in turns, with their pictures; returns the file.
 
     Args:
         start: first index in the split.
+        whole: see `record`.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     file, lines = folder / "questions.jsonl", []
@@ -58,7 +66,7 @@ def write_questions(
         image = None if sample.canvas is None else f"images/{index}.png"
         if sample.canvas is not None:
             sample.canvas.image.save(folder / str(image))
-        lines.append(json.dumps(record(sample, f"{split}-{index}", image)))
+        lines.append(json.dumps(record(sample, f"{split}-{index}", image, whole)))
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
 

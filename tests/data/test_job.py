@@ -16,7 +16,7 @@ import pytest
 from tests.data.fakes import COUNT, FakeBackend, Killed, changed, record, records, rejected, run
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Regenerated, Result
-from vllm_vispec.data.regenerate.offline import OfflineBackend
+from vllm_vispec.data.regenerate.offline import OfflineBackend, sampling_params
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.data.types import Conversation, Rejected
 from vllm_vispec.utils.errors import ViSpecError
@@ -186,6 +186,22 @@ def test_seeds_differ_by_sample_turn_and_job(settings: RegenerateSettings) -> No
     assert len(seeds) == 27
     assert all(0 <= seed < 2**32 for seed in seeds)
     assert jobs[1].seed_of("a", 1) == changed(settings, seed=1).seed_of("a", 1)
+
+
+def test_a_share_is_answered_greedily(settings: RegenerateSettings) -> None:
+    settings = changed(settings, held_out=0.25)
+    names = [f"s{number}" for number in range(400)]
+    greedy = [name for name in names if settings.temperature_of(name) == 0]
+    assert 70 < len(greedy) < 130
+    assert {settings.temperature_of(name) for name in names} == {0.0, 1.0}
+    for name in (greedy[0], next(one for one in names if one not in greedy)):
+        params = sampling_params(settings, Dialogue(Conversation(name, ()), [], ()))
+        assert params.temperature == settings.temperature_of(name)
+    run(settings, FakeBackend())
+    found = records(settings)
+    assert found
+    for one in found:
+        assert one["temperature"] == settings.temperature_of(one["id"])
 
 
 def test_half_a_line_is_dropped(settings: RegenerateSettings) -> None:

@@ -16,7 +16,13 @@ from vllm_vispec.data.encode import Encoded
 from vllm_vispec.data.template import load_processor
 from vllm_vispec.train.checkpoint import Checkpoint, Checkpoints, Progress
 from vllm_vispec.train.config import BatchConfig, DataConfig, ScheduleConfig
-from vllm_vispec.train.data import BatchOrder, Samples, count_reasons, read_corpus
+from vllm_vispec.train.data import (
+    BatchOrder,
+    Samples,
+    count_reasons,
+    describe_answers,
+    read_corpus,
+)
 from vllm_vispec.train.trainer import rate_factor
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -41,13 +47,16 @@ def test_order_follows_from_seed_and_epoch() -> None:
     assert [[len(samples) for samples in step] for step in few.epoch(0)] == [[4, 4]]
 
 
-def test_processes_share_what_one_would_see() -> None:
-    two = order(2, world=2)
-    assert two.epoch(1) == order(4).epoch(1)
-    for (samples,) in two.epoch(1):
-        parts = [two.mine(samples, rank) for rank in range(2)]
-        assert sorted(parts[0] + parts[1]) == sorted(samples)
-        assert [len(part) for part in parts] == [2, 2]
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 4), (8, 1)])
+def test_processes_share_what_one_would_see(world: int, accumulate: int) -> None:
+    alone = BatchOrder(tuple(LENGTHS), LENGTHS, BatchConfig(size=2, accumulate=8), 1, 0)
+    settings = BatchConfig(size=2, accumulate=accumulate)
+    shared = BatchOrder(tuple(LENGTHS), LENGTHS, settings, world, 0)
+    assert shared.epoch(1) == alone.epoch(1)
+    for step in shared.epoch(1):
+        parts = [shared.mine(step, rank) for rank in range(world)]
+        assert [len(part) for part in parts] == [accumulate] * world
+        assert sorted(batch for part in parts for batch in part) == sorted(step)
 
 
 def test_batches_hold_like_lengths() -> None:
@@ -72,6 +81,29 @@ def test_held_out_samples(tmp_path: Path) -> None:
     assert (apart.train, apart.validation) == (tuple(range(20)), (20, 21, 22, 23))
     assert apart.entries[20].image_root == tmp_path / "more"
     assert apart.digest != corpus.digest
+
+
+def test_greedy_answers_among_sampled_ones_are_held_out(tmp_path: Path) -> None:
+    records = [json.loads(line) for line in write_dialogues(tmp_path, 20).read_text().splitlines()]
+
+    def held_out(*greedy: int) -> tuple[tuple[int, ...], str]:
+        for number, record in enumerate(records):
+            record["temperature"] = 0 if number in greedy else 1.0
+        data = write_records(tmp_path / "data.jsonl", records)
+        corpus = read_corpus(DataConfig(train=(str(data),), validation_share=0.25))
+        entries = [corpus.entries[index] for index in corpus.validation]
+        assert sorted(corpus.train + corpus.validation) == list(range(20))
+        return corpus.validation, describe_answers(entries)
+
+    assert held_out(3, 8, 11) == ((3, 8, 11), "greedy answers")
+    sampled, what = held_out()
+    assert (len(sampled), what) == (5, "answers at temperature 1")
+    assert len(held_out(*range(20))[0]) == 5
+    for record in records:
+        del record["temperature"]
+    data = write_records(tmp_path / "data.jsonl", records)
+    corpus = read_corpus(DataConfig(train=(str(data),)))
+    assert describe_answers(corpus.entries) == "answers of unknown temperature"
 
 
 def test_unreadable_records_are_counted(tmp_path: Path) -> None:

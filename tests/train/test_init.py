@@ -198,13 +198,11 @@ def test_every_parameter_of_a_fresh_head_gets_a_gradient(kind: str) -> None:
     assert silent == []
 
 
-def test_a_fresh_head_adds_embedding_and_state_and_ignores_the_image() -> None:
+def test_a_fresh_head_ignores_the_image() -> None:
     draft = new_draft(new_head_config("vispec", TEXT), TABLE, seed=0)
     state, embed, image = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(2))
     mixed = draft.layer_input(embed, state, image)
     assert torch.equal(mixed, draft.layer_input(embed, state, torch.zeros_like(image)))
-    both = torch.stack((mixed.flatten(), (embed + state).flatten()))
-    assert float(torch.corrcoef(both)[0, 1].detach()) > 0.95
 
 
 @pytest.mark.parametrize("kind", ["vispec", "draft_vlm"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,11 @@ from tests.train.language_models import write_language_model
 from tests.train.runs import lines, losses, recipe, run, run_and_signal
 from vllm_vispec.train.checkpoint import Checkpoints, check_same_settings
 from vllm_vispec.train.config import TrainConfig, config_from_flat
+from vllm_vispec.train.losses import Sums
+from vllm_vispec.train.trainer import Trainer
 from vllm_vispec.utils.errors import ViSpecError
+
+LONGER = ("schedule.max_steps",)
 
 HEADS: dict[str, dict[str, Any]] = {
     "vispec": {},
@@ -106,8 +112,30 @@ def test_other_settings_are_refused(tiny: TinyStore, dialogues: Path, tmp_path: 
 def test_a_diverging_run_says_so(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:
     config = recipe(tiny.target("qwen2_5_vl"), dialogues, tmp_path / "run", optimizer__lr=1e30,
                     optimizer__clip="none", schedule__warmup=0.0)  # fmt: skip
-    with pytest.raises(ViSpecError, match=r"loss of step \d is .*lower optimizer\.lr"):
+    with pytest.raises(ViSpecError, match=r"loss of step \d is .* 3 steps .*lower optimizer\.lr"):
         run(config)
+
+
+def test_a_step_that_is_not_finite_is_skipped(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, steps = Trainer._forward, []
+
+    def broken(self: Trainer, batch: Any, number: int, *more: Any) -> Sums:
+        steps.append(number)
+        found = forward(self, batch, number, *more)
+        return replace(found, loss=found.loss * (math.inf if number == 1 else 1))
+
+    target = tiny.target("qwen2_5_vl")
+    config = recipe(target, dialogues, tmp_path / "run", schedule__max_steps=3, run__save_every=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_forward", broken)
+        assert run(config).step == 3
+    saved = Checkpoints(tmp_path / "run" / "checkpoints", 2)
+    assert (saved.load(2).progress.skipped, saved.load(3).progress.skipped) == (1, 1)
+    # A run that goes on knows of it, too.
+    assert run(config_from_flat(config.flat() | {"schedule.max_steps": 4}), *LONGER).finished
+    assert saved.load(4).progress.skipped == 1
 
 
 def test_which_settings_may_differ() -> None:

@@ -102,6 +102,19 @@ def convert(
 
 
 @app.command()
+def push(
+    head: Annotated[Path, typer.Argument(help="Folder of a canonical head, as vispec writes it.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the hub, like org/name.")],
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+) -> None:
+    """Send a head with its model card to a hub; HF_TOKEN or `hf auth login` says who you are."""
+    from vllm_vispec.heads.push import push_head
+
+    with exit_on_error():
+        typer.echo(f"pushed {head}: {push_head(head, repo, private=private)}")
+
+
+@app.command()
 def doctor(
     head: Annotated[
         str | None, typer.Option(help="Folder or hub id of a head to look at, too.")

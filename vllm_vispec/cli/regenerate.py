@@ -9,6 +9,7 @@ import typer
 
 from vllm_vispec.cli.options import options_of
 from vllm_vispec.data.regenerate.settings import RegenerateSettings, write_questions
+from vllm_vispec.data.tables import is_table, write_out
 from vllm_vispec.utils.errors import ViSpecError
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ def regenerate(
     if settings.server and ray:
         raise ViSpecError("--server and --ray exclude each other; leave one out")
     backend: BackendName = "server" if settings.server else "ray" if ray else "offline"
-    if settings.input.is_dir():
+    if is_table(settings.input):
+        source = write_out(settings.input, settings.beside("table"))
+        settings = settings.model_copy(update={"input": source})
+    elif settings.input.is_dir():
         source = write_questions(settings, question or ())
         settings = settings.model_copy(update={"input": source})
     elif question:

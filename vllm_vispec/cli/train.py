@@ -66,19 +66,24 @@ def _train(
     ray_workers: int,
 ) -> str:
     from vllm_vispec.train.config import full_name, load_config
+    from vllm_vispec.train.preflight import prepare, without_tables
 
     override = tuple(full_name(name.strip()) for name in names.split(",") if name.strip())
     config = load_config(recipe, settings).require_complete()
     if ray_workers and only in ("", "cache"):
-        from vllm_vispec.train.preflight import prepare
         from vllm_vispec.train.ray_train import train_on_ray
 
+        config = without_tables(config)
         prepare(config, ray_workers)
         return train_on_ray(config, ray_workers, override, only == "cache")
     from vllm_vispec.train.distributed import processes
     from vllm_vispec.train.loop import fill_cache, train
 
     with processes(config.run.device) as group:
+        if group.is_main:
+            without_tables(config)
+        group.wait()
+        config = without_tables(config)
         if only == "cache":
             message = fill_cache(config, group)
         elif only:

@@ -17,6 +17,11 @@ FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name is written like one of a hub and no folder of this name is there."""
+    return bool(_HUB_ID.match(name)) and not Path(name).is_dir()
+
+
 def resolve_head(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     """Return the local folder of a head, downloaded if it is a hub id.
 
@@ -34,7 +39,7 @@ def resolve_head(path_or_hub_id: str | Path, revision: str | None = None) -> Pat
             f"head {str(path)!r} is a file: give the folder that holds config.json and the "
             "safetensors"
         )
-    if not _HUB_ID.match(name):
+    if not is_hub_id(name):
         raise ViSpecError(
             f"head folder {name!r} does not exist: give an existing folder, or a hub id like "
             "'org/name'"

@@ -159,24 +159,40 @@ def draft_hits(
     token_ids_V: Tensor | None = None,
 ) -> Tensor:
     """Return where pass s at row p drafts answer token p + 2: bool [S, B, L], on the CPU."""
-    gold_BL = F.pad(batch.ids_BL[:, 2:], (0, 2))
+    drafted_SBL = draft_tokens(draft, lm_head_VD, batch, num_draft_tokens, token_ids_V)
+    return is_hit(drafted_SBL, batch.ids_BL)
+
+
+def is_hit(drafted_SBL: Tensor, ids_BL: Tensor) -> Tensor:
+    """Return which `draft_tokens` are the answers' own."""
+    return drafted_SBL == F.pad(ids_BL.cpu()[:, 2:], (0, 2))
+
+
+def draft_tokens(
+    draft: Draft,
+    lm_head_VD: Tensor,
+    batch: DraftBatch,
+    num_draft_tokens: int,
+    token_ids_V: Tensor | None = None,
+) -> Tensor:
+    """Return what pass s at row p drafts as answer token p + 2: int64 [S, B, L], on the CPU.
+
+    -1 where row p of that pass drafts no answer token.
+    """
     passes = rollout(draft, batch, draft.distinct_passes(num_draft_tokens))
     head_VD = draft.output_head(lm_head_VD, token_ids_V)
-    hits = [_hits_of_pass(one, gold_BL, head_VD, token_ids_V) for one in passes]
-    hits += hits[-1:] * (num_draft_tokens - len(hits))
-    return torch.stack(hits).cpu()
+    drafted = [_tokens_of_pass(one, head_VD, token_ids_V) for one in passes]
+    drafted += drafted[-1:] * (num_draft_tokens - len(drafted))
+    return torch.stack(drafted).cpu()
 
 
-def _hits_of_pass(
-    one: PassOutput, gold_BL: Tensor, lm_head_VD: Tensor, token_ids_V: Tensor | None
-) -> Tensor:
+def _tokens_of_pass(one: PassOutput, lm_head_VD: Tensor, token_ids_V: Tensor | None) -> Tensor:
     states_ND = one.state_BLD[one.counts_BL].to(lm_head_VD)
     best = [F.linear(part, lm_head_VD).argmax(-1) for part in states_ND.split(ROWS_AT_ONCE)]
     best_N = torch.cat(best)
-    drafted_N = best_N if token_ids_V is None else token_ids_V[best_N]
-    hits_BL = torch.zeros_like(one.counts_BL)
-    hits_BL[one.counts_BL] = drafted_N == gold_BL[one.counts_BL]
-    return hits_BL
+    drafted_BL = torch.full_like(one.counts_BL, -1, dtype=torch.int64)
+    drafted_BL[one.counts_BL] = best_N if token_ids_V is None else token_ids_V[best_N]
+    return drafted_BL
 
 
 def answer_spans(answer: Sequence[bool]) -> list[tuple[int, int]]:

@@ -37,13 +37,17 @@ FREE_SETTINGS = (
     "data.memory_mb",
     "data.workers",
     "head.dtype",
+    "loss.chunk_rows",
     "run.device",
     "run.export",
     "run.keep",
     "run.log_every",
     "run.output",
+    "run.project",
     "run.save_every",
+    "run.show_drafts",
     "run.threads",
+    "run.trackers",
     "run.validate_every",
     "teacher.cache_dir",
     "teacher.shard_samples",
@@ -58,6 +62,9 @@ class Progress(BaseModel):
         seconds: training time so far, validation and saving excluded.
         best, best_step: highest acceptance length so far, and its step.
         latest, latest_step: acceptance length of the last validation, and its step.
+        skipped: steps that changed nothing because their loss was not finite.
+        sample_rows: counted rows of a sample on average, measured at the run's start; 0: not yet.
+        state_size, embed_size: the units of the weights, see `vllm_vispec.train.units`.
     """
 
     # Checkpoints from before December 2026 hold more.
@@ -69,6 +76,10 @@ class Progress(BaseModel):
     best_step: int | None = None
     latest: float | None = None
     latest_step: int | None = None
+    skipped: int = 0
+    sample_rows: float = 0.0
+    state_size: float = 1.0
+    embed_size: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class LossSettings(Section):
     """weight of pass s is this to the power of s"""
     noise: float = setting(0.0, "SpecVLM (online: off)", ge=0)
     """uniform noise on the target's states; ViSpec: 0.2"""
-    chunk_rows: int = setting(2048, "ours", ge=1)
+    chunk_rows: int = setting(512, "ours", ge=1)
     """rows whose logits are in memory at a time"""
     balance: float = setting(0.01, "ours", ge=0)
     """weight of the load balance over the branches of select"""
@@ -242,6 +242,12 @@ class RunConfig(Section):
     """newest checkpoints kept, beside the best"""
     log_every: int = setting(10, "ours", ge=1)
     """steps per line of metrics.jsonl"""
+    trackers: tuple[str, ...] = setting((), "ours")
+    """where metrics go, too: trackio, wandb, tensorboard"""
+    project: str = setting("vispec", "ours")
+    """what trackers list the run under"""
+    show_drafts: int = setting(2, "ours", ge=0)
+    """held-out answers that are shown with their draft tokens at each validation"""
     num_draft_tokens: int = setting(5, "ours", ge=1, le=32)
     """K of the simulated acceptance_length, and of the head as it is served"""
     export: Literal["best", "last"] = setting("best", "ours")

@@ -1,7 +1,7 @@
 """The samples of a run: which are trained on, which are held out, and in what order.
 
 The order depends on seed and epoch alone. A resumed run, and a run on more processes with the
-same global batch, sees the same batches.
+same samples per step, sees the same batches.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ SKIP_NAMES: Mapping[str, str] = {
     r"": "unusable record",
 }
 EXAMPLES_PER_REASON = 3
+GREEDY = "greedy answers"
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,11 @@ def read_corpus(settings: DataConfig, text_only: bool = False) -> Corpus:
         held_out = [held_out[n] for n in _draw(range(len(held_out)), settings.validation_max)]
         validation = list(range(len(train), len(train) + len(held_out)))
     else:
+        greedy = [n for n in numbers if _temperature(train[n]) == 0]
+        # Those that `vispec regenerate` answered to be held out, among sampled ones.
+        pool = greedy if len(greedy) < len(numbers) and greedy else numbers
         wanted = min(round(len(train) * settings.validation_share), settings.validation_max)
-        validation = _draw(numbers, wanted)
+        validation = _draw(pool, wanted)
     entries = (*train, *held_out)
     taken = set(validation)
     chosen = [n for n in numbers if n not in taken]
@@ -97,6 +101,23 @@ def read_corpus(settings: DataConfig, text_only: bool = False) -> Corpus:
         (*rejected, *rejected_too),
         _digest((*settings.train, *settings.validation), entries),
     )
+
+
+def _temperature(entry: Entry) -> float | None:
+    """At which the target answered; None if the record does not say."""
+    found = entry.conversation.extra.get("temperature")
+    return float(found) if isinstance(found, int | float) else None
+
+
+def describe_answers(entries: Iterable[Entry]) -> str:
+    """Return what a measurement on recorded answers means: greedy chains follow greedy ones."""
+    found = [_temperature(entry) for entry in entries]
+    known = sorted({one for one in found if one is not None})
+    if None in found:
+        return "answers of unknown temperature"
+    if known == [0.0]:
+        return GREEDY
+    return f"answers at temperature {' and '.join(f'{one:g}' for one in known)}"
 
 
 def _read_files(files: Sequence[str], image_root: str) -> tuple[list[Entry], list[Rejected]]:
@@ -227,16 +248,16 @@ def require(items: Iterable[Encoded | Rejected]) -> list[Encoded]:
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """Which samples each step takes.
+    """Which samples each step takes, in batches: what one process sees in one forward pass.
 
-    Samples are shuffled, pools of `settings.pool` batches are sorted by length so that a batch
-    holds samples of like length, and the batches are shuffled. An epoch is filled up to whole
-    steps with samples from its own beginning.
+    Samples are shuffled, pools of them are sorted by length so that a batch holds samples of like
+    length, and the batches are shuffled. A step takes the next of them, whatever number of
+    processes shares them. An epoch is filled up to whole steps with samples from its own beginning.
 
     Attributes:
         indices: samples to train on.
         lengths: tokens of each, by index.
-        settings: size per process, forward passes per step, pool.
+        settings: size of a batch, batches per process and step, batches in a pool.
         world: number of processes.
         seed: of the order.
     """
@@ -258,21 +279,22 @@ class BatchOrder:
         return -(-len(self.indices) // self.step_samples)
 
     def epoch(self, number: int) -> list[list[list[int]]]:
-        """Return the steps of an epoch: lists of forward passes over all processes' samples."""
+        """Return the steps of an epoch: lists of batches, the longest ones last."""
         random = Random(f"order {self.seed} {number}")
         order = random.sample(self.indices, len(self.indices))
         wanted = self.steps_per_epoch * self.step_samples
         order = (order * -(-wanted // len(order)))[:wanted]
-        size = self.settings.size * self.world
-        pool = max(self.settings.pool, 1) * size
-        passes: list[list[int]] = []
+        size, pool = self.settings.size, max(self.settings.pool, 1) * self.settings.size
+        batches: list[list[int]] = []
         for first in range(0, wanted, pool):
             drawn = sorted(order[first : first + pool], key=lambda n: (self.lengths[n], n))
-            passes += [drawn[i : i + size] for i in range(0, len(drawn), size)]
-        random.shuffle(passes)
-        per_step = self.settings.accumulate
-        return [passes[i : i + per_step] for i in range(0, len(passes), per_step)]
+            batches += [drawn[i : i + size] for i in range(0, len(drawn), size)]
+        random.shuffle(batches)
+        per_step = self.settings.accumulate * self.world
+        steps = [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
+        # What processes do at the same time is of like length.
+        return [sorted(step, key=lambda batch: self.lengths[batch[-1]]) for step in steps]
 
-    def mine(self, samples: Sequence[int], rank: int) -> list[int]:
-        """Return one process's share of a forward pass; lengths are alike on all processes."""
-        return list(samples[rank :: self.world])
+    def mine(self, step: Sequence[list[int]], rank: int) -> list[list[int]]:
+        """Return one process's batches of a step."""
+        return list(step[rank :: self.world])

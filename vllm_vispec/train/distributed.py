@@ -1,8 +1,9 @@
-"""One process or many: ranks, sums over all processes, sharding, and requests to stop.
+"""One process or many: ranks, sums over all processes, copies of the draft, requests to stop.
 
-A run has one process per GPU (or per CPU worker), started by `torchrun` or by Ray Train. Weights,
-gradients and moments of the draft are sharded by FSDP2 (`fully_shard`), which works on GPUs (NCCL)
-and on CPUs (gloo). Every process sees its own samples; only the main one writes results.
+A run has one process per GPU (or per CPU worker), started by `torchrun` or by Ray Train. Each holds
+the whole draft with its moments, 16 bytes per weight, and sees its own samples; gradients are
+averaged once an optimizer step (DistributedDataParallel, with NCCL on GPUs and gloo on CPUs). Only
+the main process writes results.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -94,36 +97,20 @@ def _pick_device(device: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def shard(module: nn.Module, group: Processes) -> None:
-    """Shard a module's parameters over all processes, in place.
+def replicate(module: nn.Module, group: Processes) -> nn.Module:
+    """Return a module with the same forward, whose gradients are means over all processes.
 
-    The module is gathered as a whole in its forward: rollouts call its parts one by one, so
-    gathering part by part would not work. Gradients come out as means over the processes.
+    They are exchanged in the backward pass, except inside `accumulating`.
     """
-    if group.world > 1:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh(group.device.type, (group.world,))
-        fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    if group.world == 1:
+        return module
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return the full tensor, detached. All processes must call this together."""
-    full = tensor.detach()
-    return full.full_tensor() if hasattr(full, "full_tensor") else full
-
-
-@torch.no_grad()
-def assign(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy full tensors by name into parameters or moments, sharded or not."""
-    for name, parameter in parameters.items():
-        value = values[name].to(parameter.device, parameter.dtype)
-        if hasattr(parameter, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
-
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-        parameter.copy_(value)
+def accumulating(replica: nn.Module, more_passes: bool) -> AbstractContextManager[Any]:
+    """A forward and backward pass that keeps gradients to this process if more are to follow."""
+    is_shared = isinstance(replica, DistributedDataParallel)
+    return replica.no_sync() if is_shared and more_passes else nullcontext()
 
 
 @contextmanager

@@ -28,10 +28,8 @@ from vllm_vispec.train.published import LANGUAGE_PREFIXES, PublishedModel
 from vllm_vispec.train.target import TargetFacts
 from vllm_vispec.utils.errors import ViSpecError
 
-# Times in_features ** -0.5; the usual 0.02 at a width of about 1200.
+# Of a draft VLM, times in_features ** -0.5; the usual 0.02 at a width of about 1200.
 WEIGHT_SCALE = 0.7
-# What disturbs the sum of embedding and state in a new `fc`, as a share of a linear's weights.
-FUSION_NOISE = 0.3
 # Decoder layers of a draft VLM.
 DRAFT_VLM_LAYERS = 4
 # Widths of MLPs are multiples of this.
@@ -301,10 +299,9 @@ def new_draft(
 ) -> Draft:
     """Return an initialised float32 draft on the CPU; the same seed gives the same weights.
 
-    A head starts as a plain sum. fc = [I | I] plus a little noise, so a text row is its token's
-    embedding plus its state. img_fc = [I | 0] as in the reference, so training decides how much an
-    image counts. Compressors initialise themselves. All other weights are normal, biases zero,
-    norms one.
+    A head starts as PyTorch initialises its layers, for states of size 1: see
+    `vllm_vispec.train.units`. As in the reference img_fc = [I | 0], so training decides how much an
+    image counts. Compressors initialise themselves.
 
     A draft VLM of the target's width starts with the target's tables, which saves many steps. They
     are trained like everything else.
@@ -315,15 +312,9 @@ def new_draft(
     generator = torch.Generator().manual_seed(seed)
     if config.is_draft_vlm:
         return _new_draft_vlm(config, embed_VD, lm_head_VD, generator)
-    draft = ViSpecDraft(config)
-    _init_linears(draft, generator)
-    eye_DD = torch.eye(config.hidden_size)
-    draft.fc.weight.mul_(FUSION_NOISE).add_(torch.cat((eye_DD, eye_DD), dim=1))
-    if draft.img_fc is not None:
-        draft.img_fc.weight.copy_(torch.cat((eye_DD, torch.zeros_like(eye_DD)), dim=1))
-    if draft.img_adaptor is not None:
-        std = config.adaptor_head_dim**-0.5
-        nn.init.normal_(draft.img_adaptor.query, std=std, generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        draft = ViSpecDraft(config)
     if draft.compressor is not None:
         draft.compressor.init_weights(generator)
     return draft

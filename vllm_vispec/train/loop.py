@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,21 +11,29 @@ from typing import Any
 
 import torch
 
+from vllm_vispec.data.template import load_processor
 from vllm_vispec.heads.export import export_head, export_model
 from vllm_vispec.spec_decode.low_acceptance import low_acceptance
 from vllm_vispec.train.acceptance import OVERALL, describe_gate, validate
 from vllm_vispec.train.cache import OfflineTeacher, open_teacher
 from vllm_vispec.train.checkpoint import Checkpoint, Checkpoints, Progress, check_same_settings
 from vllm_vispec.train.config import TrainConfig
-from vllm_vispec.train.data import BatchOrder
+from vllm_vispec.train.data import GREEDY, BatchOrder, describe_answers
 from vllm_vispec.train.distributed import Processes, stop_on_signals
 from vllm_vispec.train.init import make_draft
 from vllm_vispec.train.preflight import prepare
+from vllm_vispec.train.probe import probe, spread
 from vllm_vispec.train.published import PublishedModel, find_start
 from vllm_vispec.train.run_log import RunLog, describe_run, now
-from vllm_vispec.train.trainer import Trainer, rate_factor
+from vllm_vispec.train.samples import show_drafts
+from vllm_vispec.train.trackers import open_trackers
+from vllm_vispec.train.trainer import StepResult, Trainer, rate_factor
+from vllm_vispec.train.units import Units, units_of
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import read_json, sweep, write_json
+
+# Steps of a run whose loss or gradients may be infinite or no number.
+MOST_SKIPPED = 3
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,10 @@ class Run:
             for index in corpus.validation
             if index in usable
         }
+        answers = describe_answers(corpus.entries[index] for index in self.held_out)
+        self.measured_on = f"{len(self.held_out)} held-out {answers}"
+        self.shown = spread(sorted(self.held_out), config.run.show_drafts)
+        self.tokenizer = load_processor(config.target.model).tokenizer if self.shown else None
         chosen = tuple(index for index in corpus.train if index in usable)
         if not chosen:
             raise ViSpecError(
@@ -110,18 +123,40 @@ class Run:
         self.total_steps = config.schedule.total_steps(self.order.steps_per_epoch)
         draft = make_draft(config.head, self.teacher.facts, config.run.seed, published)
         self.compressor = draft.config.compressor_spec
-        self.trainer = Trainer(config, draft, self.teacher, group)
-        self.progress = Progress()
-        if saved is not None:
-            self.progress = saved.progress
-            self.trainer.restore(saved.groups, saved.progress.step)
+        self.progress = saved.progress if saved is not None else Progress()
+        if not self.progress.sample_rows:
+            found = probe(self.teacher, chosen)
+            changes = {"sample_rows": found.rows}
+            # A head that is taken over has its units, a draft VLM reads no states.
+            if saved is None and not config.head.init_from and not draft.config.is_draft_vlm:
+                units = units_of(draft.config, found.state_size, found.embed_size)
+                changes |= {"state_size": units.state, "embed_size": units.embed}
+            self.progress = self.progress.model_copy(update=changes)
+        step_rows = self.progress.sample_rows * self.order.step_samples
+        units = Units(self.progress.state_size, self.progress.embed_size)
+        self.trainer = Trainer(config, draft, self.teacher, group, step_rows, units)
         step = self.progress.step
-        self.log = RunLog(self.output, step, self.total_steps, silent=not group.is_main)
+        if saved is not None:
+            self.trainer.restore(saved.groups, step - saved.progress.skipped)
+        self.log = RunLog(
+            self.output,
+            step,
+            self.total_steps,
+            silent=not group.is_main,
+            trackers=open_trackers(
+                config.run.trackers if group.is_main else (),
+                config.run.project,
+                self.output,
+                self.settings,
+            ),
+            measured_on=self.measured_on,
+        )
         # Decisions of a gate since the last line of the log.
         self.decisions_2K = torch.zeros(())
         rejected = (*corpus.rejected, *self.teacher.rejected)
         used = {"train": len(chosen), "validation": len(self.held_out)}
         self.description = describe_run(config, corpus, rejected, used, group.world, command)
+        self.description["units"] = units._asdict()
         self._note_start(overridden)
 
     def _note_start(self, overridden: list[str]) -> None:
@@ -147,6 +182,22 @@ class Run:
             f"{data['skipped']}"
             + (f" ({skipped})" if skipped else "")
             + (f"; go on from step {step}" if step else "")
+        )
+        if self.held_out and not self.measured_on.endswith(GREEDY):
+            self.log.info(
+                f"the best weights are chosen on {self.measured_on}; the target's greedy answers "
+                "would show what an engine accepts: vispec regenerate --held-out 0.05 makes such "
+                "ones, or --temperature 0 a file for data.validation"
+            )
+        self._note_checkpoints()
+
+    def _note_checkpoints(self) -> None:
+        """Say what checkpoints take, and when they are written."""
+        settings, size = self.config.run, self.trainer.state_bytes
+        every = f"every {settings.save_every} steps, " if settings.save_every else ""
+        self.log.info(
+            f"checkpoints of {size / 1e9:,.2f} GB: {every}at each best validation and at the end; "
+            f"the best and the newest {settings.keep} are kept"
         )
 
     def go(self, signals: list[str]) -> Outcome:
@@ -203,8 +254,8 @@ class Run:
         step = self.progress.step
         while True:
             epoch, position = divmod(step, self.order.steps_per_epoch)
-            for passes in self.order.epoch(epoch)[position:]:
-                yield from (self.order.mine(samples, self.group.rank) for samples in passes)
+            for batches in self.order.epoch(epoch)[position:]:
+                yield from self.order.mine(batches, self.group.rank)
                 step += 1
 
     def _step(self, passes: Sequence[Sequence[Any]], waited: float) -> None:
@@ -214,8 +265,14 @@ class Run:
         step = before.step + 1
         # One process's clock for all, or they would end at different steps.
         seconds = self.group.same(before.seconds + waited + result.seconds)
-        self.progress = before.model_copy(update={"step": step, "seconds": seconds})
-        self.log.advance(result.loss)
+        skipped = before.skipped + result.skipped
+        self.progress = before.model_copy(
+            update={"step": step, "seconds": seconds, "skipped": skipped}
+        )
+        if result.skipped:
+            self._note_skipped(result, step)
+        share = self._share()
+        self.log.advance(result, seconds * (1 - share) / share if share else None)
         self.decisions_2K = self.decisions_2K + result.decisions_2K
         if step % self.config.run.log_every == 0:
             gate = describe_gate(self.decisions_2K, self.compressor)
@@ -223,12 +280,24 @@ class Run:
             self.log.step(self.progress, epoch, result, waited, lr, gate)
             self.decisions_2K = torch.zeros(())
 
+    def _note_skipped(self, result: StepResult, step: int) -> None:
+        found, skipped = f"the loss of step {step} is {result.loss:g}", self.progress.skipped
+        if math.isfinite(result.loss):
+            found = f"the gradients of step {step} are not finite"
+        if skipped > MOST_SKIPPED:
+            raise ViSpecError(
+                f"{found}, after {MOST_SKIPPED} steps that were skipped for that: lower "
+                "optimizer.lr or set optimizer.clip"
+            )
+        self.log.info(f"{found}: skipped, {skipped} of at most {MOST_SKIPPED}")
+
     def _validate(self) -> bool:
         """Measure acceptance on held-out data; returns whether it is the best so far."""
         if not self.held_out:
             return False
+        draft = self.trainer.draft_with(self.trainer.weights_for_use())
         found, decisions_2K = validate(
-            self.trainer.draft_with(self.trainer.weights_for_use()),
+            draft,
             self.teacher,
             self.held_out,
             self.config.run.num_draft_tokens,
@@ -236,6 +305,10 @@ class Run:
             self.group,
         )
         self.log.validation(self.progress, found, describe_gate(decisions_2K, self.compressor))
+        if self.group.is_main and self.shown:
+            depth, tokenizer = self.config.run.num_draft_tokens, self.tokenizer
+            for text in show_drafts(draft, self.teacher, self.shown, depth, tokenizer):
+                self.log.show(text)
         length, step = found[OVERALL].acceptance_length, self.progress.step
         improved = self.progress.best is None or length > self.progress.best
         changes = {"latest": length, "latest_step": step}
@@ -260,13 +333,14 @@ class Run:
                 "acceptance_length": progress.latest,
                 "best_step": progress.best_step,
                 "best_acceptance_length": progress.best,
+                "skipped_steps": progress.skipped,
             }
             write_json(self.output / "run.json", self.description)
             self._export(head)
         self.group.wait()
         rate, low = "", None
         if progress.latest is not None:
-            rate = f", acceptance_length {progress.latest:.3f} on held-out data"
+            rate = f", acceptance_length {progress.latest:.3f} on {self.measured_on}"
             low = low_acceptance(progress.latest)
         message = f"finished after {progress.step} steps{rate}; head: {head}"
         message += f"\nwarning: {low}" if low else ""

@@ -23,8 +23,10 @@ from vllm_vispec.compressors.gate import balance
 from vllm_vispec.reference import Decision, Draft, decide
 from vllm_vispec.train.acceptance import sum_decisions
 from vllm_vispec.train.config import LossSettings
+from vllm_vispec.train.memory import part
 from vllm_vispec.train.rollout import PassOutput, rollout
 from vllm_vispec.train.target import DraftBatch
+from vllm_vispec.train.units import Units
 from vllm_vispec.utils.errors import ViSpecError
 
 RANKS = 10
@@ -186,13 +188,20 @@ class Sums:
 
 
 class Objective(nn.Module):
-    """One module around the draft, so that sharding gathers it before anything reads it."""
+    """The draft and its loss as one module: gradients of the processes meet behind its backward.
 
-    def __init__(self, draft: Draft, lm_head_VD: Tensor, settings: LossSettings) -> None:
+    Args:
+        units: what the draft computes in; None: the target's own.
+    """
+
+    def __init__(
+        self, draft: Draft, lm_head_VD: Tensor, settings: LossSettings, units: Units | None = None
+    ) -> None:
         super().__init__()
+        self.units = units or Units()
         self.draft = draft
         self.settings = settings
-        # Detached: a parameter would be registered, trained and sharded.
+        # Detached: a parameter would be registered and trained.
         self.lm_head_VD = lm_head_VD.detach()
         self.weights = term_weights(settings.name, settings.weights)
         self.balance = settings.balance if draft.config.compressor_spec.balanced else 0.0
@@ -213,6 +222,7 @@ class Objective(nn.Module):
             temperature: of the softmax that the gate's gradients go through.
         """
         settings = self.settings
+        batch = self.units.of_batch(batch)
         decision = decide(
             self.draft.compressor,
             batch.hidden_BLD,
@@ -226,18 +236,20 @@ class Objective(nn.Module):
             batch,
             self.draft.distinct_passes(settings.passes),
             settings.mode,
-            settings.noise,
+            settings.noise / self.units.state,
             noise,
             decision,
         )
         # A term without weight on every parameter: all get gradients (zeros) even where a batch
-        # has no image, so that optimiser and sharding treat every step alike.
+        # has no image, so that optimiser and processes treat every step alike.
         trained = (p for p in self.draft.parameters() if p.requires_grad)
         loss = batch.hidden_BLD.new_zeros((), dtype=torch.float32)
         loss = sum((p.flatten()[:1].sum() * 0 for p in trained), loss)
-        passes = [self._pass(output, batch) for output in outputs]
-        for number, sums in enumerate(passes):
-            loss = loss + settings.pass_decay**number * sums["total"]
+        passes = []
+        for number, output in enumerate(outputs):
+            with part(f"the logits of rollout pass {number}"):
+                passes.append(self._pass(output, batch))
+            loss = loss + settings.pass_decay**number * passes[-1]["total"]
         rows = outputs[0].counts_BL.sum()
         of_rows = {"rows": rows} | {k: v.detach() for k, v in passes[0].items() if k != "total"}
         if self.balance:
@@ -271,6 +283,8 @@ class Objective(nn.Module):
         return sums
 
     def _rows(self, state_ND: Tensor, goal_ND: Tensor, gold_N: Tensor) -> dict[str, Tensor]:
+        # Losses and the lm_head know the target's own units.
+        state_ND, goal_ND = state_ND * self.units.state, goal_ND * self.units.state
         head_VD = self.draft.output_head(self.lm_head_VD)
         draft_NV = F.linear(state_ND.to(head_VD.dtype), head_VD)
         with torch.no_grad():

@@ -6,13 +6,16 @@ and headers, then the data files.
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_vispec.data.image_bounds import bounds_in, recorded_bounds, same_bounds, set_bounds
+from vllm_vispec.data.tables import is_table, write_out
 from vllm_vispec.data.template import load_processor
 from vllm_vispec.heads.target import load_target_config
 from vllm_vispec.reference import Draft
@@ -22,6 +25,7 @@ from vllm_vispec.train.head_types import get_head_type, resolve
 from vllm_vispec.train.init import as_asked, make_draft
 from vllm_vispec.train.published import PublishedModel, find_start
 from vllm_vispec.train.target import TargetFacts, check_structure, image_token_id
+from vllm_vispec.train.trackers import check_trackers
 from vllm_vispec.utils.errors import ViSpecError, first_line
 
 BYTES_PER_WEIGHT = 12
@@ -38,6 +42,7 @@ def prepare(config: TrainConfig, world: int) -> tuple[TrainConfig, Corpus]:
         ViSpecError: settings, head, target, files or disk do not allow the run.
     """
     config = with_batch(resolve(config.require_complete()), world)
+    check_trackers(config.run.trackers)
     check_disk(config, starting_draft(config))
     corpus = read_corpus(config.data, get_head_type(config.head.kind).text_only)
     where = "the run's data (data.train, data.validation)"
@@ -154,3 +159,22 @@ def check_disk(config: TrainConfig, draft: Draft) -> None:
             f"run.output {output} needs {needed / 1e9:.3g} GB for checkpoints, {free / 1e9:.3g} GB "
             "are free: free space, lower run.keep, or choose another disk"
         )
+
+
+def without_tables(config: TrainConfig) -> TrainConfig:
+    """Return the recipe with a conversation file for each table; writes those that are missing.
+
+    Raises:
+        ViSpecError: a table cannot be read.
+    """
+    folder = Path(config.run.output) / "tables"
+
+    def files(names: Sequence[str]) -> tuple[str, ...]:
+        places = [folder / re.sub(r"[^\w.-]+", "_", name) for name in names]
+        return tuple(
+            str(write_out(name, place)) if is_table(name) else name
+            for name, place in zip(names, places, strict=True)
+        )
+
+    found = {"train": files(config.data.train), "validation": files(config.data.validation)}
+    return config.model_copy(update={"data": config.data.model_copy(update=found)})

@@ -41,6 +41,7 @@ from vllm_vispec.reference import (
     masked_rows,
 )
 from vllm_vispec.reference.layers import KVCache, apply_rope
+from vllm_vispec.train.memory import part
 from vllm_vispec.train.published import PublishedModel
 from vllm_vispec.train.target import DraftBatch
 
@@ -152,7 +153,8 @@ def first_counts(batch: DraftBatch, is_text_BL: Tensor) -> Tensor:
 
 def _exact(draft: ViSpecDraft, batch: DraftBatch, rows: _Rows, passes: int) -> list[PassOutput]:
     first_BL = first_counts(batch, rows.is_text_BL)
-    state_BLD, cache = draft.run_layer(rows.layer_in_BLD, rows.positions_BL, rows.mask_BLL)
+    with part("rollout pass 0"):
+        state_BLD, cache = draft.run_layer(rows.layer_in_BLD, rows.positions_BL, rows.mask_BLL)
     outputs, past = [PassOutput(state_BLD, first_BL)], [cache]
     start = _first_needed(_next_counts(first_BL, first_BL)) if passes > 1 else 0
     count, total = first_BL.shape
@@ -161,14 +163,15 @@ def _exact(draft: ViSpecDraft, batch: DraftBatch, rows: _Rows, passes: int) -> l
         6 * (passes - 1) * count * draft.config.num_attention_heads * (total - start) * total
     )
     once = weight_bytes <= MOST_WEIGHT_BYTES or not torch.is_grad_enabled()
-    for _ in range(1, passes):
+    for number in range(1, passes):
         last = outputs[-1]
         arguments = (draft, rows, tuple(past), last.state_BLD, start)
-        state_BND, own = (
-            _chain_pass(*arguments)
-            if once
-            else checkpoint(_chain_pass, *arguments, use_reentrant=False)
-        )
+        with part(f"rollout pass {number}"):
+            state_BND, own = (
+                _chain_pass(*arguments)
+                if once
+                else checkpoint(_chain_pass, *arguments, use_reentrant=False)
+            )
         past.append(own)
         counts_BL = _next_counts(last.counts_BL, first_BL)
         outputs.append(PassOutput(F.pad(state_BND, (0, 0, start, 0)), counts_BL))
@@ -253,8 +256,9 @@ def _shifted(draft: ViSpecDraft, batch: DraftBatch, rows: _Rows, passes: int) ->
     has_before_BL1 = F.pad(rows.visible_BL[:, :-1], (1, 0))[..., None]
     outputs: list[PassOutput] = []
     layer_in_BLD = rows.layer_in_BLD
-    for _ in range(passes):
-        state_BLD, _ = draft.run_layer(layer_in_BLD, rows.positions_BL, mask_BLL)
+    for number in range(passes):
+        with part(f"rollout pass {number}"):
+            state_BLD, _ = draft.run_layer(layer_in_BLD, rows.positions_BL, mask_BLL)
         outputs.append(PassOutput(state_BLD, counts_BL))
         before_BLD = F.pad(state_BLD, (0, 0, 1, 0))[:, :-1].to(batch.hidden_BLD)
         hidden_BLD = torch.where(has_before_BL1, before_BLD, batch.hidden_BLD)

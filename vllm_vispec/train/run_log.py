@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.text import Text
 from tqdm import tqdm
 
 from vllm_vispec import __version__
@@ -22,6 +24,7 @@ from vllm_vispec.train.checkpoint import Progress
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import Corpus, count_reasons
 from vllm_vispec.train.target import target_id
+from vllm_vispec.train.trackers import Tracker, numbers
 from vllm_vispec.train.trainer import StepResult
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import write_json, write_text, writing
@@ -36,11 +39,23 @@ class RunLog:
         folder: the run's output.
         step: step the run starts from; later lines of an earlier attempt are dropped.
         total: steps of the run, None if time ends it.
+        trackers: get the numbers of each line, too.
+        measured_on: what validations are on.
     """
 
-    def __init__(self, folder: Path, step: int, total: int | None, silent: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        total: int | None,
+        silent: bool = False,
+        trackers: Sequence[Tracker] = (),
+        measured_on: str = "held-out data",
+    ) -> None:
+        self._measured_on = measured_on
         self._file, self._folder, self._silent = folder / "metrics.jsonl", folder, silent
         self._shown: dict[str, str] = {}
+        self._trackers = trackers
         self._lines = [] if silent else _keep_until(self._file, step)
         self._bar = tqdm(
             total=total, initial=step, desc="train", unit="step", mininterval=2, disable=silent
@@ -51,9 +66,12 @@ class RunLog:
         if not self._silent:
             tqdm.write(text)
 
-    def advance(self, loss: float) -> None:
-        """Count a finished step."""
-        self._show(loss=f"{loss:.4f}")
+    def advance(self, result: StepResult, seconds_left: float | None) -> None:
+        """Count a finished step; the time left is shown where the bar cannot know it."""
+        speed = f"{result.tokens / result.seconds:,.0f}"
+        self._show(loss=f"{result.loss:.4f}", tokens_per_second=speed)
+        if self._bar.total is None and seconds_left is not None:
+            self._show(left=tqdm.format_interval(seconds_left))
         self._bar.update()
 
     def step(
@@ -94,7 +112,8 @@ class RunLog:
         self._show(acceptance_length=f"{rates[OVERALL]:.3f}")
         families = ", ".join(f"{name} {rates[name]:.2f}" for name in rates if name != OVERALL)
         self.info(
-            f"step {progress.step}: acceptance_length {rates[OVERALL]:.3f} on held-out data"
+            f"step {progress.step}: acceptance_length {rates[OVERALL]:.3f} on "
+            + self._measured_on
             + (f" ({families})" if families else "")
         )
         if gate:
@@ -117,9 +136,19 @@ class RunLog:
             write_json(self._folder / "curve.json", points)
             _plot(points, self._folder / "curve.png")
 
+    def show(self, text: Text) -> None:
+        """Print a line with colours, without them where nobody sees them."""
+        if not self._silent:
+            console = Console(highlight=False)
+            with console.capture() as capture:
+                console.print(text, soft_wrap=True)
+            tqdm.write(capture.get().rstrip())
+
     def close(self) -> None:
-        """End the bar."""
+        """End the bar and the trackers."""
         self._bar.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _show(self, **values: str) -> None:
         self._shown |= values
@@ -134,6 +163,8 @@ class RunLog:
         if self._silent:
             return
         self._lines.append({"kind": kind, **values, **({"gate": gate} if gate else {})})
+        for tracker in self._trackers:
+            tracker.log(dict(numbers(self._lines[-1], kind)), values["step"])
         try:
             with self._file.open("a", encoding="utf-8") as sink:
                 sink.write(json.dumps(self._lines[-1]) + "\n")

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vllm_vispec.data.encode import Encoded
 from vllm_vispec.heads.target import load_target_config
+from vllm_vispec.train.memory import TARGET, explained, is_out_of_memory
 from vllm_vispec.train.vision_attention import use_window_attention
 from vllm_vispec.utils.errors import ViSpecError, first_line
 
@@ -177,7 +178,7 @@ class TrainingTarget(TargetFacts):
             One `Observed` per sample, tensors in the target's dtype and on its device.
 
         Raises:
-            ViSpecError: the processor's image tensors do not fit the model.
+            ViSpecError: the processor's image tensors do not fit the model, or memory ran out.
         """
         inputs, device, embeds = self._inputs(samples), self.embed_VD.device, []
 
@@ -187,12 +188,15 @@ class TrainingTarget(TargetFacts):
         language_model = self.model.model.language_model
         # no_grad, not inference_mode: the draft's backward pass saves these tensors.
         with (
+            explained(TARGET, {one.sample_id: len(one.token_ids) for one in samples}),
             torch.no_grad(),
             language_model.register_forward_pre_hook(note, with_kwargs=True),
         ):
             try:
                 hidden_BLD = self.model.model(**inputs, use_cache=False).last_hidden_state
             except (ValueError, RuntimeError, IndexError) as error:
+                if is_out_of_memory(error):
+                    raise
                 ids = ", ".join(sample.sample_id for sample in samples)
                 raise ViSpecError(
                     f"the target {self.folder} fails on the samples {ids} ({error}): use the "

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from vllm_vispec.reference import Draft
 from vllm_vispec.train.checkpoint import Tensors
 from vllm_vispec.train.config import ScheduleConfig, TrainConfig
-from vllm_vispec.train.distributed import Processes, assign, shard, whole
+from vllm_vispec.train.distributed import Processes, accumulating, replicate
 from vllm_vispec.train.losses import Objective, Sums, make_generator
+from vllm_vispec.train.memory import BACKWARD, explained, part
 from vllm_vispec.train.rollout import ROW_MULTIPLE
 from vllm_vispec.train.target import DraftBatch, pad_batch
 from vllm_vispec.train.teacher import Teacher
+from vllm_vispec.train.units import Units
 from vllm_vispec.utils.errors import ViSpecError
 
 # An average of few steps would still hold mostly the start: its decay grows as (1 + t) / (10 + t).
@@ -55,6 +57,7 @@ class StepResult:
         rows: counted rows of pass 0.
         tokens: tokens of the samples, prompts and images included.
         gradient_norm: before clipping.
+        skipped: loss or gradients were not finite, so the weights stayed as they were.
         seconds: of this process.
         decisions_2K: of the head's gate, see `acceptance.sum_decisions`.
     """
@@ -65,24 +68,39 @@ class StepResult:
     rows: int
     tokens: int
     gradient_norm: float
+    skipped: bool
     seconds: float
     decisions_2K: Tensor
 
 
 class Trainer:
-    """A draft in training on one process of the run."""
+    """A draft in training on one process of the run.
+
+    Args:
+        step_rows: counted rows that a step has on average. Sums over a step's rows are divided by
+            them, not by the step's own, so that a token weighs the same in every step.
+        units: what the draft's weights are in during training.
+    """
 
     def __init__(
-        self, config: TrainConfig, draft: Draft, teacher: Teacher[Any], group: Processes
+        self,
+        config: TrainConfig,
+        draft: Draft,
+        teacher: Teacher[Any],
+        group: Processes,
+        step_rows: float,
+        units: Units,
     ) -> None:
         self._config, self._teacher, self._group = config, teacher, group
+        self._step_rows, self._units = step_rows, units
         self.head_config = draft.config
-        self._objective = Objective(draft, teacher.facts.lm_head_VD, config.loss).to(group.device)
-        # Before sharding, so that one process alone can export them.
+        self._objective = Objective(draft, teacher.facts.lm_head_VD, config.loss, units).to(
+            group.device
+        )
+        self._replica = replicate(self._objective, group)
         self._frozen: Tensors = {
             name: w.detach() for name, w in draft.named_parameters() if not w.requires_grad
         }
-        shard(self._objective, group)
         weights = {name: w for name, w in draft.named_parameters() if w.requires_grad}
         settings = config.optimizer
         self._optimizer = torch.optim.AdamW(
@@ -90,7 +108,7 @@ class Trainer:
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,
             weight_decay=settings.weight_decay,
-            fused=group.world == 1 or group.device.type == "cuda",
+            fused=True,
         )
         # All that the next step depends on, by the groups of a checkpoint.
         self._state: dict[str, Tensors] = {
@@ -123,16 +141,22 @@ class Trainer:
             progress: share of the run that is over when the step is done, 0 to 1.
 
         Raises:
-            ViSpecError: the loss is not finite.
+            ViSpecError: memory ran out, or a weight got no gradient.
         """
         begin, tokens = time.perf_counter(), 0
         found: list[Sums] = []
-        for index, samples in enumerate(passes):
-            batch = pad_batch(self._teacher.observe(samples), ROW_MULTIPLE)
-            batch = batch.to(self._group.device, torch.float32)
-            tokens += sum(batch.lengths)
-            found.append(self._forward(batch, number, index, progress))
-            found[-1].loss.backward()
+        for place, samples in enumerate(passes):
+            # A batch has the same number, and draws the same, on any number of processes.
+            index = place * self._group.world + self._group.rank
+            observed = self._teacher.observe(samples)
+            sizes = {one.sample_id: len(one.token_ids) for one in observed}
+            more = place + 1 < len(passes)
+            with explained("the draft", sizes), accumulating(self._replica, more):
+                batch = pad_batch(observed, ROW_MULTIPLE).to(self._group.device, torch.float32)
+                tokens += sum(batch.lengths)
+                found.append(self._forward(batch, number, index, progress))
+                with part(BACKWARD):
+                    found[-1].loss.backward()
         columns = {"tokens": tokens, "loss": sum(float(one.loss.detach()) for one in found)}
         for name in found[0].of_rows:
             columns[name] = sum(float(one.of_rows[name]) for one in found)
@@ -140,13 +164,14 @@ class Trainer:
         totals = dict(zip(columns, summed.tolist(), strict=True))
         rows = max(totals["rows"], 1.0)
         loss = totals["loss"] / rows
-        if not math.isfinite(loss):
-            raise ViSpecError(
-                f"the loss of step {number + 1} is {loss}: lower optimizer.lr or set optimizer.clip"
-            )
-        norm = self._update(rows, number, lr)
+        norm = self._prepare_gradients()
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if not skipped:
+            self._update(norm, number, lr)
+        self._optimizer.zero_grad(set_to_none=True)
         return StepResult(
             loss=loss,
+            skipped=skipped,
             parts={name: totals[name] / rows for name in self._objective.part_names},
             accuracy=totals["right"] / rows,
             rows=int(totals["rows"]),
@@ -157,25 +182,35 @@ class Trainer:
         )
 
     def _forward(self, batch: DraftBatch, number: int, index: int, progress: float) -> Sums:
-        """Run forward pass `index` of a step with its own random sources."""
-        place = (self._config.run.seed, number, index, self._group.rank)
+        """Run batch `index` of a step with its own random sources."""
+        place = (self._config.run.seed, number, index)
         device, loss = self._group.device, self._config.loss
         is_gated = self.head_config.compressor_spec.gated
         noise = make_generator(device, "noise", *place) if loss.noise else None
         gate = make_generator(device, "gate", *place) if is_gated else None
         with torch.autocast(device.type, torch.bfloat16, self._autocast):
-            sums: Sums = self._objective(batch, noise, gate, loss.temperature(progress))
+            sums: Sums = self._replica(batch, noise, gate, loss.temperature(progress))
         return sums
 
-    def _update(self, rows: float, number: int, lr: float) -> float:
-        """Scale gradients of the sum to the mean, clip, step; return the norm before clipping."""
+    def _gradients(self) -> list[Tensor]:
+        return [w.grad for w in self._state["weights"].values() if w.grad is not None]
+
+    def _prepare_gradients(self) -> float:
+        """Scale gradients of the sum to a mean; return their norm."""
+        gradients = self._gradients()
+        if len(gradients) < len(self._state["weights"]):
+            raise ViSpecError(
+                "weights of the draft got no gradient: whatever wraps it trains something else"
+            )
+        for gradient in gradients:
+            # Processes hand out means over themselves.
+            gradient.mul_(self._group.world / self._step_rows)
+        return float(nn.utils.get_total_norm(gradients))
+
+    def _update(self, norm: float, number: int, lr: float) -> None:
+        """Clip gradients of this norm, then step."""
         settings, weights = self._config.optimizer, self._state["weights"]
-        gradients = [w.grad for w in weights.values() if w.grad is not None]
-        for gradient in gradients:
-            # Sharding hands out means over processes.
-            gradient.mul_(self._group.world / rows)
-        norm = float(whole(nn.utils.get_total_norm(gradients)))
-        for gradient in gradients:
+        for gradient in self._gradients():
             if settings.clip == "value":
                 gradient.clamp_(-settings.clip_at, settings.clip_at)
             elif settings.clip == "norm":
@@ -183,38 +218,40 @@ class Trainer:
         for options in self._optimizer.param_groups:
             options["lr"] = lr
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
         decay = min(settings.ema, (1 + number) / (_EMA_DELAY + number))
         for name, mean in self._state["average"].items():
             mean.lerp_(weights[name].detach(), 1 - decay)
-        return norm
 
     def weights_for_use(self) -> Tensors:
-        """Return the full weights to validate and export: the average if there is one.
-
-        All processes must call this together.
-        """
+        """Return the weights to validate and export: the average if there is one."""
         chosen = self._state["average"] or self._state["weights"]
-        return {name: whole(w) for name, w in chosen.items()}
+        return {name: w.detach() for name, w in chosen.items()}
 
     def draft_with(self, weights: Mapping[str, Tensor]) -> Draft:
-        """Return a separate draft with these weights, for validation and export."""
+        """Return a separate draft with these weights, for validation and export.
+
+        Args:
+            weights: of `weights_for_use` or a checkpoint.
+        """
         draft = self._objective.draft.blank()
-        assign(dict(draft.named_parameters()), {**self._frozen, **weights})
+        whole = {**self._frozen, **self._units.to_target(weights, self.head_config)}
+        _assign(dict(draft.named_parameters()), whole)
         return draft.to(self._group.device).eval()
 
-    def state(self) -> dict[str, Tensors]:
-        """Return full tensors, on the CPU, of everything that the next step depends on.
+    @property
+    def state_bytes(self) -> int:
+        """Size of a checkpoint."""
+        return sum(one.nbytes for tensors in self._state.values() for one in tensors.values())
 
-        All processes must call this together.
-        """
+    def state(self) -> dict[str, Tensors]:
+        """Return, on the CPU, everything that the next step depends on."""
         return {
-            group: {name: whole(tensor).cpu() for name, tensor in tensors.items()}
+            group: {name: tensor.detach().cpu() for name, tensor in tensors.items()}
             for group, tensors in self._state.items()
         }
 
     def restore(self, groups: Mapping[str, Tensors], steps: int) -> None:
-        """Continue from a saved state after this many steps.
+        """Continue from a saved state after this many updates of the weights.
 
         Raises:
             ViSpecError: it belongs to a head of another shape.
@@ -227,6 +264,13 @@ class Trainer:
             )
         for group, tensors in self._state.items():
             # An average that is new starts from the weights.
-            assign(tensors, groups.get(group) or saved)
+            _assign(tensors, groups.get(group) or saved)
         for state in self._optimizer.state.values():
             state["step"].fill_(steps)
+
+
+@torch.no_grad()
+def _assign(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values by name."""
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])

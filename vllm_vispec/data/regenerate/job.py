@@ -321,7 +321,7 @@ def _to_record(done: Regenerated, settings: RegenerateSettings) -> dict[str, Any
         FINISH_KEY: [answer.finish_reason for answer in done.answers],
         "round_trip": done.round_trip,
         "prompt_style": settings.style_name,
-        "temperature": settings.temperature,
+        "temperature": settings.temperature_of(done.conversation.sample_id),
         "top_p": settings.top_p,
         "seed": settings.seed,
         **settings.image_bounds,

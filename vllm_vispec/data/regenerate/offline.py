@@ -130,9 +130,10 @@ def sampling_params(settings: RegenerateSettings, dialogue: Dialogue) -> Samplin
     """Return the sampling parameters of a dialogue's current answer."""
     from vllm import SamplingParams
 
-    greedy = settings.temperature == 0
+    temperature = settings.temperature_of(dialogue.source.sample_id)
+    greedy = temperature == 0
     return SamplingParams(
-        temperature=settings.temperature,
+        temperature=temperature,
         top_p=1.0 if greedy else settings.top_p,
         max_tokens=settings.max_tokens,
         seed=None if greedy else settings.seed_of(dialogue.source.sample_id, len(dialogue.answers)),

@@ -138,7 +138,7 @@ class ServerBackend:
         return {
             "model": self.model,
             "messages": to_openai(dialogue.turns, settings.images_from),
-            "temperature": settings.temperature,
+            "temperature": settings.temperature_of(dialogue.source.sample_id),
             "top_p": settings.top_p,
             "max_tokens": settings.max_tokens,
             "seed": settings.seed_of(dialogue.source.sample_id, len(dialogue.answers)),

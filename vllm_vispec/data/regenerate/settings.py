@@ -40,7 +40,8 @@ class RegenerateSettings(Settings):
     """What decides about the answers, and where they are made."""
 
     input: Path = Field(
-        description="JSON lines or a JSON array, LLaVA or OpenAI style; or an image folder."
+        description="JSON lines or a JSON array, LLaVA or OpenAI style; an image folder; a parquet "
+        "file or hf://org/name:split."
     )
     output: Path = Field(description="JSON lines file; an earlier run is continued.")
     target: str = Field(
@@ -58,6 +59,12 @@ class RegenerateSettings(Settings):
     # Sampled answers keep the head from reading the next token out of the hidden state (ViSpec,
     # arXiv 2509.15235, training data; so is the number of tokens).
     temperature: float = Field(default=1.0, ge=0, le=10, description="0 is greedy.")
+    held_out: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.9,
+        description="Share of samples answered greedily: vispec train holds these out.",
+    )
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus of the sampling.")
     max_tokens: int = Field(default=1024, ge=1, description="Per answer.")
     seed: int = Field(
@@ -155,6 +162,11 @@ class RegenerateSettings(Settings):
         text = f"{self.seed}\0{sample_id}\0{answer}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
+    def temperature_of(self, sample_id: str) -> float:
+        """Return the temperature of a sample's answers: 0 for those to be held out."""
+        is_held_out = self.seed_of(sample_id, -1) < self.held_out * 2**32
+        return 0.0 if is_held_out else self.temperature
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what two runs must share to write to one file, the input's hash left out."""
         names = ("temperature", "top_p", "max_tokens", "seed", "strict", "dtype", "max_model_len")
@@ -164,6 +176,7 @@ class RegenerateSettings(Settings):
             "request": self.prompt_text or PROMPT_STYLES[self.prompt_style],
             **{name: getattr(self, name) for name in names},
             **self.image_bounds,
+            **({"held_out": self.held_out} if self.held_out else {}),
         }
 
 
