@@ -59,14 +59,16 @@ def _evaluate(options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("runner", "kind", "trained"),
+    ("runner", "kind", "draft"),
     [
-        pytest.param(runner, kind, trained, marks=marks(runner, slow))
-        for runner, kind, trained, slow in (
-            ("v1", "qwen2_5_vl", False, False),
-            ("v1", "qwen2_5_vl", True, False),
-            ("v1", "llava_next", False, True),
-            ("v2", "qwen3_vl", False, True),
+        pytest.param(runner, kind, draft, marks=marks(runner, slow))
+        for runner, kind, draft, slow in (
+            ("v1", "qwen2_5_vl", "sibling", False),
+            ("v1", "qwen2_5_vl", "trained", False),
+            ("v1", "qwen2_5_vl", "no images", False),
+            ("v1", "qwen2_5_vl", "text model", True),
+            ("v1", "llava_next", "sibling", True),
+            ("v2", "qwen3_vl", "sibling", True),
         )
     ],
 )
@@ -77,14 +79,17 @@ def test_the_simulation_is_what_the_engine_does(
     tmp_path: Path,
     runner: str,
     kind: str,
-    trained: bool,
+    draft: str,
 ) -> None:
-    target, draft = tiny.target(kind), tiny.sibling(kind)
-    if trained:
-        draft = str(run(distil(tiny, dialogues, tmp_path, kind)).head)
+    target, head = tiny.target(kind), tiny.sibling(kind)
+    if draft == "trained":
+        head = str(run(distil(tiny, dialogues, tmp_path, kind)).head)
+    elif draft == "text model":
+        head = tiny.text_model(kind)
     options = {
         "target": str(target),
-        "head": draft,
+        "head": head,
+        "images": "none" if draft == "no images" else None,
         "data": greedy_answers(target, dialogues),
         "num_speculative_tokens": 3,
         "dtype": "float32",
@@ -107,6 +112,8 @@ def test_what_a_published_model_does_not_have_is_refused(tiny: TinyStore, dialog
     options["data"] = dialogues
     with pytest.raises(ViSpecError, match="--draft-vocab does not go with a published model"):
         evaluate(EvalOptions(**options, draft_vocab="100"))
+    with pytest.raises(ViSpecError, match="--images does not go with a head"):
+        evaluate(EvalOptions(**options | {"head": tiny.head()}, images="none"))
     with pytest.raises(ViSpecError, match="family llava, the target of qwen2_5_vl"):
         evaluate(EvalOptions(**options | {"head": tiny.sibling("llava")}))
 

@@ -77,7 +77,9 @@ def measure(options: EvalOptions, asked: Sequence[Question], max_model_len: int)
     identical = past_end = 0
     with _open_engine(options, max_model_len) as llm:
         params = [SamplingParams(temperature=0.0, max_tokens=len(x.answer_ids)) for x in asked]
-        outputs = llm.generate([_prompt(question, options.images) for question in asked], params)
+        outputs = llm.generate(
+            [_prompt(question, options.image_folder) for question in asked], params
+        )
     for question, output in zip(asked, outputs, strict=True):
         answer = output.outputs[0]
         accepted, length = answer.spec_decode_metrics.per_step_accepted, len(answer.token_ids)
@@ -103,6 +105,8 @@ def _open_engine(options: EvalOptions, max_model_len: int) -> Iterator[LLM]:
     if options.draft_vocab is not None:
         speculative["draft_vocab"] = options.draft_vocab_setting
     bounds = bounds_in(vars(options))
+    if options.images is not None:
+        speculative["images"] = options.images
     settings: dict[str, Any] = {
         "model": options.target,
         **({"mm_processor_kwargs": bounds} if bounds else {}),

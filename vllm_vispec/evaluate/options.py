@@ -63,6 +63,10 @@ class EvalOptions(Settings):
     max_pixels: int = Field(
         default=0, ge=0, description="Of images; 0: as the head was trained, else as --data is."
     )
+    images: Literal["all", "none"] | None = Field(
+        default=None,
+        description="What a published model sees of images: all or none; default: all it can.",
+    )
     draft_vocab: str | None = Field(
         default=None,
         description="Tokens that may be drafted: a list, auto, or how many; default: all.",
@@ -76,7 +80,7 @@ class EvalOptions(Settings):
         return path
 
     @property
-    def images(self) -> Path:
+    def image_folder(self) -> Path:
         """Folder that relative image paths start from."""
         return image_folder(self.data, self.image_root)
 
@@ -91,7 +95,8 @@ class EvalOptions(Settings):
         names = ("target", "head", "data", "dtype", "num_speculative_tokens")
         found = self.model_dump(mode="json", include={*names})
         vocab = self.draft_vocab_setting
-        more = {"draft_vocab": vocab} if vocab else {}
+        given = {"images": self.images, "draft_vocab": vocab}
+        more = {name: value for name, value in given.items() if value}
         return {name: found[name] for name in names} | bounds_in(vars(self)) | more
 
 

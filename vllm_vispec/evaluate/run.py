@@ -23,15 +23,16 @@ from vllm_vispec.data.image_bounds import (
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Conversation, Rejected
-from vllm_vispec.draft_model.named import find_published
+from vllm_vispec.draft_model.named import find_published, sees_images
 from vllm_vispec.draft_vocab.files import find_vocab
 from vllm_vispec.evaluate.engine import Question, measure, questions
 from vllm_vispec.evaluate.options import EvalOptions, EvalSample, read_samples
 from vllm_vispec.evaluate.report import Report
 from vllm_vispec.heads.card import trained_bounds
-from vllm_vispec.heads.folder import inspect_head, load_draft
+from vllm_vispec.heads.folder import HeadInfo, inspect_head, load_draft
 from vllm_vispec.heads.location import resolve_head
 from vllm_vispec.heads.target import check_against_target, load_target_config, target_dtype
+from vllm_vispec.reference import Draft
 from vllm_vispec.train.acceptance import Acceptance, Answers, by_family, simulate
 from vllm_vispec.train.published import PublishedModel
 from vllm_vispec.train.target import Observed, TrainingTarget, pad_batch
@@ -48,7 +49,7 @@ def evaluate(options: EvalOptions) -> Report:
         options = options.model_copy(update={"dtype": target_dtype(options.target)})
     processor = load_processor(options.target)
     options = options.model_copy(update=set_bounds(processor, image_bounds(options)))
-    encoder = Encoder(processor, options.max_length, options.images)
+    encoder = Encoder(processor, options.max_length, options.image_folder)
     pair = _Pair(options)
     rejected: list[Rejected] = []
     answers: list[tuple[str, Acceptance]] = []
@@ -88,7 +89,7 @@ def image_bounds(options: EvalOptions) -> Bounds:
     """
     given, where = bounds_in(vars(options)), f"--data {options.data}"
     of_head = trained_bounds(resolve_head(options.head))
-    read = islice(read_conversations(options.data, options.images), options.limit)
+    read = islice(read_conversations(options.data, options.image_folder), options.limit)
     recorded = recorded_bounds((one for one in read if isinstance(one, Conversation)), where)
     if given:
         return same_bounds(given, recorded, where)
@@ -105,17 +106,17 @@ class _Pair:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, options.dtype)
         self.warning, vocab = None, None
-        if published is None:
+        if published is not None:
+            draft = _load_published(published, options, dtype)
+        elif options.images is not None:
+            raise ViSpecError("--images does not go with a head; leave it out")
+        else:
             text = config.get_text_config()
             self.warning = check_against_target(
                 info.config, text.hidden_size, text.vocab_size, config.model_type
             )
             vocab = find_vocab(options.draft_vocab_setting, info.folder, info.config.vocab_size)
             draft = load_draft(info.folder, dtype)
-        elif options.draft_vocab is not None:
-            raise ViSpecError("--draft-vocab does not go with a published model; leave it out")
-        else:
-            draft = PublishedModel.load(info, dtype)
         self.draft = draft.to(device).eval()
         self.target = TrainingTarget.load(options.target, dtype, device)
         self.lm_head_VD, self.token_ids_V = self.target.lm_head_VD, None
@@ -150,6 +151,14 @@ class _Pair:
         wanted = longest + 2 * (num_draft_tokens + 1)
         limit = getattr(self.target.text_config, "max_position_embeddings", None)
         return wanted if limit is None else max(longest, min(wanted, limit))
+
+
+def _load_published(info: HeadInfo, options: EvalOptions, dtype: torch.dtype) -> Draft:
+    if options.draft_vocab is not None:
+        raise ViSpecError("--draft-vocab does not go with a published model; leave it out")
+    if options.images == "all" and not sees_images(info.folder):
+        raise ViSpecError("--images all does not go with a text model; leave it out")
+    return PublishedModel.load(info, dtype, images=options.images != "none")
 
 
 def greedy_tokens(sample: Observed, lm_head_VD: Tensor) -> tuple[int, int]:
