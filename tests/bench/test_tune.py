@@ -72,6 +72,9 @@ def test_tuning_of_a_run() -> None:
             gain = tuning.gains[load][k]
             assert gain.value == pytest.approx(speed, rel=1e-3)
             assert gain.low <= gain.value <= gain.high
+    more = {"images": "prune:4"}
+    asked = replace(tuning.run, settings={**tuning.run.settings, "speculative_config": more})
+    assert Tuning.from_run(asked).config == {**(tuning.config or {}), **more}
 
 
 def test_several_conditions_are_averaged() -> None:
