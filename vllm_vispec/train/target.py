@@ -246,7 +246,7 @@ def model_inputs(
     if takes_token_types(model):
         inputs["mm_token_type_ids"] = (ids_BL == image_id).to(torch.int32)
     # The dtype is that of floats only.
-    return BatchFeature(inputs).to(like.device, dtype=like.dtype)
+    return BatchFeature(inputs).to(like.device, dtype=like.dtype, non_blocking=True)
 
 
 def target_id(model: str) -> str:
@@ -293,6 +293,8 @@ def merge_vision(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:
+    if len(tensors) == 1:
+        return tensors[0]  # as it is: pinned, if it was
     rest = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
     joined = tensors[0].new_zeros(sum(len(t) for t in tensors), *rest)
     rows = joined.split([len(t) for t in tensors])
