@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from examples.tiny_vlm.shipped import SIBLING
 from tests.bench.fakes import HEAD, TARGET
 from vllm_vispec.bench.metrics import baseline_key, by_key, measure
 from vllm_vispec.bench.schema import BenchRun
@@ -27,9 +28,9 @@ SERVE = "--dtype float32 --max-model-len 1024 --enforce-eager"
 LOADS = (1, 3)
 
 
-def call(command: str, data: Path, output: Path, *more: str) -> str:
+def call(command: str, data: Path, output: Path, *more: str, head: str = str(HEAD)) -> str:
     """Run a command on the pair and return what it says."""
-    pair = ["--target", str(TARGET), "--head", str(HEAD), "--dataset", "tiny", "--data", str(data)]
+    pair = ["--target", str(TARGET), "--head", head, "--dataset", "tiny", "--data", str(data)]
     small = ["--repetitions", "1", "--waves", "1", "--least", "6", "--max-tokens", "24"]
     loads = ["--concurrency", ",".join(map(str, LOADS)), "--serve", SERVE]
     given = ["bench", command, *pair, "--output", str(output), *small, *loads, *more]
@@ -62,8 +63,9 @@ def test_a_schedule_under_load(questions: Path, tmp_path: Path) -> None:
     assert busy.steps < alone.steps / 2
 
 
-def test_tune(questions: Path, tmp_path: Path) -> None:
-    said = call("tune", questions, tmp_path, "-k", "4", "--no-verify")
+@pytest.mark.parametrize("head", [str(HEAD), SIBLING], ids=["head", "published model"])
+def test_tune(questions: Path, tmp_path: Path, head: str) -> None:
+    said = call("tune", questions, tmp_path, "-k", "4", "--no-verify", head=head)
     check_outputs(BenchRun.load(tmp_path / "measured"), {"plain", "vispec"})
     found = json.loads((tmp_path / "tune.json").read_text())
     assert {(row["concurrency"], row["num_speculative_tokens"]) for row in found["rows"]} == {

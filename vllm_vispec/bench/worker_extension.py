@@ -36,8 +36,9 @@ class BenchWorker:
         None if the draft has no image table.
         """
         drafts = (getattr(self.model_runner, name, None) for name in _DRAFTS)
-        rows = next((rows for one in drafts if (rows := getattr(one, "draft_rows", None))), None)
-        if rows is None:
+        tables = (getattr(getattr(one, "draft_rows", None), "table", None) for one in drafts)
+        table = next((one for one in tables if one is not None), None)
+        if table is None:
             return None
-        stats = rows.table.stats
+        stats = table.stats
         return {"hits": stats.hits, "misses": stats.computed + stats.misses}
