@@ -161,10 +161,12 @@ def test_greedy_tokens_are_the_argmax_one_token_before() -> None:
     assert greedy_tokens(sample, lm_head) == (len(places), len(places))
 
 
-def test_an_engine_that_hardly_accepts_is_named(folder: Path) -> None:
+@pytest.mark.parametrize("by_engine", [True, False])
+def test_a_head_that_hardly_accepts_is_named(folder: Path, by_engine: bool) -> None:
     options = EvalOptions(target=TARGET, head=HEAD, data=write(folder, []))
     for accepted, is_low in ((5, True), (30, False)):
         families = {"overall": Acceptance(100, 100 + accepted, 1, (accepted, 0))}
-        report = Report(options, 1, (), families, engine=EngineResult(families, 1, 0))
+        measured = EngineResult(families, 1, 0) if by_engine else None
+        report = Report(options, 1, (), families, engine=measured)
         warned = report.notes()[-1].startswith("warning: acceptance length 1.05 is so low")
         assert warned == is_low

@@ -71,9 +71,9 @@ class Report:
                 f"engine: {self.engine.identical} of {answers} answers equal the data; "
                 f"{self.engine.accepted_past_end} accepted drafts beyond their ends not counted"
             )
-            low = low_acceptance(self.engine.families[OVERALL].acceptance_length)
-            lines += [f"warning: {low}"] if low else []
-        return lines
+        counted = self.simulated if self.engine is None else self.engine.families
+        low = low_acceptance(counted[OVERALL].acceptance_length)
+        return lines + ([f"warning: {low}"] if low else [])
 
 
 def _plain(families: Families) -> dict[str, Any]:
