@@ -25,12 +25,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_such_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins for an engine answer for a target that does not exist."""
+    """Stand-ins for an engine answer for targets that do not exist."""
     whole = RegenerateSettings.with_image_bounds
     monkeypatch.setattr(
         RegenerateSettings,
         "with_image_bounds",
-        lambda self: self if self.target == "some/target" else whole(self),
+        lambda self: self if self.target in ("some/target", "other") else whole(self),
     )
 
 
