@@ -155,6 +155,8 @@ def test_the_estimated_memory_is_that_of_fake_tensors(case: tuple[int, int, int,
         {"batch.size": batch, "loss.passes": passes, "loss.chunk_rows": chunk}
     )
     cost = dry_run.memory(config, draft, 0, tokens, answers)
+    fits = cost.total <= 40 * GIB
+    assert ("lower batch.size" in dry_run._memory(config, cost, 0, 40 * GIB)) != fits
     counted_with = cost.step + cost.draft * 6 // 18
     assert counted_with / GIB == pytest.approx(COUNTED[case], rel=0.2)
 

@@ -84,7 +84,7 @@ def dry_run(config: TrainConfig, group: Processes, timed: bool) -> str:
         ("samples", _samples(corpus, number, rejected, len(counts) + len(rejected))),
         ("tokens", _tokens(counts, number)),
         ("steps", _steps(config, order, steps, group)),
-        ("memory", _memory(config, cost, target)),
+        ("memory", _memory(config, cost, target, _room(group))),
         ("disk", _disk(config, draft, counts, number, dtype)),
     ]
     if timed:
@@ -116,13 +116,24 @@ def memory(config: TrainConfig, draft: Draft, target: int, tokens: int, answers:
     return Cost(target, weights * (22 if config.optimizer.ema else 18), step)
 
 
-def _memory(config: TrainConfig, cost: Cost, target: int) -> str:
+def _room(group: Processes) -> int | None:
+    """Bytes of the device; None: a CPU."""
+    if group.device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(group.device).total_memory
+
+
+def _memory(config: TrainConfig, cost: Cost, target: int, room: int | None) -> str:
     text = (
         f"{cost.total / GIB:.3g} GiB a process at its peak, estimated: target "
         f"{cost.target / GIB:.3g}, draft {cost.draft / GIB:.3g}, step {cost.step / GIB:.3g}"
     )
     if config.teacher.mode == "offline":
         text += f"; before that {target / GIB:.3g} for the target alone, which stores its states"
+    if room is not None and max(cost.total, target) > room:
+        text += (
+            f". The GPU has {room / GIB:.3g} GiB: lower batch.size, loss.passes or data.max_length"
+        )
     return text
 
 
