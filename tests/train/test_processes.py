@@ -72,9 +72,12 @@ HEAD = {
 }
 # The first stage of a draft VLM: most of it is frozen.
 DRAFT_VLM = {"head__kind": "draft_vlm", "head__trained": "projector"}
-
-
-PUBLISHED = {"head__kind": "draft_vlm", "head__trained": "language_model"}
+# A model that may be large.
+PUBLISHED = {
+    "head__kind": "draft_vlm",
+    "head__trained": "language_model",
+    "run__shard": "on",
+}
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def test_a_token_weighs_the_same_in_every_step(
 def test_a_wrapper_that_trains_nothing_is_refused(
     tiny: TinyStore, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "replicate", lambda module, _: copy.deepcopy(module))
+    monkeypatch.setattr(trainer, "shared", lambda module, *_: copy.deepcopy(module))
     with pytest.raises(ViSpecError, match="weights of the draft got no gradient"):
         run(recipe(tiny.target("llava"), dialogues, tmp_path / "run"))
 

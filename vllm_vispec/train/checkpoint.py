@@ -45,6 +45,7 @@ FREE_SETTINGS = (
     "run.output",
     "run.project",
     "run.save_every",
+    "run.shard",
     "run.show_drafts",
     "run.threads",
     "run.trackers",

@@ -232,6 +232,9 @@ class RunConfig(Section):
     """auto: a GPU if there is one"""
     autocast: Literal["auto", "off", "bfloat16"] = setting("auto", "ViSpec code")
     """mixed precision of the draft; auto: bfloat16 on a GPU"""
+    shard: Literal["auto", "on", "off"] = setting("auto", "ours")
+    """whether processes share weights and moments (FSDP2) or each has all (DDP); auto: from a
+    billion trained weights on"""
     threads: int = setting(0, "ours", ge=0)
     """CPU threads of PyTorch; 0: its own choice"""
     validate_every: int = setting(500, "ours", ge=0)

@@ -1,9 +1,10 @@
 """One process or many: ranks, sums over all processes, copies of the draft, requests to stop.
 
-A run has one process per GPU (or per CPU worker), started by `torchrun` or by Ray Train. Each holds
-the whole draft with its moments, 16 bytes per weight, and sees its own samples; gradients are
-averaged once an optimizer step (DistributedDataParallel, with NCCL on GPUs and gloo on CPUs). Only
-the main process writes results.
+A run has one process per GPU (or per CPU worker), started by `torchrun` or by Ray Train, and each
+sees its own samples. A head is held whole by each, with its moments 16 bytes per weight, and
+gradients are averaged once an optimizer step (DistributedDataParallel). A draft of a billion
+weights is sharded (FSDP2). Both work with NCCL on GPUs and gloo on CPUs. Only the main process
+writes results.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vllm_vispec.utils.errors import ViSpecError
@@ -97,12 +101,20 @@ def _pick_device(device: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def replicate(module: nn.Module, group: Processes) -> nn.Module:
+def shared(module: nn.Module, group: Processes, shard: bool) -> nn.Module:
     """Return a module with the same forward, whose gradients are means over all processes.
 
     They are exchanged in the backward pass, except inside `accumulating`.
+
+    Args:
+        shard: spread parameters and gradients over the processes, in place. The module is gathered
+            as a whole in its forward: rollouts call its parts one by one.
     """
     if group.world == 1:
+        return module
+    if shard:
+        mesh = init_device_mesh(group.device.type, (group.world,))
+        fully_shard(module, mesh=mesh, reshard_after_forward=False)
         return module
     return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -111,6 +123,22 @@ def accumulating(replica: nn.Module, more_passes: bool) -> AbstractContextManage
     """A forward and backward pass that keeps gradients to this process if more are to follow."""
     is_shared = isinstance(replica, DistributedDataParallel)
     return replica.no_sync() if is_shared and more_passes else nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the full tensor, detached. All processes must call this together."""
+    full = tensor.detach()
+    return full.full_tensor() if isinstance(full, DTensor) else full
+
+
+@torch.no_grad()
+def assign(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy full tensors by name into parameters or moments, sharded or not."""
+    for name, tensor in tensors.items():
+        value = values[name].to(tensor.device, tensor.dtype)
+        if isinstance(tensor, DTensor):
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+        tensor.copy_(value)
 
 
 @contextmanager

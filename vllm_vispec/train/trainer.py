@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vllm_vispec.reference import Draft
 from vllm_vispec.train.checkpoint import Tensors
 from vllm_vispec.train.config import ScheduleConfig, TrainConfig
-from vllm_vispec.train.distributed import Processes, accumulating, replicate
+from vllm_vispec.train.distributed import Processes, accumulating, assign, shared, whole
 from vllm_vispec.train.losses import Objective, Sums, make_generator
 from vllm_vispec.train.memory import BACKWARD, explained, part
 from vllm_vispec.train.rollout import ROW_MULTIPLE
@@ -25,6 +25,8 @@ from vllm_vispec.utils.errors import ViSpecError
 
 # An average of few steps would still hold mostly the start: its decay grows as (1 + t) / (10 + t).
 _EMA_DELAY = 10
+# Trained weights from which on a copy for each process, 16 bytes a weight, takes too much of a GPU.
+SHARDED_FROM = 1_000_000_000
 # Share of the learning rate that is left after a share x of the decay.
 SHAPES: Mapping[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
@@ -44,6 +46,12 @@ def rate_factor(settings: ScheduleConfig, progress: float) -> float:
     left = 1 - settings.warmup
     over = (progress - settings.warmup) / left if left else 1.0
     return settings.floor + (1 - settings.floor) * SHAPES[settings.decay](over)
+
+
+def is_sharded(config: TrainConfig, draft: Draft) -> bool:
+    """Whether several processes share a draft's weights and moments instead of copying them."""
+    trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
+    return config.run.shard == "on" or (config.run.shard == "auto" and trained >= SHARDED_FROM)
 
 
 @dataclass(frozen=True)
@@ -97,10 +105,12 @@ class Trainer:
         self._objective = Objective(draft, teacher.facts.lm_head_VD, config.loss, units).to(
             group.device
         )
-        self._replica = replicate(self._objective, group)
+        # Before sharding, so that one process alone can export them.
         self._frozen: Tensors = {
             name: w.detach() for name, w in draft.named_parameters() if not w.requires_grad
         }
+        shard = is_sharded(config, draft)
+        self._replica = shared(self._objective, group, shard)
         weights = {name: w for name, w in draft.named_parameters() if w.requires_grad}
         settings = config.optimizer
         self._optimizer = torch.optim.AdamW(
@@ -108,7 +118,7 @@ class Trainer:
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,
             weight_decay=settings.weight_decay,
-            fused=True,
+            fused=group.world == 1 or not shard or group.device.type == "cuda",
         )
         # All that the next step depends on, by the groups of a checkpoint.
         self._state: dict[str, Tensors] = {
@@ -205,7 +215,7 @@ class Trainer:
         for gradient in gradients:
             # Processes hand out means over themselves.
             gradient.mul_(self._group.world / self._step_rows)
-        return float(nn.utils.get_total_norm(gradients))
+        return float(whole(nn.utils.get_total_norm(gradients)))
 
     def _update(self, norm: float, number: int, lr: float) -> None:
         """Clip gradients of this norm, then step."""
@@ -223,9 +233,12 @@ class Trainer:
             mean.lerp_(weights[name].detach(), 1 - decay)
 
     def weights_for_use(self) -> Tensors:
-        """Return the weights to validate and export: the average if there is one."""
+        """Return the full weights to validate and export: the average if there is one.
+
+        All processes must call this together.
+        """
         chosen = self._state["average"] or self._state["weights"]
-        return {name: w.detach() for name, w in chosen.items()}
+        return {name: whole(w) for name, w in chosen.items()}
 
     def draft_with(self, weights: Mapping[str, Tensor]) -> Draft:
         """Return a separate draft with these weights, for validation and export.
@@ -235,7 +248,7 @@ class Trainer:
         """
         draft = self._objective.draft.blank()
         whole = {**self._frozen, **self._units.to_target(weights, self.head_config)}
-        _assign(dict(draft.named_parameters()), whole)
+        assign(dict(draft.named_parameters()), whole)
         return draft.to(self._group.device).eval()
 
     @property
@@ -244,9 +257,12 @@ class Trainer:
         return sum(one.nbytes for tensors in self._state.values() for one in tensors.values())
 
     def state(self) -> dict[str, Tensors]:
-        """Return, on the CPU, everything that the next step depends on."""
+        """Return full tensors, on the CPU, of everything that the next step depends on.
+
+        All processes must call this together.
+        """
         return {
-            group: {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+            group: {name: whole(tensor).cpu() for name, tensor in tensors.items()}
             for group, tensors in self._state.items()
         }
 
@@ -264,13 +280,6 @@ class Trainer:
             )
         for group, tensors in self._state.items():
             # An average that is new starts from the weights.
-            _assign(tensors, groups.get(group) or saved)
+            assign(tensors, groups.get(group) or saved)
         for state in self._optimizer.state.values():
             state["step"].fill_(steps)
-
-
-@torch.no_grad()
-def _assign(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy values by name."""
-    for name, tensor in tensors.items():
-        tensor.copy_(values[name])
