@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.drafts import DRAFTS
+from tests.support.drafts import DRAFTS, Draft
 from tests.support.engine import StartEngine, StartProcess
 from tests.support.runners import runners
 from tests.support.spies import model_runner
@@ -30,13 +30,17 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 GARBAGE = 77
 
 
-@pytest.mark.parametrize("draft", ["chain", "tree"])
+# A published model has a tower of its own.
+SLEEPING = {"chain": DRAFTS["chain"], "tree": DRAFTS["tree"], "sibling": Draft(is_sibling=True)}
+
+
+@pytest.mark.parametrize("draft", SLEEPING)
 @pytest.mark.parametrize("runner", runners("v1", "v2", slow=["v1"]))
 def test_sleeping_changes_nothing(
     engine: StartEngine, child: StartProcess, tiny: TinyStore, runner: str, draft: str
 ) -> None:
     child(runner, process="sleep").call(_note_what_models_allocate)
-    ours = engine(runner, process="sleep", max_num_batched_tokens=128, **DRAFTS[draft].of(tiny))
+    ours = engine(runner, process="sleep", max_num_batched_tokens=128, **SLEEPING[draft].of(tiny))
     before, after, num_lost = ours.run(_serve_around_a_sleep)
     assert after.outputs() == before.outputs()
     assert after.accepted() == before.accepted()

@@ -29,6 +29,7 @@ DRAFTS = {
     "vlm": Draft({"num_key_value_heads": 2}, is_vlm=True),
     "sibling": Draft(SIBLING, is_sibling=True),
     "sibling, tree": Draft(SIBLING, tree(19, top_k=3), is_sibling=True),
+    "sibling, whole towers": Draft(SIBLING, {"mm_encoder_tp_mode": "data"}, is_sibling=True),
     # Each of them has half of the draft's lm_head.
     "few tokens": Draft(few_tokens=True),
     "one kv head": Draft({"num_key_value_heads": 1}),

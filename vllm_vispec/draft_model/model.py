@@ -4,6 +4,7 @@ Shapes: T tokens in the batch, N image tokens, D the draft's hidden size, V the 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -40,13 +41,15 @@ class EagleDraftModelForCausalLM(nn.Module):
         self.vispec_config = ViSpecConfig.from_vllm(vllm_config)
         own = published_model_config(vllm_config)
         own_config = replace(vllm_config, model_config=own, quant_config=None)
+        prefix = maybe_prefix(prefix, "draft_model")
+        if own_config.quant_config is not None:
+            published_names = partial(_with_published_name, f"{prefix}.")
+            patch(own_config.quant_config, "get_quant_method", published_names)
         self.image_share = self.vispec_config.image_share
         self.sees_images = self.vispec_config.images != "none"
         self.masks = MaskBuffers(vllm_config) if self.image_share is not None else None
         with layers_with(self.masks):
-            self.model = init_vllm_registered_model(
-                own_config, prefix=maybe_prefix(prefix, "draft_model")
-            )
+            self.model = init_vllm_registered_model(own_config, prefix=prefix)
         self.own_vocab_size = own.get_vocab_size()
         self.positions: DraftPositions | None = None
         if own.uses_mrope or not self.sees_images:
@@ -128,3 +131,10 @@ class EagleDraftModelForCausalLM(nn.Module):
             kept_ND = our_ND if self._compress is None else self._compress([our_ND])
             setattr(their_ND, FEATURES, kept_ND)
         return theirs
+
+
+def _with_published_name(
+    own_prefix: str, original: Callable[..., Any], layer: nn.Module, prefix: str
+) -> Any:
+    """Stands for a quantisation's ``get_quant_method``, whose lists name layers as published."""
+    return original(layer, prefix.removeprefix(own_prefix))
