@@ -205,9 +205,7 @@ class Run:
         settings, saved_at = self.config.run, self.progress.step
         ready = self.teacher.ready(self._requests())
         while self._share() < 1:
-            begin = time.perf_counter()
-            passes = [next(ready) for _ in range(self.config.batch.accumulate)]
-            self._step(passes, waited=time.perf_counter() - begin)
+            self._step(ready)
             step = self.progress.step
             improved = False
             if settings.validate_every and step % settings.validate_every == 0:
@@ -236,9 +234,7 @@ class Run:
         for number in range(warm + steps):
             if number == warm:
                 begin = self.progress.seconds
-            start = time.perf_counter()
-            passes = [next(ready) for _ in range(self.config.batch.accumulate)]
-            self._step(passes, waited=time.perf_counter() - start)
+            self._step(ready)
         return (self.progress.seconds - begin) / steps
 
     def _share(self, more_steps: int = 0) -> float:
@@ -258,7 +254,10 @@ class Run:
                 yield from self.order.mine(batches, self.group.rank)
                 step += 1
 
-    def _step(self, passes: Sequence[Sequence[Any]], waited: float) -> None:
+    def _step(self, ready: Iterator[Sequence[Any]]) -> None:
+        begin = time.perf_counter()
+        passes = [next(ready) for _ in range(self.config.batch.accumulate)]
+        waited = time.perf_counter() - begin
         before, share = self.progress, self._share(more_steps=1)
         lr = self.config.optimizer.lr * rate_factor(self.config.schedule, share)
         result = self.trainer.step(passes, before.step, lr, share)
