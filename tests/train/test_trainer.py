@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers.models.llava.modeling_llava import LlavaModel
 
 from tests.support.tiny_store import TinyStore
 from tests.train.runs import recipe, run
 from vllm_vispec.reference.layers import DecoderLayer
 from vllm_vispec.train import rollout, trainer
+from vllm_vispec.train.distributed import Processes, accumulating, shared
 from vllm_vispec.train.losses import Objective
 from vllm_vispec.train.trainer import Trainer
 from vllm_vispec.utils.errors import ViSpecError
@@ -50,6 +52,29 @@ def test_a_wrapper_that_trains_nothing_is_refused(
     monkeypatch.setattr(trainer, "shared", lambda module, *_: copy.deepcopy(module))
     with pytest.raises(ViSpecError, match="weights of the draft got no gradient"):
         run(recipe(tiny.target("llava"), dialogues, tmp_path / "run"))
+
+
+def test_gradients_are_exchanged_in_the_last_pass_alone() -> None:
+    exchanged: list[int] = []
+
+    def exchange(_: Any, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        exchanged.append(number)
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        two = Processes(0, 2, torch.device("cpu"))
+        replica = shared(torch.nn.Linear(4, 4), two, shard=False)
+        exchange.__annotations__.clear()  # DDP reads them, and these are text
+        replica.register_comm_hook(None, exchange)
+        for number in range(3):
+            with accumulating(replica, more_passes=number < 2):
+                replica(torch.ones(2, 4)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert exchanged == [2]
 
 
 def no_memory(*_: Any, **__: Any) -> None:
