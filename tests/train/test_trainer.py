@@ -14,7 +14,7 @@ from transformers.models.llava.modeling_llava import LlavaModel
 from tests.support.tiny_store import TinyStore
 from tests.train.runs import recipe, run
 from vllm_vispec.reference.layers import DecoderLayer
-from vllm_vispec.train import rollout, trainer
+from vllm_vispec.train import acceptance, rollout, trainer
 from vllm_vispec.train.distributed import Processes, accumulating, shared
 from vllm_vispec.train.losses import Objective
 from vllm_vispec.train.trainer import Trainer
@@ -88,6 +88,7 @@ def no_memory(*_: Any, **__: Any) -> None:
         (DecoderLayer, "forward", r"in rollout pass 0, with .*loss\.chunk_rows or loss\.passes"),
         (rollout, "_attend", r"in rollout pass 1, with .*loss\.chunk_rows or loss\.passes"),
         (Objective, "_rows", r"in the logits of rollout pass 0, with .*loss\.chunk_rows"),
+        (acceptance, "simulate", r"in validation, with .*run\.num_draft_tokens"),
         (torch.Tensor, "backward", r"in the backward pass, with .*batch\.size"),
     ],
 )

@@ -24,6 +24,7 @@ from torch import Tensor
 from vllm_vispec.compressors.spec import CompressorSpec
 from vllm_vispec.reference import Decision, Draft, decide
 from vllm_vispec.train.distributed import Processes
+from vllm_vispec.train.memory import VALIDATION, explained
 from vllm_vispec.train.rollout import PassOutput, rollout
 from vllm_vispec.train.target import DraftBatch, pad_batch
 from vllm_vispec.train.teacher import Teacher
@@ -246,9 +247,11 @@ def validate(
     answers: list[tuple[str, Acceptance]] = []
     batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
     for ready in teacher.ready(batches):
-        batch = pad_batch(teacher.observe(ready))
-        answers += simulate(draft, teacher.facts.lm_head_VD, batch, num_draft_tokens)
-        decisions_2K += _decisions_of(draft, batch)
+        observed = teacher.observe(ready)
+        with explained(VALIDATION, {one.sample_id: len(one.token_ids) for one in observed}):
+            batch = pad_batch(observed)
+            answers += simulate(draft, teacher.facts.lm_head_VD, batch, num_draft_tokens)
+            decisions_2K += _decisions_of(draft, batch)
     found = by_family(answers, num_draft_tokens, held_out.values())
     sums = torch.tensor(
         [[x.steps, x.tokens, x.answers, *x.accepted_by_position] for x in found.values()]

@@ -43,7 +43,7 @@ def explained(name: str, samples: Mapping[str, int]) -> Iterator[None]:
     """Say in one line what ran out of memory.
 
     Args:
-        name: the part, if none inside is noted.
+        name: the part; of the draft in training, the one noted inside is told instead.
         samples: those in work, by name, with their tokens.
 
     Raises:
@@ -54,12 +54,13 @@ def explained(name: str, samples: Mapping[str, int]) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        where = getattr(error, "__notes__", [name])[0]
+        inner = getattr(error, "__notes__", [])[:1]
+        where = ", ".join([name, *inner] if name in _REMEDY else inner or [name])
         shown = [f"{one} ({count:,} tokens)" for one, count in [*samples.items()][:_SHOWN]]
         more = len(samples) - len(shown)
         raise ViSpecError(
             f"out of memory in {where}, with the samples {', '.join(shown)}"
             + (f" and {more} more" if more else "")
-            + f": {_REMEDY.get(where, _OF_DRAFT)}; fragments are avoided by "
+            + f": {_REMEDY.get(name, _OF_DRAFT)}; fragments are avoided by "
             f"PYTORCH_ALLOC_CONF=expandable_segments:True ({first_line(error)})"
         ) from error
