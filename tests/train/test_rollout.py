@@ -9,7 +9,7 @@ import torch
 
 from tests.train.samples import HEADS, all_samples, random_draft, random_sample
 from vllm_vispec.reference import Prefill, ViSpecDraft
-from vllm_vispec.train.rollout import MODES, PassOutput, rollout
+from vllm_vispec.train.rollout import MODES, ROW_MULTIPLE, PassOutput, rollout
 from vllm_vispec.train.target import DraftBatch, Observed, pad_batch
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -214,3 +214,13 @@ def test_passes_computed_again_in_the_backward_pass(
     (whole, expected), (less, found) = gradients(2**40), gradients(0)
     assert less < 0.6 * whole
     assert all(map(torch.equal, found, expected))
+
+
+def test_rows_that_are_not_read_skip_the_feed_forward_part() -> None:
+    draft, seen = random_draft(HEADS["reference"]), []
+    draft.layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
+    batch = pad_batch([random_sample(300, ((3, 200),), [(250, 280)])])
+    outputs = rollout(draft, batch, PASSES)
+    rows = [int(one.counts_BL.sum()) for one in outputs]
+    assert rows == [30, 29, 28, 27]
+    assert seen == [ROW_MULTIPLE * draft.config.hidden_size] * PASSES

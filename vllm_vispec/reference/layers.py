@@ -162,9 +162,23 @@ class DecoderLayer(nn.Module):
         positions_BN: Tensor,
         mask_BNM: Tensor | None = None,
         cache: KVCache | None = None,
+        wanted_R: Tensor | None = None,
     ) -> tuple[Tensor, KVCache]:
-        """Run the layer; see `Attention.forward` for the arguments."""
+        """Run the layer; see `Attention.forward` and `feed_forward` for the arguments."""
         normed_BND = x_BND if self.input_layernorm is None else self.input_layernorm(x_BND)
         attended_BND, cache = self.self_attn(normed_BND, positions_BN, mask_BNM, cache)
-        x_BND = x_BND + attended_BND
-        return x_BND + self.mlp(self.post_attention_layernorm(x_BND)), cache
+        return self.feed_forward(x_BND + attended_BND, wanted_R), cache
+
+    def feed_forward(self, x_BND: Tensor, wanted_R: Tensor | None = None) -> Tensor:
+        """Run what follows attention.
+
+        Args:
+            wanted_R: rows whose output is read, each once, as b * N + n; other rows of the result
+                have no meaning. None: all.
+        """
+        if wanted_R is None:
+            return x_BND + self.mlp(self.post_attention_layernorm(x_BND))
+        rows = x_BND.flatten(0, 1)
+        wanted_RD = rows[wanted_R]
+        wanted_RD = wanted_RD + self.mlp(self.post_attention_layernorm(wanted_RD))
+        return rows.index_copy(0, wanted_R, wanted_RD.to(rows)).view_as(x_BND)

@@ -162,16 +162,18 @@ class ViSpecDraft(Draft):
         positions_BN: Tensor,
         mask_BNM: Tensor | None = None,
         cache: KVCache | None = None,
+        wanted_R: Tensor | None = None,
     ) -> tuple[Tensor, KVCache]:
         """Run the decoder layer and, if the head has one, the final norm.
 
         Args:
             mask_BNM, cache: see `Attention.forward`.
+            wanted_R: see `DecoderLayer.feed_forward`.
 
         Returns:
             Output rows [B, N, D] and the cache including them.
         """
-        out_BND, cache = self.layer(x_BND, positions_BN, mask_BNM, cache)
+        out_BND, cache = self.layer(x_BND, positions_BN, mask_BNM, cache, wanted_R)
         return (out_BND if self.norm is None else self.norm(out_BND)), cache
 
     def prefill(

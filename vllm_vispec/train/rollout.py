@@ -154,7 +154,9 @@ def first_counts(batch: DraftBatch, is_text_BL: Tensor) -> Tensor:
 def _exact(draft: ViSpecDraft, batch: DraftBatch, rows: _Rows, passes: int) -> list[PassOutput]:
     first_BL = first_counts(batch, rows.is_text_BL)
     with part("rollout pass 0"):
-        state_BLD, cache = draft.run_layer(rows.layer_in_BLD, rows.positions_BL, rows.mask_BLL)
+        state_BLD, cache = draft.run_layer(
+            rows.layer_in_BLD, rows.positions_BL, rows.mask_BLL, wanted_R=_wanted(first_BL)
+        )
     outputs, past = [PassOutput(state_BLD, first_BL)], [cache]
     start = _first_needed(_next_counts(first_BL, first_BL)) if passes > 1 else 0
     count, total = first_BL.shape
@@ -165,7 +167,9 @@ def _exact(draft: ViSpecDraft, batch: DraftBatch, rows: _Rows, passes: int) -> l
     once = weight_bytes <= MOST_WEIGHT_BYTES or not torch.is_grad_enabled()
     for number in range(1, passes):
         last = outputs[-1]
-        arguments = (draft, rows, tuple(past), last.state_BLD, start)
+        counts_BL = _next_counts(last.counts_BL, first_BL)
+        wanted_R = _wanted(counts_BL[:, start:])
+        arguments = (draft, rows, tuple(past), last.state_BLD, start, wanted_R)
         with part(f"rollout pass {number}"):
             state_BND, own = (
                 _chain_pass(*arguments)
@@ -173,7 +177,6 @@ def _exact(draft: ViSpecDraft, batch: DraftBatch, rows: _Rows, passes: int) -> l
                 else checkpoint(_chain_pass, *arguments, use_reentrant=False)
             )
         past.append(own)
-        counts_BL = _next_counts(last.counts_BL, first_BL)
         outputs.append(PassOutput(F.pad(state_BND, (0, 0, start, 0)), counts_BL))
     return outputs
 
@@ -181,6 +184,16 @@ def _exact(draft: ViSpecDraft, batch: DraftBatch, rows: _Rows, passes: int) -> l
 def _next_counts(counts_BL: Tensor, first_BL: Tensor) -> Tensor:
     """Rows of the next pass: a chain goes on where its last row counted and this one does."""
     return F.pad(counts_BL[:, :-1], (1, 0)) & first_BL
+
+
+def _wanted(counts_BN: Tensor) -> Tensor:
+    """Rows that count, as b * N + n: others, such as prompts, only give keys and values.
+
+    A few other rows fill the number up to a multiple, so that shapes repeat.
+    """
+    count = int(counts_BN.sum())
+    order_R = torch.argsort((~counts_BN).flatten().to(torch.uint8), stable=True)
+    return order_R[: count + -count % ROW_MULTIPLE]
 
 
 def _first_needed(counts_BL: Tensor) -> int:
@@ -191,9 +204,12 @@ def _first_needed(counts_BL: Tensor) -> int:
 
 
 def _chain_pass(
-    draft: ViSpecDraft, rows: _Rows, past: Past, last_BLD: Tensor, start: int
+    draft: ViSpecDraft, rows: _Rows, past: Past, last_BLD: Tensor, start: int, wanted_R: Tensor
 ) -> tuple[Tensor, KVCache]:
-    """One pass after the first for rows `start`..L-1; returns its states, keys and values."""
+    """One pass after the first for rows `start`..L-1; returns its states, keys and values.
+
+    States of other rows than `wanted_R` have no meaning.
+    """
     positions_BN = rows.positions_BL[:, start:]
     # Row 0 has no row before it; it never counts here, any state will do.
     before_BND = F.pad(last_BLD, (0, 0, 1, 0))[:, start:-1]
@@ -211,7 +227,7 @@ def _chain_pass(
     own = (k_BGNK, heads(attention.v_proj(normed_BND)))
     attended_BHNK = _attend(q_BHNK, (*past, own), rows, start)
     x_BND = x_BND + attention.o_proj(attended_BHNK.transpose(1, 2).flatten(2))
-    x_BND = x_BND + layer.mlp(layer.post_attention_layernorm(x_BND))
+    x_BND = layer.feed_forward(x_BND, wanted_R)
     return (x_BND if draft.norm is None else draft.norm(x_BND)), own
 
 
