@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from vllm.multimodal.inputs import PlaceholderRange
 
 from vllm_vispec.compressors.spec import CompressorSpec
 from vllm_vispec.draft_model.rows import FEATURES, DraftPositions, PublishedRows
@@ -34,11 +35,11 @@ def _positions() -> DraftPositions:
 
 
 def _feature(identifier: str, *stretches: tuple[int, int]) -> Any:
-    place = SimpleNamespace(
-        offset=stretches[0][0],
-        length=stretches[-1][1] + 1 - stretches[0][0],
-        extract_embeds_range=lambda: list(stretches),
-    )
+    first, stop = stretches[0][0], stretches[-1][1] + 1
+    is_embed = torch.zeros(stop - first, dtype=torch.bool)
+    for low, high in stretches:
+        is_embed[low - first : high + 1 - first] = True
+    place = PlaceholderRange(first, stop - first, is_embed)
     return SimpleNamespace(identifier=identifier, mm_position=place)
 
 

@@ -176,9 +176,8 @@ def _image_parts(request: RequestRows) -> Iterator[_ImagePart]:
         place: Any = feature.mm_position
         if place.offset >= end or place.offset + place.length <= begin:
             continue
-        stretches, taken = place.extract_embeds_range(), 0
-        size = sum(last + 1 - first for first, last in stretches)
-        for first, last in stretches:
+        size, taken = place.get_num_embeds(), 0
+        for first, last in place.extract_embeds_range():
             low, high = max(first, begin), min(last + 1, end)
             if low < high:
                 yield _ImagePart(feature.identifier, size, low, taken + low - first, high - low)
@@ -191,8 +190,12 @@ def _uncounted(requests: Sequence[RequestRows], is_hidden_T: torch.Tensor) -> np
     begin = 0
     for request in requests:
         end = begin + request.num_rows
-        earlier = request._replace(first_row=0, num_rows=request.first_row)
-        unseen = sum(part.length for part in _image_parts(earlier))
+        unseen = 0
+        for feature in request.features:
+            place: Any = feature.mm_position
+            num_rows = min(request.first_row - place.offset, place.length)
+            if num_rows > 0:
+                unseen += place.get_embeds_indices_in_range(0, num_rows)[1]
         offset_T[begin:end] = -(unseen + np.cumsum(hidden_T[begin:end]))
         begin = end
     return offset_T
