@@ -25,21 +25,28 @@ COUNT = 4
 SMALL: Mapping[str, Any] = {"max_num_batched_tokens": 48}
 BLOCKS: Mapping[str, Any] = {"max_num_batched_tokens": 96, "num_blocks": 10}
 ROWS = [
-    pytest.param(*row, id="-".join(row[:3]), marks=marks(row[0], slow))
+    pytest.param(*row, id="-".join(row[:4]), marks=marks(row[0], slow))
     for row, slow in (
-        (("v1", "qwen2_5_vl", "small", 16, 14), False),
-        (("v1", "qwen2_5_vl", "blocks", 16, 40), False),
-        (("v1", "qwen2_5_vl", "none", 8, 14), False),
-        (("v1", "qwen2_5_vl", "text", 8, 14), False),
-        (("v2", "qwen2_5_vl", "none", 6, 6), True),
-        (("v2", "qwen2_5_vl", "text", 8, 8), True),
-        (("v1", "qwen3_vl", "small", 8, 14), False),
-        (("v1", "llava_next", "small", 8, 14), False),
-        (("v2", "qwen2_5_vl", "small", 8, 8), True),
-        (("v2", "qwen3_vl", "small", 8, 8), True),
-        (("v2", "llava_next", "small", 8, 8), True),
-        (("v1-overlay", "qwen2_5_vl", "small", 8, 14), False),
-        (("v2-overlay", "qwen2_5_vl", "small", 8, 8), False),
+        (("v1", "qwen2_5_vl", "small", "all", 16, 14), False),
+        (("v1", "qwen2_5_vl", "blocks", "all", 16, 40), False),
+        (("v1", "qwen2_5_vl", "small", "none", 8, 14), False),
+        (("v1", "qwen2_5_vl", "small", "text", 8, 14), False),
+        (("v1", "qwen2_5_vl", "small", "prune:4", 8, 14), False),
+        (("v1", "qwen2_5_vl", "blocks", "prune:3", 16, 40), True),
+        (("v1", "qwen3_vl", "small", "all", 8, 14), False),
+        (("v1", "qwen3_vl", "small", "pool:4", 8, 14), False),
+        (("v1", "llava_next", "small", "all", 8, 14), False),
+        (("v1", "llava_next", "small", "none", 8, 14), True),
+        (("v1", "llava_next", "small", "pool:3", 8, 14), True),
+        (("v2", "qwen2_5_vl", "small", "all", 8, 8), True),
+        (("v2", "qwen2_5_vl", "small", "none", 8, 8), True),
+        (("v2", "qwen2_5_vl", "small", "text", 8, 8), True),
+        (("v2", "qwen2_5_vl", "small", "prune:4", 8, 8), True),
+        (("v2", "qwen3_vl", "small", "all", 8, 8), True),
+        (("v2", "qwen3_vl", "small", "pool:4", 8, 8), True),
+        (("v2", "llava_next", "small", "all", 8, 8), True),
+        (("v1-overlay", "qwen2_5_vl", "small", "all", 8, 14), False),
+        (("v2-overlay", "qwen2_5_vl", "small", "all", 8, 8), False),
     )
 ]
 
