@@ -72,6 +72,9 @@ def test_steps_go_on_behind_each_requests_last_row() -> None:
     for step in range(2):
         found = positions(torch.tensor([5, 7, 6]) + step)
         assert found.tolist() == [[5 + step, 5 + step, 4 + step]] * 3
+    # A level of a tree has several rows for each request.
+    PublishedRows(positions).select_rows(torch.arange(3).repeat_interleave(2))
+    assert positions(torch.tensor([7, 7, 9, 9, 8, 8])).tolist() == [[7, 7, 7, 7, 6, 6]] * 3
 
 
 def test_rows_that_nobody_reads_have_positions_of_the_table() -> None:

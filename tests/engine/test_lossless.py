@@ -181,6 +181,7 @@ ROWS = [
     *_rows("v1", "small", "tree-few tree-load tree-path", {"edge": {}}, slow=True),
     *_rows("v1", "small", "tree-path", {**PREFIX, "features": {}}, slow=True),
     *_rows("v1", "small", "draft_model draft_model-tree", {**_mixed(64), **PREFIX}),
+    *_rows("v1", "small", "draft_model-tree", REST, slow=True),
     *_rows("v1", "small", "draft_model-path draft_model-load", _mixed(32), slow=True),
     *_rows("v1", "small", "draft_model-text draft_model-prune-tree", {**_mixed(32), **PREFIX}),
     *_rows("v1", "small", "draft_model-none draft_model-prune draft_model-pool", PREFIX, slow=True),
