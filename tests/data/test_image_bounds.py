@@ -101,9 +101,9 @@ def test_regenerate_fixes_them_before_the_engine_starts(tiny: TinyStore, tmp_pat
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dialogues whose records say that images had at most 9 tokens."""
+    """Dialogues whose records say that images had at most 6 tokens."""
     data = write_dialogues(tmp_path_factory.mktemp("answers"), 12)
-    made = {"min_pixels": 4 * UNIT, "max_pixels": 9 * UNIT}
+    made = {"min_pixels": 4 * UNIT, "max_pixels": 6 * UNIT}
     return write_records(data, [json.loads(x) | made for x in data.read_text().splitlines()])
 
 
@@ -112,17 +112,20 @@ def test_one_value_from_the_answers_to_the_served_head(
 ) -> None:
     target = tiny.target("qwen2_5_vl")
     run(recipe(target, answers, tmp_path / "run", schedule__max_steps=1))
+    (counted,) = (tmp_path / "cache").glob("*/lengths-*.json")
+    # Two images, one of them larger than that.
+    assert max(one["image_tokens"] for one in json.loads(counted.read_text()).values()) <= 2 * 6
     head = tmp_path / "run" / "head"
     noted = json.loads((head / "provenance.json").read_text())["config"]["data"]
-    assert (noted["min_pixels"], noted["max_pixels"]) == (4 * UNIT, 9 * UNIT)
-    flag = f'--mm-processor-kwargs \'{{"min_pixels":{4 * UNIT},"max_pixels":{9 * UNIT}}}\''
+    assert (noted["min_pixels"], noted["max_pixels"]) == (4 * UNIT, 6 * UNIT)
+    flag = f'--mm-processor-kwargs \'{{"min_pixels":{4 * UNIT},"max_pixels":{6 * UNIT}}}\''
     assert (head / "README.md").read_text().count(flag) == 2
-    with pytest.raises(ViSpecError, match=r"answers made with .*max_pixels 7056, the settings are"):
+    with pytest.raises(ViSpecError, match=r"answers made with .*max_pixels 4704, the settings are"):
         run(recipe(target, answers, tmp_path / "other", data__max_pixels=12 * UNIT))
     # Evaluation reads images as the head was trained.
     plain = write_dialogues(tmp_path, 3)
     options = EvalOptions(target=str(target), head=str(head), data=plain)
-    assert image_bounds(options) == {"min_pixels": 4 * UNIT, "max_pixels": 9 * UNIT}
+    assert image_bounds(options) == {"min_pixels": 4 * UNIT, "max_pixels": 6 * UNIT}
     changed = [json.loads(line) | {"max_pixels": 16 * UNIT} for line in plain.open()]
     options = options.model_copy(update={"data": write_records(tmp_path / "other.jsonl", changed)})
     with pytest.raises(

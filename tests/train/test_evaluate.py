@@ -75,6 +75,7 @@ def test_a_file_becomes_a_table_and_json(folder: Path) -> None:
     report = numbers(write(folder, records), "-k", "3", "--check-greedy")
     assert (report["samples"], report["num_speculative_tokens"]) == (3, 3)
     assert report["rejected"] == [{"id": "charts-3", "reason": "image gone.png does not exist"}]
+    assert report["max_pixels"] == 196 * 196  # of the target's processor
     assert list(report["simulated"]) == ["captioning", "multi_turn", "text_chat", "overall"]
     overall = report["simulated"]["overall"]
     turns = len(make_sample("heldout", 800_001, "multi_turn").dialogue.turns)

@@ -75,7 +75,9 @@ def test_regenerate_train_evaluate_export_serve(
 ) -> None:
     target, answers = str(tiny.target("qwen2_5_vl")), tmp_path / "answers.jsonl"
     limits = ("--max-tokens", "24", "--dtype", "float32", "--max-model-len", "256")
-    written = regenerate(target, dialogues, answers, *limits, *EAGER)
+    # Training and evaluation take the sizes of images from the answers.
+    sizes = ("--max-pixels", str(6 * 28 * 28))
+    written = regenerate(target, dialogues, answers, *limits, *sizes, *EAGER)
     assert len(written) == len(dialogues.read_text().splitlines())
     paths = {"target.model": target, "data.train": str(answers)}
     # One setting more, and the head has SpecVLM's compressor.
@@ -94,6 +96,9 @@ def test_regenerate_train_evaluate_export_serve(
         assert (plain.drafts(), served.drafts() > 0) == (0, True)
     report = evaluate(target, tmp_path / "query" / "head", answers, NUM_DRAFT_TOKENS)
     assert "acceptance_length" in json.dumps(report)
+    assert report["max_pixels"] == 6 * 28 * 28
+    answers_found = report["simulated"]["overall"]["answers"]
+    assert report["engine"]["answers_identical_to_data"] >= 0.8 * answers_found
 
 
 def test_the_shipped_pair(tmp_path: Path) -> None:
