@@ -239,10 +239,13 @@ def make_processor(config: PretrainedConfig, tokenizer: Tokenizer) -> ProcessorM
             "size": {"shortest_edge": 4 * unit, "longest_edge": 16 * unit},
         }
         name, videos = _QWEN_CLASSES[kind]
+        images = transformers.Qwen2VLImageProcessor(**pixels)
+        # vLLM normalises both alike, on the device.
+        alike = {"image_mean": images.image_mean, "image_std": images.image_std}
         return getattr(transformers, name)(
-            image_processor=transformers.Qwen2VLImageProcessor(**pixels),
+            image_processor=images,
             tokenizer=fast,
-            video_processor=getattr(transformers, videos)(**pixels),
+            video_processor=getattr(transformers, videos)(**pixels, **alike),
             chat_template=template,
         )
     edge = vision.image_size

@@ -7,6 +7,7 @@ of steps also amplifies rounding, so that draft logits of two runs differ by ove
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,9 +77,8 @@ class TinyStore:
             "intermediate_size": 128,
             "num_hidden_layers": 2,
         } | text
-        parts = *sizes.items(), *(vision or {}).items()
-        name = "-".join(["sibling", kind, str(seed), *map(str, parts)])
-        folder = self.root / re.sub(r"\W+", "_", name)
+        name = hashlib.sha256(repr([sizes, vision, seed]).encode()).hexdigest()[:12]
+        folder = self.root / f"sibling-{kind}-{name}"
         return str(build_target(kind, folder, seed, sizes, vision))
 
     def text_model(self, kind: str = KIND) -> str:
