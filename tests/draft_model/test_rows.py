@@ -117,6 +117,25 @@ def test_rows_beside_images_need_no_features(first: int, count: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("last", "now", "is_served"),
+    [
+        ((6, 3), (8, 3), True),
+        ((0, 2), (2, 2), False),  # into the image
+        ((6, 3), (0, 3), False),  # preempted
+        ((6, 3), (8, 2), False),
+        ((4, 3), (7, 3), False),  # out of the image
+    ],
+)
+def test_rows_behind_the_images_serve_again(
+    last: tuple[int, int], now: tuple[int, int], is_served: bool
+) -> None:
+    rows = PublishedRows(None)
+    rows.set_step([_request(*last, IMAGE)], _outputs())
+    assert rows.serves_step(["any"], [now[0]], now[1]) is is_served
+    assert not rows.serves_step(["other"], [now[0]], now[1])
+
+
+@pytest.mark.parametrize(
     ("first", "hidden", "position"),
     [
         (0, [0, 0, 1, 1, 1, 1, 0, 0], [0, 1, 2, 3]),

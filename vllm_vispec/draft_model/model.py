@@ -69,8 +69,9 @@ class EagleDraftModelForCausalLM(nn.Module):
         is_multimodal: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed tokens ``[T]`` with the draft's own image features ``[N, ...]`` in: ``[T, D]``."""
-        # A longer table of the target's has rows that are no tokens.
-        input_ids = input_ids.clamp(max=self.own_vocab_size - 1)
+        if self.config.vocab_size > self.own_vocab_size:
+            # The target's longer table has rows that are no tokens.
+            input_ids = input_ids.clamp(max=self.own_vocab_size - 1)
         if not multimodal_embeddings:
             return self.model.embed_input_ids(input_ids)
         return self.model.embed_input_ids(

@@ -9,6 +9,7 @@ Shapes: T tokens in the batch, R requests, A rotary axes, N image tokens, D the 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from operator import le
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,13 +89,24 @@ class PublishedRows:
     ) -> None:
         self._positions, self._masks, self._share = positions, masks, share
         self._counts_images = share is None or num_tokens(share, 1) > 0
+        # Requests of the last batch, where the images of each end, and its rows.
+        self._past_images: tuple[list[str], list[int], int] = [], [], 0
         self.features: tuple[list[torch.Tensor], torch.Tensor] | None = None
         """Features ``[N, D]`` of the batch's image rows that are seen, and where they are, bool
         ``[T]`` on the host; None: there are none."""
 
     def serves_step(self, request_ids: list[str], first_rows: list[int], num_rows: int) -> bool:
-        """Return False: every step is laid out."""
-        return False
+        """Whether the last batch, which had no image's row, serves this one.
+
+        It does where the same requests are further on with as many rows, as in decoding, and text
+        is where the target has it.
+        """
+        last_ids, ends, last_num_rows = self._past_images
+        return (
+            self._counts_images
+            and (last_ids, last_num_rows) == (request_ids, num_rows)
+            and all(map(le, ends, first_rows))
+        )
 
     def set_step(
         self,
@@ -125,6 +137,10 @@ class PublishedRows:
                     parts_ND.append(_features_of(part.name, outputs)[low:high])
             begin += request.num_rows
         self.features = (parts_ND, is_seen_T) if parts_ND else None
+        self._past_images = [], [], 0
+        if not is_hidden_T.any():
+            ids = [request.request_id for request in requests]
+            self._past_images = ids, [_images_end(request) for request in requests], num_rows
         if self._masks is not None:
             self._masks.write_masks(is_hidden_T & ~is_seen_T)
         if not self._counts_images and self._positions is not None:
@@ -144,6 +160,11 @@ class PublishedRows:
     def reset_encoder_cache(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call vLLM's method: the draft's features go with the target's."""
         return original(*args, **kwargs)
+
+
+def _images_end(request: RequestRows) -> int:
+    places: list[Any] = [feature.mm_position for feature in request.features]
+    return max((place.offset + place.length for place in places), default=0)
 
 
 @lru_cache(maxsize=1024)
