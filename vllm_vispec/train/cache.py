@@ -50,7 +50,7 @@ class _Place:
     whole: bool
 
 
-class OfflineTeacher(Teacher[dict[str, Tensor]]):
+class OfflineTeacher(Teacher[dict[str, Any]]):
     """Reads the target's states from the cache, which it completes first."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, group: Processes) -> None:
@@ -69,7 +69,7 @@ class OfflineTeacher(Teacher[dict[str, Tensor]]):
             tables["lm_head"],
         )
 
-    def _make(self, index: int) -> dict[str, Tensor]:
+    def _make(self, index: int) -> dict[str, Any]:
         """Read a sample."""
         place = self._places[self._keys[index]]
         names = ("token_ids", "answer", "hidden", "rows", "embeds")
@@ -80,25 +80,27 @@ class OfflineTeacher(Teacher[dict[str, Tensor]]):
             raise ViSpecError(
                 f"{place.shard} cannot be read ({error}): delete it and run the same command again"
             ) from error
-        return found | {
-            "index": torch.tensor(index),
-            "states": stored_rows(len(found["token_ids"]), place.runs, place.whole),
-        }
+        found["states"] = stored_rows(len(found["token_ids"]), place.runs, place.whole)
+        # A tensor comes out of another process through a file and a socket of its own, which costs
+        # more than copying the small ones as arrays.
+        large = {name: found.pop(name) for name in ("hidden", "embeds")}
+        return large | {name: tensor.numpy() for name, tensor in found.items()} | {"index": index}
 
-    def observe(self, ready: Sequence[Mapping[str, Tensor]]) -> list[Observed]:
+    def observe(self, ready: Sequence[Mapping[str, Any]]) -> list[Observed]:
         """Put samples together on the device; states that are not stored are zeros."""
         return [self._observe(one) for one in ready]
 
-    def _observe(self, ready: Mapping[str, Tensor]) -> Observed:
-        index = int(ready["index"])
+    def _observe(self, ready: Mapping[str, Any]) -> Observed:
         on_device = {
-            name: tensor.to(self._group.device, non_blocking=True) for name, tensor in ready.items()
+            name: torch.as_tensor(values).to(self._group.device, non_blocking=True)
+            for name, values in ready.items()
         }
         token_ids = on_device["token_ids"].long()
         embeds_LD = self.facts.embed_VD[token_ids]
         embeds_LD[on_device["rows"].long()] = on_device["embeds"]
         hidden_LD = torch.zeros_like(embeds_LD)
         hidden_LD[on_device["states"]] = on_device["hidden"]
+        index = ready["index"]
         conversation = self._families[index]
         return Observed(
             sample_id=conversation.sample_id,

@@ -12,7 +12,6 @@ from copy import deepcopy
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vllm_vispec.utils.errors import ViSpecError
@@ -27,7 +26,7 @@ class Loader(Generic[T]):
 
     Args:
         make: makes one sample ready; runs in the other processes. A sample holds tensors on the
-            CPU, in mappings or attributes.
+            CPU or arrays, in mappings or attributes.
         workers: other processes; 0: this one does it, when asked.
         pin: put tensors where a GPU reads them directly.
         room: bytes of samples that stay in memory, the first ones. Others are made again.
@@ -110,7 +109,8 @@ def _as_it_is(found: Any) -> Any:
 
 
 def _nbytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
+    size = getattr(value, "nbytes", None)
+    if size is not None:
+        return int(size)
     parts = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
     return sum(map(_nbytes, parts.values()))
