@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from examples.tiny_vlm.shipped import SIBLING
 from vllm_vispec.cli.app import app
 from vllm_vispec.utils.process import RequestFailed
 from vllm_vispec.verify import run as verify_run
@@ -290,6 +291,7 @@ def test_the_cause_of_a_failed_request(log: str, cause: str, refused: bool, tmp_
         (["--tree", '{"dept": 3}'], '--tree.dept is unknown; did you mean "tree.depth"'),
         (["--tree-nodes", "3"], "num_speculative_tokens=3 must be an integer between 4 and 127"),
         (["--target", "a", "--head", "/nowhere"], "head folder '/nowhere' does not exist"),
+        (["--target", "/nowhere", "--head", SIBLING], "target /nowhere cannot be used"),
     ],
 )
 def test_bad_options_are_one_line(arguments: list[str], said: str) -> None:

@@ -184,12 +184,10 @@ def draft_lines(target: str | None, draft: str) -> list[str]:
     if target is None:
         raise ViSpecError("--draft fits one target or another: give --target, too")
     with _quiet():
-        from vllm.config import ModelConfig
-
         from vllm_vispec.draft_model import published
         from vllm_vispec.heads.target import tensor_parallel_sizes
 
-        config = ModelConfig(model=target)
+        config = published.read_target(target)
         found = published.find(draft, {}, config)
     if found is None:
         raise ViSpecError(f"--draft {draft} is no model that this vLLM serves: is it a --head?")

@@ -20,16 +20,14 @@ def find_published(draft: str, target: str) -> HeadInfo | None:
     """Return the published model that a folder or hub id names, None if it names a head.
 
     Raises:
-        ViSpecError: it does not fit the target.
+        ViSpecError: it does not fit the target, or the target cannot be read.
     """
     if is_head(draft):
         return None
-    from vllm.config import ModelConfig
-
     from vllm_vispec.draft_model import published
 
     # Only the engine knows how long its prompts are.
-    return published.find(draft, {}, ModelConfig(model=target, max_model_len=1))
+    return published.find(draft, {}, published.read_target(target, max_model_len=1))
 
 
 def check_draft(draft: str, target: str) -> None:

@@ -207,17 +207,33 @@ def read_published(
         # Asked here so that a method which this machine lacks is refused before a worker starts.
         VllmConfig.get_quantization_config(own, LoadConfig())
     except (ValueError, OSError, ImportError) as error:
-        # pydantic puts lines of its own around what vLLM says.
-        text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        reason = " ".join(text.removeprefix("Value error, ").split())
-        raise ViSpecError(
-            f"draft {model} cannot be used by this vLLM ({reason}): give a model that it serves on "
-            "this machine without remote code"
-        ) from error
+        raise _unusable(f"draft {model}", error) from error
     if own.multimodal_config is not None:
         # One engine: towers are split and limited alike.
         own.multimodal_config = target.multimodal_config
     return own
+
+
+def read_target(target: str, **settings: Any) -> ModelConfig:
+    """Read a target's configuration where no engine has done so.
+
+    Raises:
+        ViSpecError: vLLM cannot read it.
+    """
+    try:
+        return ModelConfig(model=target, **settings)
+    except (ValueError, OSError, ImportError) as error:
+        raise _unusable(f"target {target}", error) from error
+
+
+def _unusable(what: str, error: Exception) -> ViSpecError:
+    # pydantic puts lines of its own around what vLLM says.
+    text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    reason = " ".join(text.removeprefix("Value error, ").split())
+    return ViSpecError(
+        f"{what} cannot be used by this vLLM ({reason}): give a model that it serves on this "
+        "machine without remote code"
+    )
 
 
 def published_model_config(vllm_config: VllmConfig) -> ModelConfig:
