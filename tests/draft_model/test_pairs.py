@@ -203,6 +203,7 @@ def assert_says(
         if positions is not None:
             inputs["position_ids"] = positions(model, inputs)
         logits_TV = model(**inputs, use_cache=False).logits[0, -len(tokens) - 1 : -1]
+        assert bool((logits_TV.amax(dim=-1) > logits_TV.amin(dim=-1)).all()), "it says anything"
         chosen_T = logits_TV[torch.arange(len(tokens)), torch.tensor(tokens)]
         gap_T = logits_TV.amax(dim=-1) - chosen_T
         assert bool((gap_T <= tolerance * logits_TV.abs().max()).all()), (request.name, answered)

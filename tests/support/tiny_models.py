@@ -128,6 +128,8 @@ def vote_for_successors(model: torch.nn.Module, family: Family, seed: int) -> No
     order = torch.randperm(size - first, generator=torch.Generator().manual_seed(seed + 1))
     cycle = first + order
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if head is embedding:
+        return  # One table, which votes for the word itself.
     with torch.no_grad():
         head.zero_()
         head[cycle.roll(-1)] = embedding[cycle] * (LOGIT_SCALE / embedding.shape[1] ** 0.5)
