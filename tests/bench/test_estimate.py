@@ -6,8 +6,11 @@ import json
 from dataclasses import asdict, replace
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from examples.tiny_vlm.shipped import CHECKPOINTS
@@ -102,6 +105,24 @@ def test_a_published_model_has_a_pass_more(tmp_path: Path) -> None:
         for more in (0, 1)
     ]
     assert steps[1].step_s == pytest.approx(steps[0].step_s + steps[0].draft_step_s)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensor", "kv_bytes", "passes_more"),
+    [
+        ({"vision_config": {}}, "imadpt.q", 2048, 0),
+        ({"hidden_size": 1792}, "model.layers.0.mlp.down_proj.weight", 28 * 1024, 1),
+    ],
+    ids=["a head with its target's config.json", "a text model"],
+)
+def test_weights_tell_heads_and_models_apart(
+    tmp_path: Path, config: dict[str, Any], tensor: str, kv_bytes: int, passes_more: int
+) -> None:
+    target = folder(tmp_path / "target", QWEN_7B)
+    draft = folder(tmp_path / "draft", QWEN_7B | config)
+    save_file({tensor: torch.zeros(1, 1)}, draft / "model.safetensors")
+    found = draft_shape(draft, target)
+    assert (found.kv_bytes_per_token, found.passes_more) == (kv_bytes, passes_more)
 
 
 def test_sizes_under_text_config_and_fp8(tmp_path: Path) -> None:

@@ -14,8 +14,14 @@ from typing import Any, Self
 
 from pydantic import BaseModel, PositiveInt
 
-from vllm_vispec.heads.folder import is_draft_vlm
-from vllm_vispec.heads.formats import text_fields
+from vllm_vispec.heads.folder import (
+    CONFIG,
+    is_draft_vlm,
+    is_vispec_head,
+    read_json,
+    tensor_names,
+)
+from vllm_vispec.heads.formats import describe_other_draft, text_fields
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.settings import parse
 
@@ -160,7 +166,6 @@ class DecoderSizes(BaseModel):
     vocab_size: PositiveInt
     dtype: str
     is_draft_vlm: bool
-    is_published: bool
 
     @classmethod
     def read(cls, folder: Path, name: str, dtype: str | None = None) -> Self:
@@ -197,7 +202,6 @@ class DecoderSizes(BaseModel):
         if dtype not in DTYPE_BYTES:
             raise ViSpecError(f"dtype {dtype} is unknown: use one of {', '.join(DTYPE_BYTES)}")
         values = {**fields, "dtype": dtype, "is_draft_vlm": is_draft_vlm(config)}
-        values["is_published"] = "vision_config" in config and "vispec" not in config
         return parse(cls, values, lambda field: f"{field} in {file}")
 
     def pass_shape(self, lm_head_rows: int, layers: int, extra_parameters: int = 0) -> PassShape:
@@ -222,6 +226,18 @@ class DecoderSizes(BaseModel):
             kv_bytes_per_token=2 * layers * kv * wide,
             attention_flops_per_token=4 * layers * q,
         )
+
+
+def _is_published(folder: Path) -> bool:
+    """Whether a draft is a model of its own: heads, too, may have their target's config.json."""
+    if is_vispec_head(folder):
+        return False
+    config = read_json(folder / CONFIG)
+    try:
+        return describe_other_draft(config, tensor_names(folder)) is None
+    except ViSpecError:
+        # No weights.
+        return "vision_config" in config
 
 
 def target_shape(folder: Path, dtype: str | None = None) -> PassShape:
@@ -259,7 +275,7 @@ def draft_shape(
         raise ViSpecError(
             f"--draft-vocab {rows} is outside 1 to {owner.vocab_size}, the target's vocabulary"
         )
-    if sizes.is_published:
+    if _is_published(folder):
         return replace(sizes.pass_shape(rows, sizes.num_hidden_layers), passes_more=1)
     if sizes.is_draft_vlm:
         return sizes.pass_shape(rows, sizes.num_hidden_layers)

@@ -5,14 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from vllm.config import LoadConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.model_executor.models import ModelRegistry
 
 from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.draft_model.fit import check_fit
 from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.heads.folder import CONFIG, HeadInfo, is_vispec_head, read_json, weight_files
+from vllm_vispec.heads.folder import (
+    CONFIG,
+    HeadInfo,
+    is_vispec_head,
+    read_json,
+    tensor_names,
+    weight_files,
+)
 from vllm_vispec.heads.formats import describe_other_draft
 from vllm_vispec.heads.location import locate, resolve_head
 from vllm_vispec.utils.errors import ViSpecError
@@ -51,14 +57,7 @@ def _is_whole_model(folder: Path) -> bool:
     names = config.get("architectures") or ()
     if set(names).isdisjoint(ModelRegistry.get_supported_archs()) or is_vispec_head(folder):
         return False
-    tensors: list[str] = []
-    for file in weight_files(folder):
-        try:
-            with safe_open(str(file), framework="numpy") as weights:
-                tensors += weights.keys()
-        except (SafetensorError, OSError):
-            return False  # What reads it as a head says what is wrong with the file.
-    return describe_other_draft(config, tensors) is None
+    return describe_other_draft(config, tensor_names(folder)) is None
 
 
 def read_before(model: str | Path) -> HeadInfo | None:

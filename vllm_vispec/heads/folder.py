@@ -227,6 +227,22 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+def tensor_names(folder: Path) -> list[str]:
+    """Return the names of all tensors of a folder, of whatever dtype.
+
+    Raises:
+        ViSpecError: see `weight_files`; or a file is truncated or corrupt.
+    """
+    names: list[str] = []
+    for file in weight_files(folder):
+        try:
+            with safe_open(str(file), framework="numpy") as weights:
+                names += weights.keys()
+        except (SafetensorError, OSError) as error:
+            raise _corrupt(file, error) from error
+    return names
+
+
 def read_entries(files: list[Path]) -> dict[str, TensorEntry]:
     """Return name -> entry of every tensor in the files, from their headers.
 
@@ -240,9 +256,7 @@ def read_entries(files: list[Path]) -> dict[str, TensorEntry]:
                 slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
                 found = {name: (one.get_shape(), one.get_dtype()) for name, one in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise ViSpecError(
-                f"{file} is truncated or corrupt ({error}): download or export the head again"
-            ) from error
+            raise _corrupt(file, error) from error
         for name, (shape, dtype) in found.items():
             if name in entries:
                 raise ViSpecError(
@@ -256,6 +270,12 @@ def read_entries(files: list[Path]) -> dict[str, TensorEntry]:
                 )
             entries[name] = TensorEntry(file, tuple(shape), str(dtype))
     return entries
+
+
+def _corrupt(file: Path, error: Exception) -> ViSpecError:
+    return ViSpecError(
+        f"{file} is truncated or corrupt ({error}): download or export the head again"
+    )
 
 
 def short_list(names: list[str], limit: int = 6) -> str:
