@@ -96,6 +96,16 @@ def test_regenerates(settings: RegenerateSettings, template: ChatTemplate) -> No
     assert len({request["seed"] for request in fake.requests}) == 11
 
 
+def test_a_server_with_other_image_sizes(
+    settings: RegenerateSettings, template: ChatTemplate
+) -> None:
+    smaller = changed(settings, max_pixels=4 * 28 * 28)
+    with pytest.raises(
+        ViSpecError, match=r"as 8 tokens, not as \d: start it with --mm-processor-k"
+    ):
+        run(smaller, FakeServer(template))
+
+
 def test_requests_run_at_the_same_time(settings: RegenerateSettings) -> None:
     text = settings.input.read_text().splitlines()[:4]
     settings.input.write_text("\n".join(text))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 from vllm_vispec.data.encode import Encoder
-from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Result
+from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Regenerated, Result
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.data.template import load_processor, to_openai
 from vllm_vispec.data.types import Conversation, Rejected
@@ -100,7 +101,7 @@ class ServerBackend:
         """Have all questions of a dialogue answered.
 
         Raises:
-            ViSpecError: the connection is lost.
+            ViSpecError: the connection is lost, or the server reads images in other sizes.
         """
         from openai import APIConnectionError, APIStatusError
 
@@ -113,13 +114,39 @@ class ServerBackend:
                 request = await asyncio.to_thread(self._request, dialogue)
                 response = await self.client.chat.completions.create(**request)
                 is_finished = dialogue.accept(to_answer(response), template)
-            return await asyncio.to_thread(dialogue.finish, self.encoder)
+            done = await asyncio.to_thread(dialogue.finish, self.encoder)
+            await asyncio.to_thread(self._check_sizes, done)
+            return done
         except APIConnectionError as error:
             raise self._no_server(error) from error
+        except ViSpecError:
+            raise
         except APIStatusError as error:
             return Rejected(conversation.sample_id, f"the server refuses: {first_line(error)}")
         except ValueError as error:
             return Rejected(conversation.sample_id, first_line(error))
+
+    def _check_sizes(self, done: Regenerated) -> None:
+        """Refuse a server with other image bounds; by default it takes none from a request.
+
+        Raises:
+            ViSpecError: says how to start it.
+        """
+        prompt, bounds = done.answers[-1].prompt_token_ids, self.settings.image_bounds
+        if done.round_trip is not False or self.encoder is None or prompt is None or not bounds:
+            return
+        encoded = self.encoder(done.conversation)
+        if isinstance(encoded, Rejected):
+            return
+        ours = sum(end - start for start, end in encoded.runs)
+        theirs = prompt.count(self.encoder.image_token_id)
+        if ours != theirs:
+            raise ViSpecError(
+                f"--server {self.settings.server} reads the images of "
+                f"{done.conversation.sample_id} as {theirs} tokens, not as {ours}: start it with "
+                f"--mm-processor-kwargs '{json.dumps(bounds)}', or give its bounds as --min-pixels "
+                "and --max-pixels"
+            )
 
     def _request(self, dialogue: Dialogue) -> dict[str, Any]:
         settings = self.settings
@@ -130,8 +157,6 @@ class ServerBackend:
             "min_p": 0.0,
             "repetition_penalty": 1.0,
         }
-        if settings.image_bounds:
-            extra["mm_processor_kwargs"] = settings.image_bounds
         if self.encoder is not None:
             text = self.encoder.template.render(dialogue.turns, open_answer=True)
             extra["add_special_tokens"] = self.encoder.template.adds_special_tokens(text)
