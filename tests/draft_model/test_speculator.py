@@ -12,10 +12,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import speculator as vllm_speculator
 
 from vllm_vispec.draft_model.speculator import PublishedSpeculator
 from vllm_vispec.trees import cudagraph
+from vllm_vispec.v1.published_proposer import PublishedProposer
 
 COUNT, HIDDEN_RD = 4, torch.zeros(2, 8)
 BASE = vllm_speculator.TargetDependentARSpeculator
@@ -98,3 +100,16 @@ def test_first_passes_are_recorded_as_the_targets_and_steps_one_longer(
     assert steps.num_speculative_tokens_per_batch_size == longer
     # The engine's own stays.
     assert (steps.num_speculative_tokens, own.num_speculative_tokens) == (COUNT + 1, COUNT)
+
+
+def test_idle_ranks_run_as_many_passes_on_v1(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def run(self: Any, num_tokens: int) -> None:
+        seen.append(self.num_speculative_tokens)
+
+    monkeypatch.setattr(SpecDecodeBaseProposer, "dummy_run", run)
+    found = object.__new__(PublishedProposer)
+    found.num_speculative_tokens = COUNT
+    found.dummy_run(1)
+    assert (seen, found.num_speculative_tokens) == ([COUNT + 1], COUNT)

@@ -9,6 +9,11 @@ TOWER = wraps(
     "vllm.model_executor.models.interfaces:SupportsMultiModal.embed_multimodal",
     "the draft's tower runs with the target's, its features hang on the target's (one object only)",
 )
+QUANTISED = wraps(
+    "vllm.model_executor.layers.quantization.base_config:QuantizationConfig.get_quant_method"
+    "(layer, prefix)",
+    "lists of a quantised draft's layers name them without our prefix (one object only)",
+)
 
 PUBLISHED = PatchGroup(
     name="draft model",
@@ -18,6 +23,7 @@ PUBLISHED = PatchGroup(
     is_needed=drafts_with_published,
     points=(
         TOWER,
+        QUANTISED,
         overrides(
             f"{_V2}.spec_decode.target_dependent_ar.speculator:TargetDependentARSpeculator"
             "{on_prefill_begin(num_reqs), _prefill(mm_inputs), "
@@ -31,10 +37,6 @@ PUBLISHED = PatchGroup(
             "{sample_draft(hidden_states, sample_src_positions, idx_mapping, temperature, seeds, "
             "draft_step), self.num_speculative_steps, self.draft_tokens}",
             "the first pass samples nothing; one column more",
-        ),
-        reads(
-            f"{_V2}.input_batch:InputBatch{{input_ids, positions, num_tokens}}",
-            "the target's rows as they are",
         ),
         reads(
             f"{_V2}.model_states.interface:ModelState.prepare_dummy_inputs(num_reqs, num_tokens)",

@@ -126,8 +126,11 @@ CHAINS = PatchGroup(
             "image rows are dropped with the encoder cache (one object only)",
         ),
         reads(
-            f"{_BATCH}{{req_ids, num_tokens, num_computed_tokens_np, query_start_loc_np}}",
-            "whose rows a batch has, how many, and where each request's rows begin",
+            f"{_BATCH}"
+            "{req_ids, num_tokens, num_computed_tokens_np, query_start_loc_np, input_ids, "
+            "positions}",
+            "whose rows a batch has, how many, and where each request's rows begin; tokens and "
+            "positions as the target has them",
         ),
     ),
 )

@@ -15,7 +15,7 @@ from vllm_vispec.compat.patch_point import (
 )
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import drafts_with_published, uses_vispec
-from vllm_vispec.draft_model.patch_points import PUBLISHED, TOWER
+from vllm_vispec.draft_model.patch_points import PUBLISHED, QUANTISED, TOWER
 from vllm_vispec.draft_vlm.patch_points import DRAFT_VLM
 from vllm_vispec.draft_vocab.patch_points import DRAFT_VOCAB
 from vllm_vispec.models.patch_points import UNCOMPRESSED
@@ -172,9 +172,10 @@ _PUBLISHED = replace(
     runner="v1",
     points=(
         TOWER,
+        QUANTISED,
         overrides(
             f"{_PROPOSER}"
-            "{propose(num_speculative_tokens), "
+            "{propose(num_speculative_tokens), dummy_run(num_tokens), "
             "_sample_draft_tokens(hidden_states, sampling_metadata), "
             "_maybe_share_embeddings(target_language_model), "
             "_maybe_share_lm_head(target_language_model), self._last_draft_probs}",

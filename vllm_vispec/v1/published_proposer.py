@@ -37,6 +37,12 @@ class PublishedProposer(ViSpecProposer):
             self._last_draft_probs = self._last_draft_probs[:, 1:]
         return drafts[:, 1:] if count else drafts
 
+    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
+        """Run as many passes as a step, as other data-parallel ranks wait for each of them."""
+        self.num_speculative_tokens += 1
+        super().dummy_run(*args, **kwargs)
+        self.num_speculative_tokens -= 1
+
     def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> Any:
         """Undo the shift by one token that heads need."""
         num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
