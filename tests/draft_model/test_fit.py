@@ -102,6 +102,7 @@ def test_the_log_says_what_the_draft_sees(
     caplog.set_level("INFO")
     configure(tiny.sibling(), images=images)
     assert seen in caplog.text
+    assert ": published model, 2 layers of width 96" in caplog.text
 
 
 def test_heads_have_no_setting_of_images(configure: Callable[..., Any], tiny: TinyStore) -> None:

@@ -33,7 +33,7 @@ def _target() -> Any:
         ({"vision_size": 40}, 1, "vision_size of the head is 40.*is 32: use the head"),
         ({"vocab_size": 65}, 1, "vocab_size of the head is 65.*is 64: use the head"),
         # One key/value head is repeated for every worker; attention heads are divided.
-        ({}, 2, "tensor_parallel_size=2 does not fit the head's 3 attention heads.*one of 1, 3"),
+        ({}, 2, "tensor_parallel_size=2 does not fit the draft's 3 attention heads.*one of 1, 3"),
     ],
 )
 def test_refused(changes: dict[str, Any], size: int, message: str) -> None:

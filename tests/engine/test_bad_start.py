@@ -189,7 +189,7 @@ STARTS: Mapping[str, Start] = {
         draft_tensor_parallel_size=2,
     ),
     "TP does not fit": _start(
-        "tensor_parallel_size=3 does not fit the head's 4 .*choose one of 1, 2, 4",
+        "tensor_parallel_size=3 does not fit the draft's 4 .*choose one of 1, 2, 4",
         engine={"tensor_parallel_size": 3},
     ),
     "pipeline parallel": _start(

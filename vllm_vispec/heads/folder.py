@@ -177,7 +177,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ViSpecError(
-            f"{path.name} is missing in {path.parent}: give the folder of a ViSpec head"
+            f"{path.name} is missing in {path.parent}: give the folder of a head or of a model"
         ) from error
     except (OSError, ValueError) as error:
         raise ViSpecError(

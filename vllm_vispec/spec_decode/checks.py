@@ -16,8 +16,8 @@ logger = get_logger(__name__)
 MAX_DRAFT_TOKENS = 32
 
 _UNSUPPORTED_SETTINGS = {
-    "parallel_drafting": "a ViSpec head drafts one token at a time; leave it out",
-    "use_heterogeneous_vocab": "a ViSpec head shares the target's vocabulary; leave it out",
+    "parallel_drafting": "every draft is made one token at a time; leave it out",
+    "use_heterogeneous_vocab": "drafts have the target's vocabulary; leave it out",
 }
 
 
@@ -154,7 +154,7 @@ def check_parallel(head: HeadConfig, parallel: ParallelConfig) -> None:
     if tp_size not in tensor_parallel_sizes(head):
         sizes_that_fit = ", ".join(map(str, tensor_parallel_sizes(head)))
         raise ViSpecError(
-            f"tensor_parallel_size={tp_size} does not fit the head's {head.num_attention_heads} "
+            f"tensor_parallel_size={tp_size} does not fit the draft's {head.num_attention_heads} "
             f"attention heads and {head.num_key_value_heads} key/value heads; choose one of "
             f"{sizes_that_fit}"
         )

@@ -29,7 +29,7 @@ from vllm_vispec.config import (
 from vllm_vispec.draft_model import published
 from vllm_vispec.draft_vocab.files import check_lm_head, resolve_draft_vocab
 from vllm_vispec.heads import speculators
-from vllm_vispec.heads.config import DRAFT_MODEL_ARCHITECTURE, HeadConfig
+from vllm_vispec.heads.config import DRAFT_MODEL_ARCHITECTURE
 from vllm_vispec.heads.folder import HeadInfo, inspect_head, is_vispec_head
 from vllm_vispec.heads.location import locate
 from vllm_vispec.heads.patch_points import SELF_SERVING
@@ -153,12 +153,7 @@ def create_speculative_config(
     if not info.config.is_draft_vlm:
         check_lm_head(config, target)
     settings |= {"method": "eagle"} | locate(settings["model"], info.folder)
-    logger.info(
-        "ViSpec head %s: %s checkpoint format, %s",
-        settings["model"],
-        info.checkpoint_format,
-        _kind(info.config),
-    )
+    logger.info("ViSpec draft %s: %s", settings["model"], _description(info))
     args.additional_config = (args.additional_config or {}) | config.to_section()
     return _create_with_head(original, args, settings, target, parallel)
 
@@ -193,12 +188,17 @@ def _architecture(info: HeadInfo) -> str:
     return DRAFT_MODEL_ARCHITECTURE if is_published else info.config.architecture
 
 
-def _kind(head: HeadConfig) -> str:
+def _description(info: HeadInfo) -> str:
+    head, what = info.config, info.checkpoint_format
+    size = f"{head.num_hidden_layers} layers of width {head.hidden_size}"
+    if published.describes(info):
+        return f"{what}, {size}"
+    kind = f"{head.num_query_tokens} query tokens"
     if head.is_draft_vlm:
-        return f"draft VLM, {head.num_hidden_layers} layers of width {head.hidden_size}"
-    if head.has_compressor:
-        return f"compressor {head.compressor_spec}"
-    return f"{head.num_query_tokens} query tokens"
+        kind = f"draft VLM, {size}"
+    elif head.has_compressor:
+        kind = f"compressor {head.compressor_spec}"
+    return f"{what} checkpoint format, {kind}"
 
 
 def _find_head(settings: dict[str, Any], target: ModelConfig) -> HeadInfo | None:
@@ -208,7 +208,8 @@ def _find_head(settings: dict[str, Any], target: ModelConfig) -> HeadInfo | None
         check_keys(settings)
         if not isinstance(model, str) or not model:
             raise ViSpecError(
-                'speculative config: "model" is missing; give the folder or hub id of a ViSpec head'
+                'speculative config: "model" is missing; give the folder or hub id of a head or of '
+                "a published model"
             )
         revision = settings.get("revision")
         return published.find(model, settings, target) or inspect_head(model, revision)
