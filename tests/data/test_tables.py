@@ -80,6 +80,10 @@ def test_a_parquet_file(table: Path, tmp_path: Path) -> None:
         assert (file.parent / image).read_bytes() == original
         assert one.turns[0].text == "What is it?"
     # A second run reads what is there; another table is not mixed in.
+    assert write_out(table, tmp_path / "out") == file
+    parquet.write_table(pyarrow.Table.from_pylist(rows(tmp_path, 3)), table)
+    with pytest.raises(ViSpecError, match="as it was before: delete it"):
+        write_out(table, tmp_path / "out")
     table.unlink()
     assert write_out(table, tmp_path / "out") == file
     with pytest.raises(ViSpecError, match="holds another data set"):

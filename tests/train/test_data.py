@@ -81,6 +81,14 @@ def test_held_out_samples(tmp_path: Path) -> None:
     assert (apart.train, apart.validation) == (tuple(range(20)), (20, 21, 22, 23))
     assert apart.entries[20].image_root == tmp_path / "more"
     assert apart.digest != corpus.digest
+    # What is in both files is held out.
+    both = write_records(
+        tmp_path / "both.jsonl", [*map(json.loads, data.read_text().splitlines()[:3])]
+    )
+    left = read_corpus(DataConfig(train=(str(data),), validation=(str(both),)))
+    assert (len(left.train), len(left.validation)) == (17, 3)
+    assert "sample-1" not in {left.entries[n].conversation.sample_id for n in left.train}
+    assert count_reasons(left.rejected)["in data.validation, too"]["count"] == 3
 
 
 def test_greedy_answers_among_sampled_ones_are_held_out(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ import torch
 from tests.support.tiny_store import TinyStore
 from tests.train.runs import lines, losses, recipe, run, write_records
 from vllm_vispec.heads.folder import inspect_head, load_draft
-from vllm_vispec.train.distributed import processes
+from vllm_vispec.train.cache import OfflineTeacher
+from vllm_vispec.train.distributed import Processes, processes
 from vllm_vispec.train.loop import fill_cache
+from vllm_vispec.train.preflight import prepare
 from vllm_vispec.train.target import TrainingTarget
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import read_json
@@ -87,6 +89,30 @@ def test_runs_share_a_cache_and_data_may_grow(
     (folder / "1-0.png").write_bytes((folder / "4-0.png").read_bytes())
     with pytest.raises(pytest.fail.Exception, match="the target was loaded"):
         stored("four", "all.jsonl")
+
+
+def test_processes_may_see_other_parts_of_a_cache(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One looks when another, of its run or of another run, has stored its share already."""
+    monkeypatch.setattr("vllm_vispec.train.teacher._MEASURED_TOGETHER", 2)
+    settings: dict[str, Any] = {"teacher__mode": "offline", "teacher__shard_samples": 2}
+    config = recipe(tiny.target("qwen2_5_vl"), dialogues, tmp_path / "run", **settings)
+    few = recipe(config.target.model, dialogues, tmp_path / "few", data__max_samples=1, **settings)
+    with processes("cpu") as group:
+        fill_cache(few, group)  # tables, which the first process writes
+    config, corpus = prepare(config, 2)
+    late: list[OfflineTeacher] = []
+
+    class Group(Processes):
+        def wait(self) -> None:
+            stored = len([*tmp_path.glob("cache/*/lengths-*")]) > 1
+            if self.rank == 0 and stored and not late:
+                late.append(OfflineTeacher(config, corpus, Group(1, 2, self.device)))
+
+    teacher = OfflineTeacher(config, corpus, Group(0, 2, torch.device("cpu")))
+    assert len(late) == 1
+    assert len([*teacher.ready([index] for index in teacher.lengths)]) == 24
 
 
 def test_offline_is_recommended_for_more_epochs(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +16,8 @@ from typer.testing import CliRunner
 from tests.support.heads import write_head
 from tests.support.tiny_families import HIDDEN
 from tests.support.tiny_store import TinyStore
-from tests.train.runs import recipe, run
+from tests.train.runs import recipe, run, write_dialogues, write_records
+from tests.train.test_processes import arguments
 from vllm_vispec.cli.app import app
 from vllm_vispec.reference import draft_class
 from vllm_vispec.train import cache, dry_run, loop
@@ -50,6 +53,10 @@ def nothing_expensive(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"batch__global_size": 8, "batch__accumulate": 3}, "contradicts .* which needs 2"),
         ({"target__model": "EMPTY"}, r"holds no \*.safetensors"),
         ({"data__train": "none.jsonl"}, "none.jsonl cannot be read"),
+        (
+            {"data__image_root": "elsewhere", "data__train": "IMAGES"},
+            r"none of 1 records .*\(first: a: image 1-0.png does not exist\): .*data.image_root",
+        ),
         ({"run__output": "FILE/out"}, "is a file; choose another folder"),
     ],
 )
@@ -63,8 +70,10 @@ def test_bad_input_is_one_line_before_the_expensive_part(
     (tmp_path / "EMPTY").mkdir()
     shutil.copy(target / "config.json", tmp_path / "EMPTY")
     (tmp_path / "FILE").write_text("")
+    record = {"id": "a", "image": "1-0.png", "conversations": [{"from": "human", "value": "What?"}]}
+    write_records(tmp_path / "IMAGES", [record])
     named = {
-        name: re.sub("HEAD|EMPTY|FILE", lambda found: str(tmp_path / found[0]), value)
+        name: re.sub("HEAD|EMPTY|FILE|IMAGES", lambda found: str(tmp_path / found[0]), value)
         if isinstance(value, str)
         else value
         for name, value in changes.items()
@@ -119,12 +128,39 @@ def test_a_dry_run_says_what_it_will_cost(tiny: TinyStore, dialogues: Path, tmp_
 def test_a_dry_run_can_take_steps(
     tiny: TinyStore, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On no more samples than these need, and no tracker hears of them."""
+    observe, seen = TrainingTarget.observe, []
+
+    def count(target: TrainingTarget, samples: Any) -> Any:
+        seen.extend(samples)
+        return observe(target, samples)
+
+    monkeypatch.setattr(TrainingTarget, "observe", count)
     monkeypatch.setattr(dry_run, "TIMED_STEPS", 2)
-    config = recipe(tiny.target("qwen2_5_vl"), dialogues, tmp_path / "run")
+    monkeypatch.setattr(dry_run, "WARM_STEPS", 1)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
+    more = write_dialogues(Path(shutil.copytree(dialogues.parent, tmp_path / "more")), 9, seed=1)
+    config = recipe(tiny.target("qwen2_5_vl"), dialogues, tmp_path / "out" / "run",
+                    data__validation=str(more), run__trackers="wandb", teacher__mode="offline",
+                    batch__size=1, batch__global_size=4)  # fmt: skip
     with processes("cpu") as group:
         text = dry_run.dry_run(config, group, timed=True)
     assert re.search(r"time +\S+ s a step \(2 steps timed\), \S+ hours in all", text)
-    assert not (tmp_path / "run").exists()
+    assert len(seen) == 3 * 4
+    assert [path.name for path in tmp_path.iterdir()] == ["more"]
+
+
+def test_a_dry_run_of_a_ray_job_counts_its_workers(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path
+) -> None:
+    config = recipe(tiny.target("qwen2_5_vl"), dialogues, tmp_path / "run", batch__global_size=16)
+    command = ["train", "--dry-run", "--ray", *arguments(config), "--workers"]
+    assert "x 2 processes" in CliRunner().invoke(app, [*command, "2"]).output
+    assert (
+        "no multiple of batch.size 4 x 3 processes"
+        in CliRunner().invoke(app, [*command, "3"]).output
+    )
+    assert "leave out --ray" in CliRunner().invoke(app, [*command, "2", "--time"]).output
 
 
 # (batch, tokens, answer's tokens, passes, chunk_rows) -> GiB of draft gradients, its copies in

@@ -106,6 +106,18 @@ def test_two_processes_equal_one(
     check_equal(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
+def test_a_dry_run_takes_steps_on_two_processes(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path
+) -> None:
+    config = settings(tiny.target("qwen2_5_vl"), dialogues, tmp_path / "run", 1)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*launcher, "-m", "vllm_vispec", "train", "--dry-run", "--time"]
+    text = call([*command, *arguments(config)])
+    assert text.count("20 steps timed") == 1
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize(
     ("gpus", "device", "found"), [(2, "auto", True), (0, "auto", False), (2, "cpu", False)]
 )

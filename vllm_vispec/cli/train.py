@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -52,6 +53,8 @@ def train(
     with exit_on_error():
         if time and not dry_run:
             raise ViSpecError("--time belongs to --dry-run: add it")
+        if time and ray:
+            raise ViSpecError("--time takes its steps without Ray: leave out --ray")
         only = "cache" if cache_only else "time" if time else "costs" if dry_run else ""
         message = _train(recipe, settings or [], override, only, workers if ray else 0)
     if message:
@@ -89,6 +92,7 @@ def _train(
         elif only:
             from vllm_vispec.train.dry_run import dry_run
 
+            group = replace(group, world=ray_workers or group.world)
             message = dry_run(config, group, only == "time")
         else:
             message = train(config, group, override).message

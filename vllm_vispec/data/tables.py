@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,16 @@ def write_out(source: str | Path, folder: Path) -> Path:
             holds another one.
     """
     file, note = folder / RECORDS, folder / "source.json"
+    made_of: dict[str, Any] = {"source": str(source)}
+    with suppress(OSError):  # a data set of the hub
+        made_of["bytes"] = Path(source).stat().st_size
+        made_of["changed"] = Path(source).stat().st_mtime
     if file.is_file():
-        if read_json(note) != {"source": str(source)}:
-            raise ViSpecError(f"{folder} holds another data set than {source}: delete it")
+        before = read_json(note)
+        if before | made_of != before:
+            raise ViSpecError(
+                f"{folder} holds another data set than {source}, or as it was before: delete it"
+            )
         return file
     rows = _rows(str(source))
     with writing(folder) as aside:
@@ -57,7 +65,7 @@ def write_out(source: str | Path, folder: Path) -> Path:
                 images = _Images(aside, number)
                 record = _fill(images.replace(row))
                 sink.write(json.dumps({"id": f"row{number}"} | record, default=str) + "\n")
-        write_json(aside / note.name, {"source": str(source)})
+        write_json(aside / note.name, made_of)
     return file
 
 

@@ -120,11 +120,10 @@ class OfflineTeacher(Teacher[dict[str, Any]]):
             key: i for i, key in self._keys.items() if i in self.lengths and key not in known
         }
         has_tables = (self._states / "tables.safetensors").is_file()
-        group.wait()  # every process has looked before one writes
-        chunks = cut(list(missing.values()), config.teacher.shard_samples)
+        group.wait()  # every process has looked for tables before one writes them
         mine = [
             cut(sorted(chunk, key=self.lengths.__getitem__), config.batch.size)  # against padding
-            for chunk in chunks[group.rank :: group.world]
+            for chunk in cut(self._mine(missing), config.teacher.shard_samples)
         ]
         if missing and group.is_main:
             self._check_disk(list(missing.values()))
@@ -177,7 +176,7 @@ class OfflineTeacher(Teacher[dict[str, Any]]):
         Raises:
             ViSpecError: the disk has no room for it.
         """
-        needed = _bytes_of(self._config, (self.counts[index] for index in indices), self.dtype)
+        needed = bytes_of(self._config, (self.counts[index] for index in indices), self.dtype)
         free = shutil.disk_usage(self.folder).free
         where = (
             f"{needed / 1e9:.3g} GB of hidden states for {len(indices)} samples in {self._states}"
@@ -195,7 +194,7 @@ def _reads_image_states(config: TrainConfig) -> bool:
     return not (kind.compress or kind.draft_vlm)
 
 
-def _bytes_of(config: TrainConfig, counts: Iterable[Measured], dtype: torch.dtype) -> int:
+def bytes_of(config: TrainConfig, counts: Iterable[Measured], dtype: torch.dtype) -> int:
     """Return what the states of samples take."""
     text, whole = (
         load_target_config(config.target.model).get_text_config(),
@@ -240,7 +239,7 @@ def open_teacher(config: TrainConfig, corpus: Corpus, group: Processes) -> Teach
         return OfflineTeacher(config, corpus, group)
     teacher, epochs = OnlineTeacher(config, corpus, group), config.schedule.epochs
     if group.is_main and epochs > 2:
-        size = _bytes_of(config, teacher.counts.values(), teacher.dtype)
+        size = bytes_of(config, teacher.counts.values(), teacher.dtype)
         tqdm.write(
             f"the target runs in each of {epochs:g} epochs: teacher.mode=offline runs it once and "
             f"stores its states, {size / 1e9:.3g} GB"

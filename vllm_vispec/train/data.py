@@ -26,6 +26,7 @@ from vllm_vispec.data.types import ANSWER_TOKENS_KEY, FINISH_KEY, Conversation, 
 from vllm_vispec.train.config import BatchConfig, DataConfig
 from vllm_vispec.utils.errors import ViSpecError
 
+HELD_OUT = "data.validation has the same dialogue"
 # Reason of a rejection (pattern of its text) -> the name it is counted under.
 SKIP_NAMES: Mapping[str, str] = {
     r"image .* (does not exist|is not a path)": "missing image",
@@ -33,6 +34,7 @@ SKIP_NAMES: Mapping[str, str] = {
     r"absolute aspect ratio": "image too narrow",
     r"longer than max_length: .* images": "images longer than data.max_length: lower max_pixels",
     r"longer than max_length": "longer than data.max_length",
+    HELD_OUT: "in data.validation, too",
     r"": "unusable record",
 }
 EXAMPLES_PER_REASON = 3
@@ -79,6 +81,11 @@ def read_corpus(settings: DataConfig, text_only: bool = False) -> Corpus:
         # Drawn, as files are in the order in which answers were finished: short ones first.
         train = [train[n] for n in _draw(range(len(train)), settings.max_samples)]
     held_out, rejected_too = _read_files(settings.validation, settings.image_root)
+    # Files may overlap.
+    apart = {(one.image_root, one.conversation.turns) for one in held_out}
+    both = [one for one in train if (one.image_root, one.conversation.turns) in apart]
+    train = [one for one in train if (one.image_root, one.conversation.turns) not in apart]
+    rejected += [Rejected(one.conversation.sample_id, HELD_OUT) for one in both]
     numbers = list(range(len(train)))
     if settings.validation:
         held_out = [held_out[n] for n in _draw(range(len(held_out)), settings.validation_max)]

@@ -9,7 +9,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -18,6 +17,7 @@ from vllm_vispec.data.image_bounds import bounds_in
 from vllm_vispec.data.template import load_processor
 from vllm_vispec.data.types import Rejected
 from vllm_vispec.reference import Draft
+from vllm_vispec.train.cache import bytes_of
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import BatchOrder, Corpus, Samples, count_reasons
 from vllm_vispec.train.distributed import Processes
@@ -85,10 +85,10 @@ def dry_run(config: TrainConfig, group: Processes, timed: bool) -> str:
         ("tokens", _tokens(counts, number)),
         ("steps", _steps(config, order, steps, group)),
         ("memory", _memory(config, cost, target, _room(group))),
-        ("disk", _disk(config, draft, counts, number, dtype)),
+        ("disk", _disk(config, draft, counts, number + len(corpus.validation), dtype)),
     ]
     if timed:
-        lines.append(("time", _time(asked, group, steps)))
+        lines.append(("time", _time(asked, group, steps, order.step_samples)))
     return "\n".join(f"{name:<8} {text}" for name, text in lines)
 
 
@@ -204,36 +204,39 @@ def _disk(
     place = next(folder for folder in (output, *output.parents) if folder.is_dir())
     text = f"{checkpoint_bytes(config, draft) / 1e9:.3g} GB of checkpoints in {output}"
     if config.teacher.mode == "offline":
-        # Embeddings of an image's tokens and states of the others: see the offline teacher.
-        mean = fmean(one.tokens for one in counts) * (number + 1)
-        width = draft.config.vision_size or draft.config.hidden_size
-        states = mean * width * dtype.itemsize
+        states = bytes_of(config, counts, dtype) / len(counts) * number
         text += f", about {states / 1e9:.3g} GB of states in {cache_folder(config)}"
     return f"{text}; {shutil.disk_usage(place).free / 1e9:,.3g} GB free"
 
 
-def _time(config: TrainConfig, group: Processes, steps: int | None) -> str:
+def _time(config: TrainConfig, group: Processes, steps: int | None, step_samples: int) -> str:
     """Take a few steps of the recipe on samples drawn from its data; return their time."""
-    samples = (
-        config.batch.size * max(config.batch.accumulate, config.batch.global_size) * group.world
-    )
-    with TemporaryDirectory(prefix="vispec-dry-run-") as folder:
-        changes = {
-            "data": {"max_samples": samples * (WARM_STEPS + TIMED_STEPS), "validation_share": 0.0},
-            "teacher": {"cache_dir": folder},
-            "run": {"output": folder},
+    output = Path(config.run.output).absolute()
+    place = next(parent for parent in output.parents if parent.is_dir())
+    # One for all processes.
+    folder = place / f".{output.name}-dry-run"
+    samples = step_samples * (WARM_STEPS + TIMED_STEPS)
+    changes = {
+        "data": {"max_samples": samples, "validation": (), "validation_share": 0.0},
+        "teacher": {"cache_dir": str(folder / "cache")},
+        "run": {"output": str(folder), "trackers": ()},
+    }
+    shorter = config.model_copy(
+        update={
+            name: getattr(config, name).model_copy(update=values)
+            for name, values in changes.items()
         }
-        shorter = config.model_copy(
-            update={
-                name: getattr(config, name).model_copy(update=values)
-                for name, values in changes.items()
-            }
-        )
+    )
+    try:
         run = Run(shorter, group, (), "dry run")
         try:
             seconds = run.time(WARM_STEPS, TIMED_STEPS)
         finally:
             run.log.close()
+        group.wait()
+    finally:
+        if group.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
     text = f"{seconds:.3g} s a step ({TIMED_STEPS} steps timed)"
     if steps is not None:
         before = "storing states, " if config.teacher.mode == "offline" else ""

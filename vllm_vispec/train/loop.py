@@ -129,7 +129,9 @@ class Run:
             changes = {"sample_rows": found.rows}
             # A head that is taken over has its units, a draft VLM reads no states.
             if saved is None and not config.head.init_from and not draft.config.is_draft_vlm:
-                units = units_of(draft.config, found.state_size, found.embed_size)
+                # One process's numbers for all: those of devices differ by rounding.
+                sizes = (group.same(found.state_size), group.same(found.embed_size))
+                units = units_of(draft.config, *sizes)
                 changes |= {"state_size": units.state, "embed_size": units.embed}
             self.progress = self.progress.model_copy(update=changes)
         step_rows = self.progress.sample_rows * self.order.step_samples

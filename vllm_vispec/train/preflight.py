@@ -45,6 +45,12 @@ def prepare(config: TrainConfig, world: int) -> tuple[TrainConfig, Corpus]:
     check_trackers(config.run.trackers)
     check_disk(config, starting_draft(config))
     corpus = read_corpus(config.data, get_head_type(config.head.kind).text_only)
+    if not corpus.entries:
+        first = "".join(f" (first: {x.sample_id}: {x.reason})" for x in corpus.rejected[:1])
+        raise ViSpecError(
+            f"none of {len(corpus.rejected)} records of data.train can be used{first}: correct the "
+            "files or data.image_root"
+        )
     where = "the run's data (data.train, data.validation)"
     recorded = recorded_bounds((entry.conversation for entry in corpus.entries), where)
     wanted = same_bounds(bounds_in(vars(config.data)), recorded, where)

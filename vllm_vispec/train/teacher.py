@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -103,9 +103,7 @@ class Teacher(ABC, Generic[T]):
         """Count tokens where that is not known yet; return the records of all samples."""
         known = self._known_lengths()
         missing = {key: index for index, key in self._keys.items() if key not in known}
-        mine = cut(list(missing.values()), _MEASURED_TOGETHER)[
-            self._group.rank :: self._group.world
-        ]
+        mine = cut(self._mine(missing), _MEASURED_TOGETHER)
         measure = Loader(self._samples.measure, self._config.data.workers)
         with bar("count tokens", sum(map(len, mine)), self._group) as progress:
             for chunk, found in zip(mine, measure(mine), strict=True):
@@ -117,6 +115,15 @@ class Teacher(ABC, Generic[T]):
         self._group.wait()
         known = self._known_lengths()
         return {index: known[key] for index, key in self._keys.items()}
+
+    def _mine(self, missing: Mapping[str, int]) -> list[int]:
+        """Return this process's share of what is missing, by keys.
+
+        Other processes, and other runs, write meanwhile: each process may see another part missing,
+        so a share does not depend on that.
+        """
+        rank, world = self._group.rank, self._group.world
+        return [index for key, index in missing.items() if int(key, 16) % world == rank]
 
     def _known_lengths(self) -> dict[str, dict[str, Any]]:
         return {
