@@ -25,6 +25,7 @@ from vllm_vispec.train.data import (
 )
 from vllm_vispec.train.trainer import rate_factor
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import writing
 
 LENGTHS = {index: 10 + (index * 37) % 50 for index in range(50)}
 
@@ -183,6 +184,15 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert float(saved.load(1).groups["weights"]["a"][0]) == 1.0
+
+
+def test_two_containers_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their processes have the same number."""
+    monkeypatch.setattr("os.getpid", lambda: 7)
+    with writing(tmp_path / "shard") as one, writing(tmp_path / "shard") as other:
+        one.write_text("same")
+        other.write_text("same")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("shard", "same")]
 
 
 def test_damaged_checkpoints(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -27,7 +28,8 @@ def writing(path: Path) -> Iterator[Path]:
     Raises:
         ViSpecError: the disk is full or the folder cannot be written.
     """
-    aside = path.with_name(f"{ASIDE}{os.getpid()}-{path.name}")
+    # No process number: containers that share a cache's folder have the same ones.
+    aside = path.with_name(f"{ASIDE}{token_hex(4)}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
