@@ -87,6 +87,7 @@ def test_unknown_shares_of_images_are_refused(
 @pytest.mark.parametrize(
     ("images", "seen"),
     [
+        ("all", "the draft sees all image rows"),
         ("none", "the draft sees no images"),
         ("prune:4", "the draft sees 1 of 4 image rows"),
         ("pool:3", "the draft sees 1 of 3 image rows, their mean"),
@@ -334,7 +335,10 @@ def test_doctor_says_whether_a_draft_fits(
     # 2 layers of one head, keys and values; features as wide as the model; in bfloat16.
     assert "256 bytes of KV cache for a token, and 192 bytes for a token of" in fits.stdout
     assert "tensor parallel up to 1 (1)" in fits.stdout
+    assert f'"model":"{tiny.sibling()}"' in fits.stdout
     assert fits.exit_code == 0
+    itself = CliRunner().invoke(app, [*target, str(tiny.target())])
+    assert "yes, but the draft has" in itself.stdout
     assert (
         "a token, and sees no images"
         in CliRunner().invoke(app, [*target, tiny.text_model()]).stdout

@@ -130,7 +130,7 @@ STARTS: Mapping[str, Start] = {
         _rewrite("canonical", head_dim=512),
     ),
     "missing folder": _start(
-        "head folder '/nowhere/head' does not exist.*give", model="/nowhere/head"
+        "draft folder '/nowhere/head' does not exist.*give", model="/nowhere/head"
     ),
     "no model": _start('"model" is missing; give the folder', model=None),
     "empty model": _start('"model" is missing; give the folder', model=""),

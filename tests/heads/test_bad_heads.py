@@ -173,7 +173,7 @@ def test_bad_head(tmp_path: Path, checkpoint_format: str, spoil: Spoil, message:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("/nowhere/head", "head folder '/nowhere/head' does not exist"),
+        ("/nowhere/head", "draft folder '/nowhere/head' does not exist"),
         ("~/no-such-head-here", "does not exist"),
         ("just-a-name", "does not exist: give an existing folder, or a hub id"),
         ("a/b/c", "does not exist"),

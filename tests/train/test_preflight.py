@@ -43,7 +43,7 @@ def nothing_expensive(monkeypatch: pytest.MonkeyPatch) -> None:
     ("changes", "said"),
     [
         ({"head__init_from": "out/stage1/head"}, r"out/stage1/head' does not exist: train that"),
-        ({"loss__name": "vispek"}, "loss 'vispek' is unknown: use one of"),
+        ({"loss__name": "vispek"}, "loss.name is 'vispek': use one of auto, vispec"),
         ({"loss__weights": {"k1": 1.0}}, "loss term 'k1' is unknown"),
         (
             {"head__init_from": "HEAD", "head__num_query_tokens": 3},
@@ -52,7 +52,7 @@ def nothing_expensive(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"batch__global_size": 6}, "6 is no multiple of batch.size 4 x 1 processes: .* to 4 "),
         ({"batch__global_size": 8, "batch__accumulate": 3}, "contradicts .* which needs 2"),
         ({"target__model": "EMPTY"}, r"holds no \*.safetensors"),
-        ({"data__train": "none.jsonl"}, "none.jsonl cannot be read"),
+        ({"data__train": "none.jsonl"}, "data.train .*none.jsonl is no file: give one"),
         (
             {"data__image_root": "elsewhere", "data__train": "IMAGES"},
             r"none of 1 records .*\(first: a: image 1-0.png does not exist\): .*data.image_root",

@@ -75,7 +75,7 @@ def test_states_are_those_of_the_whole_model(kind: str, tiny: TinyStore, dialogu
 def test_targets_that_cannot_be_used(
     tiny: TinyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ViSpecError, match=r"target\.model .* cannot be read"):
+    with pytest.raises(ViSpecError, match=r"target\.model .* is neither a folder nor a hub id"):
         load(tmp_path / "missing")
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))

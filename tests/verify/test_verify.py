@@ -290,7 +290,7 @@ def test_the_cause_of_a_failed_request(log: str, cause: str, refused: bool, tmp_
         (["-k", "0"], "--num-speculative-tokens is 0: give at least 1"),
         (["--tree", '{"dept": 3}'], '--tree.dept is unknown; did you mean "tree.depth"'),
         (["--tree-nodes", "3"], "num_speculative_tokens=3 must be an integer between 4 and 127"),
-        (["--target", "a", "--head", "/nowhere"], "head folder '/nowhere' does not exist"),
+        (["--target", "a", "--head", "/nowhere"], "draft folder '/nowhere' does not exist"),
         (["--target", "/nowhere", "--head", SIBLING], "target /nowhere cannot be used"),
     ],
 )

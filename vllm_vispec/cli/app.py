@@ -49,7 +49,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="vispec",
     cls=_Commands,
-    help="Tools for ViSpec heads in vLLM.",
+    help="Tools for ViSpec's drafts in vLLM: check, train, measure, share.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -123,7 +123,8 @@ def doctor(
         str | None, typer.Option(help="Folder or hub id of a target; says whether the head fits.")
     ] = None,
     draft: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a published model as its draft.")
+        str | None,
+        typer.Option(help="Folder or hub id of a published model that drafts for --target."),
     ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="List every patch point; say what trees need here.")

@@ -182,20 +182,25 @@ def draft_lines(target: str | None, draft: str) -> list[str]:
         ViSpecError: no target is given, or the draft does not fit it; says why.
     """
     if target is None:
-        raise ViSpecError("--draft fits one target or another: give --target, too")
+        raise ViSpecError("--draft is checked against a target: give --target, too")
     with _quiet():
         from vllm_vispec.draft_model import published
+        from vllm_vispec.draft_model.fit import size_warning
+        from vllm_vispec.heads.card import serve_command
+        from vllm_vispec.heads.speculators import Serving
         from vllm_vispec.heads.target import tensor_parallel_sizes
 
         config = published.read_target(target)
         found = published.find(draft, {}, config)
     if found is None:
         raise ViSpecError(f"--draft {draft} is no model that this vLLM serves: is it a --head?")
+    warning = size_warning(found.config, config)
     facts = {
         "draft": draft,
         "adds": published.added_memory(found, config),
         "tensor parallel": _ranks(tensor_parallel_sizes(found.config), config.hf_text_config),
-        "fit": "yes, draft and target go together",
+        "fit": f"yes, but {warning}" if warning else "yes, draft and target go together",
+        "serve with": serve_command(draft, Serving(target)),
     }
     return _table(facts)
 

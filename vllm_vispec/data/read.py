@@ -217,7 +217,9 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
                 if line.strip():
                     yield number, line
     except OSError as error:
-        raise ViSpecError(f"input {path} cannot be read: {error.strerror or error}") from error
+        raise ViSpecError(
+            f"input {path} cannot be read ({error.strerror or error}): give a file of conversations"
+        ) from error
 
 
 def _array(path: Path, content: bytes) -> list[Any]:

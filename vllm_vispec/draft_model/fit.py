@@ -7,10 +7,8 @@ from typing import Any
 from vllm.config import ModelConfig
 from vllm.tokenizers.registry import get_tokenizer
 
+from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.utils.errors import ViSpecError
-from vllm_vispec.utils.logs import get_logger
-
-logger = get_logger(__name__)
 
 # What decides how many tokens an image has, where they lie, and what a tower's tensors hold. Limits
 # of pixels do not: the target's processor makes the tensors.
@@ -35,18 +33,22 @@ def check_fit(name: str, own: ModelConfig, target: ModelConfig) -> None:
     checks = (check(own, target) for check in (_kind, *of_images, _tokenizer))
     for problem in chain.from_iterable(checks):
         raise ViSpecError(f"draft {name} does not fit target {target.model}: {problem}")
-    ours, theirs = (
-        (int(config.hf_text_config.num_hidden_layers), config.get_hidden_size())
-        for config in (own, target)
+
+
+def size_warning(head: HeadConfig, target: ModelConfig) -> str | None:
+    """Say that a draft's text layers are as large as its target's or larger; None if they are not.
+
+    Args:
+        head: The draft.
+    """
+    ours = head.num_hidden_layers, head.hidden_size
+    theirs = int(target.hf_text_config.num_hidden_layers), target.get_hidden_size()
+    if ours[0] * ours[1] ** 2 < theirs[0] * theirs[1] ** 2:
+        return None
+    return (
+        f"the draft has {ours[0]} layers of width {ours[1]}, the target {theirs[0]} of "
+        f"{theirs[1]}: a draft must be much smaller to make the target faster"
     )
-    if ours[0] * ours[1] ** 2 > theirs[0] * theirs[1] ** 2:
-        logger.warning(
-            "ViSpec: draft %s has %d layers of width %d, the target %d of %d: a draft larger than "
-            "its target makes it slower",
-            name,
-            *ours,
-            *theirs,
-        )
 
 
 def _kind(own: ModelConfig, target: ModelConfig) -> Iterator[str]:

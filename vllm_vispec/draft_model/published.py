@@ -9,7 +9,7 @@ from vllm.config import LoadConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.model_executor.models import ModelRegistry
 
 from vllm_vispec.config import ViSpecConfig
-from vllm_vispec.draft_model.fit import check_fit
+from vllm_vispec.draft_model.fit import check_fit, size_warning
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.folder import (
     CONFIG,
@@ -45,6 +45,8 @@ def find(model: str, settings: Mapping[str, Any], target: ModelConfig) -> HeadIn
     check_fit(model, own, target)
     info = _describe(folder, own, target.get_vocab_size())
     logger.info("ViSpec: draft %s adds %s", model, added_memory(info, target))
+    if (warning := size_warning(info.config, target)) is not None:
+        logger.warning("ViSpec: %s", warning)
     # vLLM reads offline what it is told by name in the hub's cache.
     for name in (locate(model, folder)["model"], str(folder)):
         _FOUND[name] = info
@@ -94,10 +96,11 @@ def check_settings(
         logger.info("ViSpec: the draft is a text model and sees no images")
         return config.replace(images="none")
     share = config.image_share
+    seen, is_mean = "all image rows", ""
     if share is not None:
-        seen = "no images" if not share.amount else f"1 of {share.amount} image rows"
+        seen = f"1 of {share.amount} image rows" if share.amount else "no images"
         is_mean = ", their mean" if share.name == "pool" else ""
-        logger.info("ViSpec: the draft sees %s%s", seen, is_mean)
+    logger.info("ViSpec: the draft sees %s%s", seen, is_mean)
     return config
 
 
@@ -171,9 +174,10 @@ def _num_levels(own: ModelConfig) -> int:
 def added_memory(info: HeadInfo, target: ModelConfig) -> str:
     """Say what a draft adds to memory, in all ranks together."""
     head, size = info.config, target.dtype.itemsize
-    weights = sum(file.stat().st_size for file in info.files) / 2**30
+    stored = sum(file.stat().st_size for file in info.files)
+    weights = f"{stored / 2**30:.2f} GiB" if stored >= 2**30 else f"{stored / 2**20:.1f} MiB"
     values = 2 * head.num_hidden_layers * head.num_key_value_heads * head.head_dim
-    found = f"{weights:.2f} GiB of weights, {values * size} bytes of KV cache for a token"
+    found = f"{weights} of weights, {values * size} bytes of KV cache for a token"
     if info.checkpoint_format == TEXT_MODEL:
         return f"{found}, and sees no images"
     features = head.vision_size * size

@@ -264,7 +264,10 @@ def describe_other_model(config: RawConfig, shapes: Shapes) -> str | None:
     layers = {name.split(".layers.")[1].split(".")[0] for name in shapes if ".layers." in name}
     is_whole = len(layers) >= _LAYERS_OF_A_MODEL
     return describe_other_draft(config, shapes) or (
-        "a whole model and no draft head, give the head's folder" if is_whole else None
+        "a whole model and no draft head, give the head's folder (vispec doctor: a published "
+        "model is --draft)"
+        if is_whole
+        else None
     )
 
 

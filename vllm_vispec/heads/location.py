@@ -36,12 +36,12 @@ def resolve_head(path_or_hub_id: str | Path, revision: str | None = None) -> Pat
         return path
     if path.is_file():
         raise ViSpecError(
-            f"head {str(path)!r} is a file: give the folder that holds config.json and the "
+            f"draft {str(path)!r} is a file: give the folder that holds config.json and the "
             "safetensors"
         )
     if not is_hub_id(name):
         raise ViSpecError(
-            f"head folder {name!r} does not exist: give an existing folder, or a hub id like "
+            f"draft folder {name!r} does not exist: give an existing folder, or a hub id like "
             "'org/name'"
         )
     from huggingface_hub import snapshot_download
@@ -53,7 +53,7 @@ def resolve_head(path_or_hub_id: str | Path, revision: str | None = None) -> Pat
     except Exception as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ViSpecError(
-            f"head {name!r}{at} is no local folder and could not be fetched from the hub "
+            f"draft {name!r}{at} is no local folder and could not be fetched from the hub "
             f"({type(error).__name__}): check the name, your network and token, or download it "
             "yourself and give the folder"
         ) from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.location import is_hub_id
 from vllm_vispec.utils.errors import ViSpecError, first_line
 
 # A head of one of these cannot read hidden states of another. A name that is not listed may be that
@@ -60,6 +61,11 @@ def load_target_config(folder: str | Path, setting: str = "target.model") -> Any
     """
     from transformers import AutoConfig
 
+    if not Path(folder).is_dir() and not is_hub_id(str(folder)):
+        raise ViSpecError(
+            f"{setting} {str(folder)!r} is neither a folder nor a hub id like 'org/name': give the "
+            "folder or hub id of a vision-language model"
+        )
     try:
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=Path(folder).is_dir()

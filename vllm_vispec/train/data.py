@@ -132,6 +132,11 @@ def _read_files(files: Sequence[str], image_root: str) -> tuple[list[Entry], lis
     rejected: list[Rejected] = []
     for name in files:
         file, root = Path(name), Path(image_root) if image_root else None
+        if not file.is_file():
+            raise ViSpecError(
+                f"data.train or data.validation: {file} is no file: give one that "
+                "`vispec regenerate` wrote"
+            )
         for item in read_conversations(file, root):
             if isinstance(item, Rejected):
                 rejected.append(item)

@@ -80,7 +80,7 @@ def dry_run(config: TrainConfig, group: Processes, timed: bool) -> str:
     lines = [
         ("target", f"{config.target.model}, {target / GIB:.3g} GiB as {dtype}"),
         ("head", _head(config, draft)),
-        ("images", " to ".join(map(str, bounds_in(vars(config.data)).values())) or "fixed size"),
+        ("images", _images(config)),
         ("samples", _samples(corpus, number, rejected, len(counts) + len(rejected))),
         ("tokens", _tokens(counts, number)),
         ("steps", _steps(config, order, steps, group)),
@@ -164,6 +164,11 @@ def _look(
     return list(counts.values()), rejected, answers
 
 
+def _images(config: TrainConfig) -> str:
+    bounds = " to ".join(map(str, bounds_in(vars(config.data)).values()))
+    return f"{bounds} pixels" if bounds else "fixed size"
+
+
 def _head(config: TrainConfig, draft: Draft) -> str:
     weights = sum(p.numel() for p in draft.parameters()) / 1e6
     start = f"from {config.head.init_from}" if config.head.init_from else "fresh"
@@ -240,7 +245,7 @@ def _time(config: TrainConfig, group: Processes, steps: int | None, step_samples
     text = f"{seconds:.3g} s a step ({TIMED_STEPS} steps timed)"
     if steps is not None:
         before = "storing states, " if config.teacher.mode == "offline" else ""
-        text += f", {seconds * steps / 3600:.3g} hours in all beside {before}start and validation"
+        text += f", {seconds * steps / 3600:.3g} hours in all without {before}start and validation"
     if group.device.type == "cuda":
         text += f"; peak memory {torch.cuda.max_memory_allocated() / GIB:.3g} GiB"
     return text

@@ -134,7 +134,7 @@ def term_weights(name: str, changes: Mapping[str, float]) -> dict[str, float]:
         ViSpecError: the loss or a term is unknown, a weight is negative, or nothing is left.
     """
     if name not in LOSSES:
-        raise ViSpecError(f"loss {name!r} is unknown: use one of {', '.join(LOSSES)}")
+        raise ViSpecError(f"loss.name is {name!r}: use one of auto, {', '.join(LOSSES)}")
     for term, weight in changes.items():
         if term not in TERMS:
             raise ViSpecError(

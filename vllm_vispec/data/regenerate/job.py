@@ -287,7 +287,10 @@ def _file_hash(path: Path) -> str:
         with path.open("rb") as source:
             return hashlib.file_digest(source, "sha256").hexdigest()
     except OSError as error:
-        raise ViSpecError(f"--input {path} cannot be read: {error.strerror or error}") from error
+        raise ViSpecError(
+            f"--input {path} cannot be read ({error.strerror or error}): give a folder of images "
+            "or a file of questions"
+        ) from error
 
 
 def _write_line(file: Any, record: Mapping[str, Any]) -> int:
