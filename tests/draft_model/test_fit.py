@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,10 +98,13 @@ def test_the_log_says_what_the_draft_sees(
     configure: Callable[..., Any],
     tiny: TinyStore,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
     images: str,
     seen: str,
 ) -> None:
-    caplog.set_level("INFO")
+    configure(tiny.sibling())  # with the first one vLLM sets up loggers anew
+    ours = logging.getLogger("vllm.vllm_vispec")
+    monkeypatch.setattr(ours, "handlers", [caplog.handler])
     configure(tiny.sibling(), images=images)
     assert seen in caplog.text
     assert ": published model, 2 layers of width 96" in caplog.text

@@ -118,7 +118,10 @@ REFERENCE: dict[str, tuple[Spoil, str]] = {
         _only("LlamaForCausalLM", _EAGLE, speculators_model_type="eagle"),
         "a head in the speculators format, serve it with vLLM",
     ),
-    "whole model": (_only("X", _FULL), "whole model and no draft head"),
+    "whole model": (
+        _only("X", _FULL),
+        r"whole model \(X\); .* a published model that this vLLM serves",
+    ),
     "unknown format": (
         _only("MyHead", {"w": torch.zeros(2)}),
         r"unknown checkpoint format \(architectures \['MyHead'\], tensors w\): expected one of "

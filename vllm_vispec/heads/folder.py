@@ -104,7 +104,10 @@ def inspect_head(path_or_hub_id: str | Path, revision: str | None = None) -> Hea
     if found is None:
         other = describe_other_model(config, shapes)
         if other is not None:
-            raise ViSpecError(f"{folder} is {other}; ViSpec needs a head with an image adaptor")
+            raise ViSpecError(
+                f"{folder} is {other}; ViSpec needs a head with an image adaptor, or a published "
+                "model that this vLLM serves (for vispec doctor: --draft)"
+            )
         raise ViSpecError(
             f"{folder} is of an unknown checkpoint format (architectures "
             f"{config.get('architectures')!r}, tensors {short_list(sorted(shapes))}): expected one "

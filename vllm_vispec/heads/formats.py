@@ -262,13 +262,9 @@ def describe_other_draft(config: RawConfig, names: Collection[str]) -> str | Non
 def describe_other_model(config: RawConfig, shapes: Shapes) -> str | None:
     """Say what weights are that are no ViSpec head, and what to do with them; None if unknown."""
     layers = {name.split(".layers.")[1].split(".")[0] for name in shapes if ".layers." in name}
-    is_whole = len(layers) >= _LAYERS_OF_A_MODEL
-    return describe_other_draft(config, shapes) or (
-        "a whole model and no draft head, give the head's folder (vispec doctor: a published "
-        "model is --draft)"
-        if is_whole
-        else None
-    )
+    classes = ", ".join(str(name) for name in config.get("architectures") or ())
+    whole = f"a whole model ({classes})" if len(layers) >= _LAYERS_OF_A_MODEL else None
+    return describe_other_draft(config, shapes) or whole
 
 
 def text_fields(config: RawConfig) -> dict[str, Any]:

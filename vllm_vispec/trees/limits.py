@@ -176,7 +176,7 @@ def check_cache_dtype(cache_dtype: str, setting: str = "tree") -> None:
 
     if get_kv_quant_mode(cache_dtype) != KVQuantMode.NONE:
         raise ViSpecError(
-            f"kv_cache_dtype={cache_dtype} does not work with {setting}, whose codes are exact in "
+            f"kv_cache_dtype={cache_dtype} does not work with {setting}: its codes are exact in "
             "16 bits; leave one of them out"
         )
 
