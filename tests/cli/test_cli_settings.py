@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import pytest
 import typer
@@ -40,6 +40,7 @@ class Colour(CommandSettings):
     """Another one."""
 
     hue: float | None = None
+    kind: Literal["oil", "chalk"] | None = None
 
 
 def shape(**values: Any) -> Shape:
@@ -102,6 +103,7 @@ def test_help_is_the_description_of_a_field() -> None:
     ("words", "said"),
     [
         (["--sizes", "1,x"], "--sizes is 'x': give a whole number"),
+        (["--kind", "ink"], "--kind is 'ink': use one of oil, chalk"),
         (["--sizes", "-1"], "--sizes has a negative one"),
         (["--serve", "'"], "--serve ': No closing quotation"),
     ],

@@ -35,7 +35,9 @@ GIB = 2**30
 def nothing_expensive(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither encoding nor loading the target."""
     for module in (cache, loop):
-        monkeypatch.setattr(module, "open_teacher", lambda *_: pytest.fail("samples are encoded"))
+        monkeypatch.setattr(
+            module, "open_teacher", lambda *_, **__: pytest.fail("samples are encoded")
+        )
     monkeypatch.setattr(TrainingTarget, "load", lambda *_: pytest.fail("the target is loaded"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,8 @@ def evaluate(
     from vllm_vispec.utils.files import write_json
 
     report = run(options)
-    Console().print(make_table(report))
+    # A file has room for names in full.
+    Console(width=None if sys.stdout.isatty() else 400).print(make_table(report))
     for line in report.notes():
         typer.echo(line)
     if output is not None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -107,7 +107,8 @@ def _option(name: str, field: FieldInfo, defaults: Mapping[str, Any]) -> Setting
     names = tuple(extra.get("flags", ()))
     flag = (*names, as_flag(name))[0]
     # The class itself refuses what is not among its values.
-    kind: Any = str if get_origin(field.annotation) is Literal else field.annotation
+    choices = {get_origin(one) for one in (field.annotation, *get_args(field.annotation))}
+    kind: Any = str if Literal in choices else field.annotation
     default: Any = inspect.Parameter.empty if field.is_required() else field.default
     default = defaults.get(name, default)
     read: Callable[[Any], Any] = _as_given

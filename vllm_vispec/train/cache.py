@@ -233,12 +233,18 @@ def _write_tables(folder: Path, target: TrainingTarget) -> None:
     )
 
 
-def open_teacher(config: TrainConfig, corpus: Corpus, group: Processes) -> Teacher[Any]:
-    """Return the teacher that `teacher.mode` names."""
+def open_teacher(
+    config: TrainConfig, corpus: Corpus, group: Processes, *, may_store: bool = True
+) -> Teacher[Any]:
+    """Return the teacher that `teacher.mode` names.
+
+    Args:
+        may_store: the draft can be trained offline, too; then many epochs get a hint to do so.
+    """
     if config.teacher.mode == "offline":
         return OfflineTeacher(config, corpus, group)
     teacher, epochs = OnlineTeacher(config, corpus, group), config.schedule.epochs
-    if group.is_main and epochs > 2:
+    if group.is_main and may_store and epochs > 2:
         size = bytes_of(config, teacher.counts.values(), teacher.dtype)
         tqdm.write(
             f"the target runs in each of {epochs:g} epochs: teacher.mode=offline runs it once and "

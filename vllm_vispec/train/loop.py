@@ -102,7 +102,7 @@ class Run:
         self.settings = config.flat() | {"processes": group.world}
         saved = self.checkpoints.latest()
         overridden = check_same_settings(saved.settings, self.settings, override) if saved else []
-        self.teacher = open_teacher(config, corpus, group)
+        self.teacher = open_teacher(config, corpus, group, may_store=published is None)
         usable = self.teacher.lengths
         self.held_out = {
             index: corpus.entries[index].conversation.family
