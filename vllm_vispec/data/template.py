@@ -9,6 +9,7 @@ from typing import Any
 from vllm_vispec.data.image_bounds import set_bounds
 from vllm_vispec.data.images import data_url
 from vllm_vispec.data.types import Turn, to_messages
+from vllm_vispec.heads.location import is_hub_id
 from vllm_vispec.utils.errors import ViSpecError, first_line
 
 
@@ -23,6 +24,11 @@ def load_processor(target: str | Path, bounds: Mapping[str, int] | None = None) 
     """
     from transformers import AutoProcessor
 
+    if not Path(target).is_dir() and not is_hub_id(str(target)):
+        raise ViSpecError(
+            f"target {target} is neither a folder nor a hub id like 'org/name': give the folder or "
+            "hub id of a vision-language model"
+        )
     try:
         processor = AutoProcessor.from_pretrained(str(target), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:

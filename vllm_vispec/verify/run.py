@@ -86,7 +86,7 @@ class VerifySettings(Settings):
     )
     head: str = Field(
         default="",
-        description="Head: a folder or hub id, in any checkpoint format; default as above.",
+        description="Draft: a head or a published model, folder or hub id; default as above.",
     )
     num_speculative_tokens: int = Field(
         default=4,
