@@ -20,6 +20,7 @@ from vllm_vispec.train.config import TrainConfig, config_from_flat
 from vllm_vispec.train.losses import Sums
 from vllm_vispec.train.trainer import Trainer
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import lock
 
 LONGER = ("schedule.max_steps",)
 
@@ -107,6 +108,15 @@ def test_other_settings_are_refused(tiny: TinyStore, dialogues: Path, tmp_path: 
     other = config_from_flat(longer.flat() | {"head.num_query_tokens": 4})
     with pytest.raises(ViSpecError, match="head of another shape"):
         run(other, "head.num_query_tokens")
+
+
+def test_a_folder_has_one_run_at_a_time(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:
+    config = recipe(tiny.target("qwen2_5_vl"), dialogues, tmp_path, schedule__max_steps=1)
+    with (tmp_path / "run.lock").open("ab") as other:
+        lock(other, "no other")
+        with pytest.raises(ViSpecError, match=r"run\.output=.* is in use by another run: choose"):
+            run(config)
+    assert run(config).finished
 
 
 def test_a_diverging_run_says_so(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:

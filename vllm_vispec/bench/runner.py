@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from vllm_vispec.bench.schema import (
 from vllm_vispec.bench.server import BenchServer, ServerGroup, choose_ports, serve_arguments
 from vllm_vispec.draft_model.named import check_draft
 from vllm_vispec.utils.errors import ViSpecError
-from vllm_vispec.utils.files import write_json
+from vllm_vispec.utils.files import lock, write_json
 from vllm_vispec.utils.process import interruptible
 
 LATE = ("schedule", "sibling")
@@ -240,12 +239,7 @@ def open_run(path: Path, settings: Mapping[str, Any]) -> Iterator[RunFolder]:
             f"--output {path} cannot be written ({error.strerror or error}): choose another folder"
         ) from error
     with cells:
-        try:
-            fcntl.flock(cells, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ViSpecError(
-                f"--output {path} is in use by another benchmark: choose another folder"
-            ) from error
+        lock(cells, f"--output {path} is in use by another benchmark: choose another folder")
         yield RunFolder(path, cells, settings)
 
 

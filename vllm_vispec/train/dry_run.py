@@ -233,7 +233,7 @@ def _time(config: TrainConfig, group: Processes, steps: int | None, step_samples
         }
     )
     try:
-        run = Run(shorter, group, (), "dry run")
+        run = Run(*prepare(shorter, group.world), group, (), "dry run")
         try:
             seconds = run.time(WARM_STEPS, TIMED_STEPS)
         finally:

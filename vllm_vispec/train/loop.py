@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from vllm_vispec.train.acceptance import OVERALL, describe_gate, validate
 from vllm_vispec.train.cache import OfflineTeacher, open_teacher
 from vllm_vispec.train.checkpoint import Checkpoint, Checkpoints, Progress, check_same_settings
 from vllm_vispec.train.config import TrainConfig
-from vllm_vispec.train.data import GREEDY, BatchOrder, describe_answers
+from vllm_vispec.train.data import GREEDY, BatchOrder, Corpus, describe_answers
 from vllm_vispec.train.distributed import Processes, stop_on_signals
 from vllm_vispec.train.init import make_draft
 from vllm_vispec.train.preflight import prepare
@@ -30,7 +31,7 @@ from vllm_vispec.train.trackers import open_trackers
 from vllm_vispec.train.trainer import StepResult, Trainer, rate_factor
 from vllm_vispec.train.units import Units, units_of
 from vllm_vispec.utils.errors import ViSpecError
-from vllm_vispec.utils.files import read_json, sweep, write_json
+from vllm_vispec.utils.files import lock, read_json, sweep, write_json
 
 # Steps of a run whose loss or gradients may be infinite or no number.
 MOST_SKIPPED = 3
@@ -79,21 +80,42 @@ def train(
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    run = Run(config, group, tuple(override), command)
+    config, corpus = prepare(config, group.world)
+    with ExitStack() as stack:
+        if group.is_main:
+            stack.enter_context(_holding(Path(config.run.output)))
+        run = Run(config, corpus, group, tuple(override), command)
+        stack.callback(run.log.close)
+        return run.go(stack.enter_context(stop_on_signals()))
+
+
+@contextmanager
+def _holding(output: Path) -> Iterator[None]:
+    """Let no other run have a folder meanwhile."""
     try:
-        with stop_on_signals() as signals:
-            return run.go(signals)
-    finally:
-        run.log.close()
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / "run.lock").open("ab")
+    except OSError as error:
+        raise ViSpecError(
+            f"run.output={str(output)!r} cannot be written ({error.strerror or error}): choose "
+            "another folder"
+        ) from error
+    with file:
+        lock(file, f"run.output={str(output)!r} is in use by another run: choose another folder")
+        yield
 
 
 class Run:
     """One attempt at a recipe on one process."""
 
     def __init__(
-        self, config: TrainConfig, group: Processes, override: tuple[str, ...], command: str
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        group: Processes,
+        override: tuple[str, ...],
+        command: str,
     ) -> None:
-        config, corpus = prepare(config, group.world)
         published = find_start(config)
         self.config, self.group = config, group
         self.output = Path(config.run.output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ASIDE = ".writing-"
+
+
+def lock(file: IO[Any], refusal: str) -> None:
+    """Let this process alone have an open file, until it is closed.
+
+    Raises:
+        ViSpecError: another has it; with the text ``refusal``.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ViSpecError(refusal) from error
 
 
 @contextmanager

@@ -7,7 +7,6 @@ answers in), ``out.jsonl.rejected.jsonl`` and, at the end, ``out.jsonl.summary.j
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -31,7 +30,7 @@ from vllm_vispec.data.types import (
     to_messages,
 )
 from vllm_vispec.utils.errors import ViSpecError
-from vllm_vispec.utils.files import write_json
+from vllm_vispec.utils.files import lock, write_json
 
 BackendName = Literal["offline", "server", "ray"]
 # Named as text, so that nothing heavy is imported before it is used.
@@ -139,12 +138,10 @@ class _Job:
             created = not self.output.exists() or self.output.stat().st_size == 0
             # Unbuffered: nothing of a record that did not fit may be written later.
             self._file = stack.enter_context(self.output.open("ab", buffering=0))
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ViSpecError(
-                    f"--output {self.output} is being written by another job; choose another file"
-                ) from error
+            lock(
+                self._file,
+                f"--output {self.output} is being written by another job; choose another file",
+            )
             _check_meta(settings, configuration, created)
             self._size = self._load()
             rejected = settings.beside("rejected.jsonl")
