@@ -292,7 +292,7 @@ STARTS: Mapping[str, Start] = {
     ),
     "good without trees": _start("", vllm="without get_kv_cache_spec"),
     "broken trees": _start(
-        r'^draft trees: patch point \S+Attention\.get_kv_cache_spec .*; leave "tree" out of ',
+        r'^draft trees, .*: patch point \S+Attention\.get_kv_cache_spec .*; leave "tree" and "',
         vllm="without get_kv_cache_spec",
         **TREE,
     ),

@@ -36,6 +36,7 @@ WRAPPED = [
     "vllm.v1.worker.worker_base.WorkerBase.__init__",
 ]
 ARCHITECTURES = [
+    "EagleDraftModelForCausalLM",
     "EagleDraftVlmForCausalLM",
     "EagleViSpecEmbedsForCausalLM",
     "EagleViSpecForCausalLM",
