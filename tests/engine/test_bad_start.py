@@ -395,9 +395,11 @@ def _without(name: str) -> Any:
 def _registered_anew(name: str, replacement: Callable[..., str | None]) -> Iterator[None]:
     """Register the plugin as in a fresh process in which ``compat.<name>`` says something else."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
 
     from vllm_vispec import plugin
 
+    load_general_plugins()  # once in a process; else with the first `EngineArgs`, over what follows
     installed = EngineArgs.create_speculative_config
     EngineArgs.create_speculative_config = installed.__wrapped__
     try:
