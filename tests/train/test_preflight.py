@@ -59,6 +59,7 @@ def nothing_expensive(monkeypatch: pytest.MonkeyPatch) -> None:
             {"data__image_root": "elsewhere", "data__train": "IMAGES"},
             r"none of 1 records .*\(first: a: image 1-0.png does not exist\): .*data.image_root",
         ),
+        ({"data__train": "OTHER"}, r"sample a has token 4096, target.model .* another model's"),
         ({"run__output": "FILE/out"}, "is a file; choose another folder"),
     ],
 )
@@ -72,10 +73,17 @@ def test_bad_input_is_one_line_before_the_expensive_part(
     (tmp_path / "EMPTY").mkdir()
     shutil.copy(target / "config.json", tmp_path / "EMPTY")
     (tmp_path / "FILE").write_text("")
-    record = {"id": "a", "image": "1-0.png", "conversations": [{"from": "human", "value": "What?"}]}
+    record: dict[str, Any] = {
+        "id": "a",
+        "image": "1-0.png",
+        "conversations": [{"from": "human", "value": "What?"}],
+    }
     write_records(tmp_path / "IMAGES", [record])
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Yes"}]
+    record = {"id": "a", "messages": turns, "response_token_ids": [[9, 4096]]}
+    write_records(tmp_path / "OTHER", [record])
     named = {
-        name: re.sub("HEAD|EMPTY|FILE|IMAGES", lambda found: str(tmp_path / found[0]), value)
+        name: re.sub("HEAD|EMPTY|FILE|IMAGES|OTHER", lambda found: str(tmp_path / found[0]), value)
         if isinstance(value, str)
         else value
         for name, value in changes.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from vllm_vispec.data.image_bounds import bounds_in, recorded_bounds, same_bounds, set_bounds
 from vllm_vispec.data.tables import is_table, write_out
 from vllm_vispec.data.template import load_processor
+from vllm_vispec.data.types import ANSWER_TOKENS_KEY
 from vllm_vispec.heads.target import load_target_config
 from vllm_vispec.reference import Draft
 from vllm_vispec.train.config import TrainConfig
@@ -51,12 +53,28 @@ def prepare(config: TrainConfig, world: int) -> tuple[TrainConfig, Corpus]:
             f"none of {len(corpus.rejected)} records of data.train can be used{first}: correct the "
             "files or data.image_root"
         )
+    _check_tokens(corpus, config.target.model)
     where = "the run's data (data.train, data.validation)"
     recorded = recorded_bounds((entry.conversation for entry in corpus.entries), where)
     wanted = same_bounds(bounds_in(vars(config.data)), recorded, where)
     bounds = set_bounds(load_processor(config.target.model), wanted)
     data = config.data.model_copy(update=bounds)
     return config.model_copy(update={"data": data}), corpus
+
+
+def _check_tokens(corpus: Corpus, target: str) -> None:
+    """Refuse answers whose recorded tokens the target does not have."""
+    vocab_size = load_target_config(target).get_text_config().vocab_size
+    for entry in corpus.entries:
+        answers = entry.conversation.extra.get(ANSWER_TOKENS_KEY)
+        for tokens in answers if isinstance(answers, list) else ():
+            # What is no list of tokens is rejected with its sample.
+            if isinstance(tokens, array) and tokens and max(tokens) >= vocab_size:
+                raise ViSpecError(
+                    f"data.train: sample {entry.conversation.sample_id} has token {max(tokens)}, "
+                    f"target.model {target!r} has {vocab_size}: the answers are another model's; "
+                    "make them with `vispec regenerate --target`"
+                )
 
 
 def with_batch(config: TrainConfig, world: int) -> TrainConfig:
