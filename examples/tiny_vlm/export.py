@@ -57,8 +57,8 @@ def _vision_config(c: TargetConfig) -> dict:
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
         "tokens_per_second": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": list(range(c.vision_depth)),
+        "window_size": c.vision_window or 112,
+        "fullatt_block_indexes": [] if c.vision_window else list(range(c.vision_depth)),
     }
 
 
@@ -130,6 +130,7 @@ def load_target(folder: Path) -> Target:
         vision_hidden=vision["hidden_size"],
         vision_heads=vision["num_heads"],
         vision_mlp=vision["intermediate_size"],
+        vision_window=0 if vision["fullatt_block_indexes"] else vision["window_size"],
     )
     target = Target(config)
     stored = load_file(folder / "model.safetensors")

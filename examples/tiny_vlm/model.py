@@ -16,7 +16,11 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """Sizes of the target."""
+    """Sizes of the target.
+
+    `vision_window` is the side, in pixels, of the windows that the vision tower attends to, 0 for
+    whole images. One window holds all of a training image.
+    """
 
     vocab_size: int = 1024
     hidden: int = 256
@@ -30,6 +34,7 @@ class TargetConfig:
     vision_hidden: int = 128
     vision_heads: int = 4
     vision_mlp: int = 256
+    vision_window: int = 0
 
     @property
     def head_dim(self) -> int:

@@ -19,12 +19,14 @@ from tqdm import tqdm
 from vllm_vispec.utils.files import writing
 
 from .batching import Batch, stream
+from .canvas import CELL, GRID
 from .dataset import FAMILY_WEIGHTS, HARD_WEIGHTS
 from .model import Target, TargetConfig, grow
 from .tokenizer import build_tokenizer, load_tokenizer, save_processor
 from .vision_stage import train_vision
 
-# The sibling is half as wide, its vision tower too. Heads stay 64 wide, as M-RoPE's sections are.
+# The sibling is half as wide, its vision tower too, which attends to windows in larger images.
+# Heads stay 64 wide, as M-RoPE's sections are.
 SIZES = {
     "target": TargetConfig(),
     "sibling": TargetConfig(
@@ -36,6 +38,7 @@ SIZES = {
         vision_hidden=64,
         vision_heads=2,
         vision_mlp=128,
+        vision_window=GRID * CELL,
     ),
 }
 
