@@ -88,7 +88,7 @@ def test_low_precision_logits_give_a_float32_loss() -> None:
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
-        ("mse", {}, "loss 'mse' is unknown"),
+        ("mse", {}, "loss.name is 'mse': use one of"),
         ("vispec", {"l2": 1.0}, "term 'l2' is unknown"),
         ("vispec", {"l1": -1.0}, "negative"),
         ("kl", {"kl": 0.0}, "give one"),
