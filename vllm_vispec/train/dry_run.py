@@ -25,6 +25,7 @@ from vllm_vispec.train.loop import Run
 from vllm_vispec.train.preflight import checkpoint_bytes, prepare, skeleton, starting_draft
 from vllm_vispec.train.teacher import cache_folder, target_dtype
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.files import nearest
 
 LOOK_AT = 256
 """Samples whose tokens are counted; the rest is taken to be like them."""
@@ -206,20 +207,18 @@ def _disk(
     config: TrainConfig, draft: Draft, counts: list[Measured], number: int, dtype: torch.dtype
 ) -> str:
     output = Path(config.run.output).absolute()
-    place = next(folder for folder in (output, *output.parents) if folder.is_dir())
     text = f"{checkpoint_bytes(config, draft) / 1e9:.3g} GB of checkpoints in {output}"
     if config.teacher.mode == "offline":
         states = bytes_of(config, counts, dtype) / len(counts) * number
         text += f", about {states / 1e9:.3g} GB of states in {cache_folder(config)}"
-    return f"{text}; {shutil.disk_usage(place).free / 1e9:,.3g} GB free"
+    return f"{text}; {shutil.disk_usage(nearest(output)).free / 1e9:,.3g} GB free"
 
 
 def _time(config: TrainConfig, group: Processes, steps: int | None, step_samples: int) -> str:
     """Take a few steps of the recipe on samples drawn from its data; return their time."""
     output = Path(config.run.output).absolute()
-    place = next(parent for parent in output.parents if parent.is_dir())
     # One for all processes.
-    folder = place / f".{output.name}-dry-run"
+    folder = nearest(output.parent) / f".{output.name}-dry-run"
     samples = step_samples * (WARM_STEPS + TIMED_STEPS)
     changes = {
         "data": {"max_samples": samples, "validation": (), "validation_share": 0.0},

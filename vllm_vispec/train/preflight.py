@@ -29,6 +29,7 @@ from vllm_vispec.train.published import PublishedModel, find_start
 from vllm_vispec.train.target import TargetFacts, check_structure, image_token_id
 from vllm_vispec.train.trackers import check_trackers
 from vllm_vispec.utils.errors import ViSpecError, first_line
+from vllm_vispec.utils.files import nearest
 
 BYTES_PER_WEIGHT = 12
 """Of a draft weight in a checkpoint: float32 and the two moments of AdamW."""
@@ -174,7 +175,7 @@ def check_disk(config: TrainConfig, draft: Draft) -> None:
         ViSpecError: it has none, or run.output cannot be a folder.
     """
     output = Path(config.run.output).absolute()
-    place = next(folder for folder in (output, *output.parents) if folder.exists())
+    place = nearest(output)
     if not place.is_dir():
         raise ViSpecError(f"run.output {output}: {place} is a file; choose another folder")
     needed, free = checkpoint_bytes(config, draft), shutil.disk_usage(place).free

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 ASIDE = ".writing-"
 
 
+def nearest(path: Path) -> Path:
+    """Return a path, or the nearest above it that exists: it is on the disk that will be used."""
+    absolute = path.absolute()
+    return next(one for one in (absolute, *absolute.parents) if one.exists())
+
+
 def lock(file: IO[Any], refusal: str) -> None:
     """Let this process alone have an open file, until it is closed.
 
