@@ -18,7 +18,7 @@ from vllm_vispec.compressors.compressor import COMPRESSORS
 from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.draft_model.masking import MaskBuffers
 from vllm_vispec.draft_model.published import published_model_config
-from vllm_vispec.draft_model.rows import FEATURES, DraftPositions
+from vllm_vispec.draft_model.rows import FEATURES, DraftPositions, PublishedRows
 from vllm_vispec.models.vispec import draft_hf_config
 from vllm_vispec.trees.attention import layers_with
 from vllm_vispec.utils.errors import ViSpecError
@@ -111,6 +111,10 @@ class EagleDraftModelForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the published files by the model's own rules; return the names of its weights."""
         return {f"model.{name}" for name in self.model.load_weights(weights)}
+
+    def make_rows(self) -> PublishedRows:
+        """Return what lays a batch's rows out for this draft, on either runner."""
+        return PublishedRows(self.positions, self.masks, self.image_share)
 
     def follow_tower(self, target: Any) -> None:
         """Run this model's vision tower wherever the target's runs, on the same tensors.

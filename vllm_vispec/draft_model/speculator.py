@@ -51,8 +51,8 @@ class PublishedSpeculator(ViSpecSpeculator):
 
     def make_draft_rows(self) -> PublishedRows:
         """Return what lays the batch out."""
-        model = self.model
-        return PublishedRows(model.positions, model.masks, model.image_share)
+        rows: PublishedRows = self.model.make_rows()
+        return rows
 
     def set_attn(self, model_state: Any, *args: Any, **kwargs: Any) -> None:
         """Learn where the target's M-RoPE positions are kept, if it has any."""

@@ -25,8 +25,8 @@ class PublishedProposer(ViSpecProposer):
 
     def make_draft_rows(self) -> PublishedRows:
         """Return what lays a batch's rows out."""
-        model = self.model
-        return PublishedRows(model.positions, model.masks, model.image_share)
+        rows: PublishedRows = self.model.make_rows()
+        return rows
 
     def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return drafts ``[R, K]``."""
