@@ -228,7 +228,7 @@ def test_worker_without_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ViSpecError, match="check the name, your network and token") as error:
         head_folder(SimpleNamespace(model="no-org/no-head", revision=COMMIT))
     assert str(error.value).startswith(
-        f"worker on {platform.node()}: head 'no-org/no-head' at revision {COMMIT!r} is no local"
+        f"worker on {platform.node()}: draft 'no-org/no-head' at revision {COMMIT!r} is no local"
     )
     assert "\n" not in str(error.value)
 
