@@ -55,7 +55,7 @@ def test_doctor_leaves_without_tidying_up(options: list[str], status: int) -> No
     done = subprocess.run(command, capture_output=True, check=False, text=True)
     assert done.returncode == status
     assert done.stdout.startswith("vllm-vispec")
-    assert "verify on V2: " in done.stdout
+    assert "patch points   all " in done.stdout
     assert len(done.stderr.splitlines()) == status
 
 

@@ -332,7 +332,7 @@ def test_settings_that_do_not_go_with_it_are_refused(
 def test_doctor_says_whether_a_draft_fits(
     tiny: TinyStore, changed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "run_checks", lambda **_: doctor.Report((), ok=True))
+    monkeypatch.setattr(doctor, "run_checks", lambda **_: doctor.Report([], ok=True))
     target = ["doctor", "--target", str(tiny.target()), "--draft"]
     fits = CliRunner().invoke(app, [*target, tiny.sibling()])
     assert "yes, draft and target go together" in fits.stdout
@@ -357,8 +357,20 @@ def test_doctor_says_whether_a_draft_fits(
     assert (head.exit_code, "is it a --head?" in head.stderr) == (1, True)
 
 
+def test_doctor_knows_how_long_prompts_will_be(
+    tiny: TinyStore, changed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "run_checks", lambda **_: doctor.Report([], ok=True))
+    short = changed("config.json", _set(text_config__max_position_embeddings=128))
+    asked = ["doctor", "--target", str(tiny.target()), "--draft", short]
+    refused = CliRunner().invoke(app, asked)
+    assert "reads 128 tokens at most; set --max-model-len to that" in refused.stderr
+    fits = CliRunner().invoke(app, [*asked, "--max-model-len", "128"])
+    assert fits.stdout.rstrip().endswith("--max-model-len 128"), fits.output
+
+
 def test_deepstack_keeps_more_of_an_image(tiny: TinyStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "run_checks", lambda **_: doctor.Report((), ok=True))
+    monkeypatch.setattr(doctor, "run_checks", lambda **_: doctor.Report([], ok=True))
     kind = "qwen3_vl"
     asked = ["doctor", "--target", str(tiny.target(kind)), "--draft", tiny.sibling(kind)]
     # The features of two layers beside the last; in bfloat16.

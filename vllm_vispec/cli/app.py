@@ -126,6 +126,10 @@ def doctor(
         str | None,
         typer.Option(help="Folder or hub id of a published model that drafts for --target."),
     ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(help="Longest prompt plus answer with --draft; default: the target's."),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="List every patch point; say what trees need here.")
     ] = False,
@@ -134,14 +138,18 @@ def doctor(
     from vllm_vispec.cli.doctor import draft_lines, head_lines, run_checks, target_lines
 
     report = run_checks(verbose=verbose)
-    typer.echo("\n".join(report.lines))
-    with exit_on_error():
-        if head is not None:
-            typer.echo("\n".join(["", *head_lines(head)]))
-        if target is not None:
-            typer.echo("\n".join(["", *target_lines(target, head)]))
-        if draft is not None:
-            typer.echo("\n".join(["", *draft_lines(target, draft)]))
+    found = [report.lines]
+    try:
+        with exit_on_error():
+            if head is not None:
+                found.append(head_lines(head))
+            if target is not None:
+                found.append(target_lines(target, head))
+            if draft is not None:
+                found.append(draft_lines(target, draft, max_model_len))
+    finally:
+        # Behind the error, if there is one.
+        typer.echo("\n\n".join("\n".join(lines) for lines in found))
     if not report.ok:
         raise typer.Exit(1)
 

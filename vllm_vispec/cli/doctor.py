@@ -27,7 +27,7 @@ _RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 class Report:
     """Lines to print, and whether ViSpec can work here."""
 
-    lines: tuple[str, ...]
+    lines: list[str]
     ok: bool
 
 
@@ -43,13 +43,13 @@ def run_checks(*, verbose: bool = False) -> Report:
         lines.append(f"{package:14} {_version(package)}")
     if importlib.util.find_spec("vllm") is None:
         lines.append(f"{'vllm':14} not installed: install vLLM ({versions.supported_range()})")
-        return Report(tuple(lines), ok=False)
+        return Report(lines, ok=False)
     vllm_line, version_ok = _vllm_line()
     lines += [vllm_line, f"{'runner':14} {runner_line()}"]
     if verbose:
         lines.append(f"{'trees':14} {tree_line()}")
     point_lines, points_ok = _patch_point_lines(verbose=verbose)
-    return Report((*lines, "", *point_lines), ok=version_ok and points_ok)
+    return Report([*lines, *point_lines], ok=version_ok and points_ok)
 
 
 def runner_line() -> str:
@@ -175,8 +175,11 @@ def target_lines(target: str, head: str | None) -> list[str]:
     return _table(facts)
 
 
-def draft_lines(target: str | None, draft: str) -> list[str]:
+def draft_lines(target: str | None, draft: str, max_model_len: int | None = None) -> list[str]:
     """Say that a published model fits a target as its draft, and what it adds; reads no weights.
+
+    Args:
+        max_model_len: what the target will be served with; None: all that it can read.
 
     Raises:
         ViSpecError: no target is given, or the draft does not fit it; says why.
@@ -190,7 +193,7 @@ def draft_lines(target: str | None, draft: str) -> list[str]:
         from vllm_vispec.heads.speculators import Serving
         from vllm_vispec.heads.target import tensor_parallel_sizes
 
-        config = published.read_target(target)
+        config = published.read_target(target, max_model_len=max_model_len)
         found = published.find(draft, {}, config)
     if found is None:
         raise ViSpecError(f"--draft {draft} is no model that this vLLM serves: is it a --head?")
@@ -200,7 +203,8 @@ def draft_lines(target: str | None, draft: str) -> list[str]:
         "adds": published.added_memory(found, config),
         "tensor parallel": _ranks(tensor_parallel_sizes(found.config), config.hf_text_config),
         "fit": f"yes, but {warning}" if warning else "yes, draft and target go together",
-        "serve with": serve_command(draft, Serving(target)),
+        "serve with": serve_command(draft, Serving(target))
+        + (f" --max-model-len {max_model_len}" if max_model_len else ""),
     }
     return _table(facts)
 
@@ -228,7 +232,12 @@ def _vllm_line() -> tuple[str, bool]:
 
 
 def _patch_point_lines(*, verbose: bool) -> tuple[list[str], bool]:
-    """One line for each feature and model runner; the points themselves only where one is broken.
+    """One line if all is well; else what is not available, then a line for each feature and runner.
+
+    Points themselves are listed where one is broken.
+
+    Args:
+        verbose: list all of them in any case.
 
     Returns:
         The lines, and whether ViSpec can work on one of the model runners at least.
@@ -247,10 +256,13 @@ def _patch_point_lines(*, verbose: bool) -> tuple[list[str], bool]:
             broken.append(problem)
         if group.name == CHAINS.name:
             chains_ok.append(problem is None)
+    if not (verbose or broken):
+        return [f"{'patch points':14} all {len(groups.unique_points())} in vLLM fit"], True
+    problems = [f"not available here: {problem}" for problem in broken]
     core_problem = group_problem(CORE)
     if core_problem is not None:
-        return [*lines, f"ViSpec is disabled here. {core_problem}"], False
-    return [*lines, *(f"not available here: {problem}" for problem in broken)], any(chains_ok)
+        problems = [f"ViSpec is disabled here. {core_problem}"]
+    return ["", *problems, *lines], core_problem is None and any(chains_ok)
 
 
 def _state_line(state: PatchPointState) -> str:
