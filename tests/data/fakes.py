@@ -12,6 +12,7 @@ from vllm_vispec.data.regenerate.dialogue import Answer, Dialogue, Regenerated
 from vllm_vispec.data.regenerate.job import BackendName, Summary, regenerate_all
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.data.types import Conversation, Rejected
+from vllm_vispec.utils.errors import ViSpecError
 
 COUNT = 6
 
@@ -32,11 +33,14 @@ class FakeBackend:
 
     speak: Callable[[Dialogue], Answer] = word_answer
     dies_at: int = -1
+    refuses: bool = False
     asked: list[str] = field(default_factory=list)
     closed: int = 0
 
     def make(self, name: BackendName, settings: RegenerateSettings) -> FakeBackend:
         """Stand in for `make_backend`."""
+        if self.refuses:
+            raise ViSpecError("the engine does not start")
         self.request = settings.request
         return self
 

@@ -142,3 +142,6 @@ def test_answers_of_two_sizes_do_not_mix() -> None:
     ]
     with pytest.raises(ViSpecError, match=r"max_pixels 5 of sample a, max_pixels 6 of b"):
         recorded_bounds(made, "data.train")
+    words = Conversation("c", look("a").turns, "", {"max_pixels": "many"})
+    with pytest.raises(ViSpecError, match=r"data.train: .* of sample c is no whole number"):
+        recorded_bounds([words], "data.train")

@@ -134,3 +134,21 @@ def test_a_folder_as_input(
     refused = RUNNER.invoke(app, ["--input", str(output), *options])
     assert refused.exit_code == 1
     assert "--question is for a folder of images" in refused.output
+
+
+def test_a_job_that_answers_nothing_leaves_no_questions(
+    app: typer.Typer, backend: FakeBackend, album: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    questions = output.with_name("answers.jsonl.questions.jsonl")
+    options = ["--input", str(album), "--target", "some/target", "--output", str(output)]
+    backend.refuses = True
+    assert RUNNER.invoke(app, options).exit_code == 1
+    assert not questions.exists()
+    backend.refuses = False
+    assert RUNNER.invoke(app, options).exit_code == 0
+    backend.refuses = True
+    shutil.copy(album / "a.png", album / "new.png")
+    refused = RUNNER.invoke(app, options)
+    assert "choose another --output" in refused.output
+    assert questions.exists()

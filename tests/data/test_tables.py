@@ -117,4 +117,4 @@ def test_tables_that_cannot_be_read(
 def test_training_reads_a_table(table: Path, tiny: TinyStore, tmp_path: Path) -> None:
     config = recipe(tiny.target("llava"), table, tmp_path / "run", schedule__max_steps=1)
     done = CliRunner().invoke(app, ["train", *arguments(config)])
-    assert "finished after 1 steps" in done.output, done.output
+    assert "finished after 1 step" in done.output, done.output

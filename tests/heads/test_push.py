@@ -64,9 +64,11 @@ def test_a_hub_gets_the_head_and_its_card(hub: FakeHub, tmp_path: Path) -> None:
 def test_what_is_not_pushed(hub: FakeHub, tmp_path: Path) -> None:
     head = export(tmp_path / "head", "org/target")
     local = export(tmp_path / "local", str(make_target(tmp_path / "target")))
+    model = make_target(tmp_path / "model")
     refused = {
         (local, "me/head"): "vispec convert",
         (head, "head"): "is no hub id",
+        (model, "me/head"): f"send other models by `hf upload me/head {model}`",
         (tmp_path / "none", "me/head"): "does not exist",
         (head, "other/head"): "the hub does not take other/head (403 Forbidden)",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from vllm_vispec.train.loop import fill_cache
 from vllm_vispec.train.preflight import prepare
 from vllm_vispec.train.target import TrainingTarget
 from vllm_vispec.utils.errors import ViSpecError
-from vllm_vispec.utils.files import read_json
+from vllm_vispec.utils.files import ASIDE, read_json
 
 
 @pytest.mark.parametrize("kind", ["vispec", "eagle_vlm"])
@@ -66,10 +67,17 @@ def test_runs_share_a_cache_and_data_may_grow(
         return len(seen), message
 
     assert stored("one", "few.jsonl")[0] == 20
+    # A killed run left a shard half written, another run is writing one.
+    states = next(tmp_path.glob("cache/*/float32"))
+    left, new = (states / f"{ASIDE}{name}" for name in ("left", "new"))
+    left.touch()
+    new.touch()
+    os.utime(left, (0, 0))
     # More samples, another order, another limit, another place.
     (folder / "all.jsonl").write_text("".join(reversed(text)))
     moved = shutil.copytree(folder, folder / "moved")
     assert stored("two", "all.jsonl")[0] == 4
+    assert (left.exists(), new.exists()) == (False, True)
     monkeypatch.setattr(TrainingTarget, "load", lambda *_: pytest.fail("the target was loaded"))
     assert "24 samples, 0 skipped" in stored("three", f"{moved.name}/all.jsonl")[1]
     assert " 0 skipped" not in stored("three", "all.jsonl", data__max_length=60)[1]

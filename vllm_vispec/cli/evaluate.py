@@ -17,7 +17,7 @@ def evaluate(
     options: EvalOptions,
     output: Annotated[Path | None, typer.Option(help="Write the numbers as JSON.")] = None,
 ) -> None:
-    """Acceptance of a head on recorded answers, simulated and, with --engine, measured.
+    """Acceptance of a draft on recorded answers, simulated and, with --engine, measured.
 
     The simulation replays greedy chains over the answers. It says what the engine would do only
     where these are the target's own greedy answers: see --check-greedy.

@@ -30,17 +30,24 @@ def regenerate(
     if settings.server and ray:
         raise ViSpecError("--server and --ray exclude each other; leave one out")
     backend: BackendName = "server" if settings.server else "ray" if ray else "offline"
+    asked: Path | None = None
     if is_table(settings.input):
         source = write_out(settings.input, settings.beside("table"))
         settings = settings.model_copy(update={"input": source})
     elif settings.input.is_dir():
-        source = write_questions(settings, question or ())
-        settings = settings.model_copy(update={"input": source})
+        asked = write_questions(settings, question or ())
+        settings = settings.model_copy(update={"input": asked})
     elif question:
         raise ViSpecError(
             f"--question is for a folder of images, --input {settings.input} is none: drop it"
         )
-    summary = regenerate_all(settings, backend, progress=True)
+    try:
+        summary = regenerate_all(settings, backend, progress=True)
+    except ViSpecError:
+        # Without answers there is nothing that they belong to.
+        if asked and not (settings.output.is_file() and settings.output.stat().st_size):
+            asked.unlink()
+        raise
     for line in summary_lines(summary, settings.output):
         typer.echo(line)
 

@@ -1,4 +1,4 @@
-"""`vispec train`: train a head from a recipe."""
+"""`vispec train`: train a draft from a recipe."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def train(
     ray: Annotated[bool, typer.Option(help="Run as a Ray Train job.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes of the Ray job.")] = 1,
 ) -> None:
-    """Train a head. Run the same command again to go on after a stop or a crash.
+    """Train a draft. Run the same command again to go on after a stop or a crash.
 
     Several GPUs of one machine: torchrun --nproc-per-node N --no-python vispec train RECIPE.
     """

@@ -24,7 +24,7 @@ def verify(
         Path, typer.Option(help="JSON to write; logs and the page are put beside it.")
     ] = Path("vispec-verify.json"),
 ) -> int:
-    """Say whether a head works on this machine: equal answers, acceptance, attention, timings.
+    """Say whether a draft works on this machine: equal answers, acceptance, attention, timings.
 
     Plain vLLM, chains and trees are started one after another with the options given. Exits with 1
     if a verdict is "failed".

@@ -75,16 +75,23 @@ def recorded_bounds(conversations: Iterable[Conversation], where: str) -> Bounds
         where: the setting that names the files.
 
     Raises:
-        ViSpecError: they were made with different ones.
+        ViSpecError: they were made with different ones, or a record's are no numbers.
     """
-    with_images = (one for one in conversations if one.images)
-    found = {tuple(bounds_in(one.extra).items()): one.sample_id for one in with_images}
+    found: dict[tuple[tuple[str, int], ...], str] = {}
+    for one in (one for one in conversations if one.images):
+        try:
+            found[tuple(bounds_in(one.extra).items())] = one.sample_id
+        except (TypeError, ValueError) as error:
+            raise ViSpecError(
+                f"{where}: min_pixels or max_pixels of sample {one.sample_id} is no whole number: "
+                "correct the record"
+            ) from error
     found.pop((), None)
     if len(found) > 1:
-        (one, first), (other, second), *_ = found.items()
+        (bounds, first), (others, second), *_ = found.items()
         raise ViSpecError(
-            f"{where} holds answers made with different image bounds ({_text(dict(one))} of sample "
-            f"{first}, {_text(dict(other))} of {second}): make them with the same"
+            f"{where} holds answers made with different image bounds ({_text(dict(bounds))} of "
+            f"sample {first}, {_text(dict(others))} of {second}): make them with the same"
         )
     return dict(next(iter(found), ()))
 

@@ -1,1 +1,1 @@
-"""Acceptance of a head on recorded answers, simulated and as the engine measures it."""
+"""Acceptance of a draft on recorded answers, simulated and as the engine measures it."""

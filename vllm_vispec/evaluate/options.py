@@ -58,10 +58,10 @@ class EvalOptions(Settings):
         default=4096, ge=1, description="Longest conversation in tokens; longer ones are left out."
     )
     min_pixels: int = Field(
-        default=0, ge=0, description="Of images; 0: as the head was trained, else as --data is."
+        default=0, ge=0, description="Of images; 0: as the draft was trained, else as --data is."
     )
     max_pixels: int = Field(
-        default=0, ge=0, description="Of images; 0: as the head was trained, else as --data is."
+        default=0, ge=0, description="Of images; 0: as the draft was trained, else as --data is."
     )
     images: Literal["all", "none"] | None = Field(
         default=None,

@@ -57,7 +57,8 @@ class Report:
 
     def notes(self) -> list[str]:
         """Lines below the table."""
-        lines = [f"{self.samples} conversations evaluated, {len(self.rejected)} left out"]
+        plural = "s" * (self.samples != 1)
+        lines = [f"{self.samples} conversation{plural} evaluated, {len(self.rejected)} left out"]
         lines += [f"  left out {item.sample_id}: {item.reason}" for item in self.rejected[:5]]
         if self.warning is not None:
             lines.append(f"warning: {self.warning}")

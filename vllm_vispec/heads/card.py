@@ -161,7 +161,8 @@ def _queries(config: HeadConfig) -> str:
         return "no image adaptor"
     if config.rows_per_image is None:
         return f"{config.num_query_tokens}, the last for the global feature"
-    return f"{config.num_query_tokens} ({config.rows_per_image} rows per image)"
+    rows = config.rows_per_image
+    return f"{config.num_query_tokens} ({rows} row{'s' * (rows != 1)} per image)"
 
 
 def _yes(value: bool) -> str:

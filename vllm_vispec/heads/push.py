@@ -14,6 +14,7 @@ from vllm_vispec.heads.folder import (
     DTYPES,
     PROVENANCE,
     inspect_head,
+    is_vispec_head,
 )
 from vllm_vispec.heads.formats import CANONICAL
 from vllm_vispec.heads.location import is_hub_id
@@ -44,6 +45,8 @@ def push_head(folder: Path, repo: str, *, private: bool = False) -> str:
         raise ViSpecError(f"repository {repo!r} is no hub id: give one like org/name")
     if not folder.is_dir():
         raise ViSpecError(f"head folder {str(folder)!r} does not exist: give a local folder")
+    if (folder / CONFIG).is_file() and not is_vispec_head(folder):
+        raise ViSpecError(f"{folder} is no head: send other models by `hf upload {repo} {folder}`")
     info = inspect_head(folder)
     serving = serving_of_folder(folder)
     if info.checkpoint_format != CANONICAL.name or serving is None or not is_hub_id(serving.target):

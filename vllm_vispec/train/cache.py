@@ -37,7 +37,10 @@ from vllm_vispec.train.loader import Loader
 from vllm_vispec.train.target import Observed, Runs, TargetFacts, TrainingTarget
 from vllm_vispec.train.teacher import OnlineTeacher, Teacher, bar, cut, name_of
 from vllm_vispec.utils.errors import ViSpecError
-from vllm_vispec.utils.files import read_json, read_tensors, write_json, write_tensors
+from vllm_vispec.utils.files import read_json, read_tensors, sweep, write_json, write_tensors
+
+ABANDONED_S = 24 * 3600.0
+"""What nobody has written to for so long was left by a killed run."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,9 @@ class OfflineTeacher(Teacher[dict[str, Any]]):
             cut(sorted(chunk, key=self.lengths.__getitem__), config.batch.size)  # against padding
             for chunk in cut(self._mine(missing), config.teacher.shard_samples)
         ]
+        if group.is_main:
+            for folder in (self.folder, self._states):
+                sweep(folder, ABANDONED_S)
         if missing and group.is_main:
             self._check_disk(list(missing.values()))
         if mine or (group.is_main and not has_tables):

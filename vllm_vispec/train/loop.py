@@ -365,7 +365,8 @@ class Run:
         if progress.latest is not None:
             rate = f", acceptance_length {progress.latest:.3f} on {self.measured_on}"
             low = low_acceptance(progress.latest)
-        message = f"finished after {progress.step} steps{rate}; head: {head}"
+        plural = "s" * (progress.step != 1)
+        message = f"finished after {progress.step} step{plural}{rate}; head: {head}"
         message += f"\nwarning: {low}" if low else ""
         return Outcome(True, progress.step, head, message)
 

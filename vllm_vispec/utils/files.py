@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -114,11 +115,17 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left behind half written."""
-    if folder.is_dir():
-        for leftover in folder.glob(f"{ASIDE}*"):
-            _remove(leftover)
+def sweep(folder: Path, idle_s: float = 0.0) -> None:
+    """Remove what a killed process left behind half written.
+
+    Args:
+        idle_s: of a folder that several jobs share: how long nobody has written to it, in seconds.
+    """
+    now = time.time()
+    for leftover in folder.glob(f"{ASIDE}*"):
+        with suppress(OSError):  # gone meanwhile
+            if now - leftover.stat().st_mtime >= idle_s:
+                _remove(leftover)
 
 
 def _remove(path: Path) -> None:
