@@ -85,21 +85,25 @@ class Continuation:
         """Return the model's next ``count`` tokens, greedily."""
         return [token for token, _ in islice(self.tokens(answered), count)]
 
-    @torch.inference_mode()
     def tokens(self, answered: list[int]) -> Iterator[tuple[int, float]]:
         """Yield the model's next tokens, greedily, and their probabilities."""
-        inputs, said = dict(self._inputs), list(answered)
+        said = list(answered)
         while True:
-            ids = torch.tensor([said], dtype=torch.long)
-            extra = {"input_ids": ids}
-            if "attention_mask" in inputs:
-                extra["attention_mask"] = torch.ones_like(ids)
-            if "mm_token_type_ids" in inputs:
-                extra["mm_token_type_ids"] = torch.zeros_like(ids)
-            joined = {k: torch.cat([self._inputs[k], v], dim=1) for k, v in extra.items()}
-            logits = self._logits(inputs | joined)
-            said.append(int(logits[0, -1].argmax()))
-            yield said[-1], float(logits[0, -1].softmax(-1).max())
+            logits_V = self.next_logits(said)
+            said.append(int(logits_V.argmax()))
+            yield said[-1], float(logits_V.softmax(-1).max())
+
+    @torch.inference_mode()
+    def next_logits(self, said: list[int]) -> torch.Tensor:
+        """Return the model's logits ``[V]`` behind the prompt and what was said."""
+        ids = torch.tensor([said], dtype=torch.long)
+        extra = {"input_ids": ids}
+        if "attention_mask" in self._inputs:
+            extra["attention_mask"] = torch.ones_like(ids)
+        if "mm_token_type_ids" in self._inputs:
+            extra["mm_token_type_ids"] = torch.zeros_like(ids)
+        joined = {k: torch.cat([self._inputs[k], v], dim=1) for k, v in extra.items()}
+        return self._logits(self._inputs | joined)[0, -1]
 
     def _logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if ":" not in self._images:

@@ -64,8 +64,8 @@ def test_the_first_pass_has_the_targets_rows_and_samples_nothing(speculator: Any
     assert (found.tolist(), int(column), logits) == ([4, 5], 0, "logits")
 
 
-def test_the_first_pass_reads_the_drafts_own_features(speculator: Any) -> None:
-    speculator._prefill("any", mm_inputs="the target's")
+def test_the_first_pass_is_whole_and_reads_the_drafts_own_features(speculator: Any) -> None:
+    speculator._prefill("any", mm_inputs="the target's", skip_sample=True)
     assert BASE._prefill.call_args.kwargs == {"mm_inputs": speculator.draft_rows.features}
 
 

@@ -64,12 +64,11 @@ class DraftPositions(nn.Module):
         count = position_T.shape[0]
         out_AT = self.position_AT[:, :count]
         torch.add(self.offset_AT[:, :count], position_T, out=out_AT)
-        if self._num_axes > 1:
-            return out_AT
         # Rows of rejected tokens and those that pad a batch are read by none, but a rotary table
-        # is: on V2 they have the plain positions of other rows. vLLM's kernel for plain positions
-        # would read in front of it; M-RoPE indexes with torch, which counts from the end.
-        return out_AT[0].clamp_(min=0)
+        # is: on V2 they have the plain positions of other rows, and a kernel for plain positions
+        # would read in front of it.
+        out_AT.clamp_(min=0)
+        return out_AT if self._num_axes > 1 else out_AT[0]
 
 
 class PublishedRows:

@@ -98,8 +98,14 @@ class PublishedSpeculator(ViSpecSpeculator):
         self._batch = None
         return drafts[:, 1:]
 
-    def _prefill(self, *args: Any, mm_inputs: Any = None, **kwargs: Any) -> None:
-        """Run the first pass with the draft's own image features."""
+    def _prefill(
+        self, *args: Any, mm_inputs: Any = None, skip_sample: bool = False, **kwargs: Any
+    ) -> None:
+        """Run the first pass with the draft's own image features, and to its end.
+
+        vLLM 0.33 stops before it where no step follows. But trees grow from what it leaves there:
+        the positions of the requests' last rows.
+        """
         super()._prefill(*args, mm_inputs=self.draft_rows.features, **kwargs)
 
     def on_prefill_begin(self, num_reqs: int) -> None:
