@@ -14,7 +14,7 @@ from tests.train.samples import COMPRESSORS, random_draft
 from vllm_vispec.cli.doctor import head_lines
 from vllm_vispec.compressors.spec import parse_compressor
 from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.heads.export import convert_head, export_head
+from vllm_vispec.heads.export import Export, convert_head, export_head
 from vllm_vispec.heads.folder import inspect_head, load_draft
 from vllm_vispec.reference import ViSpecDraft
 from vllm_vispec.utils.errors import ViSpecError
@@ -24,14 +24,7 @@ EACH_COMPRESSOR = pytest.mark.parametrize("name", COMPRESSORS)
 
 def exported(folder: Path, name: str) -> ViSpecDraft:
     draft = random_draft(COMPRESSORS[name])
-    export_head(
-        draft,
-        folder,
-        target="org/target",
-        dtype="float32",
-        num_speculative_tokens=4,
-        provenance={},
-    )
+    export_head(draft, Export(folder, "org/target", "float32", 4, {}))
     return draft
 
 

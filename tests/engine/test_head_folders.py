@@ -53,18 +53,13 @@ REQUESTS = mixed_requests(KIND, 6, 16)
 @pytest.fixture(scope="module")
 def head(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained draft's export that names its target by a relative path."""
-    from vllm_vispec.heads.export import export_head
+    from vllm_vispec.heads.export import Export, export_head
     from vllm_vispec.heads.folder import load_draft
 
     folder = tmp_path_factory.mktemp("exported") / "head"
-    export_head(
-        load_draft(tiny.head()),
-        folder,
-        target=os.path.relpath(tiny.target()),
-        dtype="float32",
-        num_speculative_tokens=NUM_TOKENS,
-        provenance={"command": "a test"},
-    )
+    made = {"command": "a test"}
+    target = os.path.relpath(tiny.target())
+    export_head(load_draft(tiny.head()), Export(folder, target, "float32", NUM_TOKENS, made))
     return folder
 
 

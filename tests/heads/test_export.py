@@ -17,7 +17,7 @@ from tests.heads.test_head_kinds import KINDS
 from tests.support.heads import TYPICAL, write_head
 from vllm_vispec.cli.app import app
 from vllm_vispec.cli.doctor import head_lines
-from vllm_vispec.heads.export import convert_head, export_head
+from vllm_vispec.heads.export import Export, convert_head, export_head
 from vllm_vispec.heads.folder import inspect_head, iter_canonical_tensors
 from vllm_vispec.heads.speculators import locate_target, read_serving
 from vllm_vispec.reference import ViSpecDraft
@@ -36,13 +36,7 @@ def make_target(folder: Path) -> Path:
 def export(folder: Path, target: str, **changes: Any) -> Path:
     flags = {k: changes.pop(k) for k in ("compress", "global_feature") if k in changes}
     draft = ViSpecDraft(replace(TYPICAL["canonical"], **flags))
-    settings: dict[str, Any] = {
-        "dtype": "float32",
-        "num_speculative_tokens": 3,
-        "provenance": PROVENANCE,
-        **changes,
-    }
-    export_head(draft, folder, target=target, **settings)
+    export_head(draft, replace(Export(folder, target, "float32", 3, PROVENANCE), **changes))
     return folder
 
 
@@ -55,9 +49,8 @@ def config_of(folder: Path) -> dict[str, Any]:
 def test_export_is_a_canonical_head(tmp_path: Path, compress: bool, global_feature: bool) -> None:
     head = replace(TYPICAL["canonical"], compress=compress, global_feature=global_feature)
     draft = ViSpecDraft(head)
-    settings: dict[str, Any] = {"dtype": "bfloat16", "num_speculative_tokens": 5}
-    folder = tmp_path / "new" / "head"
-    info = export_head(draft, folder, target="org/target", provenance=PROVENANCE, **settings)
+    to = Export(tmp_path / "new" / "head", "org/target", "bfloat16", 5, PROVENANCE)
+    info = export_head(draft, to)
     assert info.checkpoint_format == "canonical"
     assert info.config == head
     found = dict(iter_canonical_tensors(info.folder))

@@ -23,7 +23,7 @@ from vllm_vispec.data.types import Conversation
 from vllm_vispec.draft_model.named import find_published
 from vllm_vispec.evaluate.options import EvalOptions
 from vllm_vispec.evaluate.run import evaluate
-from vllm_vispec.heads.export import export_model
+from vllm_vispec.heads.export import Export, export_model
 from vllm_vispec.reference import image_mask
 from vllm_vispec.train.published import PublishedModel
 from vllm_vispec.train.target import TrainingTarget, load_model, model_inputs, pad_batch
@@ -212,9 +212,8 @@ def test_every_family_is_saved_under_its_published_names(
     tiny: TinyStore, tmp_path: Path, kind: str
 ) -> None:
     sibling = Path(tiny.sibling(kind))
-    options: dict[str, Any] = {"dtype": "bfloat16", "num_speculative_tokens": 3, "provenance": {}}
     model = load_model(sibling, torch.float32)
-    export_model(model, sibling, tmp_path / "new", target="org/target", **options)
+    export_model(model, sibling, Export(tmp_path / "new", "org/target", "bfloat16", 3, {}))
     published, saved = (load_file(one / "model.safetensors") for one in (sibling, tmp_path / "new"))
     assert saved.keys() == published.keys()
     assert all(saved[name].equal(published[name].bfloat16()) for name in saved)

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,29 +47,38 @@ _TEXTS = {".json", ".jinja", ".txt", ".model"}
 _OURS = {CONFIG, CARD, WEIGHTS, *_COPIED}
 
 
-def export_head(
-    draft: Draft,
-    folder: Path,
-    *,
-    target: str,
-    dtype: str,
-    num_speculative_tokens: int,
-    provenance: Mapping[str, Any],
-    overwrite: bool = False,
-) -> HeadInfo:
+@dataclass(frozen=True)
+class Export:
+    """Where a trained draft goes, and what its folder says.
+
+    Attributes:
+        folder: where it will lie.
+        target: the target's hub id or folder. A relative folder is stored relative to the draft's,
+            so that both may move together.
+        dtype: float32, float16 or bfloat16.
+        num_speculative_tokens: draft tokens per step, unless the server is told otherwise.
+        provenance: how the draft was made; values JSON does not know are written as text.
+        overwrite: replace an empty folder or one written earlier.
+    """
+
+    folder: Path
+    target: str
+    dtype: str
+    num_speculative_tokens: int
+    provenance: Mapping[str, Any]
+    overwrite: bool = False
+
+    @property
+    def serving(self) -> Serving:
+        """How it is to be served."""
+        return Serving(self.target, self.num_speculative_tokens)
+
+
+def export_head(draft: Draft, to: Export) -> HeadInfo:
     """Write a trained draft of any kind as a canonical folder that `vllm serve` takes.
 
     It holds model.safetensors, config.json (explicit flags, and the speculators format's fields,
     by which `vllm serve FOLDER` finds the target), provenance.json and a model card, README.md.
-
-    Args:
-        folder: where the head will lie.
-        target: the target's hub id or folder. A relative folder is stored relative to the head's,
-            so that both may move together.
-        dtype: float32, float16 or bfloat16.
-        num_speculative_tokens: draft tokens per step, unless the server is told otherwise.
-        provenance: how the head was made; values JSON does not know are written as text.
-        overwrite: replace an empty folder or a head written earlier.
 
     Returns:
         What `inspect_head` says about the folder written.
@@ -77,30 +86,19 @@ def export_head(
     Raises:
         ViSpecError: the folder is taken or cannot be written, or the target is a path to nothing.
     """
-    destination = Path(folder).expanduser().absolute()
-    serving = Serving(target, num_speculative_tokens)
-    content = draft.config.to_config_json(dtype)
-    content |= speculators_fields(draft.config, serving, destination)
-    with new_head_folder(destination, overwrite=overwrite) as scratch:
-        write_json(scratch / PROVENANCE, provenance)
-        card = model_card(
-            draft.config, dtype, serving, folder, "trained", provenance, names_target=True
-        )
-        _write_head(scratch, draft.state_dict().items(), dtype, content, card)
+    destination = Path(to.folder).expanduser().absolute()
+    content = draft.config.to_config_json(to.dtype)
+    content |= speculators_fields(draft.config, to.serving, destination)
+    card = model_card(
+        draft.config, to.dtype, to.serving, to.folder, "trained", to.provenance, names_target=True
+    )
+    with new_head_folder(destination, overwrite=to.overwrite) as scratch:
+        write_json(scratch / PROVENANCE, to.provenance)
+        _write_head(scratch, draft.state_dict().items(), to.dtype, content, card)
     return inspect_head(destination)
 
 
-def export_model(
-    model: Any,
-    source: Path,
-    folder: Path,
-    *,
-    target: str,
-    dtype: str,
-    num_speculative_tokens: int,
-    provenance: Mapping[str, Any],
-    overwrite: bool = False,
-) -> None:
+def export_model(model: Any, source: Path, to: Export) -> None:
     """Write a trained model of Hugging Face's as an ordinary folder of its kind.
 
     Its weights have the names they were published under. Configuration, tokenizer and processor are
@@ -109,7 +107,6 @@ def export_model(
     Args:
         model: as it was loaded from `source`, in a dtype that is changed here.
         source: the published folder.
-        target, dtype, num_speculative_tokens, provenance, overwrite: see `export_head`.
 
     Raises:
         ViSpecError: the folder is taken or cannot be written.
@@ -117,18 +114,18 @@ def export_model(
     import torch
     from transformers import GenerationConfig
 
-    destination = Path(folder).expanduser().absolute()
-    model.to(getattr(torch, dtype))
+    destination = Path(to.folder).expanduser().absolute()
+    model.to(getattr(torch, to.dtype))
     # The published one is copied. This one passes every check of transformers.
     model.generation_config = GenerationConfig()
-    with new_head_folder(destination, overwrite=overwrite, check=weight_files) as scratch:
+    with new_head_folder(destination, overwrite=to.overwrite, check=weight_files) as scratch:
         model.save_pretrained(scratch)
         for file in sorted(source.iterdir()):
             if file.suffix in _TEXTS and not file.name.endswith(".safetensors.index.json"):
                 shutil.copyfile(file, scratch / file.name)
-        write_json(scratch / CONFIG, _with_dtype(read_json(source / CONFIG), dtype))
-        write_json(scratch / PROVENANCE, provenance)
-        card = published_card(dtype, Serving(target, num_speculative_tokens), folder, provenance)
+        write_json(scratch / CONFIG, _with_dtype(read_json(source / CONFIG), to.dtype))
+        write_json(scratch / PROVENANCE, to.provenance)
+        card = published_card(to.dtype, to.serving, to.folder, to.provenance)
         (scratch / CARD).write_text(card, encoding="utf-8")
 
 

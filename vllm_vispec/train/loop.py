@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vllm_vispec.data.template import load_processor
-from vllm_vispec.heads.export import export_head, export_model
+from vllm_vispec.heads.export import Export, export_head, export_model
 from vllm_vispec.spec_decode.low_acceptance import low_acceptance
 from vllm_vispec.train.acceptance import OVERALL, describe_gate, validate
 from vllm_vispec.train.cache import OfflineTeacher, open_teacher
@@ -377,14 +377,15 @@ class Run:
             step = self.progress.best_step
         groups = self.checkpoints.load(step).groups
         draft = self.trainer.draft_with(groups.get("average") or groups["weights"])
-        options: Any = {
-            "target": config.target.model,
-            "dtype": config.head.dtype,
-            "num_speculative_tokens": config.run.num_draft_tokens,
-            "provenance": {**self.description, "exported_step": step},
-            "overwrite": True,
-        }
+        to = Export(
+            folder,
+            config.target.model,
+            config.head.dtype,
+            config.run.num_draft_tokens,
+            {**self.description, "exported_step": step},
+            overwrite=True,
+        )
         if isinstance(draft, PublishedModel):
-            export_model(draft.model, draft.folder, folder, **options)
+            export_model(draft.model, draft.folder, to)
         else:
-            export_head(draft.cpu(), folder, **options)
+            export_head(draft.cpu(), to)
