@@ -38,6 +38,7 @@ exec {sys.executable} -m vllm_vispec "$command" "$@"
 VLLM = f"""#!/bin/sh
 {sys.executable} -m vllm_vispec doctor --head "$2" | grep -q "serve with.*target: "
 """
+ONE_DEVICE = "{enforce_eager: true, max_model_len: 1024, gpu_memory_utilization: 0.2}"
 LEFT_OUT = ("pip ", "vispec bench ")
 
 
@@ -104,7 +105,10 @@ def test_the_commands_work_as_printed(folder: Path, page: str) -> None:
     found = commands(page)
     assert len(found) >= 5
     for line in found:
-        command = re.sub(r"Qwen/Qwen2.5-VL-7B-Instruct|\bTARGET\b", str(REPOSITORY / TARGET), line)
+        command = re.sub(
+            r"Qwen/Qwen2.5-VL-\d+B-Instruct|\bTARGET\b", str(REPOSITORY / TARGET), line
+        )
+        command = command.replace("{tensor_parallel_size: 8}", ONE_DEVICE)
         if line.startswith("vispec train") and "target.model" not in line:
             command += f" --set target.model={REPOSITORY / TARGET}"
         done = subprocess.run(

@@ -32,6 +32,7 @@ from vllm_vispec.heads.target import load_target_config
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.data import Corpus, require
 from vllm_vispec.train.distributed import Processes
+from vllm_vispec.train.engine_target import ENGINE_BATCH, EngineTarget
 from vllm_vispec.train.head_types import get_head_type
 from vllm_vispec.train.loader import Loader
 from vllm_vispec.train.target import Observed, Runs, TargetFacts, TrainingTarget
@@ -124,8 +125,15 @@ class OfflineTeacher(Teacher[dict[str, Any]]):
         }
         has_tables = (self._states / "tables.safetensors").is_file()
         group.wait()  # every process has looked for tables before one writes them
+        in_engine = config.teacher.engine == "vllm"
+        if in_engine and group.world > 1 and (missing or not has_tables):
+            raise ViSpecError(
+                f"{len(missing)} samples have no states yet, and vLLM takes the GPUs itself: store "
+                "them with one process first, by vispec train --cache-only"
+            )
+        together = ENGINE_BATCH if in_engine else config.batch.size
         mine = [
-            cut(sorted(chunk, key=self.lengths.__getitem__), config.batch.size)  # against padding
+            cut(sorted(chunk, key=self.lengths.__getitem__), together)  # against padding
             for chunk in cut(self._mine(missing), config.teacher.shard_samples)
         ]
         if group.is_main:
@@ -134,10 +142,13 @@ class OfflineTeacher(Teacher[dict[str, Any]]):
         if missing and group.is_main:
             self._check_disk(list(missing.values()))
         if mine or (group.is_main and not has_tables):
-            target = TrainingTarget.load(config.target.model, self.dtype, str(group.device))
+            start = EngineTarget.start if in_engine else _load
+            target = start(config, self.dtype, str(group.device))
             if group.is_main and not has_tables:
                 _write_tables(self._states, target)
             self._fill(mine, target)
+            if isinstance(target, EngineTarget):
+                target.stop()
         group.wait()
         return self._known_places()
 
@@ -151,7 +162,12 @@ class OfflineTeacher(Teacher[dict[str, Any]]):
                 tensors: dict[str, Tensor] = {}
                 records: list[dict[str, Any]] = []
                 for batch in chunk:
-                    observed = target.observe(require(next(ready)))
+                    encoded = require(next(ready))
+                    if isinstance(target, EngineTarget):
+                        images = [self._samples.images(index) for index in batch]
+                        observed = target.observe_with(encoded, images)
+                    else:
+                        observed = target.observe(encoded)
                     for index, one in zip(batch, observed, strict=True):
                         packed = _pack(one, self._whole, target.embed_VD)
                         tensors |= {f"{len(records)}.{name}": x for name, x in packed.items()}
@@ -195,6 +211,10 @@ class OfflineTeacher(Teacher[dict[str, Any]]):
         tqdm.write(f"write {where} ({free / 1e9:.3g} GB free)")
 
 
+def _load(config: TrainConfig, dtype: torch.dtype, device: str) -> TrainingTarget:
+    return TrainingTarget.load(config.target.model, dtype, device)
+
+
 def _reads_image_states(config: TrainConfig) -> bool:
     kind = get_head_type(config.head.kind)
     return not (kind.compress or kind.draft_vlm)
@@ -232,7 +252,7 @@ def _pack(observed: Observed, whole: bool, embed_VD: Tensor) -> dict[str, Tensor
 
 
 def _write_tables(folder: Path, target: TrainingTarget) -> None:
-    target.model.config.save_pretrained(folder / "target")
+    load_target_config(target.folder).save_pretrained(folder / "target")
     lm_head_VD = target.lm_head_VD.clone()  # perhaps the same tensor
     write_tensors(
         folder / "tables.safetensors", {"embed_tokens": target.embed_VD, "lm_head": lm_head_VD}

@@ -219,6 +219,11 @@ class TeacherConfig(Section):
     run.output"""
     shard_samples: int = setting(64, "ours", ge=1)
     """samples per cache file"""
+    engine: Literal["transformers", "vllm"] = setting("transformers", "ours")
+    """what computes the states that offline stores; vllm: for a target that one device does not
+    hold, or a quantised one"""
+    engine_options: dict[str, Any] = setting({}, "ours")
+    """arguments of vllm.LLM, like {tensor_parallel_size: 8}"""
 
 
 class RunConfig(Section):

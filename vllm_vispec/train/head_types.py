@@ -98,6 +98,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
         loss = config.loss.model_copy(update={"name": DRAFT_VLM_LOSS if is_vlm else of_head})
         config = config.model_copy(update={"loss": loss})
     term_weights(config.loss.name, config.loss.weights)
+    if config.teacher.engine == "vllm" and config.teacher.mode != "offline":
+        raise ViSpecError(
+            "teacher.engine vllm stores states before training: set teacher.mode to offline"
+        )
     (_check_draft_vlm if is_vlm else _check_head)(config)
     return config
 

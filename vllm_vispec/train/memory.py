@@ -13,7 +13,7 @@ TARGET, BACKWARD, VALIDATION = "the target", "the backward pass", "validation"
 _SMALLER = "batch.size or data.max_length"
 # What makes a part smaller; the draft's parts have the same settings.
 _REMEDY: Mapping[str, str] = {
-    TARGET: f"lower {_SMALLER}, or fill a cache first (teacher.mode offline)",
+    TARGET: f"lower {_SMALLER}, or fill a cache first (teacher.mode offline, teacher.engine vllm)",
     VALIDATION: f"lower {_SMALLER}, or run.num_draft_tokens",
 }
 _OF_DRAFT = f"lower {_SMALLER}, loss.chunk_rows or loss.passes"

@@ -308,33 +308,52 @@ def load_model(
     dtype: torch.dtype,
     setting: str = "target.model",
     takes_images: bool = True,
+    shallow: Any = None,
 ) -> Any:
     """Load a Hugging Face vision-language model in evaluation mode, on the CPU.
 
     Args:
         setting: what the user calls it, for messages.
         takes_images: False: it is a text model.
+        shallow: its configuration with fewer decoder layers, to leave the other ones out.
 
     Raises:
-        ViSpecError: it cannot be read, or is not built as `model.model.language_model` plus
-            `lm_head`.
+        ViSpecError: it cannot be read, is not built as `model.model.language_model` plus
+            `lm_head`, or what is left of a quantised one is quantised, too.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.utils import logging
 
     kind = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
+    verbosity = logging.get_verbosity()
+    if shallow is not None:
+        logging.set_verbosity_error()  # or it lists the layers that are left out
     try:
-        model = kind.from_pretrained(
+        model, found = kind.from_pretrained(
             folder,
+            config=shallow,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=Path(folder).is_dir(),
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ViSpecError(
             f"{setting} {str(folder)!r} cannot be loaded ({first_line(error)}): give a "
             "complete vision-language model with safetensors weights"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    # Scales beside a weight, or another weight in its place.
+    modules = dict(model.named_modules())
+    quantised = [x for x in found["unexpected_keys"] if x.rpartition(".")[0] in modules]
+    if shallow is not None and (found["missing_keys"] or quantised):
+        first = min([*found["missing_keys"], *quantised])
+        raise ViSpecError(
+            f"{setting} {str(folder)!r} is quantised outside its decoder layers ({first}): take "
+            "one whose vision tower, embeddings and lm_head are not"
+        )
     if takes_images:
         check_structure(model, f"{setting} {str(folder)!r}")
         use_window_attention(model)
@@ -355,8 +374,9 @@ def _check_room(folder: str | Path, dtype: torch.dtype, device: str) -> None:
     if needed > free:
         raise ViSpecError(
             f"target.model {str(folder)!r} takes {needed / 1e9:.3g} GB in {dtype}, "
-            f"{free / 1e9:.3g} GB are free on {device}: make its states where it fits, with "
-            "teacher.mode=offline and --cache-only, and train from teacher.cache_dir"
+            f"{free / 1e9:.3g} GB are free on {device}: let vLLM store its states, on several "
+            "GPUs (teacher.mode=offline, teacher.engine=vllm, teacher.engine_options="
+            "'{tensor_parallel_size: 4}')"
         )
 
 

@@ -184,6 +184,8 @@ def _claim(config: TrainConfig, processor: Any, group: Processes) -> Path:
         "chat_template": processor.chat_template,
         "transformers": transformers.__version__,
     }
+    if config.teacher.engine == "vllm":  # other rounding, and perhaps weights quantised as loaded
+        content["engine"] = ["vllm", config.teacher.engine_options.get("quantization")]
     text = json.dumps(content, sort_keys=True, default=str)
     folder = folder / name_of([text])
     if group.is_main and not (folder / "index.json").is_file():
