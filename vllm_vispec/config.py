@@ -80,22 +80,13 @@ class ViSpecConfig(Settings):
     @field_validator("images", mode="before")
     @classmethod
     def _check_images(cls, given: Any) -> Any:
-        amount = re.fullmatch(r"(?:prune|pool):(\d{1,4})", str(given))
-        is_share = amount is not None and 1 <= int(amount[1]) <= MAX_AMOUNT
-        if given not in (None, "all", "none") and not is_share:
-            raise ViSpecError(
-                f'speculative config: images={given!r} must be "all", "none", "prune:N" or '
-                f'"pool:N" with N from 1 to {MAX_AMOUNT}; leave it out for all that the draft can '
-                "see"
-            )
+        read_images(given, "speculative config: images=")
         return given
 
     @property
     def image_share(self) -> CompressorSpec | None:
         """Which rows of an image a published model sees; None: all of them."""
-        if self.images in (None, "all"):
-            return None
-        return parse_compressor("text_only" if self.images == "none" else self.images)
+        return read_images(self.images)
 
     @field_validator("draft_vocab", mode="before")
     @classmethod
@@ -173,6 +164,28 @@ def reads_target_states(vllm_config: Any) -> bool:
 def drafts_with_published(vllm_config: Any) -> bool:
     """Whether the draft is a published model, as it is."""
     return DRAFT_MODEL_ARCHITECTURE in _draft_architectures(vllm_config)
+
+
+def read_images(images: Any, setting: str = "images=") -> CompressorSpec | None:
+    """Return which rows of an image the setting of this name means; None: all of them.
+
+    Args:
+        setting: how the user writes it, for messages.
+
+    Raises:
+        ViSpecError: it means nothing.
+    """
+    if images in (None, "all"):
+        return None
+    if images == "none":
+        return parse_compressor("text_only")
+    amount = re.fullmatch(r"(?:prune|pool):(\d{1,4})", str(images))
+    if amount is None or not 1 <= int(amount[1]) <= MAX_AMOUNT:
+        raise ViSpecError(
+            f'{setting}{images!r} must be "all", "none", "prune:N" or "pool:N" with N from 1 to '
+            f"{MAX_AMOUNT}; leave it out for all that the draft can see"
+        )
+    return parse_compressor(images)
 
 
 def hides_images(vllm_config: Any) -> bool:

@@ -16,6 +16,7 @@ from tests.support.runners import marks
 from tests.support.tiny_families import FAMILIES
 from tests.support.tiny_store import TinyStore
 from tests.train.runs import recipe, run
+from vllm_vispec.config import read_images
 from vllm_vispec.data.encode import Encoded, Encoder
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.template import load_processor
@@ -28,6 +29,7 @@ from vllm_vispec.reference import image_mask
 from vllm_vispec.train.published import PublishedModel
 from vllm_vispec.train.target import TrainingTarget, load_model, model_inputs, pad_batch
 from vllm_vispec.utils.errors import ViSpecError
+from vllm_vispec.utils.settings import as_flag, parse
 
 
 def greedy_answers(target: Path, dialogues: Path, max_tokens: int = 16) -> Path:
@@ -65,7 +67,10 @@ def _evaluate(options: dict[str, Any]) -> dict[str, Any]:
         for runner, kind, draft, slow in (
             ("v1", "qwen2_5_vl", "sibling", False),
             ("v1", "qwen2_5_vl", "trained", False),
-            ("v1", "qwen2_5_vl", "no images", False),
+            ("v1", "qwen2_5_vl", "none", False),
+            ("v1", "qwen2_5_vl", "prune:3", False),
+            ("v1", "qwen3_vl", "pool:3", True),
+            ("v1", "llava_next", "pool:4", True),
             ("v1", "qwen2_5_vl", "text model", True),
             ("v1", "llava_next", "sibling", True),
             ("v2", "qwen3_vl", "sibling", True),
@@ -89,7 +94,7 @@ def test_the_simulation_is_what_the_engine_does(
     options = {
         "target": str(target),
         "head": head,
-        "images": "none" if draft == "no images" else None,
+        "images": draft if ":" in draft or draft == "none" else None,
         "data": greedy_answers(target, dialogues),
         "num_speculative_tokens": 3,
         "dtype": "float32",
@@ -114,6 +119,10 @@ def test_what_a_published_model_does_not_have_is_refused(tiny: TinyStore, dialog
         evaluate(EvalOptions(**options, draft_vocab="100"))
     with pytest.raises(ViSpecError, match="--images does not go with a head"):
         evaluate(EvalOptions(**options | {"head": tiny.head()}, images="none"))
+    with pytest.raises(ViSpecError, match="--images prune:2 does not go with a text model"):
+        evaluate(EvalOptions(**options | {"head": tiny.text_model()}, images="prune:2"))
+    with pytest.raises(ViSpecError, match=r"--images 'max:2' must be \"all\", \"none\", \"prune:N"):
+        parse(EvalOptions, options | {"images": "max:2"}, as_flag)
     with pytest.raises(ViSpecError, match="family llava, the target of qwen2_5_vl"):
         evaluate(EvalOptions(**options | {"head": tiny.sibling("llava")}))
 
@@ -125,7 +134,7 @@ def test_without_images_it_reads_the_text_alone(
     target = tiny.target(kind)
     info = find_published(tiny.sibling(kind), str(target))
     assert info is not None
-    draft = PublishedModel.load(info, images=False)
+    draft = PublishedModel.load(info, share=read_images("none"))
     encoder = Encoder(load_processor(target), image_root=dialogues.parent)
     samples = [
         one

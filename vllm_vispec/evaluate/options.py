@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from vllm_vispec.config import read_images
 from vllm_vispec.data.encode import Encoded, Encoder
 from vllm_vispec.data.image_bounds import bounds_in
 from vllm_vispec.data.images import image_folder
@@ -63,9 +64,10 @@ class EvalOptions(Settings):
     max_pixels: int = Field(
         default=0, ge=0, description="Of images; 0: as the draft was trained, else as --data is."
     )
-    images: Literal["all", "none"] | None = Field(
+    images: str | None = Field(
         default=None,
-        description="What a published model sees of images: all or none; default: all it can.",
+        description="What a published model sees of images: all, none, prune:N or pool:N; default: "
+        "all it can.",
     )
     draft_vocab: str | None = Field(
         default=None,
@@ -78,6 +80,12 @@ class EvalOptions(Settings):
         if not path.is_file():
             raise ValueError(f"--data {path} is no file: give a JSONL file of conversations")
         return path
+
+    @field_validator("images")
+    @classmethod
+    def _has_meaning(cls, images: str | None) -> str | None:
+        read_images(images, "--images ")
+        return images
 
     @property
     def image_folder(self) -> Path:

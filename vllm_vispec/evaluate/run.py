@@ -12,6 +12,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from vllm_vispec.config import read_images
 from vllm_vispec.data.encode import Encoder
 from vllm_vispec.data.image_bounds import (
     Bounds,
@@ -156,9 +157,9 @@ class _Pair:
 def _load_published(info: HeadInfo, options: EvalOptions, dtype: torch.dtype) -> Draft:
     if options.draft_vocab is not None:
         raise ViSpecError("--draft-vocab does not go with a published model; leave it out")
-    if options.images == "all" and not sees_images(info.folder):
-        raise ViSpecError("--images all does not go with a text model; leave it out")
-    return PublishedModel.load(info, dtype, images=options.images != "none")
+    if options.images not in (None, "none") and not sees_images(info.folder):
+        raise ViSpecError(f"--images {options.images} does not go with a text model; leave it out")
+    return PublishedModel.load(info, dtype, share=read_images(options.images))
 
 
 def greedy_tokens(sample: Observed, lm_head_VD: Tensor) -> tuple[int, int]:
