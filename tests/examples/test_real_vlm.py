@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from typer.testing import CliRunner
 
-from examples.real_vlm import build, canvas, train, vision
+from examples.real_vlm import build, canvas, questions, train, vision
 from examples.real_vlm.samples import KINDS, Own, make_sample, stated
 from examples.real_vlm.state import Run
 
@@ -160,6 +160,19 @@ def test_an_answer_states_its_facts_and_an_image_has_its_tokens(kind: str) -> No
         for image in sample.images:
             assert 64 <= image.tokens <= 1024
             assert image.image.size == (28 * image.cols, 28 * image.rows)
+
+
+def test_questions_are_what_regenerate_reads(tmp_path: Path) -> None:
+    from vllm_vispec.data.read import read_conversations
+    from vllm_vispec.data.types import Conversation
+
+    (tmp_path / "own").mkdir()
+    part = {"about": OWN.about, "stories": OWN.stories, "chats": [CHAT, CHAT]}
+    (tmp_path / "own" / "part-0.json").write_text(json.dumps(part))
+    questions.main(tmp_path, count=len(KINDS), own=tmp_path / "own")
+    found = list(read_conversations(tmp_path / "questions.jsonl"))
+    assert all(isinstance(one, Conversation) for one in found)
+    assert {getattr(one, "family", "") for one in found} == set(KINDS)
 
 
 def test_a_perfect_tower_has_no_loss_but_the_names() -> None:
