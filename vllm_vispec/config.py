@@ -33,8 +33,8 @@ SETTING_FLAGS = {
     "spec_tokens": "num_speculative_tokens",
 }
 """vLLM's flags for single keys of the speculative config."""
-SETTING_KEYS = frozenset({"image_table_size", "draft_vocab", "tree", "images"})
-"""Our keys of the speculative config; the other fields of `ViSpecConfig` are found, not set."""
+SETTING_KEYS = frozenset({"image_table_size", "draft_vocab", "tree", "images", "checkpoint_format"})
+"""Our keys of the speculative config."""
 _MAX_IMAGES = 1_000_000
 
 
@@ -63,7 +63,8 @@ class ViSpecConfig(Settings):
     )
     checkpoint_format: str = Field(
         default="canonical",
-        description="Whose tensor names the head's files use; found by inspection.",
+        description="Whose tensor names the head's files use. Found by inspection; to be given for "
+        'heads in the layout of EAGLE-1: "msd", or "eagle" for one that sees images.',
     )
 
     @field_validator("image_table_size", mode="before")

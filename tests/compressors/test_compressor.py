@@ -20,7 +20,7 @@ from vllm_vispec.compressors.spec import COMBINATIONS, PRIMITIVES, parse_compres
 WIDTH, HEADS = 16, 4
 # A ratio larger than the image, one that divides it, one that does not, a single embedding.
 SIZES = (7, 12, 1, 30, 12)
-TEXTS = ("prune:3", "pool:3", "conv:3", "resampler:2", "text_only", "prune:20", "conv:20")
+TEXTS = ("prune:3", "pool:3", "conv:3", "resampler:2", "text_only", "identity", "conv:20")
 COMBINED = tuple(COMBINATIONS)
 
 
@@ -90,12 +90,17 @@ def naive_text_only(image_TD: Tensor, _: int, __: ImageCompressor) -> list[Tenso
     return []
 
 
+def naive_identity(image_TD: Tensor, _: int, __: ImageCompressor) -> list[Tensor]:
+    return list(image_TD)
+
+
 NAIVE: dict[str, Callable[[Tensor, int, ImageCompressor], list[Tensor]]] = {
     "prune": naive_prune,
     "pool": naive_pool,
     "conv": naive_conv,
     "resampler": naive_resampler,
     "text_only": naive_text_only,
+    "identity": naive_identity,
 }
 
 

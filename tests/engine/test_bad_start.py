@@ -159,7 +159,7 @@ STARTS: Mapping[str, Start] = {
         lambda folder: edit_config(folder, model_type="llava"),
     ),
     "EAGLE head": _start(
-        'text-only EAGLE head.*"method":"eagle"', _only(EAGLE, "LlamaForCausalLM")
+        '"checkpoint_format":"msd".*"method":"eagle"', _only(EAGLE, "LlamaForCausalLM")
     ),
     "EAGLE-3 head": _start(
         'EAGLE-3 head.*"method":"eagle3"', _only(EAGLE3, "LlamaForCausalLMEagle3")

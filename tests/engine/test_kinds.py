@@ -108,6 +108,7 @@ DRAFTS: Mapping[str, Draft] = {
     ),
     "resampler": _compressor("resampler:5", "roomy-together"),
     "text_only": _compressor("text_only", "roomy-together"),
+    "msd": _compressor("identity", TIGHT_SITUATIONS),
     "concat": _compressor("concat(prune:4,pool:4,conv:3,resampler:2)", TIGHT_SITUATIONS, True),
     "weighted": _compressor("weighted(prune:3,pool:3,conv:3)", "roomy-together"),
     "select": _compressor(SELECT, TIGHT_SITUATIONS, True),
@@ -115,7 +116,7 @@ DRAFTS: Mapping[str, Draft] = {
     "wide_vlm": _vlm(is_accepted=False, tie_word_embeddings=True, qkv_bias=False, **WIDE),
     "deep_vlm": _vlm("qwen3_vl", num_hidden_layers=1),
 }
-SLOW_ELSEWHERE = ("no_global", "no_compress", "neither", "draft_vlm", "select")
+SLOW_ELSEWHERE = ("no_global", "no_compress", "neither", "draft_vlm", "select", "msd")
 ROWS = [
     pytest.param(runner, name, id=f"{runner}-{name}", marks=marks(runner, slow))
     for runner, names in (("v1", DRAFTS), ("v2", SLOW_ELSEWHERE), ("v2-overlay", ("select",)))

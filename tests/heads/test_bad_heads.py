@@ -108,7 +108,7 @@ REFERENCE: dict[str, tuple[Spoil, str]] = {
     "scaled rope": (_config(rope_scaling={"rope_type": "yarn"}), "'yarn' RoPE"),
     "plain EAGLE": (
         _only("LlamaForCausalLM", _EAGLE),
-        'text-only EAGLE head .*"method":"eagle"',
+        '"checkpoint_format":"msd".*"method":"eagle"',
     ),
     "EAGLE-3": (
         _only("LlamaForCausalLMEagle3", _EAGLE3),

@@ -53,7 +53,7 @@ def test_export_is_a_canonical_head(tmp_path: Path, compress: bool, global_featu
     info = export_head(draft, to)
     assert info.checkpoint_format == "canonical"
     assert info.config == head
-    found = dict(iter_canonical_tensors(info.folder))
+    found = dict(iter_canonical_tensors(info))
     assert found.keys() == draft.state_dict().keys()
     for name, tensor in draft.state_dict().items():
         assert torch.equal(found[name], tensor.to(torch.bfloat16)), name
@@ -174,7 +174,7 @@ def test_convert_to_bfloat16_without_embeddings(tmp_path: Path) -> None:
     assert info.dtype == "BF16"
     assert not info.config.has_embed_tokens
     assert config_of(out)["dtype"] == "bfloat16"
-    assert {t.dtype for _, t in iter_canonical_tensors(out)} == {torch.bfloat16}
+    assert {t.dtype for _, t in iter_canonical_tensors(inspect_head(out))} == {torch.bfloat16}
 
 
 def test_convert_refuses_and_leaves_nothing(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ class Parts:
     """Fusion, table and adaptor loaded from a head, without vLLM's layers."""
 
     def __init__(self, folder: Path, num_slots: int = 4) -> None:
-        head = inspect_head(folder).config
-        weights = dict(iter_canonical_tensors(folder))
+        info = inspect_head(folder)
+        head, weights = info.config, dict(iter_canonical_tensors(info))
         self.ids = RowIds(num_slots, head.num_query_tokens)
         self.fusion = TextFusion(head.hidden_size)
         self.rows = RowTable(self.ids, head.hidden_size, 64)

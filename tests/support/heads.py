@@ -86,6 +86,8 @@ def _automodel_config(head: HeadConfig) -> Config:
 
 _CONFIGS: dict[str, Callable[[HeadConfig], Config]] = {
     "reference": _reference_config,
+    "eagle": _reference_config,
+    "msd": _reference_config,
     "automodel": _automodel_config,
     "canonical": lambda head: head.to_config_json("float32"),
 }

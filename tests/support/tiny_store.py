@@ -181,7 +181,7 @@ def with_compressor(draft: Path, folder: Path, text: str) -> Path:
     from vllm_vispec.reference import tensor_shapes
 
     head = replace(inspect_head(draft).config, compressor=text, num_query_tokens=1)
-    tensors = dict(iter_canonical_tensors(draft))
+    tensors = dict(iter_canonical_tensors(inspect_head(draft)))
     tensors["img_adaptor.query"] = tensors["img_adaptor.query"][-1:].clone()
     generator = torch.Generator().manual_seed(0)
     tensors |= {

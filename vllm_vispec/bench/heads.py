@@ -170,7 +170,7 @@ def target_embedding(target: str, shape: tuple[int, int]) -> Tensor:
 
 def _read(head: str) -> tuple[HeadInfo, Tensors]:
     info = inspect_head(head)
-    return info, dict(iter_canonical_tensors(info.folder))
+    return info, dict(iter_canonical_tensors(info))
 
 
 def _write_eagle(folder: Path, config: HeadConfig, dtype: str, tensors: Tensors) -> str:

@@ -62,10 +62,12 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
     checkpoint_format: Annotated[
         str,
-        typer.Option(
-            "--format", help="canonical, or reference or automodel for their authors' tools."
-        ),
+        typer.Option("--format", help="canonical, or another one for its authors' tools."),
     ] = "canonical",
+    source_format: Annotated[
+        str | None,
+        typer.Option("--from", help="msd or eagle, which no folder tells apart; else found."),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; default: as stored.")
     ] = None,
@@ -90,6 +92,7 @@ def convert(
             source,
             destination,
             checkpoint_format=checkpoint_format,
+            source_format=source_format,
             dtype=dtype,
             target=target,
             drop_embed_tokens=drop_embed_tokens,

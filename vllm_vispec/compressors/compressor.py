@@ -1,6 +1,6 @@
 """What makes an image's tokens for the draft: `T x D` embeddings in, `M x D` tokens out.
 
-There are five primitives. `ImageCompressor` combines them, with or without a gate. Every image is
+There are six primitives. `ImageCompressor` combines them, with or without a gate. Every image is
 compressed by itself; all images of a call go through together.
 
 Tensor names end in their shape: T embeddings of one image, M tokens made of it, D hidden, S the
@@ -217,9 +217,19 @@ class TextOnly(Compressor):
         return images[0][:0]
 
 
+class Identity(Compressor):
+    """[T, D] -> [T, D]: every embedding stays, and is a layer input as it is (MSD)."""
+
+    name = "identity"
+
+    def forward(self, images: Sequence[Tensor]) -> Tensor:
+        """See `Compressor.forward`."""
+        return torch.cat(list(images))
+
+
 # A new primitive is a class above, an entry here and one in `spec.PRIMITIVES`.
 COMPRESSORS: Mapping[str, type[Compressor]] = {
-    entry.name: entry for entry in (Prune, Pool, Conv, Resampler, TextOnly)
+    entry.name: entry for entry in (Prune, Pool, Conv, Resampler, TextOnly, Identity)
 }
 
 

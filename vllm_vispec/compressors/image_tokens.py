@@ -125,7 +125,8 @@ class ImageTokens:
         size = self._fusion.weight.shape[0]
         image_ND = output[part.start : part.stop, :size].to(self._fusion.weight.dtype)
         (token_MD,) = self._compressor([image_ND])
-        inputs_MD = self._fusion.token_input(token_MD)
+        is_input = self._compressor.spec.makes_layer_inputs
+        inputs_MD = token_MD if is_input else self._fusion.token_input(token_MD)
         self._remember(part, inputs_MD)
         return inputs_MD
 

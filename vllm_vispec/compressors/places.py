@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from vllm_vispec.compressors.spec import PRIMITIVES, CompressorSpec
+from vllm_vispec.compressors.spec import IDENTITY, PRIMITIVES, CompressorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,10 +40,13 @@ class ImagePlaces:
 def num_tokens(spec: CompressorSpec, size: int) -> int:
     """Tokens that a primitive makes of an image of `size` embeddings.
 
-    A ratio larger than the image leaves one token; queries are as many as they are.
+    A ratio larger than the image leaves one token; queries are as many as they are; `identity`
+    leaves all.
     """
     if size < 1:
         return 0
+    if spec.name == IDENTITY:
+        return size
     if PRIMITIVES[spec.name].amount == "ratio":
         return max(1, size // spec.amount)
     return spec.amount

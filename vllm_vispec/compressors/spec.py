@@ -47,8 +47,11 @@ class Combination(NamedTuple):
 
 # ViSpec's own adaptor, learned queries; their number is HeadConfig.num_query_tokens.
 QUERY = "query"
+# MSD (arXiv 2505.14260): nothing is compressed, image rows are the embeddings themselves.
+IDENTITY = "identity"
 PRIMITIVES: Mapping[str, Primitive] = {
     QUERY: Primitive(),
+    IDENTITY: Primitive(),
     "prune": Primitive("ratio", 20),
     "pool": Primitive("ratio", 20),
     "conv": Primitive("ratio", 3),
@@ -103,6 +106,11 @@ class CompressorSpec:
         """Whether this is ViSpec's adaptor, whose last query is the global feature."""
         return self.name == QUERY
 
+    @property
+    def makes_layer_inputs(self) -> bool:
+        """Whether tokens go into the decoder layer as they are; others go through `fc`."""
+        return self.name in (QUERY, IDENTITY)
+
 
 def parse_compressor(text: str) -> CompressorSpec:
     """Read a compressor's text; the paper's numbers stand in for those left out.
@@ -145,7 +153,7 @@ def _combination(text: str, name: str, inside: str | None, amount: str | None) -
     if len(branches) < 2:
         raise _wrong(text, f"{name} needs at least two branches")
     for branch in branches:
-        if branch.branches or branch.is_query:
+        if branch.branches or branch.makes_layer_inputs:
             raise _wrong(text, f"{branch.name} cannot be a branch of {name}")
     if entry.same_amount and (
         len({branch.amount for branch in branches}) > 1

@@ -20,7 +20,7 @@ from vllm_vispec.heads.folder import (
     weight_files,
 )
 from vllm_vispec.heads.formats import describe_other_draft
-from vllm_vispec.heads.location import locate, resolve_head
+from vllm_vispec.heads.location import resolve_head
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.logs import get_logger
 
@@ -29,7 +29,6 @@ logger = get_logger(__name__)
 VLM, TEXT_MODEL = "published model", "published text model"
 """What stands for a checkpoint format."""
 _REFUSED = "disable_padded_drafter_batch enable_adaptive_verification use_local_argmax_reduction"
-_FOUND: dict[str, HeadInfo] = {}
 
 
 def find(model: str, settings: Mapping[str, Any], target: ModelConfig) -> HeadInfo | None:
@@ -47,9 +46,6 @@ def find(model: str, settings: Mapping[str, Any], target: ModelConfig) -> HeadIn
     logger.info("ViSpec: draft %s adds %s", model, added_memory(info, target))
     if (warning := size_warning(info.config, target)) is not None:
         logger.warning("ViSpec: %s", warning)
-    # vLLM reads offline what it is told by name in the hub's cache.
-    for name in (locate(model, folder)["model"], str(folder)):
-        _FOUND[name] = info
     return info
 
 
@@ -60,11 +56,6 @@ def _is_whole_model(folder: Path) -> bool:
     if set(names).isdisjoint(ModelRegistry.get_supported_archs()) or is_vispec_head(folder):
         return False
     return describe_other_draft(config, tensor_names(folder)) is None
-
-
-def read_before(model: str | Path) -> HeadInfo | None:
-    """Return what `find` has found for this name."""
-    return _FOUND.get(str(model))
 
 
 def describes(info: HeadInfo) -> bool:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +145,7 @@ def convert_head(
     destination: str | Path,
     *,
     checkpoint_format: str = CANONICAL.name,
+    source_format: str | None = None,
     dtype: str | None = None,
     target: str | None = None,
     drop_embed_tokens: bool = False,
@@ -154,6 +156,7 @@ def convert_head(
     Args:
         source: folder or hub id.
         checkpoint_format: canonical, or a published one, to use a head with its authors' tools.
+        source_format: the source's, if it is one of `formats.NAMED_FORMATS`.
         dtype: float32, float16 or bfloat16; None keeps the stored one.
         target: hub id or folder. Named in the model card and, in a canonical folder, in
             config.json, so that `vllm serve FOLDER` finds it. None: the one the source names; the
@@ -172,7 +175,8 @@ def convert_head(
     if dtype is not None and dtype not in possible:
         raise ViSpecError(f"--dtype {dtype!r} is not supported: use one of {', '.join(possible)}")
     writer = get_format(checkpoint_format)
-    info = inspect_head(source)
+    info = inspect_head(source, checkpoint_format=source_format)
+    check = partial(inspect_head, checkpoint_format=writer.name if writer.is_named else None)
     folder = Path(destination).expanduser().absolute()
     config, shapes = info.config, info.shapes
     if drop_embed_tokens:
@@ -197,12 +201,12 @@ def convert_head(
         json.loads(found.read_text(encoding="utf-8")) if found.is_file() else None,
         names_target=names_target,
     )
-    with new_head_folder(folder, overwrite=overwrite, source=info.folder) as scratch:
+    with new_head_folder(folder, overwrite=overwrite, source=info.folder, check=check) as scratch:
         for name in _COPIED:
             if (info.folder / name).is_file():
                 shutil.copyfile(info.folder / name, scratch / name)
         _write_head(scratch, _tensors(info, config, writer), dtype, content, card)
-    return inspect_head(folder)
+    return check(folder)
 
 
 @contextmanager
@@ -310,7 +314,7 @@ def _tensors(
     info: HeadInfo, config: HeadConfig, writer: CheckpointFormat
 ) -> Iterator[tuple[str, Tensor]]:
     """A head's tensors under the writer's names, without an embedding table to be dropped."""
-    for name, tensor in iter_canonical_tensors(info.folder):
+    for name, tensor in iter_canonical_tensors(info):
         if config.has_embed_tokens or name != "embed_tokens.weight":
             yield writer.source_name(name), tensor
 

@@ -84,12 +84,15 @@ class HeadInfo:
         return max(set(dtypes), key=dtypes.count)
 
 
-def inspect_head(path_or_hub_id: str | Path, revision: str | None = None) -> HeadInfo:
+def inspect_head(
+    path_or_hub_id: str | Path, revision: str | None = None, checkpoint_format: str | None = None
+) -> HeadInfo:
     """Recognise a head's checkpoint format and check that it is complete and consistent.
 
     Args:
         path_or_hub_id: a folder, or a hub id that is downloaded first.
         revision: of the hub repository.
+        checkpoint_format: one of `formats.NAMED_FORMATS`; None: the folder tells.
 
     Raises:
         ViSpecError: anything that would make loading fail later; the message names the file,
@@ -100,13 +103,13 @@ def inspect_head(path_or_hub_id: str | Path, revision: str | None = None) -> Hea
     files = weight_files(folder)
     entries = read_entries(files)
     shapes = {name: entry.shape for name, entry in entries.items()}
-    found = detect_format(config, shapes)
+    found = detect_format(config, shapes, checkpoint_format)
     if found is None:
         other = describe_other_model(config, shapes)
         if other is not None:
             raise ViSpecError(
-                f"{folder} is {other}; ViSpec needs a head with an image adaptor, or a published "
-                "model that this vLLM serves (for vispec doctor: --draft)"
+                f"{folder} is {other}; ViSpec needs a head that sees images, or a published model "
+                "that this vLLM serves (for vispec doctor: --draft)"
             )
         raise ViSpecError(
             f"{folder} is of an unknown checkpoint format (architectures "
@@ -139,13 +142,8 @@ def is_draft_vlm(config: Mapping[str, Any]) -> bool:
     return isinstance(section, Mapping) and bool(section.get("vision_size"))
 
 
-def iter_canonical_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (canonical name, tensor on the CPU in the stored dtype), one in memory at a time.
-
-    Raises:
-        ViSpecError: see `inspect_head`.
-    """
-    info = inspect_head(folder)
+def iter_canonical_tensors(info: HeadInfo) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (canonical name, tensor on the CPU in the stored dtype), one in memory at a time."""
     ordered = sorted(info.sources.items(), key=lambda item: str(item[1][1].file))
     for file, group in groupby(ordered, key=lambda item: item[1][1].file):
         with safe_open(str(file), framework="pt") as weights:
@@ -164,9 +162,9 @@ def load_draft(folder: str | Path, dtype: torch.dtype | None = None) -> Draft:
     """
     from vllm_vispec.reference import draft_class
 
-    config = inspect_head(folder).config
-    draft = draft_class(config)(config)
-    draft.load_state_dict(dict(iter_canonical_tensors(folder)))
+    info = inspect_head(folder)
+    draft = draft_class(info.config)(info.config)
+    draft.load_state_dict(dict(iter_canonical_tensors(info)))
     return draft if dtype is None else draft.to(dtype)
 
 

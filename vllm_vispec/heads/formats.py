@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
+from vllm_vispec.compressors.spec import IDENTITY, QUERY
 from vllm_vispec.heads.config import ARCHITECTURES, LLAMA_FIELDS, HeadConfig
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -35,6 +37,7 @@ class CheckpointFormat:
             of the format are only read.
         ignored: patterns of tensor names that carry nothing we need.
         switched_off: canonical names that may be present although the flags do not use them.
+        is_named: no folder tells it from other formats, so that the user says which it is.
     """
 
     name: str
@@ -45,6 +48,7 @@ class CheckpointFormat:
     write_config: Callable[[HeadConfig, str], dict[str, Any]] | None = None
     ignored: tuple[str, ...] = ()
     switched_off: tuple[str, ...] = ()
+    is_named: bool = False
 
     def canonical_name(self, source_name: str) -> str | None:
         """Return our name of a tensor; None if the format does not know it or has no use for it."""
@@ -217,11 +221,59 @@ REFERENCE = CheckpointFormat(
     ignored=_ROPE_BUFFERS,
 )
 
+
+def _is_eagle_layout(names: Collection[str]) -> bool:
+    return "fc.weight" in names and any(name.startswith("layers.0.") for name in names)
+
+
+def _read_eagle(config: RawConfig, shapes: Shapes, **image_flags: Any) -> HeadConfig:
+    # What the codes of EAGLE-1 and MSD leave to their classes, the tensors tell.
+    return HeadConfig(
+        target_model_type=str(config.get("model_type", "")),
+        **_common_fields(text_fields(config), shapes),
+        num_query_tokens=1,
+        qkv_bias="layers.0.self_attn.q_proj.bias" in shapes,
+        fc_bias="fc.bias" in shapes,
+        layer0_input_norm="layers.0.input_layernorm.weight" in shapes,
+        final_norm=False,
+        global_feature=False,
+        **image_flags,
+    )
+
+
+def _eagle_layout(name: str, summary: str, **image_flags: Any) -> CheckpointFormat:
+    """Return a format with EAGLE-1's tensors, which do not tell what becomes of image rows."""
+    return CheckpointFormat(
+        name=name,
+        summary=summary,
+        keys=_PUBLISHED_KEYS,
+        detect=lambda config, shapes: False,
+        read_config=partial(_read_eagle, **image_flags),
+        write_config=lambda head, dtype: _target_like_config(head, dtype),
+        ignored=_ROPE_BUFFERS,
+        is_named=True,
+    )
+
+
+EAGLE = _eagle_layout(
+    "eagle",
+    "EAGLE-1 and EAGLE-2 heads; image rows are fused as text rows are",
+    compress=False,
+    compressor=QUERY,
+)
+MSD = _eagle_layout(
+    "msd",
+    "heads of Lyn-Lucy/MSD; image rows are the image's embeddings alone",
+    compress=True,
+    compressor=IDENTITY,
+)
+
 _LAYERS_OF_A_MODEL = 4
 _EAGLE3_TENSORS = frozenset({"d2t", "t2d", "midlayer.input_layernorm.weight"})
 
 # Detection asks in this order: the most explicit format first.
-FORMATS = {one.name: one for one in (CANONICAL, AUTOMODEL, REFERENCE)}
+FORMATS = {one.name: one for one in (CANONICAL, AUTOMODEL, REFERENCE, EAGLE, MSD)}
+NAMED_FORMATS = tuple(one.name for one in FORMATS.values() if one.is_named)
 
 
 def get_format(name: str) -> CheckpointFormat:
@@ -235,9 +287,29 @@ def get_format(name: str) -> CheckpointFormat:
     return FORMATS[name]
 
 
-def detect_format(config: RawConfig, shapes: Shapes) -> CheckpointFormat | None:
-    """Return the format of a head, None if it is of no known one."""
-    return next((one for one in FORMATS.values() if one.detect(config, shapes)), None)
+def detect_format(
+    config: RawConfig, shapes: Shapes, named: str | None = None
+) -> CheckpointFormat | None:
+    """Return the format of a head, None if it is of no known one.
+
+    Args:
+        named: one of `NAMED_FORMATS`, as the user says; None: the folder tells.
+
+    Raises:
+        ViSpecError: the head is not of the named format.
+    """
+    found = next((one for one in FORMATS.values() if one.detect(config, shapes)), None)
+    if named is None:
+        return found
+    if named not in NAMED_FORMATS:
+        raise ViSpecError(
+            f"checkpoint_format={named!r} is not one to be named: use {' or '.join(NAMED_FORMATS)}"
+            ", or leave it out, the folder tells"
+        )
+    if found is not None or not _is_eagle_layout(shapes):
+        what = f"of the {found.name} format" if found else "no EAGLE head (fc.*, layers.0.*)"
+        raise ViSpecError(f"checkpoint_format={named!r}, but the head is {what}: leave it out")
+    return FORMATS[named]
 
 
 def describe_other_draft(config: RawConfig, names: Collection[str]) -> str | None:
@@ -254,8 +326,12 @@ def describe_other_draft(config: RawConfig, names: Collection[str]) -> str | Non
         return "a head in the speculators format, serve it with vLLM alone"
     if "Medusa" in architectures or "medusa_num_heads" in config:
         return 'a Medusa head, which vLLM serves with "method":"medusa"'
-    if "fc.weight" in names and any(name.startswith("layers.0.") for name in names):
-        return 'a text-only EAGLE head (no image adaptor), serve it with "method":"eagle"'
+    if _is_eagle_layout(names):
+        return (
+            'a head without image adaptor: add "checkpoint_format":"msd" for an MSD head, "eagle" '
+            "for an EAGLE head that sees images (vispec convert: --from), or serve a text-only one "
+            'with "method":"eagle"'
+        )
     return None
 
 

@@ -109,15 +109,17 @@ class ViSpecDraft(Draft):
     def image_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Embeddings of images, each [T, D] -> decoder layer inputs of each, [tokens, D].
 
-        ViSpec's adaptor rows but the last are layer inputs already (4.3). Other compressors make
-        embeddings: these go through the embedding half of `fc`, without bias, hidden state or
-        global feature.
+        ViSpec's adaptor rows but the last are layer inputs already (4.3), and so are MSD's image
+        embeddings. Other compressors make embeddings that go through the embedding half of `fc`,
+        without bias, hidden state or global feature.
         """
         if self.compressor is None:
             return list(self.adaptor_rows(images)[:, :-1])
         if not images:
             return []
         tokens = self.compressor(images)
+        if self.compressor.spec.makes_layer_inputs:
+            return tokens
         input_AD = F.linear(torch.cat(tokens), self.fc.weight[:, : self.config.hidden_size])
         return list(input_AD.split([len(one) for one in tokens]))
 

@@ -53,6 +53,8 @@ logger = get_logger(__name__)
 
 CONFIG_FORMAT = "vispec"
 """Name under which vLLM knows `HeadConfigParser`."""
+_FOUND: dict[str, HeadInfo] = {}
+"""Drafts by the names under which vLLM asks the parser for them."""
 
 
 class HeadConfigParser(ConfigParserBase):
@@ -67,7 +69,7 @@ class HeadConfigParser(ConfigParserBase):
         **kwargs: Any,
     ) -> tuple[dict[str, Any], LlamaConfig]:
         """Return the configuration as plain data and as an object."""
-        info = published.read_before(model) or inspect_head(model, revision)
+        info = _FOUND.get(str(model)) or inspect_head(model, revision)
         content = info.config.to_llama_config_dict()
         config = LlamaConfig(**content)
         config.architectures = [_architecture(info)]
@@ -211,8 +213,7 @@ def _find_head(settings: dict[str, Any], target: ModelConfig) -> HeadInfo | None
                 'speculative config: "model" is missing; give the folder or hub id of a head or of '
                 "a published model"
             )
-        revision = settings.get("revision")
-        return published.find(model, settings, target) or inspect_head(model, revision)
+        return _find_draft(model, settings, target)
     # Any other draft is vLLM's to judge.
     if not isinstance(model, str) or not Path(model).is_dir() or not is_vispec_head(model):
         return None
@@ -221,3 +222,14 @@ def _find_head(settings: dict[str, Any], target: ModelConfig) -> HeadInfo | None
         return None
     check_keys(settings)
     return inspect_head(model)
+
+
+def _find_draft(model: str, settings: dict[str, Any], target: ModelConfig) -> HeadInfo:
+    """Return the published model or the head of this name, and keep it for the parser."""
+    revision, named = settings.get("revision"), settings.get("checkpoint_format")
+    info = None if named else published.find(model, settings, target)
+    info = info or inspect_head(model, revision, named)
+    # vLLM reads offline what it is told by name in the hub's cache.
+    for name in (locate(model, info.folder)["model"], str(info.folder)):
+        _FOUND[name] = info
+    return info

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vllm_vispec.compressors.spec import QUERY, parse_compressor
+from vllm_vispec.compressors.spec import IDENTITY, QUERY, parse_compressor
 from vllm_vispec.train.config import HeadSettings, TrainConfig
 from vllm_vispec.train.losses import STATE_TERMS, term_weights
 from vllm_vispec.utils.errors import ViSpecError
@@ -50,6 +50,8 @@ HEAD_TYPES: Mapping[str, HeadType] = {
     "specvlm_global": HeadType(
         compress=True, global_feature=True, compressor="select", input_norm=True
     ),
+    # MSD (arXiv 2505.14260): image rows are the image's embeddings, text rows EAGLE's.
+    "msd": HeadType(compress=True, compressor=IDENTITY),
     # Spec-LLaVA (arXiv 2509.11961) and MASSV (arXiv 2505.10526): an independent small model.
     "draft_vlm": HeadType(input_norm=True, draft_vlm=True),
 }

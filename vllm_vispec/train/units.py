@@ -75,5 +75,5 @@ def units_of(config: HeadConfig, state_size: float, embed_size: float) -> Units:
 
     Where `fc` reads embeddings of images, too, those of tokens have no size of their own.
     """
-    apart = config.compress and not config.has_compressor
+    apart = config.compress and config.compressor_spec.makes_layer_inputs
     return Units(state_size, embed_size if apart else 1.0)
