@@ -23,7 +23,7 @@ from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import ASIDE, read_json
 
 
-@pytest.mark.parametrize("kind", ["vispec", "eagle_vlm"])
+@pytest.mark.parametrize("kind", ["vispec", "eagle_vlm", "msd"])
 def test_online_and_offline_are_the_same(
     tiny: TinyStore, dialogues: Path, tmp_path: Path, kind: str
 ) -> None:
