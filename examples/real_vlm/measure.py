@@ -84,8 +84,8 @@ def texts(own: Own, count: int) -> dict[str, list[tuple[str, str]]]:
     """Held-out chats of SmolLM2 with itself, and prose: the pages of this repository."""
     head = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
     chats = [
-        (f"{head}{q}<|im_end|>\n<|im_start|>assistant\n", f"{a}<|im_end|>")
-        for q, a in own.chats[:count]
+        (f"{head}{q}<|im_end|>\n<|im_start|>assistant\n", f"{a}{'<|im_end|>' if whole else ''}")
+        for q, a, whole in own.chats[:count]
     ]
     prose = [("<|endoftext|>", file.read_text()) for file in sorted(TEXT.glob("*.md"))[:count]]
     return {name: pairs for name, pairs in {"chats": chats, "prose": prose}.items() if pairs}

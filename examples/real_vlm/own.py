@@ -62,8 +62,8 @@ class Writer:
 
     def sample(
         self, prompts: list[str], limit: int, seed: int, temperature: float = 0.7
-    ) -> list[str | None]:
-        """One text a prompt; None where it did not end by itself within the limit."""
+    ) -> list[tuple[str, bool]]:
+        """One text a prompt, and whether it ended by itself within the limit."""
         from vllm import SamplingParams
 
         params = [
@@ -71,15 +71,15 @@ class Writer:
             for i in range(len(prompts))
         ]
         found = [one.outputs[0] for one in self.llm.generate(prompts, params)]
-        return [one.text.strip() if one.finish_reason == "stop" else None for one in found]
+        return [(one.text, one.finish_reason == "stop") for one in found]
 
     def about(self, seed: int) -> dict[str, list[str]]:
         """Sentences that name one thing and no other."""
         asked = [(name, ask) for name in PICTURES for ask in ABOUT]
         texts = self.sample([prompt(ask.format(name)) for name, ask in asked], 60, seed)
         kept: dict[str, list[str]] = {name: [] for name in PICTURES}
-        for (name, _), text in zip(asked, texts, strict=True):
-            first = _SENTENCE.match(text or "")
+        for (name, _), (text, _) in zip(asked, texts, strict=True):
+            first = _SENTENCE.match(text.strip())
             if first and named(first[0]) == {name} and 30 < len(first[0]) < 220:
                 kept[name].append(first[0].strip())
         return kept
@@ -91,19 +91,20 @@ class Writer:
             names = rng.sample(list(PICTURES), rng.choice((2, 2, 3)))
             question, own = rng.choice(list(STORIES.items()))
             asked.append((names, question, own.format(listing([f"the {n}" for n in names]))))
-        texts = self.sample([prompt(own) for *_, own in asked], 220, seed)
+        texts = self.sample([prompt(own) for *_, own in asked], 260, seed)
         return [
-            {"names": names, "question": question, "answer": text}
-            for (names, question, _), text in zip(asked, texts, strict=True)
-            if text and set(names) == named(text)
+            {"names": names, "question": question, "answer": text, "whole": whole}
+            for (names, question, _), (text, whole) in zip(asked, texts, strict=True)
+            if set(names) == named(text)
         ]
 
-    def chats(self, count: int, seed: int) -> list[list[str]]:
-        """Questions that the model asks itself, and its answers."""
+    def chats(self, count: int, seed: int) -> list[tuple[str, str, bool]]:
+        """Questions that the model asks itself, its answers, and whether they are whole."""
         start = f"<|im_start|>system\n{SYSTEM}{END}{USER}"
-        questions = [q for q in self.sample([start] * count, 80, seed, 1.0) if q and len(q) > 12]
-        answers = self.sample([prompt(q) for q in questions], 220, seed + count, 1.0)
-        return [[q, a] for q, a in zip(questions, answers, strict=True) if a]
+        asked = self.sample([start] * count, 80, seed, 1.0)
+        questions = [text for text, whole in asked if whole and len(text) > 12]
+        answers = self.sample([prompt(q) for q in questions], 300, seed + count, 1.0)
+        return [(q, *answer) for q, answer in zip(questions, answers, strict=True) if answer[0]]
 
 
 def main(

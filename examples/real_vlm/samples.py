@@ -24,11 +24,15 @@ Fact = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Turn:
-    """A fact is stated if one sentence of an answer has all its phrases."""
+    """A fact is stated if one sentence of an answer has all its phrases.
+
+    `whole`: the answer ends there; else it was cut, and no end is learned.
+    """
 
     question: str
     answer: str
     facts: tuple[Fact, ...] = ()
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Own:
 
     about: dict[str, list[str]] = field(default_factory=dict)
     stories: list[dict[str, Any]] = field(default_factory=list)
-    chats: list[tuple[str, str]] = field(default_factory=list)
+    chats: list[tuple[str, str, bool]] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path, held_out: bool = False) -> Own:
@@ -216,8 +220,14 @@ def _both(rng: Random, own: Own) -> Sample:
 def _story(rng: Random, own: Own) -> Sample:
     text = rng.choice(own.stories)
     shown = scene(rng, text["names"])
-    turn = Turn(text["question"], text["answer"], tuple((name,) for name in text["names"]))
+    facts = tuple((name,) for name in text["names"])
+    turn = Turn(text["question"], text["answer"], facts, text["whole"])
     return Sample("story", (shown.canvas,), (turn,))
+
+
+def _chat(rng: Random, own: Own) -> Sample:
+    question, answer, whole = rng.choice(own.chats)
+    return Sample("chat", (), (Turn(question, answer, whole=whole),))
 
 
 def _turns(rng: Random, own: Own) -> Sample:
@@ -246,7 +256,7 @@ KINDS: dict[str, tuple[Callable[[Random, Own], Sample], float]] = {
     "turns": (_turns, 30),
     "two": (_both, 4),
     "story": (_story, 8),
-    "chat": (lambda rng, own: Sample("chat", (), (Turn(*rng.choice(own.chats)),)), 12),
+    "chat": (_chat, 12),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from vllm_vispec.utils.files import write_text, writing
+from vllm_vispec.utils.files import sweep, write_text, writing
 
 
 @dataclass
@@ -70,6 +70,7 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all, then the log."""
+        sweep(self.file.parent)
         tensors = {name: value.detach() for name, value in self.trained.items()}
         for name, value in self.trained.items():
             for key, state in self.optimizer.state[value].items():

@@ -46,7 +46,7 @@ def encode(sample: Sample, tokenizer: Any) -> Encoded:
     for i, turn in enumerate(sample.turns):
         question = f"{shown if i == 0 else ''}{turn.question}"
         parts.append((f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", False))
-        parts += [(f"{turn.answer}<|im_end|>", True), ("\n", False)]
+        parts += [(f"{turn.answer}{'<|im_end|>' if turn.whole else ''}", True), ("\n", False)]
     ids: list[int] = []
     answer: list[bool] = []
     for text, wanted in parts:

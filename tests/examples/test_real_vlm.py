@@ -21,10 +21,17 @@ from examples.real_vlm import build, canvas, questions, train, vision
 from examples.real_vlm.samples import KINDS, Own, make_sample, stated
 from examples.real_vlm.state import Run
 
-CHAT = ("Who are you?", "I am a model. Ask me.")
+CHAT = ("Who are you?", "I am a model. Ask me.", True)
 OWN = Own(
     {"cat": ["A cat sleeps a lot."]},
-    [{"names": ["cat", "boat"], "question": "Write a story.", "answer": "A cat took a boat."}],
+    [
+        {
+            "names": ["cat", "boat"],
+            "question": "Tell.",
+            "answer": "A cat took a boat",
+            "whole": False,
+        }
+    ],
     [CHAT],
 )
 
@@ -98,7 +105,8 @@ def test_text_logits_are_those_of_the_language_model(stub: Path, tmp_path: Path)
         )
         drawn = [one.image for one in sample.images] or None
         ids = processor(text=prompt, images=drawn)["input_ids"][0]
-        answer = f"{sample.turns[-1].answer}<|im_end|>"
+        end = "<|im_end|>" if kind != "story" else ""  # the story was cut
+        answer = f"{sample.turns[-1].answer}{end}"
         assert encoded.ids[: len(ids)] == list(ids)
         assert processor.decode(encoded.ids[len(ids) : -1]) == answer
         assert encoded.answer[len(ids) : -1] == [True] * (len(encoded.ids) - len(ids) - 1)
