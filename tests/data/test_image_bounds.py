@@ -145,3 +145,9 @@ def test_answers_of_two_sizes_do_not_mix() -> None:
     words = Conversation("c", look("a").turns, "", {"max_pixels": "many"})
     with pytest.raises(ViSpecError, match=r"data.train: .* of sample c is no whole number"):
         recorded_bounds([words], "data.train")
+    silent = Conversation("c", look("a").turns)
+    with pytest.raises(
+        ViSpecError, match=r"max_pixels 5 \(sample a\), and some .* \(sample c\): set"
+    ):
+        recorded_bounds([made[0], silent], "data.train")
+    assert recorded_bounds([made[0], silent], "data.train", {"max_pixels": 5}) == {"max_pixels": 5}

@@ -24,7 +24,7 @@ from vllm_vispec.train import cache, dry_run, loop
 from vllm_vispec.train.config import config_from_flat, load_config
 from vllm_vispec.train.distributed import processes
 from vllm_vispec.train.init import new_head_config
-from vllm_vispec.train.preflight import prepare, with_batch
+from vllm_vispec.train.preflight import prepare, with_batch, without_tables
 from vllm_vispec.train.target import TrainingTarget
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -60,6 +60,7 @@ def nothing_expensive(monkeypatch: pytest.MonkeyPatch) -> None:
             r"none of 1 records .*\(first: a: image 1-0.png does not exist\): .*data.image_root",
         ),
         ({"data__train": "OTHER"}, r"sample a has token 4096, target.model .* another model's"),
+        ({"head__kind": "eagle_text", "data__train": "PICTURES"}, "on samples without images, add"),
         ({"run__output": "FILE/out"}, "is a file; choose another folder"),
     ],
 )
@@ -82,8 +83,13 @@ def test_bad_input_is_one_line_before_the_expensive_part(
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Yes"}]
     record = {"id": "a", "messages": turns, "response_token_ids": [[9, 4096]]}
     write_records(tmp_path / "OTHER", [record])
+    pictures = [line for line in dialogues.open() if "image_url" in line]
+    text = "".join(pictures).replace('"url": "', f'"url": "{dialogues.parent}/')
+    (tmp_path / "PICTURES").write_text(text)
     named = {
-        name: re.sub("HEAD|EMPTY|FILE|IMAGES|OTHER", lambda found: str(tmp_path / found[0]), value)
+        name: re.sub(
+            "HEAD|EMPTY|FILE|IMAGES|OTHER|PICTURES", lambda found: str(tmp_path / found[0]), value
+        )
         if isinstance(value, str)
         else value
         for name, value in changes.items()
@@ -96,6 +102,13 @@ def test_bad_input_is_one_line_before_the_expensive_part(
     assert "\n" not in str(error.value)
     assert "speculative-config" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_are_checked_before_a_data_set_is_fetched(tmp_path: Path) -> None:
+    for name, value in (("loss.name", "eagel"), ("loss.weights", {"k1": 1}), ("run.trackers", "x")):
+        flat = recipe("hf/none", tmp_path, tmp_path / "run").flat()
+        with pytest.raises(ViSpecError, match=r"eagel|k1|run\.trackers 'x'"):
+            without_tables(config_from_flat(flat | {"data.train": "hf://a/b", name: value}))
 
 
 class _Usage(NamedTuple):

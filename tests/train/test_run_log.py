@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.tiny_store import TinyStore
 from tests.train.runs import recipe, run
+from vllm_vispec.train import loop
 from vllm_vispec.train.acceptance import replay
 from vllm_vispec.train.samples import _answer
 from vllm_vispec.utils.errors import ViSpecError
@@ -61,6 +62,19 @@ def test_trackers_get_the_numbers(
         (started,) = fakes[name].started
         assert (started["project"], started["name"], started["resume"]) == ("mine", "run", "allow")
         assert started["config"]["schedule.max_steps"] == 3
+
+
+def test_a_login_is_missed_before_samples_are_encoded(
+    tiny: TinyStore, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: Any) -> None:
+        raise RuntimeError("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setattr(loop, "open_teacher", lambda *_, **__: pytest.fail("samples are encoded"))
+    config = recipe(tiny.target("llava"), dialogues, tmp_path / "run", run__trackers=["wandb"])
+    with pytest.raises(ViSpecError, match=r"run.trackers wandb cannot start \(no API key\)"):
+        run(config)
 
 
 @pytest.mark.parametrize(

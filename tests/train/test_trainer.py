@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers.models.llava.modeling_llava import LlavaModel
 
 from tests.support.tiny_store import TinyStore
 from tests.train.runs import recipe, run
 from vllm_vispec.reference.layers import DecoderLayer
 from vllm_vispec.train import acceptance, rollout, trainer
-from vllm_vispec.train.distributed import Processes, accumulating, shared
+from vllm_vispec.train.distributed import Processes, accumulating, shared, whole
 from vllm_vispec.train.losses import Objective
 from vllm_vispec.train.trainer import Trainer
 from vllm_vispec.utils.errors import ViSpecError
@@ -75,6 +77,22 @@ def test_gradients_are_exchanged_in_the_last_pass_alone() -> None:
     finally:
         dist.destroy_process_group()
     assert exchanged == [2]
+
+
+def test_a_sharded_draft_reduces_in_the_last_pass_alone() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        module = torch.nn.Linear(4, 4)
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        reduced = []
+        for number in range(3):
+            with accumulating(module, more_passes=number < 2):
+                module(torch.ones(2, 4)).sum().backward()
+            reduced.append(module.weight.grad is not None)
+        assert reduced == [False, False, True]
+        assert float(whole(module.weight.grad).mean()) == 3 * 2
+    finally:
+        dist.destroy_process_group()
 
 
 def no_memory(*_: Any, **__: Any) -> None:

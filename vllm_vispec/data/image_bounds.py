@@ -68,14 +68,18 @@ def set_bounds(processor: Any, asked: Mapping[str, int]) -> Bounds:
     return bounds
 
 
-def recorded_bounds(conversations: Iterable[Conversation], where: str) -> Bounds:
-    """Return the bounds that answers about images were made with; none if they do not say.
+def recorded_bounds(
+    conversations: Iterable[Conversation], where: str, wanted: Mapping[str, int] | None = None
+) -> Bounds:
+    """Return the bounds that answers about images were made with; none if none of them says.
 
     Args:
         where: the setting that names the files.
+        wanted: what is set, which holds for answers that do not say.
 
     Raises:
-        ViSpecError: they were made with different ones, or a record's are no numbers.
+        ViSpecError: they were made with different ones, some do not say while others do, or a
+            record's are no numbers.
     """
     found: dict[tuple[tuple[str, int], ...], str] = {}
     for one in (one for one in conversations if one.images):
@@ -86,7 +90,14 @@ def recorded_bounds(conversations: Iterable[Conversation], where: str) -> Bounds
                 f"{where}: min_pixels or max_pixels of sample {one.sample_id} is no whole number: "
                 "correct the record"
             ) from error
-    found.pop((), None)
+    silent = found.pop((), None)
+    if found and silent is not None and not wanted:
+        known, sample = next(iter(found.items()))
+        raise ViSpecError(
+            f"{where} holds answers made with {_text(dict(known))} (sample {sample}), and some "
+            f"that do not say with which (sample {silent}): set min_pixels and max_pixels if all "
+            "were made with these, or make them again with `vispec regenerate`"
+        )
     if len(found) > 1:
         (bounds, first), (others, second), *_ = found.items()
         raise ViSpecError(

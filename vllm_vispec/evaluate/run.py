@@ -91,7 +91,8 @@ def image_bounds(options: EvalOptions) -> Bounds:
     given, where = bounds_in(vars(options)), f"--data {options.data}"
     of_head = trained_bounds(resolve_head(options.head))
     read = islice(read_conversations(options.data, options.image_folder), options.limit)
-    recorded = recorded_bounds((one for one in read if isinstance(one, Conversation)), where)
+    conversations = (one for one in read if isinstance(one, Conversation))
+    recorded = recorded_bounds(conversations, where, given or of_head)
     if given:
         return same_bounds(given, recorded, where)
     return same_bounds(of_head, recorded, where, f"--head {options.head} was trained with")

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -121,6 +121,8 @@ def shared(module: nn.Module, group: Processes, shard: bool) -> nn.Module:
 
 def accumulating(replica: nn.Module, more_passes: bool) -> AbstractContextManager[Any]:
     """A forward and backward pass that keeps gradients to this process if more are to follow."""
+    if isinstance(replica, FSDPModule):  # these gradients are whole meanwhile
+        replica.set_requires_gradient_sync(not more_passes)
     is_shared = isinstance(replica, DistributedDataParallel)
     return replica.no_sync() if is_shared and more_passes else nullcontext()
 

@@ -131,6 +131,8 @@ def _memory(config: TrainConfig, cost: Cost, target: int, room: int | None) -> s
     )
     if config.teacher.mode == "offline":
         text += f"; before that {target / GIB:.3g} for the target alone, which stores its states"
+    if config.teacher.engine == "vllm":
+        text, target = f"{text} in vLLM, over the GPUs of teacher.engine_options", 0
     if room is not None and max(cost.total, target) > room:
         text += (
             f". The GPU has {room / GIB:.3g} GiB: lower batch.size, loss.passes or data.max_length"

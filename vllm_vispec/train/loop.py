@@ -124,6 +124,13 @@ class Run:
         self.settings = config.flat() | {"processes": group.world}
         saved = self.checkpoints.latest()
         overridden = check_same_settings(saved.settings, self.settings, override) if saved else []
+        # Before the expensive part: one may want a login.
+        trackers = open_trackers(
+            config.run.trackers if group.is_main else (),
+            config.run.project,
+            self.output,
+            self.settings,
+        )
         self.teacher = open_teacher(config, corpus, group, may_store=published is None)
         usable = self.teacher.lengths
         self.held_out = {
@@ -167,12 +174,7 @@ class Run:
             step,
             self.total_steps,
             silent=not group.is_main,
-            trackers=open_trackers(
-                config.run.trackers if group.is_main else (),
-                config.run.project,
-                self.output,
-                self.settings,
-            ),
+            trackers=trackers,
             measured_on=self.measured_on,
         )
         # Decisions of a gate since the last line of the log.

@@ -47,17 +47,28 @@ def prepare(config: TrainConfig, world: int) -> tuple[TrainConfig, Corpus]:
     config = with_batch(resolve(config.require_complete()), world)
     check_trackers(config.run.trackers)
     check_disk(config, starting_draft(config))
-    corpus = read_corpus(config.data, get_head_type(config.head.kind).text_only)
+    text_only = get_head_type(config.head.kind).text_only
+    corpus = read_corpus(config.data, text_only)
     if not corpus.entries:
         first = "".join(f" (first: {x.sample_id}: {x.reason})" for x in corpus.rejected[:1])
         raise ViSpecError(
             f"none of {len(corpus.rejected)} records of data.train can be used{first}: correct the "
             "files or data.image_root"
         )
+    if not corpus.train:
+        raise ViSpecError(
+            f"data.train has no sample to train on, {len(corpus.validation)} are held out: "
+            + (
+                f"head.kind {config.head.kind} trains on samples without images, add some"
+                if text_only
+                else "lower data.validation_share"
+            )
+        )
     _check_tokens(corpus, config.target.model)
     where = "the run's data (data.train, data.validation)"
-    recorded = recorded_bounds((entry.conversation for entry in corpus.entries), where)
-    wanted = same_bounds(bounds_in(vars(config.data)), recorded, where)
+    asked = bounds_in(vars(config.data))
+    conversations = (entry.conversation for entry in corpus.entries)
+    wanted = same_bounds(asked, recorded_bounds(conversations, where, asked), where)
     bounds = set_bounds(load_processor(config.target.model), wanted)
     data = config.data.model_copy(update=bounds)
     return config.model_copy(update={"data": data}), corpus
@@ -190,8 +201,10 @@ def without_tables(config: TrainConfig) -> TrainConfig:
     """Return the recipe with a conversation file for each table; writes those that are missing.
 
     Raises:
-        ViSpecError: a table cannot be read.
+        ViSpecError: a table cannot be read, or settings do not go together: they come first.
     """
+    resolve(config)
+    check_trackers(config.run.trackers)
     folder = Path(config.run.output) / "tables"
 
     def files(names: Sequence[str]) -> tuple[str, ...]:
