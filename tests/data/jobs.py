@@ -70,9 +70,9 @@ def run_twice(model: str, source: str, folder: str, **changes: Any) -> Iterator[
     shut_down_distributed()
 
 
-def run_ray(model: str, source: str, output: str) -> dict[str, Any]:
-    """Run a job with two engines in a local Ray cluster."""
-    return vars(regenerate_all(to_settings(model, source, output, workers=2), "ray"))
+def run_two(backend: BackendName, model: str, source: str, output: str) -> dict[str, Any]:
+    """Run a job with two engines."""
+    return vars(regenerate_all(to_settings(model, source, output, workers=2), backend))
 
 
 def records(output: Path) -> dict[str, dict[str, Any]]:

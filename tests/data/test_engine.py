@@ -123,7 +123,8 @@ def test_the_encoder_returns_the_engines_tokens(runs: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_ray_with_two_workers(tiny: TinyStore, pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["ray", "processes"])
+def test_two_workers(tiny: TinyStore, pictures: Path, tmp_path: Path, backend: str) -> None:
     source = write_input(tmp_path, pictures)
     arguments = {
         "model": str(tiny.target("qwen2_5_vl")),
@@ -131,7 +132,7 @@ def test_ray_with_two_workers(tiny: TinyStore, pictures: Path, tmp_path: Path) -
         "output": str(tmp_path / "out.jsonl"),
     }
     env = IN_PROCESS_ENV | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    (found,) = run_in_subprocess("tests.data.jobs:run_ray", arguments, env)
+    (found,) = run_in_subprocess("tests.data.jobs:run_two", {"backend": backend, **arguments}, env)
     assert (found["total"], found["success"], found["error"]) == (GOOD + 4, GOOD, 4)
     made = records(to_settings(**arguments).output)
     assert len(made) == GOOD

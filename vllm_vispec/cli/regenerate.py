@@ -22,14 +22,17 @@ def regenerate(
     question: Annotated[
         list[str] | None, typer.Option(help="To ask about the images of a folder; repeatable.")
     ] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Run as a Ray job.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run as a Ray job, over several machines.")
+    ] = False,
 ) -> None:
     """Let the target answer image questions at length: training data for its draft head."""
     from vllm_vispec.data.regenerate.job import regenerate_all
 
     if settings.server and ray:
         raise ViSpecError("--server and --ray exclude each other; leave one out")
-    backend: BackendName = "server" if settings.server else "ray" if ray else "offline"
+    backend: BackendName = "processes" if settings.workers > 1 else "offline"
+    backend = "server" if settings.server else "ray" if ray else backend
     asked: Path | None = None
     if is_table(settings.input):
         source = write_out(settings.input, settings.beside("table"))

@@ -32,10 +32,11 @@ from vllm_vispec.data.types import (
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import lock, write_json
 
-BackendName = Literal["offline", "server", "ray"]
+BackendName = Literal["offline", "processes", "server", "ray"]
 # Named as text, so that nothing heavy is imported before it is used.
 BACKENDS: Mapping[BackendName, str] = {
     "offline": "vllm_vispec.data.regenerate.offline:OfflineBackend",
+    "processes": "vllm_vispec.data.regenerate.processes:ProcessesBackend",
     "server": "vllm_vispec.data.regenerate.server:ServerBackend",
     "ray": "vllm_vispec.data.regenerate.ray_data:RayBackend",
 }

@@ -6,17 +6,16 @@ worker had taken that died is done again; a dialogue that came twice counts once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from queue import Empty
-from threading import Thread
 from time import sleep
 from typing import Any
 
 from vllm_vispec.data.regenerate.dialogue import Result
 from vllm_vispec.data.regenerate.offline import OfflineBackend
+from vllm_vispec.data.regenerate.processes import drain
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
-from vllm_vispec.data.types import Conversation, Rejected
-from vllm_vispec.utils.engine_start import find_cause
+from vllm_vispec.data.types import Conversation
 from vllm_vispec.utils.errors import ViSpecError
 
 
@@ -111,43 +110,3 @@ class RayBackend:
         )
         for _ in answered.iter_batches(batch_size=None):
             pass
-
-
-def drain(
-    queue: Any, work: Callable[[], None], seen: set[str], poll_s: float = 1.0
-) -> Iterator[Result]:
-    """Run `work` in a thread; meanwhile yield what it has put into the queue, each dialogue once.
-
-    Args:
-        seen: ids of what came; they are added to it.
-
-    Raises:
-        ViSpecError: it failed; everything that had been put into the queue comes first.
-    """
-    failures: list[Exception] = []
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:  # whatever it is, it belongs to the thread that waits
-            failures.append(error)
-
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-    while True:
-        alive = thread.is_alive()
-        try:
-            result: Result = queue.get(timeout=poll_s)
-        except Empty:
-            if alive:
-                continue
-            break
-        source = result if isinstance(result, Rejected) else result.conversation
-        if source.sample_id not in seen:
-            seen.add(source.sample_id)
-            yield result
-    for error in failures:
-        # Ray puts what was raised in an actor at the end of a traceback.
-        text = str(error).strip()
-        reason = find_cause(text) if text else type(error).__name__
-        raise ViSpecError(f"the Ray job failed: {reason}") from error

@@ -95,7 +95,11 @@ class RegenerateSettings(Settings):
         ge=1,
         description="Open requests to the server; about 256 for each of its GPUs.",
     )
-    workers: int = Field(default=1, ge=1, description="Engines of the Ray job.")
+    workers: int = Field(
+        default=1,
+        ge=1,
+        description="Engines, each on GPUs of its own; with --ray over several machines.",
+    )
 
     @model_validator(mode="after")
     def _has_target(self) -> RegenerateSettings:

@@ -1,4 +1,4 @@
-"""Handing out blocks and taking results, without a cluster."""
+"""Several engines: handing out dialogues and taking results, without a cluster or a GPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from vllm_vispec.data.read import to_conversation
 from vllm_vispec.data.regenerate import ray_data
+from vllm_vispec.data.regenerate.processes import ProcessesBackend, drain, share_gpus
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
 from vllm_vispec.data.types import Rejected
 from vllm_vispec.utils.errors import ViSpecError
@@ -45,9 +46,7 @@ def test_a_worker_takes_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
             results.put(Rejected(todo[number].sample_id, "bad"))
 
     monkeypatch.setattr(backend, "_answer", answer)
-    drained = ray_data.drain(
-        results, lambda: backend._run(todo, numbers, results, seen), seen, 0.05
-    )
+    drained = drain(results, lambda: backend._run(todo, numbers, results, seen), seen, 0.05)
     found = [one.sample_id for one in drained if isinstance(one, Rejected)]
     assert (sorted(found), attempts) == (list("abcde"), [5, 1])
 
@@ -60,10 +59,35 @@ def test_every_result_once_and_then_the_failure() -> None:
             results.put(Rejected(name, "bad"))
         raise RuntimeError("Traceback\n  lines\nViSpecError: no such target\n")
 
-    taken = ray_data.drain(results, work, set(), poll_s=0.05)
+    taken = drain(results, work, set(), poll_s=0.05)
     assert [next(taken), next(taken)] == [Rejected("a", "bad"), Rejected("b", "bad")]
-    with pytest.raises(ViSpecError, match="the Ray job failed: no such target"):
+    with pytest.raises(ViSpecError, match="the workers failed: no such target"):
         next(taken)
+
+
+def test_each_process_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SETTINGS.model_copy(update={"engine": {"tensor_parallel_size": 2}})
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert share_gpus(settings) == ["", ""]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert share_gpus(settings) == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
+    assert share_gpus(settings) == ["7,5", "3,1"]
+    more = settings.model_copy(update={"workers": 3})
+    with pytest.raises(ViSpecError, match=r"--workers 3 with 2 GPUs each, there are 4: .* to 2 or"):
+        share_gpus(more)
+
+
+def test_a_process_that_ends_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its own line, then one of the job; no traceback."""
+    todo = [to_conversation({"messages": [{"role": "user", "content": "Why?"}]}, i) for i in "ab"]
+    backend = ProcessesBackend(SETTINGS)
+    with pytest.raises(ViSpecError, match="workers failed: 2 of 2 ended with exit code 1"):
+        list(backend.answer(todo))
+    said = capfd.readouterr().err
+    assert "vispec: target target is neither a folder nor a hub id" in said
+    assert "Traceback" not in said
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
