@@ -60,6 +60,18 @@ def test_processes_share_what_one_would_see(world: int, accumulate: int) -> None
         assert sorted(batch for part in parts for batch in part) == sorted(step)
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_batches_are_filled_up_to_a_number_of_tokens(world: int) -> None:
+    settings = BatchConfig(size=2, accumulate=8 // world, max_tokens=200)
+    packed = BatchOrder(tuple(LENGTHS), LENGTHS, settings, world, 0)
+    by_size = BatchOrder(tuple(LENGTHS), LENGTHS, BatchConfig(size=2, accumulate=8), 1, 0)
+    for step, wanted in zip(packed.epoch(1), by_size.epoch(1), strict=True):
+        assert sorted(i for b in step for i in b) == sorted(i for b in wanted for i in b)
+        assert len(step) % world == 0
+        assert len(step) < len(wanted)
+        assert all(len(b) * max(LENGTHS[i] for i in b) <= 200 for b in step)
+
+
 def test_batches_hold_like_lengths() -> None:
     def waste(pool: int) -> int:
         batches = [[LENGTHS[i] for i in step[0]] for step in order(5, pool=pool).epoch(0)]

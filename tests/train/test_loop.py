@@ -19,6 +19,7 @@ from vllm_vispec.train.distributed import Processes, processes
 from vllm_vispec.train.loop import fill_cache
 from vllm_vispec.train.preflight import prepare
 from vllm_vispec.train.target import TrainingTarget
+from vllm_vispec.train.trainer import Trainer
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import ASIDE, read_json
 
@@ -145,22 +146,42 @@ def test_a_full_disk_is_found_before_the_target_is_loaded(
         run(config)
 
 
-def test_a_step_is_the_same_however_it_is_cut(
-    tiny: TinyStore, dialogues: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch__size": 4, "batch__accumulate": 5, "loss__chunk_rows": 16},
+        {"batch__size": 20, "batch__max_tokens": 200},
+        pytest.param({"batch__size": 20, "run__compile": "on"}, marks=pytest.mark.slow),
+    ],
+    ids=["cut", "packed", "compiled"],
+)
+def test_a_step_is_the_same_however_it_is_computed(
+    tiny: TinyStore,
+    dialogues: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
 ) -> None:
     # All samples in one step, so that both see the same ones; clipping must not hide a scale.
+    passes, step = [], Trainer.step
+
+    def count(self: Trainer, batches: Any, *rest: Any) -> Any:
+        passes.append(len(batches))
+        return step(self, batches, *rest)
+
+    monkeypatch.setattr(Trainer, "step", count)
     target = tiny.target("llava")
     common = {"schedule__max_steps": 2, "optimizer__clip": "none", "optimizer__lr": 1e-4}
     run(recipe(target, dialogues, tmp_path / "one", batch__size=20, **common))
-    cut = {"batch__size": 4, "batch__accumulate": 5, "loss__chunk_rows": 16}
-    run(recipe(target, dialogues, tmp_path / "cut", **cut, **common))
-    one, five = losses(tmp_path / "one"), losses(tmp_path / "cut")
-    assert one == pytest.approx(five, rel=1e-5)
+    run(recipe(target, dialogues, tmp_path / "two", **changes, **common))
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
 
     def norms(name: str) -> list[float]:
         return [line["gradient_norm"] for line in lines(tmp_path / name)]
 
-    assert norms("one") == pytest.approx(norms("cut"), rel=1e-4)
+    assert norms("one") == pytest.approx(norms("two"), rel=1e-4)
+    assert passes[:2] == [1, 1]
+    assert (passes[2] > 1) == ("run__compile" not in changes)
 
 
 def test_training_learns_and_exports_the_head(

@@ -61,6 +61,10 @@ def nothing_expensive(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"data__train": "OTHER"}, r"sample a has token 4096, target.model .* another model's"),
         ({"head__kind": "eagle_text", "data__train": "PICTURES"}, "on samples without images, add"),
+        (
+            {"target__attention": "flash_attention_2"},
+            "needs the package flash-attn and a GPU: inst",
+        ),
         ({"run__output": "FILE/out"}, "is a file; choose another folder"),
     ],
 )

@@ -20,8 +20,8 @@ from vllm_vispec.train.target import TrainingTarget, merge_vision, takes_token_t
 from vllm_vispec.utils.errors import ViSpecError
 
 
-def load(folder: Path) -> TrainingTarget:
-    return TrainingTarget.load(folder, torch.float32, "cpu")
+def load(folder: Path, attention: str = "sdpa") -> TrainingTarget:
+    return TrainingTarget.load(folder, torch.float32, "cpu", attention)
 
 
 def encode(target: Path, data: Path, count: int) -> list[Encoded]:
@@ -42,7 +42,9 @@ def test_batched_equals_one_by_one(kind: str, tiny: TinyStore, dialogues: Path) 
     assert not any(p.requires_grad for p in target.model.parameters())
     assert {len(sample.runs) for sample in samples} == {0, 1, 2}
     together = target.observe(samples)
-    for sample, one in zip(samples, together, strict=True):
+    eager = load(folder, "eager").observe(samples)
+    for sample, one, other in zip(samples, together, eager, strict=True):
+        torch.testing.assert_close(one.hidden_LD, other.hidden_LD, atol=5e-5, rtol=1e-3)
         alone = target.observe([sample])[0]
         assert torch.equal(one.token_ids, sample.token_ids)
         assert one.runs == sample.runs

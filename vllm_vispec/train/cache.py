@@ -36,7 +36,7 @@ from vllm_vispec.train.engine_target import ENGINE_BATCH, EngineTarget
 from vllm_vispec.train.head_types import get_head_type
 from vllm_vispec.train.loader import Loader
 from vllm_vispec.train.target import Observed, Runs, TargetFacts, TrainingTarget
-from vllm_vispec.train.teacher import OnlineTeacher, Teacher, bar, cut, name_of
+from vllm_vispec.train.teacher import OnlineTeacher, Teacher, bar, cut, load_target, name_of
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import read_json, read_tensors, sweep, write_json, write_tensors
 
@@ -142,8 +142,8 @@ class OfflineTeacher(Teacher[dict[str, Any]]):
         if missing and group.is_main:
             self._check_disk(list(missing.values()))
         if mine or (group.is_main and not has_tables):
-            start = EngineTarget.start if in_engine else _load
-            target = start(config, self.dtype, str(group.device))
+            start = EngineTarget.start if in_engine else load_target
+            target = start(config, self.dtype, group)
             if group.is_main and not has_tables:
                 _write_tables(self._states, target)
             self._fill(mine, target)
@@ -209,10 +209,6 @@ class OfflineTeacher(Teacher[dict[str, Any]]):
                 "space, set teacher.cache_dir to a larger disk, or teacher.mode to online"
             )
         tqdm.write(f"write {where} ({free / 1e9:.3g} GB free)")
-
-
-def _load(config: TrainConfig, dtype: torch.dtype, device: str) -> TrainingTarget:
-    return TrainingTarget.load(config.target.model, dtype, device)
 
 
 def _reads_image_states(config: TrainConfig) -> bool:

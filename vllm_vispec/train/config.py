@@ -59,6 +59,9 @@ class TargetConfig(Section):
         "auto", "ViSpec code (bfloat16)"
     )
     """how the target computes; auto: bfloat16 on a GPU, float32 on a CPU"""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = setting("sdpa", "transformers")
+    """attention of the target in transformers; with sdpa, windows of its vision tower are one
+    call"""
 
 
 class HeadSettings(Section):
@@ -203,6 +206,9 @@ class BatchConfig(Section):
     global_size: int = setting(0, "NeMo, ViSpec (8)", ge=0)
     """samples per step over all processes, which decides batch.accumulate; 0: size x accumulate x
     processes"""
+    max_tokens: int = setting(0, "speculators (packed)", ge=0)
+    """tokens of a forward pass, padding included: a step's samples, size x accumulate of each
+    process, are put together up to this instead of by size; 0: by size"""
     pool: int = setting(16, "ours", ge=1)
     """batches that are sorted by length together, against padding"""
 
@@ -240,6 +246,8 @@ class RunConfig(Section):
     shard: Literal["auto", "on", "off"] = setting("auto", "ours")
     """whether processes share weights and moments (FSDP2) or each has all (DDP); auto: from a
     billion trained weights on"""
+    compile: Literal["on", "off"] = setting("off", "ours")
+    """whether TorchInductor makes kernels of the draft's layer and of the loss; for GPUs"""
     threads: int = setting(0, "ours", ge=0)
     """CPU threads of PyTorch; 0: its own choice"""
     validate_every: int = setting(500, "ours", ge=0)

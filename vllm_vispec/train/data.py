@@ -303,7 +303,10 @@ class BatchOrder:
         return -(-len(self.indices) // self.step_samples)
 
     def epoch(self, number: int) -> list[list[list[int]]]:
-        """Return the steps of an epoch: lists of batches, the longest ones last."""
+        """Return the steps of an epoch: lists of batches, the longest ones last.
+
+        With `max_tokens`, steps have different numbers of batches.
+        """
         random = Random(f"order {self.seed} {number}")
         order = random.sample(self.indices, len(self.indices))
         wanted = self.steps_per_epoch * self.step_samples
@@ -316,8 +319,31 @@ class BatchOrder:
         random.shuffle(batches)
         per_step = self.settings.accumulate * self.world
         steps = [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
+        if self.settings.max_tokens:
+            steps = [self._filled(step) for step in steps]
         # What processes do at the same time is of like length.
         return [sorted(step, key=lambda batch: self.lengths[batch[-1]]) for step in steps]
+
+    def _filled(self, step: Sequence[list[int]]) -> list[list[int]]:
+        """Put a step's samples into batches of at most `max_tokens`, as many for each process.
+
+        A longer sample is alone in its batch.
+        """
+        found: list[list[int]] = []
+        samples = sorted((n for batch in step for n in batch), key=lambda n: (self.lengths[n], n))
+        for sample in samples:
+            # The longest one so far: others are padded to it.
+            fits = (len(found[-1]) + 1) * self.lengths[sample] if found else 0
+            if 0 < fits <= self.settings.max_tokens:
+                found[-1].append(sample)
+            else:
+                found.append([sample])
+        while len(found) % self.world:
+            fullest = max(found, key=len)
+            half = len(fullest) // 2
+            found.append(fullest[half:])
+            del fullest[half:]
+        return found
 
     def mine(self, step: Sequence[list[int]], rank: int) -> list[list[int]]:
         """Return one process's batches of a step."""

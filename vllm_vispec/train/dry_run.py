@@ -105,7 +105,10 @@ def memory(config: TrainConfig, draft: Draft, target: int, tokens: int, answers:
         target: bytes of the target's weights that stay.
         tokens, answers: of the longest sample.
     """
-    head, batch, loss = draft.config, config.batch.size, config.loss
+    head, loss, samples = draft.config, config.loss, config.batch
+    batch = samples.size
+    if samples.max_tokens:
+        batch = max(min(samples.size * samples.accumulate, samples.max_tokens // tokens), 1)
     weights = sum(p.numel() for p in draft.parameters())
     passes = draft.distinct_passes(loss.passes)
     rows = batch * answers

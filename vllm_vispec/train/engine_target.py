@@ -18,6 +18,7 @@ from vllm_vispec.data.encode import Encoded
 from vllm_vispec.data.image_bounds import bounds_in
 from vllm_vispec.heads.target import load_target_config
 from vllm_vispec.train.config import TrainConfig
+from vllm_vispec.train.distributed import Processes
 from vllm_vispec.train.target import Observed, TrainingTarget, image_token_id, load_model
 from vllm_vispec.utils.engine_start import starting_engine
 from vllm_vispec.utils.errors import ViSpecError
@@ -42,7 +43,7 @@ class EngineTarget(TrainingTarget):
     llm: Any
 
     @classmethod
-    def start(cls, config: TrainConfig, dtype: torch.dtype, device: str) -> EngineTarget:
+    def start(cls, config: TrainConfig, dtype: torch.dtype, group: Processes) -> EngineTarget:
         """Load what drafts read, then start vLLM with `teacher.engine_options`.
 
         Raises:
@@ -58,7 +59,7 @@ class EngineTarget(TrainingTarget):
         shallow.quantization_config = None
         model = load_model(name, dtype, shallow=shallow)
         model.requires_grad_(False)
-        model.eval().to(device)
+        model.eval().to(group.device)
         return cls(
             model_type=str(shallow.model_type),
             text_config=load_target_config(name).get_text_config(),

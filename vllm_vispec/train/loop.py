@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -274,15 +276,19 @@ class Run:
     def _requests(self) -> Iterator[list[int]]:
         """This process's samples of every forward pass to come; the epochs go on without end."""
         step = self.progress.step
+        self._passes: deque[int] = deque()
         while True:
             epoch, position = divmod(step, self.order.steps_per_epoch)
             for batches in self.order.epoch(epoch)[position:]:
-                yield from self.order.mine(batches, self.group.rank)
+                mine = self.order.mine(batches, self.group.rank)
+                self._passes.append(len(mine))
+                yield from mine
                 step += 1
 
     def _step(self, ready: Iterator[Sequence[Any]]) -> None:
         begin = time.perf_counter()
-        passes = [next(ready) for _ in range(self.config.batch.accumulate)]
+        first = next(ready)  # then the number of its step's passes is there
+        passes = [first, *islice(ready, self._passes.popleft() - 1)]
         waited = time.perf_counter() - begin
         before, share = self.progress, self._share(more_steps=1)
         lr = self.config.optimizer.lr * rate_factor(self.config.schedule, share)

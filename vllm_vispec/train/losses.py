@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vllm_vispec.compressors.gate import balance
-from vllm_vispec.reference import Decision, Draft, decide
+from vllm_vispec.reference import Decision, Draft, ViSpecDraft, decide
 from vllm_vispec.train.acceptance import sum_decisions
 from vllm_vispec.train.config import LossSettings
 from vllm_vispec.train.memory import part
@@ -205,7 +205,17 @@ class Objective(nn.Module):
         self.lm_head_VD = lm_head_VD.detach()
         self.weights = term_weights(settings.name, settings.weights)
         self.balance = settings.balance if draft.config.compressor_spec.balanced else 0.0
+        self._compute_rows = self._rows
         self.part_names = (*self.weights, *([BALANCE] if self.balance else []))
+
+    def compile_parts(self) -> None:
+        """Have kernels made of what all samples need: the layer of a head, and the loss of rows.
+
+        The rest is called once a pass, with shapes that no two batches share.
+        """
+        if isinstance(self.draft, ViSpecDraft):
+            self.draft.layer.compile(dynamic=True)
+        self._compute_rows = torch.compile(self._rows, dynamic=True)
 
     def forward(
         self,
@@ -274,11 +284,11 @@ class Objective(nn.Module):
         )
         size = self.settings.chunk_rows
         if len(rows[0]) <= size:
-            return self._rows(*rows)
+            return self._compute_rows(*rows)
         sums: dict[str, Tensor] = {}
         for chunk in zip(*(x.split(size) for x in rows), strict=True):
             # Logits are computed again in the backward pass: only one chunk's are ever held.
-            found = checkpoint(self._rows, *chunk, use_reentrant=False)
+            found = checkpoint(self._compute_rows, *chunk, use_reentrant=False)
             sums = {name: sums[name] + v if sums else v for name, v in found.items()}
         return sums
 

@@ -46,6 +46,7 @@ def prepare(config: TrainConfig, world: int) -> tuple[TrainConfig, Corpus]:
     """
     config = with_batch(resolve(config.require_complete()), world)
     check_trackers(config.run.trackers)
+    _check_attention(config.target.attention)
     check_disk(config, starting_draft(config))
     text_only = get_head_type(config.head.kind).text_only
     corpus = read_corpus(config.data, text_only)
@@ -72,6 +73,21 @@ def prepare(config: TrainConfig, world: int) -> tuple[TrainConfig, Corpus]:
     bounds = set_bounds(load_processor(config.target.model), wanted)
     data = config.data.model_copy(update=bounds)
     return config.model_copy(update={"data": data}), corpus
+
+
+def _check_attention(name: str) -> None:
+    """Refuse attention that is not installed.
+
+    Raises:
+        ViSpecError: names the package.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    if name == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ViSpecError(
+            "target.attention flash_attention_2 needs the package flash-attn and a GPU: install "
+            "it, or leave the setting at sdpa"
+        )
 
 
 def _check_tokens(corpus: Corpus, target: str) -> None:

@@ -149,8 +149,13 @@ class TrainingTarget(TargetFacts):
     image_token_id: int
 
     @classmethod
-    def load(cls, folder: str | Path, dtype: torch.dtype, device: str) -> TrainingTarget:
+    def load(
+        cls, folder: str | Path, dtype: torch.dtype, device: str, attention: str = "sdpa"
+    ) -> TrainingTarget:
         """Load a target from a local folder (nothing is fetched then) or a hub id.
+
+        Args:
+            attention: of transformers.
 
         Raises:
             ViSpecError: it cannot be read, has no vision part, does not fit the device, or is not
@@ -158,7 +163,7 @@ class TrainingTarget(TargetFacts):
         """
         config = load_target_config(folder)
         _check_room(folder, dtype, device)
-        model = load_model(folder, dtype)
+        model = load_model(folder, dtype, attention=attention)
         model.requires_grad_(False)
         model.eval().to(device)
         return cls(
@@ -309,6 +314,7 @@ def load_model(
     setting: str = "target.model",
     takes_images: bool = True,
     shallow: Any = None,
+    attention: str = "sdpa",
 ) -> Any:
     """Load a Hugging Face vision-language model in evaluation mode, on the CPU.
 
@@ -336,6 +342,7 @@ def load_model(
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=Path(folder).is_dir(),
+            attn_implementation=None if attention == "sdpa" else attention,  # not all have it
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:

@@ -138,7 +138,7 @@ class OnlineTeacher(Teacher[Encoded | Rejected]):
 
     def __init__(self, config: TrainConfig, corpus: Corpus, group: Processes) -> None:
         super().__init__(config, corpus, group)
-        self._target = TrainingTarget.load(config.target.model, self.dtype, str(group.device))
+        self._target = load_target(config, self.dtype, group)
         self.facts = self._target
 
     def _make(self, index: int) -> Encoded | Rejected:
@@ -201,6 +201,12 @@ def target_dtype(config: TrainConfig, group: Processes) -> torch.dtype:
         name = "bfloat16" if group.device.type == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def load_target(config: TrainConfig, dtype: torch.dtype, group: Processes) -> TrainingTarget:
+    """Load the target as a recipe wants it; see `TrainingTarget.load`."""
+    settings = config.target
+    return TrainingTarget.load(settings.model, dtype, str(group.device), settings.attention)
 
 
 def _record(found: Measured | Rejected) -> dict[str, Any]:

@@ -105,6 +105,8 @@ class Trainer:
         self._objective = Objective(draft, teacher.facts.lm_head_VD, config.loss, units).to(
             group.device
         )
+        if config.run.compile == "on":
+            self._objective.compile_parts()
         # Before sharding, so that one process alone can export them.
         self._frozen: Tensors = {
             name: w.detach() for name, w in draft.named_parameters() if not w.requires_grad
