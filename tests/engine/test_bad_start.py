@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 
 from tests.support.engine import StartProcess, register_plugin
 from tests.support.heads import edit_config, edit_tensors, write_config, write_head
+from tests.support.more_families import ALL_FAMILIES
 from tests.support.tiny_families import HEAD_DIM, HIDDEN, VOCAB
-from tests.support.tiny_store import TinyStore
+from tests.support.tiny_store import KIND, TinyStore
 from vllm_vispec.draft_vocab.files import write_vocab
 from vllm_vispec.heads.folder import DRAFT_VOCAB
 from vllm_vispec.heads.speculators import SPECULATORS_TYPE
@@ -37,7 +38,7 @@ class Start(NamedTuple):
         spoil: Changes a copy of a good head.
         spec: Changes to the speculative config; None removes a key.
         engine: Further engine arguments.
-        target: ``vision``, ``text``, or ``head``: one that names its target.
+        target: ``vision``, ``text``, a family, or ``head``: one that names its target.
         vllm: How vLLM differs: ``old``, ``unreadable``, or ``without`` a definition.
     """
 
@@ -174,6 +175,16 @@ STARTS: Mapping[str, Start] = {
     "K is a word": _count("four", "'four'"),
     "K is true": _count(True),
     "K is 2.5": _count(2.5, r"2\.5"),
+    "prefix-LM": _start(
+        r"gemma3-0 attends over images in both directions .*; serve it without the head",
+        target="gemma3",
+    ),
+    "sliding windows in trees": _start(
+        "a sliding window, which draft trees cannot pass through",
+        _rewrite("canonical", target_model_type="gemma4"),
+        target="gemma4",
+        **TREE,
+    ),
     "text-only target": _start("takes no images; ViSpec needs a vision-language", target="text"),
     "no image table": _start(
         "image_table_size=0 must be an integer.*leave it out", image_table_size=0
@@ -343,7 +354,8 @@ def test_refused(
     spec = {"method": "vispec", "model": str(head), "num_speculative_tokens": 3, **start.spec}
     spec = {key: value for key, value in spec.items() if value is not None}
     named = {"head": folder / "head with target", "text": folder / "text"}
-    model = str(named.get(start.target, tiny.target()))
+    kind = start.target if start.target in ALL_FAMILIES else KIND
+    model = str(named.get(start.target, tiny.target(kind)))
     # Nothing is left behind that would change vLLM, so the process is the other tests'.
     error, message = child("v1").call(_configure, start.vllm, model, spec, dict(start.engine))
     assert error == ("ViSpecError" if start.message else ""), message

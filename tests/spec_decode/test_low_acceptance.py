@@ -28,7 +28,7 @@ def test_a_low_acceptance_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(loggers.logger, "disabled", False)
     loggers.logger.setLevel(logging.INFO)
-    low_acceptance.watch_acceptance()
+    low_acceptance.watch_acceptance("qwen2_5_vl")
     log(num_drafts=10, accepted=0)  # too few to say anything
     assert told == []
     log(num_drafts=100, accepted=5)
@@ -37,7 +37,14 @@ def test_a_low_acceptance_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "acceptance length 1.05 is so low" in line
     assert "serve without it" in line
     # Each engine anew; a head that is right now and then is not named.
-    low_acceptance.watch_acceptance()
+    low_acceptance.watch_acceptance("qwen2_5_vl")
     log(num_drafts=100, accepted=30)
     log(num_drafts=100, accepted=0)
     assert len(told) == 1
+    # Of a family that nobody tested, fewer draft tokens are judged: are they right by chance?
+    low_acceptance.watch_acceptance("ernie4_5_vl_moe")
+    log(num_drafts=13, accepted=0)
+    assert "the first drafts for ernie4_5_vl_moe, a family that was not tested" in told[1]
+    low_acceptance.watch_acceptance("ernie4_5_vl_moe")
+    log(num_drafts=20, accepted=15)
+    assert len(told) == 2

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.support.tiny_families import make_processor
+from tests.support.tiny_families import FAMILIES, make_processor
 
 TREE = {"policy": "eagle2", "depth": 3, "top_k": 8}
 TREE_NODES = 29
@@ -93,7 +93,7 @@ def materialise_target(target_dir: Path, out: Path) -> Path:
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     shutil.copytree(target_dir, out, dirs_exist_ok=True)
-    make_processor(config, tokenizer).save_pretrained(out)
+    make_processor(config, tokenizer, FAMILIES[config.model_type]).save_pretrained(out)
     return out
 
 

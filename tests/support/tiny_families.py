@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
+    from transformers import PretrainedConfig, ProcessorMixin
 
 HIDDEN, VOCAB = 128, 1024
 HEAD_DIM = 32  # the smallest that vLLM's CPU attention supports
@@ -57,14 +57,19 @@ class Family:
         image_token: What an image becomes as often as it has tokens.
         image_prompt: What stands for an image in a prompt.
         settings: Those of its configuration.
+        template: Its chat template.
+        processor: Makes its real processor, for images of 4 to 16 tokens, from the configuration
+            and what all processors take.
     """
 
     kind: str
     specials: tuple[str, ...]
-    roles: Mapping[str, str | None]
+    roles: Mapping[str, Any]
     image_token: str
     image_prompt: str
     settings: Mapping[str, Any]
+    template: str
+    processor: Callable[..., ProcessorMixin]
 
     def config(self) -> PretrainedConfig:
         """Return the configuration of the tiny target."""
@@ -73,14 +78,95 @@ class Family:
         return AutoConfig.for_model(self.kind, **deepcopy(dict(self.settings)))
 
 
-def _qwen(kind: str, rope: dict[str, Any], text: dict[str, Any], **vision: Any) -> Family:
+def chat_template(role: str, image: str, end: str, answer: str) -> str:
+    return (
+        "{% for m in messages %}" + role + "{% if m['content'] is string %}{{ m['content'] }}"
+        "{% else %}{% for c in m['content'] %}{% if c['type'] in ('image', 'image_url') %}"
+        + image
+        + "{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+        + end
+        + "{% endfor %}{% if add_generation_prompt %}"
+        + answer
+        + "{% endif %}"
+    )
+
+
+QWEN_TEMPLATE = chat_template(
+    "<|im_start|>{{ m['role'] }}\n",
+    "<|vision_start|><|image_pad|><|vision_end|>",
+    "<|im_end|>\n",
+    "<|im_start|>assistant\n",
+)
+LLAVA_TEMPLATE = chat_template("{{ m['role'] | upper }}: ", "<image>\n", " ", "ASSISTANT:")
+
+
+def qwen_pixels(vision: Any) -> dict[str, Any]:
+    """Return what the image and the video processor of Qwen's kind are told."""
+    unit = (vision.patch_size * vision.spatial_merge_size) ** 2
+    return {
+        "patch_size": vision.patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "temporal_patch_size": 2,
+        "size": {"shortest_edge": 4 * unit, "longest_edge": 16 * unit},
+    }
+
+
+def _qwen_processor(name: str, videos: str) -> Callable[..., ProcessorMixin]:
+    def make(config: Any, shared: dict[str, Any]) -> Any:
+        import transformers
+
+        pixels = qwen_pixels(config.vision_config)
+        images = transformers.Qwen2VLImageProcessor(**pixels)
+        # vLLM normalises both alike, on the device.
+        alike = {"image_mean": images.image_mean, "image_std": images.image_std}
+        return getattr(transformers, name)(
+            image_processor=images,
+            video_processor=getattr(transformers, videos)(**pixels, **alike),
+            **shared,
+        )
+
+    return make
+
+
+def _llava_processor(config: Any, shared: dict[str, Any]) -> Any:
+    import transformers
+
+    vision = config.vision_config
+    edge = vision.image_size
+    sizes = {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
+    if config.model_type == "llava_next":
+        make = transformers.LlavaNextProcessor
+        sizes["image_grid_pinpoints"] = config.image_grid_pinpoints
+        images = transformers.LlavaNextImageProcessor(**sizes)
+    else:
+        make = transformers.LlavaProcessor
+        images = transformers.CLIPImageProcessor(**sizes)
+    return make(
+        image_processor=images,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        **shared,
+    )
+
+
+def qwen(
+    kind: str,
+    rope: dict[str, Any],
+    text: dict[str, Any],
+    processor: tuple[str, str],
+    **vision: Any,
+) -> Family:
+    """Return a family of Qwen's kind; ``processor`` are the classes for images and for videos."""
     names = "endoftext im_start im_end vision_start vision_end image_pad video_pad"
     specials = tuple(f"<|{name}|>" for name in names.split())
-    vision |= {
+    vision = {
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_heads": 2,
         "out_hidden_size": HIDDEN,
+        **vision,
     }
     rope = {"rope_type": "default", **rope}
     ids = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
@@ -100,6 +186,8 @@ def _qwen(kind: str, rope: dict[str, Any], text: dict[str, Any], **vision: Any) 
         "<|image_pad|>",
         "<|vision_start|><|image_pad|><|vision_end|>",
         settings,
+        QWEN_TEMPLATE,
+        _qwen_processor(*processor),
     )
 
 
@@ -135,23 +223,28 @@ def _llava(kind: str, image_size: int, **settings: Any) -> Family:
         "<image>",
         "<image>",
         settings,
+        LLAVA_TEMPLATE,
+        _llava_processor,
     )
 
 
+QWEN3 = ("Qwen3VLProcessor", "Qwen3VLVideoProcessor")
 _FAMILIES = (
-    _qwen(
+    qwen(
         "qwen2_5_vl",
         {"mrope_section": [4, 6, 6], "rope_theta": 1e6},
         {},
+        ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
         depth=2,
         window_size=56,
         fullatt_block_indexes=[1],
         tokens_per_second=2,
     ),
-    _qwen(
+    qwen(
         "qwen3_vl",
         {"mrope_section": [6, 5, 5], "mrope_interleaved": True, "rope_theta": 5e6},
         {"head_dim": HEAD_DIM},
+        QWEN3,
         depth=3,
         num_position_embeddings=64,
         deepstack_visual_indexes=[0, 1],
@@ -195,80 +288,14 @@ def byte_bpe_tokenizer(family: Family) -> Tokenizer:
     return Tokenizer.from_str(_trained_bpe(family.specials))
 
 
-def _template(role: str, image: str, end: str, answer: str) -> str:
-    return (
-        "{% for m in messages %}" + role + "{% if m['content'] is string %}{{ m['content'] }}"
-        "{% else %}{% for c in m['content'] %}{% if c['type'] in ('image', 'image_url') %}"
-        + image
-        + "{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
-        + end
-        + "{% endfor %}{% if add_generation_prompt %}"
-        + answer
-        + "{% endif %}"
-    )
+def make_processor(config: PretrainedConfig, tokenizer: Tokenizer, family: Family) -> Any:
+    """Return the real processor of a target's family."""
+    from transformers import PreTrainedTokenizerFast
 
-
-QWEN_TEMPLATE = _template(
-    "<|im_start|>{{ m['role'] }}\n",
-    "<|vision_start|><|image_pad|><|vision_end|>",
-    "<|im_end|>\n",
-    "<|im_start|>assistant\n",
-)
-LLAVA_TEMPLATE = _template("{{ m['role'] | upper }}: ", "<image>\n", " ", "ASSISTANT:")
-
-
-def make_processor(config: PretrainedConfig, tokenizer: Tokenizer) -> ProcessorMixin:
-    """Return the real processor of a target's family, for images of 4 to 16 tokens."""
-    import transformers
-
-    kind, vision = config.model_type, config.vision_config
-    is_qwen = kind.startswith("qwen")
-    template = QWEN_TEMPLATE if is_qwen else LLAVA_TEMPLATE
-    fast: PreTrainedTokenizerFast = transformers.PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=template,
+        chat_template=family.template,
         clean_up_tokenization_spaces=False,
-        **FAMILIES[kind].roles,
+        **family.roles,
     )
-    if is_qwen:
-        unit = (vision.patch_size * vision.spatial_merge_size) ** 2
-        pixels = {
-            "patch_size": vision.patch_size,
-            "merge_size": vision.spatial_merge_size,
-            "temporal_patch_size": 2,
-            "size": {"shortest_edge": 4 * unit, "longest_edge": 16 * unit},
-        }
-        name, videos = _QWEN_CLASSES[kind]
-        images = transformers.Qwen2VLImageProcessor(**pixels)
-        # vLLM normalises both alike, on the device.
-        alike = {"image_mean": images.image_mean, "image_std": images.image_std}
-        return getattr(transformers, name)(
-            image_processor=images,
-            tokenizer=fast,
-            video_processor=getattr(transformers, videos)(**pixels, **alike),
-            chat_template=template,
-        )
-    edge = vision.image_size
-    sizes = {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
-    if kind == "llava_next":
-        make = transformers.LlavaNextProcessor
-        sizes["image_grid_pinpoints"] = config.image_grid_pinpoints
-        images = transformers.LlavaNextImageProcessor(**sizes)
-    else:
-        make = transformers.LlavaProcessor
-        images = transformers.CLIPImageProcessor(**sizes)
-    return make(
-        image_processor=images,
-        tokenizer=fast,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-        chat_template=template,
-    )
-
-
-_QWEN_CLASSES = {
-    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
-    "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
-}
+    return family.processor(config, {"tokenizer": fast, "chat_template": family.template})

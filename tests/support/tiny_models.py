@@ -14,13 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.support.tiny_families import (
-    FAMILIES,
-    VOCAB,
-    Family,
-    byte_bpe_tokenizer,
-    make_processor,
-)
+from tests.support.more_families import ALL_FAMILIES
+from tests.support.tiny_families import VOCAB, Family, byte_bpe_tokenizer, make_processor
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +26,7 @@ LOGIT_SCALE = 4.0
 # Gain of the layers' output projections. The target follows its permutation in 80 % of the steps
 # at 1.0, in 47 % at 1.3 and in 25 % at 1.7.
 CONTEXT_SCALE = 1.2
+CLIP_TOWERS = ("clip_vision_model", "siglip_vision_model")
 CLIP_PREFIX = "vision_tower.vision_model."
 OUTPUT_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
 
@@ -53,7 +49,7 @@ def build_target(
     import torch
     from transformers import AutoModelForImageTextToText
 
-    family = FAMILIES[kind]
+    family = ALL_FAMILIES[kind]
     config = family.config()
     if text is not None:
         config = _resized(config, text, vision or {})
@@ -63,8 +59,9 @@ def build_target(
     _randomise_all(model, seed)
     vote_for_successors(model, family, seed if text is None else 0)
     model.save_pretrained(folder)
-    _publish_names(folder / "model.safetensors")
-    make_processor(config, byte_bpe_tokenizer(family)).save_pretrained(folder)
+    if config.vision_config.model_type in CLIP_TOWERS:
+        _publish_names(folder / "model.safetensors")
+    make_processor(config, byte_bpe_tokenizer(family), family).save_pretrained(folder)
     ends = {"eos_token_id": config.get_text_config().eos_token_id}
     (folder / "generation_config.json").write_text(json.dumps(ends) + "\n")
     return folder
@@ -77,7 +74,7 @@ def build_text_model(kind: str, folder: Path, seed: int = 5) -> Path:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    family = FAMILIES[kind]
+    family = ALL_FAMILIES[kind]
     config = Qwen2Config(
         vocab_size=VOCAB,
         hidden_size=64,
@@ -93,7 +90,8 @@ def build_text_model(kind: str, folder: Path, seed: int = 5) -> Path:
     _randomise_all(model, seed)
     vote_for_successors(model, family, 0)
     model.save_pretrained(folder)
-    make_processor(family.config(), byte_bpe_tokenizer(family)).tokenizer.save_pretrained(folder)
+    processor = make_processor(family.config(), byte_bpe_tokenizer(family), family)
+    processor.tokenizer.save_pretrained(folder)
     return folder
 
 

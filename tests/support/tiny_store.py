@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.support.tiny_families import DRAFT_VLM_KIND, FAMILIES, HEAD_DIM, HIDDEN, TEXT, VOCAB
+from tests.support.more_families import ALL_FAMILIES
+from tests.support.tiny_families import DRAFT_VLM_KIND, HEAD_DIM, HIDDEN, TEXT, VOCAB
 from tests.support.tiny_models import build_target, build_text_model
 
 if TYPE_CHECKING:
@@ -124,13 +125,13 @@ class TinyStore:
 
         settings = {"noise": 0.6, "seed": 0, **base, **changes}
         noise, seed = settings.pop("noise"), settings.pop("seed")
-        text = FAMILIES[kind].settings["text_config"]
+        text = ALL_FAMILIES[kind].settings["text_config"]
         config = HeadConfig(
             target_model_type=kind,
             head_dim=HEAD_DIM,
             vocab_size=VOCAB,
             max_position_embeddings=TEXT["max_position_embeddings"],
-            rope_theta=text["rope_parameters"]["rope_theta"],
+            rope_theta=text["rope_parameters"].get("rope_theta", 1e4),
             rms_norm_eps=text["rms_norm_eps"],
             **settings,
         )

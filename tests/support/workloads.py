@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tests.support.engine import Completion, completions, greedy
+from tests.support.more_families import ALL_FAMILIES
 from tests.support.spies import SchedulerSpy, table_stats, watch
-from tests.support.tiny_families import CORPUS, FAMILIES
+from tests.support.tiny_families import CORPUS
 from tests.support.tiny_models import random_image
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def words(seed: int, count: int) -> str:
 
 def image_text(kind: str, count: int, bare: bool = False) -> str:
     """Return the placeholders of ``count`` images; ``bare`` leaves out Qwen's start and end."""
-    family = FAMILIES[kind]
+    family = ALL_FAMILIES[kind]
     return (family.image_token if bare else family.image_prompt) * count
 
 
@@ -309,7 +310,7 @@ def features(llm: LLM, kind: str, names: Sequence[str] = ()) -> Results:
 def edge(llm: LLM, kind: str) -> Results:
     """Prompts that leave 1 to 9 tokens up to ``max_model_len``."""
     limit = llm.llm_engine.model_config.max_model_len
-    tokenizer, family = llm.get_tokenizer(), FAMILIES[kind]
+    tokenizer, family = llm.get_tokenizer(), ALL_FAMILIES[kind]
     image = tokenizer.encode(family.image_prompt)
     plain = tokenizer.encode(words(5, limit))
     requests = [

@@ -164,6 +164,7 @@ def target_lines(target: str, head: str | None) -> list[str]:
         "target type": config.model_type,
         "hidden size": text_config.hidden_size,
         "vocabulary": text_config.vocab_size,
+        **_family_facts(config),
     }
     if head is not None:
         found = inspect_head(head).config
@@ -173,6 +174,23 @@ def target_lines(target: str, head: str | None) -> list[str]:
         facts["tensor parallel"] = _ranks(tensor_parallel_sizes(found), text_config)
         facts["fit"] = f"yes, but {warning}" if warning else "yes, head and target go together"
     return _table(facts)
+
+
+def _family_facts(config: Any) -> dict[str, str]:
+    """Return a target's row of docs/targets.md, and how to speculate for it."""
+    from vllm_vispec.heads.families import find_family, recommend
+
+    family = find_family(config.model_type)
+    facts = {"family": "not one that was tested: see docs/targets.md"}
+    if family is not None:
+        facts = {
+            "family": f"{family.name}: {family.sizes}",
+            "image tokens": family.image_tokens,
+            "positions": family.positions,
+            "state": family.state,
+            "drafts": family.published_drafts(),
+        }
+    return {**facts, "recommended": recommend(config)}
 
 
 def draft_lines(target: str | None, draft: str, max_model_len: int | None = None) -> list[str]:

@@ -11,9 +11,9 @@ Shapes: L tokens of one sample, image placeholders expanded.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby, takewhile
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,9 @@ class Encoded:
 
     ``token_ids`` int64 [L]; ``answer`` bool [L] marks what the assistant wrote, its end-of-turn
     token included unless the answer was cut off. ``runs`` are the image tokens [start, end), one
-    run per image. ``vision`` holds what the target's forward needs beside the ids
-    (``pixel_values``, ``image_grid_thw``, ...), as the processor returned it; empty without images.
+    run per image, or several where other tokens stand between its rows or tiles. ``vision`` holds
+    what the target's forward needs beside the ids (``pixel_values``, ``image_grid_thw``, ...), as
+    the processor returned it; empty without images.
     """
 
     sample_id: str
@@ -165,51 +166,68 @@ class Encoder:
 
         self._check_marks(plain, len(images))
         prompt_ids, vision = self._process(plain.prompt_text, images)
-        counts = iter(self._image_counts(prompt_ids, images))
-        is_image = [token == self.image_token_id for token in plain.token_ids]
-        repeats = [next(counts) if image else 1 for image in is_image]
-        ends = list(accumulate(repeats))
-        length = ends[-1]
-        if length > self.max_length:
-            of_images = sum(n for image, n in zip(is_image, repeats, strict=True) if image)
-            raise ValueError(too_long(Measured(length, of_images), self.max_length))
-        times = torch.tensor(repeats)
-        token_ids = torch.tensor(plain.token_ids).repeat_interleave(times)
-        if token_ids[: len(prompt_ids)].tolist() != prompt_ids:
-            raise ValueError("the processor does more to the text than repeat image tokens")
+        for expansions in self._expansions(prompt_ids, images):
+            following = iter(expansions)
+            pieces = [
+                next(following) if token == self.image_token_id else [token]
+                for token in plain.token_ids
+            ]
+            token_ids = list(chain.from_iterable(pieces))
+            if token_ids[: len(prompt_ids)] == prompt_ids:
+                break
+        else:
+            raise ValueError("the processor does more to the text than replace image tokens")
+        runs = tuple(self._runs(pieces))
+        if len(token_ids) > self.max_length:
+            of_images = sum(end - start for start, end in runs)
+            raise ValueError(too_long(Measured(len(token_ids), of_images), self.max_length))
+        repeats = torch.tensor([len(piece) for piece in pieces])
         return Encoded(
             sample_id=conversation.sample_id,
             family=conversation.family,
-            token_ids=token_ids,
-            answer=torch.tensor(plain.answer).repeat_interleave(times),
-            runs=tuple(
-                (end - count, end)
-                for image, count, end in zip(is_image, repeats, ends, strict=True)
-                if image
-            ),
+            token_ids=torch.tensor(token_ids),
+            answer=torch.tensor(plain.answer).repeat_interleave(repeats),
+            runs=runs,
             vision=vision,
         )
 
-    def _process(self, text: str, images: list[Image]) -> tuple[list[int], dict[str, Tensor]]:
+    def _runs(self, pieces: Iterable[list[int]]) -> Iterator[tuple[int, int]]:
+        """Return where image tokens stand, [start, end); images that touch are kept apart."""
+        start = 0
+        for piece in pieces:
+            for is_image, same in groupby(piece, lambda token: token == self.image_token_id):
+                end = start + len(list(same))
+                if is_image:
+                    yield start, end
+                start = end
+
+    def _process(
+        self, text: str, images: list[Image], special: bool | None = None
+    ) -> tuple[list[int], dict[str, Tensor]]:
         """Run the processor: ids with expanded placeholders, and its outputs for the images."""
         outputs = self.processor(
             text=[text],
             images=images or None,
-            add_special_tokens=self.template.adds_special_tokens(text),
+            add_special_tokens=self.template.adds_special_tokens(text)
+            if special is None
+            else special,
             return_tensors="pt",
         )
         vision = {name: value for name, value in outputs.items() if name not in SEQUENCE_OUTPUTS}
         return outputs["input_ids"][0].tolist(), vision
 
-    def _image_counts(self, expanded: list[int], images: list[Image]) -> list[int]:
-        """Return how many tokens each image takes."""
+    def _expansions(self, expanded: list[int], images: list[Image]) -> Iterator[list[list[int]]]:
+        """Return what the image tokens may have become: one list of ids for each image.
+
+        Most processors repeat them. Some put others before, between and behind, and images that
+        touch form one stretch: then the processor is asked about each image alone.
+        """
         stretches = groupby(expanded)
-        counts = [len(list(same)) for token, same in stretches if token == self.image_token_id]
-        if len(counts) == len(images):
-            return counts
-        # Images that touch form one stretch: ask the processor about each of them alone.
+        found = [list(same) for token, same in stretches if token == self.image_token_id]
+        if len(found) == len(images):
+            yield found
         mark = self.template.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        return [self._process(mark, [one])[0].count(self.image_token_id) for one in images]
+        yield [self._process(mark, [one], special=False)[0] for one in images]
 
 
 def measured(item: Encoded | Rejected) -> Measured | Rejected:

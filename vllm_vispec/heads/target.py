@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.families import find_family
 from vllm_vispec.heads.location import is_hub_id
 from vllm_vispec.utils.errors import ViSpecError, first_line
-
-# A head of one of these cannot read hidden states of another. A name that is not listed may be that
-# of the text model inside the target.
-FAMILIES = frozenset({"llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"})
 
 
 def check_against_target(
@@ -39,7 +36,9 @@ def check_against_target(
             )
     if not model_type or head.target_model_type in ("", model_type):
         return None
-    if {head.target_model_type, model_type} <= FAMILIES:
+    # A head of a known family cannot read hidden states of another. A name that is not known may be
+    # that of the text model inside the target.
+    if find_family(head.target_model_type) and find_family(model_type):
         raise ViSpecError(
             f"the head was trained for {head.target_model_type}, the target is {model_type}: use "
             "the head that was trained for this target"

@@ -36,6 +36,7 @@ from vllm_vispec.compressors.gated import (
 from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.draft_vocab.model import DraftLogits
 from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.families import embedding_scale
 from vllm_vispec.heads.formats import get_format
 from vllm_vispec.models.attention import MaskedAttention
 from vllm_vispec.spec_decode.adaptor import ImageAdaptor, TextFusion
@@ -67,6 +68,33 @@ class DraftRMSNorm(RMSNorm):
             return out
         torch.ops._C.fused_add_rms_norm(x, residual, self.weight, self.variance_epsilon)
         return x, residual
+
+
+class ScaledEmbedding(nn.Module):
+    """A table of the target's whose rows are multiplied behind the look-up, as Gemma does."""
+
+    def __init__(self, table: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.table = table
+        self.scale = scale
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return embeddings ``[T, D]``."""
+        return self.table(input_ids) * self.scale
+
+
+def scale_shared_embedding(draft: Any, target: Any) -> None:
+    """If a draft shares the target's table, multiply its rows as the target does, if it does.
+
+    Args:
+        draft: The draft as a vLLM model.
+        target: vLLM's ``ModelConfig``.
+    """
+    scale = embedding_scale(target.hf_config.model_type, target.hf_text_config.hidden_size)
+    if scale != 1.0 and not draft.has_own_embed_tokens:
+        # Rounded as the target's is.
+        rounded = float(torch.tensor(scale, dtype=target.dtype))
+        draft.model.embed_tokens = ScaledEmbedding(draft.model.embed_tokens, rounded)
 
 
 class DraftDecoderLayer(LlamaDecoderLayer):

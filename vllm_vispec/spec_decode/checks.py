@@ -7,6 +7,7 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, speculat
 
 from vllm_vispec.config import METHOD, SETTING_KEYS
 from vllm_vispec.heads.config import HeadConfig
+from vllm_vispec.heads.families import find_family
 from vllm_vispec.heads.target import check_against_target, tensor_parallel_sizes
 from vllm_vispec.utils.errors import ViSpecError, did_you_mean
 from vllm_vispec.utils.logs import get_logger
@@ -119,12 +120,24 @@ def check_target(head: HeadConfig, target: ModelConfig, parallel: ParallelConfig
             f"target {target.model} takes no images; ViSpec needs a vision-language target, use a "
             "plain EAGLE head for a text model"
         )
+    if target.is_mm_prefix_lm:
+        raise ViSpecError(
+            f"target {target.model} attends over images in both directions (prefix-LM), which a "
+            "draft's causal layer does not; serve it without the head, or for text only "
+            "(--language-model-only)"
+        )
     text_config = target.hf_text_config
     warning = check_against_target(
         head, text_config.hidden_size, text_config.vocab_size, target.hf_config.model_type
     )
     if warning:
         logger.warning("ViSpec: %s", warning)
+    if find_family(target.hf_config.model_type) is None:
+        logger.warning(
+            "ViSpec: %s is no family that was tested (docs/targets.md); sizes fit, and what is "
+            "accepted of the first draft tokens will be judged",
+            target.hf_config.model_type,
+        )
     pruning = getattr(target.multimodal_config, "video_pruning_rate", None)
     if pruning:
         raise ViSpecError(

@@ -110,7 +110,7 @@ def create_engine_config(
         check_padded_heads(vllm_config)
         note_settings_without_effect(vllm_config)
         logger.info("In each step ViSpec drafts %s", describe_drafts(vllm_config))
-        watch_acceptance()
+        watch_acceptance(vllm_config.model_config.hf_config.model_type)
     return vllm_config
 
 

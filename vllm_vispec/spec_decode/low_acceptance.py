@@ -7,6 +7,7 @@ first such line; nothing of vLLM is patched.
 import logging
 import re
 
+from vllm_vispec.heads.families import find_family
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
@@ -14,8 +15,10 @@ logger = get_logger(__name__)
 LOW = 1.2
 """Acceptance length below which a draft rarely pays for itself: fewer than one accepted draft token
 in five steps, where drafting and verifying a few tokens takes a fifth of a step or more."""
-_ENOUGH = 200
-"""Draft tokens that a log line must be about."""
+_ENOUGH, _ENOUGH_OF_UNKNOWN = 200, 64
+"""Draft tokens that a log line must be about; fewer if nobody tested the target's family."""
+_CHANCE = 1.02
+"""Acceptance length of drafts that are right by chance, or not even numbers."""
 _LOGGER = "vllm.v1.metrics.loggers"
 _LINE = re.compile(
     r"SpecDecoding metrics: Mean acceptance length: ([\d.]+),.* Drafted: (\d+) tokens"
@@ -33,16 +36,30 @@ def low_acceptance(length: float) -> str | None:
     )
 
 
+def unknown_family(length: float, family: str) -> str | None:
+    """Return what to say about the first drafts for a family that nobody tested, else None."""
+    if length > _CHANCE:
+        return None
+    return (
+        f"the first drafts for {family}, a family that was not tested, are hardly ever accepted "
+        f"(acceptance length {length:.2f}): the head reads something else than it was trained on; "
+        "outputs are right, serve without it"
+    )
+
+
 class _FirstAcceptance(logging.Filter):
     """Drops nothing; warns once if vLLM's first line about enough draft tokens shows too little."""
 
     told = True
+    family: str | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
         found = None if self.told else _LINE.match(record.getMessage())
-        if found is not None and int(found[2]) >= _ENOUGH:
-            self.told = True
-            note = low_acceptance(float(found[1]))
+        enough = _ENOUGH if self.family is None else _ENOUGH_OF_UNKNOWN
+        if found is not None and int(found[2]) >= enough:
+            self.told, length = True, float(found[1])
+            note = unknown_family(length, self.family) if self.family else None
+            note = note or low_acceptance(length)
             if note is not None:
                 logger.warning("ViSpec: %s", note)
         return True
@@ -51,7 +68,12 @@ class _FirstAcceptance(logging.Filter):
 _WATCH = _FirstAcceptance()
 
 
-def watch_acceptance() -> None:
-    """Have the first acceptance length that vLLM logs from now on judged."""
+def watch_acceptance(model_type: str) -> None:
+    """Have the first acceptance length that vLLM logs from now on judged.
+
+    Args:
+        model_type: The target's.
+    """
     _WATCH.told = False
+    _WATCH.family = model_type if find_family(model_type) is None else None
     logging.getLogger(_LOGGER).addFilter(_WATCH)

@@ -18,8 +18,10 @@ from vllm_vispec.compressors.gated import PromptLengths
 from vllm_vispec.config import reads_target_states, trims_drafts
 from vllm_vispec.draft_vocab.model import give_own_lm_head
 from vllm_vispec.heads.location import loaded_from_folder
+from vllm_vispec.models.vispec import scale_shared_embedding
 from vllm_vispec.spec_decode.draft_rows import DraftRows
 from vllm_vispec.spec_decode.step import RequestRows
+from vllm_vispec.spec_decode.target_parts import findable_parts
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
@@ -39,9 +41,13 @@ class ViSpecSpeculator(EagleSpeculator):
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; all buffers exist before any graph is captured."""
-        with loaded_from_folder(self.speculative_config.draft_model_config) as folder:
+        with (
+            loaded_from_folder(self.speculative_config.draft_model_config) as folder,
+            findable_parts(target_model),
+        ):
             super().load_model(target_model)
         give_own_lm_head(self.model, folder)
+        scale_shared_embedding(self.model, self.vllm_config.model_config)
         takes_images = self.vllm_config.model_config.supports_multimodal_inputs
         if takes_images and not self.supports_mm_inputs:
             logger.info(

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vllm_vispec.data.encode import Encoded
+from vllm_vispec.heads.families import attends_both_ways
 from vllm_vispec.heads.target import load_target_config
 from vllm_vispec.train.memory import TARGET, explained, is_out_of_memory
 from vllm_vispec.train.vision_attention import use_window_attention
@@ -169,7 +170,7 @@ class TrainingTarget(TargetFacts):
         return cls(
             model_type=str(config.model_type),
             text_config=model.config.get_text_config(),
-            embed_VD=model.get_input_embeddings().weight,
+            embed_VD=embedding_table(model),
             lm_head_VD=model.get_output_embeddings().weight,
             model=model,
             folder=str(folder),
@@ -190,12 +191,12 @@ class TrainingTarget(TargetFacts):
         def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             embeds.append(kwargs["inputs_embeds"])  # image features are scattered in
 
-        language_model = self.model.model.language_model
+        reader = language_model(self.model)
         # no_grad, not inference_mode: the draft's backward pass saves these tensors.
         with (
             explained(TARGET, {one.sample_id: len(one.token_ids) for one in samples}),
             torch.no_grad(),
-            language_model.register_forward_pre_hook(note, with_kwargs=True),
+            reader.register_forward_pre_hook(note, with_kwargs=True),
         ):
             try:
                 hidden_BLD = self.model.model(**inputs, use_cache=False).last_hidden_state
@@ -387,6 +388,21 @@ def _check_room(folder: str | Path, dtype: torch.dtype, device: str) -> None:
         )
 
 
+def embedding_table(model: Any) -> Tensor:
+    """Return what a model's tokens become, [V, D]; Gemma's are scaled behind the look-up."""
+    embedding = model.get_input_embeddings()
+    scale = getattr(embedding, "embed_scale", None)
+    table_VD: Tensor = embedding.weight
+    return table_VD if scale is None else table_VD * scale.to(table_VD.dtype)
+
+
+def language_model(model: Any) -> Any:
+    """Return the part of a Hugging Face model that reads text and image features, else None."""
+    inner = getattr(model, "model", None)
+    # The older families call it text_model.
+    return getattr(inner, "language_model", None) or getattr(inner, "text_model", None)
+
+
 def check_structure(model: Any, name: str) -> None:
     """Refuse a target that is not built as `model.model.language_model` plus `lm_head`.
 
@@ -394,8 +410,12 @@ def check_structure(model: Any, name: str) -> None:
         ViSpecError: says what is missing.
     """
     head = model.get_output_embeddings()
-    inner = getattr(getattr(model, "model", None), "language_model", None)
-    if inner is None or head is None:
+    if attends_both_ways(model.config):
+        raise ViSpecError(
+            f"{name} ({model.config.model_type}) attends over images in both directions "
+            "(prefix-LM), where no draft can be served: this family is not supported for training"
+        )
+    if language_model(model) is None or head is None:
         raise ViSpecError(
             f"{name} ({model.config.model_type}) has no "
             "model.language_model with an lm_head: this family is not supported for training"

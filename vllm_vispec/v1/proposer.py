@@ -15,8 +15,10 @@ from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import reads_embeddings, reads_target_states
 from vllm_vispec.draft_vocab.model import give_own_lm_head
 from vllm_vispec.heads.location import loaded_from_folder
+from vllm_vispec.models.vispec import scale_shared_embedding
 from vllm_vispec.spec_decode.draft_rows import DraftRows
 from vllm_vispec.spec_decode.step import RequestRows
+from vllm_vispec.spec_decode.target_parts import findable_parts
 
 
 def staying_rows(starts_R1: torch.Tensor, new_starts_R1: torch.Tensor) -> torch.Tensor:
@@ -52,9 +54,13 @@ class ViSpecProposer(EagleProposer):
         if not reads_embeddings(self.vllm_config):
             # The draft reads image features itself; vLLM would warn that it gets none.
             self.supports_mm_inputs = False
-        with loaded_from_folder(self.speculative_config.draft_model_config) as folder:
+        with (
+            loaded_from_folder(self.speculative_config.draft_model_config) as folder,
+            findable_parts(target_model),
+        ):
             super().load_model(target_model)
         give_own_lm_head(self.model, folder)
+        scale_shared_embedding(self.model, self.vllm_config.model_config)
         self.draft_rows = self.make_draft_rows()
         patch(self._runner, "reset_encoder_cache", self.draft_rows.reset_encoder_cache)
 
