@@ -104,8 +104,9 @@ def answer_loss(model: Any, processor: Any, batch: list[Encoded]) -> tuple[Tenso
     positions, _ = core.get_rope_index(
         ids, mm_token_type_ids=shown.int(), image_grid_thw=grids, attention_mask=present
     )
+    # Padding stands on the right, where causal attention never looks: no mask is needed.
     hidden = core.language_model(
-        inputs_embeds=x, attention_mask=present, position_ids=positions, use_cache=False
+        inputs_embeds=x, position_ids=positions, use_cache=False
     ).last_hidden_state
     wanted = answer[:, 1:]
     logits = model.lm_head(hidden[:, :-1][wanted]).float()

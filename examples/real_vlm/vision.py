@@ -129,6 +129,7 @@ def train_vision(
         return run
     measure = CellLoss.make(tokenizer, model.model.language_model.embed_tokens.weight.detach())
     data = batches(run.step * 1000, 1200, images)
+    recent: list[tuple[float, float]] = []
     while not run.done:
         batch = next(data)
         inputs = processor(images=[canvas.image for canvas in batch], return_tensors="pt")
@@ -137,10 +138,13 @@ def train_vision(
         loss, right = measure(out, [c for one in batch for c in cell_tokens(one, tokenizer)])
         loss.backward()
         norm = run.update()
+        recent.append((loss.item(), right))
         if run.step % 20 == 0:
-            run.log.append({"step": run.step, "loss": loss.item(), "right": right, "norm": norm})
-            shown = f"loss {loss:.3f}, right {right:.3f}"
+            mean, share = (sum(values) / len(recent) for values in zip(*recent, strict=True))
+            run.log.append({"step": run.step, "loss": mean, "right": share, "norm": norm})
+            shown = f"loss {mean:.3f}, right {share:.3f}"
             print(f"vision {run.step}: {run.seconds / 60:.1f} min, {shown}", flush=True)
+            recent.clear()
         run.save_sometimes()
     run.save()
     return run

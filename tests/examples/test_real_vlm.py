@@ -148,7 +148,7 @@ def test_the_adapter_adds_lora_to_the_weights(stub: Path, tmp_path: Path) -> Non
     model = build.make_model(_read(stub)[0])
     tower = {n: v + 1 for n, v in model.state_dict().items() if ".visual." in n}
     layer = "model.language_model.layers.1.mlp.up_proj"
-    down, up = torch.randn(16, 64), torch.randn(96, 16)
+    down, up = torch.randn(32, 64), torch.randn(96, 32)
     lora = {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
     save_file(tower | lora, tmp_path / "adapter.safetensors")
     before = model.get_parameter(f"{layer}.weight").detach().clone()
