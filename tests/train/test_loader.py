@@ -46,6 +46,18 @@ def test_requests_in_order(workers: int, room: int) -> None:
     assert (twice[0][0] is twice[1][0]) == (room > 0)
 
 
+def test_few_samples_are_ahead_where_requests_are_large() -> None:
+    drawn = []
+
+    def requests() -> Iterator[list[int]]:
+        for request in REQUESTS:
+            drawn.append(request)
+            yield request
+
+    next(Loader(made, 2, together=32)(requests()))
+    assert len(drawn) == 2 * 1 + 1
+
+
 def test_a_killed_process() -> None:
     def die(index: int) -> int:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -203,16 +203,32 @@ COUNTED = {
 }
 
 
+class SevenB:
+    """The text model of Qwen2.5-VL-7B."""
+
+    hidden_size, intermediate_size, num_attention_heads = 3584, 18944, 28
+    vocab_size, max_position_embeddings, rms_norm_eps = 152064, 128000, 1e-6
+    rope_theta = 1e6
+
+
+def large_draft() -> Any:
+    head = new_head_config("vispec", SevenB, target_model_type="qwen2_5_vl")
+    with torch.device("meta"):
+        return draft_class(head)(head)
+
+
+@pytest.mark.parametrize("name", ["stage1_text", "stage2_vision", "vision"])
+def test_the_recipes_fit_a_gpu_of_40_gib(name: str) -> None:
+    """At the longest sample that they allow, all of it an answer, beside the whole target."""
+    config = load_config(f"examples/recipes/{name}.yaml")
+    longest = config.data.max_length
+    cost = dry_run.memory(config, large_draft(), round(8.3e9 * 2), longest, longest)
+    assert 20 * GIB < cost.total <= 40 * GIB
+
+
 @pytest.mark.parametrize("case", COUNTED)
 def test_the_estimated_memory_is_that_of_fake_tensors(case: tuple[int, int, int, int, int]) -> None:
-    class Text:
-        hidden_size, intermediate_size, num_attention_heads = 3584, 18944, 28
-        vocab_size, max_position_embeddings, rms_norm_eps = 152064, 128000, 1e-6
-        rope_theta = 1e6
-
-    head = new_head_config("vispec", Text, target_model_type="qwen2_5_vl")
-    with torch.device("meta"):
-        draft = draft_class(head)(head)
+    draft = large_draft()
     batch, tokens, answers, passes, chunk = case
     config = config_from_flat(
         {"batch.size": batch, "loss.passes": passes, "loss.chunk_rows": chunk}

@@ -12,8 +12,7 @@ import pytest
 from tests.support.tiny_store import TinyStore
 from tests.train.runs import recipe, run
 from vllm_vispec.train import loop
-from vllm_vispec.train.acceptance import replay
-from vllm_vispec.train.samples import _answer
+from vllm_vispec.train.acceptance import _answer, replay
 from vllm_vispec.utils.errors import ViSpecError
 
 

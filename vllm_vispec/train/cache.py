@@ -156,7 +156,9 @@ class OfflineTeacher(Teacher[dict[str, Any]]):
         """Write one shard per chunk; a chunk is a list of batches."""
         batches = [batch for chunk in chunks for batch in chunk]
         pin = self._group.device.type == "cuda"
-        ready = Loader(self._samples.encode, self._config.data.workers, pin)(batches)
+        together = max(map(len, batches), default=1)
+        workers = self._config.data.workers
+        ready = Loader(self._samples.encode, workers, pin, together=together)(batches)
         with bar("store states", sum(map(len, batches)), self._group) as progress:
             for chunk in chunks:
                 tensors: dict[str, Tensor] = {}

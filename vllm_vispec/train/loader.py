@@ -18,7 +18,9 @@ from vllm_vispec.utils.errors import ViSpecError
 
 T = TypeVar("T")
 Request = Sequence[int]
-_AHEAD = 4  # requests per process that are made ready before they are asked for
+# Made ready before they are asked for: requests per process, and samples in all, whose pixels may
+# take 12 MB each.
+_AHEAD, _SAMPLES_AHEAD = 4, 64
 
 
 class Loader(Generic[T]):
@@ -30,12 +32,19 @@ class Loader(Generic[T]):
         workers: other processes; 0: this one does it, when asked.
         pin: put tensors where a GPU reads them directly.
         room: bytes of samples that stay in memory, the first ones. Others are made again.
+        together: samples of a request.
     """
 
     def __init__(
-        self, make: Callable[[int], T], workers: int, pin: bool = False, room: int = 0
+        self,
+        make: Callable[[int], T],
+        workers: int,
+        pin: bool = False,
+        room: int = 0,
+        together: int = 1,
     ) -> None:
         self._make, self._workers, self._pin, self._room = make, workers, pin, room
+        self._ahead = max(min(_AHEAD, _SAMPLES_AHEAD // (max(workers, 1) * together)), 1)
         self._kept: dict[int, T] = {}
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[list[T]]:
@@ -53,7 +62,7 @@ class Loader(Generic[T]):
 
         # A generator of its own, or it would draw from the run's. Forked, the processes share the
         # corpus instead of having copies.
-        ahead = {"prefetch_factor": _AHEAD, "multiprocessing_context": "fork"}
+        ahead = {"prefetch_factor": self._ahead, "multiprocessing_context": "fork"}
         loaded = iter(
             DataLoader(
                 _Made(self._make),

@@ -17,7 +17,7 @@ import torch
 from vllm_vispec.data.template import load_processor
 from vllm_vispec.heads.export import Export, export_head, export_model
 from vllm_vispec.spec_decode.low_acceptance import low_acceptance
-from vllm_vispec.train.acceptance import OVERALL, describe_gate, validate
+from vllm_vispec.train.acceptance import OVERALL, describe_gate, show_drafts, validate
 from vllm_vispec.train.cache import OfflineTeacher, open_teacher
 from vllm_vispec.train.checkpoint import Checkpoint, Checkpoints, Progress, check_same_settings
 from vllm_vispec.train.config import TrainConfig
@@ -25,13 +25,11 @@ from vllm_vispec.train.data import GREEDY, BatchOrder, Corpus, describe_answers
 from vllm_vispec.train.distributed import Processes, stop_on_signals
 from vllm_vispec.train.init import make_draft
 from vllm_vispec.train.preflight import prepare
-from vllm_vispec.train.probe import probe, spread
 from vllm_vispec.train.published import PublishedModel, find_start
 from vllm_vispec.train.run_log import RunLog, describe_run, now
-from vllm_vispec.train.samples import show_drafts
 from vllm_vispec.train.trackers import open_trackers
 from vllm_vispec.train.trainer import StepResult, Trainer, rate_factor
-from vllm_vispec.train.units import Units, units_of
+from vllm_vispec.train.units import Units, probe, spread, units_of
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import lock, read_json, sweep, write_json
 

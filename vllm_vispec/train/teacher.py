@@ -85,7 +85,8 @@ class Teacher(ABC, Generic[T]):
                 "correct the files, data.image_root or data.max_length"
             )
         room = config.data.memory_mb * 2**20
-        self._loader = Loader(self._make, config.data.workers, group.device.type == "cuda", room)
+        pin, together = group.device.type == "cuda", config.batch.size
+        self._loader = Loader(self._make, config.data.workers, pin, room, together)
 
     def ready(self, requests: Iterable[Request]) -> Iterator[list[T]]:
         """Make the samples of each request ready, by their indices in the corpus; see `Loader`."""

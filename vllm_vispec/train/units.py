@@ -1,4 +1,4 @@
-"""Weights of a head in units of the target's states and embeddings.
+"""Weights of a head in units of the target's states and embeddings, which a few samples show.
 
 Their sizes differ between targets: the root mean square of states is 1 for one and 7 for another,
 and a token's embedding may be a hundredth of that. A fresh head is trained as if both were 1. Its
@@ -11,9 +11,9 @@ Tensor names end in their shape: B samples, L tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.reference import image_mask
 from vllm_vispec.train.target import DraftBatch
+from vllm_vispec.train.teacher import Teacher
 
 # What adds to a state grows with it; what reads one without a norm before shrinks.
 _GROWS = (
@@ -77,3 +78,46 @@ def units_of(config: HeadConfig, state_size: float, embed_size: float) -> Units:
     """
     apart = config.compress and config.compressor_spec.makes_layer_inputs
     return Units(state_size, embed_size if apart else 1.0)
+
+
+SAMPLES = 16
+
+
+class Probe(NamedTuple):
+    """What a few samples show.
+
+    Attributes:
+        rows: counted rows of a sample, on average.
+        state_size, embed_size: root mean square of the target's states and embeddings at answer
+            tokens.
+    """
+
+    rows: float
+    state_size: float
+    embed_size: float
+
+
+def spread(numbers: Sequence[int], count: int) -> list[int]:
+    """Return so many of the numbers, evenly spread over them."""
+    count = min(count, len(numbers))
+    return [numbers[(2 * place + 1) * len(numbers) // (2 * count)] for place in range(count)]
+
+
+def probe(teacher: Teacher[Any], indices: Sequence[int]) -> Probe:
+    """Look at samples of every length, the same ones on every process.
+
+    Args:
+        indices: samples of the run, of which `SAMPLES` are taken.
+    """
+    by_length = sorted(indices, key=lambda index: (teacher.lengths[index], index))
+    chosen = spread(by_length, SAMPLES)
+    rows, tokens, squares = 0, 0, [0.0, 0.0]
+    # One at a time: this fits wherever training does.
+    for ready in teacher.ready([index] for index in chosen):
+        (observed,) = teacher.observe(ready)
+        # Row p predicts token p + 2.
+        rows += int(observed.answer[2:].sum())
+        tokens += int(observed.answer.sum())
+        for number, values_LD in enumerate((observed.hidden_LD, observed.embeds_LD)):
+            squares[number] += float(values_LD[observed.answer].float().square().mean(-1).sum())
+    return Probe(max(rows, 1) / len(chosen), *((one / max(tokens, 1)) ** 0.5 for one in squares))
