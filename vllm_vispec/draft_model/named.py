@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vllm_vispec.heads.folder import CONFIG, HeadInfo, inspect_head, is_vispec_head, read_json
+from vllm_vispec.heads.folder import HeadInfo, inspect_head, is_vispec_head
 from vllm_vispec.heads.location import resolve_head
 
 
@@ -11,9 +11,11 @@ def is_head(draft: str | Path) -> bool:
     return is_vispec_head(resolve_head(draft))
 
 
-def sees_images(draft: str | Path) -> bool:
-    """Whether a published model is a vision-language model, going by its config.json."""
-    return "vision_config" in read_json(resolve_head(draft) / CONFIG)
+def sees_images(info: HeadInfo) -> bool:
+    """Whether a published model is a vision-language model, as vLLM says."""
+    from vllm_vispec.draft_model import published
+
+    return info.checkpoint_format == published.VLM
 
 
 def find_published(draft: str, target: str) -> HeadInfo | None:

@@ -158,7 +158,7 @@ class _Pair:
 def _load_published(info: HeadInfo, options: EvalOptions, dtype: torch.dtype) -> Draft:
     if options.draft_vocab is not None:
         raise ViSpecError("--draft-vocab does not go with a published model; leave it out")
-    if options.images not in (None, "none") and not sees_images(info.folder):
+    if options.images not in (None, "none") and not sees_images(info):
         raise ViSpecError(f"--images {options.images} does not go with a text model; leave it out")
     return PublishedModel.load(info, dtype, share=read_images(options.images))
 

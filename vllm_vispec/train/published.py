@@ -27,6 +27,7 @@ from vllm_vispec.heads.config import HeadConfig
 from vllm_vispec.heads.folder import CONFIG, HeadInfo, read_json
 from vllm_vispec.reference import Draft, attention_mask, image_mask
 from vllm_vispec.train.config import TrainConfig
+from vllm_vispec.train.language_model import is_language_model
 from vllm_vispec.train.target import DraftBatch, load_model, model_inputs
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -72,13 +73,16 @@ class PublishedModel(Draft):
         Raises:
             ViSpecError: transformers cannot load it, or it is built in another way than targets.
         """
-        can_see = sees_images(info.folder)
+        can_see = sees_images(info)
         model = load_model(info.folder, dtype, setting, can_see)
         return cls(info.folder, model, info.config, share if can_see else read_images("none"))
 
     def blank(self) -> PublishedModel:
-        """Return it as it was published: transformers knows by what it loads how to save it."""
-        model = load_model(self.folder, torch.float32, takes_images=sees_images(self.folder))
+        """Return it as it was published: transformers knows by what it loads how to save it.
+
+        It takes images, as all that are trained do.
+        """
+        model = load_model(self.folder, torch.float32)
         return type(self)(self.folder, model, self.config, self.share)
 
     def output_head(self, target_VD: Tensor, token_ids_V: Tensor | None = None) -> Tensor:
@@ -181,7 +185,7 @@ def find_start(config: TrainConfig) -> HeadInfo | None:
     """
     head = config.head
     # A language model becomes a draft VLM with a projector.
-    if head.kind != "draft_vlm" or not head.init_from or not sees_images(head.init_from):
+    if head.kind != "draft_vlm" or not head.init_from or is_language_model(head.init_from):
         return None
     info = find_published(head.init_from, config.target.model)
     if info is None:
