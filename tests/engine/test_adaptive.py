@@ -33,13 +33,21 @@ COST = 4.0
 REQUESTS = mixed_requests(KIND, 6, 18, seed=6)
 
 
+PATH = {"policy": "spec_llava", "depth": 2, "top_k": 1, "threshold": 0.5}
+
+
+@pytest.mark.parametrize("tree", [None, PATH], ids=["chain", "path"])
 @pytest.mark.parametrize("runner", runners("v2", slow=["v2"]))
 def test_adaptive_verification(
-    engine: StartEngine, child: StartProcess, tiny: TinyStore, runner: str
+    engine: StartEngine,
+    child: StartProcess,
+    tiny: TinyStore,
+    runner: str,
+    tree: dict[str, Any] | None,
 ) -> None:
     options: dict[str, Any] = {"max_num_batched_tokens": 128, "max_num_seqs": 8}
     plain = engine(runner, **options).once(serve_requests, REQUESTS)
-    options |= {"draft": tiny.head(), "num_draft_tokens": 3}
+    options |= {"draft": tiny.head(), "num_draft_tokens": 3, "tree": tree}
     cold = engine(runner, **options).run(serve_cold, REQUESTS)
     child(runner, process="adaptive").call(_replace_what_needs_a_gpu)
     adaptive = engine(

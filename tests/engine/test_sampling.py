@@ -58,7 +58,7 @@ def test_same_distribution(
     options: dict[str, Any] = {"model": str(soft), "max_num_seqs": 64}
     plain = engine(runner, **options).run(_sample, DRAWS[runner], 1000)
     # V2's draws with trees are those of plain decoding, one by one: `test_same_seeds_same_tokens`.
-    for index, name in enumerate(DRAFTS if runner == "v1" else ["spec"]):
+    for index, name in enumerate(DRAFTS if runner == "v1" else ["spec", "path"]):
         drafting = engine(runner, **options, draft=tiny.head(), **DRAFTS[name])
         found: Served = drafting.run(_sample, DRAWS[runner], 1001 + index)
         for length in (1, 2, 3):

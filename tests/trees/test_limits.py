@@ -225,9 +225,12 @@ def _drafting(
     *,
     is_v2: bool = False,
     is_async: bool = False,
+    trims: bool = False,
 ) -> Any:
     speculative = SimpleNamespace(
-        num_speculative_tokens=num_nodes, num_speculative_tokens_per_batch_size=schedule
+        num_speculative_tokens=num_nodes,
+        num_speculative_tokens_per_batch_size=schedule,
+        enable_adaptive_verification=trims,
     )
     return SimpleNamespace(
         speculative_config=speculative,
@@ -275,20 +278,29 @@ class OwnState:
         return sampler, sampler
 
 
-def test_v2_drafts_single_paths_as_chains() -> None:
-    """With vLLM's own model state, even where an engine with branches was there before."""
-    for tree, is_path in ((CONFIDENT, False), (PATH, True)):
-        config = _drafting(tree, num_nodes=4 if is_path else 29)
-        name = "ViSpecSpeculator" if is_path else "TreeSpeculator"
-        assert speculator_class(config).__name__ == name
-        found = model_state.resolve_model_state_cls(lambda *_: OwnState, config, "model")
-        assert (found is OwnState) is is_path
-        assert issubclass(found, OwnState)
+@pytest.mark.parametrize(
+    ("tree", "num_nodes", "speculator", "state"),
+    [
+        (CONFIDENT, 29, "TreeSpeculator", "TreeModelState"),
+        (PATH, 4, "PathSpeculator", "PathModelState"),
+        (TreeSettings(), 4, "ViSpecSpeculator", "OwnState"),
+    ],
+)
+def test_v2_has_its_own_sampler_where_drafts_are_no_chains(
+    tree: TreeSettings, num_nodes: int, speculator: str, state: str
+) -> None:
+    """Elsewhere vLLM's, even where another engine was there before."""
+    config = _drafting(tree, num_nodes=num_nodes)
+    assert speculator_class(config).__name__ == speculator
+    found = model_state.resolve_model_state_cls(lambda *_: OwnState, config, "model")
+    assert found.__name__ == state
+    assert issubclass(found, OwnState)
 
 
-def test_v2_refuses_trees_where_a_target_has_its_own_sampler() -> None:
+@pytest.mark.parametrize("make", [model_state.tree_model_state, model_state.path_model_state])
+def test_v2_refuses_trees_where_a_target_has_its_own_sampler(make: Any) -> None:
     with pytest.raises(ViSpecError, match=r"its own \(OwnState\.custom_sampler\); leave it out"):
-        model_state.tree_model_state(OwnState)().custom_sampler("sampler")
+        make(OwnState)().custom_sampler("sampler")
 
 
 def test_single_paths_are_trees_if_they_may_end_early() -> None:
@@ -300,8 +312,9 @@ def test_single_paths_are_trees_if_they_may_end_early() -> None:
 @pytest.mark.parametrize(
     ("runner", "said"),
     [
-        ({"is_v2": True}, "the V2 model runner's drafts stay on the device"),
-        ({"is_async": True}, "with asynchronous scheduling drafts stay on the device"),
+        ({"is_v2": True}, "save the target no work: the V2 model runner passes over"),
+        ({"is_v2": True, "trims": True}, ""),
+        ({"is_async": True}, "tree.threshold is ignored: single paths are drafted at full length"),
         ({}, ""),
     ],
 )
@@ -309,7 +322,7 @@ def test_a_threshold_without_effect_is_named(
     runner: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     note_settings_without_effect(_drafting(PATH, num_nodes=4, **runner))
-    assert ("tree.threshold is ignored" in caplog.text) is bool(said)
+    assert bool(caplog.text) is bool(said)
     assert said in caplog.text
 
 

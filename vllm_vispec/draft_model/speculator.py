@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 from vllm_vispec.draft_model.rows import PublishedRows
 from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
 from vllm_vispec.trees.cudagraph import manager_for
+from vllm_vispec.trees.paths import PathSpeculator
 from vllm_vispec.trees.speculator import TreeSpeculator
 
 # Where `_generate_draft` takes the number of steps; vLLM gives it by name or by place.
@@ -134,6 +135,10 @@ class PublishedSpeculator(ViSpecSpeculator):
         """Prepare the next step behind all but the very last, whatever this batch's number."""
         kwargs["num_speculative_steps"] = self.num_speculative_steps
         super()._generate_draft(*args[:_NUM_STEPS_PLACE], **kwargs)
+
+
+class PublishedPathSpeculator(PathSpeculator, PublishedSpeculator):  # type: ignore[misc]
+    """Drafts one step more, and ends where the draft is unsure."""
 
 
 class PublishedTreeSpeculator(TreeSpeculator, PublishedSpeculator):  # type: ignore[misc]

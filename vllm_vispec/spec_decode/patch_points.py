@@ -6,7 +6,7 @@ from typing import Any
 from vllm_vispec.compat.patch_point import PatchGroup, overrides, reads, subclasses, wraps
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import drafts_with_published, trims_drafts, uses_vispec
-from vllm_vispec.trees.limits import has_branches
+from vllm_vispec.trees.limits import has_branches, has_paths
 
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
 _BATCH = "vllm.v1.worker.gpu.input_batch:InputBatch"
@@ -71,12 +71,18 @@ def speculator_class(vllm_config: Any) -> type:
     if drafts_with_published(vllm_config):
         from vllm_vispec.draft_model import speculator
 
-        trees = has_branches(vllm_config)
-        return speculator.PublishedTreeSpeculator if trees else speculator.PublishedSpeculator
+        if has_branches(vllm_config):
+            return speculator.PublishedTreeSpeculator
+        paths = has_paths(vllm_config)
+        return speculator.PublishedPathSpeculator if paths else speculator.PublishedSpeculator
     if has_branches(vllm_config):
         from vllm_vispec.trees.speculator import TreeSpeculator
 
         return TreeSpeculator
+    if has_paths(vllm_config):
+        from vllm_vispec.trees.paths import PathSpeculator
+
+        return PathSpeculator
     from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
 
     return ViSpecSpeculator

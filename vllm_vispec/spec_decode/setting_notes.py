@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from vllm_vispec.config import ViSpecConfig, head_of
+from vllm_vispec.config import ViSpecConfig, head_of, trims_drafts
 from vllm_vispec.trees.limits import draft_loads, has_branches, has_paths, read_tree
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.logs import get_logger
@@ -63,12 +63,17 @@ def _path_lines(vllm_config: Any) -> Iterator[str]:
     if not has_paths(vllm_config):
         return
     if vllm_config.use_v2_model_runner:
-        reason = "the V2 model runner's drafts stay on the device"
+        if not trims_drafts(vllm_config):
+            yield (
+                "single paths end early but save the target no work: the V2 model runner passes "
+                "over the tokens behind their ends, too; enable_adaptive_verification=true leaves "
+                "tokens out of the pass"
+            )
     elif vllm_config.scheduler_config.async_scheduling:
-        reason = "with asynchronous scheduling drafts stay on the device"
-    else:
-        return
-    yield f"tree.threshold is ignored: single paths are drafted at full length, because {reason}"
+        yield (
+            "tree.threshold is ignored: single paths are drafted at full length, because with "
+            "asynchronous scheduling drafts stay on the device"
+        )
 
 
 def _schedule_lines(vllm_config: Any) -> Iterator[str]:

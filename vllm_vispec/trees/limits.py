@@ -24,10 +24,12 @@ _CONNECTORS = (
     "OffloadingConnector",
     "SimpleCPUOffloadConnector",
 )
+# Single paths go with it.
+_OF_BRANCHES = "enable_adaptive_verification"
 _UNSUPPORTED = {
     "draft_sample_method": ("greedy", "a tree's nodes are the draft's likeliest tokens"),
     "rejection_sample_method": ("standard", "a tree is verified by the target's own samples"),
-    "enable_adaptive_verification": (False, "a tree's nodes have no position of their own"),
+    _OF_BRANCHES: (False, "a tree's nodes have no position of their own"),
 }
 # Settings of vLLM's `ParallelConfig` that take a batch apart, with what they are without that.
 _WHOLE_BATCHES = {
@@ -110,6 +112,8 @@ def resolve_tree(tree: TreeSettings | None, settings: dict[str, Any]) -> TreeSet
         return None
     tree.check_nodes(settings.get("num_speculative_tokens"))
     for name, (allowed, reason) in _UNSUPPORTED.items():
+        if name == _OF_BRANCHES and tree.width == 1:
+            continue
         if settings.get(name, allowed) != allowed:
             raise ViSpecError(
                 f"speculative config: {name}={settings[name]!r} does not work with tree "

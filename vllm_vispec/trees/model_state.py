@@ -1,4 +1,4 @@
-"""Trees around the target's pass on V2: positions and codes before it, their sampler behind it.
+"""Trees and paths around the target's pass on V2: what comes before it, their samplers behind it.
 
 Shapes: R requests of a batch, N nodes, S rows of logits, V vocabulary.
 """
@@ -17,7 +17,8 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_vispec.trees.attention import make_engine_trees, target_layers
 from vllm_vispec.trees.cudagraph import RecordedVerification
-from vllm_vispec.trees.limits import has_branches, requires_linear_draft
+from vllm_vispec.trees.limits import has_branches, has_paths, requires_linear_draft
+from vllm_vispec.trees.paths import PathRejectionSampler
 from vllm_vispec.trees.verify import EngineTrees, TreeBatch
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -25,7 +26,39 @@ from vllm_vispec.utils.errors import ViSpecError
 def resolve_model_state_cls(original: Callable[..., Any], vllm_config: Any, model: Any) -> Any:
     """Stands for vLLM's function; engines without trees get the class that it returns."""
     cls = original(vllm_config, model)
-    return tree_model_state(cls) if has_branches(vllm_config) else cls
+    if has_branches(vllm_config):
+        return tree_model_state(cls)
+    return path_model_state(cls) if has_paths(vllm_config) else cls
+
+
+@lru_cache
+def path_model_state(base: Any) -> Any:
+    """Return a subclass of a model state whose targets verify paths up to their ends."""
+
+    class PathModelState(base):
+        """Keeps where paths end.
+
+        Attributes:
+            path_length: int64, by request slot; tokens before the end.
+        """
+
+        def custom_sampler(self, sampler: Any) -> Any:
+            _refuse_own(super().custom_sampler(sampler), base)
+            self.path_length = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=self.device)
+            speculative = self.vllm_config.speculative_config
+            return sampler, PathRejectionSampler(
+                sampler, speculative, self.device, self.path_length
+            )
+
+    return PathModelState
+
+
+def _refuse_own(samplers: Any, base: Any) -> None:
+    if samplers is not None:
+        raise ViSpecError(
+            f"tree does not work with this target, which has a sampler of its own "
+            f"({base.__name__}.custom_sampler); leave it out of the speculative config"
+        )
 
 
 @lru_cache
@@ -46,11 +79,7 @@ def tree_model_state(base: Any) -> Any:
             self._linear: set[str] = set()
 
         def custom_sampler(self, sampler: Any) -> Any:
-            if super().custom_sampler(sampler) is not None:
-                raise ViSpecError(
-                    f"tree does not work with this target, which has a sampler of its own "
-                    f"({base.__name__}.custom_sampler); leave it out of the speculative config"
-                )
+            _refuse_own(super().custom_sampler(sampler), base)
             config, size, device = self.vllm_config, self.max_num_reqs, self.device
             trees = make_engine_trees(config, target_layers(config), size, device)
             recorded = RecordedVerification(trees.table, size, self.max_num_tokens)

@@ -6,7 +6,7 @@ from typing import Any
 from vllm_vispec.compat.patch_point import PatchGroup, calls, reads, subclasses, wraps
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import hides_images
-from vllm_vispec.trees.limits import has_branches, has_tree
+from vllm_vispec.trees.limits import has_branches, has_paths, has_tree
 
 _BACKEND = "vllm.v1.attention.backend"
 _WORKER = "vllm.v1.worker"
@@ -40,8 +40,12 @@ def apply_attention() -> None:
     patch(Attention, "__init__", attention.init_padded)
 
 
+def _verifies(vllm_config: Any) -> bool:
+    return has_branches(vllm_config) or has_paths(vllm_config)
+
+
 def _apply_v2() -> None:
-    """Let the V2 model runner verify trees."""
+    """Let the V2 model runner verify trees, and paths up to their ends."""
     from vllm.v1.worker.gpu import model_states
 
     from vllm_vispec.trees import model_state
@@ -98,7 +102,7 @@ TREES = _group(
 V2_TREES = _group(
     name="trees",
     runner="v2",
-    is_needed=has_branches,
+    is_needed=_verifies,
     apply=_apply_v2,
     points=(
         wraps(
@@ -113,11 +117,13 @@ V2_TREES = _group(
         ),
         subclasses(
             f"{_V2}.spec_decode.rejection_sampler:RejectionSampler"
-            "{__init__(sampler, spec_config, device), __call__(logits, input_batch), "
+            "{__init__(sampler, spec_config, device), "
+            "__call__(logits, input_batch, draft_logits, invalid_drafts), "
             "_verify(logits, draft_logits, draft_sampled, pos, cu_num_logits, idx_mapping, "
             "idx_mapping_np, expanded_idx_mapping, expanded_local_pos, seq_lens_upper_bound_np, "
             "verify_draft_sampled)}",
-            "the target's token behind every node decides the accepted path",
+            "the target's token behind every node decides the accepted path; drafts behind a "
+            "path's end are not verified",
         ),
         calls(
             f"{_V2}.sample.sampler:Sampler"
@@ -139,13 +145,17 @@ V2_TREES = _group(
         ),
         subclasses(
             f"{_V2}.spec_decode.speculator:DraftModelSpeculator"
-            "{sample_draft(hidden_states), _build_uniform_attn_metadata(batch_desc, num_reqs, "
+            "{sample_draft(hidden_states), "
+            "_maybe_predict_acceptance(logits, idx_mapping, draft_step), "
+            "observe_verification(idx_mapping, num_sampled, num_rejected), "
+            "self.use_local_argmax_reduction, _build_uniform_attn_metadata(batch_desc, num_reqs, "
             "num_query_per_req, seq_lens_cpu_upper_bound, step), "
             "_update_draft_decode_metadata(attn_metadata, num_reqs), self.attn_cg_support, "
             "self.attn_groups, self.block_tables, self.draft_max_seq_len, self.draft_tokens, "
             "self.idx_mapping, self.input_buffers, self.kv_cache_config, self.model_state, "
             "self.supports_decode_metadata_update}",
-            "passes over levels, eagerly and inside a graph, and the buffers that they fill",
+            "passes over levels, eagerly and inside a graph, and the buffers that they fill; the "
+            "logits of every draft token of a path",
         ),
         calls(
             f"{_V2}.block_table:BlockTables"
@@ -182,7 +192,8 @@ V2_TREES = _group(
         reads(
             f"{_V2}.input_batch:InputBatch"
             "{req_ids, idx_mapping, num_tokens, num_draft_tokens, logits_indices, cu_num_logits, "
-            "input_ids, positions, seq_lens_cpu_upper_bound}",
+            "expanded_idx_mapping, expanded_local_pos, input_ids, positions, "
+            "seq_lens_cpu_upper_bound}",
             "whose trees a batch has, which tokens are their nodes, and where those lie",
         ),
     ),

@@ -48,12 +48,17 @@ class Eagle2:
         return root_logp
 
     def judge(
-        self, level: int, score: torch.Tensor, parent_score: torch.Tensor, observed: torch.Tensor, /
+        self,
+        level: int | torch.Tensor,
+        score: torch.Tensor,
+        parent_score: torch.Tensor,
+        observed: torch.Tensor,
+        /,
     ) -> Judgement:
         """Score the children that a draft pass proposes, here by the probability of their paths.
 
         Args:
-            level: 1 for children of the root.
+            level: 1 for children of the root; int64 ``[]`` where graphs read it.
             score: float32 ``[R, W, C]``; log-probability of the path down to the child, the
                 likeliest child first.
             parent_score: float32 ``[R, W]``; the same of its parent, 0 for the root.
@@ -69,7 +74,9 @@ class SpecLlava(Eagle2):
     node budget alone.
     """
 
-    def judge(self, level: int, score: torch.Tensor, /, *_: torch.Tensor) -> Judgement:
+    def judge(
+        self, level: int | torch.Tensor, score: torch.Tensor, /, *_: torch.Tensor
+    ) -> Judgement:
         """Score by the path's probability, and leave out what falls below the threshold."""
         low = score < (math.log(self.threshold) if self.threshold else NEVER)
         score = score.masked_fill(low, NEVER)
@@ -94,7 +101,12 @@ class Entropy(Eagle2):
         return (1 - entropy_R1 / math.log(self.num_observed)).clamp(0, 1).unsqueeze(-1)
 
     def judge(
-        self, level: int, score: torch.Tensor, parent_score: torch.Tensor, observed: torch.Tensor, /
+        self,
+        level: int | torch.Tensor,
+        score: torch.Tensor,
+        parent_score: torch.Tensor,
+        observed: torch.Tensor,
+        /,
     ) -> Judgement:
         """Score by the path's probability, within the width and depth the entropy allows."""
         least_levels = min(self.least_levels, self.levels)

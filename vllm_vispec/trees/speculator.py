@@ -17,7 +17,6 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
-from vllm_vispec.spec_decode.speculator import ViSpecSpeculator
 from vllm_vispec.trees.attention import draft_code_buffers
 from vllm_vispec.trees.codes import CodeBuffers
 from vllm_vispec.trees.cudagraph import (
@@ -35,12 +34,13 @@ from vllm_vispec.trees.limits import (
     schedules_chains,
     settings_of,
 )
+from vllm_vispec.trees.paths import PathSpeculator
 from vllm_vispec.trees.verify import NO_REQUEST, EngineTrees
 
 _NO_SLOT = -1
 
 
-class TreeSpeculator(ViSpecSpeculator):
+class TreeSpeculator(PathSpeculator):
     """Runs vLLM's first pass for one draft, then one pass for each level of the trees."""
 
     # The roots' tokens, where the first pass ends before them: they have a pass of their own.
@@ -152,7 +152,8 @@ class TreeSpeculator(ViSpecSpeculator):
         if self.trees is not None and not dummy_run:
             is_linear = None if is_chain else self.model_state.linear_requests(input_batch.req_ids)
             if is_chain:
-                self.trees.table.write_chains(input_batch.idx_mapping.long())
+                length_R = None if self.ends is None else self.ends.length[: input_batch.num_reqs]
+                self.trees.table.write_chains(input_batch.idx_mapping.long(), length_R)
             elif is_linear is not None:
                 slots = input_batch.idx_mapping.long()
                 self.trees.replace_with_chains(is_linear, slots, drafts)

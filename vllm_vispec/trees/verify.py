@@ -140,10 +140,12 @@ class TreeTable(nn.Module):
             self.path[slots, 1:],
         )
 
-    def write_chains(self, slots: torch.Tensor) -> None:
-        """Let the drafts of a batch be chains."""
+    def write_chains(self, slots: torch.Tensor, length: torch.Tensor | None = None) -> None:
+        """Let the drafts of a batch be chains; with ``length``, int64 ``[R]``, up to their ends."""
         for rows in (self.depth, self.parent, self.is_node, self.path):
             rows[slots] = rows[self.no_tree].clone()
+        if length is not None:
+            self.is_node[slots] &= self.depth[slots] <= length.unsqueeze(1)
 
     def verify(
         self,
