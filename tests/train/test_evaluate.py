@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from vllm_vispec.data.template import load_processor
 from vllm_vispec.evaluate.engine import EngineResult, questions
 from vllm_vispec.evaluate.options import EvalOptions, read_samples
 from vllm_vispec.evaluate.report import Report
-from vllm_vispec.evaluate.run import greedy_tokens
+from vllm_vispec.evaluate.run import _Pair, greedy_tokens
 from vllm_vispec.train.acceptance import Acceptance
 
 
@@ -165,9 +166,29 @@ def test_greedy_tokens_are_the_argmax_one_token_before() -> None:
 @pytest.mark.parametrize("by_engine", [True, False])
 def test_a_head_that_hardly_accepts_is_named(folder: Path, by_engine: bool) -> None:
     options = EvalOptions(target=TARGET, head=HEAD, data=write(folder, []))
-    for accepted, is_low in ((5, True), (30, False)):
+    for accepted, least, is_low in ((5, 1.2, True), (30, 1.2, False), (30, 1.4, True)):
         families = {"overall": Acceptance(100, 100 + accepted, 1, (accepted, 0))}
         measured = EngineResult(families, 1, 0) if by_engine else None
-        report = Report(options, 1, (), families, engine=measured)
-        warned = report.notes()[-1].startswith("warning: acceptance length 1.05 is so low")
-        assert warned == is_low
+        report = Report(options, 1, (), families, engine=measured, break_even=least)
+        said = f"warning: acceptance length {1 + accepted / 100:.2f} is so low"
+        assert report.notes()[-1].startswith(said) == is_low
+
+
+def test_what_a_head_must_accept_follows_from_its_size() -> None:
+    """Of five draft passes and one of the target, by the weights that they read."""
+    with torch.device("meta"):
+        pair: Any = object.__new__(_Pair)
+        pair.draft = torch.nn.ModuleDict(
+            {
+                "layer": torch.nn.Linear(10, 9, bias=False),
+                "embed_tokens": torch.nn.Embedding(50, 10),
+            }
+        )
+        language_model = torch.nn.Linear(30, 10, bias=False)
+        pair.lm_head_VD = torch.empty(11, 10)
+        pair.target = SimpleNamespace(
+            lm_head_VD=torch.empty(20, 10),
+            model=SimpleNamespace(model=SimpleNamespace(language_model=language_model)),
+        )
+    assert pair.break_even(5) == pytest.approx(1 + 5 * (90 + 110) / (300 + 200))
+    assert pair.break_even(0) == 1.2

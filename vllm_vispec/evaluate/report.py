@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_vispec.data.types import Rejected
 from vllm_vispec.evaluate.engine import EngineResult
 from vllm_vispec.evaluate.options import EvalOptions
-from vllm_vispec.spec_decode.low_acceptance import low_acceptance
+from vllm_vispec.spec_decode.low_acceptance import LOW, low_acceptance
 from vllm_vispec.train.acceptance import OVERALL, Families
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class Report:
         greedy_share: of answer tokens, the target's argmax; None if not checked.
         engine: what the engine measured; None if it was not asked.
         warning: why target and head may not fit; None if they do.
+        break_even: acceptance length from which on drafting saves more than it costs, estimated.
     """
 
     options: EvalOptions
@@ -36,6 +37,7 @@ class Report:
     greedy_share: float | None = None
     engine: EngineResult | None = None
     warning: str | None = None
+    break_even: float = LOW
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain data."""
@@ -73,7 +75,7 @@ class Report:
                 f"{self.engine.accepted_past_end} accepted drafts beyond their ends not counted"
             )
         counted = self.simulated if self.engine is None else self.engine.families
-        low = low_acceptance(counted[OVERALL].acceptance_length)
+        low = low_acceptance(counted[OVERALL].acceptance_length, self.break_even)
         return lines + ([f"warning: {low}"] if low else [])
 
 

@@ -34,6 +34,7 @@ from vllm_vispec.heads.folder import HeadInfo, inspect_head, load_draft
 from vllm_vispec.heads.location import resolve_head
 from vllm_vispec.heads.target import check_against_target, load_target_config, target_dtype
 from vllm_vispec.reference import Draft
+from vllm_vispec.spec_decode.low_acceptance import LOW
 from vllm_vispec.train.acceptance import Acceptance, Answers, by_family, simulate
 from vllm_vispec.train.published import PublishedModel
 from vllm_vispec.train.target import Observed, TrainingTarget, pad_batch
@@ -68,6 +69,7 @@ def evaluate(options: EvalOptions) -> Report:
         reason = f" (first reason: {rejected[0].reason})" if rejected else ""
         raise ViSpecError(f"--data {options.data} has no usable conversation{reason}")
     room, warning = pair.room(longest, options.num_speculative_tokens), pair.warning
+    break_even = pair.break_even(options.num_speculative_tokens)
     del pair  # frees the memory for the engine
     gc.collect()
     torch.cuda.empty_cache()
@@ -79,6 +81,7 @@ def evaluate(options: EvalOptions) -> Report:
         greedy / max(checked, 1) if options.check_greedy else None,
         measure(options, asked, room) if options.engine else None,
         warning,
+        break_even,
     )
 
 
@@ -153,6 +156,25 @@ class _Pair:
         wanted = longest + 2 * (num_draft_tokens + 1)
         limit = getattr(self.target.text_config, "max_position_embeddings", None)
         return wanted if limit is None else max(longest, min(wanted, limit))
+
+    def break_even(self, num_draft_tokens: int) -> float:
+        """Acceptance length at which drafting costs what it saves; never below `LOW`.
+
+        For one request, where a pass takes as long as its weights take to read, lm_head included:
+        a step has so many draft passes beside the target's.
+        """
+
+        def read(module: torch.nn.Module, lm_head_VD: Tensor) -> int:
+            skipped = ("embed_tokens", "lm_head", "visual", "vision")
+            weights = {
+                name: one.numel()
+                for name, one in module.named_parameters()
+                if not any(part in name for part in skipped)
+            }
+            return sum(weights.values()) + lm_head_VD.numel()
+
+        target = read(self.target.model.model.language_model, self.target.lm_head_VD)
+        return max(1 + num_draft_tokens * read(self.draft, self.lm_head_VD) / target, LOW)
 
 
 def _load_published(info: HeadInfo, options: EvalOptions, dtype: torch.dtype) -> Draft:

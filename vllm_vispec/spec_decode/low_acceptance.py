@@ -25,9 +25,13 @@ _LINE = re.compile(
 )
 
 
-def low_acceptance(length: float) -> str | None:
-    """Return what to say about an acceptance length, None if it is not low."""
-    if length >= LOW:
+def low_acceptance(length: float, least: float = LOW) -> str | None:
+    """Return what to say about an acceptance length, None if it is not low.
+
+    Args:
+        least: from where on the draft pays for itself.
+    """
+    if length >= least:
         return None
     return (
         f"acceptance length {length:.2f} is so low that speculation probably costs more than it "

@@ -226,16 +226,19 @@ class _Job:
 
     def _load(self) -> int:
         """Read the ids in the output, drop a last line that was cut off; return the size."""
-        content = self.output.read_bytes()
-        size = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:size].splitlines(), start=1):
-            try:
-                self._done.add(str(json.loads(line)["id"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ViSpecError(
-                    f"--output {self.output}: line {number} is damaged; remove the line and start "
-                    "again"
-                ) from error
+        size = 0
+        with self.output.open("rb") as source:
+            for number, line in enumerate(source, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    self._done.add(str(json.loads(line)["id"]))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ViSpecError(
+                        f"--output {self.output}: line {number} is damaged; remove the line and "
+                        "start again"
+                    ) from error
+                size += len(line)
         self._file.truncate(size)
         return size
 
