@@ -36,7 +36,7 @@ HEADS: Mapping[str, Mapping[str, Any]] = {
 # Prompts and images are split, and requests preempt each other.
 SMALL = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_blocks": 12}
 # An image of Gemma 4 has 70 tokens at least.
-LARGE = {"max_num_seqs": 8, "max_num_batched_tokens": 96, "num_blocks": 40, "max_model_len": 512}
+LARGE = {"max_num_seqs": 8, "max_num_batched_tokens": 96, "num_blocks": 56, "max_model_len": 512}
 SIZES = {"gemma4": LARGE}
 STEPS = 4
 ALWAYS = ("qwen2_vl",)

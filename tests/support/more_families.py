@@ -184,7 +184,7 @@ _MORE = (
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "norm_topk_prob": True,
-            "moe_intermediate_size": 64,
+            "moe_intermediate_size": 96,
         },
         QWEN3,
         depth=3,
@@ -198,9 +198,9 @@ _MORE = (
         _internvl,
         {
             "text_config": _text("qwen2"),
-            "vision_config": {**_TOWER, "image_size": [84, 84], "patch_size": [14, 14]},
+            "vision_config": {**_TOWER, "image_size": [112, 112], "patch_size": [14, 14]},
             "image_token_id": 3,
-            "image_seq_length": 9,
+            "image_seq_length": 16,
         },
         extra_special_tokens={
             "start_image_token": "<img>",
@@ -238,6 +238,7 @@ _MORE = (
         {
             "text_config": _text(
                 "glm4v_text",
+                attention_bias=True,
                 rope_parameters={
                     "rope_type": "default",
                     "rope_theta": 1e4,

@@ -57,10 +57,10 @@ def build_target(
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config).float().eval()
     _randomise_all(model, seed)
+    _unscale_embedding(model)
     vote_for_successors(model, family, seed if text is None else 0)
     model.save_pretrained(folder)
-    if config.vision_config.model_type in CLIP_TOWERS:
-        _publish_names(folder / "model.safetensors")
+    _publish(folder / "model.safetensors", kind, config.vision_config.model_type)
     make_processor(config, byte_bpe_tokenizer(family), family).save_pretrained(folder)
     ends = {"eos_token_id": config.get_text_config().eos_token_id}
     (folder / "generation_config.json").write_text(json.dumps(ends) + "\n")
@@ -121,26 +121,48 @@ def vote_for_successors(model: torch.nn.Module, family: Family, seed: int) -> No
     """Let the lm_head answer each word's embedding with one other word (one cycle of them all)."""
     import torch
 
+    from vllm_vispec.train.target import embedding_table
+
     # Neither special tokens nor ids beyond the tokenizer.
     first, size = len(family.specials), byte_bpe_tokenizer(family).get_vocab_size()
     order = torch.randperm(size - first, generator=torch.Generator().manual_seed(seed + 1))
     cycle = first + order
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if head is embedding:
+    head = model.get_output_embeddings().weight
+    if head is model.get_input_embeddings().weight:
         return  # One table, which votes for the word itself.
+    embedding = embedding_table(model)
     with torch.no_grad():
         head.zero_()
         head[cycle.roll(-1)] = embedding[cycle] * (LOGIT_SCALE / embedding.shape[1] ** 0.5)
 
 
-def _publish_names(checkpoint: Path) -> None:
-    """Name CLIP's tensors as published checkpoints do (newer transformers drops a level)."""
+def _unscale_embedding(model: torch.nn.Module) -> None:
+    """Let embeddings be as long as those of families that do not scale them."""
+    import torch
+
+    table = model.get_input_embeddings()
+    with torch.no_grad():
+        table.weight.div_(getattr(table, "embed_scale", 1.0))
+
+
+def _publish(checkpoint: Path, kind: str, tower: str) -> None:
+    """Name and shape tensors as published checkpoints do.
+
+    Newer transformers drops a level of CLIP's names, and turns Qwen3-VL's experts round.
+    """
     from safetensors.torch import load_file, save_file
 
-    tensors = {
-        name if "vision_model." in name else name.replace("vision_tower.", CLIP_PREFIX): tensor
-        for name, tensor in load_file(checkpoint).items()
-    }
+    tensors = load_file(checkpoint)
+    if tower in CLIP_TOWERS:
+        tensors = {
+            name if "vision_model." in name else name.replace("vision_tower.", CLIP_PREFIX): tensor
+            for name, tensor in tensors.items()
+        }
+    if kind == "qwen3_vl_moe":
+        tensors = {
+            name: tensor.transpose(1, 2).contiguous() if ".mlp.experts." in name else tensor
+            for name, tensor in tensors.items()
+        }
     save_file(tensors, checkpoint, metadata={"format": "pt"})
 
 
