@@ -23,6 +23,7 @@ from benchmarks.turns import Job, Plan, read_measured
 from examples.pair import DraftOption, ModelOption
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.shipped import DRAFTS, HEAD, TARGET
+from vllm_vispec.bench.machine import describe_machine
 from vllm_vispec.bench.profile_engine import default_runner
 from vllm_vispec.utils.files import read_json
 
@@ -143,8 +144,9 @@ class Bench:
         return found
 
     def settings(self) -> dict[str, Any]:
-        """What the JSON file says of the run."""
+        """What the JSON file says of the parts of a run."""
         return {
+            "machine": describe_machine(),
             "runner": default_runner(),
             "dtype": "float32",
             "threads": self.threads,
@@ -198,15 +200,22 @@ def main(
     if Step.MEASURE in (step or Step):
         measure_parts(bench, part or tuple(PARTS), draft)
     if Step.REPORT in (step or Step):
-        content = {"settings": bench.settings(), "results": with_earlier(output, bench.rows())}
+        content = with_earlier(output, bench.rows(), bench.settings())
         publish(output, page, content, to_markdown, draw)
 
 
-def with_earlier(file: Path, rows: Sequence[Row]) -> list[Row]:
-    """Return rows, and in front of them what a result file has of other parts."""
-    measured = {row["part"] for row in rows}
-    earlier = read_json(file)["results"] if file.is_file() else []
-    return [*(row for row in earlier if row["part"] not in measured), *rows]
+def with_earlier(file: Path, rows: Sequence[Row], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result file's content: the settings of each part, and rows.
+
+    What the file has of parts that were not measured now stays, in front.
+    """
+    earlier = read_json(file) if file.is_file() else {"settings": {}, "results": []}
+    measured = dict.fromkeys(row["part"] for row in rows)
+    others = [row for row in earlier["results"] if row["part"] not in measured]
+    return {
+        "settings": earlier["settings"] | dict.fromkeys(measured, settings),
+        "results": [*others, *rows],
+    }
 
 
 def measure_parts(bench: Bench, parts: Sequence[Part], names: Sequence[str] | None) -> None:

@@ -189,7 +189,8 @@ def test_report(bench: Bench, groups: list[list[str]], tmp_path: Path) -> None:
 
     def report() -> tuple[str, dict[str, Any]]:
         page.write_text("before\n<!-- tables: here -->\n<!-- /tables -->\nafter\n")
-        publish(output, page, {"results": bench.rows()}, to_markdown, draw)
+        found = with_earlier(output, bench.rows(), bench.settings())
+        publish(output, page, found, to_markdown, draw)
         return page.read_text(), json.loads(output.read_text())
 
     # Of one draft, too.
@@ -204,11 +205,14 @@ def test_report(bench: Bench, groups: list[list[str]], tmp_path: Path) -> None:
     vlm = {Part.DRAFT_VLM, Part.DRAFT_VLM_BATCH}
     assert {row["part"] for row in content["results"]} == set(Part) - vlm
     # Another run measures one part; the others stay.
-    other = replace(bench, root=tmp_path / "other")
+    other = replace(bench, root=tmp_path / "other", per_family=1)
     measure_parts(other, [Part.SIBLING], None)
-    kept = with_earlier(output, other.rows())
-    assert sorted(row["part"] for row in kept) == sorted(r["part"] for r in content["results"])
-    assert kept[-1]["part"] == Part.SIBLING
+    kept = with_earlier(output, other.rows(), other.settings())
+    parts = [row["part"] for row in kept["results"]]
+    assert sorted(parts) == sorted(row["part"] for row in content["results"])
+    assert parts[-1] == Part.SIBLING
+    asked = {part: settings["per_family"] for part, settings in kept["settings"].items()}
+    assert asked == {**dict.fromkeys(set(Part) - vlm, 2), Part.SIBLING: 1}
     assert content["results"][0]["acceptance_length"]["mean"] == 5
     # Samples in one call have no family of their own.
     both = make_row(Part.BATCH, TREE, [made_up_call(5, 4.0, ("charts", "captioning"))], None)
