@@ -77,6 +77,47 @@ def test_tuning_of_a_run() -> None:
     assert Tuning.from_run(asked).config == {**(tuning.config or {}), **more}
 
 
+PATH = "spec_llava:0.3"
+CHAINS = {1: {0: 0.97, 2: 1.6, 8: 1.8}, 16: {0: 0.97, 2: 1.2, 8: 0.8}}
+
+
+@pytest.mark.parametrize(
+    ("paths", "variant", "chosen"),
+    [
+        ({1: {2: 1.5, 8: 2.4}, 16: {2: 1.3, 8: 1.5}}, PATH, {1: 8, 16: 8}),
+        # Better than the chain at one load, measurably worse on average.
+        ({1: {2: 1.5, 8: 1.9}, 16: {2: 0.9, 8: 0.7}}, "vispec", {1: 8, 16: 2}),
+        # Not measurably better: chains need nothing special.
+        ({1: {8: 1.8001}, 16: {2: 1.2001}}, "vispec", {1: 8, 16: 2}),
+        # The server failed at a load.
+        ({1: {8: 9.0}}, "vispec", {1: 8, 16: 2}),
+        # No path pays at 16, where the draft is kept up.
+        ({1: {8: 9.0}, 16: {2: 0.5}}, PATH, {1: 8, 16: 0}),
+    ],
+)
+def test_thresholds_are_chosen_beside_k(
+    paths: dict[int, dict[int, float]], variant: str, chosen: dict[int, int]
+) -> None:
+    run, more = run_with(CHAINS), run_with(paths, PATH)
+    both = replace(run, cells=(*run.cells, *(c for c in more.cells if c.key.variant == PATH)))
+    tuning = Tuning.from_run(both)
+    assert (tuning.variant, dict(tuning.chosen)) == (variant, chosen)
+    k = max(chosen.values())
+    tree = {"policy": "spec_llava", "depth": k - 1, "top_k": 1, "threshold": 0.3}
+    config = tuning.config or {}
+    assert config.get("tree") == (tree if variant == PATH else None)
+    settings = MatrixSettings(target="t", head="h", speculative_config={"images": "none"})
+    tried = tuning.verify_settings(settings).speculative_config
+    assert tried == {"images": "none", **({"tree": tree} if variant == PATH else {})}
+    rows = {(row["variant"], row["concurrency"]) for row in tuning.to_json()["rows"]}
+    assert rows == {("vispec", 1), ("vispec", 16)} | (
+        {(PATH, load) for load in paths} if len(paths) == 2 else set()
+    )
+    text = tuning.to_markdown()
+    assert text.count("| concurrency |") == len(paths)
+    assert text.count(": taken") == (len(paths) == 2)
+
+
 def test_several_conditions_are_averaged() -> None:
     run = run_with({1: {1: 1.5, 3: 2.0}}, conditions=((0.0, -1), (1.0, -1)))
 
@@ -190,6 +231,23 @@ def test_command(world: World, data: Path, tmp_path: Path, monkeypatch: pytest.M
     again = CLI.invoke(app, arguments(data, output))
     assert again.exit_code == 0, again.output
     assert len(world.loads()) == loads
+
+
+def test_thresholds_are_measured_beside_k(world: World, data: Path, tmp_path: Path) -> None:
+    given = arguments(data, tmp_path, "--thresholds", f"{PATH}, entropy:0.1", "--no-verify")
+    result = CLI.invoke(app, given)
+    assert result.exit_code == 0, result.output
+    run = BenchRun.load(tmp_path / "measured")
+    by_k: dict[int, set[str]] = {}
+    for one in run.cells:
+        by_k.setdefault(one.key.num_speculative_tokens, set()).add(one.key.variant)
+    chains = {"plain", "vispec"}
+    # A path of one token cannot end early.
+    assert by_k == {0: chains, 1: chains, 3: {*chains, PATH, "entropy:0.1"}}
+    (command,) = {one.command.splitlines()[0] for one in run.cells if one.key.variant == PATH}
+    assert '"tree": {"policy": "spec_llava", "depth": 2, "top_k": 1, "threshold": 0.3}' in command
+    refused = CLI.invoke(app, arguments(data, tmp_path, "--thresholds", "0.3"))
+    assert refused.stderr.startswith("vispec: --thresholds 0.3: write a policy and a threshold")
 
 
 def test_from_a_run(tmp_path: Path) -> None:

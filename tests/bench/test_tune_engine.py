@@ -26,6 +26,7 @@ pytestmark = [
 
 SERVE = "--dtype float32 --max-model-len 1024 --enforce-eager"
 LOADS = (1, 3)
+PATH = "spec_llava:0.9"
 
 
 def call(command: str, data: Path, output: Path, *more: str, head: str = str(HEAD)) -> str:
@@ -65,11 +66,21 @@ def test_a_schedule_under_load(questions: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("head", [str(HEAD), SIBLING], ids=["head", "published model"])
 def test_tune(questions: Path, tmp_path: Path, head: str) -> None:
-    said = call("tune", questions, tmp_path, "-k", "4", "--no-verify", head=head)
-    check_outputs(BenchRun.load(tmp_path / "measured"), {"plain", "vispec"})
+    more = ("-k", "4", "--no-verify", "--thresholds", PATH)
+    said = call("tune", questions, tmp_path, *more, head=head)
+    run = BenchRun.load(tmp_path / "measured")
+    check_outputs(run, {"plain", "vispec", PATH})
+    drafted = {
+        cell.key.variant: cell.spec.draft_tokens / cell.spec.steps
+        for cell in run.cells
+        if cell.spec is not None and cell.key.concurrency == 1
+    }
+    assert drafted["vispec"] == 4
+    assert drafted[PATH] < 4
     found = json.loads((tmp_path / "tune.json").read_text())
-    assert {(row["concurrency"], row["num_speculative_tokens"]) for row in found["rows"]} == {
-        (load, 4) for load in LOADS
+    names = ("variant", "concurrency", "num_speculative_tokens")
+    assert {tuple(row[name] for name in names) for row in found["rows"]} == {
+        (variant, load, 4) for variant in ("vispec", PATH) for load in LOADS
     }
     config = found["speculative_config"]
     if config is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -15,6 +16,8 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_
 from vllm_vispec.bench.heads import plain_eagle_head, zeroed_head
 from vllm_vispec.bench.schedules import K_SETTING, SETTING, Ranges, as_schedule, speculative_config
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, CellKey
+from vllm_vispec.trees.settings import THRESHOLDS
+from vllm_vispec.trees.sizes import MAX_DEPTH
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.settings import CommandSettings, CommaSeparated, as_flag
 
@@ -36,6 +39,8 @@ POINT_AXES: Mapping[str, str] = MappingProxyType(
 """Fields of a cell's key by the setting that lists their values; the last one varies fastest."""
 # vLLM's lookup looks for the longest repeated n-gram between these lengths.
 NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+LEAST_PATH, MOST_PATH = 2, MAX_DEPTH + 1
+"""K of single paths that end early."""
 NO_DRAFT = {K_SETTING: 1, SETTING: [[1, 1, 0]]}
 """K = 0 as vLLM takes it: the draft is loaded and kept up, and proposes nothing."""
 
@@ -86,7 +91,8 @@ class MatrixSettings(CommandSettings):
     variants: Annotated[tuple[str, ...], CommaSeparated] = Field(
         default=("plain", "vispec"),
         description="Of plain, ngram, eagle, vispec_zeroed, vispec, vispec_tuned, sibling, "
-        "sibling_prune, sibling_none.",
+        "sibling_prune, sibling_none; spec_llava:0.3 or entropy:0.1: single paths with this "
+        "threshold, K from 2 to 16.",
     )
     concurrency: Annotated[tuple[PositiveInt, ...], CommaSeparated] = Field(
         default=(1,), description="Requests in flight, e.g. 1,4,16. Each value is a cell."
@@ -139,10 +145,18 @@ class MatrixSettings(CommandSettings):
             if len(set(values)) < len(values):
                 raise ViSpecError(f"{as_flag(name)} names a value twice: name each once")
         for name in self.variants:
-            if name not in VARIANTS:
+            variant = find_variant(name)
+            if variant is None:
                 known = ", ".join(VARIANTS)
-                raise ViSpecError(f"--variants: {name} is unknown: choose from {known}")
-            for needed in VARIANTS[name].needs:
+                raise ViSpecError(
+                    f"--variants: {name} is unknown: choose from {known}, or write a policy of "
+                    "single paths and its threshold, like spec_llava:0.3"
+                )
+            if not any(map(variant.takes, self.num_speculative_tokens)):
+                raise ViSpecError(
+                    f"--variants: {name} drafts {LEAST_PATH} to {MOST_PATH} tokens: give such a K"
+                )
+            for needed in variant.needs:
                 if not getattr(self, needed):
                     raise ViSpecError(
                         f"--variants: {name} needs {as_flag(needed)}: give it, or leave {name} out"
@@ -193,8 +207,15 @@ def points(settings: Mapping[str, Any]) -> list[list[CellKey]]:
             continue
         fields = dict(zip(POINT_AXES, (value for _, value in chosen), strict=True))
         fields["dataset"] = settings["dataset"]
-        found.append([CellKey(variant=variant, **fields) for variant in settings["variants"]])
-    return found
+        keys = [CellKey(variant=variant, **fields) for variant in settings["variants"]]
+        found.append([key for key in keys if is_cell(key)])
+    return [keys for keys in found if keys]
+
+
+def is_cell(key: CellKey) -> bool:
+    """Whether a variant can be served with a point's K; those of earlier releases could."""
+    variant = find_variant(key.variant)
+    return variant is None or variant.takes(key.num_speculative_tokens)
 
 
 @dataclass(frozen=True)
@@ -207,11 +228,25 @@ class Variant:
             folder for heads that are made for the run; None: no speculation. A variant that
             chooses K itself puts it there too.
         needs: settings without which it cannot be served.
+        path: policy and threshold of single paths that end early; None: it drafts in another way.
     """
 
     summary: str
     draft: Callable[[MatrixSettings, Path], Mapping[str, Any]] | None
     needs: tuple[str, ...] = ()
+    path: tuple[str, float] | None = None
+
+    def takes(self, num_tokens: int) -> bool:
+        """Whether it can be served with this K."""
+        return self.path is None or LEAST_PATH <= num_tokens <= MOST_PATH
+
+    def tree(self, num_tokens: int) -> dict[str, Any]:
+        """Return what goes into the speculative config for paths of up to K draft tokens."""
+        if self.path is None:
+            return {}
+        policy, threshold = self.path
+        depth = num_tokens - 1
+        return {"tree": {"policy": policy, "depth": depth, "top_k": 1, "threshold": threshold}}
 
     def speculative_config(
         self, settings: MatrixSettings, folder: Path, num_tokens: int
@@ -228,7 +263,7 @@ class Variant:
         if self.draft is None:
             return None
         k = {K_SETTING: num_tokens} if num_tokens else NO_DRAFT
-        draft = self.draft(settings, folder)
+        draft = {**self.draft(settings, folder), **self.tree(num_tokens)}
         return dict(draft) if K_SETTING in draft else {**draft, **k}
 
 
@@ -244,6 +279,22 @@ def _vispec_zeroed(settings: MatrixSettings, folder: Path) -> Mapping[str, Any]:
 
 def _vispec(settings: MatrixSettings, folder: Path) -> Mapping[str, Any]:
     return {**settings.speculative_config, "method": "vispec", "model": settings.head}
+
+
+def find_variant(name: str) -> Variant | None:
+    """Return a variant; that of single paths is named by policy and threshold, "entropy:0.1"."""
+    policy, _, text = name.partition(":")
+    with suppress(ValueError):
+        if policy in THRESHOLDS and 0 <= (threshold := float(text)) < 1:
+            summary = f"ViSpec with single paths, {policy} with threshold {text}"
+            return Variant(summary, _vispec, ("head",), (policy, threshold))
+    return VARIANTS.get(name)
+
+
+def is_path(name: str) -> bool:
+    """Whether a variant drafts single paths that end early."""
+    variant = find_variant(name)
+    return variant is not None and variant.path is not None
 
 
 def _vispec_tuned(settings: MatrixSettings, folder: Path) -> Mapping[str, Any]:

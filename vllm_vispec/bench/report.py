@@ -26,7 +26,7 @@ except ImportError as error:
 
 from vllm_vispec.bench.bootstrap import RESAMPLES
 from vllm_vispec.bench.facts import OURS, Facts, families, timed
-from vllm_vispec.bench.matrix import VARIANTS
+from vllm_vispec.bench.matrix import find_variant
 from vllm_vispec.bench.metrics import METRICS
 from vllm_vispec.bench.pages import Chart, escape, to_html, to_markdown
 from vllm_vispec.bench.schedules import K_SETTING as K
@@ -122,7 +122,9 @@ def answers(facts: Facts) -> dict[str, Any]:
         "drafting": _rows(facts.drafting),
         "metrics": METRICS.values(),
         "variants": {
-            one: VARIANTS[one].summary for one in facts.table.variant.unique() if one in VARIANTS
+            one: found.summary
+            for one in facts.table.variant.unique()
+            if (found := find_variant(one)) is not None
         },
         "environment": list(_flat({"machine": facts.run.machine, "settings": facts.run.settings})),
         "commands": list(_commands(facts)),

@@ -14,7 +14,8 @@ from typing import IO, Any
 from vllm_vispec.bench.heads import check_has_adaptor
 from vllm_vispec.bench.load import LoadGenerator, LoadJob
 from vllm_vispec.bench.machine import describe_conditions
-from vllm_vispec.bench.matrix import AXES, POINT_AXES, VARIANTS, MatrixSettings, Repetition
+from vllm_vispec.bench.matrix import AXES, POINT_AXES, MatrixSettings, Repetition, find_variant
+from vllm_vispec.bench.metrics import BASELINE
 from vllm_vispec.bench.questions import QuestionStore
 from vllm_vispec.bench.schema import (
     CELLS_FILE,
@@ -94,7 +95,8 @@ def check_inputs(settings: MatrixSettings) -> None:
     """
     if importlib.util.find_spec("pandas") is None:
         raise ViSpecError("vllm bench serve needs pandas: pip install 'vllm-vispec[bench]'")
-    needed = {name for variant in settings.variants for name in VARIANTS[variant].needs}
+    found = [one for one in map(find_variant, settings.variants) if one is not None]
+    needed = {name for variant in found for name in variant.needs}
     _check_folder("--target", settings.target)
     for name in needed & {"head", "sibling"}:
         check_draft(getattr(settings, name), settings.target)
@@ -173,12 +175,11 @@ class _Run:
             server.reset_caches()
             before = server.memory()
             result = self.tools.loads(job)
-            speculates = VARIANTS[key.variant].draft is not None
             return replace(
                 cell,
                 requests=result.requests,
                 wall_s=round(result.wall_s, 6),
-                spec=(result.spec or NOTHING_DRAFTED) if speculates else None,
+                spec=None if key.variant == BASELINE else result.spec or NOTHING_DRAFTED,
                 memory=server.memory().since(before),
                 command="\n".join(commands),
             )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_vispec.bench.machine import has_gpu, peak_bytes, server_environment
-from vllm_vispec.bench.matrix import VARIANTS, MatrixSettings
+from vllm_vispec.bench.matrix import MatrixSettings, find_variant
 from vllm_vispec.bench.schema import MemoryFacts
 from vllm_vispec.utils.engine_start import find_cause, spelled_as_option, why
 from vllm_vispec.utils.errors import ViSpecError
@@ -223,7 +223,9 @@ def serve_arguments(
     options = {"--generation-config": "vllm"}
     if has_gpu():
         options["--gpu-memory-utilization"] = f"{GPU_SHARE / servers:.3f}"
-    config = VARIANTS[variant].speculative_config(settings, heads, num_tokens)
+    known = find_variant(variant)
+    assert known is not None  # as the settings checked
+    config = known.speculative_config(settings, heads, num_tokens)
     if config is not None:
         options["--worker-extension-cls"] = EXTENSION
     given = settings.serve_args

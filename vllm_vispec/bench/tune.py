@@ -1,4 +1,8 @@
-"""`vispec bench tune`: which K at which load, from measurements, and whether the choice holds."""
+"""`vispec bench tune`: which K at which load, from measurements, and whether the choice holds.
+
+Single paths that end early are chosen for like chains, each threshold by itself; then the best of
+these choices is taken.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from typing import Any
 from markupsafe import Markup
 
 from vllm_vispec.bench.bootstrap import Measured, with_interval
-from vllm_vispec.bench.matrix import MatrixSettings
+from vllm_vispec.bench.matrix import MatrixSettings, find_variant, is_path
 from vllm_vispec.bench.metrics import baseline_key, by_key
 from vllm_vispec.bench.pages import to_markdown
 from vllm_vispec.bench.schedules import Ranges, highest, merged_ranges, speculative_config
@@ -153,6 +157,8 @@ class Tuning:
         by: the metric it was made by.
         gains: speedups by concurrency and K.
         chosen: K by concurrency.
+        variant: what drafts: chains, or single paths with a threshold.
+        others: the choices for the other variants.
         verified: what the setting itself gained, by concurrency, None where it was not measured;
             empty if it was not tried.
     """
@@ -161,11 +167,15 @@ class Tuning:
     by: str
     gains: Gains
     chosen: Mapping[int, int]
+    variant: str = VARIANT
+    others: tuple[Tuning, ...] = ()
     verified: Mapping[int, Gain | None] = field(default_factory=dict)
 
     @classmethod
     def from_run(cls, run: BenchRun, by: str = METRICS[0]) -> Tuning:
         """Choose from a run.
+
+        Chains are chosen unless a threshold is measurably faster, on average over the loads.
 
         Raises:
             ViSpecError: the metric is unknown, or the run has no speedup of ViSpec.
@@ -178,7 +188,32 @@ class Tuning:
                 f"the run has no {by} of the variant {VARIANT}: measure the variants plain and "
                 f"{VARIANT}, and see the run's logs if cells failed"
             )
-        return cls(run, by, gains, {load: choose_k(found) for load, found in gains.items()})
+        chains = cls(run, by, gains, {load: choose_k(found) for load, found in gains.items()})
+        every = [chains]
+        for name in filter(is_path, dict.fromkeys(cell.key.variant for cell in run.cells)):
+            of_paths = gains_of(run, name, by)
+            if of_paths.keys() != gains.keys():
+                continue  # it failed at a load, so it cannot be compared
+            # At K = 0 nothing is drafted, whatever the threshold.
+            both = {
+                load: {k: gain for k, gain in found.items() if k == 0} | dict(of_paths[load])
+                for load, found in gains.items()
+            }
+            chosen = {load: choose_k(found) for load, found in both.items()}
+            every.append(cls(run, by, both, chosen, name))
+        best = max(every, key=lambda one: one.overall.value)
+        taken = best if best.overall.is_faster(chains.overall) else chains
+        return replace(taken, others=tuple(one for one in every if one is not taken))
+
+    @property
+    def overall(self) -> Gain:
+        """What the choice gains on average over the loads."""
+        return _mean([self.gains[load].get(k, PLAIN) for load, k in self.chosen.items()])
+
+    @property
+    def ks(self) -> list[int]:
+        """Every K that was measured at some load."""
+        return sorted({k for found in self.gains.values() for k in found})
 
     @property
     def ranges(self) -> Ranges:
@@ -190,8 +225,13 @@ class Tuning:
         """vLLM's speculative config; None if drafting gains at no load."""
         settings = self.run.settings
         draft = {"method": VARIANT, "model": settings.get("head") or "HEAD"}
-        draft |= settings.get("speculative_config") or {}
+        draft |= (settings.get("speculative_config") or {}) | self._tree
         return speculative_config(draft, self.ranges)
+
+    @property
+    def _tree(self) -> dict[str, Any]:
+        variant = find_variant(self.variant)
+        return variant.tree(highest(self.ranges)) if variant and highest(self.ranges) else {}
 
     @property
     def folder(self) -> str:
@@ -206,6 +246,7 @@ class Tuning:
             concurrency=tuple(self.gains),
             num_speculative_tokens=(highest(self.ranges),),
             schedule=self.ranges,
+            speculative_config={**settings.speculative_config, **self._tree},
         )
 
     def with_verification(self, run: BenchRun) -> Tuning:
@@ -220,11 +261,18 @@ class Tuning:
         return {
             "format": FORMAT,
             "by": self.by,
+            "variant": self.variant,
             "machine": self.run.machine,
             "settings": self.run.settings,
             "rows": [
-                {"concurrency": concurrency, "num_speculative_tokens": k, **gain.to_json()}
-                for concurrency, found in self.gains.items()
+                {
+                    "variant": one.variant,
+                    "concurrency": concurrency,
+                    "num_speculative_tokens": k,
+                    **gain.to_json(),
+                }
+                for one in (self, *self.others)
+                for concurrency, found in one.gains.items()
                 for k, gain in found.items()
             ],
             "chosen": {str(concurrency): k for concurrency, k in self.chosen.items()},
@@ -239,14 +287,14 @@ class Tuning:
         }
 
     def to_markdown(self) -> str:
-        """Return a table, concurrency by K, the choice marked, and what follows from it.
+        """Return tables, concurrency by K, the choice marked, and what follows from it.
 
         That is what to serve with, why not with the fastest K, and where it still loses.
         """
         return to_markdown(
             "tune.md.j2",
             tuning=self,
-            ks=sorted({k for found in self.gains.values() for k in found}),
+            measured=sorted((self, *self.others), key=lambda one: one.variant != VARIANT),
             config=None if self.config is None else Markup(json.dumps(self.config)),
             fastest_k=fastest_k,
             plain=PLAIN,

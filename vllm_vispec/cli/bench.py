@@ -12,7 +12,7 @@ import typer
 from vllm_vispec.bench.calibrate import CalibrateOptions
 from vllm_vispec.bench.datasets import DatasetOptions
 from vllm_vispec.bench.estimate import EstimateOptions
-from vllm_vispec.bench.matrix import MatrixSettings
+from vllm_vispec.bench.matrix import MatrixSettings, is_path
 from vllm_vispec.bench.profile import ProfileSettings
 from vllm_vispec.cli.options import INTERRUPTED, exit_on_error, options_of
 from vllm_vispec.utils.errors import ViSpecError
@@ -189,6 +189,13 @@ def tune(
         Path | None, typer.Option(help="Folder; an earlier tuning in it is continued.")
     ] = None,
     port: Annotated[int, typer.Option(help="First port of the servers; 0: any.")] = 0,
+    thresholds: Annotated[
+        str,
+        typer.Option(
+            help="Of single paths that end early, each measured beside K: policy:threshold, e.g. "
+            "spec_llava:0.1,spec_llava:0.3,entropy:0.1."
+        ),
+    ] = "",
     by: Annotated[
         str, typer.Option(help="What counts: decode_speedup or e2e_speedup.")
     ] = "decode_speedup",
@@ -200,7 +207,7 @@ def tune(
         typer.Option("--from", help="Choose from a run of `vispec bench run`, measure nothing."),
     ] = None,
 ) -> int:
-    """Find the K for every load on this machine and print the --speculative-config to use.
+    """Find the K for every load, and a threshold; print the --speculative-config to use.
 
     Time never fails this: where the setting still loses, it says so.
     """
@@ -221,7 +228,14 @@ def tune(
         assert data is not None
         assert output is not None
         concurrency = tuple(sorted(settings.concurrency))
-        settings = settings.replace(variants=("plain", "vispec"), concurrency=concurrency)
+        paths = [one.strip() for one in thresholds.split(",") if one.strip()]
+        for one in paths:
+            if not is_path(one):
+                raise ViSpecError(
+                    f"--thresholds {one}: write a policy and a threshold, like spec_llava:0.3"
+                )
+        variants = ("plain", "vispec", *paths)
+        settings = settings.replace(variants=variants, concurrency=concurrency)
         code = measure_matrix(settings, options, data, output / MEASURED, port)
         if code == INTERRUPTED:
             return code
