@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,9 @@ def test_what_cannot_be_stored_by_an_engine(
     config = recipe(target, dialogues, tmp_path / "run", **settings)
     with pytest.raises(ViSpecError, match=r"set teacher\.mode to offline"):
         run(recipe(target, dialogues, tmp_path / "run", teacher__engine="vllm"))
+    file = target / "config.json"
+    how = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 16}}
+    file.write_text(json.dumps(read_json(file) | how))
     weights = load_file(target / "model.safetensors")
     name = next(name for name in weights if "visual" in name and name.endswith("proj.weight"))
     save_file({**weights, f"{name}_scale": torch.ones(1)}, target / "model.safetensors",
