@@ -176,21 +176,6 @@ def test_noise_is_seeded_and_scaled_by_length() -> None:
     torch.testing.assert_close(states(1e-9, 1), states(0.0, 1))
 
 
-def test_padding_keeps_every_sample_and_adds_nothing_else() -> None:
-    samples = all_samples()
-    batch = pad_batch(samples, multiple=16)
-    assert batch.ids_BL.shape == (6, 32)
-    assert batch.lengths == tuple(len(sample.token_ids) for sample in samples)
-    for b, sample in enumerate(samples):
-        n = batch.lengths[b]
-        assert torch.equal(batch.ids_BL[b, :n], sample.token_ids)
-        assert torch.equal(batch.answer_BL[b, :n], sample.answer)
-        assert torch.equal(batch.embeds_BLD[b, :n], sample.embeds_LD)
-        assert torch.equal(batch.hidden_BLD[b, :n], sample.hidden_LD)
-        assert not batch.answer_BL[b, n:].any()
-        assert not batch.hidden_BLD[b, n:].any()
-
-
 @pytest.mark.parametrize("name", ["reference", "select"])
 def test_passes_computed_again_in_the_backward_pass(
     name: str, monkeypatch: pytest.MonkeyPatch
