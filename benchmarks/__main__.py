@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import decode_speed, draft_cost
+from benchmarks import adaptive, decode_speed, draft_cost
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+app.command("adaptive")(adaptive.main)
 app.command("decode-speed")(decode_speed.main)
 app.command("draft-cost")(draft_cost.main)
 

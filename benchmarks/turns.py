@@ -65,7 +65,7 @@ class Job:
         }
         if self.speculative is not None:
             kwargs["per_request_spec_decode_metrics"] = "detailed"
-            kwargs["speculative_config"] = dict(self.speculative)
+            kwargs["speculative_config"] = {"adaptive": False, **self.speculative}
         return kwargs | dict(self.engine)
 
 

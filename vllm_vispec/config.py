@@ -33,7 +33,9 @@ SETTING_FLAGS = {
     "spec_tokens": "num_speculative_tokens",
 }
 """vLLM's flags for single keys of the speculative config."""
-SETTING_KEYS = frozenset({"image_table_size", "draft_vocab", "tree", "images", "checkpoint_format"})
+SETTING_KEYS = frozenset(
+    {"adaptive", "image_table_size", "draft_vocab", "tree", "images", "checkpoint_format"}
+)
 """Our keys of the speculative config."""
 _MAX_IMAGES = 1_000_000
 
@@ -41,6 +43,11 @@ _MAX_IMAGES = 1_000_000
 class ViSpecConfig(Settings):
     """What ViSpec is told, and what it found out about the head when the engine was configured."""
 
+    adaptive: bool | None = Field(
+        default=None,
+        description="Whether the number of draft tokens follows load and acceptance, down to none. "
+        "Default: yes, where nothing else decides it.",
+    )
     image_table_size: int | None = Field(
         default=None,
         description="Images whose adaptor output is kept on the device, least recently used first "

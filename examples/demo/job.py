@@ -76,6 +76,8 @@ class Job:
                 "method": "vispec",
                 "model": self.draft_model,
                 "num_speculative_tokens": self.num_speculative_tokens,
+                # Every step is shown.
+                "adaptive": False,
             }
         return kwargs
 

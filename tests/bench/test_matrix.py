@@ -110,14 +110,20 @@ def test_speculative_configs(tmp_path: Path) -> None:
     found = {name: one.speculative_config(settings, tmp_path, 5) for name, one in VARIANTS.items()}
     k = {"num_speculative_tokens": 5}
     tuned = {SETTING: [list(entry) for entry in RANGES]}
-    sibling = {"method": "vispec", "model": "org/sibling", **k}
+    # K that are compared stay what they are.
+    fixed = {"method": "vispec", "adaptive": False, **k}
+    sibling = fixed | {"model": "org/sibling"}
+    served = {"method": "vispec", "model": str(HEAD), **k, **more}
+    random = {"method": "vispec", "model": str(tmp_path / "vispec_random"), **k}
     assert found == {
         "plain": None,
         "ngram": NGRAM | k,
         "eagle": {"method": "eagle", "model": "org/eagle-head", **k},
-        "vispec_zeroed": {"method": "vispec", "model": str(tmp_path / "vispec_zeroed"), **k},
-        "vispec": {"method": "vispec", "model": str(HEAD), **k, **more},
-        "vispec_tuned": {"method": "vispec", "model": str(HEAD), **k, **tuned, **more},
+        "vispec_zeroed": fixed | {"model": str(tmp_path / "vispec_zeroed")},
+        "vispec": served | {"adaptive": False},
+        "vispec_adaptive": served,
+        "vispec_random": random,
+        "vispec_tuned": served | {"adaptive": False} | tuned,
         "sibling": sibling,
         "sibling_prune": {**sibling, "images": "prune:4"},
         "sibling_none": {**sibling, "images": "none"},

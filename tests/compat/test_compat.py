@@ -26,6 +26,7 @@ from vllm_vispec.compat.patching import patch
 from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.heads.config import DRAFT_MODEL_ARCHITECTURE, HeadConfig
 from vllm_vispec.models.patch_points import PADDED_HEADS
+from vllm_vispec.scheduling.patch_points import SCHEDULING
 from vllm_vispec.spec_decode.patch_points import CHAINS, CORE
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.errors import ViSpecError
@@ -211,7 +212,7 @@ def test_a_broken_patch_point_disables_its_feature_alone(
         if any(group_problem(needed) for needed in needed_groups(settings, runner))
     }
     runners = ("v1", "v2") if group.runner is None else (group.runner,)
-    if group in (CORE, CHAINS, V1_CHAINS, PADDED_HEADS):
+    if group in (CORE, CHAINS, SCHEDULING, V1_CHAINS, PADDED_HEADS):
         spared = {"uncompressed", "draft VLM", "draft model"} if group is PADDED_HEADS else set()
         assert refused == {(n, used) for n in SETTINGS for used in runners if n not in spared}
     else:
@@ -316,8 +317,8 @@ def test_a_broken_core_disables_our_method_alone(monkeypatch: pytest.MonkeyPatch
 
 def test_plain_chains_need_the_core_chains_and_their_wider_heads_alone() -> None:
     v1, v2 = (needed_groups(SETTINGS["chains"], used) for used in ("v1", "v2"))
-    assert v2 == [CORE, CHAINS, PADDED_HEADS]
-    assert v1 == [CORE, PADDED_HEADS, V1_CHAINS]
+    assert v2 == [CORE, CHAINS, SCHEDULING, PADDED_HEADS]
+    assert v1 == [CORE, SCHEDULING, PADDED_HEADS, V1_CHAINS]
     # The check stays cheap.
     modules = {point.module for group in v2 for point in group.points}
     assert len(modules) <= 20
@@ -392,7 +393,7 @@ PUBLIC = {"load_model", "load_weights", "compute_logits", "__init__", "capture"}
 def test_every_override_of_a_vllm_class_is_listed() -> None:
     """Methods of our speculators that vLLM's classes have too."""
     listed = {symbol.split(".")[-1] for symbol in _listed()} | PUBLIC
-    names = ("*/*speculator.py", "*/*sampler.py", "*/*proposer.py")
+    names = ("*/*speculator.py", "*/*sampler.py", "*/*proposer.py", "*/*scheduler.py")
     paths = {path for name in names for path in PACKAGE.glob(name)}
     others = ("trees/attention.py", "trees/model_state.py", "v1/tree_verification.py")
     paths |= {PACKAGE / name for name in others}

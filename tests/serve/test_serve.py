@@ -36,6 +36,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.engine]
 SERVED_NAME = "tiny-vispec"
 NUM_DRAFT_TOKENS = 4
 MAX_TOKENS, MAX_MODEL_LEN = 24, 512
+DRAFTS = "vllm:spec_decode_num_drafts_total"
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
 ACCEPTED_PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
 Message = dict[str, Any]
@@ -84,6 +85,8 @@ CHATS = {
 @pytest.fixture(scope="module")
 def starting(tiny: TinyStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BenchServer]:
     config = {"method": "vispec", "model": tiny.head(), "num_speculative_tokens": NUM_DRAFT_TOKENS}
+    # Times would decide how many tokens are drafted.
+    config["adaptive"] = False
     options = {
         "--served-model-name": SERVED_NAME,
         "--speculative-config": json.dumps(config),
@@ -201,6 +204,26 @@ def test_metrics(client: openai.OpenAI, starting: BenchServer) -> None:
     assert sorted(by_position) == [str(position) for position in range(NUM_DRAFT_TOKENS)]
     assert sum(by_position.values()) == after
     assert by_position["0"] >= by_position["1"] > 0
+
+
+def limited(given: str) -> dict[str, Any]:
+    """Return a request that says how many draft tokens it wants."""
+    request = _request(CHATS["one image"])
+    return request | {"extra_body": {"ignore_eos": True, "vllm_xargs": {"vispec": given}}}
+
+
+def test_a_request_without_drafts(
+    client: openai.OpenAI, starting: BenchServer, plain: dict[str, str]
+) -> None:
+    before = sum(sample.value for sample in metric(starting, DRAFTS))
+    answer = client.chat.completions.create(**limited('{"num_speculative_tokens": 0}'))
+    assert answer.choices[0].message.content == plain["one image"]
+    assert sum(sample.value for sample in metric(starting, DRAFTS)) == before
+
+
+def test_a_wrong_number_of_draft_tokens_is_answered_with_400(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="=5 must be at most 4, which is what"):
+        client.chat.completions.create(**limited('{"num_speculative_tokens": 5}'))
 
 
 LONG = "word " * MAX_MODEL_LEN

@@ -99,6 +99,8 @@ class EngineOptions:
                 "method": self.method,
                 "model": self.draft,
                 "num_speculative_tokens": self.num_draft_tokens,
+                # Most tests follow single drafts.
+                **({"adaptive": False} if self.method == "vispec" else {}),
                 **({} if self.tree is None else {"tree": dict(self.tree)}),
                 **self.config,
             }

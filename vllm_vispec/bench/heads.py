@@ -51,6 +51,22 @@ def zeroed_head(head: str, folder: Path) -> str:
     return _write(folder, dtype, info.config.to_config_json(dtype), tensors)
 
 
+def random_head(head: str, folder: Path) -> str:
+    """Write a head of another one's kind and sizes with random weights; returns its folder.
+
+    Raises:
+        ViSpecError: it is no usable head.
+    """
+    import torch
+
+    from vllm_vispec.train.init import new_draft
+
+    info = inspect_head(head)
+    dtype = DTYPES[info.dtype]
+    tensors = new_draft(info.config, torch.empty(0), 0).state_dict()
+    return _write(folder, dtype, info.config.to_config_json(dtype), tensors)
+
+
 def check_has_adaptor(head: str) -> None:
     """Refuse a head without a vision adaptor as the source of the variant vispec_zeroed.
 

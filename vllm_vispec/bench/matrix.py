@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from vllm_vispec.bench.heads import plain_eagle_head, zeroed_head
+from vllm_vispec.bench.heads import plain_eagle_head, random_head, zeroed_head
 from vllm_vispec.bench.schedules import K_SETTING, SETTING, Ranges, as_schedule, speculative_config
 from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, CellKey
 from vllm_vispec.trees.settings import THRESHOLDS
@@ -90,9 +90,9 @@ class MatrixSettings(CommandSettings):
     )
     variants: Annotated[tuple[str, ...], CommaSeparated] = Field(
         default=("plain", "vispec"),
-        description="Of plain, ngram, eagle, vispec_zeroed, vispec, vispec_tuned, sibling, "
-        "sibling_prune, sibling_none; spec_llava:0.3 or entropy:0.1: single paths with this "
-        "threshold, K from 2 to 16.",
+        description="Of plain, ngram, eagle, vispec_zeroed, vispec, vispec_tuned, "
+        "vispec_adaptive, vispec_random, sibling, sibling_prune, sibling_none; spec_llava:0.3 or "
+        "entropy:0.1: single paths with this threshold, K from 2 to 16.",
     )
     concurrency: Annotated[tuple[PositiveInt, ...], CommaSeparated] = Field(
         default=(1,), description="Requests in flight, e.g. 1,4,16. Each value is a cell."
@@ -274,11 +274,21 @@ def _eagle(settings: MatrixSettings, folder: Path) -> Mapping[str, Any]:
 
 def _vispec_zeroed(settings: MatrixSettings, folder: Path) -> Mapping[str, Any]:
     head = zeroed_head(settings.head or "", folder / "vispec_zeroed")
+    return {"method": "vispec", "model": head, "adaptive": False}
+
+
+def _vispec_random(settings: MatrixSettings, folder: Path) -> Mapping[str, Any]:
+    head = random_head(settings.head or "", folder / "vispec_random")
     return {"method": "vispec", "model": head}
 
 
-def _vispec(settings: MatrixSettings, folder: Path) -> Mapping[str, Any]:
+def _vispec_adaptive(settings: MatrixSettings, _: Path) -> Mapping[str, Any]:
     return {**settings.speculative_config, "method": "vispec", "model": settings.head}
+
+
+def _vispec(settings: MatrixSettings, folder: Path) -> Mapping[str, Any]:
+    fixed = {"adaptive": False, **settings.speculative_config}
+    return {**fixed, "method": "vispec", "model": settings.head}
 
 
 def find_variant(name: str) -> Variant | None:
@@ -302,7 +312,7 @@ def _vispec_tuned(settings: MatrixSettings, folder: Path) -> Mapping[str, Any]:
 
 
 def _sibling(settings: MatrixSettings, _: Path) -> Mapping[str, Any]:
-    return {"method": "vispec", "model": settings.sibling}
+    return {"method": "vispec", "model": settings.sibling, "adaptive": False}
 
 
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
@@ -318,6 +328,16 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
             "ViSpec whose vision adaptor puts out zeros", _vispec_zeroed, ("head",)
         ),
         "vispec": Variant("ViSpec", _vispec, ("head",)),
+        "vispec_adaptive": Variant(
+            "ViSpec with K by load and acceptance, as it is served by default",
+            _vispec_adaptive,
+            ("head",),
+        ),
+        "vispec_random": Variant(
+            "the same with a head of random weights, of which nothing is accepted",
+            _vispec_random,
+            ("head",),
+        ),
         "vispec_tuned": Variant(
             "ViSpec with K by the number of running requests", _vispec_tuned, ("head", "schedule")
         ),

@@ -186,9 +186,10 @@ def jobs(settings: ProfileSettings, folder: Path) -> dict[str, Job]:
         if given is None
         else plain_eagle_head(given, settings.target, folder / EAGLE)
     )
+    fixed = {"adaptive": False, **settings.speculative_config}
     drafts = {
         EAGLE: {"method": "eagle", "model": eagle_head},
-        VISPEC: {**settings.speculative_config, "method": "vispec", "model": settings.head},
+        VISPEC: fixed | {"method": "vispec", "model": settings.head},
     }
     k = {"num_speculative_tokens": settings.num_speculative_tokens}
     return {

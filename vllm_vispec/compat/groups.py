@@ -15,6 +15,7 @@ from vllm_vispec.draft_vlm import patch_points as draft_vlm
 from vllm_vispec.draft_vocab import patch_points as draft_vocab
 from vllm_vispec.heads import patch_points as heads
 from vllm_vispec.models import patch_points as models
+from vllm_vispec.scheduling import patch_points as scheduling
 from vllm_vispec.spec_decode import patch_points as spec_decode
 from vllm_vispec.trees import patch_points as trees
 from vllm_vispec.utils.errors import ViSpecError
@@ -33,6 +34,7 @@ def _v1_groups() -> tuple[PatchGroup, ...]:
 
 GROUPS: tuple[PatchGroup, ...] = (
     *spec_decode.GROUPS,
+    *scheduling.GROUPS,
     *models.GROUPS,
     *compressors.GROUPS,
     *draft_vlm.GROUPS,

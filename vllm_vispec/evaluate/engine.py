@@ -101,6 +101,8 @@ def _open_engine(options: EvalOptions, max_model_len: int) -> Iterator[LLM]:
         "method": "vispec",
         "model": options.head,
         "num_speculative_tokens": options.num_speculative_tokens,
+        # Acceptance is counted at every position.
+        "adaptive": False,
     }
     if options.draft_vocab is not None:
         speculative["draft_vocab"] = options.draft_vocab_setting

@@ -34,6 +34,8 @@ from vllm_vispec.heads.folder import HeadInfo, inspect_head, is_vispec_head
 from vllm_vispec.heads.location import locate
 from vllm_vispec.heads.patch_points import SELF_SERVING
 from vllm_vispec.models.head_size_checks import check_padded_heads
+from vllm_vispec.scheduling.patch_points import install
+from vllm_vispec.scheduling.setting import resolve_adaptive
 from vllm_vispec.spec_decode.checks import (
     check_keys,
     check_parallel,
@@ -109,6 +111,7 @@ def create_engine_config(
             limits.note_graphs(vllm_config, tree)
         check_padded_heads(vllm_config)
         note_settings_without_effect(vllm_config)
+        install(vllm_config)
         logger.info("In each step ViSpec drafts %s", describe_drafts(vllm_config))
         watch_acceptance(vllm_config.model_config.hf_config.model_type)
     return vllm_config
@@ -151,6 +154,10 @@ def create_speculative_config(
         limits.check_connector(args.kv_transfer_config)
     if may_branch or config.image_share is not None:
         limits.check_cache_dtype(args.kv_cache_dtype, "tree" if may_branch else "images")
+    has_tree = config.tree is not None
+    config = config.replace(
+        adaptive=resolve_adaptive(config.adaptive, settings, args, parallel, has_tree=has_tree)
+    )
     config = resolve_draft_vocab(config, settings, info.folder, info.config.vocab_size)
     if not info.config.is_draft_vlm:
         check_lm_head(config, target)

@@ -104,14 +104,11 @@ CHAINS = PatchGroup(
         overrides(
             f"{_SPECULATOR}"
             "{propose(input_batch, attn_metadata, slot_mappings, last_hidden_states), "
-            "on_prefill_end(num_reqs), init_cudagraph_manager(cudagraph_mode)}",
+            "on_prefill_end(num_reqs), init_cudagraph_manager(cudagraph_mode), "
+            "self.last_token_indices, self.hidden_states}",
             "row ids for the batch, one per request for the one-token steps; says so where draft "
-            "steps are not recorded",
-        ),
-        reads(
-            f"{_SPECULATOR}{{self.last_token_indices, self.hidden_states}}",
-            "which token of each request is drafted from; the width of what the draft reads of "
-            "the target's states",
+            "steps are not recorded; which token of each request is drafted from, and the width "
+            "of what the draft reads of the target's states",
         ),
         overrides(
             "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
@@ -123,13 +120,10 @@ CHAINS = PatchGroup(
             "{self.supports_mm_inputs, self.encoder_cache}",
             "the encoder cache; there is none in an engine started for text only",
         ),
-        reads(
-            f"{_ENCODER_CACHE}{{self.mm_features, self.encoder_outputs}}",
-            "where a request's images lie, and the vision tower's output by item hash",
-        ),
         wraps(
-            f"{_ENCODER_CACHE}.reset_encoder_cache",
-            "image rows are dropped with the encoder cache (one object only)",
+            f"{_ENCODER_CACHE}{{reset_encoder_cache, self.mm_features, self.encoder_outputs}}",
+            "image rows are dropped with the encoder cache (one object only); where a request's "
+            "images lie, and the vision tower's output by item hash",
         ),
         reads(
             f"{_BATCH}"

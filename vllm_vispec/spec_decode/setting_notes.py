@@ -15,6 +15,9 @@ logger = get_logger(__name__)
 def describe_drafts(vllm_config: Any) -> str:
     """Say what is drafted at which load: chains, single paths or trees, and how many tokens."""
     tree = read_tree(vllm_config)
+    if ViSpecConfig.from_vllm(vllm_config).adaptive:
+        most = vllm_config.speculative_config.num_speculative_tokens
+        return f"chains of up to {most} tokens, fewer or none where that is faster (adaptive)"
     if vllm_config.speculative_config.num_speculative_tokens_per_batch_size:
         parts = (
             f"{_drafts_of(count, tree)} with {first} to {last} requests"
@@ -77,6 +80,8 @@ def _path_lines(vllm_config: Any) -> Iterator[str]:
 
 
 def _schedule_lines(vllm_config: Any) -> Iterator[str]:
+    if ViSpecConfig.from_vllm(vllm_config).adaptive:
+        return
     speculative = vllm_config.speculative_config
     most, requests = speculative.num_speculative_tokens, vllm_config.scheduler_config.max_num_seqs
     for first, last, count in speculative.num_speculative_tokens_per_batch_size or ():

@@ -15,10 +15,11 @@ from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from vllm_vispec.compat.patching import patch
 from vllm_vispec.compressors.gated import PromptLengths
-from vllm_vispec.config import reads_target_states, trims_drafts
+from vllm_vispec.config import ViSpecConfig, reads_target_states, trims_drafts
 from vllm_vispec.draft_vocab.model import give_own_lm_head
 from vllm_vispec.heads.location import loaded_from_folder
 from vllm_vispec.models.vispec import scale_shared_embedding
+from vllm_vispec.scheduling.sleep import Sleep
 from vllm_vispec.spec_decode.draft_rows import DraftRows
 from vllm_vispec.spec_decode.step import RequestRows
 from vllm_vispec.spec_decode.target_parts import findable_parts
@@ -56,6 +57,8 @@ class ViSpecSpeculator(EagleSpeculator):
         self.draft_rows = self.make_draft_rows()
         self._prompts = PromptLengths(self.max_num_reqs)
         self._trims_drafts = trims_drafts(self.vllm_config)
+        self._may_sleep = bool(ViSpecConfig.from_vllm(self.vllm_config).adaptive)
+        self._sleep = Sleep()
         # None before `set_attn`, and where the engine takes text only: then no request has images.
         self._encoder_cache: EncoderCache | None = None
 
@@ -88,7 +91,11 @@ class ViSpecSpeculator(EagleSpeculator):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Lay the batch's rows out, then draft as EAGLE does."""
+        """Lay the batch's rows out, then draft as EAGLE does; nothing at all while asleep."""
+        has_one_token_each = int(input_batch.num_tokens) == input_batch.num_reqs
+        is_asleep = self._sleep.saw(kwargs.get("num_speculative_tokens"), has_one_token_each)
+        if self._may_sleep and is_asleep:
+            return self.draft_tokens[: input_batch.num_reqs]
         self._set_rows(input_batch, last_hidden_states)
         read_TD = last_hidden_states[:, : self.hidden_states.shape[1]]
         return super().propose(input_batch, attn_metadata, slot_mappings, read_TD, *args, **kwargs)

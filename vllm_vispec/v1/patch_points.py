@@ -87,7 +87,8 @@ CHAINS = PatchGroup(
         ),
         overrides(
             f"{_PROPOSER}"
-            "{set_inputs_first_pass"
+            "{propose(num_speculative_tokens, target_token_ids, next_token_ids), "
+            "set_inputs_first_pass"
             "(target_token_ids, next_token_ids, target_positions, target_hidden_states, cad), "
             "_set_positions(num_tokens, positions), "
             "_update_positions_dependent_metadata"
@@ -175,7 +176,7 @@ _PUBLISHED = replace(
         QUANTISED,
         overrides(
             f"{_PROPOSER}"
-            "{propose(num_speculative_tokens), dummy_run(num_tokens), "
+            "{dummy_run(num_tokens), propose(num_speculative_tokens), "
             "_sample_draft_tokens(hidden_states, sampling_metadata), "
             "_maybe_share_embeddings(target_language_model), "
             "_maybe_share_lm_head(target_language_model), self._last_draft_probs}",
@@ -203,9 +204,9 @@ _TREES = replace(
     points=(
         subclasses(
             f"{_PROPOSER}"
-            "{propose(num_speculative_tokens, common_attn_metadata), "
+            "{build_per_group_and_layer_attn_metadata(common_attn_metadata, draft_index), "
+            "propose(num_speculative_tokens, common_attn_metadata), "
             "_sample_draft_tokens(hidden_states, sampling_metadata), "
-            "build_per_group_and_layer_attn_metadata(common_attn_metadata, draft_index), "
             "_determine_batch_execution_and_padding(num_tokens), "
             "_get_slot_mapping(num_tokens, slot_mapping)}",
             "one pass for each level behind vLLM's first pass",

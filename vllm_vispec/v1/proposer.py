@@ -12,10 +12,11 @@ from vllm.config import VllmConfig
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from vllm_vispec.compat.patching import patch
-from vllm_vispec.config import reads_embeddings, reads_target_states
+from vllm_vispec.config import ViSpecConfig, reads_embeddings, reads_target_states
 from vllm_vispec.draft_vocab.model import give_own_lm_head
 from vllm_vispec.heads.location import loaded_from_folder
 from vllm_vispec.models.vispec import scale_shared_embedding
+from vllm_vispec.scheduling.sleep import Sleep
 from vllm_vispec.spec_decode.draft_rows import DraftRows
 from vllm_vispec.spec_decode.step import RequestRows
 from vllm_vispec.spec_decode.target_parts import findable_parts
@@ -45,6 +46,8 @@ class ViSpecProposer(EagleProposer):
             # vLLM copies as many columns of the target's states as this buffer has.
             self.hidden_states = self.hidden_states.new_empty(self.max_num_tokens, 0)
         self._runner = runner
+        self._may_sleep = bool(ViSpecConfig.from_vllm(vllm_config).adaptive)
+        self._sleep = Sleep()
         self._first_draft_rows: torch.Tensor | None = None
         # Which rows stay where rejected tokens are dropped, on the device and on the host.
         self._staying_rows: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -67,6 +70,15 @@ class ViSpecProposer(EagleProposer):
     def make_draft_rows(self) -> Any:
         """Return what lays a batch's rows out."""
         return DraftRows(self.model, self.max_batch_size, self.vllm_config.kv_transfer_config)
+
+    def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Draft as EAGLE does; nothing at all while asleep."""
+        next_tokens_R = kwargs["next_token_ids"]
+        has_one_token_each = len(kwargs["target_token_ids"]) == len(next_tokens_R)
+        if self._sleep.saw(num_speculative_tokens, has_one_token_each) and self._may_sleep:
+            return next_tokens_R.new_empty(len(next_tokens_R), 0)
+        drafts: torch.Tensor = super().propose(num_speculative_tokens, *args, **kwargs)
+        return drafts
 
     def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> Any:
         """Set the rows after vLLM has laid out the first draft pass."""

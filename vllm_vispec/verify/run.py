@@ -151,7 +151,8 @@ class VerifySettings(Settings):
         args = usual | self.engine
         if name == PLAIN:
             return args
-        config = {"method": "vispec", **self.speculative_config, "model": self.head}
+        fixed = {"method": "vispec", "adaptive": False}
+        config = fixed | self.speculative_config | {"model": self.head}
         if name == CHAIN:
             config |= {"num_speculative_tokens": self.num_speculative_tokens}
         else:

@@ -1,0 +1,97 @@
+"""What one request may ask for, and where the setting `adaptive` has its effect."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_vispec.config import ViSpecConfig
+from vllm_vispec.scheduling.request import check_request, request_limit
+from vllm_vispec.scheduling.setting import SCHEDULE, resolve_adaptive
+from vllm_vispec.trees.settings import TreeSettings
+from vllm_vispec.utils.errors import ViSpecError
+
+K_SETTING = "num_speculative_tokens"
+
+
+def asking(given: Any) -> Any:
+    return SimpleNamespace(extra_args=None if given is None else {"vispec": given})
+
+
+def serving(most: int, **settings: Any) -> Any:
+    speculative = SimpleNamespace(
+        num_speculative_tokens=most, num_speculative_tokens_per_batch_size=None
+    )
+    section = ViSpecConfig(**settings).to_section()
+    return SimpleNamespace(speculative_config=speculative, additional_config=section)
+
+
+@pytest.mark.parametrize(
+    ("given", "limit"),
+    [(None, None), ({K_SETTING: 0}, 0), ({K_SETTING: 3}, 3), (f'{{"{K_SETTING}": 2}}', 2)],
+)
+def test_both_forms(given: Any, limit: int | None) -> None:
+    assert request_limit(asking(given)) == limit
+    assert request_limit(None) is None
+    check_request(serving(5), asking(given))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({K_SETTING: 6}, "=6 must be at most 5"),
+        ({K_SETTING: -1}, "must be a whole number from 0 on"),
+        ({K_SETTING: True}, "must be a whole number from 0 on"),
+        ({}, "must be a whole number from 0 on"),
+        ({"num_speculative_token": 1}, 'did you mean "num_speculative_tokens"?'),
+        ({K_SETTING: 1, "temperature": 1}, "key 'temperature' is unknown: give"),
+        ("{", "is not JSON: give"),
+        ("3", "is no object: give"),
+        ([1], "is no object: give"),
+    ],
+)
+def test_what_cannot_be_is_one_line(given: Any, said: str) -> None:
+    with pytest.raises(ViSpecError) as caught:
+        check_request(serving(5), asking(given))
+    assert said in str(caught.value)
+    assert 'extra_args["vispec"]' in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_trees_are_drafted_whole_or_not_at_all() -> None:
+    engine = serving(29, tree=TreeSettings())
+    for limit in (0, 29):
+        check_request(engine, asking({K_SETTING: limit}))
+    with pytest.raises(ViSpecError, match="must be 0 or 29"):
+        check_request(engine, asking({K_SETTING: 3}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"settings": {SCHEDULE: [[1, 8, 2]]}}, SCHEDULE),
+        ({"settings": {"enable_adaptive_verification": True}}, "enable_adaptive_verification"),
+        ({"has_tree": True}, "tree"),
+        ({"ranks": 2}, "data_parallel_size"),
+        ({"scheduler": "mine.Scheduler"}, "scheduler_cls"),
+    ],
+)
+@pytest.mark.parametrize("adaptive", [None, True, False])
+def test_it_follows_the_load_unless_something_else_decides(
+    adaptive: bool | None, changes: dict[str, Any], reason: str | None
+) -> None:
+    settings = {K_SETTING: 5, **changes.get("settings", {})}
+    given = settings.get(SCHEDULE)
+    args = SimpleNamespace(scheduler_cls=changes.get("scheduler"))
+    parallel = SimpleNamespace(data_parallel_size=changes.get("ranks", 1))
+    has_tree = changes.get("has_tree", False)
+    if adaptive and reason:
+        with pytest.raises(ViSpecError, match=f"adaptive=true does not go with {reason}"):
+            resolve_adaptive(adaptive, settings, args, parallel, has_tree=has_tree)
+        return
+    found = resolve_adaptive(adaptive, settings, args, parallel, has_tree=has_tree)
+    assert found is (adaptive is not False and reason is None)
+    assert (settings.get(SCHEDULE) != given) is found

@@ -1,0 +1,79 @@
+"""How many draft tokens one request gets: ``extra_args["vispec"]`` of its sampling parameters.
+
+OpenAI clients send it as ``vllm_xargs``, whose values vLLM allows to be texts, numbers or lists: so
+it may also be given as the JSON text of the same object.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm_vispec.config import SECTION, uses_vispec
+from vllm_vispec.trees.limits import has_branches
+from vllm_vispec.utils.errors import ViSpecError, did_you_mean
+
+K_SETTING = "num_speculative_tokens"
+_FORM = f'give {{"{K_SETTING}": N}}, as an object or as its JSON text'
+
+
+def request_limit(params: Any) -> int | None:
+    """Return the most draft tokens that a request wants in a step, None if it does not say.
+
+    Args:
+        params: vLLM's `SamplingParams`; None for requests that sample nothing.
+
+    Raises:
+        ViSpecError: Names what is wrong and the form that is wanted.
+    """
+    given = (getattr(params, "extra_args", None) or {}).get(SECTION)
+    if given is None:
+        return None
+    shown, content = f'extra_args["{SECTION}"]={given!r}', given
+    if isinstance(given, str):
+        try:
+            content = json.loads(given)
+        except json.JSONDecodeError:
+            raise ViSpecError(f"{shown} is not JSON: {_FORM}") from None
+    if not isinstance(content, Mapping):
+        raise ViSpecError(f"{shown} is no object: {_FORM}")
+    for name in content.keys() - {K_SETTING}:
+        hint = did_you_mean(name, [K_SETTING]) or f": {_FORM}"
+        raise ViSpecError(f"{shown}: key {name!r} is unknown{hint}")
+    limit = content.get(K_SETTING)
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
+        raise ViSpecError(f"{shown}: {K_SETTING} must be a whole number from 0 on: {_FORM}")
+    return limit
+
+
+def check_request(vllm_config: Any, params: Any) -> None:
+    """Check what a request asks for against what the engine drafts.
+
+    Raises:
+        ViSpecError: Names the value and those that are allowed.
+    """
+    limit = request_limit(params)
+    if limit is None:
+        return
+    most = vllm_config.speculative_config.num_speculative_tokens
+    if has_branches(vllm_config) and limit not in (0, most):
+        raise ViSpecError(
+            f'extra_args["{SECTION}"]: {K_SETTING}={limit} must be 0 or {most}, since this server '
+            "drafts trees, whole or not at all"
+        )
+    if limit > most:
+        raise ViSpecError(
+            f'extra_args["{SECTION}"]: {K_SETTING}={limit} must be at most {most}, which is what '
+            "this server drafts"
+        )
+
+
+def validate_params(
+    original: Callable[..., Any], processor: Any, params: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Stands for ``InputProcessor._validate_params``; servers answer 400 to a `ValueError`."""
+    config = processor.vllm_config
+    if uses_vispec(config):
+        check_request(config, params)
+    return original(processor, params, *args, **kwargs)
