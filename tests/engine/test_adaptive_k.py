@@ -22,7 +22,7 @@ from tests.support.workloads import (
     mixed_requests,
     serve_requests,
 )
-from vllm_vispec.scheduling import control, sleep
+from vllm_vispec.scheduling import control
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -149,8 +149,7 @@ def _fall_and_rise(llm: LLM) -> Course:
         return is_asleep
 
     with ExitStack() as stack:
-        stack.enter_context(patch.multiple(control, _LEAST_WAIT=40, _SETTLED=8))
-        stack.enter_context(patch.object(sleep, "SLEEP_AFTER", 8))
+        stack.enter_context(patch.multiple(control, _LEAST_WAIT=40, _SETTLED=8, SLEEP_AFTER=8))
         stack.enter_context(patch.object(scheduler, "_choose", chosen))
         stack.enter_context(patch.object(scheduler._sleep, "saw", counted))
         lines = stack.enter_context(patch.object(module.logger, "info"))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from vllm_vispec.config import ViSpecConfig
+from vllm_vispec.scheduling.control import SCHEDULE, resolve_adaptive
 from vllm_vispec.scheduling.request import check_request, request_limit
-from vllm_vispec.scheduling.setting import SCHEDULE, resolve_adaptive
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.errors import ViSpecError
 

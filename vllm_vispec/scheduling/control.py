@@ -23,7 +23,11 @@ from functools import partial
 from itertools import accumulate
 from operator import mul
 from statistics import median
+from typing import Any
 
+from vllm_vispec.utils.errors import ViSpecError
+
+SCHEDULE = "num_speculative_tokens_per_batch_size"
 GUESSED_COST = 0.06
 """What a draft token adds to a step's time until it is measured, as a share of a plain step's."""
 LEAST_GAIN = 1.05
@@ -45,6 +49,8 @@ _PROBE_DRAFTS, _PROBE_STEPS = 24, 32
 _LEAST_WAIT, _MOST_WAIT = 512, 8192
 _SETTLED = 64
 """Steps with one K before the log says so."""
+SLEEP_AFTER = 64
+"""Steps with K = 0 in a row after which the draft's first pass is left out."""
 
 
 def ladder(most: int) -> list[int]:
@@ -63,6 +69,57 @@ def ladder_schedule(most: int) -> list[list[int]]:
     """
     steps = ladder(most)
     return [[n, n, k] for n, k in enumerate([steps[0], 0, *steps[1:-1]], start=1)]
+
+
+def resolve_adaptive(
+    adaptive: bool | None, settings: dict[str, Any], args: Any, parallel: Any, *, has_tree: bool
+) -> bool:
+    """Return whether K follows load and acceptance; if so, let vLLM record graphs for every K.
+
+    Args:
+        adaptive: What the user says; None: where nothing else decides K.
+        settings: The speculative config; gets the schedule.
+        args: vLLM's `EngineArgs`.
+        parallel: vLLM's `ParallelConfig`.
+
+    Raises:
+        ViSpecError: It was asked for, and something else decides K.
+    """
+    others = {
+        SCHEDULE: settings.get(SCHEDULE) is not None,
+        "tree": has_tree,
+        "enable_adaptive_verification": bool(settings.get("enable_adaptive_verification")),
+        "data_parallel_size": parallel.data_parallel_size > 1,
+        "scheduler_cls": args.scheduler_cls is not None,
+    }
+    found = [name for name, is_given in others.items() if is_given]
+    if adaptive and found:
+        raise ViSpecError(
+            f"speculative config: adaptive=true does not go with {found[0]}, by which the number "
+            "of draft tokens is decided; leave one of them out"
+        )
+    if found or adaptive is False:
+        return False
+    settings[SCHEDULE] = ladder_schedule(settings["num_speculative_tokens"])
+    return True
+
+
+class Sleep:
+    """Counts steps with K = 0."""
+
+    def __init__(self) -> None:
+        self._idle = 0
+
+    def saw(self, k: int | None, has_one_token_each: bool) -> bool:
+        """Return whether the draft is left out of a step; to be called once for every step.
+
+        Args:
+            k: Draft tokens of the step; None: vLLM's own number.
+            has_one_token_each: Whether all its requests have one token, as when decoding without
+                drafts.
+        """
+        self._idle = self._idle + 1 if k == 0 else 0
+        return self._idle > SLEEP_AFTER and has_one_token_each
 
 
 @dataclass

@@ -21,9 +21,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_vispec.config import ViSpecConfig
-from vllm_vispec.scheduling.control import DraftControl, ladder
+from vllm_vispec.scheduling.control import DraftControl, Sleep, ladder
 from vllm_vispec.scheduling.request import request_limit
-from vllm_vispec.scheduling.sleep import Sleep
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)

@@ -34,8 +34,8 @@ from vllm_vispec.heads.folder import HeadInfo, inspect_head, is_vispec_head
 from vllm_vispec.heads.location import locate
 from vllm_vispec.heads.patch_points import SELF_SERVING
 from vllm_vispec.models.head_size_checks import check_padded_heads
+from vllm_vispec.scheduling.control import resolve_adaptive
 from vllm_vispec.scheduling.patch_points import install
-from vllm_vispec.scheduling.setting import resolve_adaptive
 from vllm_vispec.spec_decode.checks import (
     check_keys,
     check_parallel,

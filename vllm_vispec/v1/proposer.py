@@ -16,7 +16,7 @@ from vllm_vispec.config import ViSpecConfig, reads_embeddings, reads_target_stat
 from vllm_vispec.draft_vocab.model import give_own_lm_head
 from vllm_vispec.heads.location import loaded_from_folder
 from vllm_vispec.models.vispec import scale_shared_embedding
-from vllm_vispec.scheduling.sleep import Sleep
+from vllm_vispec.scheduling.control import Sleep
 from vllm_vispec.spec_decode.draft_rows import DraftRows
 from vllm_vispec.spec_decode.step import RequestRows
 from vllm_vispec.spec_decode.target_parts import findable_parts
