@@ -1,0 +1,77 @@
+"""K of single steps, with requests that are stand-ins."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_vispec.scheduling import control
+from vllm_vispec.scheduling.control import DraftControl, Sleep, ladder
+from vllm_vispec.scheduling.scheduler import ViSpecScheduler
+
+K = 5
+
+
+def scheduling(*, asynchronous: bool = False, **limits: Any) -> Any:
+    """Return a scheduler with requests "a" to "h" that have answered a token each, but for "h"."""
+    made: Any = object.__new__(ViSpecScheduler)
+    made.control, made._sleep = DraftControl(ladder(K)), Sleep()
+    made.num_spec_tokens, made._limits, made._gaps = K, limits, set()
+    made.scheduler_config = SimpleNamespace(async_scheduling=asynchronous)
+    made.requests = {
+        name: SimpleNamespace(num_output_tokens=int(name != "h"), spec_token_ids=[1] * K)
+        for name in "abcdefgh"
+    }
+    return made
+
+
+def step(made: Any, names: str, tokens: int = 1) -> int:
+    """Return K of a step of these requests with so many tokens each."""
+    scheduled = dict.fromkeys(names, tokens)
+    output = SimpleNamespace(
+        num_scheduled_tokens=scheduled, total_num_scheduled_tokens=tokens * len(names)
+    )
+    return int(made._choose(output))
+
+
+@pytest.mark.parametrize(
+    ("names", "limits", "wanted"),
+    [
+        ("ab", {}, K),
+        ("ab", {"a": 0}, K),
+        ("ab", {"a": 0, "b": 2}, 2),
+        # The ladder has no 4 and no 3.
+        ("ab", {"a": 3, "b": 4}, 2),
+        ("ab", {"a": 0, "b": 0}, 0),
+    ],
+)
+def test_k_is_what_some_request_wants(names: str, limits: dict[str, Any], wanted: int) -> None:
+    made = scheduling(**limits)
+    assert step(made, names) == wanted
+    made._cut(names)
+    cut = {name: len(made.requests[name].spec_token_ids) for name in names}
+    assert cut == {name: limits.get(name, K) for name in names}
+
+
+@pytest.mark.parametrize(("asynchronous", "wanted"), [(False, 0), (True, K)])
+def test_first_tokens_wait_for_no_drafts(asynchronous: bool, wanted: int) -> None:
+    assert step(scheduling(asynchronous=asynchronous), "h", 30) == wanted
+    assert step(scheduling(asynchronous=asynchronous), "ah", 30) == K
+
+
+def test_who_was_decoded_while_the_draft_slept_gets_no_drafts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(control, "_LEAST_WAIT", 40)
+    monkeypatch.setattr(control, "SLEEP_AFTER", 8)
+    made = scheduling()
+    for _ in range(60):
+        if k := step(made, "ab"):
+            made.control.saw_draft(k, 0)
+    assert made._gaps == {"a", "b"}
+    # A pause has passed: whoever is new is drafted for again, and only they.
+    assert step(made, "abc") == 1
+    made._cut("abc")
+    assert [len(made.requests[name].spec_token_ids) for name in "abc"] == [0, 0, K]
