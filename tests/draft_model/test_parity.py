@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 COUNT = 4
 SMALL: Mapping[str, Any] = {"max_num_batched_tokens": 48}
 BLOCKS: Mapping[str, Any] = {"max_num_batched_tokens": 96, "num_blocks": 10}
+BASES = {"small": SMALL, "blocks": BLOCKS, "async": {**SMALL, "async_scheduling": True}}
 ROWS = [
     pytest.param(*row, id="-".join(row[:4]), marks=marks(row[0], slow))
     for row, slow in (
@@ -42,6 +43,9 @@ ROWS = [
         (("v2", "qwen2_5_vl", "small", "none", 8, 8), True),
         (("v2", "qwen2_5_vl", "small", "text", 8, 8), True),
         (("v2", "qwen2_5_vl", "small", "prune:4", 8, 8), True),
+        (("v2", "qwen2_5_vl", "blocks", "prune:3", 8, 40), True),
+        (("v2", "qwen2_5_vl", "async", "prune:4", 8, 8), True),
+        (("v2", "qwen2_5_vl", "async", "none", 8, 8), True),
         (("v2", "qwen3_vl", "small", "all", 8, 8), True),
         (("v2", "qwen3_vl", "small", "pool:4", 8, 8), True),
         (("v2", "llava_next", "small", "all", 8, 8), True),
@@ -196,11 +200,10 @@ def test_drafts_are_those_of_transformers(
     max_tokens: int,
 ) -> None:
     draft = tiny.text_model(kind) if images == "text" else tiny.sibling(kind)
-    options = {"small": SMALL, "blocks": BLOCKS}[base]
     config = {} if images in ("all", "text") else {"images": images}
     seen = "none" if images == "text" else images
     drafting = engine(
-        runner, kind=kind, draft=draft, num_draft_tokens=COUNT, config=config, **options
+        runner, kind=kind, draft=draft, num_draft_tokens=COUNT, config=config, **BASES[base]
     )
     found = drafting.serve("mixed", count=count, max_tokens=max_tokens)
     requests = mixed_requests(kind, count, max_tokens)

@@ -102,6 +102,27 @@ def test_first_passes_are_recorded_as_the_targets_and_steps_one_longer(
     assert (steps.num_speculative_tokens, own.num_speculative_tokens) == (COUNT + 1, COUNT)
 
 
+@pytest.mark.parametrize("all_greedy", [False, True])
+def test_the_first_pass_needs_no_lm_head_on_v1(
+    monkeypatch: pytest.MonkeyPatch, all_greedy: bool
+) -> None:
+    """Whatever it returns is as large as what steps return, if those return probabilities."""
+    sample = Mock()
+    monkeypatch.setattr(SpecDecodeBaseProposer, "_sample_draft_tokens", sample)
+    found = object.__new__(PublishedProposer)
+    found.model = SimpleNamespace(config=SimpleNamespace(vocab_size=7))
+    found._enable_probabilistic_draft_probs = True
+    found._next_tokens = torch.tensor([12, 22])
+    sampling = SimpleNamespace(all_greedy=all_greedy)
+    tokens, probs = found._sample_draft_tokens(HIDDEN_RD, sampling)
+    assert not sample.called
+    assert tokens.tolist() == [12, 22]
+    assert (probs is None) == all_greedy
+    assert probs is None or (probs.shape, probs.dtype) == ((2, 7), torch.float32)
+    found._sample_draft_tokens(HIDDEN_RD, sampling)
+    assert sample.called
+
+
 def test_idle_ranks_run_as_many_passes_on_v1(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 

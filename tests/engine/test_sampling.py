@@ -46,6 +46,8 @@ DRAFTS: Mapping[str, Mapping[str, Any]] = {
     "tree": tree(6, depth=1, top_k=3),
     # Paths of one or two tokens, as sure as the draft is.
     "path": tree(2, policy="spec_llava", depth=1, top_k=1, threshold=0.99),
+    # Verified by the probabilities that it was drawn with.
+    "sibling": {"config": {"draft_sample_method": "probabilistic"}},
 }
 Prefix = tuple[int, ...]
 
@@ -59,7 +61,8 @@ def test_same_distribution(
     plain = engine(runner, **options).run(_sample, DRAWS[runner], 1000)
     # V2's draws with trees are those of plain decoding, one by one: `test_same_seeds_same_tokens`.
     for index, name in enumerate(DRAFTS if runner == "v1" else ["spec", "path"]):
-        drafting = engine(runner, **options, draft=tiny.head(), **DRAFTS[name])
+        draft = tiny.sibling() if name == "sibling" else tiny.head()
+        drafting = engine(runner, **options, draft=draft, **DRAFTS[name])
         found: Served = drafting.run(_sample, DRAWS[runner], 1001 + index)
         for length in (1, 2, 3):
             counts = table(_prefixes(plain, length), _prefixes(found, length))

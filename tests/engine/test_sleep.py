@@ -30,8 +30,14 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 GARBAGE = 77
 
 
-# A published model has a tower of its own.
-SLEEPING = {"chain": DRAFTS["chain"], "tree": DRAFTS["tree"], "sibling": Draft(is_sibling=True)}
+# A published model has a tower of its own, and buffers that hide rows of images from it.
+SLEEPING = {
+    "chain": DRAFTS["chain"],
+    "tree": DRAFTS["tree"],
+    "sibling": Draft(is_sibling=True),
+    "sibling, prune": Draft(options={"config": {"images": "prune:4"}}, is_sibling=True),
+    "sibling, none": Draft(options={"config": {"images": "none"}}, is_sibling=True),
+}
 
 
 @pytest.mark.parametrize("draft", SLEEPING)

@@ -30,6 +30,8 @@ DRAFTS = {
     "sibling": Draft(SIBLING, is_sibling=True),
     "sibling, tree": Draft(SIBLING, tree(19, top_k=3), is_sibling=True),
     "sibling, whole towers": Draft(SIBLING, {"mm_encoder_tp_mode": "data"}, is_sibling=True),
+    "sibling, pool": Draft(SIBLING, {"config": {"images": "pool:4"}}, is_sibling=True),
+    "sibling, none": Draft(SIBLING, {"config": {"images": "none"}}, is_sibling=True),
     # Each of them has half of the draft's lm_head.
     "few tokens": Draft(few_tokens=True),
     "one kv head": Draft({"num_key_value_heads": 1}),

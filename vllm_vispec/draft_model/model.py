@@ -51,6 +51,8 @@ class EagleDraftModelForCausalLM(nn.Module):
         with layers_with(self.masks):
             self.model = init_vllm_registered_model(own_config, prefix=prefix)
         self.own_vocab_size = own.get_vocab_size()
+        text = self.model.get_language_model() if own.is_multimodal_model else self.model
+        self._embed_text = text.embed_input_ids
         self.positions: DraftPositions | None = None
         if own.uses_mrope or not self.sees_images:
             max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
@@ -73,7 +75,7 @@ class EagleDraftModelForCausalLM(nn.Module):
             # The target's longer table has rows that are no tokens.
             input_ids = input_ids.clamp(max=self.own_vocab_size - 1)
         if not multimodal_embeddings:
-            return self.model.embed_input_ids(input_ids)
+            return self._embed_text(input_ids)
         return self.model.embed_input_ids(
             input_ids, multimodal_embeddings, is_multimodal=is_multimodal
         )

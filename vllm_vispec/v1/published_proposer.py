@@ -46,7 +46,7 @@ class PublishedProposer(ViSpecProposer):
     def set_inputs_first_pass(self, *args: Any, **kwargs: Any) -> Any:
         """Undo the shift by one token that heads need."""
         num_tokens, token_indices, metadata = super().set_inputs_first_pass(*args, **kwargs)
-        self._next_tokens = self.input_ids[token_indices].long()
+        self._next_tokens = kwargs["next_token_ids"].long()
         self.input_ids[:num_tokens] = kwargs["target_token_ids"]
         return num_tokens, token_indices, metadata
 
@@ -70,10 +70,13 @@ class PublishedProposer(ViSpecProposer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the target's token behind the first pass, else the draft's."""
         next_tokens, self._next_tokens = self._next_tokens, None
-        if next_tokens is not None and not self._enable_probabilistic_draft_probs:
+        if next_tokens is None:
+            return super()._sample_draft_tokens(hidden_states, sampling_metadata)
+        if not self._enable_probabilistic_draft_probs or sampling_metadata.all_greedy:
             return next_tokens, None
-        tokens, probs = super()._sample_draft_tokens(hidden_states, sampling_metadata)
-        return tokens if next_tokens is None else next_tokens, probs
+        # vLLM stacks what all passes return, and `propose` drops what this one does.
+        shape = len(next_tokens), self.model.config.vocab_size
+        return next_tokens, hidden_states.new_zeros(1, 1, dtype=torch.float32).expand(shape)
 
     def _maybe_share_embeddings(self, target_language_model: nn.Module) -> None:
         """Share nothing: the draft has an embedding table of its own."""
