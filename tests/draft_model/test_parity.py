@@ -217,6 +217,7 @@ def test_drafts_are_those_of_transformers(
         says = Continuation(draft, request, seen, str(tiny.target(kind)))
         assert explains(one, says, lone), request.name
     assert found.acceptance() > 0.1
+    assert (found.spy.in_flight == 2) == (base == "async")
     if base == "blocks":
         assert found.spy.preempted
     else:
