@@ -8,6 +8,7 @@ import http.server
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -259,6 +261,69 @@ def test_decompression_bomb(client: openai.OpenAI, plain: dict[str, str]) -> Non
     # The client may still hold the connection that the server is about to close.
     patient = client.with_options(max_retries=3)
     assert ask(patient, CHATS["one image"]) == plain["one image"]
+
+
+def run_vllm(*arguments: str) -> str:
+    """Return what a command of vLLM's prints; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, *CLI, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_commands_of_vllm(
+    client: openai.OpenAI, starting: BenchServer, tiny: TinyStore, plain: dict[str, str]
+) -> None:
+    """``vllm chat`` and ``vllm bench serve`` ask a server that drafts; the latter counts drafts."""
+    assert run_vllm("chat", "--url", f"{starting.url}/v1", "--quick", "Say something.").strip()
+    asked = ("--dataset-name", "random-mm", "--num-prompts", "4", "--max-concurrency", "2")
+    images = ("--random-mm-base-items-per-request", "1", "--random-mm-num-mm-items-range-ratio")
+    sizes = ("--random-mm-bucket-config", "{(64, 64, 1): 1.0}", "--random-input-len", "8")
+    printed = run_vllm(
+        *("bench", "serve", "--backend", "openai-chat", "--endpoint", "/v1/chat/completions"),
+        *("--base-url", starting.url, "--model", str(tiny.target())),
+        *("--served-model-name", SERVED_NAME, *asked, *images, "0", *sizes),
+        *("--random-output-len", "8", "--ignore-eos", "--num-warmups", "0"),
+    )
+    assert "Successful requests:                     4" in printed
+    assert re.search(r"Acceptance length:\s+[1-5]\.", printed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_run_batch(tiny: TinyStore, plain: dict[str, str], tmp_path: Path) -> None:
+    """``vllm run-batch`` with a head answers as plain vLLM does."""
+    settings = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
+    model, asked, answered = str(tiny.target()), tmp_path / "asked.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        {
+            "custom_id": name,
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"model": model, "messages": CHATS[name], **settings},
+        }
+        for name in plain
+    ]
+    asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = {"method": "vispec", "model": tiny.head(), "num_speculative_tokens": NUM_DRAFT_TOKENS}
+    run_vllm(
+        *("run-batch", "-i", str(asked), "-o", str(answered), "--model", model),
+        *("--speculative-config", json.dumps(config), "--dtype", "float32", "--enforce-eager"),
+        *("--max-model-len", str(MAX_MODEL_LEN)),
+    )
+    answers = map(json.loads, answered.read_text().splitlines())
+    assert plain == {
+        one["custom_id"]: one["response"]["body"]["choices"][0]["message"]["content"]
+        for one in answers
+    }
 
 
 MOST_LINES_OF_VLLM = 20

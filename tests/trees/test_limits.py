@@ -41,6 +41,7 @@ Schedule = list[list[int]] | None
         ({"is_hybrid": True}, "has recurrent"),
         ({"get_sliding_window": lambda: 128}, "has a sliding window"),
         ({"hf_text_config": SimpleNamespace(attn_logit_softcapping=50.0)}, "has a soft cap"),
+        ({"hf_text_config": SimpleNamespace(attention_chunk_size=64)}, "has attention in local"),
     ],
 )
 def test_targets(changes: dict[str, Any], said: str | None) -> None:

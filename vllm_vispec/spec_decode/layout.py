@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
-VISION_MODALITIES = ("image", "video")
+# Kimi-K2.5's images, and the chunks of its videos, are all of the third kind.
+VISION_MODALITIES = ("image", "video", "vision_chunk")
 
 
 class PlaceholderLike(Protocol):

@@ -136,6 +136,7 @@ def check_target(target: Any) -> None:
         "latent attention (MLA)": target.use_mla,
         "recurrent (Mamba) layers": target.is_hybrid,
         "a sliding window": target.get_sliding_window(),
+        "attention in local chunks": getattr(target.hf_text_config, "attention_chunk_size", None),
         "a soft cap on attention's logits": soft_cap,
     }
     for problem, is_there in found.items():
