@@ -88,6 +88,11 @@ def test_ids_match_the_rules_however_the_prompt_is_cut(seed: int) -> None:
             [(3, 6, FeatureSlice("v", 0, 3)), (8, 11, FeatureSlice("v", 3, 6))],
             id="frames of a video",
         ),
+        pytest.param(
+            [feature("k", (2, 5), modality="vision_chunk")],
+            [(2, 5, FeatureSlice("k", 0, 3))],
+            id="an image of Kimi-K2.5",
+        ),
         # Left to the text path.
         ([feature("a", (3, 6), modality="audio")], []),
     ],

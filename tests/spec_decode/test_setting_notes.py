@@ -29,6 +29,7 @@ def engine(
     takes_images: bool = True,
     tree: dict[str, Any] | None = None,
     tokens: int = 5,
+    hybrid: int | None = None,
 ) -> Any:
     head = BASE if has_adaptor else replace(BASE, compress=False, global_feature=False)
     content = head.to_llama_config_dict()
@@ -43,7 +44,13 @@ def engine(
         additional_config=config.to_section(),
         scheduler_config=SimpleNamespace(max_num_seqs=16, async_scheduling=False),
         use_v2_model_runner=False,
-        model_config=SimpleNamespace(supports_multimodal_inputs=takes_images),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        model_config=SimpleNamespace(
+            supports_multimodal_inputs=takes_images,
+            is_hybrid=hybrid is not None,
+            get_num_kv_heads=lambda parallel: hybrid,
+            get_head_size=lambda: BASE.head_dim,
+        ),
     )
 
 
@@ -62,6 +69,8 @@ def engine(
         ({"tree": {"depth": 3}}, []),
         ({"tree": {"depth": 4}}, ["no load drafts more than the 5 tokens of one path"]),
         ({"tree": {"depth": 4, "policy": "entropy", "top_k": 1}}, []),
+        ({"hybrid": 4}, []),
+        ({"hybrid": 1}, ["this head keeps 4.0 times as much for a token"]),
     ],
 )
 def test_each_is_named_in_a_line(

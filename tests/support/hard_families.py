@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from tests.support.tiny_families import (
     HEAD_DIM,
-    HIDDEN,
+    IDS,
     QWEN3,
     TEXT,
+    TOWER,
     Family,
-    chat_template,
+    plain_family,
     qwen,
     qwen_pixels,
 )
 
-_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_TOWER: Mapping[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
@@ -62,7 +55,7 @@ def _llama4_processor(config: Any, shared: dict[str, Any]) -> Any:
 
 def _llama4() -> Family:
     names = "image image_start image_end patch tile_x_separator tile_y_separator"
-    specials = ("<pad>", "<s>", "</s>", *(f"<|{name}|>" for name in names.split()))
+    specials = " ".join(f"<|{name}|>" for name in names.split())
     settings = {
         "text_config": {
             "model_type": "llama4_text",
@@ -77,10 +70,10 @@ def _llama4() -> Family:
             "attention_chunk_size": 64,
             "rms_norm_eps": 1e-5,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-            **_IDS,
+            **IDS,
         },
         "vision_config": {
-            **_TOWER,
+            **TOWER,
             "image_size": 56,
             "patch_size": 14,
             "vision_output_dim": 64,
@@ -91,18 +84,9 @@ def _llama4() -> Family:
         "boi_token_index": 4,
         "eoi_token_index": 5,
         "image_token_index": 6,
-        "tie_word_embeddings": False,
     }
-    return Family(
-        "llama4",
-        specials,
-        {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
-        "<|image|>",
-        "<|image|>",
-        settings,
-        chat_template("<s>{{ m['role'] }}: ", "<|image|>", "</s>\n", "<s>assistant: "),
-        _llama4_processor,
-    )
+    image = ("<|image|>", "<|image|>")
+    return plain_family("llama4", specials, image, _llama4_processor, settings)
 
 
 def _paddleocr_processor(config: Any, shared: dict[str, Any]) -> Any:
@@ -119,7 +103,7 @@ def _paddleocr_processor(config: Any, shared: dict[str, Any]) -> Any:
 def _paddleocr() -> Family:
     image = "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>"
     names = "IMAGE_PLACEHOLDER IMAGE_START IMAGE_END VIDEO_PLACEHOLDER"
-    specials = ("<pad>", "<s>", "</s>", *(f"<|{name}|>" for name in names.split()))
+    specials = " ".join(f"<|{name}|>" for name in names.split())
     settings = {
         "text_config": {
             **TEXT,
@@ -130,29 +114,21 @@ def _paddleocr() -> Family:
                 "rope_theta": 5e5,
                 "mrope_section": [4, 6, 6],
             },
-            **_IDS,
+            **IDS,
         },
-        "vision_config": {**_TOWER, "image_size": 56, "patch_size": 14},
+        "vision_config": {**TOWER, "image_size": 56, "patch_size": 14},
         "image_token_id": 3,
         "vision_start_token_id": 4,
         "vision_end_token_id": 5,
         "video_token_id": 6,
-        "tie_word_embeddings": False,
     }
-    return Family(
+    return plain_family(
         "paddleocr_vl",
         specials,
-        {
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "pad_token": "<pad>",
-            "extra_special_tokens": {"image_token": "<|IMAGE_PLACEHOLDER|>"},
-        },
-        "<|IMAGE_PLACEHOLDER|>",
-        image,
-        settings,
-        chat_template("<s>{{ m['role'] }}: ", image, "</s>\n", "<s>assistant: "),
+        ("<|IMAGE_PLACEHOLDER|>", image),
         _paddleocr_processor,
+        settings,
+        extra_special_tokens={"image_token": "<|IMAGE_PLACEHOLDER|>"},
     )
 
 

@@ -1,7 +1,8 @@
 """Further families of tiny targets: those of `tests/engine/test_families.py`.
 
 The four of :data:`FAMILIES` take part in every test by family, these in one file each of engine and
-training. To add one, add it to ``_MORE``.
+training. To add one, add it to ``_MORE``; those of other kinds of layers are in
+`hard_families.py`.
 """
 
 from __future__ import annotations
@@ -9,56 +10,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tests.support.hard_families import HARD
 from tests.support.tiny_families import (
     FAMILIES,
     HEAD_DIM,
     HIDDEN,
+    IDS,
     QWEN3,
     TEXT,
+    TOWER,
     VOCAB,
     Family,
-    chat_template,
+    plain_family,
     qwen,
     qwen_pixels,
 )
 
-_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-_TOWER: Mapping[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 
 
 def _text(model_type: str, **changes: Any) -> dict[str, Any]:
-    return {"model_type": model_type, **TEXT, "rms_norm_eps": 1e-5, **_ROPE, **_IDS, **changes}
-
-
-def _plain(
-    kind: str,
-    specials: str,
-    image: tuple[str, str],
-    processor: Any,
-    settings: Mapping[str, Any],
-    **roles: Any,
-) -> Family:
-    """Return a family with a plain chat template.
-
-    ``image`` are the token that an image becomes, and what stands for an image in a prompt.
-    """
-    tokens = ("<pad>", "<s>", "</s>", *specials.split())
-    return Family(
-        kind,
-        tokens,
-        {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **roles},
-        image[0],
-        image[1],
-        {"tie_word_embeddings": False, **settings},
-        chat_template("<s>{{ m['role'] }}\n", image[1], "</s>\n", "<s>assistant\n"),
-        processor,
-    )
+    return {"model_type": model_type, **TEXT, "rms_norm_eps": 1e-5, **_ROPE, **IDS, **changes}
 
 
 def _internvl(config: Any, shared: dict[str, Any]) -> Any:
@@ -191,14 +163,14 @@ _MORE = (
         num_position_embeddings=64,
         deepstack_visual_indexes=[0, 1],
     ),
-    _plain(
+    plain_family(
         "internvl",
         "<IMG_CONTEXT> <img> </img> <video>",
         ("<IMG_CONTEXT>", "<IMG_CONTEXT>"),
         _internvl,
         {
             "text_config": _text("qwen2"),
-            "vision_config": {**_TOWER, "image_size": [112, 112], "patch_size": [14, 14]},
+            "vision_config": {**TOWER, "image_size": [112, 112], "patch_size": [14, 14]},
             "image_token_id": 3,
             "image_seq_length": 16,
         },
@@ -209,7 +181,7 @@ _MORE = (
             "video_token": "<video>",
         },
     ),
-    _plain(
+    plain_family(
         "llava_onevision",
         "<image> <video>",
         ("<image>", "<image>"),
@@ -217,7 +189,7 @@ _MORE = (
         {
             "text_config": _text("qwen2"),
             "vision_config": {
-                **_TOWER,
+                **TOWER,
                 "model_type": "siglip_vision_model",
                 "image_size": 28,
                 "patch_size": 14,
@@ -229,7 +201,7 @@ _MORE = (
             "vision_feature_select_strategy": "full",
         },
     ),
-    _plain(
+    plain_family(
         "glm4v",
         "<|image|> <|video|> <|begin_of_image|> <|end_of_image|> <|begin_of_video|> "
         "<|end_of_video|>",
@@ -262,7 +234,7 @@ _MORE = (
             "video_end_token_id": 8,
         },
     ),
-    _plain(
+    plain_family(
         "mistral3",
         "[IMG] [IMG_BREAK] [IMG_END]",
         ("[IMG]", "[IMG]"),
@@ -270,7 +242,7 @@ _MORE = (
         {
             "text_config": _text("mistral", head_dim=HEAD_DIM, sliding_window=None),
             "vision_config": {
-                **_TOWER,
+                **TOWER,
                 "model_type": "pixtral",
                 "image_size": 112,
                 "patch_size": 14,
@@ -280,20 +252,20 @@ _MORE = (
             "spatial_merge_size": 2,
         },
     ),
-    _plain(
+    plain_family(
         "idefics3",
         f"<image> <fake_token_around_image> <end_of_utterance> <global-img> {_ROWS}",
         ("<image>", "<image>"),
         _idefics,
         {
             "text_config": _text("llama"),
-            "vision_config": {**_TOWER, "image_size": 56, "patch_size": 14},
+            "vision_config": {**TOWER, "image_size": 56, "patch_size": 14},
             "image_token_id": 3,
             "scale_factor": 2,
             "pad_token_id": 0,
         },
     ),
-    _plain(
+    plain_family(
         "gemma3",
         "<image_soft_token> <start_of_image> <end_of_image>",
         ("<image_soft_token>", "<start_of_image>"),
@@ -310,7 +282,7 @@ _MORE = (
                 ),
             ),
             "vision_config": {
-                **_TOWER,
+                **TOWER,
                 "model_type": "siglip_vision_model",
                 "image_size": 56,
                 "patch_size": 14,
@@ -326,7 +298,7 @@ _MORE = (
             "eoi_token": "<end_of_image>",
         },
     ),
-    _plain(
+    plain_family(
         "gemma4",
         "<|image|> <|image> <image|> <|video|> <|audio|> <|audio> <audio|>",
         ("<|image|>", "<|image|>"),
@@ -351,7 +323,7 @@ _MORE = (
                 },
             ),
             "vision_config": {
-                **_TOWER,
+                **TOWER,
                 "num_key_value_heads": 2,
                 "head_dim": 16,
                 "pooling_kernel_size": 2,
@@ -378,7 +350,14 @@ _MORE = (
         },
     ),
 )
-ALL_FAMILIES: Mapping[str, Family] = {**FAMILIES, **{family.kind: family for family in _MORE}}
+ALL_FAMILIES: Mapping[str, Family] = {
+    **FAMILIES,
+    **{family.kind: family for family in (*_MORE, *HARD)},
+}
 REFUSED = ("gemma3",)
 """Families that are built to be refused."""
-TRAINED = tuple(kind for kind in ALL_FAMILIES if kind not in REFUSED)
+UNTRAINED = ("llama4",)
+"""Families that training refuses: their models are not built as it knows them."""
+RECURRENT = ("qwen3_5", "qwen3_5_moe")
+"""Families of `tests/engine/test_hybrids.py`."""
+TRAINED = tuple(kind for kind in ALL_FAMILIES if kind not in (*REFUSED, *UNTRAINED))

@@ -24,6 +24,14 @@ TEXT: Mapping[str, Any] = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
 }
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TOWER: Mapping[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+"""What the further families have in common: ids of :func:`plain_family`, sizes of a tower."""
 CORPUS = """
 A user shows a picture and asks the assistant to describe what it contains, object by object.
 The picture shows a red square, a green circle and a blue triangle on a white background.
@@ -98,6 +106,31 @@ QWEN_TEMPLATE = chat_template(
     "<|im_start|>assistant\n",
 )
 LLAVA_TEMPLATE = chat_template("{{ m['role'] | upper }}: ", "<image>\n", " ", "ASSISTANT:")
+
+
+def plain_family(
+    kind: str,
+    specials: str,
+    image: tuple[str, str],
+    processor: Any,
+    settings: Mapping[str, Any],
+    **roles: Any,
+) -> Family:
+    """Return a family with a plain chat template.
+
+    ``image`` are the token that an image becomes, and what stands for an image in a prompt.
+    """
+    tokens = ("<pad>", "<s>", "</s>", *specials.split())
+    return Family(
+        kind,
+        tokens,
+        {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **roles},
+        image[0],
+        image[1],
+        {"tie_word_embeddings": False, **settings},
+        chat_template("<s>{{ m['role'] }}\n", image[1], "</s>\n", "<s>assistant\n"),
+        processor,
+    )
 
 
 def qwen_pixels(vision: Any) -> dict[str, Any]:

@@ -171,7 +171,8 @@ def _randomise(name: str, weight: torch.Tensor, generator: torch.Generator) -> N
     if "embed_tokens" in name or name.endswith("image_newline"):
         weight.copy_(noise)
     elif weight.ndim == 1:
-        weight.copy_(1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise)
+        # Norms are as transformers starts them: around 1, or around 0 where 1 is added.
+        weight.copy_((weight if name.endswith("weight") else 0) + 0.1 * noise)
     else:
         scale = (weight.numel() // weight.shape[0]) ** -0.5
         weight.copy_(noise * scale * _gain(name))
@@ -179,6 +180,8 @@ def _randomise(name: str, weight: torch.Tensor, generator: torch.Generator) -> N
 
 def _gain(name: str) -> float:
     is_text = "language_model" in name or name.startswith("model.layers.")
+    if name.endswith("linear_attn.out_proj.weight"):
+        return 0.5  # Behind a norm of each head's own.
     if is_text and name.endswith(OUTPUT_PROJECTIONS):
         return CONTEXT_SCALE
     # CLIP's features are not normed: without this LLaVA's image rows are 5 times as long as text.

@@ -326,6 +326,14 @@ def edge(llm: LLM, kind: str) -> Results:
     return drive(llm, requests)
 
 
+def turns(llm: LLM, kind: str, batches: Sequence[Sequence[Request]]) -> Results:
+    """Serve one batch of requests after another."""
+    results: Results = {}
+    for batch in batches:
+        results |= drive(llm, batch)
+    return results
+
+
 def short(llm: LLM, kind: str, count: int = 12, max_tokens: int = 6) -> Results:
     """Serve prompts of one and two tokens, all of them in one step."""
     ids = [tuple(range(40 + i, 41 + i + i % 2)) for i in range(count)]
@@ -335,5 +343,6 @@ def short(llm: LLM, kind: str, count: int = 12, max_tokens: int = 6) -> Results:
 
 
 SCENARIOS: Mapping[str, Callable[..., Results]] = {
-    function.__name__: function for function in (mixed, text, prefix, abort, features, edge, short)
+    function.__name__: function
+    for function in (mixed, text, prefix, abort, features, edge, turns, short)
 }

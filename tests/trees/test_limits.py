@@ -238,6 +238,8 @@ def _drafting(
         additional_config=ViSpecConfig(tree=tree).to_section(),
         scheduler_config=SimpleNamespace(async_scheduling=is_async, max_num_seqs=64),
         use_v2_model_runner=is_v2,
+        model_config=SimpleNamespace(is_hybrid=False),
+        parallel_config=None,
     )
 
 

@@ -11,6 +11,9 @@ from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
 
+# Below, the channels that mask images are most of the difference.
+_WIDE = 1.5
+
 
 def describe_drafts(vllm_config: Any) -> str:
     """Say what is drafted at which load: chains, single paths or trees, and how many tokens."""
@@ -47,7 +50,7 @@ def note_settings_without_effect(vllm_config: Any) -> None:
     Args:
         vllm_config: vLLM's finished configuration, whose draft is ours.
     """
-    kinds = _tree_lines, _path_lines, _schedule_lines, _image_table_lines
+    kinds = _tree_lines, _path_lines, _schedule_lines, _image_table_lines, _page_lines
     for line in chain.from_iterable(lines(vllm_config) for lines in kinds):
         logger.warning("speculative config: %s", line)
 
@@ -100,3 +103,19 @@ def _image_table_lines(vllm_config: Any) -> Iterator[str]:
         yield f"image_table_size={size} has no effect, since this head keeps no rows of images"
     elif not vllm_config.model_config.supports_multimodal_inputs:
         yield f"image_table_size={size} has no effect, since this engine takes no images"
+
+
+def _page_lines(vllm_config: Any) -> Iterator[str]:
+    """vLLM gives all layers of a hybrid target pages as large as the largest, the draft's too."""
+    target, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if not target.is_hybrid:
+        return
+    head = head_of(vllm_config)
+    kv_heads = max(head.num_key_value_heads // parallel.tensor_parallel_size, 1)
+    theirs = target.get_num_kv_heads(parallel) * target.get_head_size()
+    if kv_heads * head.head_dim > _WIDE * theirs:
+        yield (
+            f"this head keeps {kv_heads * head.head_dim / theirs:.1f} times as much for a token as "
+            "one of the target's layers of attention, and vLLM pads the target's recurrent states "
+            "to pages of that size; a head with fewer num_key_value_heads leaves more room"
+        )
