@@ -20,7 +20,7 @@ from vllm_vispec.bench.datasets import DatasetOptions, load_dataset
 from vllm_vispec.bench.matrix import MatrixSettings
 from vllm_vispec.bench.report import write_report
 from vllm_vispec.bench.runner import Tools, run_matrix
-from vllm_vispec.bench.schedules import Ranges, read_schedule
+from vllm_vispec.bench.schedules import Ranges, as_schedule
 from vllm_vispec.bench.schema import CELLS_FILE, IMAGES_AS_THEY_ARE, PACKED_FILE, RUN_FILE
 from vllm_vispec.cli.options import exit_on_error
 
@@ -126,7 +126,7 @@ def main(
     begin = time.monotonic()
     os.environ.setdefault("OMP_NUM_THREADS", THREADS)
     with exit_on_error():
-        settings = pair_settings(read_schedule(schedule) if schedule else (), repetitions, least)
+        settings = pair_settings(as_schedule(schedule), repetitions, least)
         tools = Tools(log=typer.echo)
         complete = reproduce(settings, work, pages, results, tools, max_tokens=max_tokens)
         typer.echo(f"{(time.monotonic() - begin) / 60:.1f} minutes")

@@ -13,7 +13,7 @@ from tests.bench.fakes import HEAD, SETTINGS, TARGET
 from vllm_vispec.bench.heads import plain_eagle_head, target_embedding, zeroed_head
 from vllm_vispec.bench.matrix import NGRAM, VARIANTS
 from vllm_vispec.bench.questions import find_side, samples_for
-from vllm_vispec.bench.schedules import SETTING, merged_ranges, read_schedule
+from vllm_vispec.bench.schedules import SETTING, as_schedule, merged_ranges
 from vllm_vispec.bench.schema import BenchSample
 from vllm_vispec.data.types import Part, Turn
 from vllm_vispec.utils.errors import ViSpecError
@@ -222,10 +222,10 @@ TEXT = "[[1, 4, 5], [5, 16, 0]]"
     ],
 )
 def test_forms_that_are_read(text: str, tmp_path: Path) -> None:
-    assert read_schedule(text) == RANGES
+    assert as_schedule(text) == RANGES
     file = tmp_path / "tune.json"
     file.write_text(text)
-    assert read_schedule(str(file)) == RANGES
+    assert as_schedule(str(file)) == RANGES
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_forms_that_are_read(text: str, tmp_path: Path) -> None:
 )
 def test_what_is_refused(text: str, message: str) -> None:
     with pytest.raises(ViSpecError, match=message):
-        read_schedule(text)
+        as_schedule(text)
 
 
 def test_merged_ranges() -> None:

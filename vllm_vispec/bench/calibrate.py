@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 EVERY_THIRD, MIN_CELLS = "every-third", 3
 ORDER = ["batch", "num_speculative_tokens", "context"]
-COLUMNS = [*ORDER, "acceptance", "seconds_per_token", "group"]
 # Where the fit begins, and its limits: overhead in s, bytes/s, FLOP/s.
 _STARTS = ((1e-4, 1e-2), (1e10, 1e12), (1e11, 1e14))
 _LIMITS = ((1e-9, 1e6, 1e6), (10.0, 1e16, 1e19))
@@ -62,11 +61,7 @@ class CalibrateOptions(Settings):
 
 
 def calibrate_run(run: Path, options: CalibrateOptions) -> dict[str, Any]:
-    """Calibrate on a run folder, or on a result file of `python -m benchmarks decode-speed`.
-
-    Raises:
-        ViSpecError: nothing usable is there, or an option is impossible; see `calibrate`.
-    """
+    """Read what was measured and calibrate on it; see `read_measured` and `calibrate`."""
     return calibrate(
         read_measured(run, options.variant, options.context),
         target_shape(options.target, options.dtype),
@@ -103,7 +98,7 @@ def read_measured(path: Path, variant: str, context: float | None = None) -> pd.
             f"{path} cannot be read as a result of `python -m benchmarks decode-speed` "
             f"({error!r}): give one, or the folder of a `vispec bench run`"
         ) from error
-    return table(rows)
+    return _table(rows)
 
 
 def measured_cells(run: BenchRun, variant: str) -> pd.DataFrame:
@@ -120,14 +115,13 @@ def measured_cells(run: BenchRun, variant: str) -> pd.DataFrame:
             context = mean(one.prompt_tokens + one.output_tokens / 2 for one in requests)
             per_token = seconds / sum(one.output_tokens - 1 for one in requests)
             rows.append((key.concurrency, k, context, acceptance, per_token, group))
-    return table(rows)
+    return _table(rows)
 
 
-def table(rows: list[Any]) -> pd.DataFrame:
-    """Return a table of cells, in the order of batch size and K."""
+def _table(rows: list[Any]) -> pd.DataFrame:
     import pandas as pd
 
-    found = pd.DataFrame(rows, columns=COLUMNS)
+    found = pd.DataFrame(rows, columns=[*ORDER, "acceptance", "seconds_per_token", "group"])
     return found.sort_values(ORDER, kind="stable", ignore_index=True)
 
 
@@ -170,11 +164,10 @@ def calibrate(
         )
     hardware = _fit(cells[~is_held], target, draft)
     found = _predict(cells, target, draft, hardware)
-    speedups = [_measured_speedup(cell, cells) for cell in cells.itertuples()]
     compared = cells.assign(
         held_out=is_held,
         predicted_seconds_per_token=[one.seconds_per_token for one in found],
-        decode_speedup=speedups,
+        decode_speedup=[_measured_speedup(cell, cells) for cell in cells.itertuples()],
         predicted_decode_speedup=[one.decode_speedup for one in found],
     )
     for number in ("seconds_per_token", "decode_speedup"):
@@ -230,10 +223,8 @@ def _summary(cells: pd.DataFrame) -> dict[str, Any]:
     summary: dict[str, Any] = {"cells": len(cells)}
     for number in ("seconds_per_token", "decode_speedup"):
         errors = cells[f"{number}_error"].abs().dropna()
-        summary[number] = {
-            "mean_error": None if errors.empty else round(errors.mean(), 4),
-            "worst_error": None if errors.empty else round(errors.max(), 4),
-        }
+        found = {"mean_error": errors.mean(), "worst_error": errors.max()}
+        summary[number] = {k: None if errors.empty else round(v, 4) for k, v in found.items()}
     return summary
 
 

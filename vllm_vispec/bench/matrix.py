@@ -207,15 +207,16 @@ def points(settings: Mapping[str, Any]) -> list[list[CellKey]]:
             continue
         fields = dict(zip(POINT_AXES, (value for _, value in chosen), strict=True))
         fields["dataset"] = settings["dataset"]
-        keys = [CellKey(variant=variant, **fields) for variant in settings["variants"]]
-        found.append([key for key in keys if is_cell(key)])
+        # Variants of earlier releases are not known here.
+        found.append(
+            [
+                CellKey(variant=name, **fields)
+                for name in settings["variants"]
+                if (known := find_variant(name)) is None
+                or known.takes(fields["num_speculative_tokens"])
+            ]
+        )
     return [keys for keys in found if keys]
-
-
-def is_cell(key: CellKey) -> bool:
-    """Whether a variant can be served with a point's K; those of earlier releases could."""
-    variant = find_variant(key.variant)
-    return variant is None or variant.takes(key.num_speculative_tokens)
 
 
 @dataclass(frozen=True)

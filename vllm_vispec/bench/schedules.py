@@ -27,16 +27,20 @@ _Size = Annotated[StrictInt, Field(ge=1)]
 _RANGES = TypeAdapter(list[tuple[_Size, _Size, Annotated[StrictInt, Field(ge=0)]]])
 
 
-def read_schedule(given: str) -> Ranges:
-    """Read a schedule from JSON or from a file of JSON.
+def as_schedule(given: Any) -> Ranges:
+    """Return a schedule, from JSON, from a file of JSON, or as it is; nothing is none.
 
     Args:
-        given: a list of ranges, a speculative config, or what `vispec bench tune` writes; or the
-            path of a file with one of these.
+        given: a list of ranges; or as text such a list, a speculative config, or what `vispec bench
+            tune` writes; or the path of a file with one of these.
 
     Raises:
         ViSpecError: it is none of these, or not a schedule that vLLM takes.
     """
+    if not given:
+        return ()
+    if not isinstance(given, str):
+        return check_ranges(given)
     text = given.strip()
     if not text.startswith(("[", "{")):
         try:
@@ -54,13 +58,6 @@ def read_schedule(given: str) -> Ranges:
         found = (content.get("schedule"), content.get(SETTING), k and [[1, 1, k]])
         content = next((one for one in found if one is not None), None)
     return check_ranges(content)
-
-
-def as_schedule(given: Any) -> Ranges:
-    """Return a schedule, given as it is or as `read_schedule` takes it; () is none."""
-    if not given:
-        return ()
-    return read_schedule(given) if isinstance(given, str) else check_ranges(given)
 
 
 def check_ranges(value: Any) -> Ranges:

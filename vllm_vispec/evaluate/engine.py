@@ -103,15 +103,12 @@ def _open_engine(options: EvalOptions, max_model_len: int) -> Iterator[LLM]:
         "num_speculative_tokens": options.num_speculative_tokens,
         # Acceptance is counted at every position.
         "adaptive": False,
+        "draft_vocab": options.draft_vocab_setting,
+        "images": options.images,
     }
-    if options.draft_vocab is not None:
-        speculative["draft_vocab"] = options.draft_vocab_setting
-    bounds = bounds_in(vars(options))
-    if options.images is not None:
-        speculative["images"] = options.images
     settings: dict[str, Any] = {
         "model": options.target,
-        **({"mm_processor_kwargs": bounds} if bounds else {}),
+        "mm_processor_kwargs": bounds_in(vars(options)) or None,
         "dtype": options.dtype,
         "seed": 0,
         "max_model_len": max_model_len,
@@ -119,7 +116,7 @@ def _open_engine(options: EvalOptions, max_model_len: int) -> Iterator[LLM]:
         "enforce_eager": not torch.cuda.is_available(),
         "disable_log_stats": False,
         "per_request_spec_decode_metrics": "detailed",
-        "speculative_config": speculative,
+        "speculative_config": {k: v for k, v in speculative.items() if v is not None},
     }
     register()
     with starting_engine(options.target, spelled_as_json("--engine-args")):

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from vllm_vispec.config import read_images
 from vllm_vispec.data.encode import Encoded, Encoder
-from vllm_vispec.data.image_bounds import bounds_in
+from vllm_vispec.data.image_bounds import NAMES
 from vllm_vispec.data.images import image_folder
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.types import Conversation, Rejected
@@ -101,11 +101,8 @@ class EvalOptions(Settings):
     def summary(self) -> dict[str, Any]:
         """The part of the report that says what was evaluated."""
         names = ("target", "head", "data", "dtype", "num_speculative_tokens")
-        found = self.model_dump(mode="json", include={*names})
-        vocab = self.draft_vocab_setting
-        given = {"images": self.images, "draft_vocab": vocab}
-        more = {name: value for name, value in given.items() if value}
-        return {name: found[name] for name in names} | bounds_in(vars(self)) | more
+        found = self.model_dump(mode="json") | {"draft_vocab": self.draft_vocab_setting}
+        return {n: found[n] for n in (*names, *NAMES, "images", "draft_vocab") if found[n]}
 
 
 @dataclass(frozen=True)

@@ -45,13 +45,13 @@ class Report:
             **self.options.summary(),
             "samples": self.samples,
             "rejected": [{"id": item.sample_id, "reason": item.reason} for item in self.rejected],
-            "simulated": _plain(self.simulated),
+            "simulated": {name: one.to_json() for name, one in self.simulated.items()},
         }
         if self.greedy_share is not None:
             content["greedy_share"] = round(self.greedy_share, 6)
         if self.engine is not None:
             content["engine"] = {
-                "families": _plain(self.engine.families),
+                "families": {name: one.to_json() for name, one in self.engine.families.items()},
                 "answers_identical_to_data": self.engine.identical,
                 "accepted_past_end": self.engine.accepted_past_end,
             }
@@ -79,21 +79,16 @@ class Report:
         return lines + ([f"warning: {low}"] if low else [])
 
 
-def _plain(families: Families) -> dict[str, Any]:
-    return {name: acceptance.to_json() for name, acceptance in families.items()}
-
-
 def make_table(report: Report) -> Table:
     """One line per family, simulated and engine in turn."""
     from rich.table import Table
 
     depth = len(report.simulated[OVERALL].accepted_by_position)
     table = Table(title="Accepted drafts of greedy chains")
-    table.add_column("family")
-    for name in ("source", "answers", "steps", "acceptance_length"):
-        table.add_column(name, justify="left" if name == "source" else "right")
-    for position in range(1, depth + 1):
-        table.add_column(f"{position}", justify="right")
+    for name in ("family", "source"):
+        table.add_column(name)
+    for name in ("answers", "steps", "acceptance_length", *map(str, range(1, depth + 1))):
+        table.add_column(name, justify="right")
     sources = [("simulated", report.simulated)]
     if report.engine is not None:
         sources.append(("engine", report.engine.families))
