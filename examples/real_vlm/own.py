@@ -73,12 +73,11 @@ class Writer:
         found = [one.outputs[0] for one in self.llm.generate(prompts, params)]
         return [(one.text, one.finish_reason == "stop") for one in found]
 
-    def about(self, seed: int) -> dict[str, list[str]]:
-        """Sentences that name one thing and no other."""
-        asked = [(name, ask) for name in PICTURES for ask in ABOUT]
-        texts = self.sample([prompt(ask.format(name)) for name, ask in asked], 60, seed)
+    def about(self, ask: str, seed: int) -> dict[str, list[str]]:
+        """Sentences, one a thing at most, that name the thing and no other."""
+        texts = self.sample([prompt(ask.format(name)) for name in PICTURES], 60, seed)
         kept: dict[str, list[str]] = {name: [] for name in PICTURES}
-        for (name, _), (text, _) in zip(asked, texts, strict=True):
+        for name, (text, _) in zip(PICTURES, texts, strict=True):
             first = _SENTENCE.match(text.strip())
             if first and named(first[0]) == {name} and 30 < len(first[0]) < 220:
                 kept[name].append(first[0].strip())
@@ -110,9 +109,9 @@ class Writer:
 def main(
     model: Annotated[Path, typer.Option(help="Folder of the target before training.")],
     output: Annotated[Path, typer.Option(help="Folder for the parts.")],
-    parts: Annotated[int, typer.Option(help="Parts to have in the end.")] = 5,
-    stories: Annotated[int, typer.Option(help="Stories to sample a part.")] = 500,
-    chats: Annotated[int, typer.Option(help="Chats to sample a part.")] = 600,
+    parts: Annotated[int, typer.Option(help="Parts to have in the end.")] = 12,
+    stories: Annotated[int, typer.Option(help="Stories to sample a part.")] = 220,
+    chats: Annotated[int, typer.Option(help="Chats to sample a part.")] = 250,
 ) -> None:
     """Sample the parts that are missing."""
     todo = [i for i in range(parts) if not (output / f"part-{i}.json").is_file()]
@@ -121,7 +120,7 @@ def main(
     for i in todo:
         seed = 10**6 * (i + 1)
         part = {
-            "about": writer.about(seed),
+            "about": writer.about(ABOUT[i % len(ABOUT)], seed),
             "stories": writer.stories(stories, seed + 10**5),
             "chats": writer.chats(chats, seed + 2 * 10**5),
         }
