@@ -104,7 +104,7 @@ def test_losses_are_listed_with_the_setting_that_limits_them() -> None:
     assert "slower than plain vLLM, decoding or as a whole, in 1 of the 6 cells" in text
     assert "| K = 4, concurrency 16, greedy" in text
     assert "| yes | K = 2 at this load, with 1.10 | **0.90" in text
-    assert '"model": "some/head", "num_speculative_tokens": 2}' in text
+    assert '"model": "some/head", "num_speculative_tokens": 2, "adaptive": false}' in text
     assert "vispec bench tune" in text
 
 

@@ -72,6 +72,9 @@ def test_tuning_of_a_run() -> None:
             gain = tuning.gains[load][k]
             assert gain.value == pytest.approx(speed, rel=1e-3)
             assert gain.low <= gain.value <= gain.high
+    # Of one K at every load, which is what was measured.
+    fixed = {"method": "vispec", "model": "some/head", "num_speculative_tokens": 3}
+    assert Tuning.from_run(run_with({1: {3: 2.0}})).config == fixed | {"adaptive": False}
     more = {"images": "prune:4"}
     asked = replace(tuning.run, settings={**tuning.run.settings, "speculative_config": more})
     assert Tuning.from_run(asked).config == {**(tuning.config or {}), **more}

@@ -103,6 +103,8 @@ def speculative_config(
     config = {**draft, K_SETTING: highest(ranges)}
     if len({k for _, _, k in ranges}) > 1:
         config[SETTING] = [list(entry) for entry in ranges]
+    elif draft["method"] == "vispec" and "tree" not in draft:
+        config.setdefault("adaptive", False)  # else K follows load and acceptance
     return config
 
 
