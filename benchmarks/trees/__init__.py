@@ -120,6 +120,7 @@ class Part(StrEnum):
     DRAFT_VLM = "draft_vlm"
     DRAFT_VLM_BATCH = "draft_vlm_batch"
     SIBLING = "sibling"
+    THRESHOLDS = "thresholds"
 
 
 def eagle2(depth: int, top_k: int = 8, nodes: int = NODES, **others: Any) -> Draft:
@@ -177,6 +178,7 @@ _GREEDY, _SAMPLED = Condition("greedy"), Condition("sampled", temperature=1.0)
 _BATCHED = Condition("batched", has_batches=True)
 # The same as greedy, in a run of its own: the head's chain takes turns with the sibling's.
 _BESIDE = Condition("sibling")
+_THRESHOLDS = Condition("thresholds", has_batches=True)
 PARTS: Mapping[Part, tuple[Condition, tuple[Draft, ...]]] = MappingProxyType(
     {
         Part.POLICIES: (_GREEDY, _POLICIES),
@@ -186,5 +188,9 @@ PARTS: Mapping[Part, tuple[Condition, tuple[Draft, ...]]] = MappingProxyType(
         Part.DRAFT_VLM: (_GREEDY, _VLM),
         Part.DRAFT_VLM_BATCH: (_BATCHED, (*_VLM_CHAINS[1:], VLM_LOADED, VLM_LOADED_PATH)),
         Part.SIBLING: (_BESIDE, _SIBLINGS),
+        Part.THRESHOLDS: (
+            _THRESHOLDS,
+            tuple(confident(15, 1, 16, threshold) for threshold in (0.1, 0.2, 0.3, 0.5, 0.7)),
+        ),
     }
 )

@@ -42,6 +42,7 @@ TITLES: Mapping[str, str] = {
     Part.DRAFT_VLM: "draft VLM, batch 1, greedy",
     Part.DRAFT_VLM_BATCH: "draft VLM, batches, greedy",
     Part.SIBLING: "untrained sibling beside the head, batch 1, greedy",
+    Part.THRESHOLDS: "thresholds of single paths, greedy",
 }
 COST = "step_cost_over_plain_pass"
 HEADING = (
