@@ -42,6 +42,7 @@ SECTIONS = (
     Section("docs/evidence/ablation.md", "tables", tables.ablation),
     Section("docs/evidence/compressors.md", "tables", tables.compressors),
     Section("docs/evidence/trees.md", "tables", tables.trees),
+    Section("docs/evidence/training.md", "steps", tables.training_step),
 )
 
 

@@ -240,6 +240,13 @@ def ablation() -> str:
     return to_markdown(_results("ablation"))
 
 
+def training_step() -> str:
+    """What a training step costs with other settings, from its result file."""
+    from benchmarks.training_step import to_markdown
+
+    return to_markdown(_results("training_step"))
+
+
 def compressors() -> str:
     """The study of compressors, from its result file."""
     from benchmarks.compressors.page import to_markdown

@@ -72,11 +72,12 @@ HEAD = {
 }
 # The first stage of a draft VLM: most of it is frozen.
 DRAFT_VLM = {"head__kind": "draft_vlm", "head__trained": "projector"}
-# A model that may be large.
+# A model that may be large, and batches by tokens.
 PUBLISHED = {
     "head__kind": "draft_vlm",
     "head__trained": "language_model",
     "run__shard": "on",
+    "batch__max_tokens": "120",
 }
 
 
