@@ -77,6 +77,12 @@ def find_family(model_type: str) -> Family | None:
     return next((family for family in families() if model_type in family.types), None)
 
 
+def was_tested(model_type: str) -> bool:
+    """Whether the tests serve a tiny model of this ``model_type``'s family."""
+    family = find_family(model_type)
+    return family is not None and bool(family.tested)
+
+
 def attends_both_ways(config: Any) -> bool:
     """Whether a target's tokens of an image see each other, later ones too (prefix-LM).
 

@@ -7,7 +7,7 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, speculat
 
 from vllm_vispec.config import METHOD, SETTING_KEYS
 from vllm_vispec.heads.config import HeadConfig
-from vllm_vispec.heads.families import find_family
+from vllm_vispec.heads.families import was_tested
 from vllm_vispec.heads.target import check_against_target, tensor_parallel_sizes
 from vllm_vispec.utils.errors import ViSpecError, did_you_mean
 from vllm_vispec.utils.logs import get_logger
@@ -132,7 +132,7 @@ def check_target(head: HeadConfig, target: ModelConfig, parallel: ParallelConfig
     )
     if warning:
         logger.warning("ViSpec: %s", warning)
-    if find_family(target.hf_config.model_type) is None:
+    if not was_tested(target.hf_config.model_type):
         logger.warning(
             "ViSpec: %s is no family that was tested (docs/targets.md); sizes fit, and what is "
             "accepted of the first draft tokens will be judged",

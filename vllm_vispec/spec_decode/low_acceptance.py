@@ -7,7 +7,7 @@ first such line; nothing of vLLM is patched.
 import logging
 import re
 
-from vllm_vispec.heads.families import find_family
+from vllm_vispec.heads.families import was_tested
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
@@ -79,5 +79,5 @@ def watch_acceptance(model_type: str) -> None:
         model_type: The target's.
     """
     _WATCH.told = False
-    _WATCH.family = model_type if find_family(model_type) is None else None
+    _WATCH.family = None if was_tested(model_type) else model_type
     logging.getLogger(_LOGGER).addFilter(_WATCH)
