@@ -123,9 +123,11 @@ def _generate_each(llm: LLM) -> Any:
 
 
 def _refusal(llm: LLM, given: Any) -> str:
+    from vllm.exceptions import VLLMValidationError
+
     try:
         llm.generate(PROMPTS[0], greedy(2, extra_args={"vispec": given}), use_tqdm=False)
-    except ValueError as error:
+    except VLLMValidationError as error:
         return str(error)
     return "not refused"
 

@@ -72,8 +72,17 @@ def check_request(vllm_config: Any, params: Any) -> None:
 def validate_params(
     original: Callable[..., Any], processor: Any, params: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Stands for ``InputProcessor._validate_params``; servers answer 400 to a `ValueError`."""
+    """Stands for ``InputProcessor._validate_params``.
+
+    Raises:
+        VLLMValidationError: What servers answer with status 400; to other errors it is 500.
+    """
+    from vllm.exceptions import VLLMValidationError
+
     config = processor.vllm_config
-    if uses_vispec(config):
-        check_request(config, params)
+    try:
+        if uses_vispec(config):
+            check_request(config, params)
+    except ViSpecError as error:
+        raise VLLMValidationError(str(error)) from None
     return original(processor, params, *args, **kwargs)
