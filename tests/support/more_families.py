@@ -358,6 +358,8 @@ REFUSED = ("gemma3",)
 """Families that are built to be refused."""
 UNTRAINED = ("llama4",)
 """Families that training refuses: their models are not built as it knows them."""
+DIFFERENT = ("paddleocr_vl",)
+"""Families of which transformers computes something else than vLLM."""
 RECURRENT = ("qwen3_5", "qwen3_5_moe")
 """Families of `tests/engine/test_hybrids.py`."""
 TRAINED = tuple(kind for kind in ALL_FAMILIES if kind not in (*REFUSED, *UNTRAINED))
