@@ -261,8 +261,15 @@ def memory_of(worker: Any) -> dict[str, float] | None:
 
 
 def _accepted(answer: Any) -> list[int]:
-    steps = answer.spec_decode_metrics
-    return inside_answer(steps.per_step_accepted if steps else (), len(answer.token_ids))
+    """Return the accepted draft tokens of every step, 0 for one without drafts.
+
+    vLLM does not list these, and each of them brought a token; they stand at the end.
+    """
+    steps, num_tokens = answer.spec_decode_metrics, len(answer.token_ids)
+    if steps is None:
+        return []
+    inside = inside_answer(steps.per_step_accepted, num_tokens)
+    return inside + [0] * (num_tokens - 1 - sum(inside) - len(inside))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -18,13 +19,34 @@ from benchmarks.calls import (
     step_cost,
 )
 from benchmarks.decode_speed import summarise
-from benchmarks.turns import Reply, compare, take_turns
+from benchmarks.turns import Reply, _accepted, compare, take_turns
 from tests.studies.made_up import made_up_call, one_of_each
 
 PLAIN = Reply(((5, 6, 7, 8, 9, 2),), ((),), 1.0, 1.4)
 FAST = Reply(PLAIN.token_ids, ((2, 0, 3),), 0.4, 0.9)
 SLOW = Reply(PLAIN.token_ids, ((2, 0, 3),), 0.8, 1.3)
 WRONG = Reply(((5, 6, 7, 8, 9, 3),), ((2, 0, 3),), 0.4, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("listed", "num_tokens", "steps"),
+    [
+        ([3, 0], 6, [3, 0]),
+        # Two more tokens came from steps without drafts.
+        ([3, 0], 8, [3, 0, 0, 0]),
+        # The answer ended inside the last step.
+        ([3, 5], 7, [3, 2]),
+        ([], 3, [0, 0]),
+    ],
+)
+def test_steps_without_drafts_are_counted(
+    listed: list[int], num_tokens: int, steps: list[int]
+) -> None:
+    metrics = SimpleNamespace(per_step_accepted=listed)
+    answer = SimpleNamespace(spec_decode_metrics=metrics, token_ids=[7] * num_tokens)
+    assert _accepted(answer) == steps
+    answer.spec_decode_metrics = None
+    assert _accepted(answer) == []
 
 
 def test_numbers_of_calls() -> None:
