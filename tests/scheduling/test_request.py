@@ -48,6 +48,8 @@ def test_both_forms(given: Any, limit: int | None) -> None:
         ({"num_speculative_token": 1}, 'did you mean "num_speculative_tokens"?'),
         ({K_SETTING: 1, "temperature": 1}, "key 'temperature' is unknown: give"),
         ("{", "is not JSON: give"),
+        pytest.param("[" * 100_000, "is not JSON: give", id="deep"),
+        pytest.param("1" * 5000, "is not JSON: give", id="long"),
         ("3", "is no object: give"),
         ([1], "is no object: give"),
     ],

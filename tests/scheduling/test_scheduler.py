@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_vispec.scheduling import control
 from vllm_vispec.scheduling.control import DraftControl, Sleep, ladder
@@ -75,3 +76,18 @@ def test_who_was_decoded_while_the_draft_slept_gets_no_drafts(
     assert step(made, "abc") == 1
     made._cut("abc")
     assert [len(made.requests[name].spec_token_ids) for name in "abc"] == [0, 0, K]
+
+
+def test_gaps_end_where_requests_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = scheduling(a=2, d=0)
+    made._gaps = {"a", "b", "c", "d"}
+    monkeypatch.setattr(Scheduler, "_update_after_schedule", lambda *_: None)
+    output = SimpleNamespace(
+        # On V2 vLLM lists resumed requests among the new ones.
+        scheduled_new_reqs=[SimpleNamespace(req_id="a")],
+        scheduled_cached_reqs=SimpleNamespace(resumed_req_ids={"b"}),
+        finished_req_ids={"d"},
+        num_scheduled_tokens={},
+    )
+    made._update_after_schedule(output)
+    assert (made._gaps, made._limits) == ({"c"}, {"a": 2})

@@ -30,11 +30,12 @@ def request_limit(params: Any) -> int | None:
     given = (getattr(params, "extra_args", None) or {}).get(SECTION)
     if given is None:
         return None
-    shown, content = f'extra_args["{SECTION}"]={given!r}', given
+    shown, content = f'extra_args["{SECTION}"]={given!r:.80}', given
     if isinstance(given, str):
         try:
             content = json.loads(given)
-        except json.JSONDecodeError:
+        # Not only `JSONDecodeError`: also numbers that are too long, and objects too deep.
+        except (ValueError, RecursionError):
             raise ViSpecError(f"{shown} is not JSON: {_FORM}") from None
     if not isinstance(content, Mapping):
         raise ViSpecError(f"{shown} is no object: {_FORM}")

@@ -59,8 +59,9 @@ class ViSpecScheduler(Scheduler):
         for request_id in scheduler_output.finished_req_ids:
             self._limits.pop(request_id, None)
             self._gaps.discard(request_id)
-        # Their draft reads everything anew.
+        # Their draft reads everything anew. For V2 vLLM calls resumed requests new ones.
         self._gaps -= scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        self._gaps.difference_update(one.req_id for one in scheduler_output.scheduled_new_reqs)
         if self.control is not None and scheduler_output.num_scheduled_tokens:
             scheduler_output.num_spec_tokens_to_schedule = self._choose(scheduler_output)
         super()._update_after_schedule(scheduler_output)
