@@ -83,6 +83,9 @@ def test_targets_that_cannot_be_used(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ViSpecError, match="has no vision part"):
         load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "sam"}))
+    with pytest.raises(ViSpecError, match=r"\(sam\) has no language model"):
+        load(tmp_path)
     folder = Path(shutil.copytree(tiny.target("llava"), tmp_path / "llava"))
     memory = psutil.virtual_memory()
     with monkeypatch.context() as patch:

@@ -19,6 +19,7 @@ TESTED_ON = "2026-11-30"
 _TABLE = Path(__file__).with_name("families.yaml")
 _PREFIX_LM = frozenset({"gemma3", "paligemma", "molmo2", "bagel", "moondream3"})
 _MTP_LAYERS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
+_OWN_MTP = "MTP: layers of the checkpoint itself"
 
 
 class Family(Settings):
@@ -106,12 +107,15 @@ def recommend(config: Any) -> str:
         config: The target's transformers configuration.
     """
     text = config.get_text_config()
-    if any(getattr(text, name, None) for name in _MTP_LAYERS):
+    family = find_family(config.model_type)
+    # vLLM serves them for some families only.
+    is_mtp_known = family is None or _OWN_MTP in family.drafts
+    if is_mtp_known and any(getattr(text, name, None) for name in _MTP_LAYERS):
+        served = "served by vLLM" if family else "if vLLM serves this family's"
         return (
-            "its own MTP layers, served by vLLM: --speculative-config "
+            f"its own MTP layers, {served}: --speculative-config "
             '\'{"method": "mtp", "num_speculative_tokens": 3}\''
         )
-    family = find_family(config.model_type)
     if family is None:
         return "nobody tested this family: train a ViSpec head and watch its acceptance, or n-gram"
     head = family.heads.get(text.hidden_size)

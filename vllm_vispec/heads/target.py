@@ -56,7 +56,7 @@ def load_target_config(folder: str | Path, setting: str = "target.model") -> Any
         setting: what the user calls the target, for messages.
 
     Raises:
-        ViSpecError: it cannot be read or has no vision part.
+        ViSpecError: it cannot be read, or has no vision part or no language model.
     """
     from transformers import AutoConfig
 
@@ -78,6 +78,12 @@ def load_target_config(folder: str | Path, setting: str = "target.model") -> Any
         raise ViSpecError(
             f"{setting} {str(folder)!r} ({config.model_type}) has no vision part: give a "
             "vision-language model, or train a text draft with EAGLE's own tools"
+        )
+    text = config.get_text_config()
+    if not (hasattr(text, "hidden_size") and hasattr(text, "vocab_size")):
+        raise ViSpecError(
+            f"{setting} {str(folder)!r} ({config.model_type}) has no language model: give a "
+            "vision-language model"
         )
     return config
 

@@ -1,7 +1,7 @@
 """A word about heads that are hardly ever right: speculation then costs more than it gains.
 
 vLLM logs the acceptance length of a server every ten seconds. A filter of that logger reads the
-first such line; nothing of vLLM is patched.
+first such lines; nothing of vLLM is patched.
 """
 
 import logging
@@ -16,7 +16,7 @@ LOW = 1.2
 """Acceptance length below which a draft rarely pays for itself: fewer than one accepted draft token
 in five steps, where drafting and verifying a few tokens takes a fifth of a step or more."""
 _ENOUGH, _ENOUGH_OF_UNKNOWN = 200, 64
-"""Draft tokens that a log line must be about; fewer if nobody tested the target's family."""
+"""Draft tokens that log lines must be about; fewer if nobody tested the target's family."""
 _CHANCE = 1.02
 """Acceptance length of drafts that are right by chance, or not even numbers."""
 _LOGGER = "vllm.v1.metrics.loggers"
@@ -52,16 +52,22 @@ def unknown_family(length: float, family: str) -> str | None:
 
 
 class _FirstAcceptance(logging.Filter):
-    """Drops nothing; warns once if vLLM's first line about enough draft tokens shows too little."""
+    """Drops nothing; warns once if vLLM's first lines, of enough draft tokens, show too little."""
 
     told = True
     family: str | None = None
+    # Draft tokens so far, and the acceptance lengths of their lines, weighted by them.
+    drafted = 0
+    weighted = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
         found = None if self.told else _LINE.match(record.getMessage())
-        enough = _ENOUGH if self.family is None else _ENOUGH_OF_UNKNOWN
-        if found is not None and int(found[2]) >= enough:
-            self.told, length = True, float(found[1])
+        if found is None:
+            return True
+        self.drafted += int(found[2])
+        self.weighted += int(found[2]) * float(found[1])
+        if self.drafted >= (_ENOUGH if self.family is None else _ENOUGH_OF_UNKNOWN):
+            self.told, length = True, self.weighted / self.drafted
             note = unknown_family(length, self.family) if self.family else None
             note = note or low_acceptance(length)
             if note is not None:
@@ -78,6 +84,6 @@ def watch_acceptance(model_type: str) -> None:
     Args:
         model_type: The target's.
     """
-    _WATCH.told = False
+    _WATCH.told, _WATCH.drafted, _WATCH.weighted = False, 0, 0.0
     _WATCH.family = None if was_tested(model_type) else model_type
     logging.getLogger(_LOGGER).addFilter(_WATCH)
