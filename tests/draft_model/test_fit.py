@@ -149,6 +149,7 @@ def _set(**changes: Any) -> Callable[[dict[str, Any]], None]:
             "patch_size in vision_config is 16, the target's 14",
         ),
         ("config.json", _set(text_config__max_position_embeddings=128), "reads 128 tokens at most"),
+        ("config.json", _set(text_config__attention_chunk_size=64), "other than full attention"),
         (
             "config.json",
             _set(quantization_config={"quant_method": "unheard_of"}),

@@ -55,7 +55,8 @@ def _kind(own: ModelConfig, target: ModelConfig) -> Iterator[str]:
     if not target.is_multimodal_model:
         yield 'the target takes no images; use vLLM\'s own "method": "draft_model"'
     has_other_layers = own.is_hybrid or own.is_attention_free or own.use_mla
-    if has_other_layers or own.get_sliding_window() is not None:
+    is_local = own.get_sliding_window() or getattr(own.hf_text_config, "attention_chunk_size", None)
+    if has_other_layers or is_local:
         yield "it has layers other than full attention"
     if own.is_mm_prefix_lm:
         yield "tokens of an image look at those behind them, which drafts cannot"
