@@ -28,8 +28,8 @@ def test_what_is_called_tested_has_a_tiny_model() -> None:
     [
         (config("qwen3_5", mtp_num_hidden_layers=1), "its own MTP layers"),
         (config("new_family", num_nextn_predict_layers=1), "MTP layers, if vLLM serves this"),
-        # vLLM knows no MTP layers of it.
-        (config("kimi_k25", num_nextn_predict_layers=1), "train a ViSpec head"),
+        # vLLM knows no MTP layers of it, nor does our training take it.
+        (config("kimi_k25", num_nextn_predict_layers=1), "n-gram where answers repeat"),
         (config("qwen2_5_vl", hidden_size=3584), "ViSpec head JLKang/ViSpec-Qwen2.5-VL-7B"),
         (config("qwen3_vl"), "a draft that vLLM serves by itself"),
         (config("qwen2_vl", hidden_size=3584), "the sibling Qwen/Qwen2-VL-2B-Instruct"),

@@ -32,6 +32,7 @@ class Family(Settings):
         tested: The runners on which a tiny model of it passed `tests/engine/test_families.py` or
             the tests of all families; "": none.
         refused: Why it is refused; "": it is not.
+        is_trainable: `vispec train` takes it.
         scales_embeddings: The target multiplies embeddings by the root of its hidden size.
         heads: Published ViSpec heads by the target's hidden size.
         drafts: Published drafts that vLLM serves without us.
@@ -46,6 +47,7 @@ class Family(Settings):
     tested: str = ""
     refused: str = ""
     note: str = ""
+    is_trainable: bool = True
     scales_embeddings: bool = False
     heads: Mapping[int, str] = {}
     drafts: tuple[str, ...] = ()
@@ -56,7 +58,8 @@ class Family(Settings):
         """Return what was tested, or why it is refused, as one text."""
         found = f"tested {TESTED_ON} on {self.tested}" if self.tested else "untested"
         found = f"refused: {self.refused}" if self.refused else found
-        return f"{found}; {self.note}" if self.note else found
+        untrainable = "" if self.is_trainable else "vispec train does not take it"
+        return "; ".join(filter(None, (found, self.note, untrainable)))
 
     def published_drafts(self) -> str:
         """Return all drafts that exist for it, as one text."""
@@ -120,7 +123,8 @@ def recommend(config: Any) -> str:
         return "nobody tested this family: train a ViSpec head and watch its acceptance, or n-gram"
     head = family.heads.get(text.hidden_size)
     if head is not None and not family.refused:
-        return f"the ViSpec head {head}"
+        # Other models have this size, too.
+        return f"the ViSpec head {head}, if the target is the model that it is named for"
     if family.drafts:
         return (
             f"a draft that vLLM serves by itself, if it is of this size: {'; '.join(family.drafts)}"
@@ -128,7 +132,7 @@ def recommend(config: Any) -> str:
     for name, size in family.sibling.items():
         if text.hidden_size >= 2 * size:
             return f"the sibling {name} as the draft (docs/draft-model.md), or train a ViSpec head"
-    if family.refused:
+    if family.refused or not family.is_trainable:
         return "n-gram where answers repeat the prompt (documents, tables), else nothing"
     return (
         "train a ViSpec head (docs/training.md); until then n-gram where answers repeat the "
