@@ -24,12 +24,19 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 COUNT = 4
 SMALL: Mapping[str, Any] = {"max_num_batched_tokens": 48}
 BLOCKS: Mapping[str, Any] = {"max_num_batched_tokens": 96, "num_blocks": 10}
-BASES = {"small": SMALL, "blocks": BLOCKS, "async": {**SMALL, "async_scheduling": True}}
+BASES = {
+    "small": SMALL,
+    "blocks": BLOCKS,
+    "async": {**SMALL, "async_scheduling": True},
+    # K as by default: none while prompts are read, then what it is worth.
+    "adaptive": SMALL,
+}
 ROWS = [
     pytest.param(*row, id="-".join(row[:4]), marks=marks(row[0], slow))
     for row, slow in (
         (("v1", "qwen2_5_vl", "small", "all", 16, 14), False),
         (("v1", "qwen2_5_vl", "blocks", "all", 16, 40), False),
+        (("v1", "qwen2_5_vl", "adaptive", "prune:4", 8, 30), False),
         (("v1", "qwen2_5_vl", "small", "none", 8, 14), False),
         (("v1", "qwen2_5_vl", "small", "text", 8, 14), False),
         (("v1", "qwen2_5_vl", "small", "prune:4", 8, 14), False),
@@ -200,7 +207,8 @@ def test_drafts_are_those_of_transformers(
     max_tokens: int,
 ) -> None:
     draft = tiny.text_model(kind) if images == "text" else tiny.sibling(kind)
-    config = {} if images in ("all", "text") else {"images": images}
+    config: dict[str, Any] = {} if images in ("all", "text") else {"images": images}
+    config["adaptive"] = base == "adaptive"
     seen = "none" if images == "text" else images
     drafting = engine(
         runner, kind=kind, draft=draft, num_draft_tokens=COUNT, config=config, **BASES[base]
@@ -213,7 +221,9 @@ def test_drafts_are_those_of_transformers(
         if is_touching and seen != "none" and (kind.startswith("qwen") or seen != "all"):
             continue  # transformers takes images without anything between them for one
         (one,) = found.results[request.name]
-        lone = found.spy.preempted.count(request.name)
+        # Steps without drafts are none of those listed.
+        is_adaptive = base == "adaptive"
+        lone = max_tokens if is_adaptive else found.spy.preempted.count(request.name)
         says = Continuation(draft, request, seen, str(tiny.target(kind)))
         assert explains(one, says, lone), request.name
     assert found.acceptance() > 0.1
