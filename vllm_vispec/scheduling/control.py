@@ -223,8 +223,9 @@ class DraftControl:
             return None
         self._told[size] = now
         k = max(now, before)
+        load = f"{2 ** (size - 1)} to {2**size - 1} requests" if size > 1 else "1 request"
         return (
-            f"with {2 ** (size - 1)} to {2**size - 1} requests a step drafts {now} tokens instead "
+            f"with {load} a step drafts {now} tokens instead "
             f"of {before}: with {k} it brings {self.gain(k):.2f} tokens a request and takes "
             f"{self.cost(k, batch):.2f} times as long as without"
         )
