@@ -22,6 +22,7 @@ import typer
 from benchmarks import ThreadsOption
 from benchmarks.report import PAGES, RESULTS, publish
 from examples.pair import ModelOption
+from examples.tiny_vlm.canvas import SIDE
 from examples.tiny_vlm.families import FAMILIES
 from examples.tiny_vlm.questions import TEXT_FAMILY, write_questions
 from examples.tiny_vlm.shipped import MAX_MODEL_LEN, TARGET
@@ -49,6 +50,9 @@ BASE: Mapping[str, str] = {
     "loss.pass_decay": "1.0",
     "schedule.minutes": "0",
     "data.max_length": str(MAX_MODEL_LEN),
+    # Some answers are the world's own, which do not say what images they were made with.
+    "data.min_pixels": str(SIDE**2),
+    "data.max_pixels": str(SIDE**2),
     "run.validate_every": "0",
     "run.save_every": "0",
     "run.export": "last",

@@ -156,6 +156,7 @@ def test_jobs_make_a_head_of_equal_size(tmp_path: Path) -> None:
         "model": str(HEAD),
         "num_speculative_tokens": K,
         "image_table_size": 8,
+        "adaptive": False,
     }
     eagle = found["eagle"].speculative_config
     made = json.loads(Path(eagle.pop("model"), "config.json").read_text())

@@ -24,6 +24,7 @@ def _target() -> Any:
         hf_text_config=text,
         hf_config=SimpleNamespace(model_type=DRAFT_VLM.target_model_type),
         multimodal_config=None,
+        is_mm_prefix_lm=False,
     )
 
 

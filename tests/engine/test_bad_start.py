@@ -245,7 +245,7 @@ STARTS: Mapping[str, Start] = {
         engine={"data_parallel_size": 2},
     ),
     "unknown key": _start(
-        r'key "no_such_key" is unknown; leave it out \(ViSpec\'s keys are draft_vocab, ',
+        r'key "no_such_key" is unknown; leave it out \(ViSpec\'s keys are adaptive, ',
         no_such_key=1,
     ),
     "misspelt key": _start(

@@ -73,7 +73,7 @@ def test_answers_like_the_explicit_form(
     found = itself.run(serve_requests, REQUESTS)
     assert itself.run(_model_and_drafter) == (str(tiny.target()), "ViSpecProposer")
     assert found.outputs() == expected.outputs()
-    assert found.accepted() == expected.accepted()
+    # K follows load and acceptance here, so steps need not be the same.
     assert max(drafted for drafted, _ in found.steps()) == NUM_TOKENS
     assert found.acceptance() > 0
 
@@ -242,7 +242,8 @@ def test_same_drafts_in_every_checkpoint_format(
         expected: Served | None = None
         for folder in (head, str(tmp_path / written)):
             is_named = named is not None and folder == head
-            config = {"checkpoint_format": named} if is_named else {}
+            config: dict[str, Any] = {"checkpoint_format": named} if is_named else {}
+            config["adaptive"] = False
             for method in ("vispec",) if is_named else ("vispec", "eagle"):
                 drafting = engine("v1", **OPTIONS, draft=folder, method=method, config=config)
                 found: Served = drafting.run(serve_requests, REQUESTS)

@@ -266,7 +266,11 @@ def start(options: EngineOptions) -> LLM:
     if options.draft is not None:
         register_plugin()
     from vllm import LLM
+    from vllm.model_executor.layers import rotary_embedding
 
+    # vLLM keeps rotary tables for all engines of a process. Those of a tower that a text-only
+    # engine leaves out lie on the meta device.
+    rotary_embedding._ROPE_DICT.clear()
     _take_over_freezing()
     with (
         gpu_start.platform(options.llm.get("async_scheduling", False), options.compiler),
