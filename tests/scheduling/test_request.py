@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from vllm_vispec.config import ViSpecConfig
+from vllm_vispec.scheduling import patch_points
 from vllm_vispec.scheduling.control import SCHEDULE, resolve_adaptive
 from vllm_vispec.scheduling.request import check_request, request_limit
 from vllm_vispec.trees.settings import TreeSettings
@@ -97,3 +98,21 @@ def test_it_follows_the_load_unless_something_else_decides(
     found = resolve_adaptive(adaptive, settings, args, parallel, has_tree=has_tree)
     assert found is (adaptive is not False and reason is None)
     assert (settings.get(SCHEDULE) != given) is found
+
+
+@pytest.mark.parametrize("given", [None, "mine.Scheduler"])
+def test_a_scheduler_of_the_users_stays_and_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(patch_points, "patch", lambda *_: None)
+    monkeypatch.setattr(
+        patch_points.logger, "warning", lambda text, *args: told.append(text % args)
+    )
+    scheduler = SimpleNamespace(scheduler_cls=given, async_scheduling=True)
+    for _ in range(2):  # ours is not taken for the user's
+        patch_points.install(SimpleNamespace(scheduler_config=scheduler))
+    ours = "vllm_vispec.scheduling.scheduler.ViSpecAsyncScheduler"
+    assert scheduler.scheduler_cls == (given or ours)
+    assert bool(told) == (given is not None)
+    assert all("scheduler_cls=mine.Scheduler is not ours" in line for line in told)

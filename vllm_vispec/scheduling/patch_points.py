@@ -9,6 +9,8 @@ from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
 
+_OURS = "vllm_vispec.scheduling.scheduler"
+
 SCHEDULING = PatchGroup(
     name="scheduling",
     feature="ViSpec",
@@ -46,8 +48,14 @@ def install(vllm_config: Any) -> None:
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is None:
         kind = "ViSpecAsyncScheduler" if scheduler.async_scheduling else "ViSpecScheduler"
-        scheduler.scheduler_cls = f"vllm_vispec.scheduling.scheduler.{kind}"
-        logger.info("ViSpec schedules with a subclass of vLLM's scheduler, of which vLLM warns.")
+        scheduler.scheduler_cls = f"{_OURS}.{kind}"
+        logger.info("ViSpec sets scheduler_cls=%s; vLLM warns of that", scheduler.scheduler_cls)
+    elif not str(scheduler.scheduler_cls).startswith(_OURS):
+        logger.warning(
+            "ViSpec: scheduler_cls=%s is not ours: a request's own num_speculative_tokens has no "
+            "effect; leave it out to let requests choose",
+            scheduler.scheduler_cls,
+        )
     patch(InputProcessor, "_validate_params", request.validate_params)
 
 
