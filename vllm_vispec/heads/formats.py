@@ -31,7 +31,8 @@ class CheckpointFormat:
         summary: one line for users.
         keys: templates "their name" -> "our name"; a trailing `*` stands for the rest of the name.
             The first template that matches wins.
-        detect: says whether a folder with this config.json and these tensors is of the format.
+        detect: says whether a folder with this config.json and these tensors is of the format, or
+            may be, if `is_named`.
         read_config: makes the `HeadConfig`; raises `ViSpecError` on impossible values.
         write_config: makes the config.json of a head, given the dtype of its weights; None: heads
             of the format are only read.
@@ -247,7 +248,7 @@ def _eagle_layout(name: str, summary: str, **image_flags: Any) -> CheckpointForm
         name=name,
         summary=summary,
         keys=_PUBLISHED_KEYS,
-        detect=lambda config, shapes: False,
+        detect=lambda config, shapes: _is_eagle_layout(shapes),
         read_config=partial(_read_eagle, **image_flags),
         write_config=lambda head, dtype: _target_like_config(head, dtype),
         ignored=_ROPE_BUFFERS,
@@ -298,7 +299,8 @@ def detect_format(
     Raises:
         ViSpecError: the head is not of the named format.
     """
-    found = next((one for one in FORMATS.values() if one.detect(config, shapes)), None)
+    told = (one for one in FORMATS.values() if not one.is_named)
+    found = next((one for one in told if one.detect(config, shapes)), None)
     if named is None:
         return found
     if named not in NAMED_FORMATS:
@@ -306,7 +308,7 @@ def detect_format(
             f"checkpoint_format={named!r} is not one to be named: use {' or '.join(NAMED_FORMATS)}"
             ", or leave it out, the folder tells"
         )
-    if found is not None or not _is_eagle_layout(shapes):
+    if found is not None or not FORMATS[named].detect(config, shapes):
         what = f"of the {found.name} format" if found else "no EAGLE head (fc.*, layers.0.*)"
         raise ViSpecError(f"checkpoint_format={named!r}, but the head is {what}: leave it out")
     return FORMATS[named]

@@ -6,6 +6,7 @@ missing at the end; the same command makes it.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -105,8 +106,8 @@ def share_gpus(settings: RegenerateSettings) -> list[str]:
         return [""] * workers
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = iter(named.split(",") if named else map(str, range(count)))
-    sizes = (settings.engine.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
-    each = int(next(sizes)) * int(next(sizes))
+    kinds = "tensor", "pipeline"
+    each = math.prod(int(settings.engine.get(f"{kind}_parallel_size", 1)) for kind in kinds)
     if workers * each > count:
         raise ViSpecError(
             f"--workers {workers} with {each} GPUs each, there are {count}: lower --workers to "
