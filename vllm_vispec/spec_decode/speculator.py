@@ -93,8 +93,8 @@ class ViSpecSpeculator(EagleSpeculator):
     ) -> torch.Tensor:
         """Lay the batch's rows out, then draft as EAGLE does; nothing at all while asleep."""
         has_one_token_each = int(input_batch.num_tokens) == input_batch.num_reqs
-        is_asleep = self._sleep.saw(kwargs.get("num_speculative_tokens"), has_one_token_each)
-        if self._may_sleep and is_asleep:
+        k = kwargs.get("num_speculative_tokens")
+        if self._may_sleep and self._sleep.saw(k, has_one_token_each):
             return self.draft_tokens[: input_batch.num_reqs]
         self._set_rows(input_batch, last_hidden_states)
         read_TD = last_hidden_states[:, : self.hidden_states.shape[1]]

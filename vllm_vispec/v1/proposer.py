@@ -75,7 +75,7 @@ class ViSpecProposer(EagleProposer):
         """Draft as EAGLE does; nothing at all while asleep."""
         next_tokens_R = kwargs["next_token_ids"]
         has_one_token_each = len(kwargs["target_token_ids"]) == len(next_tokens_R)
-        if self._sleep.saw(num_speculative_tokens, has_one_token_each) and self._may_sleep:
+        if self._may_sleep and self._sleep.saw(num_speculative_tokens, has_one_token_each):
             return next_tokens_R.new_empty(len(next_tokens_R), 0)
         drafts: torch.Tensor = super().propose(num_speculative_tokens, *args, **kwargs)
         return drafts
