@@ -58,7 +58,7 @@ bench: setup ## compare the speed with plain vLLM and with vLLM's EAGLE
 	@$(PY) -m benchmarks decode-speed
 	@$(PY) -m benchmarks draft-cost
 
-report: setup ## measure the shipped pair and write docs/report (about half an hour, 2 cores)
+report: setup ## measure the shipped pair and write docs/report (about 35 minutes, 2 cores)
 	@$(PY) -m benchmarks.pair_report
 
 clean: ## remove caches and the virtual environment

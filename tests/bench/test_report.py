@@ -350,9 +350,10 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "the report needs pandas: pip install 'vllm-vispec[bench]'" in result.output
 
 
-def test_the_kept_run_gives_the_kept_report(tmp_path: Path) -> None:
-    kept = ROOT / "docs/report"
-    files = write_report(ROOT / "benchmarks/results/pair_report", tmp_path)
+@pytest.mark.parametrize("name", ["", "siblings"])
+def test_the_kept_run_gives_the_kept_report(tmp_path: Path, name: str) -> None:
+    kept = ROOT / "docs/report" / name
+    files = write_report(ROOT / "benchmarks/results/pair_report" / name, tmp_path)
     assert files.markdown.read_text() == (kept / "report.md").read_text()
     names = sorted(file.name for file in (kept / "plots").iterdir())
     assert sorted(plot.name for plot in files.plots) == names

@@ -32,7 +32,7 @@ def test_the_report_is_made_from_nothing(tmp_path: Path) -> None:
     # Only what had failed is measured again: 6 points around K = 5, one at 3.
     assert {load.split()[1] for load in world.loads()} == {"ngram"}
     run = BenchRun.load(results)
-    assert len(run.cells) == (5 + 1) * 8 * 2
+    assert len(run.cells) == (5 + 1) * 6 * 2
     assert not any(cell.error for cell in run.cells)
     text = (pages / "report.md").read_text()
     assert "Failed and missing cells\n\nNone:" in text
