@@ -225,8 +225,12 @@ def _shard(folder: Path) -> None:
         (_shard, "lacks model-00002-of-00002.safetensors, which model.safetensors.index.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"no \*.safetensors in"),
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+        (
+            lambda folder: (folder / "processor_config.json").unlink(),
+            "it has no preprocessor_config.json or processor_config.json, .*: download it again",
+        ),
     ],
-    ids=["pickles", "a shard is missing", "no weights", "an adapter of LoRA"],
+    ids=["pickles", "a shard is missing", "no weights", "an adapter of LoRA", "no processor"],
 )
 def test_incomplete_folders_are_refused(
     configure: Callable[..., Any],
@@ -295,6 +299,20 @@ def test_a_larger_draft_is_a_warning(
 def test_heads_must_divide_among_ranks(configure: Callable[..., Any], tiny: TinyStore) -> None:
     with pytest.raises(ViSpecError, match=r"tensor_parallel_size=2 does not fit .* 3 attention"):
         configure(tiny.sibling(), {"tensor_parallel_size": 2})
+
+
+def test_heads_of_the_tower_must_divide_among_ranks(
+    configure: Callable[..., Any], changed: Callable[..., str]
+) -> None:
+    heads = {
+        "text_config__num_attention_heads": 2,
+        "text_config__num_key_value_heads": 2,
+        "vision_config__num_heads": 3,
+    }
+    draft, engine = changed("config.json", _set(**heads)), {"tensor_parallel_size": 2}
+    with pytest.raises(ViSpecError, match="the 3 attention heads of the draft's vision tower"):
+        configure(draft, engine)
+    configure(draft, engine | {"mm_encoder_tp_mode": "data"})
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,11 @@ def draft_lines(target: str | None, draft: str, max_model_len: int | None = None
     facts = {
         "draft": draft,
         "adds": published.added_memory(found, config),
-        "tensor parallel": _ranks(tensor_parallel_sizes(found.config), config.hf_text_config),
+        "tensor parallel": _ranks(
+            tensor_parallel_sizes(found.config),
+            config.hf_text_config,
+            published.tower_heads(found.folder),
+        ),
         "fit": f"yes, but {warning}" if warning else "yes, draft and target go together",
         "serve with": serve_command(draft, Serving(target))
         + (f" --max-model-len {max_model_len}" if max_model_len else ""),
@@ -227,9 +231,10 @@ def draft_lines(target: str | None, draft: str, max_model_len: int | None = None
     return _table(facts)
 
 
-def _ranks(sizes: list[int], target: Any) -> str:
-    """Say which of a draft's numbers of ranks its target's attention heads divide among, too."""
-    found = [size for size in sizes if target.num_attention_heads % size == 0]
+def _ranks(sizes: list[int], target: Any, tower_heads: int = 0) -> str:
+    """Say which of a draft's numbers of ranks divide the heads of its target and its tower, too."""
+    heads = target.num_attention_heads, tower_heads
+    found = [size for size in sizes if not any(number % size for number in heads)]
     return f"up to {found[-1]} ({', '.join(map(str, found))})"
 
 

@@ -86,6 +86,11 @@ def _geometry(own: ModelConfig, target: ModelConfig) -> Iterator[str]:
     models = own.hf_config, target.hf_config
     towers = (_plain(getattr(one, "vision_config", {})) for one in models)
     processors = own.hf_image_processor_config, target.hf_image_processor_config
+    if not processors[0]:
+        yield (
+            "it has no preprocessor_config.json or processor_config.json, so nobody knows whether "
+            "it was trained on images normalised as the target's: download it again"
+        )
     for where, names, (ours, theirs) in (
         ("vision_config", _VISION, towers),
         ("config.json", _MODEL, map(_plain, models)),

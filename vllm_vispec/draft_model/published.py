@@ -125,6 +125,21 @@ def check_engine(vllm_config: Any) -> None:
                 f"{name} does not go with a published model as the draft, whose vision tower runs "
                 "with the target's; leave it out"
             )
+    draft = vllm_config.speculative_config.draft_model_config
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    towers = getattr(vllm_config.model_config.multimodal_config, "mm_encoder_tp_mode", "data")
+    heads = tower_heads(resolve_head(draft.model, draft.revision))
+    if towers == "weights" and heads % ranks:
+        raise ViSpecError(
+            f"tensor_parallel_size={ranks} does not fit the {heads} attention heads of the "
+            "draft's vision tower: set --mm-encoder-tp-mode data"
+        )
+
+
+def tower_heads(folder: Path) -> int:
+    """Return the number of attention heads of a published model's vision tower; 0: it has none."""
+    vision = read_json(folder / CONFIG).get("vision_config") or {}
+    return int(vision.get("num_attention_heads") or vision.get("num_heads") or 0)
 
 
 def _describe(folder: Path, own: ModelConfig, vocab_size: int) -> HeadInfo:
