@@ -9,13 +9,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -37,7 +37,8 @@ MAX_TOKENS, LOG_TAIL = 320, 3000
 HELD_OUT = "held_out"
 # Name, split, first sample, families, temperature at which the target answers. The engine is asked
 # about other held-out samples, see `benchmarks.turns`.
-QUESTION_SETS = (
+QuestionSet = tuple[str, str, int, tuple[str, ...], float]
+QUESTION_SETS: tuple[QuestionSet, ...] = (
     ("mixed", "train", 30_000_000, tuple(FAMILIES), 1.0),
     ("text", "train", 31_000_000, (TEXT_FAMILY,), 1.0),
     (HELD_OUT, "heldout", 600_000, tuple(FAMILIES), 0.0),
@@ -140,6 +141,12 @@ class Study:
     per_family: int
     threads: int = 1
 
+    # What a study of another pair has otherwise; `limits`: tokens of an answer, and with a prompt.
+    base_recipe: ClassVar[str] = RECIPE
+    base: ClassVar[Mapping[str, str]] = BASE
+    question_sets: ClassVar[Sequence[QuestionSet]] = QUESTION_SETS
+    limits: ClassVar[tuple[int, int]] = (MAX_TOKENS, MAX_MODEL_LEN)
+
     def questions(self, data: str) -> Path:
         """Folder of a question set: questions.jsonl, images/ and answers.jsonl."""
         return self.root / "data" / data
@@ -175,7 +182,7 @@ class Study:
         return {
             "samples": self.samples,
             "epochs": EPOCHS,
-            "recipe": RECIPE,
+            "recipe": self.base_recipe,
             "seeds": self.seeds,
             "num_speculative_tokens": NUM_DRAFT_TOKENS,
             "per_family": self.per_family,
@@ -186,32 +193,42 @@ class Study:
 
     def prepare(self) -> None:
         """Write the question sets, let the target answer, and keep the states it has there."""
-        wanted = {HELD_OUT, *(variant.data for variant in self.variants)}
-        for name, split, start, families, temperature in QUESTION_SETS:
+        self.answer({HELD_OUT, *(variant.data for variant in self.variants)})
+        # Before several runs need them at once. EAGLE reads those of images, too: it goes last.
+        ordered = sorted(self.variants, key=lambda one: one.kind == "eagle_vlm")
+        for variant in {self.cache(one): one for one in ordered}.values():
+            settings = self.recipe(variant, 0) | {"teacher.mode": "offline"}
+            settings["schedule.epochs"] = str(variant.epochs[-1])
+            log = f"cache-{variant.data}-{variant.answers}"
+            self._vispec(["train", self.base_recipe, "--cache-only", *_flags(settings)], log)
+
+    def answer(self, wanted: Container[str]) -> None:
+        """Write question sets and let the target answer them."""
+        for name, split, start, families, temperature in self.question_sets:
             if name not in wanted:
                 continue
             folder = self.questions(name)
             count = self.held_out if split == "heldout" else self.samples
             if not (folder / "questions.jsonl").is_file():
-                write_questions(folder, split, start, count, families)
+                self.write_questions(folder, split, start, count, families)
             arguments = {
                 "--target": self.target,
                 "--input": str(folder / "questions.jsonl"),
                 "--output": str(folder / "answers.jsonl"),
                 "--prompt-style": "none",
                 "--temperature": str(temperature),
-                "--max-tokens": str(MAX_TOKENS),
-                "--max-model-len": str(MAX_MODEL_LEN),
+                "--max-tokens": str(self.limits[0]),
+                "--max-model-len": str(self.limits[1]),
                 "--engine": '{"enforce_eager": true, "max_num_seqs": 64}',
             }
             flat = [part for item in arguments.items() for part in item]
             self._vispec(["regenerate", *flat], f"regenerate-{name}")
-        # Before several runs need them at once.
-        for variant in {self.cache(one): one for one in self.variants}.values():
-            settings = self.recipe(variant, 0) | {"teacher.mode": "offline"}
-            settings["schedule.epochs"] = str(variant.epochs[-1])
-            log = f"cache-{variant.data}-{variant.answers}"
-            self._vispec(["train", RECIPE, "--cache-only", *_flags(settings)], log)
+
+    def write_questions(
+        self, folder: Path, split: str, start: int, count: int, families: Sequence[str]
+    ) -> None:
+        """Write a question set: questions.jsonl and images/."""
+        write_questions(folder, split, start, count, families)
 
     def train(self) -> None:
         """Train every variant with every seed."""
@@ -231,7 +248,8 @@ class Study:
             override = ["--override", "schedule.epochs"] if before else []
             shutil.rmtree(trained, ignore_errors=True)  # of the epoch before
             flags = _flags(settings | {"schedule.epochs": str(epochs)})
-            self._vispec(["train", RECIPE, *flags, *override], f"train-{variant.name}-s{seed}")
+            command = ["train", self.base_recipe, *flags, *override]
+            self._vispec(command, f"train-{variant.name}-s{seed}")
             if not trained.is_dir():
                 raise ViSpecError(
                     f"training of {head.name} was stopped: run the same command to go on"
@@ -243,7 +261,7 @@ class Study:
         """Everything that differs from the recipe, the number of epochs apart."""
         file = {"short": "questions.jsonl", "target": "answers.jsonl"}[variant.answers]
         return {
-            **BASE,
+            **self.base,
             "target.model": self.target,
             "data.train": str(self.questions(variant.data) / file),
             "data.validation": str(self.questions(HELD_OUT) / "answers.jsonl"),

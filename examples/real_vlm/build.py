@@ -21,6 +21,8 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
+from examples.tiny_vlm.tokenizer import CHAT_TEMPLATE as PLAIN_TEMPLATE
+from examples.tiny_vlm.tokenizer import image_config
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import read_tensors, sweep, writing
 
@@ -29,7 +31,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HERE = Path(__file__).parent
 ADAPTER = HERE / "checkpoints" / "adapter"
 TARGET = Path("out/real_vlm/target")
-LORA = {"r": 32, "lora_alpha": 64}
+LORA: dict[str, Any] = {"r": 32, "lora_alpha": 64}
 # SmolLM2 has 17 special tokens. Chat uses three; four of the others become the image's.
 IMAGE_TOKENS = {
     "<repo_name>": "<|vision_start|>",
@@ -38,16 +40,10 @@ IMAGE_TOKENS = {
     "<filename>": "<|video_pad|>",
 }
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-CHAT_TEMPLATE = (
+CHAT_TEMPLATE = PLAIN_TEMPLATE.replace(
+    "{% for message in messages %}",
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
-    "{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] in ('image', 'image_url') or 'image' in part or 'image_url' in part %}"
-    "<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    f"<|im_start|>system\n{SYSTEM}<|im_end|>\n{{% endif %}}",
 )
 MIN_TOKENS, MAX_TOKENS, CELL = 64, 1024, 28
 VISION = {
@@ -192,19 +188,9 @@ def make_tokenizer(read: Any) -> Any:
 
 def make_processor() -> dict[str, Any]:
     """Return `preprocessor_config.json`: images of 64 to 1,024 tokens."""
-    low, high = MIN_TOKENS * CELL**2, MAX_TOKENS * CELL**2
-    return {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-        "patch_size": CELL // 2,
-        "merge_size": 2,
-        "temporal_patch_size": 2,
-        "min_pixels": low,
-        "max_pixels": high,
-        "size": {"shortest_edge": low, "longest_edge": high},
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
+    half = [0.5, 0.5, 0.5]
+    config = image_config(MIN_TOKENS * CELL**2, MAX_TOKENS * CELL**2)
+    return config | {"image_mean": half, "image_std": half}
 
 
 def add_lora(model: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,48 +16,35 @@ import torch
 import typer
 from PIL import Image
 
+from examples.tiny_vlm.samples import image_part, with_images
 from vllm_vispec.utils.files import write_json
 
-from .build import SYSTEM, TARGET
-from .samples import KINDS, Own, Sample, make_sample, stated
+from .build import TARGET
+from .own import prompt
+from .samples import HELD_OUT, KINDS, Own, Sample, make_sample, stated
 
-HELD_OUT = 10**9  # seeds from here on are in no training
 TEXT = Path(__file__).parents[2] / "docs"
 
 
-def chat_messages(sample: Sample, blank: bool) -> list[dict[str, Any]]:
-    """The messages up to the last question, with images as `LLM.chat` takes them."""
-    shown = iter(sample.images)
-
-    def content(part: dict[str, Any]) -> dict[str, Any]:
-        if part["type"] != "image":
-            return part
-        drawn = next(shown).image
-        empty = Image.new("RGB", drawn.size, (225, 225, 225))
-        return {"type": "image_pil", "image_pil": empty if blank else drawn}
-
-    return [
-        one
-        if isinstance(one["content"], str)
-        else one | {"content": [content(p) for p in one["content"]]}
-        for one in sample.messages(len(sample.turns) - 1)
-    ]
-
-
 def facts_right(llm: Any, samples: list[Sample], blank: bool) -> tuple[dict[str, float], list[str]]:
-    """Share of facts by kind and over all, and the answers."""
+    """Share of facts by kind and over all, and the answers; `blank`: the images show nothing."""
     from vllm import SamplingParams
 
-    asked = [chat_messages(one, blank) for one in samples]
+    def part(image: Image.Image) -> dict[str, Any]:
+        return image_part(Image.new("RGB", image.size, (225, 225, 225)) if blank else image)
+
+    asked = [
+        with_images(one.messages(len(one.turns) - 1), (part(shown.image) for shown in one.images))
+        for one in samples
+    ]
     found = llm.chat(asked, SamplingParams(temperature=0, max_tokens=400), use_tqdm=True)
     answers = [one.outputs[0].text for one in found]
-    right: dict[str, int] = {}
-    total: dict[str, int] = {}
+    right, total = Counter[str](), Counter[str]()
     for sample, answer in zip(samples, answers, strict=True):
         facts = sample.turns[-1].facts
         for name in (sample.kind, "all"):
-            right[name] = right.get(name, 0) + stated(facts, answer)
-            total[name] = total.get(name, 0) + len(facts)
+            right[name] += stated(facts, answer)
+            total[name] += len(facts)
     return {name: round(right[name] / total[name], 4) for name in total}, answers
 
 
@@ -82,10 +70,8 @@ def perplexity(folder: Path, texts: list[tuple[str, str]]) -> float:
 
 def texts(own: Own, count: int) -> dict[str, list[tuple[str, str]]]:
     """Held-out chats of SmolLM2 with itself, and prose: the pages of this repository."""
-    head = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
     chats = [
-        (f"{head}{q}<|im_end|>\n<|im_start|>assistant\n", f"{a}{'<|im_end|>' if whole else ''}")
-        for q, a, whole in own.chats[:count]
+        (prompt(q), f"{a}{'<|im_end|>' if whole else ''}") for q, a, whole in own.chats[:count]
     ]
     prose = [("<|endoftext|>", file.read_text()) for file in sorted(TEXT.glob("*.md"))[:count]]
     return {name: pairs for name, pairs in {"chats": chats, "prose": prose}.items() if pairs}

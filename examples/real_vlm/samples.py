@@ -19,6 +19,7 @@ from .pictures import PICTURES
 from .words import a, at, choose, fill, listing, number, plural, say
 from .worlds import PLACES, Chart, Document, Scene, Table, World, chart, document, scene, table
 
+HELD_OUT = 10**9  # seeds from here on are in no training
 Fact = tuple[str, ...]
 
 
@@ -51,7 +52,8 @@ class Sample:
             found.append(
                 {"role": "user", "content": [*shown, {"type": "text", "text": one.question}]}
             )
-            found.append({"role": "assistant", "content": one.answer})
+            said = [{"type": "text", "text": one.answer}]
+            found.append({"role": "assistant", "content": said})
         return found[:-1]
 
 

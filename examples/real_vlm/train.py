@@ -56,19 +56,12 @@ def encode(sample: Sample, tokenizer: Any) -> Encoded:
     return Encoded(sample, ids, answer)
 
 
-def batches(
-    tokenizer: Any, own: Own, start: int, tokens: int, few: int = 0
-) -> Iterator[list[Encoded]]:
-    """Endless batches of about `tokens` tokens, padding included, of samples of like lengths.
-
-    Args:
-        few: Take only the first `few` samples, again and again; 0: never one twice.
-    """
-    seed = start
+def batches(tokenizer: Any, own: Own, seed: int, tokens: int) -> Iterator[list[Encoded]]:
+    """Endless batches of about `tokens` tokens, padding included; no sample comes twice."""
     while True:
         drawn: list[Encoded] = []
         while sum(len(one.ids) for one in drawn) < tokens * POOL:
-            one = encode(make_sample(seed % few if few else seed, own), tokenizer)
+            one = encode(make_sample(seed, own), tokenizer)
             seed += 1
             if len(one.ids) <= 1600:
                 drawn.append(one)
@@ -115,7 +108,7 @@ def answer_loss(model: Any, processor: Any, batch: list[Encoded]) -> tuple[Tenso
 
 
 def train_language(
-    model: Any, processor: Any, tokenizer: Any, own: Own, work: Path, minutes: float, few: int = 0
+    model: Any, processor: Any, tokenizer: Any, own: Own, work: Path, minutes: float
 ) -> Run:
     """Train everything that is committed; the language model's own weights stay."""
     from peft.helpers import disable_input_dtype_casting
@@ -132,7 +125,7 @@ def train_language(
     )
     run = Run(work / "language.safetensors", trained, optimizer, 60 * minutes)
     recent: dict[str, list[float]] = defaultdict(list)
-    for batch in batches(tokenizer, own, run.step * 1000, 2400, few):
+    for batch in batches(tokenizer, own, run.step * 1000, 2400):
         if run.done:
             break
         with torch.autocast("cpu", torch.bfloat16), disable_input_dtype_casting(peft):
@@ -167,7 +160,6 @@ def main(
     vision_minutes: Annotated[float, typer.Option(help="Processor minutes of stage 1.")] = 45,
     language_minutes: Annotated[float, typer.Option(help="Processor minutes of stage 2.")] = 190,
     stage: Annotated[Literal["vision", "all"], typer.Option(help="Stop after stage 1?")] = "all",
-    few: Annotated[int, typer.Option(help="Only so many samples, to see them learned.")] = 0,
 ) -> None:
     """Train, or go on."""
     from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -176,10 +168,10 @@ def main(
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
     processor = AutoImageProcessor.from_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    train_vision(model, processor, tokenizer, work, vision_minutes, few)
+    train_vision(model, processor, tokenizer, work, vision_minutes)
     if stage == "vision":
         return
-    train_language(model, processor, tokenizer, Own.read(own), work, language_minutes, few)
+    train_language(model, processor, tokenizer, Own.read(own), work, language_minutes)
     print(work / "adapter")
 
 

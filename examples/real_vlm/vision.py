@@ -104,21 +104,17 @@ def fold_patches(visual: Any) -> None:
     visual.patch_embed.forward = forward
 
 
-def batches(seed: int, cells: int, images: int) -> Iterator[list[Canvas]]:
+def batches(seed: int, cells: int) -> Iterator[list[Canvas]]:
     """Endless batches of new images, of about `cells` cells, each from a seed of its own."""
-    if images:  # a small set, again and again
-        few, order = [draw(i) for i in range(images)], Random(seed)
     while True:
         batch: list[Canvas] = []
         while sum(canvas.tokens for canvas in batch) < cells:
-            batch.append(order.choice(few) if images else draw(seed))
+            batch.append(draw(seed))
             seed += 1
         yield batch
 
 
-def train_vision(
-    model: Any, processor: Any, tokenizer: Any, work: Path, minutes: float, images: int = 0
-) -> Run:
+def train_vision(model: Any, processor: Any, tokenizer: Any, work: Path, minutes: float) -> Run:
     """Train tower and merger; the language model only lends its embeddings."""
     visual = model.model.visual
     fold_patches(visual)
@@ -128,7 +124,7 @@ def train_vision(
     if run.done:
         return run
     measure = CellLoss.make(tokenizer, model.model.language_model.embed_tokens.weight.detach())
-    data = batches(run.step * 1000, 1200, images)
+    data = batches(run.step * 1000, 1200)
     recent: list[tuple[float, float]] = []
     while not run.done:
         batch = next(data)

@@ -13,7 +13,7 @@ PHRASES: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "phrases.yaml"
 WORDS: dict[str, list[str]] = {kind: text.split() for kind, text in PHRASES["words"].items()}
 CHARTS = {title: (names.split(), unit) for title, (names, unit) in PHRASES["charts"].items()}
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
-_NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 _SAME = ("sheep", "fish", "deer", "grapes", "scissors", "glasses", "money", "bread")
 _SOME = ("grapes", "scissors", "glasses", "money", "bread", "milk", "corn", "honey", "fire")
 
@@ -47,7 +47,7 @@ def at(rng: Random, place: str) -> str:
 
 def number(count: int) -> str:
     """A count as a word, up to ten."""
-    return _NUMBERS[count] if count < len(_NUMBERS) else str(count)
+    return NUMBERS[count] if count < len(NUMBERS) else str(count)
 
 
 def plural(name: str) -> str:

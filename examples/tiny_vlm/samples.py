@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from PIL import Image
@@ -22,14 +22,22 @@ class DemoSample:
 
     def chat_messages(self) -> list[dict]:
         """The messages as `LLM.chat` takes them, with the images in their places."""
-        images = iter(self.images)
+        return with_images(self.messages, map(image_part, self.images))
 
-        def content(part: dict) -> dict:
-            if part["type"] != "image":
-                return part
-            return {"type": "image_pil", "image_pil": next(images)}
 
-        return [m | {"content": [content(part) for part in m["content"]]} for m in self.messages]
+def image_part(image: Image.Image) -> dict:
+    """An image as `LLM.chat` takes it."""
+    return {"type": "image_pil", "image_pil": image}
+
+
+def with_images(messages: list[dict], parts: Iterable[dict]) -> list[dict]:
+    """The messages with these parts, in order, in the places of {"type": "image"}."""
+    images = iter(parts)
+
+    def placed(part: dict) -> dict:
+        return next(images) if part["type"] == "image" else part
+
+    return [one | {"content": [placed(part) for part in one["content"]]} for one in messages]
 
 
 def demo_samples(

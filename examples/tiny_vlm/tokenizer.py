@@ -69,7 +69,8 @@ def build_tokenizer(count: int = 6000) -> Tokenizer:
     return tokenizer
 
 
-def _image_config() -> dict:
+def image_config(min_pixels: int = SIDE * SIDE, max_pixels: int = SIDE * SIDE) -> dict:
+    """preprocessor_config.json of a Qwen2.5-VL."""
     return {
         "do_convert_rgb": True,
         "do_normalize": True,
@@ -78,14 +79,14 @@ def _image_config() -> dict:
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
         "image_processor_type": "Qwen2VLImageProcessor",
-        "max_pixels": SIDE * SIDE,
+        "max_pixels": max_pixels,
         "merge_size": 2,
-        "min_pixels": SIDE * SIDE,
+        "min_pixels": min_pixels,
         "patch_size": 14,
         "processor_class": "Qwen2_5_VLProcessor",
         "resample": 3,
         "rescale_factor": 1 / 255,
-        "size": {"longest_edge": SIDE * SIDE, "shortest_edge": SIDE * SIDE},
+        "size": {"longest_edge": max_pixels, "shortest_edge": min_pixels},
         "temporal_patch_size": 2,
     }
 
@@ -106,7 +107,7 @@ def save_processor(tokenizer: Tokenizer, folder: Path) -> None:
         "additional_special_tokens": list(SPECIALS),
         "chat_template": CHAT_TEMPLATE,
     }
-    dump = {"tokenizer_config.json": config, "preprocessor_config.json": _image_config()}
+    dump = {"tokenizer_config.json": config, "preprocessor_config.json": image_config()}
     for name, value in dump.items():
         (folder / name).write_text(json.dumps(value, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)

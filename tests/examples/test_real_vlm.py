@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from typer.testing import CliRunner
 
+from benchmarks import real_replay
+from benchmarks.real import RealStudy
+from benchmarks.real_replay import CLASSES, content, count, read_replays, replay_heads
+from benchmarks.study import HELD_OUT, Variant
 from examples.real_vlm import build, canvas, questions, train, vision
 from examples.real_vlm.samples import KINDS, Own, make_sample, stated
 from examples.real_vlm.state import Run
+from tests.support.heads import write_tensors
+from vllm_vispec.heads.target import load_target_config
+from vllm_vispec.train.init import new_draft, new_head_config
 
 CHAT = ("Who are you?", "I am a model. Ask me.", True)
 OWN = Own(
@@ -180,7 +188,7 @@ def test_questions_are_what_regenerate_reads(tmp_path: Path) -> None:
     questions.main(tmp_path, count=len(KINDS), own=tmp_path / "own")
     found = list(read_conversations(tmp_path / "questions.jsonl"))
     assert all(isinstance(one, Conversation) for one in found)
-    assert {getattr(one, "family", "") for one in found} == set(KINDS)
+    assert {getattr(one, "family", "") for one in found} == set(questions.PROMPTS.values())
 
 
 def test_a_perfect_tower_has_no_loss_but_the_names() -> None:
@@ -223,3 +231,39 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
     for key, state in run.optimizer.state[run.trained["w"]].items():
         assert torch.equal(again.optimizer.state[again.trained["w"]][key], state)
     assert json.loads((tmp_path / "run.jsonl").read_text()) == {"step": 3}
+
+
+def test_the_study_shows_heads_other_images(
+    stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From questions to counts, on the stub: only a head that sees images drafts other tokens."""
+    drafted: list[list[torch.Tensor]] = []
+
+    def noting(family: str, ids: torch.Tensor, tokens: list[torch.Tensor], *more: Any) -> Any:
+        drafted.append(tokens)
+        return count(family, ids, tokens, *more)
+
+    monkeypatch.setattr(real_replay, "count", noting)
+    target, kinds = tmp_path / "target", {"blind": "specvlm", "sees": "eagle_vlm"}
+    assert _build("--gguf", stub, "--output", target, "--adapter", "none").exit_code == 0
+    arms = tuple(Variant(name, name, kind, epochs=(1,)) for name, kind in kinds.items())
+    study = RealStudy(tmp_path, str(target), arms, (0,), 0, 6, 2, own=tmp_path / "none")
+    folder = study.questions(HELD_OUT)
+    study.write_questions(folder, "heldout", 10**9, 6, ("table", "chat"))
+    shutil.copy(folder / "questions.jsonl", folder / "answers.jsonl")
+    text = load_target_config(target).get_text_config()
+    for trained in study.heads():
+        made = "text_only" if trained.variant.name == "blind" else ""
+        config = new_head_config(trained.variant.kind, text, compressor=made)
+        weights = new_draft(config, torch.empty(0), 0).state_dict()
+        write_tensors(study.head(trained), "canonical", config, weights)
+    replay_heads(study, study.heads())
+    for trained in study.heads():
+        replays = read_replays(study, trained)
+        assert {one.family for one in replays} == {"charts_tables", "text"}
+        found = content([replays])
+        assert all(found[name]["tokens"] > 100 for name in CLASSES)
+        mine, drafted = drafted[: len(replays)], drafted[len(replays) :]
+        other = [any(not torch.equal(tokens[0], x) for x in tokens[1:]) for tokens in mine]
+        of_images = [one.family != "text" for one in replays]
+        assert other == (of_images if trained.variant.name == "sees" else [False] * 6)
