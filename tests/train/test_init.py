@@ -219,3 +219,5 @@ def test_a_target_without_a_rope_base_is_named() -> None:
     assert new_head_config("vispec", text(head_dim=16)).head_dim == 16
     with pytest.raises(ViSpecError, match="rope_theta"):
         new_head_config("vispec", text(rope_parameters=None))
+    by_layer = {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {"rope_theta": 1e6}}
+    assert new_head_config("vispec", text(rope_parameters=by_layer)).rope_theta == 1e6

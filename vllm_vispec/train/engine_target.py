@@ -19,7 +19,13 @@ from vllm_vispec.data.image_bounds import bounds_in
 from vllm_vispec.heads.target import load_target_config
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.distributed import Processes
-from vllm_vispec.train.target import Observed, TrainingTarget, image_token_id, load_model
+from vllm_vispec.train.target import (
+    Observed,
+    TrainingTarget,
+    embedding_table,
+    image_token_id,
+    load_model,
+)
 from vllm_vispec.utils.engine_start import starting_engine
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -56,6 +62,8 @@ class EngineTarget(TrainingTarget):
         text.num_hidden_layers = 0
         if getattr(text, "layer_types", None) is not None:
             text.layer_types = []
+        if getattr(text, "hidden_size_per_layer_input", None):
+            text.hidden_size_per_layer_input = 0  # Gemma 4 adds it between layers
         shallow.quantization_config = None
         model = load_model(name, dtype, shallow=shallow)
         model.requires_grad_(False)
@@ -63,7 +71,7 @@ class EngineTarget(TrainingTarget):
         return cls(
             model_type=str(shallow.model_type),
             text_config=load_target_config(name).get_text_config(),
-            embed_VD=model.get_input_embeddings().weight,
+            embed_VD=embedding_table(model),
             lm_head_VD=model.get_output_embeddings().weight,
             model=model,
             folder=name,

@@ -118,8 +118,12 @@ def _head_dim(text_config: Any) -> int:
 
 
 def _rope_theta(text: Any) -> float:
-    """transformers 5 keeps the base in `rope_parameters`, older versions in `rope_theta`."""
+    """transformers 5 keeps the base in `rope_parameters`, older versions in `rope_theta`.
+
+    Where kinds of layers have one each (Gemma), the draft's layer takes that of full attention.
+    """
     parameters = getattr(text, "rope_parameters", None) or {}
+    parameters = parameters.get("full_attention", parameters)
     theta = parameters.get("rope_theta") or getattr(text, "rope_theta", None)
     if theta is None:
         raise ViSpecError(

@@ -365,7 +365,19 @@ def load_model(
     if takes_images:
         check_structure(model, f"{setting} {str(folder)!r}")
         use_window_attention(model)
+        use_published_positions(model)
     return model
+
+
+def use_published_positions(model: Any) -> None:
+    """Sample PaddleOCR-VL's grid of positions at the centres of patches, as vLLM does.
+
+    So does the code that the family was published with; transformers 5.19 lays the grid's corners
+    on the image's, which gives other image features.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "PaddleOCRVisionEmbeddings":
+            module.interpolation_align_corners = False
 
 
 def _check_room(folder: str | Path, dtype: torch.dtype, device: str) -> None:
