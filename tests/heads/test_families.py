@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.more_families import ALL_FAMILIES, REFUSED
-from vllm_vispec.heads.families import embedding_scale, families, find_family, recommend
+from vllm_vispec.heads.families import embedding_scale, families, recommend
 
 
 def config(model_type: str, **text: Any) -> Any:
@@ -45,4 +45,3 @@ def test_recommended(target: Any, wanted: str) -> None:
 def test_only_some_families_scale_embeddings() -> None:
     assert embedding_scale("gemma4", 64) == 8
     assert embedding_scale("qwen2_vl", 64) == embedding_scale("new_family", 64) == 1
-    assert find_family("smolvlm") is find_family("idefics3")

@@ -107,6 +107,27 @@ def _idefics(config: Any, shared: dict[str, Any]) -> Any:
     )
 
 
+def _smolvlm(config: Any, shared: dict[str, Any]) -> Any:
+    import transformers
+
+    numbers_in_digits()
+    edge = config.vision_config.image_size
+    sizes = {"size": {"longest_edge": 2 * edge}, "max_image_size": {"longest_edge": edge}}
+    return transformers.SmolVLMProcessor(
+        image_processor=transformers.SmolVLMImageProcessor(**sizes),
+        video_processor=transformers.SmolVLMVideoProcessor(**sizes),
+        image_seq_len=(edge // config.vision_config.patch_size // config.scale_factor) ** 2,
+        **shared,
+    )
+
+
+def numbers_in_digits() -> None:
+    """Let SmolVLM's processor do without num2words, which spells numbers for videos."""
+    from transformers.models.smolvlm import processing_smolvlm
+
+    processing_smolvlm.num2words = processing_smolvlm.num2words or str
+
+
 def _gemma3(config: Any, shared: dict[str, Any]) -> Any:
     import transformers
 
@@ -137,6 +158,14 @@ def _gemma4(config: Any, shared: dict[str, Any]) -> Any:
 
 
 _ROWS = " ".join(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
+_AROUND = f"<fake_token_around_image> <end_of_utterance> <global-img> {_ROWS}"
+_TILES = {
+    "text_config": _text("llama"),
+    "vision_config": {**TOWER, "image_size": 56, "patch_size": 14},
+    "image_token_id": 3,
+    "scale_factor": 2,
+    "pad_token_id": 0,
+}
 _MORE = (
     qwen(
         "qwen2_vl",
@@ -254,17 +283,12 @@ _MORE = (
     ),
     plain_family(
         "idefics3",
-        f"<image> <fake_token_around_image> <end_of_utterance> <global-img> {_ROWS}",
+        f"<image> {_AROUND}",
         ("<image>", "<image>"),
         _idefics,
-        {
-            "text_config": _text("llama"),
-            "vision_config": {**TOWER, "image_size": 56, "patch_size": 14},
-            "image_token_id": 3,
-            "scale_factor": 2,
-            "pad_token_id": 0,
-        },
+        _TILES,
     ),
+    plain_family("smolvlm", f"<image> <video> {_AROUND}", ("<image>", "<image>"), _smolvlm, _TILES),
     plain_family(
         "gemma3",
         "<image_soft_token> <start_of_image> <end_of_image>",
@@ -358,8 +382,8 @@ REFUSED = ("gemma3",)
 """Families that are built to be refused."""
 UNTRAINED = ("llama4",)
 """Families that training refuses: their models are not built as it knows them."""
-DIFFERENT = ("paddleocr_vl",)
-"""Families of which transformers computes something else than vLLM."""
+EXPERTS = ("qwen3_vl_moe", "llama4")
+"""Families of `tests/engine/test_families.py` with mixtures of experts."""
 RECURRENT = ("qwen3_5", "qwen3_5_moe")
 """Families of `tests/engine/test_hybrids.py`."""
 TRAINED = tuple(kind for kind in ALL_FAMILIES if kind not in (*REFUSED, *UNTRAINED))

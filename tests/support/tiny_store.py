@@ -121,6 +121,7 @@ class TinyStore:
 
         from tests.support.heads import write_tensors
         from vllm_vispec.heads.config import HeadConfig
+        from vllm_vispec.heads.families import embedding_scale
         from vllm_vispec.reference import tensor_shapes
 
         settings = {"noise": 0.6, "seed": 0, **base, **changes}
@@ -142,6 +143,8 @@ class TinyStore:
         for name, shape in tensor_shapes(config).items():
             if name in ("embed_tokens.weight", "lm_head.weight"):
                 table = next(tensor for key, tensor in tables.items() if key.endswith(name))
+                # A table of its own holds what tokens become, as those that training writes.
+                table = table * (embedding_scale(kind, HIDDEN) if "embed" in name else 1)
                 tensors[name] = table @ narrowing if config.is_draft_vlm else table
             else:
                 tensors[name] = _random_tensor(name, shape, noise, generator)

@@ -260,15 +260,27 @@ def prefix(llm: LLM, kind: str) -> Results:
     return results
 
 
+def split(llm: LLM, kind: str) -> Results:
+    """Serve a prompt whose image lies across the end of the first step."""
+    most = llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    text = f"{_as_long_as(llm, most - 8)} {image_text(kind, 1)} {words(4, 8)}"
+    return drive(llm, [Request("split", text, (2,), 12)])
+
+
+def _as_long_as(llm: LLM, length: int) -> str:
+    """Return words of ``length`` tokens or a few more."""
+    tokenizer, count = llm.get_tokenizer(), 1
+    while len(tokenizer.encode(words(3, count))) < length:
+        count += 1
+    return words(3, count)
+
+
 def _cut_by_block(llm: LLM, kind: str) -> str:
     """Return a prompt with a 16-token image across the border of the first two blocks.
 
     Two full blocks match; EAGLE drops the last match, so that the hit ends after 32 tokens.
     """
-    tokenizer, count = llm.get_tokenizer(), 1
-    while len(tokenizer.encode(words(3, count))) < 22:
-        count += 1
-    return f"{words(3, count)} {image_text(kind, 1)} {words(4, 40)}"
+    return f"{_as_long_as(llm, 22)} {image_text(kind, 1)} {words(4, 40)}"
 
 
 def abort(llm: LLM, kind: str) -> Results:
@@ -344,5 +356,5 @@ def short(llm: LLM, kind: str, count: int = 12, max_tokens: int = 6) -> Results:
 
 SCENARIOS: Mapping[str, Callable[..., Results]] = {
     function.__name__: function
-    for function in (mixed, text, prefix, abort, features, edge, turns, short)
+    for function in (mixed, text, prefix, split, abort, features, edge, turns, short)
 }

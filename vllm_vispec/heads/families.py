@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from vllm_vispec.utils.settings import Settings
 
-TESTED_ON = "2026-11-30"
+TESTED_ON = "2026-12-01"
 _TABLE = Path(__file__).with_name("families.yaml")
 _PREFIX_LM = frozenset({"gemma3", "paligemma", "molmo2", "bagel", "moondream3"})
 _MTP_LAYERS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
