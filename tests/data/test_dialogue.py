@@ -59,7 +59,7 @@ def test_the_request_joins_the_last_question() -> None:
     assert picture.parts == (Part(image="a.png"), Part(text="Be long."))
 
 
-def test_own_answers_are_the_context(encoder: Encoder) -> None:
+def test_own_answers_are_the_context(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     dialogue = Dialogue.begin(TALK)
     assert dialogue.turns == (SYSTEM, LOOK)
     space = own_space(encoder)
@@ -68,6 +68,8 @@ def test_own_answers_are_the_context(encoder: Encoder) -> None:
     assert dialogue.turns == (SYSTEM, LOOK, new, MORE)
     assert dialogue.images == ("a.png",)
     assert dialogue.accept(reply(encoder, dialogue, space + "Two  stars"), encoder.template)
+    # The engine has processed the pixels; that is not done again.
+    monkeypatch.setattr(Encoder, "_process", lambda *_: pytest.fail("pixels were processed"))
     done = dialogue.finish(encoder)
     assert done.round_trip is True, done.round_trip_reason
     assert done.conversation.sample_id == "s"

@@ -252,7 +252,7 @@ def test_foreign_or_damaged_output(settings: RegenerateSettings) -> None:
 
 def test_output_in_use(settings: RegenerateSettings) -> None:
     run(settings, FakeBackend())
-    with settings.output.open() as other:
+    with settings.beside("rejected.jsonl").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(ViSpecError, match="written by another job"):
             run(settings, FakeBackend())

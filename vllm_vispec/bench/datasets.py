@@ -17,6 +17,7 @@ from vllm_vispec.bench.public_sets import UNLABELLED, read_mmspec, read_vispec
 from vllm_vispec.bench.schema import BenchSample
 from vllm_vispec.data.images import BadImage, image_file, image_folder, open_image
 from vllm_vispec.data.read import read_conversations
+from vllm_vispec.data.shards import exists
 from vllm_vispec.data.types import Conversation, Part, Rejected, Turn
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.files import writing
@@ -99,7 +100,7 @@ class LoadedDataset:
 
 def _read_openai(path: Path, options: DatasetOptions) -> Iterator[Conversation | Rejected]:
     """Yield the dialogues of a conversation file, OpenAI or LLaVA style."""
-    if not path.is_file():
+    if not exists(path):
         raise ViSpecError(
             f"dataset openai: {path} is no file; give JSON lines with messages (OpenAI) or "
             "conversations (LLaVA), images as paths"

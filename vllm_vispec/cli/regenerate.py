@@ -9,6 +9,7 @@ import typer
 
 from vllm_vispec.cli.options import options_of
 from vllm_vispec.data.regenerate.settings import RegenerateSettings, write_questions
+from vllm_vispec.data.shards import files_of, listed, manifest_of
 from vllm_vispec.data.tables import is_table, write_out
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -48,7 +49,7 @@ def regenerate(
         summary = regenerate_all(settings, backend, progress=True)
     except ViSpecError:
         # Without answers there is nothing that they belong to.
-        if asked and not (settings.output.is_file() and settings.output.stat().st_size):
+        if asked and not any(file.stat().st_size for file in files_of(settings.output)):
             asked.unlink()
         raise
     for line in summary_lines(summary, settings.output):
@@ -63,6 +64,10 @@ def summary_lines(summary: Summary, output: Path) -> list[str]:
         f"{summary.answers} answers, {summary.answer_tokens} tokens, "
         f"{summary.length} ended by --max-tokens or the context",
     ]
+    if shards := listed(output):
+        lines.append(
+            f"{len(shards)} files, listed in {manifest_of(output)}: {output} means them all"
+        )
     lines += [f"  rejected: {count} x {reason}" for reason, count in summary.reasons.most_common()]
     if summary.error:
         lines.append(f"  ids and reasons: {output}.rejected.jsonl")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, AliasPath, BaseModel, BeforeValidator, Field, ValidationError
 
 from vllm_vispec.data.images import BadImage, image_file, image_folder
+from vllm_vispec.data.shards import files_of
 from vllm_vispec.data.types import Conversation, Part, Rejected, Turn
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -135,14 +136,14 @@ RECORDS: Mapping[str, type[_Record]] = {"conversations": _LlavaRecord, "messages
 def read_conversations(
     path: Path, image_root: Path | None = None, *, check_images: bool = True
 ) -> Iterator[Conversation | Rejected]:
-    """Yield, for every record of the file, its conversation or why it is left out.
+    """Yield, for every record of the file or of its shards, its conversation or why it is left out.
 
     Image paths stay as written; they start from ``image_root`` or the file's folder, and a record
     whose image is not there is rejected (unless ``check_images`` is off). A record without ``id``
     is called after its line. A second record with an id that was there before is rejected.
 
     Raises:
-        ViSpecError: the file cannot be read or is one broken JSON array.
+        ViSpecError: the file cannot be read or is one broken JSON array, or a shard is damaged.
     """
     folder = image_folder(path, image_root) if check_images else None
     seen: set[str] = set()
@@ -206,16 +207,17 @@ def _parse(line: bytes) -> Any:
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line number or position, undecoded line or parsed record) from 1 on."""
+    number = 0
     try:
-        with path.open("rb") as source:
-            start = source.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-            source.seek(0)
-            if start == b"[":
-                yield from enumerate(_array(path, source.read()), start=1)
-                return
-            for number, line in enumerate(source, start=1):
-                if line.strip():
-                    yield number, line
+        for file in files_of(path) or [path]:
+            with file.open("rb") as source:
+                start = source.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+                source.seek(0)
+                items: Iterable[Any] = _array(file, source.read()) if start == b"[" else source
+                for item in items:
+                    number += 1
+                    if not isinstance(item, bytes) or item.strip():
+                        yield number, item
     except OSError as error:
         raise ViSpecError(
             f"input {path} cannot be read ({error.strerror or error}): give a file of conversations"

@@ -15,6 +15,7 @@ from vllm_vispec.data.encode import Encoded, Encoder
 from vllm_vispec.data.image_bounds import NAMES
 from vllm_vispec.data.images import image_folder
 from vllm_vispec.data.read import read_conversations
+from vllm_vispec.data.shards import exists
 from vllm_vispec.data.types import Conversation, Rejected
 from vllm_vispec.utils.settings import Settings
 
@@ -77,7 +78,7 @@ class EvalOptions(Settings):
     @field_validator("data")
     @classmethod
     def _is_there(cls, path: Path) -> Path:
-        if not path.is_file():
+        if not exists(path):
             raise ValueError(f"--data {path} is no file: give a JSONL file of conversations")
         return path
 

@@ -22,6 +22,7 @@ import torch
 from vllm_vispec.data.encode import Encoded, Encoder, Measured, measured
 from vllm_vispec.data.images import image_fingerprint, image_folder, open_image
 from vllm_vispec.data.read import read_conversations
+from vllm_vispec.data.shards import exists, files_of
 from vllm_vispec.data.types import ANSWER_TOKENS_KEY, FINISH_KEY, Conversation, Rejected
 from vllm_vispec.train.config import BatchConfig, DataConfig
 from vllm_vispec.utils.errors import ViSpecError
@@ -135,7 +136,7 @@ def _read_files(files: Sequence[str], image_root: str) -> tuple[list[Entry], lis
     rejected: list[Rejected] = []
     for name in files:
         file, root = Path(name), Path(image_root) if image_root else None
-        if not file.is_file():
+        if not exists(file):
             raise ViSpecError(
                 f"data.train or data.validation: {file} is no file: give one that "
                 "`vispec regenerate` wrote"
@@ -168,8 +169,8 @@ def _draw(numbers: Sequence[int], count: int) -> list[int]:
 
 def _digest(files: Iterable[str], entries: Iterable[Entry]) -> str:
     total = hashlib.sha256()
-    for name in files:
-        with Path(name).open("rb") as source:
+    for file in (file for name in files for file in files_of(Path(name))):
+        with file.open("rb") as source:
             total.update(hashlib.file_digest(source, "sha256").digest())
     for entry in entries:
         total.update(entry.conversation.sample_id.encode() + b"\0")

@@ -1,19 +1,19 @@
 """A regeneration job: the target answers every sample of a file once, however often it is stopped.
 
-The output is a journal, one line per finished sample. Beside ``out.jsonl`` lie
-``out.jsonl.meta.json`` (settings and hash of the input: another configuration must not mix its
-answers in), ``out.jsonl.rejected.jsonl`` and, at the end, ``out.jsonl.summary.json``.
+The output is a journal, one line per finished sample, in shards if they are many. Beside
+``out.jsonl`` lie ``out.jsonl.meta.json`` (the shards; settings and hash of the input: another
+configuration must not mix its answers in), ``out.jsonl.rejected.jsonl`` and, at the end,
+``out.jsonl.summary.json``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
@@ -21,7 +21,9 @@ from typing import Any, Literal
 
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.regenerate.dialogue import Backend, Regenerated, Result
+from vllm_vispec.data.regenerate.journal import Journal, write_line
 from vllm_vispec.data.regenerate.settings import RegenerateSettings
+from vllm_vispec.data.shards import files_of
 from vllm_vispec.data.types import (
     ANSWER_TOKENS_KEY,
     FINISH_KEY,
@@ -115,15 +117,15 @@ def regenerate_all(
         raise ViSpecError(f"--output {settings.output} is the input; choose another file")
     settings = settings.with_image_bounds()
     with _Job(settings) as job:
-        todo = job.read_input()
+        todo = job.begin()
         if todo:
             job.run(make(backend, settings), todo, progress)
-        write_json(settings.beside("summary.json"), vars(job.summary))
+        job.finish()
     return job.summary
 
 
 class _Job:
-    """Counts results and appends them to the output, each with one flush to the system.
+    """Counts results and appends them to the output.
 
     Raises:
         ViSpecError: the output belongs to another configuration or another running job, a line of
@@ -131,22 +133,20 @@ class _Job:
     """
 
     def __init__(self, settings: RegenerateSettings) -> None:
-        self.settings, self.output, self.summary = settings, settings.output, Summary()
-        configuration = settings.fingerprint() | {"input_sha256": _file_hash(settings.input)}
-        self._done = set[str]()
-        with self._naming_failures(), ExitStack() as stack:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            created = not self.output.exists() or self.output.stat().st_size == 0
-            # Unbuffered: nothing of a record that did not fit may be written later.
-            self._file = stack.enter_context(self.output.open("ab", buffering=0))
-            lock(
-                self._file,
-                f"--output {self.output} is being written by another job; choose another file",
-            )
-            _check_meta(settings, configuration, created)
-            self._size = self._load()
+        self.settings, self.summary = settings, Summary()
+        configuration = settings.fingerprint() | {"input_sha256": _content_hash(settings.input)}
+        self._journal = Journal(settings.output, configuration, settings.shard_samples)
+        with self._journal.naming_failures(), ExitStack() as stack:
+            settings.output.parent.mkdir(parents=True, exist_ok=True)
             rejected = settings.beside("rejected.jsonl")
-            self._rejected = stack.enter_context(rejected.open("wb", buffering=0))
+            self._rejected = stack.enter_context(rejected.open("ab", buffering=0))
+            lock(
+                self._rejected,
+                f"--output {settings.output} is being written by another job; choose another file",
+            )
+            stack.enter_context(closing(self._journal))
+            self._journal.load()
+            self._rejected.truncate(0)
             self._open = stack.pop_all()
 
     def __enter__(self) -> _Job:
@@ -155,17 +155,20 @@ class _Job:
     def __exit__(self, *details: object) -> None:
         self._open.close()  # gives the lock back
 
-    def read_input(self) -> list[Conversation]:
-        """Count the input and return what is still to do."""
+    def begin(self) -> list[Conversation]:
+        """Count the input, open the output if need be, and return what is still to do."""
         todo = []
         for item in read_conversations(self.settings.input, self.settings.image_root):
             self.summary.total += 1
             if isinstance(item, Rejected):
                 self._reject(item)
-            elif item.sample_id in self._done:
+            elif item.sample_id in self._journal.ids:
                 self.summary.skipped += 1
             else:
                 todo.append(item)
+        if todo or not self._journal.ids:
+            with self._journal.naming_failures():
+                self._journal.open(self.summary.total)
         return todo
 
     def run(self, backend: Backend, todo: list[Conversation], progress: bool) -> None:
@@ -188,6 +191,11 @@ class _Job:
                 "the same command again"
             )
 
+    def finish(self) -> None:
+        """Write what was counted."""
+        self._journal.finish()
+        write_json(self.settings.beside("summary.json"), vars(self.summary))
+
     def _note(self, result: Result) -> None:
         summary = self.summary
         if isinstance(result, Rejected):
@@ -199,12 +207,8 @@ class _Job:
                 reason = f"template round trip: {result.round_trip_reason}"
                 self._reject(Rejected(result.conversation.sample_id, reason))
                 return
-        with self._naming_failures():
-            try:
-                self._size += _write_line(self._file, _to_record(result, self.settings))
-            except OSError:
-                self._file.truncate(self._size)
-                raise
+        with self._journal.naming_failures():
+            self._journal.append(_to_record(result, self.settings))
         summary.success += 1
         summary.round_trip_unchecked += result.round_trip is None
         summary.answers += len(result.answers)
@@ -218,40 +222,11 @@ class _Job:
         summary.length += sum(answer.finish_reason == "length" for answer in result.answers)
 
     def _reject(self, item: Rejected) -> None:
-        with self._naming_failures():
-            _write_line(self._rejected, {"id": item.sample_id, "reason": item.reason})
+        with self._journal.naming_failures():
+            write_line(self._rejected, {"id": item.sample_id, "reason": item.reason})
         self.summary.error += 1
         known = (name for name in REASON_CLASSES if name in item.reason)
         self.summary.reasons[next(known, "other")] += 1
-
-    def _load(self) -> int:
-        """Read the ids in the output, drop a last line that was cut off; return the size."""
-        size = 0
-        with self.output.open("rb") as source:
-            for number, line in enumerate(source, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    self._done.add(str(json.loads(line)["id"]))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ViSpecError(
-                        f"--output {self.output}: line {number} is damaged; remove the line and "
-                        "start again"
-                    ) from error
-                size += len(line)
-        self._file.truncate(size)
-        return size
-
-    @contextmanager
-    def _naming_failures(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            kept = len(self._done) + self.summary.success
-            raise ViSpecError(
-                f"--output {self.output} cannot be written ({error.strerror or error}): {kept} "
-                "finished samples are kept; make room and run the same command again"
-            ) from error
 
 
 def repeats_itself(text: str) -> bool:
@@ -260,47 +235,18 @@ def repeats_itself(text: str) -> bool:
     return len(end) > 200 and len(end) > DEGENERATE_RATIO * len(zlib.compress(end))
 
 
-def _check_meta(
-    settings: RegenerateSettings, configuration: Mapping[str, Any], created: bool
-) -> None:
-    """Compare the settings with those of the earlier run, or write them for a new file."""
-    output, meta = settings.output, settings.beside("meta.json")
-    if created:
-        write_json(meta, configuration)
-        return
+def _content_hash(path: Path) -> str:
+    total = hashlib.sha256()
     try:
-        earlier = json.loads(meta.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError) as error:
-        raise ViSpecError(
-            f"--output {output} exists, but {meta.name} beside it does not say how it was made; "
-            "choose another file"
-        ) from error
-    for name, value in configuration.items():
-        if earlier.get(name) != value:
-            raise ViSpecError(
-                f"--output {output} was made with {name} {earlier.get(name)!r}, now it is "
-                f"{value!r}; choose another file or the earlier setting"
-            )
-
-
-def _file_hash(path: Path) -> str:
-    try:
-        with path.open("rb") as source:
-            return hashlib.file_digest(source, "sha256").hexdigest()
+        for file in files_of(path) or [path]:
+            with file.open("rb") as source:
+                hashlib.file_digest(source, lambda: total)
     except OSError as error:
         raise ViSpecError(
             f"--input {path} cannot be read ({error.strerror or error}): give a folder of images "
             "or a file of questions"
         ) from error
-
-
-def _write_line(file: Any, record: Mapping[str, Any]) -> int:
-    """Write a line; a full disk may take a part first and refuse the rest."""
-    line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-    rest = line
-    while rest:
-        rest = rest[file.write(rest) :]
-    return len(line)
+    return total.hexdigest()
 
 
 def _to_record(done: Regenerated, settings: RegenerateSettings) -> dict[str, Any]:

@@ -79,6 +79,11 @@ class RegenerateSettings(Settings):
         description="Larger images are reduced to this; 0: by the target, 1280 tokens where it "
         "takes 16384.",
     )
+    shard_samples: int = Field(
+        default=100_000,
+        ge=1,
+        description="Most samples of a file; a larger input gets several, and a list of them.",
+    )
     strict: bool = Field(
         default=False, description="Reject answers whose text has other tokens in the template."
     )
