@@ -17,7 +17,7 @@ from itertools import chain, groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_vispec.data.images import image_size, open_image
+from vllm_vispec.data.images import image_file, image_size, open_image
 from vllm_vispec.data.template import ChatTemplate
 from vllm_vispec.data.types import ANSWER_TOKENS_KEY, FINISH_KEY, Conversation, Rejected, Turn
 from vllm_vispec.utils.errors import first_line
@@ -39,7 +39,7 @@ class Encoded:
     token included unless the answer was cut off. ``runs`` are the image tokens [start, end), one
     run per image, or several where other tokens stand between its rows or tiles. ``vision`` holds
     what the target's forward needs beside the ids (``pixel_values``, ``image_grid_thw``, ...), as
-    the processor returned it; empty without images.
+    the processor returned it; empty without images. ``images`` are their files.
     """
 
     sample_id: str
@@ -48,6 +48,7 @@ class Encoded:
     answer: Tensor
     runs: tuple[tuple[int, int], ...]
     vision: Mapping[str, Tensor]
+    images: tuple[Path, ...] = ()
 
     def pin_memory(self) -> Encoded:
         """Return it in memory that a GPU reads directly, as torch's DataLoader asks for."""
@@ -189,6 +190,7 @@ class Encoder:
             answer=torch.tensor(plain.answer).repeat_interleave(repeats),
             runs=runs,
             vision=vision,
+            images=tuple(image_file(path, self.image_root) for path in conversation.images),
         )
 
     def _runs(self, pieces: Iterable[list[int]]) -> Iterator[tuple[int, int]]:

@@ -147,8 +147,7 @@ class OfflineTeacher(Teacher[dict[str, Any]]):
             if group.is_main and not has_tables:
                 _write_tables(self._states, target)
             self._fill(mine, target)
-            if isinstance(target, EngineTarget):
-                target.stop()
+            target.stop()
         group.wait()
         return self._known_places()
 
@@ -165,12 +164,7 @@ class OfflineTeacher(Teacher[dict[str, Any]]):
                 records: list[dict[str, Any]] = []
                 for batch in chunk:
                     encoded = require(next(ready))
-                    if isinstance(target, EngineTarget):
-                        images = [self._samples.images(index) for index in batch]
-                        observed = target.observe_with(encoded, images)
-                    else:
-                        observed = target.observe(encoded)
-                    for index, one in zip(batch, observed, strict=True):
+                    for index, one in zip(batch, target.observe(encoded), strict=True):
                         packed = _pack(one, self._whole, target.embed_VD)
                         tensors |= {f"{len(records)}.{name}": x for name, x in packed.items()}
                         key = self._keys[index]

@@ -15,20 +15,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from vllm_vispec.data.encode import Encoded, Encoder, Measured, measured
-from vllm_vispec.data.images import image_fingerprint, image_folder, open_image
+from vllm_vispec.data.images import image_fingerprint, image_folder
 from vllm_vispec.data.read import read_conversations
 from vllm_vispec.data.shards import exists, files_of
 from vllm_vispec.data.types import ANSWER_TOKENS_KEY, FINISH_KEY, Conversation, Rejected
 from vllm_vispec.train.config import BatchConfig, DataConfig
 from vllm_vispec.utils.errors import ViSpecError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 HELD_OUT = "data.validation has the same dialogue"
 # Reason of a rejection (pattern of its text) -> the name it is counted under.
@@ -243,15 +240,6 @@ class Samples:
             for name, value in item.vision.items()
         }
         return replace(item, vision=vision)
-
-    def images(self, index: int) -> list[Image]:
-        """Return an entry's images, decoded.
-
-        Raises:
-            BadImage: one cannot be read any more.
-        """
-        entry = self._entries[index]
-        return [open_image(path, entry.image_root) for path in entry.conversation.images]
 
 
 def require(items: Iterable[Encoded | Rejected]) -> list[Encoded]:

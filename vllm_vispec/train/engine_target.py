@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from vllm_vispec.data.encode import Encoded
 from vllm_vispec.data.image_bounds import bounds_in
+from vllm_vispec.data.images import open_image
 from vllm_vispec.heads.target import load_target_config
 from vllm_vispec.train.config import TrainConfig
 from vllm_vispec.train.distributed import Processes
@@ -28,9 +29,6 @@ from vllm_vispec.train.target import (
 )
 from vllm_vispec.utils.engine_start import starting_engine
 from vllm_vispec.utils.errors import ViSpecError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 ENGINE_BATCH = 16
 """Samples that vLLM gets at once: enough to keep it full, few enough to hold their pixels."""
@@ -83,18 +81,13 @@ class EngineTarget(TrainingTarget):
         """End the engine and free its memory."""
         self.llm.llm_engine.engine_core.shutdown()
 
-    def observe_with(
-        self, samples: Sequence[Encoded], images: Sequence[Sequence[Image]]
-    ) -> list[Observed]:
+    def observe(self, samples: Sequence[Encoded]) -> list[Observed]:
         """Run the target on samples.
-
-        Args:
-            images: of each sample, as the processor got them.
 
         Raises:
             ViSpecError: vLLM expands a sample's images to other tokens, or memory ran out.
         """
-        prompts = [_prompt(*one) for one in zip(samples, images, strict=True)]
+        prompts = [_prompt(sample) for sample in samples]
         outputs = self.llm.encode(prompts, pooling_task="token_embed", use_tqdm=False)
         found = []
         for sample, output in zip(samples, outputs, strict=True):
@@ -105,19 +98,20 @@ class EngineTarget(TrainingTarget):
                     "mm_processor_kwargs out of teacher.engine_options, or set teacher.engine to "
                     "transformers"
                 )
-            (observed,) = self.observe([sample])  # its states have met no decoder layer
+            (observed,) = super().observe([sample])  # its states have met no decoder layer
             hidden_LD = output.outputs.data.to(observed.embeds_LD)
             found.append(replace(observed, hidden_LD=hidden_LD))
         return found
 
 
-def _prompt(sample: Encoded, images: Sequence[Image]) -> dict[str, Any]:
+def _prompt(sample: Encoded) -> dict[str, Any]:
     """A sample as vLLM takes it: one token for each image."""
     kept_L = torch.ones(len(sample.token_ids), dtype=torch.bool)
     for start, end in sample.runs:
         kept_L[start + 1 : end] = False
     prompt: dict[str, Any] = {"prompt_token_ids": sample.token_ids[kept_L].tolist()}
-    return prompt | ({"multi_modal_data": {"image": list(images)}} if images else {})
+    images = [open_image(str(file), None) for file in sample.images]
+    return prompt | ({"multi_modal_data": {"image": images}} if images else {})
 
 
 def _start(config: TrainConfig, dtype: torch.dtype) -> Any:

@@ -222,6 +222,9 @@ class TrainingTarget(TargetFacts):
             for sample, embeds_LD, hidden_LD in zip(samples, embeds[0], hidden_BLD, strict=True)
         ]
 
+    def stop(self) -> None:
+        """Free what is not torch's own; there is no more to observe."""
+
     def _inputs(self, samples: Sequence[Encoded]) -> Mapping[str, Any]:
         ids = [sample.token_ids for sample in samples]
         vision = merge_vision([sample.vision for sample in samples])
