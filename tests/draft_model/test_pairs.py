@@ -5,8 +5,6 @@ Acceptance is a weak witness where a model drafts badly, so the drafts themselve
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 import torch
 
 from tests.support.engine import Completion, Engine
+from tests.support.quantised import quantise
 from tests.support.runners import marks
 from tests.support.spies import watch, watch_drafts
 from tests.support.tiny_families import FAMILIES, byte_bpe_tokenizer
@@ -115,42 +114,12 @@ def test_a_quantised_draft(engine: Callable[..., Engine], tiny: TinyStore) -> No
     """Its list of layers that are not quantised names them as published, without a prefix."""
     folder, whole = tiny.root / "quantised", tiny.sibling()
     if not folder.exists():
-        _quantise(Path(whole), folder)
+        quantise(Path(whole), folder)
     options = {"dtype": "bfloat16", **SMALL}
     drafting = engine("v1", draft=str(folder), num_draft_tokens=3, **options)
     requests = _requests(KIND)
     for request, drafted in zip(requests, drafting.run(draft, requests)[0], strict=True):
         assert_says(whole, request, drafted, tolerance=0.1)
-
-
-def _quantise(whole: Path, folder: Path) -> None:
-    """Write a model with matrices of its language model in int8, a scale for each row."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(whole, folder)
-    tensors = {}
-    for name, tensor in load_file(whole / "model.safetensors").items():
-        if name.endswith("_proj.weight") and "visual" not in name:
-            scale = tensor.abs().amax(dim=1, keepdim=True) / 127
-            tensors[name] = (tensor / scale).round().to(torch.int8)
-            tensors[f"{name}_scale"] = scale
-        else:
-            tensors[name] = tensor
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    eight = {"num_bits": 8, "type": "int", "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**eight, "strategy": "channel", "dynamic": False},
-        "input_activations": {**eight, "strategy": "token", "dynamic": True},
-    }
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "config_groups": {"group_0": group},
-        "ignore": ["re:visual.*", "re:.*lm_head"],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_engines_for_text_and_with_adapters(engine: Callable[..., Engine], tiny: TinyStore) -> None:

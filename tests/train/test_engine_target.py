@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.child import run_in_subprocess
 from tests.support.engine import IN_PROCESS_ENV, shut_down_distributed
+from tests.support.quantised import quantise
 from tests.support.tiny_store import TinyStore
 from tests.train.runs import recipe, run
 from vllm_vispec.train.cache import OfflineTeacher
-from vllm_vispec.train.config import config_from_flat
+from vllm_vispec.train.config import TrainConfig, config_from_flat
 from vllm_vispec.train.distributed import Processes, processes
 from vllm_vispec.train.engine_target import EngineTarget
 from vllm_vispec.train.loop import fill_cache
@@ -28,6 +30,7 @@ from vllm_vispec.utils.files import read_json
 
 # Prompts are prefilled in parts.
 OPTIONS = {"enforce_eager": True, "max_num_batched_tokens": 48, "gpu_memory_utilization": 0.1}
+TWO_WORKERS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
 def fill(flat: dict[str, Any]) -> str:
@@ -50,34 +53,73 @@ def stored(folder: Path) -> dict[str, Tensor]:
     return found | load_file(tables)
 
 
+def fill_both(wanted: TrainConfig, by_engine: TrainConfig) -> tuple[dict[str, Tensor], ...]:
+    """Complete a cache with transformers and one with vLLM; return what is in them."""
+    fill(wanted.flat())
+    (said,) = run_in_subprocess(
+        "tests.train.test_engine_target:fill", {"flat": by_engine.flat()}, IN_PROCESS_ENV
+    )
+    assert "24 samples, 0 skipped" in said
+    found = [stored(Path(one.teacher.cache_dir)) for one in (wanted, by_engine)]
+    assert set(found[0]) == set(found[1])
+    return tuple(found)
+
+
+SLOW = [
+    pytest.param(kind, options, marks=pytest.mark.slow, id=name)
+    for name, kind, options in (
+        ("llava_next", "llava_next", OPTIONS),
+        ("qwen3_vl", "qwen3_vl", OPTIONS),
+        ("tensor parallel", "qwen2_5_vl", {**OPTIONS, **TWO_WORKERS}),
+    )
+]
+
+
 @pytest.mark.engine
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    "kind",
-    ["qwen2_5_vl", *(pytest.param(x, marks=pytest.mark.slow) for x in ("llava_next", "qwen3_vl"))],
+    ("kind", "options"), [pytest.param("qwen2_5_vl", OPTIONS, id="qwen2_5_vl"), *SLOW]
 )
 def test_states_are_those_of_transformers(
-    tiny: TinyStore, dialogues: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    tiny: TinyStore,
+    dialogues: Path,
+    tmp_path: Path,
+    kind: str,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    caches = {"transformers": tmp_path / "one", "vllm": tmp_path / "two"}
-    configs = {
-        engine: recipe(tiny.target(kind), dialogues, tmp_path / "run", teacher__mode="offline",
-                       teacher__cache_dir=str(cache), teacher__engine=engine, batch__size=1,
-                       teacher__engine_options=OPTIONS, schedule__max_steps=2)
-        for engine, cache in caches.items()
-    }  # fmt: skip
-    fill(configs["transformers"].flat())
-    (said,) = run_in_subprocess(
-        "tests.train.test_engine_target:fill", {"flat": configs["vllm"].flat()}, IN_PROCESS_ENV
-    )
-    assert "24 samples, 0 skipped" in said
-    wanted, found = (stored(cache) for cache in caches.values())
-    assert set(found) == set(wanted)
+    configs = [
+        recipe(tiny.target(kind), dialogues, tmp_path / "run", teacher__mode="offline",
+               teacher__cache_dir=str(tmp_path / engine), teacher__engine=engine, batch__size=1,
+               teacher__engine_options=options, schedule__max_steps=2)
+        for engine in ("transformers", "vllm")
+    ]  # fmt: skip
+    wanted, found = fill_both(*configs)
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=1e-3)
     # Training needs no engine.
     monkeypatch.setattr(EngineTarget, "start", lambda *_: pytest.fail("the engine is started"))
-    assert run(configs["vllm"]).finished
+    assert run(configs[1]).finished
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_states_of_a_quantised_target(tiny: TinyStore, dialogues: Path, tmp_path: Path) -> None:
+    """Weights and inputs of its decoder layers are int8; everything else is as it was."""
+    whole = Path(tiny.target("qwen2_5_vl"))
+    folders = {"transformers": whole, "vllm": quantise(whole, tmp_path / "quantised")}
+    wanted, found = fill_both(*(
+        recipe(folder, dialogues, tmp_path / "run", teacher__mode="offline",
+               teacher__cache_dir=str(tmp_path / engine), teacher__engine=engine, batch__size=1,
+               teacher__engine_options=OPTIONS, target__dtype="bfloat16")
+        for engine, folder in folders.items()
+    ))  # fmt: skip
+    hidden = [name for name in wanted if name.endswith("hidden")]
+    for name in wanted.keys() - hidden:
+        torch.testing.assert_close(found[name], wanted[name])
+    likeness = [F.cosine_similarity(found[x].float(), wanted[x].float()).min() for x in hidden]
+    assert 0.9 < float(min(likeness)) < 0.9999
 
 
 def test_what_cannot_be_stored_by_an_engine(
