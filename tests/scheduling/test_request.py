@@ -10,7 +10,7 @@ import pytest
 from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.scheduling import patch_points
 from vllm_vispec.scheduling.control import SCHEDULE, resolve_adaptive
-from vllm_vispec.scheduling.request import check_request, request_limit
+from vllm_vispec.scheduling.request import check_request
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -34,9 +34,8 @@ def serving(most: int, **settings: Any) -> Any:
     [(None, None), ({K_SETTING: 0}, 0), ({K_SETTING: 3}, 3), (f'{{"{K_SETTING}": 2}}', 2)],
 )
 def test_both_forms(given: Any, limit: int | None) -> None:
-    assert request_limit(asking(given)) == limit
-    assert request_limit(None) is None
-    check_request(serving(5), asking(given))
+    assert check_request(serving(5), asking(given)) == limit
+    assert check_request(serving(5), None) is None
 
 
 @pytest.mark.parametrize(

@@ -91,3 +91,25 @@ def test_gaps_end_where_requests_begin_anew(monkeypatch: pytest.MonkeyPatch) -> 
     )
     made._update_after_schedule(output)
     assert (made._gaps, made._limits) == ({"c"}, {"a": 2})
+
+
+@pytest.mark.parametrize(
+    ("given", "limits"), [("x", {}), ({"num_speculative_tokens": 2}, {"a": 2})]
+)
+def test_a_request_that_no_front_process_checked_ends_no_engine(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    given: Any,
+    limits: dict[str, int],
+) -> None:
+    """Ray Serve builds the configuration elsewhere, so that our check of requests is not there."""
+    made, added = scheduling(), []
+    made.vllm_config = SimpleNamespace(
+        speculative_config=SimpleNamespace(num_speculative_tokens=K), additional_config={}
+    )
+    monkeypatch.setattr(Scheduler, "add_request", lambda _, request: added.append(request))
+    params = SimpleNamespace(extra_args={"vispec": given})
+    made.add_request(SimpleNamespace(request_id="a", sampling_params=params))
+    assert len(added) == 1
+    assert made._limits == limits
+    assert ("a is drafted for as any" in caplog.text) == (not limits)

@@ -48,15 +48,15 @@ def request_limit(params: Any) -> int | None:
     return limit
 
 
-def check_request(vllm_config: Any, params: Any) -> None:
-    """Check what a request asks for against what the engine drafts.
+def check_request(vllm_config: Any, params: Any) -> int | None:
+    """Return what `request_limit` does, checked against what the engine drafts.
 
     Raises:
         ViSpecError: Names the value and those that are allowed.
     """
     limit = request_limit(params)
     if limit is None:
-        return
+        return None
     most = vllm_config.speculative_config.num_speculative_tokens
     if has_branches(vllm_config) and limit not in (0, most):
         raise ViSpecError(
@@ -68,6 +68,7 @@ def check_request(vllm_config: Any, params: Any) -> None:
             f'extra_args["{SECTION}"]: {K_SETTING}={limit} must be at most {most}, which is what '
             "this server drafts"
         )
+    return limit
 
 
 def validate_params(

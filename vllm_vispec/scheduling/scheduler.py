@@ -22,7 +22,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.scheduling.control import DraftControl, Sleep, ladder
-from vllm_vispec.scheduling.request import request_limit
+from vllm_vispec.scheduling.request import check_request
+from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
@@ -48,8 +49,18 @@ class ViSpecScheduler(Scheduler):
         self._last_step: tuple[int, int, float] | None = None
 
     def add_request(self, request: Any) -> None:
-        """Note how many draft tokens the request wants."""
-        limit = request_limit(request.sampling_params)
+        """Note how many draft tokens the request wants.
+
+        Front processes refuse what cannot be.  One that did not build the configuration itself
+        (Ray Serve's, on GPUs) does not: an error here would end the engine.
+        """
+        limit = None
+        try:
+            limit = check_request(self.vllm_config, request.sampling_params)
+        except ViSpecError as error:
+            logger.warning(
+                "ViSpec: request %s is drafted for as any: %s", request.request_id, error
+            )
         if limit is not None:
             self._limits[request.request_id] = limit
         super().add_request(request)
