@@ -16,19 +16,19 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, ClassVar
 
 import typer
+import yaml
 
 from benchmarks import ThreadsOption, real_replay, report
 from benchmarks.calls import shown
 from benchmarks.pair_report import THREADS
-from benchmarks.real_replay import ALL, CLASSES, DRAFT_TOKENS, LOSSES, VIEWS
+from benchmarks.real_replay import ALL, CLASSES, DRAFT_TOKENS, LOSSES, VIEWS, Replay
 from benchmarks.study import HELD_OUT, Step, Study, Trained, Variant, by_name, choose
 from examples.pair import ModelOption
 from examples.real_vlm.build import TARGET
-from examples.real_vlm.questions import PROMPTS, write_questions
+from examples.real_vlm.questions import write_questions
 from examples.real_vlm.samples import HELD_OUT as FIRST_SEED
 from examples.real_vlm.samples import KINDS, Own
 from vllm_vispec.bench.bootstrap import with_interval
@@ -41,59 +41,18 @@ from vllm_vispec.bench.schema import IMAGES_AS_THEY_ARE, BenchRun
 from vllm_vispec.cli.options import exit_on_error
 from vllm_vispec.heads.folder import DRAFT_VOCAB
 from vllm_vispec.utils.errors import ViSpecError
-from vllm_vispec.utils.files import writing
+from vllm_vispec.utils.files import read_json, writing
 
 SHIPPED = Path("examples/real_vlm/checkpoints/head")
+SERVE = "--max-model-len 4096 --enforce-eager"
 WORK = Path("out/real")
 VOCAB_SIZE, K = 8192, "5"
 FIRST, ZEROED, QUICK = "vispec", "zeroed", "quick"
 SIZE_INCHES = (15, 4.5)
 
 
-def _arm(name: str, label: str, kind: str, data: str = "mixed", **more: str) -> Variant:
-    settings = {name.replace("__", "."): value for name, value in more.items()}
-    return Variant(name, label, kind, MappingProxyType(settings), data, epochs=(1,))
-
-
-DRAFT_VLM = {"head__num_layers": "2", "loss__name": "kl", "loss__passes": "1"}
-# The most telling first: a run that is cut short has the rest missing.
-ARMS = by_name(
-    _arm(FIRST, "ViSpec, 2 queries", "vispec"),
-    _arm("text_only", "no image", "specvlm", head__compressor="text_only"),
-    _arm("eagle_vlm", "EagleVLM", "eagle_vlm"),
-    _arm("eagle_text", "EAGLE, text only", "eagle_text", "text"),
-    _arm("select", "SpecVLM, select", "specvlm"),
-    _arm("global", "global feature only", "vispec", head__compressor="text_only"),
-    _arm("vispec_8", "ViSpec, 8 queries", "vispec", head__num_query_tokens="8"),
-    _arm("draft_vlm", "draft VLM, 2 layers", "draft_vlm", **DRAFT_VLM),
-    # Not trained: the first one's weights.
-    _arm(ZEROED, "ViSpec, adaptor zeroed", "vispec"),
-)
-SERVE = ("--max-model-len", "4096", "--enforce-eager")
-PATH = "spec_llava:0.3"
-# Of 64 tokens, each of two images would have 32: no square has so many.
-ONE_IMAGE = tuple(
-    dict.fromkeys(name for kind, name in PROMPTS.items() if kind not in ("chat", "two"))
-)
-NATIVE = (IMAGES_AS_THEY_ARE,)
-WIDE: dict[str, Any] = {
-    "variants": (BASELINE, "ngram", "vispec", PATH),
-    "concurrency": (1, 4, 16),
-    "num_speculative_tokens": (5, 3, 7),
-    "temperatures": (0.0, 1.0),
-    "image_tokens": NATIVE,
-    "repetitions": 2,
-}
-SIZES = WIDE | {"concurrency": (1,), "num_speculative_tokens": (5,), "temperatures": (0.0,)}
-SIZES |= {"image_tokens": (64, 256, 1024), "families": ONE_IMAGE}
-EXACT = WIDE | {"concurrency": (1,), "num_speculative_tokens": (5,), "temperatures": (0.0,)}
-EXACT |= {"repetitions": 1, "serve_args": (*SERVE, "--dtype", "float32")}
-NARROW = WIDE | {"variants": (BASELINE, "vispec"), "image_tokens": (*NATIVE, 1024)}
-NARROW |= {"num_speculative_tokens": (5,), "temperatures": (0.0,), "repetitions": 1}
-BRIEF = NARROW | {"variants": (BASELINE, "ngram", "vispec"), "concurrency": (1, 4)}
-BRIEF |= {"image_tokens": NATIVE}
-# Matrices of servers by arm; those of all others are narrow.
-MATRICES = {FIRST: {"wide": WIDE, "sizes": SIZES, "float32": EXACT}, QUICK: {"brief": BRIEF}}
+SETTINGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+ARMS = by_name(*(Variant(name, epochs=(1,), **arm) for name, arm in SETTINGS["arms"].items()))
 
 
 @dataclass(frozen=True)
@@ -142,37 +101,36 @@ class RealStudy(Study):
         real_replay.replay_heads(self, heads)
         data = self.questions(HELD_OUT) / "answers.jsonl"
         for trained in (one for one in heads if one.seed == self.seeds[0]):
-            for name, matrix in MATRICES.get(trained.variant.name, {"narrow": NARROW}).items():
+            served = SETTINGS["served"]
+            for name, matrix in served.get(trained.variant.name, served["others"]).items():
                 head, chosen = self.head(trained), {"serve_args": SERVE} | matrix
+                vocab = {"draft_vocab": "auto"} if (head / DRAFT_VOCAB).exists() else {}
                 families = chosen.pop("families", ())
                 settings = MatrixSettings(
                     **chosen,
                     target=self.target,
                     head=str(head),
-                    speculative_config={"draft_vocab": "auto"}
-                    if (head / DRAFT_VOCAB).exists()
-                    else {},
+                    speculative_config=vocab,
                     design="star",
                     waves=1,
                     least=self.per_family,
                 )
                 options = DatasetOptions(families=families, max_tokens=self.limits[0])
                 samples = load_dataset("openai", data, options).samples
-                run_matrix(settings, samples, self.run_folder(trained, name), tools=tools)
-
-    def run_folder(self, trained: Trained, matrix: str) -> Path:
-        """Folder of a matrix of servers."""
-        return self.root / "served" / trained.name / matrix
+                run_matrix(
+                    settings, samples, self.root / "served" / trained.name / name, tools=tools
+                )
 
     def findings(self) -> dict[str, Any]:
         """Return the JSON's content: every arm of which all seeds were replayed."""
         arms = []
         for variant in self.variants:
             heads = [Trained(variant, 1, seed) for seed in self.seeds]
-            if not all(self.result(real_replay.REPLAYED, one).is_file() for one in heads):
+            files = [self.result(real_replay.REPLAYED, one) for one in heads]
+            if not all(file.is_file() for file in files):
                 continue
-            seeds = [real_replay.read_replays(self, one) for one in heads]
-            runs = sorted(self.run_folder(heads[0], "").glob("*"))
+            seeds = [[Replay.from_json(one) for one in read_json(file)] for file in files]
+            runs = sorted((self.root / "served" / heads[0].name).glob("*"))
             arms.append(
                 {
                     "arm": variant.name,
@@ -183,11 +141,8 @@ class RealStudy(Study):
                     "served": [row for run in runs for row in served_rows(BenchRun.load(run))],
                 }
             )
-        asked = {"samples": self.samples, "held_out": self.held_out, "least": self.per_family}
-        return {
-            "settings": {**asked, "recipe": self.base_recipe, "seeds": self.seeds},
-            "arms": arms,
-        }
+        settings = {"samples": self.samples, "held_out": self.held_out, "seeds": self.seeds}
+        return {"settings": settings | {"recipe": self.base_recipe}, "arms": arms}
 
 
 def served_rows(run: BenchRun) -> Iterator[dict[str, Any]]:
@@ -297,7 +252,7 @@ def main(
     step: Annotated[list[Step] | None, typer.Option(help="Only these parts; repeat.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Repeat. Default: 0.")] = None,
     arm: Annotated[list[str] | None, typer.Option(help="Repeat. Default: all.")] = None,
-    samples: Annotated[int, typer.Option(min=9, help="Of each training set.")] = 14_400,
+    samples: Annotated[int, typer.Option(min=9, help="Of each training set.")] = 5_400,
     held_out: Annotated[int, typer.Option(min=18, help="Dialogues to measure on.")] = 180,
     threads: ThreadsOption = 1,
     output: Annotated[Path, typer.Option(help="JSON file.")] = report.RESULTS / "real.json",

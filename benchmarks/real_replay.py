@@ -12,7 +12,6 @@ D hidden, V vocabulary.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -23,10 +22,10 @@ import numpy as np
 
 from benchmarks.calls import Call, acceptance_length, acceptance_rate_per_position, estimate
 from benchmarks.study import HELD_OUT, Study, Trained
-from examples.real_vlm.words import NUMBERS
+from examples.real_vlm.words import names_content
 from vllm_vispec.bench.bootstrap import bootstrap
 from vllm_vispec.bench.schema import Record
-from vllm_vispec.utils.files import read_json, write_json
+from vllm_vispec.utils.files import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +42,6 @@ REPLAYED, ALL = "replayed", "all kinds"
 BATCH_SIZE, MAX_LENGTH = 8, 4096
 GREY = 2 * 225 / 255 - 1
 """Light grey as the target's processor scales pixels."""
-_COUNTED = {*NUMBERS[2:]}  # "one" and "no" mostly count nothing
 
 
 @dataclass(frozen=True)
@@ -60,23 +58,6 @@ class Replay(Record):
     family: str
     accepted: list[list[int]]
     counts: list[list[list[list[int]]]]
-
-
-def names_content(pieces: Sequence[str], words: Collection[str]) -> list[bool]:
-    """Return which tokens belong to one of the words, in any case, or to a number.
-
-    Args:
-        pieces: the text of every token of an answer.
-        words: what its images show, see `examples.real_vlm.questions.shown_words`.
-    """
-    text = "".join(pieces)
-    named = [False] * len(text)
-    for found in re.finditer(r"[A-Za-z]+|[0-9]+", text):
-        word = found[0].lower()
-        if word.isdigit() or word in words or word in _COUNTED:
-            named[found.start() : found.end()] = [True] * len(word)
-    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
-    return [any(named[end - len(one) : end]) for one, end in zip(pieces, ends, strict=True)]
 
 
 def with_images(one: Observed, other: Observed) -> Observed:
@@ -224,11 +205,6 @@ def count(
         counts.append([(both_2ST & chosen_T).sum(2).T.tolist() for chosen_T in (named_T, ~named_T)])
     hits = is_hit(drafted[0][:, None], ids_L[None])[:, 0].tolist()
     return Replay(family, [replay(hits[:k], start, end) for k in DRAFT_TOKENS], counts)
-
-
-def read_replays(study: Study, trained: Trained) -> list[Replay]:
-    """Read what `replay_heads` wrote."""
-    return [Replay.from_json(one) for one in read_json(study.result(REPLAYED, trained))]
 
 
 def acceptance(seeds: Sequence[Sequence[Replay]]) -> dict[str, Any]:

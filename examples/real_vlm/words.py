@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -80,3 +82,21 @@ def sentence(rng: Random) -> str:
     words = {kind: rng.choice(WORDS[kind]) for kind in ("who", "what", "where", "verb", "day")}
     one, two = rng.sample(WORDS["adjective"], 2)
     return say(rng, "sentence", **words, one=one, two=two, count=rng.randint(2, 99))
+
+
+def names_content(pieces: Sequence[str], shown: Collection[str]) -> list[bool]:
+    """Which tokens of an answer belong to a word that its images show, or to a number.
+
+    Args:
+        pieces: the text of every token.
+        shown: words in lower case, see `questions.shown_words`.
+    """
+    text = "".join(pieces)
+    named = [False] * len(text)
+    for found in re.finditer(r"[A-Za-z]+|[0-9]+", text):
+        word = found[0].lower()
+        # "one" and "no" mostly count nothing.
+        if word.isdigit() or word in shown or word in NUMBERS[2:]:
+            named[found.start() : found.end()] = [True] * len(word)
+    ends = accumulate(map(len, pieces))
+    return [any(named[end - len(one) : end]) for one, end in zip(pieces, ends, strict=True)]

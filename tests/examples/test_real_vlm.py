@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from benchmarks import real_replay
 from benchmarks.real import RealStudy
-from benchmarks.real_replay import CLASSES, content, count, read_replays, replay_heads
+from benchmarks.real_replay import CLASSES, REPLAYED, Replay, content, count, replay_heads
 from benchmarks.study import HELD_OUT, Variant
 from examples.real_vlm import build, canvas, questions, train, vision
 from examples.real_vlm.samples import KINDS, Own, make_sample, stated
@@ -28,6 +28,7 @@ from examples.real_vlm.state import Run
 from tests.support.heads import write_tensors
 from vllm_vispec.heads.target import load_target_config
 from vllm_vispec.train.init import new_draft, new_head_config
+from vllm_vispec.utils.files import read_json
 
 CHAT = ("Who are you?", "I am a model. Ask me.", True)
 OWN = Own(
@@ -259,10 +260,11 @@ def test_the_study_shows_heads_other_images(
         write_tensors(study.head(trained), "canonical", config, weights)
     replay_heads(study, study.heads())
     for trained in study.heads():
-        replays = read_replays(study, trained)
+        found = read_json(study.result(REPLAYED, trained))
+        replays = [Replay.from_json(one) for one in found]
         assert {one.family for one in replays} == {"charts_tables", "text"}
-        found = content([replays])
-        assert all(found[name]["tokens"] > 100 for name in CLASSES)
+        worth = content([replays])
+        assert all(worth[name]["tokens"] > 100 for name in CLASSES)
         mine, drafted = drafted[: len(replays)], drafted[len(replays) :]
         other = [any(not torch.equal(tokens[0], x) for x in tokens[1:]) for tokens in mine]
         of_images = [one.family != "text" for one in replays]

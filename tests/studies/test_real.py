@@ -19,10 +19,10 @@ from benchmarks.real_replay import (
     acceptance,
     content,
     count,
-    names_content,
     swap_images,
 )
 from benchmarks.study import HELD_OUT, Variant
+from examples.real_vlm.words import names_content
 from examples.tiny_vlm.questions import IMAGE_FAMILIES, write_questions
 from examples.tiny_vlm.shipped import HEAD, TARGET
 from tests.bench.fakes import World
