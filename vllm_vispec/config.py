@@ -46,7 +46,7 @@ class ViSpecConfig(Settings):
     adaptive: bool | None = Field(
         default=None,
         description="Whether the number of draft tokens follows load and acceptance, down to none. "
-        "Default: yes, where nothing else decides it.",
+        "Default: yes for chains, where nothing else decides it.",
     )
     image_table_size: int | None = Field(
         default=None,

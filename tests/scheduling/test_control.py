@@ -7,8 +7,10 @@ from itertools import pairwise
 import pytest
 
 from vllm_vispec.scheduling.control import DraftControl, ladder, ladder_schedule
+from vllm_vispec.trees.settings import TreeSettings
 
 K = 5
+TREE, NODES = TreeSettings(depth=3), 29
 
 
 def drive(
@@ -35,17 +37,24 @@ def drive(
 
 
 @pytest.mark.parametrize(
-    ("most", "choices", "schedule"),
+    ("most", "tree", "choices", "requests", "schedule"),
     [
-        (5, [5, 2, 1, 0], [[1, 1, 5], [2, 2, 0], [3, 3, 2], [4, 4, 1]]),
-        (1, [1, 0], [[1, 1, 1], [2, 2, 0]]),
+        (5, None, [5, 2, 1, 0], 100, [[1, 97, 5], [98, 98, 2], [99, 99, 1], [100, 100, 0]]),
+        (5, None, [5, 2, 1, 0], 3, [[1, 1, 5], [2, 2, 2], [3, 3, 0]]),
+        (5, None, [5, 2, 1, 0], 1, [[1, 1, 5]]),
+        (1, None, [1, 0], None, [[1, 1, 1], [2, 2, 0]]),
+        (NODES, TREE, [NODES, 0], 64, [[1, 63, NODES], [64, 64, 0]]),
     ],
 )
 def test_the_ladder_and_what_vllm_is_told(
-    most: int, choices: list[int], schedule: list[list[int]]
+    most: int,
+    tree: TreeSettings | None,
+    choices: list[int],
+    requests: int | None,
+    schedule: list[list[int]],
 ) -> None:
-    assert ladder(most) == choices
-    assert ladder_schedule(most) == schedule
+    assert ladder(most, tree) == choices
+    assert ladder_schedule(choices, requests) == schedule
 
 
 @pytest.mark.parametrize(
@@ -73,6 +82,37 @@ def test_the_number_follows_acceptance_and_cost(
     assert late.count(wanted) > 0.9 * len(late)
 
 
+@pytest.mark.parametrize(
+    ("accepted", "per_token", "wanted"),
+    [
+        (3, 0.02, NODES),
+        # Whole paths are accepted, and cost more than they bring.
+        (4, 0.15, 0),
+        (0, 0.02, 0),
+        (0, None, 0),
+        (4, None, NODES),
+    ],
+)
+def test_trees_are_drafted_whole_or_not_at_all(
+    accepted: int, per_token: float | None, wanted: int
+) -> None:
+    control = DraftControl(ladder(NODES, TREE), TREE)
+    # Whatever is not known yet, no more tokens than a path has can be accepted.
+    assert control.gain(NODES) == DraftControl(ladder(TREE.levels)).gain(TREE.levels)
+    found = drive(control, 600, accepted=accepted, per_token=per_token)
+    assert {*found} == {0, NODES}
+    assert found[300:].count(wanted) > 0.9 * 300
+
+
+def test_an_old_time_of_steps_without_drafts_does_not_count_forever() -> None:
+    """They were slow when nothing was drafted; now all steps are fast, and drafts do not pay."""
+    control = DraftControl(ladder(K))
+    for _ in range(9):
+        control.saw_step(0, 1, 10.0)
+    found = drive(control, 900, accepted=1, per_token=1.5)
+    assert found[600:].count(0) > 0.9 * 300
+
+
 def test_a_head_that_accepts_nothing_is_drafted_with_rarely() -> None:
     control = DraftControl(ladder(K))
     found = drive(control, 10_000, accepted=0, per_token=0.1)
@@ -83,6 +123,8 @@ def test_a_head_that_accepts_nothing_is_drafted_with_rarely() -> None:
     pauses = [later - earlier for earlier, later in pairwise(probes)]
     assert len(probes) >= 3
     assert pauses == sorted(pauses)
+    # Many requests see it at once.
+    assert drive(DraftControl(ladder(K)), 4, accepted=0, batch=64) == [K, 0, 0, 0]
 
 
 def test_it_rises_when_acceptance_returns() -> None:

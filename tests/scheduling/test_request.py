@@ -6,11 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
 
 from vllm_vispec.config import ViSpecConfig
-from vllm_vispec.scheduling import patch_points
+from vllm_vispec.scheduling import patch_points, request
 from vllm_vispec.scheduling.control import SCHEDULE, resolve_adaptive
-from vllm_vispec.scheduling.request import check_request
+from vllm_vispec.scheduling.request import check_request, goes_without_drafts, validate_params
 from vllm_vispec.trees.settings import TreeSettings
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -62,6 +63,37 @@ def test_what_cannot_be_is_one_line(given: Any, said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_v2", "scheduler", "passes"),
+    [
+        ({"logit_bias": {7: 1.0}}, True, request.SCHEDULERS, True),
+        ({"min_p": 0.1}, True, request.SCHEDULERS, True),
+        ({"min_p": 0.1}, False, request.SCHEDULERS, False),
+        ({"min_p": 0.1}, True, "mine.Scheduler", False),
+        ({"min_p": 0.1, "trace_decode_token_ids": [1]}, True, request.SCHEDULERS, False),
+        ({}, True, request.SCHEDULERS, False),
+    ],
+)
+def test_what_vllm_refuses_with_drafts_is_checked_as_without(
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    is_v2: bool,
+    scheduler: str,
+    passes: bool,
+) -> None:
+    monkeypatch.setattr(request, "uses_vispec", lambda config: True)
+    config = serving(5)
+    config.use_v2_model_runner = is_v2
+    config.scheduler_config = SimpleNamespace(scheduler_cls=scheduler)
+    processor = SimpleNamespace(vllm_config=config, speculative_config="drafts")
+    params = SamplingParams(**changes)
+    found = validate_params(lambda ours, params: ours.speculative_config, processor, params)
+    assert found == (None if passes else "drafts")
+    assert processor.speculative_config == "drafts"
+    assert goes_without_drafts(config, params) is (is_v2 and bool(changes))
+    assert not goes_without_drafts(config, None)
+
+
 def test_trees_are_drafted_whole_or_not_at_all() -> None:
     engine = serving(29, tree=TreeSettings())
     for limit in (0, 29):
@@ -76,7 +108,9 @@ def test_trees_are_drafted_whole_or_not_at_all() -> None:
         ({}, None),
         ({"settings": {SCHEDULE: [[1, 8, 2]]}}, SCHEDULE),
         ({"settings": {"enable_adaptive_verification": True}}, "enable_adaptive_verification"),
-        ({"has_tree": True}, "tree"),
+        ({"tree": TreeSettings()}, None),
+        ({"tree": TreeSettings(policy="spec_llava", top_k=1)}, "a tree of a single path"),
+        ({"tree": TreeSettings(depth=4)}, "a tree of a single path"),
         ({"ranks": 2}, "data_parallel_size"),
         ({"scheduler": "mine.Scheduler"}, "scheduler_cls"),
     ],
@@ -87,15 +121,16 @@ def test_it_follows_the_load_unless_something_else_decides(
 ) -> None:
     settings = {K_SETTING: 5, **changes.get("settings", {})}
     given = settings.get(SCHEDULE)
-    args = SimpleNamespace(scheduler_cls=changes.get("scheduler"))
+    args = SimpleNamespace(scheduler_cls=changes.get("scheduler"), max_num_seqs=None)
     parallel = SimpleNamespace(data_parallel_size=changes.get("ranks", 1))
-    has_tree = changes.get("has_tree", False)
+    tree = changes.get("tree")
     if adaptive and reason:
         with pytest.raises(ViSpecError, match=f"adaptive=true does not go with {reason}"):
-            resolve_adaptive(adaptive, settings, args, parallel, has_tree=has_tree)
+            resolve_adaptive(adaptive, settings, args, parallel, tree)
         return
-    found = resolve_adaptive(adaptive, settings, args, parallel, has_tree=has_tree)
-    assert found is (adaptive is not False and reason is None)
+    found = resolve_adaptive(adaptive, settings, args, parallel, tree)
+    by_default = reason is None and tree is None
+    assert found is (by_default if adaptive is None else adaptive)
     assert (settings.get(SCHEDULE) != given) is found
 
 

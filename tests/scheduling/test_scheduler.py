@@ -68,7 +68,7 @@ def test_who_was_decoded_while_the_draft_slept_gets_no_drafts(
     monkeypatch.setattr(control, "_LEAST_WAIT", 40)
     monkeypatch.setattr(control, "SLEEP_AFTER", 8)
     made = scheduling()
-    for _ in range(60):
+    for _ in range(80):
         if k := step(made, "ab"):
             made.control.saw_draft(k, 0)
     assert made._gaps == {"a", "b"}
@@ -113,3 +113,42 @@ def test_a_request_that_no_front_process_checked_ends_no_engine(
     assert len(added) == 1
     assert made._limits == limits
     assert ("a is drafted for as any" in caplog.text) == (not limits)
+
+
+@pytest.mark.parametrize(
+    ("k", "before", "drafted", "prompt", "is_timed"),
+    [
+        (K, K, "aabb", 0, True),
+        (0, 0, "", 0, True),
+        # Somebody asked for fewer of them, or for none.
+        (K, K, "abb", 0, True),
+        (K, K, "bb", 0, False),
+        (K, 1, "aabb", 0, False),
+        (K, K, "aabb", 30, False),
+    ],
+)
+def test_steps_that_only_decode_are_timed(
+    k: int, before: int, drafted: str, prompt: int, is_timed: bool
+) -> None:
+    made, seen = scheduling(), []
+    made.clock, made._last_step = lambda: 3.0, (before, 1.0)
+    made.has_unfinished_requests = lambda: True
+    output = SimpleNamespace(
+        num_spec_tokens_to_schedule=k,
+        num_scheduled_tokens={"a": 0, "b": 0},
+        scheduled_spec_decode_tokens={name: [1] * drafted.count(name) for name in {*drafted}},
+        total_num_scheduled_tokens=2 + len(drafted) + prompt,
+    )
+    made._time(output, SimpleNamespace(saw_step=lambda *step: seen.append(step)))
+    assert seen == ([(k, 2, 2.0)] if is_timed else [])
+    assert made._last_step == (k, 3.0)
+
+
+def test_what_vllm_refuses_with_drafts_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = scheduling()
+    made.vllm_config = SimpleNamespace(use_v2_model_runner=True)
+    monkeypatch.setattr(Scheduler, "add_request", lambda *_: None)
+    for name, bias in (("a", {7: 1.0}), ("b", None)):
+        params = SimpleNamespace(logit_bias=bias, min_p=0.0, extra_args=None)
+        made.add_request(SimpleNamespace(request_id=name, sampling_params=params))
+    assert made._limits == {"a": 0}

@@ -28,13 +28,14 @@ def engine(
     has_adaptor: bool = True,
     takes_images: bool = True,
     tree: dict[str, Any] | None = None,
+    adaptive: bool = False,
     tokens: int = 5,
     hybrid: int | None = None,
 ) -> Any:
     head = BASE if has_adaptor else replace(BASE, compress=False, global_feature=False)
     content = head.to_llama_config_dict()
     draft = SimpleNamespace(**content, to_dict=lambda: content)
-    config = ViSpecConfig.pop_from({"image_table_size": table, "tree": tree})
+    config = ViSpecConfig.pop_from({"image_table_size": table, "tree": tree, "adaptive": adaptive})
     return SimpleNamespace(
         speculative_config=SimpleNamespace(
             num_speculative_tokens=tokens,
@@ -91,6 +92,15 @@ def test_each_is_named_in_a_line(
         (
             {"tree": {"policy": "entropy", "top_k": 1, "depth": 4}},
             "chains of 5 tokens (entropy, may end early)",
+        ),
+        (
+            {"adaptive": True},
+            "chains of up to 5 tokens, fewer or none where that is faster (adaptive)",
+        ),
+        (
+            {"adaptive": True, "tree": {}, "tokens": 29},
+            "trees of 29 nodes on 4 levels (eagle2, depth 3, top_k 8), or nothing where that is"
+            " faster (adaptive)",
         ),
         (
             {"schedule": [[1, 8, 29], [9, 16, 4], [17, 64, 0]], "tree": {}, "tokens": 29},

@@ -9,8 +9,6 @@ from vllm_vispec.utils.logs import get_logger
 
 logger = get_logger(__name__)
 
-_OURS = "vllm_vispec.scheduling.scheduler"
-
 SCHEDULING = PatchGroup(
     name="scheduling",
     feature="ViSpec",
@@ -28,9 +26,10 @@ SCHEDULING = PatchGroup(
             "K of every step, by load and acceptance; how many draft tokens a request gets",
         ),
         wraps(
-            "vllm.v1.engine.input_processor:InputProcessor._validate_params"
-            "(params, supported_tasks)",
-            "refuses what a request asks for in vain; only in engines with a ViSpec head",
+            "vllm.v1.engine.input_processor:InputProcessor"
+            "{_validate_params(params, supported_tasks), self.speculative_config}",
+            "refuses what a request asks for in vain, and lets through what is served without "
+            "drafts; only in engines with a ViSpec head",
         ),
     ),
 )
@@ -45,12 +44,12 @@ def install(vllm_config: Any) -> None:
 
     from vllm_vispec.scheduling import request
 
-    scheduler = vllm_config.scheduler_config
+    ours, scheduler = request.SCHEDULERS, vllm_config.scheduler_config
     if scheduler.scheduler_cls is None:
         kind = "ViSpecAsyncScheduler" if scheduler.async_scheduling else "ViSpecScheduler"
-        scheduler.scheduler_cls = f"{_OURS}.{kind}"
+        scheduler.scheduler_cls = f"{ours}.{kind}"
         logger.info("ViSpec sets scheduler_cls=%s; vLLM warns of that", scheduler.scheduler_cls)
-    elif not str(scheduler.scheduler_cls).startswith(_OURS):
+    elif not str(scheduler.scheduler_cls).startswith(ours):
         logger.warning(
             "ViSpec: scheduler_cls=%s is not ours: a request's own num_speculative_tokens has no "
             "effect; leave it out to let requests choose",

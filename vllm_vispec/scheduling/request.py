@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 from vllm_vispec.config import SECTION, uses_vispec
@@ -15,6 +16,8 @@ from vllm_vispec.trees.limits import has_branches
 from vllm_vispec.utils.errors import ViSpecError, did_you_mean
 
 K_SETTING = "num_speculative_tokens"
+SCHEDULERS = "vllm_vispec.scheduling.scheduler"
+"""Module of the schedulers that know what requests ask for."""
 _FORM = f'give {{"{K_SETTING}": N}}, as an object or as its JSON text'
 
 
@@ -71,10 +74,19 @@ def check_request(vllm_config: Any, params: Any) -> int | None:
     return limit
 
 
+def goes_without_drafts(vllm_config: Any, params: Any) -> bool:
+    """Whether vLLM refuses what a request asks for together with drafts, and serves it without.
+
+    V2's sampler knows these parameters; with any speculation V1 loads nothing that does.
+    """
+    asks = getattr(params, "logit_bias", None) or getattr(params, "min_p", None)
+    return bool(asks and vllm_config.use_v2_model_runner)
+
+
 def validate_params(
     original: Callable[..., Any], processor: Any, params: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Stands for ``InputProcessor._validate_params``.
+    """Stands for ``InputProcessor._validate_params``; takes what can be served without drafts.
 
     Raises:
         VLLMValidationError: What servers answer with status 400; to other errors it is 500.
@@ -82,9 +94,15 @@ def validate_params(
     from vllm.exceptions import VLLMValidationError
 
     config = processor.vllm_config
+    if not uses_vispec(config):
+        return original(processor, params, *args, **kwargs)
     try:
-        if uses_vispec(config):
-            check_request(config, params)
+        check_request(config, params)
     except ViSpecError as error:
         raise VLLMValidationError(str(error)) from None
+    is_ours = str(config.scheduler_config.scheduler_cls).startswith(SCHEDULERS)
+    if is_ours and goes_without_drafts(config, params) and not params.trace_decode_token_ids:
+        # vLLM looks at nothing else of speculation; `ViSpecScheduler` gives the request no drafts.
+        processor = copy(processor)
+        processor.speculative_config = None
     return original(processor, params, *args, **kwargs)

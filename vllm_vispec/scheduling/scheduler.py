@@ -22,7 +22,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_vispec.config import ViSpecConfig
 from vllm_vispec.scheduling.control import DraftControl, Sleep, ladder
-from vllm_vispec.scheduling.request import check_request
+from vllm_vispec.scheduling.request import check_request, goes_without_drafts
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.logs import get_logger
 
@@ -36,17 +36,19 @@ class ViSpecScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self.clock = time.perf_counter
         self.control: DraftControl | None = None
-        if ViSpecConfig.from_vllm(self.vllm_config).adaptive and self.dynamic_sd_lookup:
+        config = ViSpecConfig.from_vllm(self.vllm_config)
+        if config.adaptive and self.dynamic_sd_lookup:
             mode = self.vllm_config.compilation_config.cudagraph_mode
             has_graphs = mode is not None and mode != CUDAGraphMode.NONE
-            choices = self.dynamic_sd_lookup[1:] if has_graphs else ladder(self.num_spec_tokens)
-            self.control = DraftControl(choices)
+            recorded = self.dynamic_sd_lookup[1:]
+            choices = recorded if has_graphs else ladder(self.num_spec_tokens, config.tree)
+            self.control = DraftControl(choices, config.tree)
         self._sleep = Sleep()
         # What requests asked for, and those with a gap in the draft's cache.
         self._limits: dict[str, int] = {}
         self._gaps: set[str] = set()
-        # K, requests and end of the last step, if the next one follows at once.
-        self._last_step: tuple[int, int, float] | None = None
+        # K and end of the last step, if the next one follows at once.
+        self._last_step: tuple[int, float] | None = None
 
     def add_request(self, request: Any) -> None:
         """Note how many draft tokens the request wants.
@@ -61,6 +63,8 @@ class ViSpecScheduler(Scheduler):
             logger.warning(
                 "ViSpec: request %s is drafted for as any: %s", request.request_id, error
             )
+        if goes_without_drafts(self.vllm_config, request.sampling_params):
+            limit = 0
         if limit is not None:
             self._limits[request.request_id] = limit
         super().add_request(request)
@@ -104,7 +108,7 @@ class ViSpecScheduler(Scheduler):
         )
 
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any) -> Any:
-        """Time the step, if it was like the one before it."""
+        """Time the step, if no prompt is in it and the one before it drafted as many tokens."""
         found = super().update_from_output(scheduler_output, *args)
         if self.control is not None and scheduler_output.num_scheduled_tokens:
             self._time(scheduler_output, self.control)
@@ -146,12 +150,14 @@ class ViSpecScheduler(Scheduler):
 
     def _time(self, output: SchedulerOutput, control: DraftControl) -> None:
         now, k = self.clock(), output.num_spec_tokens_to_schedule
-        batch = len(output.num_scheduled_tokens)
-        is_whole = output.total_num_scheduled_tokens == batch * (1 + k)
-        if self._last_step is not None and self._last_step[:2] == (k, batch) and is_whole:
-            control.saw_step(k, batch, now - self._last_step[2])
+        batch, drafts = len(output.num_scheduled_tokens), output.scheduled_spec_decode_tokens
+        # One token each beside the drafts, and drafts for all requests or for none.
+        without_drafts = output.total_num_scheduled_tokens - sum(map(len, drafts.values()))
+        is_decoding = without_drafts == batch and len(drafts) == (batch if k else 0)
+        if self._last_step is not None and self._last_step[0] == k and is_decoding:
+            control.saw_step(k, batch, now - self._last_step[1])
         # Behind it the engine waits for requests.
-        self._last_step = (k, batch, now) if self.has_unfinished_requests() else None
+        self._last_step = (k, now) if self.has_unfinished_requests() else None
 
 
 class ViSpecAsyncScheduler(ViSpecScheduler, AsyncScheduler):

@@ -154,9 +154,8 @@ def create_speculative_config(
         limits.check_connector(args.kv_transfer_config)
     if may_branch or config.image_share is not None:
         limits.check_cache_dtype(args.kv_cache_dtype, "tree" if may_branch else "images")
-    has_tree = config.tree is not None
     config = config.replace(
-        adaptive=resolve_adaptive(config.adaptive, settings, args, parallel, has_tree=has_tree)
+        adaptive=resolve_adaptive(config.adaptive, settings, args, parallel, config.tree)
     )
     config = resolve_draft_vocab(config, settings, info.folder, info.config.vocab_size)
     if not info.config.is_draft_vlm:

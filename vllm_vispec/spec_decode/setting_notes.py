@@ -20,6 +20,8 @@ def describe_drafts(vllm_config: Any) -> str:
     tree = read_tree(vllm_config)
     if ViSpecConfig.from_vllm(vllm_config).adaptive:
         most = vllm_config.speculative_config.num_speculative_tokens
+        if tree is not None:
+            return f"{_drafts_of(most, tree)}, or nothing where that is faster (adaptive)"
         return f"chains of up to {most} tokens, fewer or none where that is faster (adaptive)"
     if vllm_config.speculative_config.num_speculative_tokens_per_batch_size:
         parts = (

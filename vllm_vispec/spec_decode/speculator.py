@@ -33,6 +33,8 @@ class ViSpecSpeculator(EagleSpeculator):
 
     draft_rows: DraftRows
     hidden_states: torch.Tensor
+    # None: K does not follow load and acceptance.
+    _sleep: Sleep | None = None
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
@@ -57,8 +59,7 @@ class ViSpecSpeculator(EagleSpeculator):
         self.draft_rows = self.make_draft_rows()
         self._prompts = PromptLengths(self.max_num_reqs)
         self._trims_drafts = trims_drafts(self.vllm_config)
-        self._may_sleep = bool(ViSpecConfig.from_vllm(self.vllm_config).adaptive)
-        self._sleep = Sleep()
+        self._sleep = Sleep() if ViSpecConfig.from_vllm(self.vllm_config).adaptive else None
         # None before `set_attn`, and where the engine takes text only: then no request has images.
         self._encoder_cache: EncoderCache | None = None
 
@@ -94,7 +95,7 @@ class ViSpecSpeculator(EagleSpeculator):
         """Lay the batch's rows out, then draft as EAGLE does; nothing at all while asleep."""
         has_one_token_each = int(input_batch.num_tokens) == input_batch.num_reqs
         k = kwargs.get("num_speculative_tokens")
-        if self._may_sleep and self._sleep.saw(k, has_one_token_each):
+        if self._sleep is not None and self._sleep.saw(k, has_one_token_each):
             return self.draft_tokens[: input_batch.num_reqs]
         self._set_rows(input_batch, last_hidden_states)
         read_TD = last_hidden_states[:, : self.hidden_states.shape[1]]

@@ -136,6 +136,9 @@ class TreeSpeculator(PathSpeculator):
             self.trees.move_accepted(input_batch.input_ids, last_hidden_states, slot_mappings)
         count = self._num_nodes if num_speculative_tokens is None else num_speculative_tokens
         is_chain = count <= self._settings.levels
+        if self._sleep is not None and not is_chain:
+            # Roots with a pass of their own ask the first one for no token: no step without drafts.
+            self._sleep.saw(count, has_one_token_each=False)
         drafts = super().propose(
             input_batch,
             attn_metadata,
@@ -149,7 +152,8 @@ class TreeSpeculator(PathSpeculator):
         )
         if not is_chain and (is_profile or not dummy_run):
             self._grow_batch(input_batch, is_profile=is_profile)
-        if self.trees is not None and not dummy_run:
+        # Without drafts nothing is verified.
+        if self.trees is not None and count and not dummy_run:
             is_linear = None if is_chain else self.model_state.linear_requests(input_batch.req_ids)
             if is_chain:
                 length_R = None if self.ends is None else self.ends.length[: input_batch.num_reqs]

@@ -46,8 +46,8 @@ class ViSpecProposer(EagleProposer):
             # vLLM copies as many columns of the target's states as this buffer has.
             self.hidden_states = self.hidden_states.new_empty(self.max_num_tokens, 0)
         self._runner = runner
-        self._may_sleep = bool(ViSpecConfig.from_vllm(vllm_config).adaptive)
-        self._sleep = Sleep()
+        # None: K does not follow load and acceptance.
+        self._sleep = Sleep() if ViSpecConfig.from_vllm(vllm_config).adaptive else None
         self._first_draft_rows: torch.Tensor | None = None
         # Which rows stay where rejected tokens are dropped, on the device and on the host.
         self._staying_rows: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -75,7 +75,8 @@ class ViSpecProposer(EagleProposer):
         """Draft as EAGLE does; nothing at all while asleep."""
         next_tokens_R = kwargs["next_token_ids"]
         has_one_token_each = len(kwargs["target_token_ids"]) == len(next_tokens_R)
-        if self._may_sleep and self._sleep.saw(num_speculative_tokens, has_one_token_each):
+        k = num_speculative_tokens
+        if self._sleep is not None and self._sleep.saw(k, has_one_token_each):
             return next_tokens_R.new_empty(len(next_tokens_R), 0)
         drafts: torch.Tensor = super().propose(num_speculative_tokens, *args, **kwargs)
         return drafts
