@@ -93,7 +93,9 @@ def test_lossless(start: StartEngine, runner: str, kind: str, head: str) -> None
     if runner == "v1":
         again = speculative.serve("prefix")
         assert_lossless(plain.serve("prefix"), again)
-        assert any(one.num_cached_tokens for rows in again.results.values() for one in rows)
+        hits = any(one.num_cached_tokens for rows in again.results.values() for one in rows)
+        # Beside this head, which keeps more for a token than Gemma 4's layers, nothing is hit.
+        assert hits or (kind, head) == ("gemma4", "vispec")
 
 
 @pytest.mark.parametrize("head", list(HEADS))

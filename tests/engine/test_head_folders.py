@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from huggingface_hub import ResolvedRevision
 
 from tests.support.child import Child
 from tests.support.engine import (
@@ -221,7 +222,9 @@ def _serve_with_caches(options: EngineOptions, caches: list[Path]) -> tuple[Serv
 def test_worker_without_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ViSpecError, match="check the name, your network and token") as error:
-        head_folder(SimpleNamespace(model="no-org/no-head", revision=COMMIT))
+        head_folder(
+            SimpleNamespace(model="no-org/no-head", revision=ResolvedRevision(COMMIT, COMMIT))
+        )
     assert str(error.value).startswith(
         f"worker on {platform.node()}: draft 'no-org/no-head' at revision {COMMIT!r} is no local"
     )

@@ -46,7 +46,7 @@ def _llama4_processor(config: Any, shared: dict[str, Any]) -> Any:
     size = config.vision_config.image_size
     return transformers.Llama4Processor(
         image_processor=transformers.Llama4ImageProcessor(
-            size={"height": size, "width": size}, max_patches=2
+            size={"height": size, "width": size}, max_patches=4, resize_to_max_canvas=True
         ),
         patch_size=config.vision_config.patch_size,
         **shared,

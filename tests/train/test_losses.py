@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_vispec.train.losses import LOSSES, RANKS, TERMS, LossInputs, sum_terms, term_weights
+from tests.support.heads import BASE
+from tests.train.samples import all_samples, random_draft
+from vllm_vispec.train.config import LossSettings
+from vllm_vispec.train.losses import (
+    LOSSES,
+    RANKS,
+    TERMS,
+    LossInputs,
+    Objective,
+    sum_terms,
+    term_weights,
+)
+from vllm_vispec.train.target import pad_batch
 from vllm_vispec.utils.errors import ViSpecError
 
 ROWS, HIDDEN = 7, 6
@@ -94,3 +106,28 @@ def test_low_precision_logits_give_a_float32_loss() -> None:
 def test_bad_weights_are_refused(name: str, weights: dict[str, float], message: str) -> None:
     with pytest.raises(ViSpecError, match=message):
         term_weights(name, weights)
+
+
+def test_rows_in_chunks_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the gradients that they have all at once."""
+    compute, seen = Objective._rows, []
+
+    def count(self: Objective, state_ND: Tensor, *rest: Tensor) -> dict[str, Tensor]:
+        seen.append(len(state_ND))
+        return compute(self, state_ND, *rest)
+
+    monkeypatch.setattr(Objective, "_rows", count)
+    batch, rows, found = pad_batch(all_samples()), list[int](), []
+    for chunk_rows in (1000, 16):
+        draft = random_draft(BASE)
+        head_VD = torch.randn(64, BASE.hidden_size, generator=torch.Generator().manual_seed(1))
+        settings = LossSettings(name="specvlm", passes=3, pass_decay=0.5, chunk_rows=chunk_rows)
+        seen.clear()
+        sums = Objective(draft, head_VD, settings)(batch)
+        (sums.loss / 7).backward()
+        rows.append(sum(seen))
+        found.append([sums.loss, *sums.of_rows.values(), *(p.grad for p in draft.parameters())])
+    assert len(seen) > 2 * 3
+    assert max(seen) == 16
+    assert rows[1] == rows[0]
+    torch.testing.assert_close(found[1], found[0])

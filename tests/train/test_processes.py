@@ -69,6 +69,7 @@ HEAD = {
     "head__kind": "specvlm_global",
     "head__compressor": "select(prune:2,conv:2)",
     "loss__noise": "0.1",
+    "loss__chunk_rows": "16",
 }
 # The first stage of a draft VLM: most of it is frozen.
 DRAFT_VLM = {"head__kind": "draft_vlm", "head__trained": "projector"}

@@ -51,7 +51,8 @@ def resolve_head(path_or_hub_id: str | Path, revision: str | None = None) -> Pat
     # The hub client raises errors of several families (its own, its HTTP library's), which differ
     # between versions; all mean the same to the user.
     except Exception as error:
-        at = f" at revision {revision!r}" if revision else ""
+        # Not its repr: workers get a subclass of str.
+        at = f" at revision '{revision}'" if revision else ""
         raise ViSpecError(
             f"draft {name!r}{at} is no local folder and could not be fetched from the hub "
             f"({type(error).__name__}): check the name, your network and token, or download it "

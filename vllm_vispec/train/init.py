@@ -113,7 +113,9 @@ def new_head_config(
 
 
 def _head_dim(text_config: Any) -> int:
-    width = getattr(text_config, "head_dim", None)
+    # Where layers differ (Gemma 4), that of the first.
+    first = getattr(text_config, "per_layer_config", [text_config])[0]
+    width = getattr(first, "head_dim", None)
     return width or text_config.hidden_size // text_config.num_attention_heads
 
 

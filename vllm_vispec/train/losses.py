@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -287,10 +288,24 @@ class Objective(nn.Module):
             return self._compute_rows(*rows)
         sums: dict[str, Tensor] = {}
         for chunk in zip(*(x.split(size) for x in rows), strict=True):
-            # Logits are computed again in the backward pass: only one chunk's are ever held.
-            found = checkpoint(self._compute_rows, *chunk, use_reentrant=False)
+            found = self._without_logits(*chunk)
             sums = {name: sums[name] + v if sums else v for name, v in found.items()}
         return sums
+
+    def _without_logits(
+        self, state_ND: Tensor, goal_ND: Tensor, gold_N: Tensor
+    ) -> dict[str, Tensor]:
+        """Compute rows of which no logits are held for the backward pass."""
+        if self.draft.output_head(self.lm_head_VD).requires_grad:
+            return checkpoint(self._compute_rows, state_ND, goal_ND, gold_N, use_reentrant=False)
+        # The states alone learn from these rows: with their gradient, computed at once, nothing is
+        # computed again.
+        leaf_ND = state_ND.detach().requires_grad_()
+        with torch.enable_grad():
+            found = self._compute_rows(leaf_ND, goal_ND, gold_N)
+            (gradient_ND,) = torch.autograd.grad(found["total"], leaf_ND)
+        sums = {name: one.detach() for name, one in found.items()}
+        return sums | {"total": _Known.apply(sums["total"], state_ND, gradient_ND)}
 
     def _rows(self, state_ND: Tensor, goal_ND: Tensor, gold_N: Tensor) -> dict[str, Tensor]:
         # Losses and the lm_head know the target's own units.
@@ -304,3 +319,17 @@ class Objective(nn.Module):
         inputs = LossInputs(state_ND, goal_ND, draft_NV, target_NV, gold_N)
         right = (draft_NV.detach().argmax(-1) == gold_N).sum()
         return sum_terms(inputs, self.weights) | {"right": right}
+
+
+class _Known(torch.autograd.Function):
+    """A number whose gradient is known: `forward(number, of what, gradient)`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, _: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[None, Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return None, above[0].to(gradient.dtype) * gradient, None
