@@ -154,10 +154,10 @@ def measure_house() -> list[Measure]:
         if str(path).startswith(RESULT_DATA) and path.suffix != ".md"
     )
     return [
-        Measure("lines of vllm_vispec and benchmarks", count_lines(product), 24_000, 37_500),
+        Measure("lines of vllm_vispec and benchmarks", count_lines(product), 24_000, 38_000),
         Measure("modules of vllm_vispec and benchmarks", len(product), 210, 230),
         Measure("modules loose in vllm_vispec", len(loose), 0),
-        Measure("lines of tests", count_lines(tests), 18_000, 33_000),
+        Measure("lines of tests", count_lines(tests), 18_000, 33_500),
         Measure("import circles", len(import_circles(product)), 0),
         Measure("patch points: plain chains on V2", core + points.get("chains on V2", 0), 18),
         Measure("patch points: more for chains on V1", points.get("chains on V1", 0), 14),
