@@ -150,3 +150,28 @@ def test_a_scheduler_of_the_users_stays_and_is_warned_of(
     assert scheduler.scheduler_cls == (given or ours)
     assert bool(told) == (given is not None)
     assert all("scheduler_cls=mine.Scheduler is not ours" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("changes", "goes"),
+    [
+        ({"logit_bias": dict.fromkeys(range(1024), 1.0)}, True),
+        # V2's sampler raises at more, which ends the engine.
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, False),
+        ({"min_p": 1e-6}, False),
+    ],
+    ids=["as many biases as fit", "more", "what vLLM takes with drafts"],
+)
+def test_only_what_vllm_can_serve_goes_without_drafts(changes: dict[str, Any], goes: bool) -> None:
+    engine = SimpleNamespace(use_v2_model_runner=True)
+    assert goes_without_drafts(engine, SamplingParams(**changes)) is goes
+
+
+def test_bounds_are_vllms() -> None:
+    from vllm.sampling_params import _SAMPLING_EPS
+    from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_LOGIT_BIAS_TOKENS
+
+    assert (request._LEAST_MIN_P, request._MOST_BIASES) == (
+        _SAMPLING_EPS,
+        MAX_NUM_LOGIT_BIAS_TOKENS,
+    )

@@ -191,6 +191,11 @@ def _graph_config(requests: int, schedule: Any = None, **compilation: Any) -> An
     return config
 
 
+def _adaptive(config: Any) -> Any:
+    config.additional_config = {"vispec": {"adaptive": True}}
+    return config
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -198,6 +203,8 @@ def _graph_config(requests: int, schedule: Any = None, **compilation: Any) -> An
         (_graph_config(1024), "up to 17 requests run .*_size=8192 would record all, up to 273"),
         (_graph_config(256, [[1, 20, 29], [21, 256, 4]]), "up to 17 .*_size=608 .* up to 20"),
         (_graph_config(256, max_cudagraph_capture_size=16), "29 nodes, none run .*_size=7680"),
+        # Drafted at every load, whatever the schedule says for the sake of its graphs.
+        (_adaptive(_graph_config(256, [[1, 1, 29], [2, 2, 0]])), "up to 17 .* up to 256"),
         (_graph_config(16), None),
         # What the line names is enough.
         (_graph_config(1024, max_cudagraph_capture_size=8192), None),

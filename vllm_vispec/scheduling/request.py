@@ -18,6 +18,8 @@ from vllm_vispec.utils.errors import ViSpecError, did_you_mean
 K_SETTING = "num_speculative_tokens"
 SCHEDULERS = "vllm_vispec.scheduling.scheduler"
 """Module of the schedulers that know what requests ask for."""
+_LEAST_MIN_P, _MOST_BIASES = 1e-5, 1024
+"""vLLM's ``_SAMPLING_EPS`` and ``MAX_NUM_LOGIT_BIAS_TOKENS``."""
 _FORM = f'give {{"{K_SETTING}": N}}, as an object or as its JSON text'
 
 
@@ -77,10 +79,12 @@ def check_request(vllm_config: Any, params: Any) -> int | None:
 def goes_without_drafts(vllm_config: Any, params: Any) -> bool:
     """Whether vLLM refuses what a request asks for together with drafts, and serves it without.
 
-    V2's sampler knows these parameters; with any speculation V1 loads nothing that does.
+    V2's sampler knows these parameters; with any speculation V1 loads nothing that does.  At more
+    biases than it has room for it raises, which ends the engine: those vLLM goes on refusing.
     """
-    asks = getattr(params, "logit_bias", None) or getattr(params, "min_p", None)
-    return bool(asks and vllm_config.use_v2_model_runner)
+    biases = len(getattr(params, "logit_bias", None) or ())
+    asks = biases or (getattr(params, "min_p", None) or 0.0) > _LEAST_MIN_P
+    return bool(asks and biases <= _MOST_BIASES and vllm_config.use_v2_model_runner)
 
 
 def validate_params(

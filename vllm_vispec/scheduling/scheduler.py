@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from vllm.config import CUDAGraphMode
@@ -65,6 +66,7 @@ class ViSpecScheduler(Scheduler):
             )
         if goes_without_drafts(self.vllm_config, request.sampling_params):
             limit = 0
+            _note_no_drafts()
         if limit is not None:
             self._limits[request.request_id] = limit
         super().add_request(request)
@@ -158,6 +160,11 @@ class ViSpecScheduler(Scheduler):
             control.saw_step(k, batch, now - self._last_step[1])
         # Behind it the engine waits for requests.
         self._last_step = (k, now) if self.has_unfinished_requests() else None
+
+
+@lru_cache
+def _note_no_drafts() -> None:
+    logger.info("ViSpec: requests with logit_bias or min_p are served without drafts")
 
 
 class ViSpecAsyncScheduler(ViSpecScheduler, AsyncScheduler):

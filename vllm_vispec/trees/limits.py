@@ -228,7 +228,10 @@ def note_graphs(vllm_config: Any, settings: TreeSettings) -> None:
     if settings.width == 1 or mode is None or not mode.has_full_cudagraphs():
         return
     budget = scheduler.max_num_batched_tokens
+    is_adaptive = ViSpecConfig.from_vllm(vllm_config).adaptive
     for _, last, nodes in draft_loads(vllm_config):
+        # Its schedule says for what graphs are recorded, and not up to where trees are drafted.
+        last = None if is_adaptive else last
         most = min(last or scheduler.max_num_seqs, scheduler.max_num_seqs, budget // (nodes + 1))
         recorded = size // (nodes + 1)
         if nodes <= settings.levels or recorded >= most:

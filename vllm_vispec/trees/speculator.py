@@ -150,6 +150,8 @@ class TreeSpeculator(PathSpeculator):
             is_profile=is_profile,
             **kwargs,
         )
+        if self._sleep is not None and not is_chain:
+            self._sleep.saw(count, has_one_token_each=False)  # again, as it asked for none
         if not is_chain and (is_profile or not dummy_run):
             self._grow_batch(input_batch, is_profile=is_profile)
         # Without drafts nothing is verified.
