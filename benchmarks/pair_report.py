@@ -34,7 +34,7 @@ FIRST_SAMPLE = 700_000
 SAMPLES, MAX_TOKENS, LEAST, REPETITIONS = 96, 32, 4, 3
 HEADS = ("plain", "ngram", "eagle", "vispec_zeroed", "vispec", "vispec_adaptive")
 SIBLINGS = ("plain", "vispec", "sibling", "sibling_prune", "sibling_none")
-"""Servers of a report are up together, 2.6 GiB each: two reports of fewer servers."""
+"""A report's servers run side by side, 2.6 GiB each. All in one report do not fit 24 GiB."""
 THREADS = "1"
 """Of each server: the other core is for the load generator."""
 SERVE_ARGS = (

@@ -9,7 +9,7 @@ import typer
 
 from vllm_vispec.cli.options import options_of
 from vllm_vispec.data.regenerate.settings import RegenerateSettings, write_questions
-from vllm_vispec.data.shards import files_of, listed, manifest_of
+from vllm_vispec.data.shards import listed, manifest_of, places
 from vllm_vispec.data.tables import is_table, write_out
 from vllm_vispec.utils.errors import ViSpecError
 
@@ -49,7 +49,8 @@ def regenerate(
         summary = regenerate_all(settings, backend, progress=True)
     except ViSpecError:
         # Without answers there is nothing that they belong to.
-        if asked and not any(file.stat().st_size for file in files_of(settings.output)):
+        written = (file for file in places(settings.output) if file.is_file())
+        if asked and not any(file.stat().st_size for file in written):
             asked.unlink()
         raise
     for line in summary_lines(summary, settings.output):

@@ -57,11 +57,16 @@ def listed(path: Path) -> list[Shard]:
 
 def exists(path: Path) -> bool:
     """Whether there is a conversation file, as one file or as shards."""
-    return path.is_file() or bool(listed(path))
+    return bool(places(path))
+
+
+def places(path: Path) -> list[Path]:
+    """Return where a conversation file's records are, in order, unread; none if there are none."""
+    return [path] if path.is_file() else [path.with_name(one.file) for one in listed(path)]
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files that hold a conversation file's records, in order; none if there are none.
+    """Return `places`, after a look at every shard: each is read whole.
 
     Raises:
         ViSpecError: a shard is missing, or is not what was written.

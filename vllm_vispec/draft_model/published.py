@@ -20,7 +20,7 @@ from vllm_vispec.heads.folder import (
     weight_files,
 )
 from vllm_vispec.heads.formats import describe_other_draft
-from vllm_vispec.heads.location import resolve_head
+from vllm_vispec.heads.location import head_folder, resolve_head
 from vllm_vispec.utils.errors import ViSpecError
 from vllm_vispec.utils.logs import get_logger
 
@@ -128,7 +128,7 @@ def check_engine(vllm_config: Any) -> None:
     draft = vllm_config.speculative_config.draft_model_config
     ranks = vllm_config.parallel_config.tensor_parallel_size
     towers = getattr(vllm_config.model_config.multimodal_config, "mm_encoder_tp_mode", "data")
-    heads = tower_heads(resolve_head(draft.model, draft.revision))
+    heads = tower_heads(head_folder(draft))
     if towers == "weights" and heads % ranks:
         raise ViSpecError(
             f"tensor_parallel_size={ranks} does not fit the {heads} attention heads of the "

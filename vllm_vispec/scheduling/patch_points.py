@@ -44,12 +44,12 @@ def install(vllm_config: Any) -> None:
 
     from vllm_vispec.scheduling import request
 
-    ours, scheduler = request.SCHEDULERS, vllm_config.scheduler_config
+    scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is None:
         kind = "ViSpecAsyncScheduler" if scheduler.async_scheduling else "ViSpecScheduler"
-        scheduler.scheduler_cls = f"{ours}.{kind}"
+        scheduler.scheduler_cls = f"{request.SCHEDULERS}.{kind}"
         logger.info("ViSpec sets scheduler_cls=%s; vLLM warns of that", scheduler.scheduler_cls)
-    elif not str(scheduler.scheduler_cls).startswith(ours):
+    elif not request.is_ours(scheduler.scheduler_cls):
         logger.warning(
             "ViSpec: scheduler_cls=%s is not ours: a request's own num_speculative_tokens has no "
             "effect; leave it out to let requests choose",

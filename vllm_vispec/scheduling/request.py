@@ -76,6 +76,11 @@ def check_request(vllm_config: Any, params: Any) -> int | None:
     return limit
 
 
+def is_ours(scheduler_cls: Any) -> bool:
+    """Whether vLLM's ``scheduler_cls`` is a scheduler that knows what requests ask for."""
+    return str(scheduler_cls).startswith(SCHEDULERS)
+
+
 def goes_without_drafts(vllm_config: Any, params: Any) -> bool:
     """Whether vLLM refuses what a request asks for together with drafts, and serves it without.
 
@@ -104,8 +109,8 @@ def validate_params(
         check_request(config, params)
     except ViSpecError as error:
         raise VLLMValidationError(str(error)) from None
-    is_ours = str(config.scheduler_config.scheduler_cls).startswith(SCHEDULERS)
-    if is_ours and goes_without_drafts(config, params) and not params.trace_decode_token_ids:
+    knows_limits = is_ours(config.scheduler_config.scheduler_cls)
+    if knows_limits and goes_without_drafts(config, params) and not params.trace_decode_token_ids:
         # vLLM looks at nothing else of speculation; `ViSpecScheduler` gives the request no drafts.
         processor = copy(processor)
         processor.speculative_config = None

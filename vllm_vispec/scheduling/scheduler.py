@@ -162,10 +162,10 @@ class ViSpecScheduler(Scheduler):
         self._last_step = (k, now) if self.has_unfinished_requests() else None
 
 
+class ViSpecAsyncScheduler(ViSpecScheduler, AsyncScheduler):
+    """The same over vLLM's asynchronous scheduler."""
+
+
 @lru_cache
 def _note_no_drafts() -> None:
     logger.info("ViSpec: requests with logit_bias or min_p are served without drafts")
-
-
-class ViSpecAsyncScheduler(ViSpecScheduler, AsyncScheduler):
-    """The same over vLLM's asynchronous scheduler."""

@@ -90,11 +90,19 @@ class ViSpecSpeculator(EagleSpeculator):
         slot_mappings: Any,
         last_hidden_states: torch.Tensor,
         *args: Any,
+        step_draft_tokens: int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Lay the batch's rows out, then draft as EAGLE does; nothing at all while asleep."""
+        """Lay the batch's rows out, then draft as EAGLE does; nothing at all while asleep.
+
+        Args:
+            step_draft_tokens: Draft tokens of the step, where they are not all drafted in here;
+                None: ``num_speculative_tokens``.
+        """
         has_one_token_each = int(input_batch.num_tokens) == input_batch.num_reqs
-        k = kwargs.get("num_speculative_tokens")
+        k = step_draft_tokens
+        if k is None:
+            k = kwargs.get("num_speculative_tokens")
         if self._sleep is not None and self._sleep.saw(k, has_one_token_each):
             return self.draft_tokens[: input_batch.num_reqs]
         self._set_rows(input_batch, last_hidden_states)

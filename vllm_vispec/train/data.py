@@ -22,7 +22,7 @@ import torch
 from vllm_vispec.data.encode import Encoded, Encoder, Measured, measured
 from vllm_vispec.data.images import image_fingerprint, image_folder
 from vllm_vispec.data.read import read_conversations
-from vllm_vispec.data.shards import exists, files_of
+from vllm_vispec.data.shards import exists, places
 from vllm_vispec.data.types import ANSWER_TOKENS_KEY, FINISH_KEY, Conversation, Rejected
 from vllm_vispec.train.config import BatchConfig, DataConfig
 from vllm_vispec.utils.errors import ViSpecError
@@ -166,7 +166,8 @@ def _draw(numbers: Sequence[int], count: int) -> list[int]:
 
 def _digest(files: Iterable[str], entries: Iterable[Entry]) -> str:
     total = hashlib.sha256()
-    for file in (file for name in files for file in files_of(Path(name))):
+    # Shards were checked when they were read.
+    for file in (file for name in files for file in places(Path(name))):
         with file.open("rb") as source:
             total.update(hashlib.file_digest(source, "sha256").digest())
     for entry in entries:

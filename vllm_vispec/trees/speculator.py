@@ -136,9 +136,6 @@ class TreeSpeculator(PathSpeculator):
             self.trees.move_accepted(input_batch.input_ids, last_hidden_states, slot_mappings)
         count = self._num_nodes if num_speculative_tokens is None else num_speculative_tokens
         is_chain = count <= self._settings.levels
-        if self._sleep is not None and not is_chain:
-            # Roots with a pass of their own ask the first one for no token: no step without drafts.
-            self._sleep.saw(count, has_one_token_each=False)
         drafts = super().propose(
             input_batch,
             attn_metadata,
@@ -146,12 +143,11 @@ class TreeSpeculator(PathSpeculator):
             last_hidden_states,
             *args,
             num_speculative_tokens=count if is_chain else int(self.root_tokens is None),
+            step_draft_tokens=count,
             dummy_run=dummy_run,
             is_profile=is_profile,
             **kwargs,
         )
-        if self._sleep is not None and not is_chain:
-            self._sleep.saw(count, has_one_token_each=False)  # again, as it asked for none
         if not is_chain and (is_profile or not dummy_run):
             self._grow_batch(input_batch, is_profile=is_profile)
         # Without drafts nothing is verified.
